@@ -1,0 +1,591 @@
+"""What every experiment shares: arguments, text, language models split at the hook, output folders.
+
+    python common.py diff A B      # compare two output folders within the tolerances of DIFF_TOLERANCE; exit 1 above them
+
+Shapes: B sequences, T positions, N = B*(T-1) evaluated tokens, d = d_model, V = vocabulary.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+import sysconfig
+import time
+import traceback
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import kernels
+
+ROOT = pathlib.Path(__file__).resolve().parent
+EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
+PRESETS = {  # the published grids, all on pythia and the Pile at 32x (published numbers: README)
+    "fast2": dict(models="EleutherAI/pythia-70m@1,EleutherAI/pythia-70m@3,EleutherAI/pythia-70m@5,EleutherAI/pythia-410m@4,"
+                         "EleutherAI/pythia-410m@12,EleutherAI/pythia-410m@20", k="8,16,32,64,128,256", tokens="10M", seeds="0"),
+    "fast3": dict(models="EleutherAI/pythia-70m,EleutherAI/pythia-160m,EleutherAI/pythia-410m", k="8,16,32,64", tokens="10M",
+                  seeds="0"),
+    "phase2": dict(models="EleutherAI/pythia-70m,EleutherAI/pythia-410m", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"),
+}
+PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
+
+
+class UserError(Exception):
+    """Bad arguments or input: the script prints the message on one line and exits with status 2."""
+
+
+class Fault(Exception):
+    """A run gone wrong (a loss or an activation that is not finite): one line, exit status 1."""
+
+
+# ------------------------------------------------------------------------------------------ arguments
+def parse_count(text: str) -> int:
+    """'250k' -> 250000, '10M' -> 10000000."""
+    scale = {"k": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:], 1)
+    try:
+        count = float(text if scale == 1 else text[:-1]) * scale
+    except ValueError:
+        raise UserError(f"{text!r} is not a number of tokens: write 300000, 300k or 10M") from None
+    if not (math.isfinite(count) and count >= 1):
+        raise UserError(f"{text!r} is not a positive number of tokens")
+    return round(count)
+
+
+def readable_count(n: int) -> str:
+    """300000 -> '300k'; the inverse of parse_count for round numbers."""
+    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= scale and n % scale == 0:
+            return f"{n // scale}{letter}"
+    return str(n)
+
+
+def parse_ints(text: str, flag: str, least: int) -> list[int]:
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UserError(f"{flag} {text}: whole numbers separated by commas, please") from None
+    if values[0] < least:
+        raise UserError(f"{flag} {values[0]}: must be at least {least}")
+    return values
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
+    """The flags that mean the same in every script; `defaults` are the script's own grid.
+
+    Returns models as [(name, layer or None)], k, seeds, tokens as sorted lists of int. Raises UserError.
+    """
+    parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    grid = parser.add_argument_group("the grid")
+    grid.add_argument("--models", metavar="NAME[@LAYER],...", help="embedded name, local folder or hub id; layer: the middle one")
+    grid.add_argument("--data", help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set")
+    grid.add_argument("--k", help="active latents, e.g. 8,16,32")
+    grid.add_argument("--seeds", help="e.g. 0,1,2")
+    grid.add_argument("--tokens", help="SAE training budgets, e.g. 300k,10M")
+    grid.add_argument("--expansion", type=int, help="SAE width = expansion x d_model")
+    grid.add_argument("--sinks", choices=["keep", "drop"], help="sink positions in SAE training")
+    grid.add_argument("--eval-seqs", type=int, help="held-out sequences")
+    grid.add_argument("--ctx", type=int, help="tokens per sequence")
+    grid.add_argument("--preset", choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--out", type=pathlib.Path, default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem, help="results folder")
+    add("--cache", type=pathlib.Path, default=pathlib.Path("outputs/cache"), help="trained SAEs")
+    add("--fresh", action="store_true", help="start the results folder over")
+    add("--from", dest="from_dir", type=pathlib.Path, help="recompute tables, verdict and plots of a finished folder; no model")
+    add("--verdict", type=pathlib.Path, default=pathlib.Path("outputs/expa/verdict.json"), help="Exp-A's verdict, which opens the gate")
+    add("--save-tokens", action="store_true", help="also keep per-token arrays")
+    add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
+    args = parser.parse_args(argv)
+    preset = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
+    for name, value in {"data": "stdlib", "sinks": "keep", "seeds": "0", **defaults, **preset}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.models = parse_models(args.models)
+    args.k = parse_ints(args.k, "--k", 1)
+    args.seeds = parse_ints(args.seeds, "--seeds", 0)
+    args.tokens = sorted({parse_count(part) for part in args.tokens.split(",")})
+    for flag, least in (("expansion", 1), ("eval_seqs", 2), ("ctx", 2)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    return args
+
+
+def parse_models(text: str) -> list[tuple[str, int | None]]:
+    models = []
+    for part in text.split(","):
+        name, at, layer = part.partition("@")
+        if not name or (at and not layer.isdecimal()):
+            raise UserError(f"--models {part!r}: NAME or NAME@LAYER, please")
+        models.append((name, int(layer) if at else None))
+    if len(set(models)) < len(models):
+        raise UserError(f"--models {text}: the same model and layer twice")
+    return models
+
+
+def run_script(main) -> None:
+    """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what nobody foresaw."""
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f_exit(2, f"{name}: {error}"))
+    except Fault as error:
+        sys.exit(f_exit(1, f"{name}: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(f_exit(130, f"{name}: interrupted; the same command goes on from here"))
+
+
+def f_exit(status: int, message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return status
+
+
+# --------------------------------------------------------------------------------------------- device
+def pick_device(wanted: str) -> torch.device:
+    """auto = cuda, else mps, else cpu. Raises UserError for a device this machine has not."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name in ("cuda", "mps", "cpu") if has[name])
+    elif not has[wanted]:
+        raise UserError(f"--device {wanted}: this machine has none (torch {torch.__version__})")
+    return torch.device(wanted)
+
+
+def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device, tolerance: float = 1e-3) -> None:
+    """Compare h, CE and g of one batch between `device` and the CPU before any number from `device` is believed.
+
+    MPS matmuls have returned 10-30% errors silently and depending on allocator state (pytorch #193487), so this is called
+    again for every hook. rows [B,T] on the CPU. Raises Fault above `tolerance` (error norm over norm).
+    """
+    def measure(where):
+        model.to(where)
+        x = rows.to(where)
+        h = head(model, layer, x)
+        ce, (g,) = clean_pass(model, layer, x, h)
+        return {"h": h.cpu().double(), "CE": ce.cpu().double(), "g": g.cpu().double()}
+    here, there = measure(torch.device("cpu")), measure(device)
+    for name, truth in here.items():
+        error = ((there[name] - truth).norm() / truth.norm()).item()
+        if not error <= tolerance:
+            raise Fault(f"{device} disagrees with the CPU on {name} at layer {layer} (relative error {error:.1e}, allowed "
+                        f"{tolerance:.0e}): its numbers cannot be believed; use --device cpu")
+
+
+# ----------------------------------------------------------------------------------------------- text
+SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+def digest(text: str) -> bytes:
+    """A hash that every machine and Python agrees on (`hash` is salted per process)."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+
+
+def in_heldout(name: str) -> bool:
+    """One document in ten is held out."""
+    return digest(name)[0] % 10 == 0
+
+
+def stdlib_documents(split: str) -> list[tuple[str, str]]:
+    """(name, text) of the running Python's own library: its modules, and each pydoc topic as a document.
+
+    split is "train" or "heldout"; whole files go to one side by `in_heldout`, in the order of their names' hashes, so that
+    any stretch of the stream is a mixture. Tests, idlelib and installed packages are left out, and so is
+    `_sysconfigdata*`, which says how one machine built its Python.
+    Raises UserError where the library has no source files (a zipped Python).
+    """
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    texts = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        if SKIP_PARTS.isdisjoint(parts) and not path.name.startswith("_sysconfigdata") and parts != ("pydoc_data", "topics.py"):
+            try:
+                texts["/".join(parts)] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # two or three files in latin-1
+    if not texts:
+        raise UserError(f"--data stdlib: this Python keeps no source files under {root}")
+    from pydoc_data.topics import topics
+    texts |= {f"pydoc_data/topics/{name}": text for name, text in topics.items()}
+    return [(name, texts[name]) for name in sorted(texts, key=digest) if in_heldout(name) == (split == "heldout")]
+
+
+def documents(data: str, split: str) -> Iterator[str | list[int]]:
+    """Documents of one side of the split, as text, or as token ids where the data set is tokenised.
+
+    `stdlib` splits by file; anything else by a hash of the document itself, so that a repeated document never stands on
+    both sides, whatever the budget. A .txt file is cut at line ends into pieces of about 8,000 characters. Hub data sets
+    and large files are streamed. Raises UserError.
+    """
+    if data == "stdlib":
+        everything = (text for _, text in stdlib_documents(split))
+    else:
+        everything = (d for d in foreign_documents(data) if len(d) and in_heldout(str(d)) == (split == "heldout"))
+    yield from everything
+
+
+def foreign_documents(data: str) -> Iterator[str | list[int]]:
+    path = pathlib.Path(data)
+    files = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.suffix in LOCAL_FORMATS and p.is_file()]
+    kinds = {LOCAL_FORMATS[p.suffix] for p in files}
+    if path.exists() and len(kinds) != 1:
+        raise UserError(f"--data {data}: needs files of one kind out of {', '.join(LOCAL_FORMATS)}; found {sorted(kinds) or 'none'}")
+    for p in files:
+        if p.stat().st_size == 0:
+            raise UserError(f"--data {p}: the file is empty")
+        if kinds & {"text", "json"} and b"\0" in p.open("rb").read(1 << 16):
+            raise UserError(f"--data {p}: the file is binary, not text")
+    try:
+        if kinds == {"text"}:
+            for p in files:
+                with p.open(encoding="utf-8") as lines:
+                    while piece := "".join(lines.readlines(8000)):
+                        yield piece
+            return
+        import datasets  # slow to import, and not needed above
+        datasets.disable_progress_bars()
+        source = dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=data)
+        for row in datasets.load_dataset(**source, split="train", streaming=True):
+            column = next((c for c in ("tokens", "input_ids", "text") if row.get(c) is not None), None) or \
+                next((c for c, value in row.items() if isinstance(value, str)), None)
+            if column is None:
+                raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
+            yield row[column]
+    except UserError:
+        raise
+    except Exception as error:  # the libraries below raise a dozen kinds for "no such data set" and "not readable"
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"--data {data}: {first[0]} (there is stdlib; else a local file or folder, or a hub data set)") from error
+
+
+def packed_rows(data: str, split: str, tokenizer, ctx: int, seen: "hashlib._Hash | None" = None) -> Iterator[torch.Tensor]:
+    """One pass of rows [ctx] (int64): documents joined by the end-of-text token and cut, no padding, no BOS, as Pythia was trained.
+
+    `seen`, a hash object, is fed every document used.
+    """
+    carry: list[int] = []
+    for document in documents(data, split):
+        if seen is not None:
+            seen.update(str(document).encode(errors="surrogatepass"))
+        ids = document if not isinstance(document, str) else tokenizer(document, add_special_tokens=False).input_ids
+        carry += [*ids, tokenizer.eos_token_id]
+        for start in range(0, len(carry) - ctx + 1, ctx):
+            yield torch.tensor(carry[start:start + ctx])
+        carry = carry[len(carry) // ctx * ctx:]
+
+
+def heldout_rows(data: str, tokenizer, ctx: int, n: int) -> tuple[torch.Tensor, str]:
+    """([n,ctx] evaluation rows, SHA-256 of the documents they came from). Raises UserError if the held-out side is shorter."""
+    seen = hashlib.sha256()
+    rows = list(itertools.islice(packed_rows(data, "heldout", tokenizer, ctx, seen), n))
+    if len(rows) < n:
+        raise UserError(f"--eval-seqs {n}: the held-out side of {data} holds {len(rows)} sequences of {ctx} tokens"
+                        + (" (too short for one sequence)" if not rows else ""))
+    return torch.stack(rows), seen.hexdigest()
+
+
+def train_rows(data: str, tokenizer, ctx: int, batch: int) -> Iterator[torch.Tensor]:
+    """Batches [batch,ctx] of the training side, pass after pass without end."""
+    while True:
+        rows = packed_rows(data, "train", tokenizer, ctx)
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"--data {data}: the training side is too short for one sequence of {ctx} tokens")
+        rows = itertools.chain([first], rows)
+        while chunk := list(itertools.islice(rows, batch)):
+            yield torch.stack(chunk)
+
+
+# ------------------------------------------------------------------------------------- language models
+def load_model(name: str, device: torch.device) -> tuple:
+    """(model, tokenizer): float32, frozen, eval mode. name: embedded, a local folder or a hub id. Raises UserError.
+
+    float32 is asked for by name: left to itself `from_pretrained` takes the file's type, which for Pythia is float16.
+    """
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    source = EMBEDDED.get(name, name)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"--models {name}: {first} (embedded: {', '.join(EMBEDDED)}; else a local folder or a hub id)") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--models {name}: its tokenizer has no end-of-text token to join documents with")
+    model.eval().requires_grad_(False)
+    return model.to(device), tokenizer
+
+
+def fingerprint(model) -> str:
+    """Short hash of the weights, so that a model retrained under the same name does not meet another's SAEs."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def blocks(model) -> tuple[torch.nn.Module, str]:
+    """(parent, attribute) of the list of transformer blocks. Raises UserError for an architecture without one."""
+    for parent in model.modules():
+        for attribute, child in parent.named_children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == model.config.num_hidden_layers:
+                return parent, attribute
+    raise UserError(f"{type(model).__name__}: no list of transformer blocks found")
+
+
+def pick_layer(model, name: str, layer: int | None) -> int:
+    """The layer asked for, or the middle one. Raises UserError for one that the model has not."""
+    n = model.config.num_hidden_layers
+    if layer is None:
+        return n // 2
+    if layer >= n:
+        raise UserError(f"--models {name}@{layer}: the model has layers 0 to {n - 1}")
+    return layer
+
+
+class _Stop(Exception):
+    pass
+
+
+class _Give(torch.nn.Module):
+    """Stands for the blocks 0..L in `tail` and gives their output."""
+
+    def __init__(self, h: torch.Tensor, as_tuple: bool):
+        super().__init__()
+        self.h, self.as_tuple = h, as_tuple
+
+    def forward(self, *args, **kwargs):
+        return (self.h,) if self.as_tuple else self.h
+
+
+def head(model, layer: int, rows: torch.Tensor) -> torch.Tensor:
+    """resid_post of block `layer`, [B,T,d], and nothing computed after it. rows [B,T].
+
+    The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final norm.
+    """
+    kept = {}
+
+    def keep(module, inputs, output):
+        model.blocks_return_tuples = isinstance(output, tuple)  # transformers 4 did, 5 does not
+        kept["h"] = output[0] if isinstance(output, tuple) else output
+        raise _Stop
+
+    parent, attribute = blocks(model)
+    handle = getattr(parent, attribute)[layer].register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            model(rows, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return kept["h"]
+
+
+def tail(model, layer: int, rows: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Logits [B,T,V] of the blocks after `layer`, fed h [B,T,d]. rows [B,T] only set the shape. Differentiable in h.
+
+    The model's own forward runs, with one stand-in for the blocks 0..layer, so that nothing of it is written a second time.
+    """
+    parent, attribute = blocks(model)
+    whole = getattr(parent, attribute)
+    setattr(parent, attribute, torch.nn.ModuleList([_Give(h, model.blocks_return_tuples), *whole[layer + 1:]]))
+    try:
+        return model(rows, use_cache=False).logits
+    finally:
+        setattr(parent, attribute, whole)
+
+
+def cross_entropy(log_p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Next-token CE [B,T-1] in nats from log-probabilities [B,T-1,V]."""
+    return -log_p.gather(-1, rows[:, 1:, None]).squeeze(-1)
+
+
+def log_probs(logits: torch.Tensor) -> torch.Tensor:
+    """log p [B,T-1,V] at the positions that have a target."""
+    return torch.log_softmax(logits[:, :-1].float(), -1)
+
+
+def clean_pass(model, layer: int, rows: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor | None = None) -> tuple:
+    """(log_p [B,T-1,V], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
+
+    g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend on the batch);
+    sequences do not touch each other, so one backward serves the batch. g_y is the same with labels drawn from the
+    model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the cumulative distribution, so that the CPU's
+    random numbers serve every device. g at the last position is exactly 0.
+    """
+    x = h.detach().requires_grad_()
+    log_p = log_probs(tail(model, layer, rows, x))
+    draws = [] if uniforms is None else list(uniforms)
+    labels = [rows[:, 1:]]
+    with torch.no_grad():
+        cdf = log_p.exp().cumsum(-1) if draws else None
+        for u in draws:
+            labels.append(torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True).squeeze(-1).clamp_(max=cdf.shape[-1] - 1))
+    gradients = []
+    for i, y in enumerate(labels):
+        loss = -log_p.gather(-1, y[..., None]).sum()
+        gradients.append(torch.autograd.grad(loss, x, retain_graph=i + 1 < len(labels))[0])
+    return log_p.detach(), gradients
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) per position, [B,T-1], in nats, right in float32 down to 1e-7.
+
+    Summing p (log p - log q) cancels to nothing for small KL. With c = dz - E_p dz, KL = log1p(E_p[expm1(c) - c]), and the
+    bracket by its series where |c| < 0.05. For large changes the plain sum is exact and the series' expm1 would overflow.
+    """
+    p = log_p.exp()
+    change = log_q - log_p
+    plain = -(p * change).sum(-1)
+    c = (change + plain[..., None]).clamp(max=10.0)
+    series = c * c * (0.5 + c * (1 / 6 + c * (1 / 24 + c / 120)))
+    small = torch.log1p((p * torch.where(c.abs() < 0.05, series, torch.expm1(c) - c)).sum(-1))
+    return torch.where(plain < 0.01, small, plain)
+
+
+# ------------------------------------------------------------------------------------- output folders
+RESULT_FILES = ("conditions.csv", "leaderboard.csv", "deltas.csv", "verdict.json", "report.md", "sequences.npz", "tokens.npz",
+                "run.json")
+LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens", "proxy", "target", "stratum"}
+# What two backends may differ by, relative to the larger of the value and the floor: an SAE trained in float32 amplifies the
+# last bit of every sum, so a column that depends on training is compared with room for that.
+DIFF_TOLERANCE = {"exact": (0.0, 0.0), "default": (0.05, 1e-3)}
+EXACT = LABELS | {"n_seq", "n_tok", "n_sink", "n_cells", "n_clusters"}
+
+
+@contextlib.contextmanager
+def atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name to write to; it becomes `path` only when everything is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cell(value) -> str:
+    """One number format for every table; what is not a number says so."""
+    if value is None or (isinstance(value, (float, np.floating)) and not math.isfinite(value)):
+        return "undefined"
+    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def write_table(path: pathlib.Path, rows: list[dict], columns: list[str]) -> None:
+    with atomically(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows([cell(row[c]) for c in columns] for row in rows)
+
+
+def read_table(path: pathlib.Path) -> list[dict]:
+    """Rows of a table with numbers as int or float; `undefined` is nan."""
+    def value(text):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return math.nan if text == "undefined" else text
+    with path.open(newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def open_output(out: pathlib.Path, settings: dict, fresh: bool) -> None:
+    """Make `out` ready for a run with these settings, or raise UserError and touch nothing.
+
+    A folder made with other settings is refused, naming them. `fresh` removes this program's own files and nothing else.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: not writable ({error.strerror})") from error
+    if fresh:
+        for path in [out / name for name in RESULT_FILES] + sorted(out.glob("*.png")):
+            path.unlink(missing_ok=True)
+    elif (out / "run.json").exists():
+        before = json.loads((out / "run.json").read_text()).get("settings", {})
+        if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
+            said = "; ".join(f"{key}: there {before.get(key)}, here {settings.get(key)}" for key in differing)
+            raise UserError(f"--out {out} holds a run with other settings ({said}): use --fresh or another --out")
+    elif any((out / name).exists() for name in RESULT_FILES):
+        raise UserError(f"--out {out} holds results of unknown settings (no run.json): use --fresh or another --out")
+    write_run(out, settings)
+
+
+def write_run(out: pathlib.Path, settings: dict, **facts) -> None:
+    """run.json: everything that may differ between two runs of the same thing."""
+    import scipy
+    import transformers
+    write_json(out / "run.json", {
+        "settings": settings, "command": sys.argv, "python": platform.python_version(), "platform": platform.platform(),
+        "versions": {m.__name__: m.__version__ for m in (torch, np, scipy, transformers)}, "threads": torch.get_num_threads(),
+        "kernels": kernels.describe(), **facts})
+
+
+def diff(a: pathlib.Path, b: pathlib.Path) -> int:
+    """Compare the tables of two output folders; print what differs most; 1 above tolerance, else 0. Raises UserError."""
+    for folder in (a, b):
+        if not (folder / "conditions.csv").exists():
+            raise UserError(f"{folder}: no conditions.csv, so not a results folder")
+    first, second = ((json.loads((f / "verdict.json").read_text())["settings"] if (f / "verdict.json").exists() else {}) for f in (a, b))
+    for key in sorted({*first, *second}):
+        if first.get(key) != second.get(key):
+            print(f"settings differ: {key}: {first.get(key)} | {second.get(key)}")
+    above = 0
+    left, right = read_table(a / "conditions.csv"), read_table(b / "conditions.csv")
+    columns = [c for c in left[0] if c in right[0]]
+    keys = [c for c in columns if c in LABELS]
+    there = {tuple(row[c] for c in keys): row for row in right}
+    pairs = [(row, there[key]) for row in left if (key := tuple(row[c] for c in keys)) in there]
+    if len(pairs) < max(len(left), len(right)):
+        print(f"conditions: {len(left)} | {len(right)}, of which {len(pairs)} in both")
+        above = 1
+    worst = (0.0, "", {})
+    for column in (c for c in columns if c not in LABELS):
+        relative, floor = DIFF_TOLERANCE["exact" if column in EXACT else column if column in DIFF_TOLERANCE else "default"]
+        for x, y in pairs:
+            p, q = x[column], y[column]
+            if p == q or (p != p and q != q):
+                continue
+            allowed = relative * max(abs(p), abs(q)) + floor
+            share = abs(p - q) / allowed if allowed and p == p and q == q else math.inf
+            worst = max(worst, (share, column, x), key=lambda item: item[0])
+    share, column, row = worst
+    if column:
+        other = next(y for x, y in pairs if x is row)
+        condition = " ".join(str(row[c]) for c in keys)
+        print(f"worst: {column} of {condition}: {cell(row[column])} | {cell(other[column])}, {share:.2g} of the tolerance")
+    print(f"{len(pairs)} conditions, {len(columns)} columns: " + ("ABOVE TOLERANCE" if above or share > 1 else "within tolerance"))
+    return int(above or share > 1)
+
+
+def main() -> None:
+    if len(sys.argv) != 4 or sys.argv[1] != "diff":
+        raise UserError("usage: python common.py diff FOLDER FOLDER")
+    sys.exit(diff(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])))
+
+
+if __name__ == "__main__":
+    run_script(main)

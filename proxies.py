@@ -1,0 +1,213 @@
+"""Every number of a condition, from one pass over the evaluation sequences of one hook.
+
+Per token and then per sequence, so that any re-weighting of the sequences (a bootstrap resample, a half) gives its metrics
+as ratios of weighted sums. One mask for everything: the positions that have a target, 0..T-2.
+Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences in all; W re-weightings of them.
+"""
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import kernels
+from common import Fault, clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from sae import TopKSAE, sink_positions
+
+DRAWS = 4  # of sampled labels
+VALUE_BITS = 8
+
+# Distortions and scores that stand on the leaderboard: name -> how it is read as "smaller is better" (None: see `scores`).
+EUCLIDEAN_CONTROLS = ("r2_nosink", "r2_defl1", "r2_ln", "nmse_tok", "cosine")
+PROXIES = ("r2", "r2_nosink", "r2_defl1", "r2_ln", "nmse", "nmse_tok", "mse", "cosine", "relerr",
+           "swd_tok", "swd_seq", "swd_sampled", "gd_abs", "gd_mean")
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+def hook_statistics(model, layer: int, rows: torch.Tensor, batch: int) -> dict:
+    """What all SAEs of a hook share: h [S,T,d] on the CPU, its mean, top eigenvector, LayerNorm mean, sinks, norms.
+
+    Means and the covariance (mean-centred, over the evaluated positions) in float64 on the CPU.
+    Raises Fault on an activation that is not finite.
+    """
+    device = next(model.parameters()).device
+    h = torch.cat([head(model, layer, chunk.to(device)).cpu() for chunk in rows.split(batch)])
+    if not torch.isfinite(h).all():
+        raise Fault(f"layer {layer}: an activation is not finite in the evaluation text")
+    used = h[:, :-1]
+    norms = used.norm(dim=-1)
+    sink = sink_positions(norms, norms[:, 1:].median().item())
+    flat = used.flatten(0, 1).double()
+    mean = flat.mean(0)
+    top = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors[:, -1]
+    calm_mean = flat[~sink.flatten()].mean(0)
+    ln_mean = torch.nn.functional.layer_norm(flat, flat.shape[-1:]).mean(0)
+    as_float = lambda t: t.float().to(device)
+    return {"h": h, "sink": sink, "mean": as_float(mean), "calm_mean": as_float(calm_mean), "top": as_float(top),
+            "ln_mean": as_float(ln_mean)}
+
+
+def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The columns kernels.STATS [N,7] of a reconstruction that has no code."""
+    delta = h_hat - h
+    return torch.stack([(g * delta).sum(1), delta.square().sum(1), h_hat.square().sum(1), (h * h_hat).sum(1),
+                        h.square().sum(1), delta.sum(1), h.sum(1)], 1)
+
+
+def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, TopKSAE | Callable], batch: int, seed: int = 0,
+             keep_tokens: bool = False, what: str = "") -> dict[str, dict]:
+    """{name: {"sums": {quantity: [S] float64}, "fired": [2,F] counts in even and odd sequences, "tokens": {..} if kept}}.
+
+    A reconstruction is a TopKSAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]. The clean forward, g and its sampled twins are
+    computed once per batch for all of them. Per-token values are formed in float32 on the model's device, summed in
+    float64 on the CPU. Raises Fault on a loss that is not finite.
+    """
+    device = next(model.parameters()).device
+    shared = hook_statistics(model, layer, rows, batch)
+    generator = torch.Generator().manual_seed(seed)
+    out = {name: {"sums": [], "fired": 0, "tokens": []} for name in reconstructions}
+    bar = tqdm(total=len(rows) * len(out), unit="seq", desc=f"patching {what}", leave=False)
+    for start in range(0, len(rows), batch):
+        x = rows[start:start + batch].to(device)
+        h = shared["h"][start:start + batch].to(device)
+        B, T, d = h.shape
+        sink = shared["sink"][start:start + batch]
+        uniforms = torch.rand(DRAWS, B, T - 1, generator=generator).to(device)
+        log_p, gradients = clean_pass(model, layer, x, h, uniforms)
+        h_flat = h[:, :-1].flatten(0, 1)
+        g, *g_sampled = [gradient[:, :-1].flatten(0, 1) for gradient in gradients]
+        per_token = lambda v: v.reshape(B, T - 1).double() if v.device.type == "cpu" else v.reshape(B, T - 1).cpu().double()
+        patched = lambda h_hat: log_probs(tail(model, layer, x, torch.cat([h_hat.view(B, T - 1, d), h[:, -1:]], 1)))
+
+        centred, calm = h_flat - shared["mean"], h_flat - shared["calm_mean"]
+        top = shared["top"]
+        ln = torch.nn.functional.layer_norm(h_flat, (d,))
+        keep = (~sink).double()
+        common = {
+            "n": torch.ones(B, T - 1, dtype=torch.float64), "n_nosink": keep,
+            "h_sq": per_token(h_flat.square().sum(1)), "sst": per_token(centred.square().sum(1)),
+            "sst_nosink": per_token(calm.square().sum(1)) * keep,
+            "sst_defl1": per_token((centred - torch.outer(centred @ top, top)).square().sum(1)),
+            "sst_ln": per_token((ln - shared["ln_mean"]).square().sum(1)),
+            "g_sq": per_token(torch.stack([gy.square().sum(1) for gy in g_sampled]).mean(0)),
+            "fisher_h": per_token(torch.stack([(gy * centred).sum(1).square() for gy in g_sampled]).mean(0)),
+            "fisher_h_nosink": per_token(torch.stack([(gy * calm).sum(1).square() for gy in g_sampled]).mean(0)) * keep,
+        }
+        with torch.no_grad():
+            common["ce_orig"] = per_token(cross_entropy(log_p, x))
+            common["ce_zero"] = per_token(cross_entropy(patched(torch.zeros_like(h_flat)), x))
+            common["ce_mean"] = per_token(cross_entropy(patched(shared["mean"].expand(len(h_flat), d)), x))
+            for name, reconstruction in reconstructions.items():
+                values = None
+                if isinstance(reconstruction, TopKSAE):
+                    values, indices = reconstruction.encode(h_flat)
+                    stats, h_hat = kernels.gradient_weighted_distortion(
+                        values, indices, reconstruction.W_dec, reconstruction.b_dec, h_flat, g, want_h_hat=True)
+                else:
+                    h_hat = reconstruction(h_flat, shared["mean"])
+                    stats = dense_statistics(h_flat, h_hat, g)
+                delta = h_hat - h_flat
+                s = {column: per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
+                sampled = [per_token((gy * delta).sum(1)) for gy in g_sampled]
+                log_q = patched(h_hat)
+                calm_hat = torch.where(sink.to(device).view(-1, 1), h_flat, h_hat)
+                t = common | {
+                    "sse": s["delta_sq"], "sse_nosink": s["delta_sq"] * keep,
+                    "sse_defl1": per_token((delta - torch.outer(delta @ top, top)).square().sum(1)),
+                    "sse_ln": per_token((torch.nn.functional.layer_norm(h_hat, (d,)) - ln).square().sum(1)),
+                    "nmse_tok": s["delta_sq"] / s["h_sq"],
+                    "cosine": s["h_h_hat"] / (s["h_sq"] * s["h_hat_sq"]).sqrt().clamp(min=1e-20),
+                    "relerr": s["delta_sq"].sqrt() / (s["h_sq"].sqrt() + 1e-10),
+                    "gd": s["g_delta"], "gd_sq": s["g_delta"].square(), "gd_abs": s["g_delta"].abs(),
+                    "fisher": torch.stack([v.square() for v in sampled]).mean(0),
+                    "ce_recon": per_token(cross_entropy(log_q, x)), "kl": per_token(kl_divergence(log_p, log_q)),
+                    "ce_sinkclean": per_token(cross_entropy(patched(calm_hat), x)),
+                    "l0": per_token((values > 0).sum(1)) if values is not None else torch.full((B, T - 1), math.nan, dtype=torch.float64),
+                }
+                t["fisher_nosink"] = t["fisher"] * keep
+                sums = {quantity: v.sum(1).numpy() for quantity, v in t.items()}
+                # all positions move together, so the sampled form squares the sequence's sum
+                sums["gd_sampled_seq"] = torch.stack([v.sum(1).square() for v in sampled]).mean(0).numpy()
+                if not np.isfinite(sums["ce_recon"]).all():
+                    raise Fault(f"{what} {name}: patched CE is not finite in evaluation sequences {start} to {start + B - 1}")
+                out[name]["sums"].append(sums)
+                if values is not None:
+                    fired = torch.zeros(2, reconstruction.W_dec.shape[0] + 1, dtype=torch.float64)
+                    slots = torch.where(values > 0, indices, reconstruction.W_dec.shape[0]).cpu().view(B, -1)
+                    for i in range(B):  # even and odd sequences of the whole set
+                        fired[(start + i) % 2] += torch.bincount(slots[i], minlength=fired.shape[1])
+                    out[name]["fired"] = out[name]["fired"] + fired[:, :-1]
+                if keep_tokens:
+                    out[name]["tokens"].append({quantity: v.float().numpy() for quantity, v in t.items()})
+                bar.update(B)
+    bar.close()
+    for result in out.values():
+        for part in ("sums", "tokens"):
+            pieces = result[part]
+            result[part] = {q: np.concatenate([p[q] for p in pieces]) for q in pieces[0]} if pieces else {}
+        result["n_sink"] = int(shared["sink"].sum())
+    return out
+
+
+def index_bits(fired: np.ndarray, n_seq: int, per_seq: int) -> float:
+    """Bits per token that name the active latents: each latent coded as a Bernoulli of its own rate.
+
+    The rates of the even sequences (add one half) code the odd ones and the other way round, so that no rate is fitted to
+    what it codes. fired [2,F] counts in n_seq sequences of per_seq tokens. (A code for indices that fire alone or together
+    alike: an upper bound on their entropy.)
+    """
+    n = np.array([[(n_seq + 1) // 2], [n_seq // 2]]) * per_seq
+    rate = (fired + 0.5) / (n + 1)
+    coded = fired[::-1] / n[::-1]
+    return float(-(coded * np.log2(rate) + (1 - coded) * np.log2(1 - rate)).sum(1).mean())
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+def metrics(sums: dict[str, np.ndarray], weights: np.ndarray, d: int | np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric under every re-weighting: sums {quantity: [C,S]} of C conditions, weights [W,S] -> {metric: [W,C]}.
+
+    R^2 keeps the one mean of the whole set. CE_rec is a ratio of sums, never a mean of ratios. d [C] = d_model.
+    """
+    total = {q: weights @ v.T for q, v in sums.items()}
+    square = lambda v: weights @ np.square(v).T
+    n = total["n"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ce = {q: total[q] / n for q in ("ce_orig", "ce_recon", "ce_sinkclean", "ce_zero", "ce_mean")}
+        return {
+            "r2": 1 - total["sse"] / total["sst"], "r2_nosink": 1 - total["sse_nosink"] / total["sst_nosink"],
+            "r2_defl1": 1 - total["sse_defl1"] / total["sst_defl1"], "r2_ln": 1 - total["sse_ln"] / total["sst_ln"],
+            "nmse": total["sse"] / total["h_sq"], "nmse_tok": total["nmse_tok"] / n, "mse": total["sse"] / (n * d),
+            "cosine": total["cosine"] / n, "relerr": total["relerr"] / n,
+            "swd_tok": total["gd_sq"] / n, "swd_seq": square(sums["gd"]) / n, "swd_sampled": total["gd_sampled_seq"] / n,
+            "gd_mean": total["gd"] / n, "gd_abs": total["gd_abs"] / n,
+            "ce_orig": ce["ce_orig"], "ce_recon": ce["ce_recon"], "dce": ce["ce_recon"] - ce["ce_orig"],
+            "ce_rec": 2 - ce["ce_recon"] / ce["ce_orig"], "ce_rec_sinkclean": 2 - ce["ce_sinkclean"] / ce["ce_orig"],
+            "ce_zero": ce["ce_zero"], "ce_mean": ce["ce_mean"],
+            "frac_zero": (ce["ce_zero"] - ce["ce_recon"]) / (ce["ce_zero"] - ce["ce_orig"]),
+            "frac_mean": (ce["ce_mean"] - ce["ce_recon"]) / (ce["ce_mean"] - ce["ce_orig"]),
+            "kl": total["kl"] / n, "l0": total["l0"] / n,
+            "fed": np.log((total["fisher"] / total["fisher_h"]) / (total["sse"] / total["sst"])),
+            "fed_nosink": np.log((total["fisher_nosink"] / total["fisher_h_nosink"]) / (total["sse_nosink"] / total["sst_nosink"])),
+            "rho": (total["fisher"] / total["sse"]) / (total["g_sq"] / (n * d)),
+        }
+
+
+def oriented(name: str, value: np.ndarray) -> np.ndarray:
+    """A metric as a score, larger = better: -log10 of the distortion it measures, 1 - x for R^2s and cosine.
+
+    gd_mean is signed (it predicts dCE, and may be negative), so it keeps its own scale; CE_rec is its own score.
+    """
+    if name == "ce_rec":
+        return value
+    if name == "gd_mean":
+        return -value
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -np.log10(1 - value if name.startswith("r2") or name == "cosine" else value)
+
+
+def sequence_weights(n_seq: int, n_resamples: int, seed: int) -> np.ndarray:
+    """[3 + n_resamples, S]: all sequences, the even ones, the odd ones, and bootstrap resamples (how often each is drawn)."""
+    even = np.arange(n_seq) % 2 == 0
+    draws = np.random.default_rng(seed).multinomial(n_seq, np.full(n_seq, 1 / n_seq), size=n_resamples)
+    return np.vstack([np.ones(n_seq), even, ~even, draws]).astype(float)

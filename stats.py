@@ -1,0 +1,407 @@
+"""Which cheap proxy of SAE quality predicts patched CE? Rank correlations given k, with intervals and tests that know
+what is independent of what.
+
+Arrays. C conditions. A proxy, larger = better, and the target are both [W, C]: row 0 from all evaluation sequences,
+row 1 from half A of them, row 2 from half B, rows 3.. from bootstrap resamples of the sequences, each shared by all
+conditions. `meta` maps model, depth, layer, k, tokens (budget), seed and cell (the condition without seed) to arrays
+over C.
+
+Units. Seeds of one cell are near-duplicates and never count as independent: a cluster is a cell, a stratum is a model
+(2 or 3 models are fixed effects; nothing here generalises over models). Undefined is nan, in verdicts None.
+"""
+import numpy as np
+from scipy.stats import norm, rankdata
+
+R2, SWD = "r2", "swd_tok"
+ALPHA = 0.05
+MIN_CLUSTERS = 6        # below, 2^G swap patterns cannot reach p < .05 two-sided
+MAX_EXACT = 14          # all 2^G swap patterns up to here, Monte Carlo above
+MIN_DIFFERENCE = 0.10   # H2 (a): partial Spearman, SWD minus control
+MAX_GAMMA_RATIO = 0.5   # H2 (b): |gamma of SWD| over |gamma of control|
+MIN_IN_RANGE = 0.5      # a transfer gap mostly outside the fitted range is not judged
+ADJUDICATED = ("H0", "H1", "H0+H1", "N")  # the leaves of Exp-A that open the gate to H2
+
+
+# ---------------------------------------------------------------------------------------------- correlations
+def _given(meta: dict) -> np.ndarray:
+    """Design matrix [C, q] of what the primary statistic holds fixed: a dummy per k, and per budget but the first."""
+    k, tokens = (np.asarray(meta[name])[:, None] == np.unique(meta[name]) for name in ("k", "tokens"))
+    return np.hstack([k, tokens[:, 1:]]).astype(float)
+
+
+def _design(w: np.ndarray, Z: np.ndarray):
+    """What every weighted regression on Z shares: weights w [R, C], Z [C, q], (Z'WZ)^+ [R, q, q], defined [R].
+
+    Defined: residual degrees of freedom (conditions with weight - rank Z - 1) are at least 1.
+    """
+    known = ~np.isnan(w).any(1)
+    w = np.where(known[:, None], w, 1.0)
+    q = Z.shape[1]
+    gram = (w @ (Z[:, :, None] * Z[:, None, :]).reshape(len(Z), q * q)).reshape(-1, q, q)
+    inverse = np.linalg.pinv(gram, rcond=1e-10, hermitian=True)
+    rank = np.rint(np.einsum("rpq,rqp->r", gram, inverse))
+    return w, Z, inverse, known & ((w > 0).sum(1) - rank - 1 >= 1)
+
+
+def _unit(v: np.ndarray, design) -> np.ndarray:
+    """Weighted residual of v [R or 1, C] on Z, at unit length: the dot product of two is their partial correlation."""
+    w, Z, inverse, defined = design
+    with np.errstate(invalid="ignore", divide="ignore"):
+        beta = (inverse @ ((w * v) @ Z)[:, :, None])[:, :, 0]
+        e = np.sqrt(w) * (v - beta @ Z.T)
+        length2 = (e * e).sum(1)
+        defined = defined & (length2 > 1e-20 * (w * v * v).sum(1))  # else constant, up to rounding
+        return np.where(defined[:, None], e / np.sqrt(length2)[:, None], np.nan)
+
+
+def _dot(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.clip((u * v).sum(1), -1.0, 1.0)
+
+
+def _midrank(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Ranks of x [R or 1, C], up to a constant, where condition c counts w [R, C] times; ties share their mean rank."""
+    dense = rankdata(np.nan_to_num(x), method="dense", axis=1).astype(np.intp) - 1
+    dense = np.broadcast_to(dense, w.shape)
+    R, C = w.shape
+    mass = np.bincount((dense + C * np.arange(R)[:, None]).ravel(), w.ravel(), R * C).reshape(R, C)
+    rank = np.take_along_axis(np.cumsum(mass, axis=1) - mass / 2, dense, axis=1)
+    return np.where(np.isnan(x).any(1, keepdims=True), np.nan, rank)
+
+
+def _correlate(x, y, Z, ranked: bool):
+    x, y = np.broadcast_arrays(*np.atleast_2d(x, y))
+    design = _design(np.ones(x.shape), Z)
+    if ranked:
+        x, y = _midrank(x, design[0]), _midrank(y, design[0])
+    r = _dot(_unit(x, design), _unit(y, design))
+    return r if len(r) > 1 else float(r[0])
+
+
+def pearson(x, y):
+    """Pearson correlation over the last axis of x, y [C] or [R, C]; nan when undefined."""
+    return _correlate(x, y, np.ones((np.shape(x)[-1], 1)), ranked=False)
+
+
+def spearman(x, y):
+    """Spearman correlation over the last axis of x, y [C] or [R, C]; nan when undefined."""
+    return _correlate(x, y, np.ones((np.shape(x)[-1], 1)), ranked=True)
+
+
+def partial_spearman(x, y, meta):
+    """Spearman given k: rank x and y over all conditions, residualise both on k (and budget) dummies, correlate.
+
+    Every proxy is monotone in k, so the plain Spearman flatters all of them; what one model has over another stays in.
+    """
+    return _correlate(x, y, _given(meta), ranked=True)
+
+
+# ---------------------------------------------------------------------------------------------- cluster bootstrap
+def cluster_ids(meta: dict, by=("model", "cell")) -> np.ndarray:
+    """[C] integers, one per distinct combination of the named columns; the default is the cell."""
+    return np.unique(["\t".join(map(str, row)) for row in zip(*(meta[name] for name in by))], return_inverse=True)[1]
+
+
+def bootstrap_weights(meta: dict, n_resamples: int, seed: int) -> np.ndarray:
+    """[3 + n_resamples, C] weights of the conditions: three rows of ones for the estimates, then the bootstrap.
+
+    Each model draws n_h - 1 of its n_h clusters with replacement, times n_h / (n_h - 1) (Rao & Wu 1988): plain
+    resampling understates the standard error by sqrt((n_h - 1) / n_h). A model with one cluster says nothing about its
+    variance, so its weights are nan and so are the intervals it enters.
+    """
+    rng, ids, model = np.random.default_rng(seed), cluster_ids(meta), np.asarray(meta["model"])
+    w = np.ones((3 + n_resamples, len(ids)))
+    for name in np.unique(model):
+        clusters, inside = np.unique(ids[model == name], return_inverse=True)
+        n = len(clusters)
+        times = rng.multinomial(n - 1, np.full(n, 1 / n), n_resamples)
+        w[3:, model == name] = times[:, inside] * (n / (n - 1) if n > 1 else np.nan)
+    return w
+
+
+def _rows(W: int, n_resamples: int) -> np.ndarray:
+    """The row of scores and target behind each row of weights: draw r takes sequence resample r (from the first again
+    when they run out; all sequences when there is none)."""
+    return np.r_[0, 1, 2, 3 + np.arange(n_resamples) % (W - 3) if W > 3 else np.zeros(n_resamples, int)]
+
+
+def interval(draws: np.ndarray, fisher: bool = False) -> tuple[float, float]:
+    """95% percentile interval, on the Fisher-z scale for correlations. Draws without a value are left out, and there is
+    no interval when they are half or more."""
+    kept = draws[~np.isnan(draws)]
+    if 2 * len(kept) <= len(draws):
+        return np.nan, np.nan
+    if fisher:
+        kept = np.arctanh(np.clip(kept, -1 + 1e-12, 1 - 1e-12))
+    lo, hi = np.quantile(kept, [ALPHA / 2, 1 - ALPHA / 2])
+    return (float(np.tanh(lo)), float(np.tanh(hi))) if fisher else (float(lo), float(hi))
+
+
+def _with_interval(key: str, estimate, draws, fisher: bool = False) -> dict:
+    lo, hi = (np.nan, np.nan) if np.isnan(estimate) else interval(draws, fisher)
+    return {key: float(estimate), f"{key}_lo": lo, f"{key}_hi": hi}
+
+
+# ---------------------------------------------------------------------------------------------- swap test
+def swap_test(a, b, y, meta: dict, *, clusters=None, n_draws: int = 10_000, seed: int = 0):
+    """Does proxy a predict y better than proxy b? a [C] or [P, C], b and y [C] -> difference of partial Spearman, p.
+
+    Both proxies are ranked, then trade places in whole clusters (default: cells); two-sided. All 2^G patterns up to
+    G = 14, above that `n_draws` random ones, the observed one among them, so p is never 0. nan below 6 clusters.
+    """
+    ids = cluster_ids(meta) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    G, Z = ids.max() + 1, _given(meta)
+    if G <= MAX_EXACT:
+        signs = 1.0 - 2.0 * (np.arange(2**G)[:, None] >> np.arange(G) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([1.0, -1.0], (n_draws, G))
+        signs[0] = 1.0  # the observed pattern
+    residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
+    single, a = np.ndim(a) == 1, np.atleast_2d(a)
+    diff, p = np.full(len(a), np.nan), np.full(len(a), np.nan)
+    design = _design(np.ones((1, len(ids))), Z)
+    uy, rb = _unit(_midrank(np.atleast_2d(y), design[0]), design)[0], rankdata(b)
+    for i, ra in enumerate(rankdata(a, axis=1)):
+        # swapped: a = mid + half @ signs, b = mid - half @ signs, so both correlations are ratios of forms in signs
+        mid, half = residual @ (ra + rb) / 2, residual * ((ra - rb) / 2) @ np.eye(G)[ids]
+        even, odd = uy @ mid, signs @ (half.T @ uy)
+        length2, tilt = mid @ mid + ((signs @ (half.T @ half)) * signs).sum(1), 2 * signs @ (half.T @ mid)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            stat = (even + odd) / np.sqrt(length2 + tilt) - (even - odd) / np.sqrt(length2 - tilt)
+        if min(length2[0] + tilt[0], length2[0] - tilt[0]) > 1e-9 and np.isfinite(stat[0]):
+            diff[i] = stat[0]
+            if G >= MIN_CLUSTERS:
+                p[i] = np.mean(~(np.abs(stat) < abs(stat[0]) - 1e-9))  # a pattern without a value counts as extreme
+    return (float(diff[0]), float(p[0])) if single else (diff, p)
+
+
+# ---------------------------------------------------------------------------------------------- transfer across scale
+def isotonic_predict(x, y, w, new):
+    """Weighted increasing fit of y on x, evaluated at `new`: linear between the points, clamped outside.
+
+    x, y, w [R, n], new [R, m] -> [R, m]. Points of weight 0 are not in the fit.
+
+    The max-min formula (Barlow et al. 1972) fits all rows at once, where scipy's isotonic_regression takes one.
+    """
+    x = np.where(w > 0, x, np.inf)       # weight 0: last in the order, never reached below
+    order = np.lexsort((-y, x), axis=1)  # ties in x by falling y, since a falling run is always fitted by one value
+    x, y, w = (np.take_along_axis(v, order, axis=1) for v in (x, y, w))
+    R, n = x.shape
+    mass, total = (np.c_[np.zeros(R), np.cumsum(v, axis=1)] for v in (w, w * y))
+    fit = np.full((R, n), -np.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for a in range(n):  # fit_i = max over a <= i of min over b >= i of mean(y_a..y_b)
+            mean = (total[:, a + 1:] - total[:, a:a + 1]) / (mass[:, a + 1:] - mass[:, a:a + 1])
+            fit[:, a:] = np.fmax(fit[:, a:], np.minimum.accumulate(mean[:, ::-1], axis=1)[:, ::-1])
+        last = np.maximum((w > 0).sum(1, keepdims=True) - 1, 0)
+        upper = (x[:, None, :] <= new[:, :, None]).sum(2)
+        lo, hi = np.clip(upper - 1, 0, last), np.clip(upper, 0, last)
+        x_lo, x_hi, f_lo, f_hi = (np.take_along_axis(v, i, axis=1) for v in (x, fit) for i in (lo, hi))
+        t = np.where(x_hi > x_lo, (new - x_lo) / (x_hi - x_lo), 0.0)
+        return np.where((w > 0).any(1, keepdims=True), f_lo + t * (f_hi - f_lo), np.nan)
+
+
+def transfer_gap(x, y, meta: dict, models: list, w=None):
+    """Gamma [R], in units of y, and in_range [R]: does a proxy calibrated on the smallest model hold on the largest?
+
+    x, y [R, C]. At each depth both models have: fit y on x in the smaller one, mean of y - fit(x) over the larger one's
+    conditions; minus the same with the models swapped, halved. Mean over depths. Positive: the larger model's y is
+    better than its x says. in_range: fraction of the larger model's x inside the smaller one's range. nan without two
+    models.
+    """
+    x, y = np.atleast_2d(x, y)
+    w = np.ones(x.shape) if w is None else w
+    model, depth = np.asarray(meta["model"]), np.asarray(meta["depth"])
+    gaps, inside = [], []
+    for d in np.unique(depth):
+        s, l = (np.flatnonzero((model == m) & (depth == d)) for m in (models[0], models[-1]))
+        if models[0] == models[-1] or not len(s) or not len(l):
+            continue
+        with np.errstate(invalid="ignore", divide="ignore"):
+            up, down = (
+                (w[:, b] * (y[:, b] - isotonic_predict(x[:, a], y[:, a], w[:, a], x[:, b]))).sum(1) / w[:, b].sum(1)
+                for a, b in ((s, l), (l, s)))
+        gaps.append((up - down) / 2)
+        lo, hi = x[:, s].min(1, keepdims=True), x[:, s].max(1, keepdims=True)
+        inside.append(((x[:, l] >= lo) & (x[:, l] <= hi)).mean(1))
+    if not gaps:
+        return np.full(len(x), np.nan), np.full(len(x), np.nan)
+    gaps, has = np.array(gaps), ~np.isnan(gaps)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may miss a depth: the mean over those it has
+        gamma = np.where(has, gaps, 0).sum(0) / has.sum(0)
+    defined = np.isfinite(x + y + w).all(1)
+    return np.where(defined, gamma, np.nan), np.where(defined, np.mean(inside, axis=0), np.nan)
+
+
+# ---------------------------------------------------------------------------------------------- leaderboard
+def _best(values: dict, sign: int = 1):
+    """Name of the largest (sign -1: smallest) value; None when all are nan."""
+    known = {name: sign * float(v) for name, v in values.items() if not np.isnan(v)}
+    return max(known, key=known.get) if known else None
+
+
+def best_control(scores: dict, target, meta: dict, controls: list):
+    """The control with the highest partial Spearman on half A, to be tested on half B; None when none is defined."""
+    return _best({name: partial_spearman(scores[name][1], target[1], meta) for name in controls if name in scores})
+
+
+def leaderboard(scores: dict, target, meta: dict, models: list, *, target_name: str, controls: list,
+                n_resamples: int = 2000, seed: int = 0) -> list[dict]:
+    """One row per proxy in each stratum: all conditions pooled, then each model alone. `models`: smallest to largest.
+
+    Intervals: cluster bootstrap nested with the shared sequence resamples. diff_r2, p_r2: on all sequences.
+    diff_control, p_control: control chosen in that stratum on half A, everything computed on half B, whose interval
+    resamples clusters only (there is no sequence resample within a half). r2 against itself and the chosen control
+    against itself are 0 with p = 1, as is every row of the same ranks. gamma and in_range: pooled only. same_ranks_as:
+    the first earlier proxy that ranks the conditions identically; such a row counts once in any multiplicity.
+    """
+    rows, weights, table = _rows(len(target), n_resamples), bootstrap_weights(meta, n_resamples, seed), []
+    for stratum in ("pooled", *models):
+        keep = np.flatnonzero((np.asarray(meta["model"]) == stratum) | (stratum == "pooled"))
+        if not len(keep):
+            continue
+        x, y = {p: s[:, keep] for p, s in scores.items()}, target[:, keep]
+        part = {name: np.asarray(v)[keep] for name, v in meta.items()}
+        plain, given = _design(weights[:, keep], np.ones((len(keep), 1))), _design(weights[:, keep], _given(part))
+
+        def units(v):  # of one variable: for pearson, spearman, partial; for partial on half B; its ranks
+            rank, rank_b = _midrank(v[rows], plain[0]), _midrank(v[2:3], plain[0])
+            return (_unit(v[rows], plain), _unit(rank, plain), _unit(rank, given), _unit(rank_b, given)), rank[0]
+
+        r, order, (y_units, _) = {}, {}, units(y)
+        for name, s in x.items():
+            x_units, order[name] = units(s)
+            r[name] = dict(zip(("pearson", "spearman", "partial", "half_b"), map(_dot, x_units, y_units)))
+        control, stacked = best_control(x, y, part, controls), np.stack(list(x.values()))
+        nothing = np.full(len(x), np.nan), np.full(len(x), np.nan)
+        vs_r2 = swap_test(stacked[:, 0], x[R2][0], y[0], part, seed=seed) if R2 in x else nothing
+        vs_control = swap_test(stacked[:, 2], x[control][2], y[2], part, seed=seed) if control else nothing
+
+        n_clusters = int(cluster_ids(part).max()) + 1
+        for i, (name, s) in enumerate(x.items()):
+            row = dict(proxy=name, target=target_name, stratum=stratum, n_cells=n_clusters, n_clusters=n_clusters)
+            for key in ("pearson", "spearman", "partial"):
+                row |= _with_interval(key, r[name][key][0], r[name][key][3:], fisher=True)
+            for key, (diff, p), base, kind in (("r2", vs_r2, R2, "partial"),
+                                               ("control", vs_control, control, "half_b")):
+                draws = (r[name][kind] - r[base][kind])[3:] if base in r else np.array([])
+                row |= _with_interval(f"diff_{key}", diff[i], draws) | {f"p_{key}": float(p[i])}
+            gamma, inside = np.full(4, np.nan), np.full(1, np.nan)
+            if stratum == "pooled":
+                gamma, inside = transfer_gap(s[rows], y[rows], part, models, weights)
+            row |= _with_interval("gamma", gamma[0], gamma[3:]) | {"in_range": float(inside[0])}
+            twin = next((p for p in order if np.array_equal(order[p], order[name])), name)
+            table.append(row | {"same_ranks_as": "" if twin == name else twin})
+    return table
+
+
+def noise_ceiling(target, meta: dict) -> dict:
+    """How well the evaluation sequences know the target: `split_half` = partial Spearman of half A with half B,
+    `reliability` of both together (Spearman-Brown), `rho_max` = sqrt(reliability), the most a noise-free proxy can
+    reach (Spearman 1904). A proxy measured on the same sequences shares their noise and may pass it."""
+    split = partial_spearman(target[1], target[2], meta)
+    reliability = 2 * split / (1 + split) if split > -1 else np.nan
+    rho_max = float(np.sqrt(reliability)) if reliability >= 0 else np.nan
+    return dict(split_half=split, reliability=reliability, rho_max=rho_max)
+
+
+def smallest_detectable(scores: dict, target, meta: dict, *, controls: list, proxy: str = SWD,
+                        n_resamples: int = 2000, seed: int = 0, power: float = 0.8) -> float:
+    """Smallest difference to the best control in partial Spearman that this grid shows with this power, two-sided 5%:
+    (z.975 + z.power) times the bootstrap standard error of the difference on half B, where it is tested."""
+    control = best_control(scores, target, meta, controls)
+    if control is None:
+        return np.nan
+    design = _design(bootstrap_weights(meta, n_resamples, seed)[3:], _given(meta))
+    x, c, y = (_unit(_midrank(v[2:3], design[0]), design) for v in (scores[proxy], scores[control], target))
+    diff = _dot(x, y) - _dot(c, y)
+    diff = diff[~np.isnan(diff)]
+    z = norm.ppf(1 - ALPHA / 2) + norm.ppf(power)
+    return float(z * diff.std(ddof=1)) if 2 * len(diff) > n_resamples else np.nan
+
+
+# ---------------------------------------------------------------------------------------------- verdict
+def verdict_h2(rows: list[dict], scores: dict, target, meta: dict, models: list, *, controls: list, gate: str | None,
+               proxy: str = SWD, n_resamples: int = 2000, seed: int = 0) -> dict:
+    """The pre-registered verdict on H2, "a sensitivity-weighted proxy predicts CE better", and every number it used.
+
+    `rows` are the leaderboard's, `gate` the leaf of Exp-A or None. Two claims, each against a control chosen on half A
+    and tested on half B: (a) partial Spearman higher by >= 0.10, swap p < .05; (b) |gamma| at most half the smallest
+    |gamma| of a control, 95% interval of |gamma_control| - |gamma_proxy| above 0. The first leaf that applies:
+
+      undecided         fewer than 6 clusters, or (a) undefined
+      beats-r2-only     not (a), but both its conditions hold against r2, on all sequences
+      rejected          not (a), nor against r2; `smallest_detectable` says whether 0.10 could have been shown
+      undecided         (a), but gamma is undefined (one model, or no depth in common): (b) was not put to the test
+      not-transferable  (a), but under half the larger model's values are in range, of the proxy or the control of (b)
+      supported         (a) and (b)
+      rejected          (a), not (b): better ranks that do not carry over across scale are not what H2 claims
+
+    An Exp-A leaf that adjudicated nothing (undecided, undertrained) gates as None does. in_range is the leaderboard's,
+    on all sequences. p_*_by_layer: the swap tests with clusters = (model, layer), whose cells share activations; shown,
+    not decisive, None below 6 of them.
+    """
+    pooled = [row for row in rows if row["stratum"] == "pooled"]
+    row = {r["proxy"]: r for r in pooled}
+    mine, control_a = row[proxy], best_control(scores, target, meta, controls)
+
+    layers = cluster_ids(meta, ("model", "layer"))
+    by_layer = {f"p_{key}_by_layer": np.nan for key in ("r2", "control")}
+    for key, base, half in (("r2", R2, 0), ("control", control_a, 2)):
+        if base in scores:
+            by_layer[f"p_{key}_by_layer"] = swap_test(scores[proxy][half], scores[base][half], target[half], meta,
+                                                      clusters=layers, seed=seed)[1]
+
+    half_a = {c: abs(transfer_gap(scores[c][1], target[1], meta, models)[0][0]) for c in controls if c in scores}
+    control_b, w = _best(half_a, sign=-1), bootstrap_weights(meta, n_resamples, seed)
+    g_mine, g_control, inside_mine, inside_control = np.full(4, np.nan), np.full(4, np.nan), np.nan, np.nan
+    if control_b:
+        half_b = {p: np.broadcast_to(scores[p][2], w.shape) for p in (proxy, control_b)}  # one value under every draw
+        y_b = np.broadcast_to(target[2], w.shape)
+        g_mine, g_control = (transfer_gap(half_b[p], y_b, meta, models, w)[0] for p in (proxy, control_b))
+        inside_mine, inside_control = mine["in_range"], row[control_b]["in_range"]
+    gain = np.abs(g_control) - np.abs(g_mine)
+    gain_lo, gain_hi = interval(gain[3:])
+
+    a_holds = mine["diff_control"] >= MIN_DIFFERENCE and mine["p_control"] < ALPHA
+    a_holds_r2 = mine["diff_r2"] >= MIN_DIFFERENCE and mine["p_r2"] < ALPHA
+    b_judged = min(inside_mine, inside_control) >= MIN_IN_RANGE
+    b_holds = abs(g_mine[0]) <= MAX_GAMMA_RATIO * abs(g_control[0]) and gain_lo > 0
+    if mine["n_clusters"] < MIN_CLUSTERS:
+        leaf, why = "undecided", f"{mine['n_clusters']} clusters, {MIN_CLUSTERS} needed"
+    elif np.isnan(mine["p_control"]):
+        leaf, why = "undecided", "the difference to the best control is undefined"
+    elif not a_holds and a_holds_r2:
+        leaf, why = "beats-r2-only", f"ranks better than r2, not shown to rank better than {control_a}"
+    elif not a_holds:
+        leaf, why = "rejected", f"not shown to rank better than {control_a}, nor than r2"
+    elif np.isnan(g_mine[0]) or np.isnan(g_control[0]):
+        leaf, why = "undecided", "ranks better, transfer across scale undefined on this grid"
+    elif not b_judged:
+        leaf, why = "not-transferable", "ranks better, but too few of the larger model's values are in range to judge"
+    elif b_holds:
+        leaf, why = "supported", f"ranks better than {control_a} and transfers across scale better than {control_b}"
+    else:
+        leaf, why = "rejected", f"ranks better than {control_a}, not shown to transfer better than {control_b}"
+
+    out = dict(leaf=leaf if gate in ADJUDICATED else "gated", leaf_if_ungated=leaf, reason=why, gate=gate)
+    out |= dict(proxy=proxy, target=mine["target"], n_conditions=len(layers), n_cells=mine["n_cells"],
+                n_clusters=mine["n_clusters"], n_layer_clusters=layers.max() + 1, n_proxies=len(pooled),
+                n_proxies_distinct=sum(r["same_ranks_as"] == "" for r in pooled))
+    out |= dict(a_control=control_a, a_holds=a_holds, a_holds_vs_r2=a_holds_r2)
+    out |= {key + end: mine[key + end] for key in ("partial", "diff_control", "diff_r2") for end in ("", "_lo", "_hi")}
+    out |= dict(p_control=mine["p_control"], p_r2=mine["p_r2"], **by_layer)
+    out |= dict(b_control=control_b, b_judged=b_judged, b_holds=b_holds, gamma_proxy=g_mine[0],
+                gamma_control=g_control[0], gamma_gain=gain[0], gamma_gain_lo=gain_lo, gamma_gain_hi=gain_hi,
+                in_range_proxy=inside_mine, in_range_control=inside_control)
+    out |= noise_ceiling(target, meta)
+    out |= dict(smallest_detectable=smallest_detectable(scores, target, meta, controls=controls, proxy=proxy,
+                                                        n_resamples=n_resamples, seed=seed))
+    out |= dict(n_resamples=n_resamples, seed=seed, alpha=ALPHA, min_clusters=MIN_CLUSTERS,
+                min_difference=MIN_DIFFERENCE, max_gamma_ratio=MAX_GAMMA_RATIO, min_in_range=MIN_IN_RANGE)
+    return {key: _jsonable(value) for key, value in out.items()}
+
+
+def _jsonable(value):
+    """Plain Python, with None for nan."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and np.isnan(value) else value
