@@ -1,21 +1,18 @@
 """Train the embedded language models on the running Python's standard library.
 
-    python demo/train.py tokenizer                  # byte-level BPE, 2,048 pieces: demo/tokenizer.json
-    python demo/train.py stdlib-l --tokens 10M      # a GPT-NeoX model into demo/stdlib-l
-    python demo/train.py stdlib-l --score           # only measure what is there
+    python demo/train.py tokenizer     # byte-level BPE of 2,048 pieces: demo/tokenizer.json
+    python demo/train.py stdlib-l      # a GPT-NeoX model into demo/stdlib-l, with its card
 
-Three sizes of one architecture (6 blocks, heads of 32, d = 64, 128, 256) see the same batches in the same order: scale
-is the only difference. Hidden matrices are trained by Muon and the rest by AdamW (torch.optim's own). The run is
-checkpointed every 50 steps under demo/checkpoints/ and goes on from there when started again.
+Three widths of one architecture (6 blocks, heads of 32, d = 64, 128, 256) see the same batches in the same order: scale
+is the only difference. Hidden matrices are trained by Muon and the rest by AdamW, both torch.optim's own, at a constant
+rate and then down to zero. A checkpoint every 50 steps under demo/checkpoints/ lets an interrupted run go on; run on to a
+larger --steps before the decay begins, and the constant part is shared.
 """
 import argparse
 import json
 import math
-import os
 import pathlib
 import platform
-import sys
-import time
 
 import numpy as np
 import torch
@@ -23,12 +20,13 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from common import stdlib_documents
+from common import atomically, load_model, stdlib_documents
 
 HERE = pathlib.Path(__file__).resolve().parent
 WIDTHS = {"stdlib-s": 64, "stdlib-m": 128, "stdlib-l": 256}
 VOCAB, CTX, BATCH, EOT = 2048, 512, 16, "<|endoftext|>"
 MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 0.015, 18, 0.4  # peak rates; steps; share of the run
+CHECKPOINT_EVERY = 50
 
 
 def train_tokenizer() -> None:
@@ -98,11 +96,10 @@ def train(name: str, steps: int, device: str) -> GPTNeoXForCausalLM:
             optimiser.zero_grad()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % 50 == 0:
-            checkpoint.parent.mkdir(exist_ok=True)
-            torch.save({"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": step + 1},
-                       checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        if (step + 1) % CHECKPOINT_EVERY == 0:
+            with atomically(checkpoint) as temporary:
+                torch.save({"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": step + 1},
+                           temporary)
     return model.eval()
 
 
@@ -126,26 +123,52 @@ def unigram_nats() -> float:
     return float(-np.log(counts / counts.sum())[held].mean())
 
 
-def score(name: str, model: GPTNeoXForCausalLM, device: str) -> dict:
-    """Bits per byte on the held-out files: nats/token over ln 2 times tokens per byte of text, end marks counted as tokens."""
-    held, n_bytes = token_stream("heldout")
-    bpb = len(held) / n_bytes / math.log(2)
-    rows = nats_per_token(model, device)
-    return {"bits_per_byte": rows.mean() * bpb, "se": rows.std(ddof=1) / math.sqrt(len(rows)) * bpb,
-            "unigram": unigram_nats() * bpb, "untrained": nats_per_token(build(name).to(device).eval(), device).mean() * bpb,
-            "heldout_bytes": n_bytes, "heldout_tokens": len(held)}
+def export(name: str, model: GPTNeoXForCausalLM) -> None:
+    """The ordinary Hugging Face folder. Weights are rounded to float16 (half the bytes to commit), and the configuration
+    says float32, so that what loads computes in float32."""
+    folder = HERE / name
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    PreTrainedTokenizerFast(tokenizer_file=str(HERE / "tokenizer.json"), bos_token=EOT, eos_token=EOT, unk_token=EOT,
+                            model_max_length=CTX).save_pretrained(folder)
+
+
+def write_card(name: str, steps: int, device: str) -> None:
+    """Measure the exported model on the held-out files and say what it is."""
+    stream, train_bytes = token_stream("train")
+    held, held_bytes = token_stream("heldout")
+    bits = len(held) / held_bytes / math.log(2)  # nats per token -> bits per byte; end marks counted as tokens, not as bytes
+    rows = nats_per_token(load_model(name, torch.device(device))[0], device)
+    untrained = nats_per_token(build(name).to(device).eval(), device).mean() * bits
+    d, tokens = WIDTHS[name], steps * BATCH * CTX
+    (HERE / name / "README.md").write_text(f"""# {name}
+
+GPT-NeoX, 6 blocks, d_model {d}, {d // 32} heads, context {CTX}, vocabulary {VOCAB} (byte-level BPE), untied; weights kept in float16.
+
+| | bits per byte on held-out files |
+|---|---|
+| **{name}** | **{rows.mean() * bits:.4f}** ± {rows.std(ddof=1) / math.sqrt(len(rows)) * bits:.4f} (standard error over {len(rows)} rows of {CTX} tokens) |
+| the same, untrained | {untrained:.4f} |
+| unigram frequencies | {unigram_nats() * bits:.4f} |
+
+Data: the standard library of Python {platform.python_version()} (modules and pydoc topics; tests, idlelib and site-packages left out), split by
+file: {train_bytes:,} bytes ({len(stream):,} tokens) to train on, {held_bytes:,} bytes ({len(held):,} tokens) held out.
+Trained on {tokens:,} tokens ({tokens / len(stream):.2f} passes): {steps} steps of {BATCH} x {CTX}.
+
+Made by `python demo/train.py {name} --steps {steps}`.
+""")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tokenizer", *WIDTHS])
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=585)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.what == "tokenizer":
         train_tokenizer()
     else:
-        t = time.time()
-        model = train(args.what, args.steps, args.device)
-        model.save_pretrained(HERE / "checkpoints" / args.what)
-        print(args.what, time.time() - t, score(args.what, model, args.device))
+        export(args.what, train(args.what, args.steps, args.device))
+        write_card(args.what, args.steps, args.device)
+        print((HERE / args.what / "README.md").read_text())

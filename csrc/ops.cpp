@@ -1,0 +1,343 @@
+// Schemas and CPU kernels of namespace `tg`. Autograd and fake tensors are registered in kernels.py, CUDA in ops_cuda.cu.
+// Everything goes through the LibTorch stable ABI, so one build serves every torch from 2.10 on.
+//
+// Results depend neither on the host nor on the number of threads: work is cut by shape alone, each output number is summed by
+// one thread in a fixed order, and no flag lets the compiler reorder floating point.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "keys.h"
+
+// Wider vectors where the processor has them, chosen at load. The numbers stay the same: every loop so marked is elementwise or
+// keeps its sums in a fixed number of lanes, and -ffp-contract=off forbids fused multiply-add.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WIDE
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of float32 per thread: stays in the level-2 cache
+constexpr int STRIP = 8, AHEAD = 4;
+constexpr int LANES = 16;                                  // independent sums or compares, for the compiler to vectorise
+
+template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+Tensor like(const Tensor& t, std::initializer_list<int64_t> shape) { return torch::stable::new_empty(t, shape); }
+
+template <class F> auto by_dtype(const Tensor& t, F&& f) {
+  if (t.scalar_type() == ScalarType::Float) return f(float());
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "tg: float32 or float64 only on the CPU");
+  return f(double());
+}
+
+// kernels.py has checked shapes in words already; this keeps a direct call of torch.ops.tg from reading out of bounds.
+void check(const char* op, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype, op, ": operands differ in dtype or device");
+  STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), x.sizes().begin(), x.sizes().end()), op, ": shapes do not match");
+}
+
+void check_code(const char* op, const Tensor& indices, int64_t F) {
+  const int64_t* f = in<int64_t>(indices);
+  bool bad = false;
+  for (int64_t i = 0; i < indices.numel(); ++i) bad |= uint64_t(f[i]) >= uint64_t(F);
+  STD_TORCH_CHECK(!bad, op, ": an index lies outside [0, ", F, ")");
+}
+
+// ------------------------------------------------------------------------------------------------------------ encode
+template <class T> struct Key {  // one candidate latent; a < b: a ranks before b
+  typename Bits<T>::U order;
+  uint32_t f;
+  bool operator<(const Key& o) const { return order != o.order ? order > o.order : f < o.f; }
+};
+
+// The best k of one token so far, and whatever has come since that might displace them.
+template <class T> class Best {
+  Key<T>* keys;
+  int64_t k, capacity, n = 0;
+
+  void shrink() {
+    std::nth_element(keys, keys + k - 1, keys + n);
+    n = k;
+    threshold = from_order<T>(keys[k - 1].order);
+  }
+
+ public:
+  T threshold = -std::numeric_limits<T>::infinity();  // later latents must exceed it: at a tie the lower index has won
+  Best(Key<T>* keys, int64_t k, int64_t capacity) : keys(keys), k(k), capacity(capacity) {}
+
+  void add(T value, int64_t f) {
+    if (n >= k && value <= threshold) return;
+    keys[n++] = {to_order(value), uint32_t(f)};
+    if (n == capacity) shrink();
+  }
+
+  void scan(const T* x, const T* bias, int64_t count, int64_t first) {
+    int64_t c = 0;
+    for (; c < count && n < k; ++c) add(x[c] + bias[c], first + c);
+    for (; c + LANES <= count; c += LANES) {  // most groups hold nothing above the threshold, and one vector compare says so
+      int hit = 0;
+      for (int i = 0; i < LANES; ++i) hit |= !(x[c + i] + bias[c + i] <= threshold);  // true for a NaN too
+      if (hit)
+        for (int i = 0; i < LANES; ++i) add(x[c + i] + bias[c + i], first + c + i);
+    }
+    for (; c < count; ++c) add(x[c] + bias[c], first + c);
+  }
+
+  void finish(T* values, int64_t* indices) {
+    if (n > k) shrink();
+    std::sort(keys, keys + k, [](const Key<T>& a, const Key<T>& b) { return a.f < b.f; });
+    for (int64_t j = 0; j < k; ++j) values[j] = relu(from_order<T>(keys[j].order)), indices[j] = keys[j].f;
+  }
+};
+
+// out = a b^T through the dispatcher: inside parallel_for this is the library's single-threaded GEMM.
+void gemm(const Tensor& a, const Tensor& bT, const Tensor& result) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(bT), torch::stable::detail::from(result)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference, so that it is released
+}
+
+// Tokens are cut into blocks, one thread each; a block runs over F in tiles, GEMM then scan, while the tile is in cache. Wrapping
+// raw pointers keeps autograd out: the threads of parallel_for do not inherit the caller's grad mode.
+template <class T> void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const Tensor& values, const Tensor& indices) {
+  const int64_t N = h.size(0), d = h.size(1), F = W.size(0), width = std::min(F, TILE_LATENTS);
+  const int64_t tokens = std::clamp<int64_t>(N / 16, std::min<int64_t>(64, N), TILE_TOKENS), capacity = 2 * k + 64;
+  const auto device = h.device();
+  const auto dtype = h.scalar_type();
+  auto view = [&](const T* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+    return torch::stable::from_blob(const_cast<T*>(p), {rows, cols}, {row_stride, col_stride}, device, dtype);
+  };
+  torch::stable::parallel_for(0, (N + tokens - 1) / tokens, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> tile(tokens * width);
+    std::vector<Key<T>> keys(tokens * capacity);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t n0 = block * tokens, rows = std::min(tokens, N - n0);
+      std::vector<Best<T>> best;
+      for (int64_t r = 0; r < rows; ++r) best.emplace_back(keys.data() + r * capacity, k, capacity);
+      for (int64_t f0 = 0; f0 < F; f0 += width) {
+        const int64_t cols = std::min(width, F - f0);
+        gemm(view(in<T>(h) + n0 * d, rows, d, d, 1), view(in<T>(W) + f0 * d, d, cols, 1, d), view(tile.data(), rows, cols, cols, 1));
+        for (int64_t r = 0; r < rows; ++r) best[r].scan(tile.data() + r * cols, in<T>(b) + f0, cols, f0);
+      }
+      for (int64_t r = 0; r < rows; ++r) best[r].finish(out<T>(values) + (n0 + r) * k, out<int64_t>(indices) + (n0 + r) * k);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const Tensor& b_, int64_t k) {
+  const char* op = "topk_encode";
+  STD_TORCH_CHECK(h_.dim() == 2 && W_.dim() == 2, op, ": h and W_enc must have two dimensions");
+  const int64_t N = h_.size(0), d = h_.size(1), F = W_.size(0);
+  check(op, h_, h_.scalar_type(), {N, d});
+  check(op, W_, h_.scalar_type(), {F, d});
+  check(op, b_, h_.scalar_type(), {F});
+  STD_TORCH_CHECK(k >= 1 && k <= F && F <= std::numeric_limits<uint32_t>::max(), op, ": k=", k, " is not in 1..F=", F);
+  Tensor h = torch::stable::contiguous(h_), W = torch::stable::contiguous(W_), b = torch::stable::contiguous(b_);
+  Tensor values = like(h, {N, k}), indices = torch::stable::new_empty(h, {N, k}, ScalarType::Long);
+  if (N) by_dtype(h, [&](auto zero) { encode<decltype(zero)>(h, W, b, k, values, indices); });
+  return {values, indices};
+}
+
+// ------------------------------------------------------------------------------------------------------------ decode
+// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores. Rows lie anywhere in
+// W, so the processor is told which come soon: AHEAD entries on, into the next tokens' (`more` entries follow these k).
+template <class T> WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, int64_t more, const T* W, int64_t d, T* __restrict acc) {
+  typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
+  constexpr int64_t width = 64 / sizeof(T);
+  int64_t j = 0;
+  for (; j + 4 <= k; j += 4) {
+    const T v0 = values[j], v1 = values[j + 1], v2 = values[j + 2], v3 = values[j + 3];
+    const T *w0 = W + indices[j] * d, *w1 = W + indices[j + 1] * d, *w2 = W + indices[j + 2] * d, *w3 = W + indices[j + 3] * d;
+    const T* soon[4];
+    for (int l = 0; l < 4; ++l) soon[l] = W + indices[std::min(j + AHEAD + l, k + more - 1)] * d;
+    int64_t i = 0;
+    for (; i + width <= d; i += width) {
+      for (int l = 0; l < 4; ++l) __builtin_prefetch(soon[l] + i);
+      *(Vector*)(acc + i) += (v0 * *(const Vector*)(w0 + i) + v1 * *(const Vector*)(w1 + i)) + (v2 * *(const Vector*)(w2 + i) + v3 * *(const Vector*)(w3 + i));
+    }
+    for (; i < d; ++i) acc[i] += (v0 * w0[i] + v1 * w1[i]) + (v2 * w2[i] + v3 * w3[i]);
+  }
+  for (; j < k; ++j) {
+    const T v = values[j], *w = W + indices[j] * d;
+    for (int64_t i = 0; i < d; ++i) acc[i] += v * w[i];
+  }
+}
+
+template <class T> WIDE T dot(const T* a, const T* b, int64_t d) {
+  T lane[2 * LANES] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + 2 * LANES <= d; i += 2 * LANES)
+    for (int l = 0; l < 2 * LANES; ++l) lane[l] += a[i + l] * b[i + l];
+  for (; i < d; ++i) sum += a[i] * b[i];
+  for (int l = 0; l < 2 * LANES; ++l) sum += lane[l];
+  return sum;
+}
+
+struct Code {  // the operands that decode and distortion share, checked and contiguous
+  Tensor values, indices, W, b;
+  int64_t N, k, F, d;
+  Code(const char* op, const Tensor& v, const Tensor& i, const Tensor& W_, const Tensor& b_)
+      : values(torch::stable::contiguous(v)), indices(torch::stable::contiguous(i)), W(torch::stable::contiguous(W_)), b(torch::stable::contiguous(b_)) {
+    STD_TORCH_CHECK(v.dim() == 2 && W_.dim() == 2, op, ": values and W_dec must have two dimensions");
+    N = v.size(0), k = v.size(1), F = W.size(0), d = W.size(1);
+    check(op, v, v.scalar_type(), {N, k});
+    check(op, i, ScalarType::Long, {N, k});
+    check(op, W_, v.scalar_type(), {F, d});
+    check(op, b_, v.scalar_type(), {d});
+    check_code(op, indices, F);
+  }
+  template <class T> void row(int64_t n, T* acc) const {
+    std::fill(acc, acc + d, T(0));
+    add_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, (N - n - 1) * k, in<T>(W), d, acc);
+    for (int64_t i = 0; i < d; ++i) acc[i] += in<T>(b)[i];  // last: b may be far larger than the sum
+  }
+};
+
+Tensor sparse_decode(const Tensor& values, const Tensor& indices, const Tensor& W_dec, const Tensor& b_dec) {
+  const Code code("sparse_decode", values, indices, W_dec, b_dec);
+  Tensor h_hat = like(code.values, {code.N, code.d});
+  by_dtype(h_hat, [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, code.N, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) code.row(n, out<T>(h_hat) + n * code.d);
+    });
+  });
+  return h_hat;
+}
+
+// One pass: h_hat of a token is built in cache, and its seven sums are taken from there with h and g, in float64 over four lanes.
+std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, const Tensor& indices, const Tensor& W_dec,
+                                                        const Tensor& b_dec, const Tensor& h_, const Tensor& g_, bool want_h_hat) {
+  const char* op = "gradient_weighted_distortion";
+  const Code code(op, values, indices, W_dec, b_dec);
+  const int64_t N = code.N, d = code.d;
+  check(op, h_, values.scalar_type(), {N, d});
+  check(op, g_, values.scalar_type(), {N, d});
+  Tensor h = torch::stable::contiguous(h_), g = torch::stable::contiguous(g_);
+  Tensor stats = like(h, {N, 7}), h_hat = like(h, {want_h_hat ? N : 0, d});
+  by_dtype(h, [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(want_h_hat ? 0 : d);
+      for (int64_t n = begin; n < end; ++n) {
+        T* y = want_h_hat ? out<T>(h_hat) + n * d : scratch.data();
+        code.row(n, y);
+        const T *x = in<T>(h) + n * d, *grad = in<T>(g) + n * d;
+        double sums[7][4] = {};
+        for (int64_t i0 = 0; i0 < d; i0 += 4)
+          for (int64_t i = i0; i < std::min(i0 + 4, d); ++i) {
+            const double xi = x[i], yi = y[i], delta = yi - xi, terms[7] = {grad[i] * delta, delta * delta, yi * yi, xi * yi, xi * xi, delta, xi};
+            for (int s = 0; s < 7; ++s) sums[s][i - i0] += terms[s];
+          }
+        for (int s = 0; s < 7; ++s) out<T>(stats)[n * 7 + s] = T((sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]));
+      }
+    });
+  });
+  return {stats, h_hat};
+}
+
+// ---------------------------------------------------------------------------------------------------------- backward
+// out[n,j] = x[n] . W[indices[n,j]]
+Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
+  const char* op = "gather_dot";
+  STD_TORCH_CHECK(x_.dim() == 2 && W_.dim() == 2 && indices_.dim() == 2, op, ": all operands must have two dimensions");
+  const int64_t N = x_.size(0), d = x_.size(1), F = W_.size(0), k = indices_.size(1);
+  check(op, x_, x_.scalar_type(), {N, d});
+  check(op, W_, x_.scalar_type(), {F, d});
+  check(op, indices_, ScalarType::Long, {N, k});
+  Tensor x = torch::stable::contiguous(x_), W = torch::stable::contiguous(W_), indices = torch::stable::contiguous(indices_);
+  check_code(op, indices, F);
+  Tensor dots = like(x, {N, k});
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin * k; at < end * k; ++at)
+        out<T>(dots)[at] = dot(in<T>(x) + at / k * d, in<T>(W) + in<int64_t>(indices)[at] * d, d);
+    });
+  });
+  return dots;
+}
+
+// rows[f] = sum of coef[n,j] x[n] over the entries with indices[n,j] = f, sums[f] = sum of their coef. A counting sort lists each
+// latent's entries in token order; then a thread owns whole rows. Partial sums of 32 entries keep the rounding of a latent that
+// fires everywhere near that of a blocked matmul.
+std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indices_, const Tensor& x_, int64_t F) {
+  const char* op = "scatter_rows";
+  STD_TORCH_CHECK(x_.dim() == 2 && coef_.dim() == 2 && F >= 0, op, ": coef and x must have two dimensions");
+  const int64_t N = x_.size(0), d = x_.size(1), k = coef_.size(1);
+  check(op, x_, x_.scalar_type(), {N, d});
+  check(op, coef_, x_.scalar_type(), {N, k});
+  check(op, indices_, ScalarType::Long, {N, k});
+  Tensor x = torch::stable::contiguous(x_), coef = torch::stable::contiguous(coef_), indices = torch::stable::contiguous(indices_);
+  check_code(op, indices, F);
+  Tensor rows = like(x, {F, d}), sums = like(x, {F});
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t* f = in<int64_t>(indices);
+    std::vector<int64_t> start(F + 2), token(N * k);
+    std::vector<T> sorted(N * k);
+    for (int64_t at = 0; at < N * k; ++at) ++start[f[at] + 2];
+    for (int64_t i = 2; i < F + 2; ++i) start[i] += start[i - 1];
+    for (int64_t at = 0; at < N * k; ++at) {  // after this the entries from start[f] to start[f + 1] belong to f
+      const int64_t to = start[f[at] + 1]++;
+      token[to] = at / k, sorted[to] = in<T>(coef)[at];
+    }
+    torch::stable::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
+      std::vector<T> part(d);
+      for (int64_t row = begin; row < end; ++row) {
+        T *total = out<T>(rows) + row * d, sum = 0;
+        std::fill(total, total + d, T(0));
+        for (int64_t e0 = start[row]; e0 < start[row + 1]; e0 += 32) {
+          const int64_t e1 = std::min(e0 + 32, start[row + 1]);
+          std::fill(part.begin(), part.end(), T(0));
+          add_rows(sorted.data() + e0, token.data() + e0, e1 - e0, N * k - e1, in<T>(x), d, part.data());
+          for (int64_t i = 0; i < d; ++i) total[i] += part[i];
+          sum += std::accumulate(sorted.data() + e0, sorted.data() + e1, T(0));
+        }
+        out<T>(sums)[row] = sum;
+      }
+    });
+  });
+  return {rows, sums};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(tg, m) {
+  m.def("topk_encode(Tensor h, Tensor W_enc, Tensor b_enc, int k) -> (Tensor, Tensor)");
+  m.def("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec) -> Tensor");
+  m.def("gradient_weighted_distortion(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec, Tensor h, Tensor g, bool want_h_hat) -> (Tensor, Tensor)");
+  m.def("gather_dot(Tensor x, Tensor W, Tensor indices) -> Tensor");
+  m.def("scatter_rows(Tensor coef, Tensor indices, Tensor x, int F) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tg, CPU, m) {
+  m.impl("topk_encode", TORCH_BOX(&topk_encode));
+  m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
+  m.impl("gradient_weighted_distortion", TORCH_BOX(&gradient_weighted_distortion));
+  m.impl("gather_dot", TORCH_BOX(&gather_dot));
+  m.impl("scatter_rows", TORCH_BOX(&scatter_rows));
+}
+
+// Importing the module runs the registrations above; what it holds says which build this is.
+PYBIND11_MODULE(_kernels, m) {
+  m.attr("devices") = BUILD_DEVICES;
+  m.attr("source") = BUILD_SOURCE;
+}

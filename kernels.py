@@ -1,0 +1,286 @@
+"""The operators of a TopK sparse autoencoder: one public function each, the same call on every device.
+
+    values, indices = topk_encode(h, W_enc, b_enc, k)             [N,d] -> [N,k] twice, differentiable
+    h_hat           = sparse_decode(values, indices, W_dec, b_dec)                 -> [N,d], differentiable
+    stats, h_hat    = gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, want_h_hat=True)
+
+float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else (MPS, bfloat16, no
+compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions `*_ref` below, which are the tests' oracle
+as well. Neither holds an [N,F] array. A wrong argument is a ValueError; an index outside [0, F) is an error on the CPU and NaN
+in the rows it reaches on CUDA, never a read out of bounds.
+"""
+import hashlib
+import os
+import pathlib
+
+import torch
+
+STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq", "delta_sum", "h_sum")  # columns of the distortion statistics
+OPS = ("topk_encode", "sparse_decode", "gradient_weighted_distortion", "scatter_rows", "gather_dot")
+TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
+MAX_K_CUDA = 2048  # the CUDA selection sorts 2k keys in shared memory
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def _source_hash() -> str:
+    """Names and bytes of csrc, hashed as setup.py does it."""
+    files = sorted(p for p in (HERE / "csrc").glob("*") if p.suffix in (".cpp", ".cu", ".h"))
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12] if files else ""
+
+
+def _load():
+    """-> (extension module or None, why not). Import torch first: the extension links against it."""
+    try:
+        import _kernels
+    except ImportError as error:
+        if getattr(error, "name", "") != "_kernels":  # it is there and does not load: say what the loader said
+            return None, f"_kernels does not load: {error}"
+        note = HERE / "_kernels_not_built.txt"
+        return None, note.read_text().strip() if note.is_file() else "not compiled: pip install -e . -c constraints.txt"
+    missing = [op for op in OPS if not hasattr(torch.ops.tg, op)]
+    return (None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall") if missing else (_kernels, "")
+
+
+_module, WHY_NOT = _load()
+BUILT = _module is not None
+_forced = "ref" if os.environ.get("KERNELS") == "ref" else None
+
+
+def use(which: str | None) -> None:
+    """Force "ref" or "ext" for every later call, None for the choice by device and dtype. For tests."""
+    global _forced
+    if which not in ("ref", "ext", None):
+        raise ValueError(f'use: "ref", "ext" or None, not {which!r}')
+    if which == "ext" and not BUILT:
+        raise RuntimeError(f"the extension is not built: {WHY_NOT}")
+    _forced = which
+
+
+def describe() -> str:
+    """One line for the start of a run: what serves the operators, and whether that is what csrc now says."""
+    version = f"torch {torch.__version__}"
+    if not BUILT:
+        return f"kernels: NOT BUILT ({WHY_NOT}) - plain PyTorch, same numbers, slower; {version}"
+    if _forced == "ref":
+        return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
+    stale = _source_hash() not in ("", _module.source)
+    return f"kernels: C++ ({_module.devices}), {version}" + (" - STALE: csrc has changed since the build, reinstall" if stale else "")
+
+
+def _extension_serves(x: torch.Tensor, k: int = 1) -> bool:
+    if not BUILT or _forced == "ref":
+        return False
+    cuda = x.is_cuda and "cuda" in _module.devices and x.dtype == torch.float32 and k <= MAX_K_CUDA
+    cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if _forced == "ext" and not (cpu or cuda):
+        raise RuntimeError(f"use('ext'): the extension does not serve {x.dtype} on {x.device} with k={k}")
+    return cpu or cuda
+
+
+# ------------------------------------------------------------------------------------------ plain PyTorch
+def _blocks(N: int, row: int):
+    """Slices over N tokens, each of at most TILE elements when a token needs `row` of them."""
+    step = max(1, TILE // max(row, 1))
+    return [slice(i, min(i + step, N)) for i in range(0, N, step)]
+
+
+def topk_encode_ref(h, W_enc, b_enc, k):
+    """`topk_encode` without gradient and without C++: at most TILE pre-activations at a time.
+
+    torch.topk leaves the order of equal values open, so one value more than k is asked for: where it equals the k-th, the row
+    is selected again as "everything above, then the first ones equal".
+    """
+    N, F = h.shape[0], W_enc.shape[0]
+    values, indices = h.new_empty(N, k), h.new_empty(N, k, dtype=torch.int64)
+    for s in _blocks(N, F):
+        pre = h[s] @ W_enc.t() + b_enc
+        top, index = pre.topk(min(k + 1, F), dim=1)
+        index = index[:, :k].sort(dim=1).values
+        if k < F:
+            tied = (top[:, k - 1] == top[:, k]).nonzero().flatten()
+            if len(tied):
+                row, kth = pre[tied], top[tied, k - 1 : k]
+                above, equal = row > kth, row == kth
+                above |= row.isnan()  # as in torch.topk a NaN is the largest value of all
+                keep = above | (equal & (equal.int().cumsum(1) <= k - above.int().sum(1, keepdim=True)))
+                index[tied] = keep.nonzero()[:, 1].view(-1, k)
+        indices[s], values[s] = index, pre.gather(1, index).relu()
+    return values, indices
+
+
+def _rows(W, indices):
+    return W.index_select(0, indices.flatten()).view(*indices.shape, W.shape[1])  # unlike W[indices], refuses a negative one
+
+
+def sparse_decode_ref(values, indices, W_dec, b_dec):
+    """`sparse_decode` without gradient and without C++."""
+    h_hat = values.new_empty(len(values), W_dec.shape[1])
+    for s in _blocks(len(values), values.shape[1] * W_dec.shape[1]):
+        h_hat[s] = torch.bmm(values[s].unsqueeze(1), _rows(W_dec, indices[s])).squeeze(1) + b_dec
+    return h_hat
+
+
+def gather_dot_ref(x, W, indices):
+    """x [N,d], W [F,d], indices [N,k] -> x[n] . W[indices[n,j]], [N,k]: the gradient of `sparse_decode` to its values."""
+    out = x.new_empty(indices.shape)
+    for s in _blocks(len(x), indices.shape[1] * W.shape[1]):
+        out[s] = torch.bmm(_rows(W, indices[s]), x[s].unsqueeze(2)).squeeze(2)
+    return out
+
+
+def scatter_rows_ref(coef, indices, x, F):
+    """coef, indices [N,k], x [N,d] -> (Z^T x [F,d], column sums of Z [F]), Z [N,F] being the code that (coef, indices) stand for.
+
+    A dense tile of Z and one matmul: no atomic addition meets another (a token's indices differ), so it is deterministic on a
+    GPU too, and MPS has every operator of it. MPS is wrong for some transposed left operands, hence contiguous().
+    """
+    rows, sums = x.new_zeros(F, x.shape[1]), x.new_zeros(F)
+    for s in _blocks(len(x), F):
+        Z = x.new_zeros(len(x[s]), F).scatter_add_(1, indices[s], coef[s])
+        rows += Z.t().contiguous() @ x[s]
+        sums += Z.sum(0)
+    return rows, sums
+
+
+def gradient_weighted_distortion_ref(values, indices, W_dec, b_dec, h, g, want_h_hat=False):
+    """`gradient_weighted_distortion` without C++; sums in float64 on the CPU, in the input's precision elsewhere."""
+    N, d = h.shape
+    stats, kept = h.new_empty(N, len(STATS)), h.new_empty(N if want_h_hat else 0, d)
+    wide = torch.float64 if h.device.type == "cpu" else h.dtype if h.dtype == torch.float64 else torch.float32
+    for s in _blocks(N, values.shape[1] * d):
+        h_hat = sparse_decode_ref(values[s], indices[s], W_dec, b_dec)
+        y, x, grad = h_hat.to(wide), h[s].to(wide), g[s].to(wide)
+        delta = y - x
+        columns = (grad * delta, delta * delta, y * y, x * y, x * x, delta, x)
+        stats[s] = torch.stack([c.sum(1) for c in columns], 1).to(h.dtype)
+        if want_h_hat:
+            kept[s] = h_hat
+    return stats, kept
+
+
+def _call(op: str, x: torch.Tensor, *args, k: int = 1):
+    return getattr(torch.ops.tg, op)(*args) if _extension_serves(x, k) else globals()[op + "_ref"](*args)
+
+
+# ------------------------------------------------------------------------------------------------ autograd
+def _encode_context(ctx, inputs, output):
+    h, W_enc, b_enc, _ = inputs
+    ctx.save_for_backward(h, W_enc, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _encode_backward(ctx, grad, _):
+    h, W_enc, values, indices = ctx.saved_tensors
+    grad = grad * (values > 0)  # ReLU: an entry that was cut to 0 passes nothing on
+    d_h = d_W = d_b = None
+    if ctx.needs_input_grad[0]:
+        d_h = _call("sparse_decode", grad, grad, indices, W_enc, W_enc.new_zeros(W_enc.shape[1]))
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        d_W, d_b = _call("scatter_rows", h, grad, indices, h, W_enc.shape[0])
+    return d_h, d_W, d_b, None
+
+
+def _decode_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _decode_backward(ctx, grad):
+    values, indices, W_dec = ctx.saved_tensors
+    d_values = _call("gather_dot", grad, grad, W_dec, indices) if ctx.needs_input_grad[0] else None
+    d_W = _call("scatter_rows", grad, values, indices, grad, W_dec.shape[0])[0] if ctx.needs_input_grad[2] else None
+    return d_values, None, d_W, grad.sum(0) if ctx.needs_input_grad[3] else None
+
+
+class _EncodeRef(torch.autograd.Function):
+    """The gradient that `tg::topk_encode` has, for the plain path: autograd through topk_encode_ref would keep [N,F] alive."""
+    forward, setup_context, backward = staticmethod(topk_encode_ref), staticmethod(_encode_context), staticmethod(_encode_backward)
+
+
+class _DecodeRef(torch.autograd.Function):
+    forward, setup_context, backward = staticmethod(sparse_decode_ref), staticmethod(_decode_context), staticmethod(_decode_backward)
+
+
+if BUILT:  # shapes for torch.compile and opcheck; the C++ side has schema and numbers only
+    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
+
+    @register_fake("tg::topk_encode")
+    def _(h, W_enc, b_enc, k):
+        return h.new_empty(len(h), k), h.new_empty(len(h), k, dtype=torch.int64)
+
+    @register_fake("tg::sparse_decode")
+    def _(values, indices, W_dec, b_dec):
+        return values.new_empty(len(values), W_dec.shape[1])
+
+    @register_fake("tg::gradient_weighted_distortion")
+    def _(values, indices, W_dec, b_dec, h, g, want_h_hat):
+        return h.new_empty(len(h), len(STATS)), h.new_empty(len(h) if want_h_hat else 0, h.shape[1])
+
+    @register_fake("tg::scatter_rows")
+    def _(coef, indices, x, F):
+        return x.new_empty(F, x.shape[1]), x.new_empty(F)
+
+    @register_fake("tg::gather_dot")
+    def _(x, W, indices):
+        return x.new_empty(indices.shape)
+
+    register_autograd("tg::topk_encode", _encode_backward, setup_context=_encode_context)
+    register_autograd("tg::sparse_decode", _decode_backward, setup_context=_decode_context)
+
+
+# --------------------------------------------------------------------------------------- public functions
+def _check(where: str, like: torch.Tensor, **named) -> None:
+    """Each of `named` is (tensor, shape): right shape, floating dtype and device of `like` (int64 where called indices)."""
+    for name, (x, shape) in named.items():
+        dtype = torch.int64 if name == "indices" else like.dtype
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{where}: {name} is {list(x.shape)}, expected {list(shape)}")
+        if x.dtype != dtype or x.device != like.device:
+            raise ValueError(f"{where}: {name} is {x.dtype} on {x.device}, expected {dtype} on {like.device}")
+    if not like.is_floating_point():
+        raise ValueError(f"{where}: {like.dtype} is not a floating dtype")
+
+
+def _matrix(where: str, name: str, x: torch.Tensor) -> torch.Size:
+    if x.dim() != 2:
+        raise ValueError(f"{where}: {name} is {list(x.shape)}, expected two dimensions")
+    return x.shape
+
+
+def topk_encode(h, W_enc, b_enc, k):
+    """The k largest pre-activations h W_enc^T + b_enc of each token, cut at zero from below.
+
+    h [N,d], W_enc [F,d], b_enc [F] -> values [N,k] >= 0, indices [N,k] int64, ascending within a token. Equal values: the lower
+    index wins. A NaN counts as the largest value and is kept as NaN. Gradients to h, W_enc, b_enc run through the entries
+    with a positive value only. Extra memory is a tile, whatever N and F.
+    """
+    N, d = _matrix("topk_encode", "h", h)
+    F = _matrix("topk_encode", "W_enc", W_enc)[0]
+    _check("topk_encode", h, W_enc=(W_enc, (F, d)), b_enc=(b_enc, (F,)))
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
+        raise ValueError(f"topk_encode: k={k}, expected an int from 1 to F={F}")
+    return torch.ops.tg.topk_encode(h, W_enc, b_enc, k) if _extension_serves(h, k) else _EncodeRef.apply(h, W_enc, b_enc, k)
+
+
+def sparse_decode(values, indices, W_dec, b_dec):
+    """h_hat[n] = b_dec + sum_j values[n,j] W_dec[indices[n,j]]; values, indices [N,k], W_dec [F,d], b_dec [d] -> [N,d]."""
+    F, d = _matrix("sparse_decode", "W_dec", W_dec)
+    N, k = _matrix("sparse_decode", "values", values)
+    _check("sparse_decode", values, indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
+    return (torch.ops.tg.sparse_decode if _extension_serves(values) else _DecodeRef.apply)(values, indices, W_dec, b_dec)
+
+
+@torch.no_grad()
+def gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, want_h_hat=False):
+    """What every distortion of delta = h_hat - h needs, per token, in one pass: -> stats [N,7], h_hat [N,d] (or [0,d]).
+
+    values, indices [N,k], W_dec [F,d], b_dec [d], h [N,d], g [N,d] (gradient of the summed CE). Columns as in STATS: g.delta,
+    |delta|^2, |h_hat|^2, h.h_hat, |h|^2, sum of delta, sum of h. h_hat is `sparse_decode`'s, rounded to the dtype as the patch
+    will see it; delta is formed elementwise from it (|h|^2 - 2 h.h_hat + |h_hat|^2 would cancel when |h| >> |delta|) and
+    summed in float64 by the extension. No gradient.
+    """
+    where = "gradient_weighted_distortion"
+    F, d = _matrix(where, "W_dec", W_dec)
+    N, k = _matrix(where, "values", values)
+    _check(where, values, indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)), h=(h, (N, d)), g=(g, (N, d)))
+    return _call(where, values, values, indices, W_dec, b_dec, h, g, bool(want_h_hat))

@@ -1,0 +1,23 @@
+"""A GPT-NeoX small enough for float64 truths, and a tokenizer-free data set for it."""
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+
+def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dtype=torch.float64):
+    """Random weights of a size that makes every term matter; float64 so that closed forms can be met to 1e-9."""
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(vocab_size=vocab, hidden_size=d, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2 * d,
+                           max_position_embeddings=64, rotary_pct=0.5, use_parallel_residual=True, initializer_range=0.3,
+                           attn_implementation="sdpa")
+    return GPTNeoXForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny():
+    return tiny_model()
+
+
+@pytest.fixture
+def rows():
+    return torch.randint(0, 41, (3, 12), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,248 @@
+"""Text, the split model, gradients and KL against truths computed another way; output folders and the diff."""
+import itertools
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import common
+from common import UserError, clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from conftest import tiny_model
+
+
+# ---------------------------------------------------------------------------------------------- model split
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_patched_run_equals_hooked_full_forward(tiny, rows, layer):
+    h = head(tiny, layer, rows)
+    h_hat = h + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(2), dtype=h.dtype)
+    handle = tiny.gpt_neox.layers[layer].register_forward_hook(lambda module, inputs, output: h_hat)
+    hooked = tiny(rows).logits
+    handle.remove()
+    torch.testing.assert_close(tail(tiny, layer, rows, h_hat), hooked, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tail(tiny, layer, rows, h), tiny(rows).logits, rtol=1e-12, atol=1e-12)
+    assert (hooked - tiny(rows).logits).abs().max() > 1e-3  # the patch did something
+
+
+def test_head_is_the_block_output_not_the_normed_hidden_state(tiny, rows):
+    states = tiny(rows, output_hidden_states=True).hidden_states
+    for layer in (0, 1):
+        torch.testing.assert_close(head(tiny, layer, rows), states[layer + 1], rtol=0, atol=0)
+    last = head(tiny, 2, rows)
+    assert (last - states[3]).abs().max() > 0.1
+    torch.testing.assert_close(tiny.gpt_neox.final_layer_norm(last), states[3])
+
+
+def test_a_failing_tail_leaves_the_model_whole(tiny, rows):
+    before = tiny(rows).logits
+    h = head(tiny, 1, rows)
+    with pytest.raises(RuntimeError):
+        tail(tiny, 1, rows, h[..., :3])
+    assert torch.equal(tiny(rows).logits, before)
+
+
+def test_tuple_blocks_are_fed_tuples(tiny, rows, monkeypatch):
+    """transformers 4 blocks returned tuples; a bare tensor would then be indexed as a batch, silently."""
+    tiny.blocks_return_tuples = True
+    assert common._Give(torch.zeros(2), True)()[0].shape == (2,)
+    head(tiny, 0, rows)
+    assert tiny.blocks_return_tuples is False
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+def summed_ce(model, layer, rows, h):
+    return cross_entropy(log_probs(tail(model, layer, rows, h).double()), rows).sum()
+
+
+def double_log_probs(logits):
+    return torch.log_softmax(logits[:, :-1], -1)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """log_probs casts to float32 in production; the truths below need float64."""
+    monkeypatch.setattr(common, "log_probs", double_log_probs)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_g_against_central_differences(tiny, rows, layer, exact):
+    h = head(tiny, layer, rows)
+    _, (g,) = clean_pass(tiny, layer, rows, h)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        delta = torch.randn(h.shape, generator=generator, dtype=h.dtype)
+        eps = 1e-5
+        ce = lambda x: cross_entropy(double_log_probs(tail(tiny, layer, rows, x)), rows).sum()
+        slope = (ce(h + eps * delta) - ce(h - eps * delta)) / (2 * eps)
+        assert abs(slope - (g * delta).sum()) < 1e-7 * slope.abs().clamp(min=1)
+
+
+def test_g_is_of_the_sum_so_batches_do_not_matter(tiny, rows, exact):
+    h = head(tiny, 1, rows)
+    _, (g,) = clean_pass(tiny, 1, rows, h)
+    one_by_one = [clean_pass(tiny, 1, rows[i:i + 1], h[i:i + 1])[1][0] for i in range(len(rows))]
+    torch.testing.assert_close(g, torch.cat(one_by_one), rtol=1e-10, atol=1e-12)
+
+
+def test_last_position_has_no_gradient_and_the_first_has(tiny, rows):
+    _, gradients = clean_pass(tiny, 1, rows, head(tiny, 1, rows), torch.rand(2, 3, 11))
+    for g in gradients:
+        assert (g[:, -1] == 0).all() and (g[:, 0].abs().sum(-1) > 0).all()
+
+
+def test_all_ones_is_a_null_direction_of_a_gpt_neox_hook(tiny, rows, exact):
+    """Every reader of the residual stream is a LayerNorm, which removes the mean over d."""
+    h = head(tiny, 1, rows)
+    log_p, (g,) = clean_pass(tiny, 1, rows, h)
+    assert g.sum(-1).abs().max() < 1e-12 * g.abs().max() * h.shape[-1]
+    shifted = double_log_probs(tail(tiny, 1, rows, h + 10 * torch.randn(3, 12, 1, dtype=h.dtype)))
+    torch.testing.assert_close(shifted, log_p, rtol=0, atol=1e-10)
+
+
+def test_g_of_the_last_layer_in_closed_form(tiny, rows, exact):
+    """g = J_LN' W_U' (p - e_y), the LayerNorm Jacobian written out."""
+    h = head(tiny, 2, rows)
+    log_p, (g,) = clean_pass(tiny, 2, rows, h)
+    norm, W_U = tiny.gpt_neox.final_layer_norm, tiny.get_output_embeddings().weight
+    residual = log_p.exp()
+    residual.scatter_add_(-1, rows[:, 1:, None], -torch.ones_like(residual[..., :1]))
+    upstream = residual @ W_U * norm.weight
+    x = h[:, :-1]
+    centred = x - x.mean(-1, keepdim=True)
+    std = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    unit = centred / std
+    expected = (upstream - upstream.mean(-1, keepdim=True) - unit * (upstream * unit).mean(-1, keepdim=True)) / std
+    torch.testing.assert_close(g[:, :-1], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_sampled_labels_give_the_true_fisher(tiny, rows, exact):
+    """E_y (g_y.delta)^2 summed over a sequence = sum_t Var_p(J delta), J by forward-mode differentiation."""
+    h = head(tiny, 1, rows)
+    delta = 0.3 * torch.randn(h.shape, generator=torch.Generator().manual_seed(4), dtype=h.dtype)
+    with sdpa_kernel(SDPBackend.MATH):
+        logits, change = torch.func.jvp(lambda x: tail(tiny, 1, rows, x)[:, :-1], (h,), (delta,))
+    p = torch.softmax(logits, -1)
+    exact_form = (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum((-1, -2))
+    draws = torch.cat([torch.stack([(g * delta).sum((-1, -2)).square() for g in
+                                    clean_pass(tiny, 1, rows, h, torch.rand(50, 3, 11, generator=torch.Generator().manual_seed(i)))[1][1:]])
+                       for i in range(12)])
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - exact_form).abs() < 4 * error).all() and (error < 0.2 * exact_form).all()
+
+
+def test_drawn_labels_follow_p(tiny, rows):
+    h = head(tiny, 2, rows)
+    log_p, gradients = clean_pass(tiny, 2, rows, h, torch.tensor([0.0, 1 - 2 ** -24]).view(2, 1, 1).expand(2, 3, 11))
+    assert all(torch.isfinite(g).all() for g in gradients)  # both ends of [0, 1) are labels
+
+
+# ------------------------------------------------------------------------------------------------------- KL
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 60.0])
+def test_kl_is_right_at_every_size(size):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 7, 500, generator=generator, dtype=torch.float64)
+    log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(logits + size * torch.randn(logits.shape, generator=generator, dtype=torch.float64), -1)
+    truth = (log_p.exp() * (log_p - log_q)).sum(-1)
+    ours = kl_divergence(log_p.float(), log_q.float()).double()
+    # at 1e-4 the KL is 3e-9, and rounding the inputs to float32 alone moves it by 1e-3
+    assert ((ours - truth).abs() / truth).max() < (1e-3 if size > 1e-4 else 5e-3)
+    assert kl_divergence(log_p.float(), log_p.float()).abs().max() == 0
+
+
+# ----------------------------------------------------------------------------------------------------- text
+def test_held_out_files_are_disjoint_and_a_tenth():
+    train, held = (dict(common.stdlib_documents(split)) for split in ("train", "heldout"))
+    assert not train.keys() & held.keys()
+    assert 0.05 < len(held) / (len(train) + len(held)) < 0.2
+    assert "argparse.py" in train | held and "pydoc_data/topics/assert" in train | held
+    assert not any("/test" in name or "idlelib" in name or "site-packages" in name for name in train | held)
+
+
+class Letters:
+    """A tokenizer of one letter each."""
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=False):
+        return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
+
+
+def test_rows_are_documents_joined_by_the_end_mark(tmp_path):
+    path = tmp_path / "d.jsonl"
+    texts = [f"document number {i} " * 3 for i in range(60)]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    rows = {split: torch.cat(list(common.packed_rows(str(path), split, Letters(), 10))) for split in ("train", "heldout")}
+    for split, stream in rows.items():
+        mine = [t for t in texts if common.in_heldout(t) == (split == "heldout")]
+        whole = list(itertools.chain.from_iterable([ord(c) % 40 + 1 for c in t] + [0] for t in mine))
+        assert stream.tolist() == whole[:len(whole) // 10 * 10]
+    assert len(rows["heldout"]) > 0
+
+
+def test_parquet_of_token_ids_and_plain_text(tmp_path):
+    import pyarrow, pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"tokens": [[i, i + 1, i + 2] for i in range(1, 30)]}), tmp_path / "t.parquet")
+    ids = torch.cat(list(common.packed_rows(str(tmp_path / "t.parquet"), "train", Letters(), 4)))
+    assert ids[:4].tolist()[0] + 1 == ids[1].item() and ids[3] == 0
+    (tmp_path / "t.txt").write_text("".join(f"line {i} of a text\n" for i in range(5000)))
+    sides = [len(list(common.documents(str(tmp_path / "t.txt"), split))) for split in ("train", "heldout")]
+    assert sides[0] > sides[1] > 0
+
+
+@pytest.mark.parametrize("name, content, word", [("e.txt", b"", "empty"), ("b.txt", b"abc\0\1\2", "binary"), ("s.txt", b"short", "holds 0 sequences"),
+                                                 ("x.pdf", b"x", "needs files"), ("l.txt", b"\xff\xfe\xfa" * 9, "decode"), ("j.jsonl", b"{", "--data")])
+def test_bad_data_gets_one_line(tmp_path, name, content, word):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=word) as caught:
+        common.heldout_rows(str(tmp_path / name), Letters(), 10, 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_counts_read_both_ways():
+    assert [common.parse_count(t) for t in ("300000", "300k", "10M", "1.5M", "2B")] == [300000, 300000, 10 ** 7, 1500000, 2 * 10 ** 9]
+    assert [common.readable_count(n) for n in (300000, 10 ** 7, 1500000, 77)] == ["300k", "10M", "1500k", "77"]
+    for bad in ("", "x", "-1", "0", "nan", "10Q"):
+        with pytest.raises(UserError):
+            common.parse_count(bad)
+
+
+# ------------------------------------------------------------------------------------------- output folders
+def test_a_folder_of_other_settings_is_refused_and_unharmed(tmp_path):
+    common.open_output(tmp_path, {"k": [1]}, fresh=False)
+    (tmp_path / "conditions.csv").write_text("kept")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"k: there \[1\], here \[2\]"):
+        common.open_output(tmp_path, {"k": [2]}, fresh=False)
+    assert (tmp_path / "conditions.csv").read_text() == "kept"
+    common.open_output(tmp_path, {"k": [1]}, fresh=False)  # the same settings go on
+    common.open_output(tmp_path, {"k": [2]}, fresh=True)
+    assert not (tmp_path / "conditions.csv").exists() and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_numbers_have_one_format_and_gaps_a_name(tmp_path):
+    common.write_table(tmp_path / "t.csv", [{"a": 1 / 3, "b": math.nan, "c": 7, "d": None, "e": "x"}], list("abcde"))
+    assert (tmp_path / "t.csv").read_text() == "a,b,c,d,e\n0.333333,undefined,7,undefined,x\n"
+    row = common.read_table(tmp_path / "t.csv")[0]
+    assert row["a"] == 0.333333 and math.isnan(row["b"]) and row["c"] == 7 and row["e"] == "x"
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(RuntimeError), common.atomically(tmp_path / "f") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_diff_sees_what_is_above_tolerance(tmp_path, capsys):
+    columns = ["model", "k", "n_tok", "r2", "ce_rec"]
+    base = [{"model": "m", "k": k, "n_tok": 10, "r2": 0.5, "ce_rec": 0.4} for k in (1, 2)]
+    for name, change in (("a", {}), ("b", {"r2": 0.5 + 1e-5}), ("c", {"ce_rec": 0.6}), ("d", {"n_tok": 11}), ("e", {"r2": math.nan})):
+        common.write_table(tmp_path / name / "conditions.csv", [base[0], base[1] | change], columns)
+    status = {name: common.diff(tmp_path / "a", tmp_path / name) for name in "abcde"}
+    assert status == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1}
+    assert "worst: ce_rec of m 2: 0.4 | 0.6" in capsys.readouterr().out
+    with pytest.raises(UserError):
+        common.diff(tmp_path / "a", tmp_path / "nothing")

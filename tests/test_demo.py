@@ -1,0 +1,79 @@
+"""The embedded models: what their folders promise, and a training run that survives an interruption."""
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "demo"))
+import train as demo  # noqa: E402
+
+
+def test_folders_load_the_ordinary_way_in_float32():
+    for name, folder in common.EMBEDDED.items():
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert model.dtype == torch.float32 and model.config.hidden_size == demo.WIDTHS[name]
+        text = "def forward(self, x):\n    return x  # naïve\n"
+        assert tokenizer.decode(tokenizer(text).input_ids) == text and tokenizer.eos_token_id == 0
+    assert sum(p.stat().st_size for p in (ROOT / "demo").rglob("*") if p.is_file() and "checkpoints" not in p.parts) < 25e6
+
+
+def test_held_out_loss_falls_with_scale():
+    """On a part of the held-out text of the Python at hand; differences paired by row, far outside their noise."""
+    losses = []
+    for name in demo.WIDTHS:
+        model, tokenizer = common.load_model(name, torch.device("cpu"))
+        rows, _ = common.heldout_rows("stdlib", tokenizer, 256, 24)
+        with torch.no_grad():
+            losses.append(common.cross_entropy(common.log_probs(model(rows).logits), rows).mean(1).double())
+    for small, large in zip(losses, losses[1:]):
+        gap = small - large
+        assert gap.mean() > 5 * gap.std() / len(gap) ** 0.5
+
+
+def test_cards_say_what_was_measured():
+    bits = []
+    for name in demo.WIDTHS:
+        card = (ROOT / "demo" / name / "README.md").read_text()
+        mine, untrained, unigram = (float(re.search(pattern, card).group(1)) for pattern in
+                                    (r"\*\*([\d.]+)\*\* ±", r"untrained \| ([\d.]+)", r"frequencies \| ([\d.]+)"))
+        assert mine < unigram < untrained and f"python demo/train.py {name}" in card
+        bits.append(mine)
+    assert bits == sorted(bits, reverse=True) and bits[-1] <= 1.4
+
+
+def test_an_interrupted_training_run_ends_as_the_unbroken_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "BATCH", 2)
+    monkeypatch.setattr(demo, "CTX", 32)
+    monkeypatch.setattr(demo, "CHECKPOINT_EVERY", 3)
+    stream = torch.randint(0, demo.VOCAB, (4000,), generator=torch.Generator().manual_seed(0)).numpy()
+    monkeypatch.setattr(demo, "token_stream", lambda split: (stream, 12000))
+    monkeypatch.setattr(demo, "HERE", tmp_path / "whole")
+    whole = demo.train("stdlib-s", 8, "cpu").state_dict()
+    monkeypatch.setattr(demo, "HERE", tmp_path / "broken")
+    batch_at, seen = demo.batch_at, []
+
+    def breaking(step, stream):
+        seen.append(step)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return batch_at(step, stream)
+
+    monkeypatch.setattr(demo, "batch_at", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        demo.train("stdlib-s", 8, "cpu")
+    broken = demo.train("stdlib-s", 8, "cpu").state_dict()
+    assert seen == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7]
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_the_rate_ends_at_zero_and_shares_its_trunk():
+    rates = [demo.learning_rate(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / demo.WARMUP) and rates[demo.WARMUP] == rates[59] == 1 and rates[80] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.03 and all(demo.learning_rate(step, 200) == rates[step] for step in range(60))

@@ -1,0 +1,198 @@
+"""Every metric against a dense float64 computation, hand cases, and the invariances that its definition promises."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import proxies
+from common import head
+from conftest import tiny_model
+from proxies import evaluate, index_bits, metrics, oriented, sequence_weights
+from sae import tied_init
+
+
+@pytest.fixture(scope="module")
+def hook():
+    """(model in float32, rows [6,12], layer, h [N,d] of the evaluated positions)."""
+    model = tiny_model(dtype=torch.float32)
+    rows = torch.randint(0, 41, (6, 12), generator=torch.Generator().manual_seed(5))
+    return model, rows, 1, head(model, 1, rows)[:, :-1].flatten(0, 1)
+
+
+def point(hook, reconstruction, batch=6):
+    model, rows, layer, h = hook
+    sums = evaluate(model, layer, rows, {"it": reconstruction}, batch)["it"]["sums"]
+    values = metrics({q: v[None] for q, v in sums.items()}, np.ones((1, len(rows))), h.shape[1])
+    return {name: float(v[0, 0]) for name, v in values.items()}
+
+
+def random_sae(hook, k=5):
+    h = hook[3]
+    return tied_init(h.shape[1], 48, k, 0, h.mean(0)).requires_grad_(False)
+
+
+def test_identity_loses_nothing(hook):
+    m = point(hook, lambda h, mean: h)
+    for name in ("r2", "r2_nosink", "r2_defl1", "r2_ln", "ce_rec", "ce_rec_sinkclean", "frac_zero", "frac_mean"):
+        assert m[name] == pytest.approx(1, abs=1e-6), name
+    for name in ("swd_tok", "swd_seq", "swd_sampled", "gd_mean", "gd_abs", "nmse", "nmse_tok", "mse", "relerr", "kl"):
+        assert m[name] == pytest.approx(0, abs=1e-9), name
+    assert m["cosine"] == pytest.approx(1, abs=1e-6) and math.isnan(m["fed"])
+
+
+def test_mean_predictor_explains_nothing_and_is_the_mean_ablation(hook):
+    m = point(hook, lambda h, mean: mean.expand_as(h))
+    assert m["r2"] == pytest.approx(0, abs=1e-6) and m["frac_mean"] == pytest.approx(0, abs=1e-6)
+    assert m["ce_recon"] == pytest.approx(m["ce_mean"], rel=1e-6)
+
+
+def test_zero_reconstruction_is_the_zero_ablation(hook):
+    m = point(hook, lambda h, mean: torch.zeros_like(h))
+    assert m["frac_zero"] == pytest.approx(0, abs=1e-6) and m["nmse"] == pytest.approx(1) and m["cosine"] == 0
+
+
+def test_a_biased_reconstruction_is_seen(hook):
+    """dictionary_learning's score centres the error and gives this one 1.000."""
+    assert point(hook, lambda h, mean: h + 2)["r2"] < -0.5
+
+
+def test_everything_against_dense_float64(hook):
+    model, rows, layer, h32 = hook
+    sae = random_sae(hook)
+    m = point(hook, sae)
+    exact = tiny_model()  # the same weights in float64
+    whole = head(exact, layer, rows)
+    B, T, d = whole.shape
+    x = whole.clone().requires_grad_()
+    logits = common.tail(exact, layer, rows, x)[:, :-1]
+    ce = -torch.log_softmax(logits, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
+    g = torch.autograd.grad(ce.sum(), x)[0][:, :-1]
+    h = whole[:, :-1]
+    W, b = sae.W_enc.double(), sae.b_dec.double()
+    z = torch.relu((h - b) @ W.T)
+    cut = z.topk(sae.k, -1).values[..., -1:]
+    h_hat = torch.where(z >= cut, z, 0) @ sae.W_dec.double() + b
+    delta, gd = h_hat - h, (g * (h_hat - h)).sum(-1)
+    mean = h.reshape(-1, d).mean(0)
+    centred = h - mean
+    sink = torch.zeros(B, T - 1, dtype=bool)
+    sink[:, 0] = True
+    calm = h - h[~sink].mean(0)
+    u = torch.linalg.svd(centred.reshape(-1, d), full_matrices=False).Vh[0]
+    off = lambda v: v - (v @ u)[..., None] * u
+    ln = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    sq = lambda v: v.square().sum(-1)
+    patched = common.tail(exact, layer, rows, torch.cat([h_hat, whole[:, -1:]], 1))[:, :-1]
+    log_q, log_p = torch.log_softmax(patched, -1), torch.log_softmax(logits, -1)
+    recon = -log_q.gather(-1, rows[:, 1:, None]).squeeze(-1)
+    keep_sink = torch.where(sink[..., None], h, h_hat)
+    clean = common.tail(exact, layer, rows, torch.cat([keep_sink, whole[:, -1:]], 1))[:, :-1]
+    sinkclean = -torch.log_softmax(clean, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
+    expected = {
+        "r2": 1 - sq(delta).sum() / sq(centred).sum(), "r2_nosink": 1 - sq(delta)[~sink].sum() / sq(calm)[~sink].sum(),
+        "r2_defl1": 1 - sq(off(delta)).sum() / sq(off(centred)).sum(),
+        "r2_ln": 1 - sq(ln(h_hat) - ln(h)).sum() / sq(ln(h) - ln(h).reshape(-1, d).mean(0)).sum(),
+        "nmse": sq(delta).sum() / sq(h).sum(), "nmse_tok": (sq(delta) / sq(h)).mean(), "mse": delta.square().mean(),
+        "cosine": torch.cosine_similarity(h, h_hat, -1).mean(), "relerr": (delta.norm(dim=-1) / (h.norm(dim=-1) + 1e-10)).mean(),
+        "swd_tok": gd.square().mean(), "swd_seq": gd.sum(1).square().mean() / (T - 1), "gd_mean": gd.mean(), "gd_abs": gd.abs().mean(),
+        "ce_orig": ce.mean(), "ce_recon": recon.mean(), "dce": (recon - ce).mean(), "ce_rec": 2 - recon.mean() / ce.mean(),
+        "ce_rec_sinkclean": 2 - sinkclean.mean() / ce.mean(), "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(), "l0": (torch.where(z >= cut, z, 0) > 0).sum(-1).double().mean(),
+    }
+    for name, value in expected.items():
+        assert m[name] == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
+    assert m["r2"] < 0.99 and m["ce_rec"] < 0.999  # nothing above was trivially equal
+
+
+def test_metrics_do_not_depend_on_the_batch(hook):
+    sae = random_sae(hook)
+    six, one = point(hook, sae, batch=6), point(hook, sae, batch=1)
+    for name in six:
+        if name not in ("swd_sampled", "fed", "fed_nosink", "rho"):  # these draw labels batch by batch
+            assert one[name] == pytest.approx(six[name], rel=1e-4, abs=1e-7), name
+
+
+def test_swd_is_quadratic_in_the_error_and_g_is_not_in_it_twice(hook):
+    direction = torch.randn(hook[3].shape[1], generator=torch.Generator().manual_seed(6))
+    small, large = (point(hook, lambda h, mean: h + size * direction) for size in (0.01, 0.03))
+    for name in ("swd_tok", "swd_seq", "swd_sampled", "mse"):
+        assert large[name] == pytest.approx(9 * small[name], rel=1e-3), name
+    assert large["gd_abs"] == pytest.approx(3 * small["gd_abs"], rel=1e-3)
+
+
+def test_half_of_sampled_swd_is_kl_for_small_errors(hook, monkeypatch):
+    """E_y (sum_t g_y.delta)^2 / token = 2 KL / token + O(delta^3): the unit that swd_sampled carries."""
+    monkeypatch.setattr(proxies, "DRAWS", 400)
+    noise = torch.randn(hook[3].shape, generator=torch.Generator().manual_seed(7))
+    m = point(hook, lambda h, mean: h + 0.01 * noise)
+    assert 0.5 * m["swd_sampled"] == pytest.approx(m["kl"], rel=0.12)
+
+
+def test_isotropic_error_has_rho_one(hook, monkeypatch):
+    monkeypatch.setattr(proxies, "DRAWS", 8)
+    model, _, layer, _ = hook
+    rows = torch.randint(0, 41, (60, 12), generator=torch.Generator().manual_seed(8))
+    h = head(model, layer, rows)[:, :-1].flatten(0, 1)
+    noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(9))
+    assert point((model, rows, layer, h), lambda h, mean: h + 0.1 * noise, batch=60)["rho"] == pytest.approx(1, abs=0.15)
+
+
+def test_a_planted_sink_owns_r2_and_not_r2_nosink(hook, monkeypatch):
+    """One position of norm 100x: reconstructing it alone gives a high R^2 and an r2_nosink of zero."""
+    model, rows, layer, _ = hook
+    plain = proxies.head
+
+    def with_sink(*args):
+        h = plain(*args).clone()
+        h[:, 0] *= 100
+        return h
+
+    monkeypatch.setattr(proxies, "head", with_sink)
+
+    def only_the_sink(h, mean):
+        calm = h.norm(dim=1) < h.norm(dim=1).max() / 10
+        return torch.where(calm[:, None], h[calm].mean(0), h)
+
+    m = point(hook, only_the_sink)
+    assert m["r2"] > 0.95 and abs(m["r2_nosink"]) < 1e-5 and m["nmse_tok"] > 0.1
+
+
+def test_sinks_are_position_zero_and_ten_medians():
+    norms = torch.ones(2, 5)
+    norms[1, 3] = 10.5
+    norms[0, 4] = 9.5
+    assert proxies.sink_positions(norms, 1.0).nonzero().tolist() == [[0, 0], [1, 0], [1, 3]]
+
+
+def test_weights_are_the_same_as_repeating_sequences(hook):
+    model, rows, layer, h = hook
+    sums = evaluate(model, layer, rows, {"it": random_sae(hook)}, 6)["it"]["sums"]
+    weights = np.array([[0, 2, 1, 0, 3, 0.0]])
+    index = [1, 1, 2, 4, 4, 4]
+    a = metrics({q: v[None] for q, v in sums.items()}, weights, 16)
+    b = metrics({q: v[None][:, index] for q, v in sums.items()}, np.ones((1, 6)), 16)
+    for name in a:
+        assert a[name] == pytest.approx(b[name], rel=1e-12), name
+
+
+def test_index_bits_of_independent_latents_are_their_entropy():
+    rng = np.random.default_rng(0)
+    rate = np.array([0.5, 0.1, 0.01, 0.0])
+    n_seq, per_seq = 400, 50
+    fired = np.stack([rng.binomial(n_seq // 2 * per_seq, rate) for _ in range(2)]).astype(float)
+    entropy = -sum(p * math.log2(p) + (1 - p) * math.log2(1 - p) for p in rate if p)
+    assert index_bits(fired, n_seq, per_seq) == pytest.approx(entropy, rel=0.01)
+    assert np.isfinite(index_bits(np.array([[2.0, 0], [3, 0]]), 3, 2))  # odd number of sequences
+
+
+def test_scores_grow_with_quality():
+    better, worse = {"r2": 0.9, "cosine": 0.95, "mse": 1.0, "gd_mean": 0.01, "ce_rec": 0.9}, {"r2": -0.5, "cosine": 0.5, "mse": 4.0, "gd_mean": 0.2, "ce_rec": 0.1}
+    for name in better:
+        assert oriented(name, np.array(better[name])) > oriented(name, np.array(worse[name])), name
+
+
+def test_sequence_weights_rows():
+    w = sequence_weights(7, 20, 0)
+    assert w.shape == (23, 7) and (w[0] == 1).all() and (w[1] + w[2] == 1).all() and (w[3:].sum(1) == 7).all()
+    assert np.array_equal(w, sequence_weights(7, 20, 0))

@@ -1,0 +1,222 @@
+"""The SAE and its training: what the recipe promises, planted dictionaries, and a resume that is the unbroken run."""
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import sae as sae_module
+from sae import Training, TopKSAE, activation_chunks, cache_folder, get_saes, load_sae, save_sae, tied_init
+
+
+def planted(n: int, d: int = 32, latents: int = 64, active: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h [n,d], dictionary [latents,d] of unit rows): sums of `active` rows with coefficients in [1,2]."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(latents, d, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    which = torch.rand(n, latents, generator=generator).topk(active).indices
+    return ((1 + torch.rand(n, active, 1, generator=generator)) * rows[which]).sum(1), rows
+
+
+class Bar:
+    def update(self, n): pass
+    def set_postfix_str(self, text, refresh): pass
+
+
+def trained(h: torch.Tensor, d_sae=64, k=3, seed=0, tokens=None) -> Training:
+    training = Training(h, torch.zeros(len(h), dtype=torch.bool), d_sae, k, seed, tokens or len(h))
+    training.one_chunk(h, Bar(), "test")
+    return training
+
+
+def r2(sae: TopKSAE, h: torch.Tensor) -> float:
+    return 1 - ((sae.decode(*sae.encode(h)) - h).square().sum() / (h - h.mean(0)).square().sum()).item()
+
+
+def test_a_planted_dictionary_is_found():
+    h, rows = planted(240_000)
+    sae = trained(h, d_sae=128).finished()
+    held, _ = planted(2_000, seed=0)
+    assert r2(sae, held) > 0.95
+    best = (rows @ sae.W_dec.T).max(1).values
+    assert best.median() > 0.97 and best.mean() > 0.93
+
+
+def test_rows_stay_unit_and_codes_sparse():
+    h, _ = planted(20_000)
+    sae = trained(h).finished()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64), rtol=0, atol=1e-5)
+    values, indices = sae.encode(h[:100])
+    assert values.shape == (100, 3) and (values >= 0).all() and (indices.diff(dim=1) > 0).all()
+
+
+def test_tied_unit_init_depends_on_the_seed_alone():
+    a, b, c = (tied_init(8, 32, k, seed, torch.zeros(8)) for k, seed in ((2, 0), (5, 0), (2, 1)))
+    assert torch.equal(a.W_enc, a.W_dec) and torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
+    torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(32))
+
+
+def test_decoder_gradient_has_no_part_along_its_row(monkeypatch):
+    h, _ = planted(1_000)
+    training = Training(h, torch.zeros(1000, dtype=torch.bool), 64, 3, 0, 1000)
+    seen = []
+    step = training.optimiser.step
+    monkeypatch.setattr(training.optimiser, "step", lambda: (seen.append((training.sae.W_dec.grad * training.sae.W_dec).sum(1).abs().max().item()), step()))
+    for _ in range(3):
+        training.one_step(h[:256])
+    assert max(seen) < 1e-6 and training.sae.W_dec.grad.abs().max() > 1e-4
+
+
+def test_scale_of_the_activations_is_normalised_away():
+    h, _ = planted(20_000)
+    one, thousand = trained(h).finished(), trained(1000 * h).finished()
+    assert r2(one, h) == pytest.approx(r2(thousand, 1000 * h), abs=2e-3)
+
+
+def test_scale_and_mean_leave_sinks_out():
+    h, _ = planted(1_000)
+    sink = torch.zeros(1000, dtype=torch.bool)
+    sink[::50] = True
+    loud = torch.where(sink[:, None], 500 * h, h)
+    with_sinks, without = Training(loud, sink, 64, 3, 0, 1000), Training(h[~sink], sink[~sink], 64, 3, 0, 1000)
+    assert with_sinks.scale == pytest.approx(without.scale) and with_sinks.scale ** 2 * h[~sink].square().sum(1).mean() == pytest.approx(32, rel=1e-4)
+    torch.testing.assert_close(with_sinks.sae.b_dec, without.sae.b_dec)
+
+
+def test_auxiliary_loss_reaches_dead_rows_only():
+    h, _ = planted(2_000)
+    training = Training(h, torch.zeros(2000, dtype=torch.bool), 64, 3, 0, 2000)
+    dead = torch.tensor([4, 9, 40])
+    error = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    training.auxiliary_loss(h[:200] * training.scale, error, dead).backward()
+    others = torch.ones(64, dtype=torch.bool)
+    others[dead] = False
+    for parameter in (training.sae.W_enc, training.sae.W_dec):
+        assert (parameter.grad[others] == 0).all() and (parameter.grad[dead].abs().sum(1) > 0).all()
+    assert training.sae.b_dec.grad is None
+
+
+def test_latents_are_dead_after_a_tenth_of_the_run():
+    h, _ = planted(10_000)
+    training = Training(h, torch.zeros(10_000, dtype=torch.bool), 512, 2, 0, 10_000)
+    called = []
+    training.auxiliary_loss = lambda x, error, dead: (called.append((training.step, len(dead))), error.sum() * 0)[1]
+    for i in range(6):
+        training.one_step(h[256 * i:256 * (i + 1)])
+    assert training.dead_after == 1_000 and [step for step, _ in called] == [3, 4, 5]  # 4 x 256 > 1000
+    assert all(0 < n < 512 for _, n in called)
+
+
+def test_the_rate_warms_up_stays_and_decays():
+    h, _ = planted(1_000)
+    training = Training(h, torch.zeros(1000, dtype=torch.bool), 2 ** 12, 3, 0, 10 ** 6)
+    assert training.batch == 1000 and training.steps == 1000 and training.lr == pytest.approx(4e-4)
+    rates = []
+    for training.step in range(1000):
+        rates.append(training.rate() / training.lr)
+    assert rates[0] == pytest.approx(1 / 50) and rates[49] == 1 and rates[800] == 1 and rates[900] == pytest.approx(0.5) and 0 < rates[999] < 0.006
+    for tokens, batch in ((10_000, 256), (10 ** 6, 1000), (10 ** 8, 4096), (100, 100)):
+        assert Training(h, torch.zeros(1000, dtype=torch.bool), 64, 3, 0, tokens).batch == batch
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line():
+    h, _ = planted(1_000)
+    training = Training(h, torch.zeros(1000, dtype=torch.bool), 64, 3, 0, 1000)
+    h[5] = math.nan
+    with pytest.raises(sae_module.Fault, match="stdlib-x k=3: the loss is not finite at step 3"):
+        training.one_chunk(h, Bar(), "stdlib-x k=3")
+
+
+# ------------------------------------------------------------------------------------------- stream and cache
+class Words:
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=False):
+        import types
+        return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
+
+
+def job(path, k, tokens, seed=0, d_sae=32):
+    return dict(model="tiny", weights="w", layer=1, data=str(path), text="t", ctx=16, tokens=tokens, d_sae=d_sae, k=k, seed=seed, recipe="base",
+                sinks="keep", device="cpu", version=1)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i * i} and {i % 7} make {i * i + i % 7}\n" for i in range(3000)))
+    return path
+
+
+def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
+    from conftest import tiny_model
+    model = tiny_model(dtype=torch.float32)
+    monkeypatch.setattr(sae_module, "CHUNK", 1000)
+    chunks = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, "keep"))
+    assert [len(h) for h, _ in chunks] == [1000, 1000, 500]
+    rows = next(sae_module.train_rows(str(text), Words(), 16, 512))
+    expected = sae_module.head(model, 1, rows).flatten(0, 1)
+    torch.testing.assert_close(torch.cat([h for h, _ in chunks]), expected[:2500], rtol=1e-4, atol=1e-4)
+    assert torch.cat([sink for _, sink in chunks])[::16].all()
+    dropped = torch.cat([h for h, _ in activation_chunks(model, 1, str(text), Words(), 16, 2500, "drop")])
+    calm = torch.ones(len(expected), dtype=torch.bool)
+    calm[::16] = False
+    assert len(dropped) == 2500
+    torch.testing.assert_close(dropped, expected[calm][:2500], rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch):
+    """Stopped inside the third chunk of four and again inside the fourth; every file the same, byte for byte."""
+    from conftest import tiny_model
+    model = tiny_model(dtype=torch.float32)
+    monkeypatch.setattr(sae_module, "CHUNK", 1024)
+    ticks = itertools.count(step=100.0)  # a checkpoint after every chunk
+    monkeypatch.setattr(sae_module.time, "monotonic", lambda: next(ticks))
+    jobs = [job(text, 2, 4000), job(text, 4, 4000), job(text, 2, 1500, seed=1)]
+    get_saes(model, Words(), jobs, tmp_path / "whole")
+    plain = Training.one_step
+    for stop in (20, 3):
+        left = itertools.count(stop, -1)
+
+        def breaking(self, h):
+            if next(left) == 0:
+                raise KeyboardInterrupt
+            return plain(self, h)
+
+        monkeypatch.setattr(Training, "one_step", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            get_saes(model, Words(), jobs, tmp_path / "broken")
+    monkeypatch.setattr(Training, "one_step", plain)
+    get_saes(model, Words(), jobs, tmp_path / "broken")
+    files = {name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("whole", "broken")}
+    assert files["whole"] == files["broken"] and len(files["whole"]) == 9
+    for path in files["whole"]:
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "broken" / path).read_bytes(), path
+
+
+def test_an_sae_does_not_depend_on_the_rest_of_the_grid(text, tmp_path):
+    from conftest import tiny_model
+    model = tiny_model(dtype=torch.float32)
+    together = get_saes(model, Words(), [job(text, 2, 3000), job(text, 4, 2000), job(text, 4, 3000)], tmp_path / "a")[1]
+    alone = get_saes(model, Words(), [job(text, 4, 2000)], tmp_path / "b")[0]
+    other = get_saes(model, Words(), [job(text, 4, 2000, seed=1)], tmp_path / "b")[0]
+    assert torch.equal(together.W_dec, alone.W_dec) and not torch.equal(alone.W_dec, other.W_dec)
+
+
+def test_the_cache_gives_back_what_was_trained(tmp_path):
+    sae = tied_init(8, 32, 3, 0, torch.randn(8)).requires_grad_(False)
+    save_sae(tmp_path / "s", sae, {"a": 1})
+    back = load_sae(tmp_path / "s", torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values())) and back.k == 3
+    assert json.loads((tmp_path / "s" / "cfg.json").read_text())["num_latents"] == 32
+    first = (tmp_path / "s" / "sae.safetensors").read_bytes()
+    save_sae(tmp_path / "s", sae, {"a": 1})
+    assert (tmp_path / "s" / "sae.safetensors").read_bytes() == first
+
+
+def test_cache_names_read_and_stay_inside(tmp_path):
+    name = cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "EleutherAI/pythia-70m"})
+    assert name.parent == tmp_path and name.name.startswith("EleutherAI--pythia-70m-L1-F32-k8-200k-s0-")
+    assert cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "../../etc"}).parent == tmp_path
+    assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(tmp_path, job("y", 8, 200_000))
