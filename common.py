@@ -4,6 +4,12 @@
 
 Shapes: B sequences, T positions, N = B*(T-1) evaluated tokens, d = d_model, V = vocabulary.
 """
+import os
+
+# Before torch loads OpenMP: threads that wait asleep. Spinning at the end of every small operation costs ten times the
+# work itself as soon as anything else runs on the machine. Hence scripts import common before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import contextlib
 import csv
@@ -11,13 +17,10 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import pathlib
 import platform
 import sys
 import sysconfig
-import time
-import traceback
 from collections.abc import Iterator
 
 import numpy as np
@@ -140,16 +143,15 @@ def run_script(main) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f_exit(2, f"{name}: {error}"))
+        status, message = 2, str(error)
     except Fault as error:
-        sys.exit(f_exit(1, f"{name}: {error}"))
+        status, message = 1, str(error)
     except KeyboardInterrupt:
-        sys.exit(f_exit(130, f"{name}: interrupted; the same command goes on from here"))
-
-
-def f_exit(status: int, message: str) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
-    return status
+        status, message = 130, "interrupted; the same command goes on from here"
+    else:
+        return
+    print(f"{name}:", *message.split(), file=sys.stderr)
+    sys.exit(status)
 
 
 # --------------------------------------------------------------------------------------------- device
@@ -164,17 +166,22 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device, tolerance: float = 1e-3) -> None:
-    """Compare h, CE and g of one batch between `device` and the CPU before any number from `device` is believed.
+    """Compare h, CE, g and TopK values of one batch between `device` and the CPU before any number from `device` is believed.
 
-    MPS matmuls have returned 10-30% errors silently and depending on allocator state (pytorch #193487), so this is called
-    again for every hook. rows [B,T] on the CPU. Raises Fault above `tolerance` (error norm over norm).
+    MPS matmuls have returned 10-30% errors silently and depending on what lay in memory (pytorch #193487), and its topk has
+    given zeros (#78915), so this is called again for every hook. rows [B,T] on the CPU; the model is left on `device`.
+    Raises Fault above `tolerance` (norm of the error over norm).
     """
     def measure(where):
         model.to(where)
         x = rows.to(where)
         h = head(model, layer, x)
-        ce, (g,) = clean_pass(model, layer, x, h)
-        return {"h": h.cpu().double(), "CE": ce.cpu().double(), "g": g.cpu().double()}
+        log_p, (g,) = clean_pass(model, layer, x, h)
+        d = h.shape[-1]
+        W = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)).to(where)
+        values, _ = kernels.topk_encode(h.flatten(0, 1), W, torch.zeros(4 * d, device=where), min(32, 4 * d))
+        return {name: t.cpu().double() for name, t in (("h", h), ("CE", cross_entropy(log_p, x)), ("g", g), ("TopK values", values))}
+
     here, there = measure(torch.device("cpu")), measure(device)
     for name, truth in here.items():
         error = ((there[name] - truth).norm() / truth.norm()).item()
@@ -357,6 +364,9 @@ def pick_layer(model, name: str, layer: int | None) -> int:
     return layer
 
 
+MPS_LONGEST_DOT = 32_767  # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
+
+
 class _Stop(Exception):
     pass
 
@@ -402,12 +412,17 @@ def tail(model, layer: int, rows: torch.Tensor, h: torch.Tensor) -> torch.Tensor
     The model's own forward runs, with one stand-in for the blocks 0..layer, so that nothing of it is written a second time.
     """
     parent, attribute = blocks(model)
-    whole = getattr(parent, attribute)
+    whole, unembed = getattr(parent, attribute), model.get_output_embeddings()
     setattr(parent, attribute, torch.nn.ModuleList([_Give(h, model.blocks_return_tuples), *whole[layer + 1:]]))
+    by_parts = h.device.type == "mps" and unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT
+    if by_parts:
+        unembed.forward = lambda y: torch.cat([torch.nn.functional.linear(y, W) for W in unembed.weight.split(MPS_LONGEST_DOT // 2)], -1)
     try:
         return model(rows, use_cache=False).logits
     finally:
         setattr(parent, attribute, whole)
+        if by_parts:
+            del unembed.forward
 
 
 def cross_entropy(log_p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -17,19 +17,20 @@ import pathlib
 import platform
 import time
 
+from common import (Fault, UserError, atomically, cell, check_parity, fingerprint, heldout_rows, load_model, open_output, parse_args,
+                    pick_device, pick_layer, read_table, readable_count, run_script, write_json, write_run, write_table)
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import kernels
 import stats
-from common import (Fault, UserError, atomically, cell, check_parity, fingerprint, heldout_rows, load_model, open_output, parse_args,
-                    pick_device, pick_layer, read_table, readable_count, run_script, write_json, write_run, write_table)
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, VALUE_BITS, evaluate, index_bits, metrics, oriented, sequence_weights
 from sae import CHUNK, TRAIN_VERSION, TopKSAE, get_saes, tied_init
 
 # 3 models x 2 layers x 6 k = 36 cells: SCIENCE says cells, not seeds, answer the question
-GRID = dict(models="stdlib-s@1,stdlib-s@3,stdlib-m@1,stdlib-m@3,stdlib-l@1,stdlib-l@3", k="4,8,16,24,32,48", tokens="200k",
+GRID = dict(models="stdlib-s@1,stdlib-s@3,stdlib-m@1,stdlib-m@3,stdlib-l@1,stdlib-l@3", k="4,8,16,24,32,48", tokens="100k",
             expansion=8, eval_seqs=64, ctx=256)
 N_RESAMPLES = 2000
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
@@ -43,9 +44,8 @@ LEADERBOARD = ("proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pears
 
 
 # ---------------------------------------------------------------------------------------------------- grid
-def plan(args) -> tuple[dict, list[dict]]:
+def plan(args, device: torch.device) -> tuple[dict, list[dict]]:
     """(settings, hooks): every model loaded (on the CPU), every argument checked against it, before anything is written."""
-    device = pick_device(args.device)
     loaded, hooks = {}, []
     for name, layer in args.models:
         if name not in loaded:
@@ -134,7 +134,7 @@ def null_rows(hook: dict, saes: list[TopKSAE], device: torch.device) -> dict:
     def gaussian(h, mean):
         error = trained.decode(*trained.encode(h)) - h
         direction = torch.randn(h.shape, generator=noise).to(h.device)
-        return h + direction * (error.norm(dim=1) / direction.norm(dim=1))[:, None]
+        return h + direction * (torch.linalg.vector_norm(error, dim=1) / torch.linalg.vector_norm(direction, dim=1))[:, None]
 
     return {"null-identity": lambda h, mean: h, "null-mean": lambda h, mean: mean.expand_as(h), "null-random": random,
             "null-gaussian": gaussian}
@@ -236,7 +236,6 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     leaf, gate_text = read_gate(verdict_path, settings)
     verdict = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], meta, settings["models"],
                                controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
-    verdict |= stats.noise_ceiling(targets["ce_rec"], meta)
     verdict = {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in verdict.items()}
     verdict |= {"settings": settings, "gate_text": gate_text,
                 "rows_sha256": hashlib.sha256((out / "conditions.csv").read_bytes() + (out / "sequences.npz").read_bytes()).hexdigest()}
@@ -322,6 +321,8 @@ def write_report(out: pathlib.Path, rows, mine, interval, board, verdict: dict, 
              f"position 0 and norms above 10 medians, {', '.join(sorted({str(row['n_sink']) for row in rows}))} of {rows[0]['n_tok']} per hook.", "",
              f"Evaluation text SHA-256 {settings['text_sha256']}" + (f", the standard library of Python {settings['python']}" if settings["data"] == "stdlib" else "") + ".", "",
              "```", json.dumps(settings, indent=1, sort_keys=True), "```", ""]
+    if settings["device"] != "cpu":
+        text += [f"Computed on {settings['device']}, where a second run need not be the same to the byte: compare with `python common.py diff`.", ""]
     with atomically(out / "report.md") as temporary:
         temporary.write_text("\n".join(text))
 
@@ -386,7 +387,13 @@ def main() -> None:
     else:
         out = args.out
         print(kernels.describe())
-        settings, hooks = plan(args)
+        settings, hooks = plan(args, pick_device(args.device))
+        if settings["device"] == "mps" and args.device == "auto":
+            try:
+                check_parity(hooks[0]["model"], hooks[0]["layer"], hooks[0]["rows"][:2], torch.device("mps"))
+            except Fault as why:
+                print(f"{why}; going on with the CPU")
+                settings, hooks = plan(args, torch.device("cpu"))
         if args.dry_run:
             return dry_run(settings, hooks, args)
         open_output(out, settings, args.fresh)

@@ -136,7 +136,7 @@ def scatter_rows_ref(coef, indices, x, F):
     GPU too, and MPS has every operator of it. MPS is wrong for some transposed left operands, hence contiguous().
     """
     rows, sums = x.new_zeros(F, x.shape[1]), x.new_zeros(F)
-    for s in _blocks(len(x), F):
+    for s in _blocks(len(x), max(F, TILE >> 14)):  # at most 2^14 tokens: MPS is wrong for dot products of 2^15 terms, too
         Z = x.new_zeros(len(x[s]), F).scatter_add_(1, indices[s], coef[s])
         rows += Z.t().contiguous() @ x[s]
         sums += Z.sum(0)

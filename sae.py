@@ -67,7 +67,7 @@ def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens:
     median, waiting = None, 0
     for rows in train_rows(data, tokenizer, ctx, max(1, 8192 // ctx)):
         h = head(model, layer, rows.to(device))
-        norms = h.norm(dim=-1)
+        norms = torch.linalg.vector_norm(h, dim=-1)
         median = norms[:, 1:].median().item() if median is None else median
         sink = sink_positions(norms, median).flatten()
         h = h.flatten(0, 1)
@@ -135,9 +135,10 @@ class Training:
         self.optimiser.param_groups[0]["lr"] = self.rate()
         with torch.no_grad():
             W_dec = self.sae.W_dec
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+            along = torch.einsum("fd,fd->f", W_dec.grad, W_dec)
+            W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
             self.optimiser.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
         self.step += 1
         return loss.detach()
 

@@ -13,7 +13,6 @@ from setuptools import Extension, setup
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.append(sysconfig.get_path("purelib"))  # pip's build isolation hides the environment's own torch: look for it there
 try:
-    import pybind11
     import torch
     from torch.utils import cpp_extension
     needs = []
@@ -22,6 +21,7 @@ except ImportError:
 
 command, extensions = {}, []
 if torch:
+    import pybind11  # pyproject.toml asks for it
     sources = sorted(p for p in (ROOT / "csrc").glob("*") if p.suffix in (".cpp", ".cu", ".h"))
     source = hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in sources)).hexdigest()[:12]  # kernels.py compares
     cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None  # not is_available(): a build node has no GPU
@@ -32,6 +32,7 @@ if torch:
     flags = [*common, f'-DBUILD_DEVICES="{devices}"', f'-DBUILD_SOURCE="{source}"']
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     extensions = [make("_kernels", ["csrc/ops.cpp"] + ["csrc/ops_cuda.cu"] * cuda, include_dirs=[pybind11.get_include()],
+                       depends=[f"csrc/{p.name}" for p in sources],
                        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false", *common[2:], "-DUSE_CUDA"]})]
 
     class Build(cpp_extension.BuildExtension):

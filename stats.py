@@ -101,7 +101,7 @@ def cluster_ids(meta: dict, by=("model", "cell")) -> np.ndarray:
     return np.unique(["\t".join(map(str, row)) for row in zip(*(meta[name] for name in by))], return_inverse=True)[1]
 
 
-def bootstrap_weights(meta: dict, n_resamples: int, seed: int, clusters=("model", "cell"), stratum="model") -> np.ndarray:
+def bootstrap_weights(meta: dict, n_resamples: int, seed: int, clusters=("model", "cell"), stratum="model"):
     """[3 + n_resamples, C] weights of the conditions: three rows of ones for the estimates, then the bootstrap.
 
     Each stratum draws n_h - 1 of its n_h clusters with replacement, times n_h / (n_h - 1) (Rao & Wu 1988): plain
@@ -121,8 +121,8 @@ def bootstrap_weights(meta: dict, n_resamples: int, seed: int, clusters=("model"
 def gamma_weights(meta: dict, n_resamples: int, seed: int) -> np.ndarray:
     """The same for the transfer gap: within a depth, a draw takes a (k, budget) in every model or in none.
 
-    The k grid is chosen, not sampled. Drawing cells model by model would calibrate on other k than are predicted, and the
-    clamped fit would turn that into a gap: standard errors 2 to 9 times too large in simulation, against 0.9 to 1.4.
+    The k grid is chosen, not sampled. Drawing cells model by model would calibrate on other k than are predicted, and
+    the clamped fit would turn that into a gap: standard errors 2 to 9 times too large in simulation, not 0.9 to 1.3.
     """
     return bootstrap_weights(meta, n_resamples, seed, clusters=("depth", "k", "tokens"), stratum="depth")
 
@@ -254,11 +254,12 @@ def leaderboard(scores: dict, target, meta: dict, models: list, *, target_name: 
                 n_resamples: int = 2000, seed: int = 0) -> list[dict]:
     """One row per proxy in each stratum: all conditions pooled, then each model alone. `models`: smallest to largest.
 
-    Intervals: cluster bootstrap nested with the shared sequence resamples. diff_r2, p_r2: on all sequences.
+    Intervals: cluster bootstrap (of gamma: `gamma_weights`) nested with the shared sequence resamples.
+    diff_r2, p_r2: on all sequences. r2 against itself is 0 with p = 1, as is every row of the same ranks.
     diff_control, p_control: control chosen in that stratum on half A, everything computed on half B, whose interval
-    resamples clusters only (there is no sequence resample within a half). r2 against itself and the chosen control
-    against itself are 0 with p = 1, as is every row of the same ranks. gamma and in_range: pooled only. same_ranks_as:
-    the first earlier proxy that ranks the conditions identically; such a row counts once in any multiplicity.
+    resamples clusters only (there is no sequence resample within a half). The chosen control itself: 0 with p = 1.
+    gamma, in_range: pooled only.
+    same_ranks_as: the first earlier proxy that ranks the conditions identically; such a row adds no test to a count.
     """
     rows, table = _rows(len(target), n_resamples), []
     weights, paired = bootstrap_weights(meta, n_resamples, seed), gamma_weights(meta, n_resamples, seed)
@@ -372,7 +373,7 @@ def verdict_h2(rows: list[dict], scores: dict, target, meta: dict, models: list,
     a_holds = mine["diff_control"] >= MIN_DIFFERENCE and mine["p_control"] < ALPHA
     a_holds_r2 = mine["diff_r2"] >= MIN_DIFFERENCE and mine["p_r2"] < ALPHA
     b_judged = min(inside_mine, inside_control) >= MIN_IN_RANGE
-    b_holds = abs(g_mine[0]) <= MAX_GAMMA_RATIO * abs(g_control[0]) and gain_lo > 0
+    b_holds = b_judged and abs(g_mine[0]) <= MAX_GAMMA_RATIO * abs(g_control[0]) and gain_lo > 0
     if mine["n_clusters"] < MIN_CLUSTERS:
         leaf, why = "undecided", f"{mine['n_clusters']} clusters, {MIN_CLUSTERS} needed"
     elif np.isnan(mine["p_control"]):

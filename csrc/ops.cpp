@@ -33,7 +33,6 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of float32 per thread: stays in the level-2 cache
-constexpr int STRIP = 8, AHEAD = 4;
 constexpr int LANES = 16;                                  // independent sums or compares, for the compiler to vectorise
 
 template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
@@ -156,23 +155,13 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const
 }
 
 // ------------------------------------------------------------------------------------------------------------ decode
-// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores. Rows lie anywhere in
-// W, so the processor is told which come soon: AHEAD entries on, into the next tokens' (`more` entries follow these k).
-template <class T> WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, int64_t more, const T* W, int64_t d, T* __restrict acc) {
-  typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
-  constexpr int64_t width = 64 / sizeof(T);
+// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores.
+template <class T> WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, const T* W, int64_t d, T* __restrict acc) {
   int64_t j = 0;
   for (; j + 4 <= k; j += 4) {
     const T v0 = values[j], v1 = values[j + 1], v2 = values[j + 2], v3 = values[j + 3];
     const T *w0 = W + indices[j] * d, *w1 = W + indices[j + 1] * d, *w2 = W + indices[j + 2] * d, *w3 = W + indices[j + 3] * d;
-    const T* soon[4];
-    for (int l = 0; l < 4; ++l) soon[l] = W + indices[std::min(j + AHEAD + l, k + more - 1)] * d;
-    int64_t i = 0;
-    for (; i + width <= d; i += width) {
-      for (int l = 0; l < 4; ++l) __builtin_prefetch(soon[l] + i);
-      *(Vector*)(acc + i) += (v0 * *(const Vector*)(w0 + i) + v1 * *(const Vector*)(w1 + i)) + (v2 * *(const Vector*)(w2 + i) + v3 * *(const Vector*)(w3 + i));
-    }
-    for (; i < d; ++i) acc[i] += (v0 * w0[i] + v1 * w1[i]) + (v2 * w2[i] + v3 * w3[i]);
+    for (int64_t i = 0; i < d; ++i) acc[i] += (v0 * w0[i] + v1 * w1[i]) + (v2 * w2[i] + v3 * w3[i]);
   }
   for (; j < k; ++j) {
     const T v = values[j], *w = W + indices[j] * d;
@@ -205,7 +194,7 @@ struct Code {  // the operands that decode and distortion share, checked and con
   }
   template <class T> void row(int64_t n, T* acc) const {
     std::fill(acc, acc + d, T(0));
-    add_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, (N - n - 1) * k, in<T>(W), d, acc);
+    add_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, in<T>(W), d, acc);
     for (int64_t i = 0; i < d; ++i) acc[i] += in<T>(b)[i];  // last: b may be far larger than the sum
   }
 };
@@ -276,8 +265,8 @@ Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
 }
 
 // rows[f] = sum of coef[n,j] x[n] over the entries with indices[n,j] = f, sums[f] = sum of their coef. A counting sort lists each
-// latent's entries in token order; then a thread owns whole rows. Partial sums of 32 entries keep the rounding of a latent that
-// fires everywhere near that of a blocked matmul.
+// latent's entries in token order; then a thread owns whole rows. Sums of 32 entries go into a float64 total, so that a latent that
+// fires on every token loses no more digits than in a blocked matmul.
 std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indices_, const Tensor& x_, int64_t F) {
   const char* op = "scatter_rows";
   STD_TORCH_CHECK(x_.dim() == 2 && coef_.dim() == 2 && F >= 0, op, ": coef and x must have two dimensions");
@@ -301,17 +290,19 @@ std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indic
     }
     torch::stable::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
       std::vector<T> part(d);
+      std::vector<double> total(d);
       for (int64_t row = begin; row < end; ++row) {
-        T *total = out<T>(rows) + row * d, sum = 0;
-        std::fill(total, total + d, T(0));
+        double sum = 0;
+        std::fill(total.begin(), total.end(), 0);
         for (int64_t e0 = start[row]; e0 < start[row + 1]; e0 += 32) {
           const int64_t e1 = std::min(e0 + 32, start[row + 1]);
           std::fill(part.begin(), part.end(), T(0));
-          add_rows(sorted.data() + e0, token.data() + e0, e1 - e0, N * k - e1, in<T>(x), d, part.data());
+          add_rows(sorted.data() + e0, token.data() + e0, e1 - e0, in<T>(x), d, part.data());
           for (int64_t i = 0; i < d; ++i) total[i] += part[i];
-          sum += std::accumulate(sorted.data() + e0, sorted.data() + e1, T(0));
+          sum += std::accumulate(sorted.data() + e0, sorted.data() + e1, 0.0);
         }
-        out<T>(sums)[row] = sum;
+        std::copy(total.begin(), total.end(), out<T>(rows) + row * d);
+        out<T>(sums)[row] = T(sum);
       }
     });
   });

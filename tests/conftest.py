@@ -1,5 +1,6 @@
 """A GPT-NeoX small enough for float64 truths, and a tokenizer-free data set for it."""
 import pytest
+import common  # noqa: F401  before torch, see there
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

@@ -1,0 +1,318 @@
+"""The operators against float64, against the dense sparse autoencoder, and against their own other paths: no recorded output."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import STATS, gradient_weighted_distortion, sparse_decode, topk_encode
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
+    not (torch.cuda.is_available() and kernels.BUILT and "cuda" in kernels._module.devices), reason="no GPU, or built without CUDA"))
+EXT = pytest.param("ext", marks=pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}"))
+PATHS = pytest.mark.parametrize("path", ["ref", EXT])
+needs_ext = pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}")
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    yield
+    kernels.use(None)
+
+
+def made(N, d, F, k, seed=0, dtype=torch.float64, integer=False, device="cpu"):
+    """h, W_enc, b_enc, W_dec, b_dec, g; small integers where ties are wanted (every product is then exact)."""
+    gen = torch.Generator().manual_seed(seed)
+    draw = (lambda *s: torch.randint(-2, 3, s, generator=gen)) if integer else (lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64))
+    return [draw(*shape).to(dtype).to(device) for shape in ((N, d), (F, d), (F,), (F, d), (d,), (N, d))]
+
+
+def by_definition(h, W, b, k):
+    """Rank by (value, then lower index) with a stable sort of the dense float64 pre-activations."""
+    pre = h.double() @ W.double().T + b.double()
+    index = pre.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    return pre.gather(1, index).relu(), index
+
+
+def dense_code(values, indices, F):
+    return torch.zeros(len(values), F, dtype=values.dtype).scatter(1, indices, values)
+
+
+shapes = st.tuples(st.integers(0, 150), st.integers(1, 70), st.integers(1, 2300), st.floats(0, 1), st.integers(0, 99))
+
+
+# ------------------------------------------------------------------------------------------------------ encode
+@PATHS
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, integer=st.booleans(), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_encode_is_the_definition(path, shape, integer, dtype):
+    N, d, F, share, seed = shape
+    k = max(1, round(share**3 * F))
+    if dtype == torch.float32:
+        integer = True  # exact in float32 as well: index sets must be equal, ties and all
+    h, W, b, *_ = made(N, d, F, k, seed, dtype, integer)
+    kernels.use(path)
+    values, indices = topk_encode(h, W, b, k)
+    want, index = by_definition(h, W, b, k)
+    assert torch.equal(indices, index)
+    torch.testing.assert_close(values.double(), want, rtol=1e-12, atol=1e-12)
+
+
+@PATHS
+@pytest.mark.parametrize("k", [1, 2, 5, 40])
+def test_ties_and_duplicate_rows(path, k):
+    h, W, b, *_ = made(90, 3, 40, k, integer=True, dtype=torch.float32)
+    W[20:] = W[:20].clone()
+    b[20:] = b[:20].clone()
+    h[::7] = 0
+    kernels.use(path)
+    assert torch.equal(topk_encode(h, W, b, k)[1], by_definition(h, W, b, k)[1])
+
+
+@PATHS
+def test_float32_sets_agree_where_the_gap_exceeds_rounding(path):
+    h, W, b, *_ = made(500, 100, 3001, 20, dtype=torch.float32)
+    kernels.use(path)
+    _, indices = topk_encode(h, W, b, 20)
+    pre = h.double() @ W.double().T + b.double()
+    top = pre.topk(21).values
+    bound = 2 * 102 * 2.0**-24 * (h.double().norm(dim=1) * W.double().norm(dim=1).max() + b.abs().max())
+    clear = top[:, 19] - top[:, 20] > bound
+    assert clear.float().mean() > 0.9 and torch.equal(indices[clear], by_definition(h, W, b, 20)[1][clear])
+
+
+@PATHS
+def test_nan_and_infinity_stay_in_bounds_and_visible(path):
+    h, W, b, *_ = made(40, 8, 1500, 6, dtype=torch.float32)
+    b[10:1400] = float("-inf")
+    b[700] = float("nan")
+    h[3], h[5] = float("nan"), float("inf")
+    kernels.use(path)
+    values, indices = topk_encode(h, W, b, 6)
+    assert values.isnan().any(1).all() and indices.ge(0).all() and indices.lt(1500).all()
+    assert all(len(set(row.tolist())) == 6 for row in indices)
+
+
+@needs_ext
+@pytest.mark.parametrize("N", [1, 63, 300])
+def test_bits_do_not_depend_on_threads(N):
+    h, W, b, W_dec, b_dec, g = made(N, 96, 2500, 9, dtype=torch.float32)
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        values, indices = topk_encode(h, W, b, 9)
+        results.append([values, indices, sparse_decode(values, indices, W_dec, b_dec), *torch.ops.tg.scatter_rows(values, indices, g, 2500),
+                        torch.ops.tg.gather_dot(g, W, indices), *gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, True)])
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# ------------------------------------------------------------------------- decode, distortion: error < 2x PyTorch's
+def close_enough(got, torch_own, truth, what):
+    error, own = (got.double() - truth).abs().max(), (torch_own.double() - truth).abs().max()
+    assert error <= 2 * own + 1e-7 * truth.abs().max(), f"{what}: error {error:.3g}, PyTorch's own {own:.3g}"
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@PATHS
+@pytest.mark.parametrize("N,d,F,k", [(1, 1, 1, 1), (37, 137, 300, 7), (200, 64, 1025, 32), (5, 515, 64, 64), (0, 8, 9, 3)])
+def test_decode_and_backward_are_as_accurate_as_pytorch(device, path, N, d, F, k):
+    h, W, b, W_dec, b_dec, g = made(N, d, F, k, dtype=torch.float32)
+    values, indices = by_definition(h, W, b, k)
+    values = values.float()
+    Z = dense_code(values, indices, F)
+    own = (Z @ W_dec + b_dec, Z.T @ g, Z.sum(0), (g @ W_dec.T).gather(1, indices))
+    wide = Z.double()
+    truth = (wide @ W_dec.double() + b_dec, wide.T @ g.double(), wide.sum(0), (g.double() @ W_dec.double().T).gather(1, indices))
+    kernels.use(path)
+    v, i, W_, b_, g_ = (x.to(device) for x in (values, indices, W_dec, b_dec, g))
+    got = (sparse_decode(v, i, W_, b_), *kernels._call("scatter_rows", g_, v, i, g_, F), kernels._call("gather_dot", g_, g_, W_, i))
+    for name, a, o, t in zip(("h_hat", "rows", "sums", "dots"), got, own, truth):
+        assert a.shape == t.shape
+        if t.numel():
+            close_enough(a.cpu(), o, t, name)
+
+
+@PATHS
+def test_rows_of_a_latent_that_fires_on_every_token(path):
+    """Sums of 20000 terms of one sign, where a plain running sum loses digits that a blocked matmul keeps."""
+    gen = torch.Generator().manual_seed(0)
+    coef, x = torch.rand(20000, 2, generator=gen), torch.rand(20000, 16, generator=gen)
+    indices = torch.tensor([0, 2]).repeat(20000, 1)
+    Z = dense_code(coef, indices, 3)
+    kernels.use(path)
+    rows, sums = kernels._call("scatter_rows", x, coef, indices, x, 3)
+    close_enough(rows, Z.T @ x, Z.double().T @ x.double(), "rows")
+    close_enough(sums, Z.sum(0), Z.double().sum(0), "sums")
+    assert not rows[1].any() and not sums[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@PATHS
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_distortion_statistics(device, path, scale):
+    """At scale 1e4, |h| is about 1e5 |delta|: sums formed from |h|^2 - 2 h.h_hat + |h_hat|^2 would have no digit left."""
+    N, d, F, k = 150, 130, 700, 11
+    h, W, b, W_dec, b_dec, g = made(N, d, F, k, dtype=torch.float32)
+    values, indices = (x.to(t) for x, t in zip(by_definition(h, W, b, k), (torch.float32, torch.int64)))
+    b_dec = b_dec * scale
+    kernels.use(path)
+    h_hat = sparse_decode(values, indices, W_dec, b_dec)
+    h = (h_hat + 0.1 * torch.randn(N, d, generator=torch.Generator().manual_seed(1))) if scale > 1 else h
+    args = [x.to(device) for x in (values, indices, W_dec, b_dec, h, g)]
+    stats, kept = (x.cpu() for x in gradient_weighted_distortion(*args, want_h_hat=True))
+    assert gradient_weighted_distortion(*args)[1].shape == (0, d)
+    y, x, grad = kept.double(), h.double(), g.double()
+    delta = y - x
+    truth = torch.stack([(grad * delta).sum(1), (delta**2).sum(1), (y**2).sum(1), (x * y).sum(1), (x**2).sum(1), delta.sum(1), x.sum(1)], 1)
+    size = torch.stack([(grad * delta).abs().sum(1), truth[:, 1], truth[:, 2], (x * y).abs().sum(1), truth[:, 4], delta.abs().sum(1), x.abs().sum(1)], 1)
+    error, rounding = (stats.double() - truth).abs(), 2.0**-24 * truth.abs()
+    # summed in float64, only the last rounding to float32 is left; the plain path on a GPU sums in float32
+    allowed = rounding + (2e-7 if (path, device) == ("ref", "cuda") else 1e-12) * size
+    assert len(STATS) == 7 and (error <= allowed).all(), dict(zip(STATS, (error / allowed).amax(0).tolist()))
+    if device == "cpu":
+        assert torch.equal(kept, h_hat)
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+@PATHS
+@pytest.mark.parametrize("N,d,F,k", [(30, 9, 50, 4), (7, 5, 6, 6), (64, 16, 1100, 1)])
+def test_gradients_equal_the_dense_autoencoder(path, N, d, F, k):
+    def loss_and_grads(dense):
+        leaves = [x.clone().requires_grad_() for x in made(N, d, F, k)[:5]]
+        h, W, b, W_dec, b_dec = leaves
+        if dense:
+            pre = h @ W.T + b
+            keep = dense_code(torch.ones(N, k, dtype=h.dtype), pre.topk(k).indices, F)
+            h_hat = (pre * keep).relu() @ W_dec + b_dec
+        else:
+            h_hat = sparse_decode(*topk_encode(h, W, b, k), W_dec, b_dec)
+        loss = (h_hat - h).pow(2).mean()
+        return torch.autograd.grad(loss, leaves)
+    kernels.use(path)
+    for name, a, want in zip(("h", "W_enc", "b_enc", "W_dec", "b_dec"), loss_and_grads(False), loss_and_grads(True)):
+        torch.testing.assert_close(a, want, rtol=1e-10, atol=1e-12, msg=lambda m: f"{name}: {m}")
+
+
+@PATHS
+def test_gradcheck(path):
+    h, W, b, W_dec, b_dec, _ = (x.requires_grad_() for x in made(6, 4, 9, 3))
+    kernels.use(path)
+    assert torch.autograd.gradcheck(lambda *a: topk_encode(*a, 3)[0], (h, W, b))
+    values, indices = (x.detach() for x in topk_encode(h, W, b, 3))
+    assert torch.autograd.gradcheck(lambda v, *a: sparse_decode(v, indices, *a), (values.requires_grad_(), W_dec, b_dec))
+
+
+@needs_ext
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_opcheck(device):
+    h, W, b, W_dec, b_dec, g = made(9, 5, 30, 4, dtype=torch.float32, device=device)
+    values, indices = topk_encode(h, W, b, 4)
+    grad = lambda *xs: [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in xs]
+    torch.library.opcheck(torch.ops.tg.topk_encode, (*grad(h, W, b), 4))
+    torch.library.opcheck(torch.ops.tg.sparse_decode, tuple(grad(values, indices, W_dec, b_dec)))
+    torch.library.opcheck(torch.ops.tg.gradient_weighted_distortion, (values, indices, W_dec, b_dec, h, g, True))
+    torch.library.opcheck(torch.ops.tg.gather_dot, (g, W_dec, indices))
+    torch.library.opcheck(torch.ops.tg.scatter_rows, (values, indices, g, 30))
+
+
+# ------------------------------------------------------------------------------------------ memory, bad arguments
+PEAK = """
+import resource, torch, kernels
+torch.set_num_threads(2)
+N, d, F, k = 4096, 8, 65536, 8
+h, W, b, c = torch.randn(N, d), torch.randn(F, d), torch.zeros(F), torch.zeros(d)
+def step(n):
+    values, indices = kernels.topk_encode(h[:n].requires_grad_(), W.requires_grad_(), b, k)
+    kernels.sparse_decode(values, indices, W, c).pow(2).mean().backward()
+    kernels.gradient_weighted_distortion(values.detach(), indices, W, c, h[:n], h[:n], True)
+step(256)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(N)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@needs_ext
+def test_no_array_of_tokens_by_latents():
+    """A step on 4096 tokens x 65536 latents (1 GB if dense, 128 MB if only a thread's tokens were) may add 48 MB to that of 256 tokens."""
+    extra = int(subprocess.run([sys.executable, "-c", PEAK], cwd=kernels.HERE, check=True, capture_output=True, text=True).stdout) / 1024
+    assert extra < 48, f"{extra:.0f} MB"
+
+
+@PATHS
+def test_largest_tensor_any_operator_makes(path, monkeypatch):
+    """The plain path keeps to its tile; the extension's own tile is below the dispatcher and measured above."""
+    monkeypatch.setattr(kernels, "TILE", 1 << 16)
+    N, F, d, k, limit = 1024, 1024, 8, 4, 1 << 16
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(x, torch.Tensor):
+                    Largest.seen = max(Largest.seen, x.numel())
+            return result
+
+    h, W, b, W_dec, b_dec, g = (x.requires_grad_() for x in made(N, d, F, k, dtype=torch.float32))
+    kernels.use(path)
+    with Largest():
+        values, indices = topk_encode(h, W, b, k)
+        sparse_decode(values, indices, W_dec, b_dec).pow(2).sum().backward()
+        gradient_weighted_distortion(values.detach(), indices, W_dec, b_dec, h, g, True)
+    assert N * d <= Largest.seen <= limit < N * F
+
+
+@PATHS
+def test_bad_arguments(path):
+    h, W, b, W_dec, b_dec, g = made(4, 3, 8, 2, dtype=torch.float32)
+    kernels.use(path)
+    for k in (0, -1, 9, True, 2.0):
+        with pytest.raises(ValueError, match="k="):
+            topk_encode(h, W, b, k)
+    for bad in ((h[0], W, b), (h, W[:, :2], b), (h, W, b[:3]), (h.double(), W, b), (h.int(), W.int(), b.int()), (h, W.to("meta"), b)):
+        with pytest.raises(ValueError, match="topk_encode"):
+            topk_encode(*bad, 2)
+    values, indices = topk_encode(h, W, b, 2)
+    for bad in ((values, indices.int(), W_dec, b_dec), (values[:3], indices, W_dec, b_dec), (values, indices, W_dec, b_dec[:2])):
+        with pytest.raises(ValueError, match="sparse_decode"):
+            sparse_decode(*bad)
+    with pytest.raises(ValueError, match="g is"):
+        gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g[:2])
+    for outside in (8, -1, 2**62):
+        wrong = indices.clone()
+        wrong[2, 1] = outside
+        with pytest.raises((RuntimeError, IndexError)):
+            sparse_decode(values, wrong, W_dec, b_dec)
+        with pytest.raises((RuntimeError, IndexError)):
+            gradient_weighted_distortion(values, wrong, W_dec, b_dec, h, g)
+        with pytest.raises((RuntimeError, IndexError)):
+            kernels._call("scatter_rows", g, values, wrong, g, 8)
+
+
+def test_every_other_dtype_runs_plain_pytorch_and_the_line_says_what_runs():
+    h, W, b, W_dec, b_dec, _ = made(10, 6, 20, 3, dtype=torch.bfloat16)
+    values, indices = topk_encode(h.requires_grad_(), W, b, 3)
+    sparse_decode(values, indices, W_dec, b_dec).sum().backward()
+    assert h.grad.dtype == torch.bfloat16
+    kernels.use("ref")
+    assert "plain PyTorch" in kernels.describe()
+    kernels.use(None)
+    assert ("C++" in kernels.describe()) == kernels.BUILT
+    with pytest.raises(ValueError):
+        kernels.use("fast")
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("N,d,F,k", [(300, 33, 9001, 7), (1, 8, 16, 16), (4100, 16, 5000, 130)])
+def test_cuda_encode_is_the_definition(device, N, d, F, k):
+    h, W, b, *_ = made(N, d, F, k, dtype=torch.float32, integer=True)
+    values, indices = topk_encode(*(x.to(device) for x in (h, W, b)), k)
+    want, index = by_definition(h, W, b, k)
+    assert torch.equal(indices.cpu(), index) and torch.equal(values.cpu().double(), want)
