@@ -458,19 +458,20 @@ def clean_pass(model, layer: int, rows: torch.Tensor, h: torch.Tensor, uniforms:
     return log_p.detach(), gradients
 
 
-def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) per position, [B,T-1], in nats, right in float32 down to 1e-7.
 
-    Summing p (log p - log q) cancels to nothing for small KL. With c = dz - E_p dz, KL = log1p(E_p[expm1(c) - c]), and the
-    bracket by its series where |c| < 0.05. For large changes the plain sum is exact and the series' expm1 would overflow.
+    Summing p (log p - log q) cancels to nothing for small KL. There, with c = dz - E_p dz, KL = log1p(E_p[expm1(c) - c]), and
+    the bracket by its series where |c| < 0.05. For large changes the plain sum is exact and expm1 would overflow.
     """
-    p = log_p.exp()
     change = log_q - log_p
-    plain = -(p * change).sum(-1)
-    c = (change + plain[..., None]).clamp(max=10.0)
-    series = c * c * (0.5 + c * (1 / 6 + c * (1 / 24 + c / 120)))
-    small = torch.log1p((p * torch.where(c.abs() < 0.05, series, torch.expm1(c) - c)).sum(-1))
-    return torch.where(plain < 0.01, small, plain)
+    kl = -torch.einsum("btv,btv->bt", p, change)
+    small = kl < 0.01
+    if small.any():
+        c = (change[small] + kl[small][:, None]).clamp(max=10.0)
+        series = c * c * (0.5 + c * (1 / 6 + c * (1 / 24 + c / 120)))
+        kl[small] = torch.log1p((p[small] * torch.where(c.abs() < 0.05, series, torch.expm1(c) - c)).sum(-1))
+    return kl
 
 
 # ------------------------------------------------------------------------------------- output folders

@@ -30,7 +30,7 @@ from proxies import EUCLIDEAN_CONTROLS, PROXIES, VALUE_BITS, evaluate, index_bit
 from sae import CHUNK, TRAIN_VERSION, TopKSAE, get_saes, tied_init
 
 # 3 models x 2 layers x 6 k = 36 cells: SCIENCE says cells, not seeds, answer the question
-GRID = dict(models="stdlib-s@1,stdlib-s@3,stdlib-m@1,stdlib-m@3,stdlib-l@1,stdlib-l@3", k="4,8,16,24,32,48", tokens="100k",
+GRID = dict(models="stdlib-s@3,stdlib-s@5,stdlib-m@3,stdlib-m@5,stdlib-l@3,stdlib-l@5", k="4,8,16,24,32,48", tokens="100k",
             expansion=8, eval_seqs=64, ctx=256)
 N_RESAMPLES = 2000
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
@@ -77,9 +77,9 @@ def plan(args, device: torch.device) -> tuple[dict, list[dict]]:
     return settings, hooks
 
 
-def eval_batch(model, ctx: int) -> int:
-    """Sequences at a time: at most 8,192 tokens, and 256 MB of logits."""
-    return max(1, min(8192 // ctx, 2 ** 26 // (ctx * model.config.vocab_size)))
+def eval_batch(model, ctx: int, device: torch.device) -> int:
+    """Sequences at a time: 8 MB of logits on the CPU (more leaves the cache, and malloc returns it page by page), 256 MB elsewhere."""
+    return max(1, 2 ** (21 if device.type == "cpu" else 26) // (ctx * model.config.vocab_size))
 
 
 def cost(hook: dict, args) -> dict:
@@ -152,7 +152,7 @@ def run_hook(hook: dict, args, device: torch.device) -> tuple[list[dict], dict, 
     random = nulls["null-random"]
     names += [(name, "null", *((len(random.W_dec), random.k) if name == "null-random" else (0, 0)), 0, 0) for name in NULLS]
     reconstructions = dict(zip(names, [*saes, *nulls.values()]))
-    results = evaluate(model, hook["layer"], hook["rows"], reconstructions, eval_batch(model, args.ctx), keep_tokens=args.save_tokens,
+    results = evaluate(model, hook["layer"], hook["rows"], reconstructions, eval_batch(model, args.ctx, device), keep_tokens=args.save_tokens,
                        what=f"{hook['name']} L{hook['layer']}")
     model.to("cpu")
     n_seq, per_seq = len(hook["rows"]), args.ctx - 1

@@ -65,7 +65,7 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, T
     """
     device = next(model.parameters()).device
     shared = hook_statistics(model, layer, rows, batch)
-    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(rows), DRAWS, rows.shape[1] - 1, generator=torch.Generator().manual_seed(seed))
     out = {name: {"sums": [], "fired": 0, "tokens": []} for name in reconstructions}
     bar = tqdm(total=len(rows) * len(out), unit="seq", desc=f"patching {what}", leave=False)
     for start in range(0, len(rows), batch):
@@ -73,8 +73,8 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, T
         h = shared["h"][start:start + batch].to(device)
         B, T, d = h.shape
         sink = shared["sink"][start:start + batch]
-        uniforms = torch.rand(DRAWS, B, T - 1, generator=generator).to(device)
-        log_p, gradients = clean_pass(model, layer, x, h, uniforms)
+        log_p, gradients = clean_pass(model, layer, x, h, uniforms[start:start + batch].transpose(0, 1).to(device))
+        p = log_p.exp()
         h_flat = h[:, :-1].flatten(0, 1)
         g, *g_sampled = [gradient[:, :-1].flatten(0, 1) for gradient in gradients]
         per_token = lambda v: v.reshape(B, T - 1).double() if v.device.type == "cpu" else v.reshape(B, T - 1).cpu().double()
@@ -121,7 +121,7 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, T
                     "relerr": s["delta_sq"].sqrt() / (s["h_sq"].sqrt() + 1e-10),
                     "gd": s["g_delta"], "gd_sq": s["g_delta"].square(), "gd_abs": s["g_delta"].abs(),
                     "fisher": torch.stack([v.square() for v in sampled]).mean(0),
-                    "ce_recon": per_token(cross_entropy(log_q, x)), "kl": per_token(kl_divergence(log_p, log_q)),
+                    "ce_recon": per_token(cross_entropy(log_q, x)), "kl": per_token(kl_divergence(p, log_p, log_q)),
                     "ce_sinkclean": per_token(cross_entropy(patched(calm_hat), x)),
                     "l0": per_token((values > 0).sum(1)) if values is not None else torch.full((B, T - 1), math.nan, dtype=torch.float64),
                 }

@@ -65,7 +65,7 @@ def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens:
     device = next(model.parameters()).device
     kept: list[tuple] = []
     median, waiting = None, 0
-    for rows in train_rows(data, tokenizer, ctx, max(1, 8192 // ctx)):
+    for rows in train_rows(data, tokenizer, ctx, max(1, 4096 // ctx)):
         h = head(model, layer, rows.to(device))
         norms = torch.linalg.vector_norm(h, dim=-1)
         median = norms[:, 1:].median().item() if median is None else median
@@ -91,6 +91,9 @@ class Training:
     Tied unit-norm init, b_dec = mean, activations scaled to E|h|^2 = d, Adam at 2e-4 sqrt(2^14/F) with 5% warm-up and a
     linear decay over the last 20%, decoder rows kept at norm 1 with the parallel part of their gradient removed, AuxK with
     coefficient 1/32 on latents silent for 10% of the budget. Scale and mean leave sink positions out.
+
+    Below 10M tokens the rate grows as sqrt(10M / tokens), at most tenfold: few steps at the long run's rate leave the SAE
+    where it began. Measured on stdlib-l layer 3, 200k tokens, held-out R^2 at 1x, 3x, 10x: k=8 .669 .748 .762, k=32 .755 .827 .862.
     """
 
     def __init__(self, h: torch.Tensor, sink: torch.Tensor, d_sae: int, k: int, seed: int, tokens: int):
@@ -103,7 +106,7 @@ class Training:
         self.batch = min(max(tokens // 1000, 256), 4096, tokens)
         whole, rest = divmod(tokens, CHUNK)
         self.steps = whole * (CHUNK // self.batch) + rest // self.batch
-        self.lr = 2e-4 * math.sqrt(2 ** 14 / d_sae)
+        self.lr = 2e-4 * math.sqrt(2 ** 14 / d_sae) * min(max(math.sqrt(1e7 / tokens), 1), 10)
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=h.device.type in ("cpu", "cuda"))
         self.dead_after = tokens / 10
         self.idle = torch.zeros(d_sae + 1, device=h.device)  # tokens since a latent fired; the last slot takes the zeros

@@ -256,9 +256,9 @@ def main() -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in
                          ("torch", "sae-lens", "eai-sparsify", "transformer-lens", "transformers"))
     print(f"{versions}; {kernels.describe()}\n")
-    print(f"{MODEL} layer {LAYER}, F = {d_sae}, {readable_count(args.tokens)} training tokens, the same in the same order.\n"
-          f"Held out: {len(held)} positions of {EVAL_SEQS} sequences, {int(held_sink.sum())} sinks. Seeds {args.seeds}; "
-          "± half the range.\nTime: CPU time of the process, base = 1.\n")
+    print(f"{MODEL} layer {LAYER}, F = {d_sae}, {readable_count(args.tokens)} training tokens, the same in the same "
+          f"order.\nHeld out: {len(held)} positions of {EVAL_SEQS} sequences, {int(held_sink.sum())} sinks. Seeds "
+          f"{args.seeds}; ± half the range.\nTime: CPU time of the process, base = 1.\n")
     saes, lines = {}, []
     for k in ks:
         results, seconds = {}, {}
@@ -304,14 +304,14 @@ def main() -> None:
         difference = ((theirs - ours).norm(dim=1) / held.norm(dim=1)).max().item()
         failures += [f"k={k}: sparsify reads another SAE"] * (not difference <= TOLERANCE)
         read_lines.append([k, f"{difference:.1e}", int((active != my_active).any(1).sum())])
-    print("Where definitions coincide: proxies.metrics, and SAELens' get_sparsity_and_variance_metrics (r2, mse, cosine,\n"
-          "l0) and get_downstream_reconstruction_metrics (CE, KL), on positions 0..T-2 of "
+    print("Where definitions coincide: proxies.metrics, and SAELens' get_sparsity_and_variance_metrics (r2, mse,\n"
+          "cosine, l0) and get_downstream_reconstruction_metrics (CE, KL), positions 0..T-2 of "
           f"{PARITY_SEQS} sequences.\nDifference: absolute, relative above 1.\n")
     table(["k", "metric", "ours", "SAELens", "difference"], same_lines)
-    print("Where they do not: run_evals as it comes (h and KL at all T positions, end-of-text left out; second r2: legacy).\n")
+    print("Where they do not: run_evals as it comes (h and KL at T positions, no end-of-text; second r2: legacy).\n")
     table(["k", "metric", "ours", "run_evals"], apart_lines)
-    print("A saved SAE read by sparsify's SparseCoder.load_from_disk: largest |difference of ĥ| / |h|, and the number of\n"
-          "tokens whose latents differ.\n")
+    print("A saved SAE read by sparsify's SparseCoder.load_from_disk: largest |difference of h_hat| / |h|, and\n"
+          "how many tokens have other latents.\n")
     table(["k", "difference", "tokens"], read_lines)
     print("\n".join(f"FAILED {why}" for why in failures) or "passed")
     sys.exit(bool(failures))

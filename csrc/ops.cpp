@@ -35,6 +35,7 @@ namespace {
 constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of float32 per thread: stays in the level-2 cache
 constexpr int LANES = 16;                                  // independent sums or compares, for the compiler to vectorise
 
+// Each is a call into libtorch: never in an inner loop.
 template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
@@ -155,13 +156,24 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const
 }
 
 // ------------------------------------------------------------------------------------------------------------ decode
-// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores.
-template <class T> WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, const T* W, int64_t d, T* __restrict acc) {
+// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores. Rows lie anywhere in
+// W, so the processor is told of the next four while it adds these, at a token's end the next token's (`more` entries follow).
+template <class T> WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, int64_t more, const T* W, int64_t d, T* __restrict acc) {
+  typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
+  constexpr int64_t width = sizeof(Vector) / sizeof(T);
   int64_t j = 0;
   for (; j + 4 <= k; j += 4) {
     const T v0 = values[j], v1 = values[j + 1], v2 = values[j + 2], v3 = values[j + 3];
     const T *w0 = W + indices[j] * d, *w1 = W + indices[j + 1] * d, *w2 = W + indices[j + 2] * d, *w3 = W + indices[j + 3] * d;
-    for (int64_t i = 0; i < d; ++i) acc[i] += (v0 * w0[i] + v1 * w1[i]) + (v2 * w2[i] + v3 * w3[i]);
+    const T* next[4];
+    for (int l = 0; l < 4; ++l) next[l] = W + indices[std::min(j + 4 + l, k + more - 1)] * d;
+    int64_t i = 0;
+    for (; i + width <= d; i += width) {
+      for (int l = 0; l < 4; ++l) __builtin_prefetch(next[l] + i);
+      *(Vector*)(acc + i) += (v0 * *(const Vector*)(w0 + i) + v1 * *(const Vector*)(w1 + i)) +
+                           (v2 * *(const Vector*)(w2 + i) + v3 * *(const Vector*)(w3 + i));
+    }
+    for (; i < d; ++i) acc[i] += (v0 * w0[i] + v1 * w1[i]) + (v2 * w2[i] + v3 * w3[i]);
   }
   for (; j < k; ++j) {
     const T v = values[j], *w = W + indices[j] * d;
@@ -192,10 +204,11 @@ struct Code {  // the operands that decode and distortion share, checked and con
     check(op, b_, v.scalar_type(), {d});
     check_code(op, indices, F);
   }
-  template <class T> void row(int64_t n, T* acc) const {
+  template <class T> void row(int64_t n, T* acc, T* h_hat) const {  // acc [d] is scratch: it stays in cache while rows pass through
+    const T* bias = in<T>(b);
     std::fill(acc, acc + d, T(0));
-    add_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, in<T>(W), d, acc);
-    for (int64_t i = 0; i < d; ++i) acc[i] += in<T>(b)[i];  // last: b may be far larger than the sum
+    add_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, (N - n - 1) * k, in<T>(W), d, acc);
+    for (int64_t i = 0; i < d; ++i) h_hat[i] = acc[i] + bias[i];  // last: b may be far larger than the sum
   }
 };
 
@@ -205,7 +218,8 @@ Tensor sparse_decode(const Tensor& values, const Tensor& indices, const Tensor& 
   by_dtype(h_hat, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, code.N, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) code.row(n, out<T>(h_hat) + n * code.d);
+      std::vector<T> scratch(code.d);
+      for (int64_t n = begin; n < end; ++n) code.row(n, scratch.data(), out<T>(h_hat) + n * code.d);
     });
   });
   return h_hat;
@@ -224,10 +238,10 @@ std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, co
   by_dtype(h, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(want_h_hat ? 0 : d);
+      std::vector<T> scratch(d);
       for (int64_t n = begin; n < end; ++n) {
         T* y = want_h_hat ? out<T>(h_hat) + n * d : scratch.data();
-        code.row(n, y);
+        code.row(n, scratch.data(), y);
         const T *x = in<T>(h) + n * d, *grad = in<T>(g) + n * d;
         double sums[7][4] = {};
         for (int64_t i0 = 0; i0 < d; i0 += 4)
@@ -257,8 +271,10 @@ Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin * k; at < end * k; ++at)
-        out<T>(dots)[at] = dot(in<T>(x) + at / k * d, in<T>(W) + in<int64_t>(indices)[at] * d, d);
+      const T *from = in<T>(x), *rows = in<T>(W);
+      const int64_t* f = in<int64_t>(indices);
+      T* to = out<T>(dots);
+      for (int64_t at = begin * k; at < end * k; ++at) to[at] = dot(from + at / k * d, rows + f[at] * d, d);
     });
   });
   return dots;
@@ -282,11 +298,12 @@ std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indic
     const int64_t* f = in<int64_t>(indices);
     std::vector<int64_t> start(F + 2), token(N * k);
     std::vector<T> sorted(N * k);
+    const T *c = in<T>(coef), *from = in<T>(x);
     for (int64_t at = 0; at < N * k; ++at) ++start[f[at] + 2];
     for (int64_t i = 2; i < F + 2; ++i) start[i] += start[i - 1];
     for (int64_t at = 0; at < N * k; ++at) {  // after this the entries from start[f] to start[f + 1] belong to f
       const int64_t to = start[f[at] + 1]++;
-      token[to] = at / k, sorted[to] = in<T>(coef)[at];
+      token[to] = at / k, sorted[to] = c[at];
     }
     torch::stable::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
       std::vector<T> part(d);
@@ -297,7 +314,7 @@ std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indic
         for (int64_t e0 = start[row]; e0 < start[row + 1]; e0 += 32) {
           const int64_t e1 = std::min(e0 + 32, start[row + 1]);
           std::fill(part.begin(), part.end(), T(0));
-          add_rows(sorted.data() + e0, token.data() + e0, e1 - e0, in<T>(x), d, part.data());
+          add_rows(sorted.data() + e0, token.data() + e0, e1 - e0, N * k - e1, from, d, part.data());
           for (int64_t i = 0; i < d; ++i) total[i] += part[i];
           sum += std::accumulate(sorted.data() + e0, sorted.data() + e1, 0.0);
         }

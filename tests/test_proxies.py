@@ -109,8 +109,7 @@ def test_metrics_do_not_depend_on_the_batch(hook):
     sae = random_sae(hook)
     six, one = point(hook, sae, batch=6), point(hook, sae, batch=1)
     for name in six:
-        if name not in ("swd_sampled", "fed", "fed_nosink", "rho"):  # these draw labels batch by batch
-            assert one[name] == pytest.approx(six[name], rel=1e-4, abs=1e-7), name
+        assert one[name] == pytest.approx(six[name], rel=1e-4, abs=1e-7), name
 
 
 def test_swd_is_quadratic_in_the_error_and_g_is_not_in_it_twice(hook):
@@ -183,7 +182,7 @@ def test_index_bits_of_independent_latents_are_their_entropy():
     fired = np.stack([rng.binomial(n_seq // 2 * per_seq, rate) for _ in range(2)]).astype(float)
     entropy = -sum(p * math.log2(p) + (1 - p) * math.log2(1 - p) for p in rate if p)
     assert index_bits(fired, n_seq, per_seq) == pytest.approx(entropy, rel=0.01)
-    assert np.isfinite(index_bits(np.array([[2.0, 0], [3, 0]]), 3, 2))  # odd number of sequences
+    assert np.isfinite(index_bits(np.array([[2.0, 0], [1, 0]]), 3, 2))  # odd number of sequences
 
 
 def test_scores_grow_with_quality():

@@ -111,7 +111,9 @@ def test_latents_are_dead_after_a_tenth_of_the_run():
 def test_the_rate_warms_up_stays_and_decays():
     h, _ = planted(1_000)
     training = Training(h, torch.zeros(1000, dtype=torch.bool), 2 ** 12, 3, 0, 10 ** 6)
-    assert training.batch == 1000 and training.steps == 1000 and training.lr == pytest.approx(4e-4)
+    assert training.batch == 1000 and training.steps == 1000 and training.lr == pytest.approx(4e-4 * math.sqrt(10))
+    for tokens, boost in ((1000, 10), (10 ** 5, 10), (10 ** 7, 1), (10 ** 8, 1)):
+        assert Training(h, torch.zeros(1000, dtype=torch.bool), 2 ** 12, 3, 0, tokens).lr == pytest.approx(4e-4 * boost)
     rates = []
     for training.step in range(1000):
         rates.append(training.rate() / training.lr)
@@ -123,7 +125,7 @@ def test_the_rate_warms_up_stays_and_decays():
 def test_a_loss_that_is_not_finite_stops_with_one_line():
     h, _ = planted(1_000)
     training = Training(h, torch.zeros(1000, dtype=torch.bool), 64, 3, 0, 1000)
-    h[5] = math.nan
+    h[::2] = math.nan
     with pytest.raises(sae_module.Fault, match="stdlib-x k=3: the loss is not finite at step 3"):
         training.one_chunk(h, Bar(), "stdlib-x k=3")
 
