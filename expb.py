@@ -31,7 +31,7 @@ from sae import CHUNK, TRAIN_VERSION, TopKSAE, get_saes, tied_init
 
 # 3 models x 2 layers x 6 k = 36 cells: SCIENCE says cells, not seeds, answer the question
 GRID = dict(models="stdlib-s@3,stdlib-s@5,stdlib-m@3,stdlib-m@5,stdlib-l@3,stdlib-l@5", k="4,8,16,24,32,48", tokens="100k",
-            expansion=8, eval_seqs=64, ctx=256)
+            expansion=4, eval_seqs=48, ctx=256)
 N_RESAMPLES = 2000
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
 METRICS = ["r2", "r2_nosink", "r2_defl1", "r2_ln", "nmse", "nmse_tok", "mse", "cosine", "relerr", "swd_tok", "swd_seq", "swd_sampled",
