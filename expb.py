@@ -1,6 +1,6 @@
 """Exp-B: which cheap proxy of an SAE's quality predicts what its patch does to cross-entropy?
 
-    python expb.py                                   # embedded models, about two minutes on two cores
+    python expb.py                                   # embedded models, five CPU-minutes
     python expb.py --device mps
     python expb.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --data NeelNanda/pile-small-tokenized-2b --tokens 10M
     python expb.py --from outputs/expb               # tables, verdict and plots again, without a model
@@ -29,7 +29,7 @@ import stats
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, VALUE_BITS, evaluate, index_bits, metrics, oriented, sequence_weights
 from sae import CHUNK, TRAIN_VERSION, TopKSAE, get_saes, tied_init
 
-# 3 models x 2 layers x 6 k = 36 cells: SCIENCE says cells, not seeds, answer the question
+# 3 models x 2 layers x 6 k = 36 cells: cells, not seeds, are what the permutation test and the bootstrap count
 GRID = dict(models="stdlib-s@3,stdlib-s@5,stdlib-m@3,stdlib-m@5,stdlib-l@3,stdlib-l@5", k="4,8,16,24,32,48", tokens="100k",
             expansion=4, eval_seqs=48, ctx=256)
 N_RESAMPLES = 2000
