@@ -10,7 +10,6 @@ the best Euclidean control. TopK SAEs are trained over models x layers x k, thei
 proxy and the cross-entropy measured on the same held-out tokens. Decided by partial Spearman given k, a proxy-swap
 permutation over cells, and the transfer gap across scale.
 """
-import contextlib
 import hashlib
 import json
 import pathlib

@@ -5,7 +5,6 @@ Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, a
 import hashlib
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import kernels
-from common import Fault, UserError, atomically, head, readable_count, train_rows
+from common import Fault, atomically, head, readable_count, train_rows
 
 CHUNK = 250_000  # tokens shuffled together
 SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
