@@ -1,4 +1,4 @@
-"""What every experiment shares: arguments, text, language models split at the hook, output folders.
+"""What every experiment shares: arguments, language models split at the hook, output folders.
 
     python common.py diff A B      # compare two output folders within the tolerances of DIFF_TOLERANCE; exit 1 above them
 
@@ -14,13 +14,11 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import itertools
 import json
 import math
 import pathlib
 import platform
 import sys
-import sysconfig
 from collections.abc import Iterator
 
 import numpy as np
@@ -87,7 +85,7 @@ class _OneLineParser(argparse.ArgumentParser):
 def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     """The flags that mean the same in every script; `defaults` are the script's own grid.
 
-    Returns models as [(name, layer or None)], k, seeds, tokens as sorted lists of int. Raises UserError.
+    Returns models as [(name, layer or None)], k, seeds, tokens as sorted lists of int, recipe and sinks as lists. Raises UserError.
     """
     parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -98,7 +96,8 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     grid.add_argument("--seeds", help="e.g. 0,1,2")
     grid.add_argument("--tokens", help="SAE training budgets, e.g. 300k,10M")
     grid.add_argument("--expansion", type=int, help="SAE width = expansion x d_model")
-    grid.add_argument("--sinks", choices=["keep", "drop"], help="sink positions in SAE training")
+    grid.add_argument("--recipe", help="how SAEs are trained: base, saelens, or both, the first being the one the verdict is about")
+    grid.add_argument("--sinks", help="sink positions in SAE training: keep, drop, or both")
     grid.add_argument("--eval-seqs", type=int, help="held-out sequences")
     grid.add_argument("--ctx", type=int, help="tokens per sequence")
     grid.add_argument("--preset", choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it")
@@ -112,10 +111,12 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
     args = parser.parse_args(argv)
     preset = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
-    for name, value in {"data": "stdlib", "sinks": "keep", "seeds": "0", **defaults, **preset}.items():
+    for name, value in {"data": "stdlib", "recipe": "base", "sinks": "keep", "seeds": "0", **defaults, **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.models = parse_models(args.models)
+    args.recipe = parse_choices(args.recipe, "--recipe", ("base", "saelens"))
+    args.sinks = parse_choices(args.sinks, "--sinks", ("keep", "drop"))
     args.k = parse_ints(args.k, "--k", 1)
     args.seeds = parse_ints(args.seeds, "--seeds", 0)
     args.tokens = sorted({parse_count(part) for part in args.tokens.split(",")})
@@ -123,6 +124,14 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
     return args
+
+
+def parse_choices(text: str, flag: str, choices: tuple) -> list[str]:
+    """Names separated by commas, in the order given."""
+    values = list(dict.fromkeys(text.split(",")))
+    if unknown := [v for v in values if v not in choices]:
+        raise UserError(f"{flag} {','.join(unknown)}: choose from {', '.join(choices)}")
+    return values
 
 
 def parse_models(text: str) -> list[tuple[str, int | None]]:
@@ -188,131 +197,6 @@ def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device, to
         if not error <= tolerance:
             raise Fault(f"{device} disagrees with the CPU on {name} at layer {layer} (relative error {error:.1e}, allowed "
                         f"{tolerance:.0e}): its numbers cannot be believed; use --device cpu")
-
-
-# ----------------------------------------------------------------------------------------------- text
-SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
-LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-
-
-def digest(text: str) -> bytes:
-    """A hash that every machine and Python agrees on (`hash` is salted per process)."""
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-
-
-def in_heldout(name: str) -> bool:
-    """One document in ten is held out."""
-    return digest(name)[0] % 10 == 0
-
-
-def stdlib_documents(split: str) -> list[tuple[str, str]]:
-    """(name, text) of the running Python's own library: its modules, and each pydoc topic as a document.
-
-    split is "train" or "heldout"; whole files go to one side by `in_heldout`, in the order of their names' hashes, so that
-    any stretch of the stream is a mixture. Tests, idlelib and installed packages are left out, and so is
-    `_sysconfigdata*`, which says how one machine built its Python.
-    Raises UserError where the library has no source files (a zipped Python).
-    """
-    root = pathlib.Path(sysconfig.get_path("stdlib"))
-    texts = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        if SKIP_PARTS.isdisjoint(parts) and not path.name.startswith("_sysconfigdata") and parts != ("pydoc_data", "topics.py"):
-            try:
-                texts["/".join(parts)] = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue  # two or three files in latin-1
-    if not texts:
-        raise UserError(f"--data stdlib: this Python keeps no source files under {root}")
-    from pydoc_data.topics import topics
-    texts |= {f"pydoc_data/topics/{name}": text for name, text in topics.items()}
-    return [(name, texts[name]) for name in sorted(texts, key=digest) if in_heldout(name) == (split == "heldout")]
-
-
-def documents(data: str, split: str) -> Iterator[str | list[int]]:
-    """Documents of one side of the split, as text, or as token ids where the data set is tokenised.
-
-    `stdlib` splits by file; anything else by a hash of the document itself, so that a repeated document never stands on
-    both sides, whatever the budget. A .txt file is cut at line ends into pieces of about 8,000 characters. Hub data sets
-    and large files are streamed. Raises UserError.
-    """
-    if data == "stdlib":
-        everything = (text for _, text in stdlib_documents(split))
-    else:
-        everything = (d for d in foreign_documents(data) if len(d) and in_heldout(str(d)) == (split == "heldout"))
-    yield from everything
-
-
-def foreign_documents(data: str) -> Iterator[str | list[int]]:
-    path = pathlib.Path(data)
-    files = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.suffix in LOCAL_FORMATS and p.is_file()]
-    kinds = {LOCAL_FORMATS[p.suffix] for p in files}
-    if path.exists() and len(kinds) != 1:
-        raise UserError(f"--data {data}: needs files of one kind out of {', '.join(LOCAL_FORMATS)}; found {sorted(kinds) or 'none'}")
-    for p in files:
-        if p.stat().st_size == 0:
-            raise UserError(f"--data {p}: the file is empty")
-        if kinds & {"text", "json"} and b"\0" in p.open("rb").read(1 << 16):
-            raise UserError(f"--data {p}: the file is binary, not text")
-    try:
-        if kinds == {"text"}:
-            for p in files:
-                with p.open(encoding="utf-8") as lines:
-                    while piece := "".join(lines.readlines(8000)):
-                        yield piece
-            return
-        import datasets  # slow to import, and not needed above
-        datasets.disable_progress_bars()
-        source = dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=data)
-        for row in datasets.load_dataset(**source, split="train", streaming=True):
-            column = next((c for c in ("tokens", "input_ids", "text") if row.get(c) is not None), None) or \
-                next((c for c, value in row.items() if isinstance(value, str)), None)
-            if column is None:
-                raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
-            yield row[column]
-    except UserError:
-        raise
-    except Exception as error:  # the libraries below raise a dozen kinds for "no such data set" and "not readable"
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"--data {data}: {first[0]} (there is stdlib; else a local file or folder, or a hub data set)") from error
-
-
-def packed_rows(data: str, split: str, tokenizer, ctx: int, seen: "hashlib._Hash | None" = None) -> Iterator[torch.Tensor]:
-    """One pass of rows [ctx] (int64): documents joined by the end-of-text token and cut, no padding, no BOS, as Pythia was trained.
-
-    `seen`, a hash object, is fed every document used.
-    """
-    carry: list[int] = []
-    for document in documents(data, split):
-        if seen is not None:
-            seen.update(str(document).encode(errors="surrogatepass"))
-        ids = document if not isinstance(document, str) else tokenizer(document, add_special_tokens=False).input_ids
-        carry += [*ids, tokenizer.eos_token_id]
-        for start in range(0, len(carry) - ctx + 1, ctx):
-            yield torch.tensor(carry[start:start + ctx])
-        carry = carry[len(carry) // ctx * ctx:]
-
-
-def heldout_rows(data: str, tokenizer, ctx: int, n: int) -> tuple[torch.Tensor, str]:
-    """([n,ctx] evaluation rows, SHA-256 of the documents they came from). Raises UserError if the held-out side is shorter."""
-    seen = hashlib.sha256()
-    rows = list(itertools.islice(packed_rows(data, "heldout", tokenizer, ctx, seen), n))
-    if len(rows) < n:
-        raise UserError(f"--eval-seqs {n}: the held-out side of {data} holds {len(rows)} sequences of {ctx} tokens"
-                        + (" (too short for one sequence)" if not rows else ""))
-    return torch.stack(rows), seen.hexdigest()
-
-
-def train_rows(data: str, tokenizer, ctx: int, batch: int) -> Iterator[torch.Tensor]:
-    """Batches [batch,ctx] of the training side, pass after pass without end."""
-    while True:
-        rows = packed_rows(data, "train", tokenizer, ctx)
-        first = next(rows, None)
-        if first is None:
-            raise UserError(f"--data {data}: the training side is too short for one sequence of {ctx} tokens")
-        rows = itertools.chain([first], rows)
-        while chunk := list(itertools.islice(rows, batch)):
-            yield torch.stack(chunk)
 
 
 # ------------------------------------------------------------------------------------- language models
@@ -477,7 +361,7 @@ def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> 
 # ------------------------------------------------------------------------------------- output folders
 RESULT_FILES = ("conditions.csv", "leaderboard.csv", "deltas.csv", "verdict.json", "report.md", "sequences.npz", "tokens.npz",
                 "run.json")
-LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens", "proxy", "target", "stratum"}
+LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"}
 # What two backends may differ by, relative to the larger of the value and the floor: an SAE trained in float32 amplifies the
 # last bit of every sum, so a column that depends on training is compared with room for that.
 DIFF_TOLERANCE = {"exact": (0.0, 0.0), "default": (0.05, 1e-3)}
@@ -519,6 +403,30 @@ def read_table(path: pathlib.Path) -> list[dict]:
         return math.nan if text == "undefined" else text
     with path.open(newline="") as file:
         return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def markdown(rows: list[dict], columns: list[str]) -> str:
+    """A table that reads as text and renders as Markdown."""
+    short = lambda v: f"{v:.3g}" if isinstance(v, float) and math.isfinite(v) else cell(v)
+    table = [columns] + [[short(row[c]) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    lines = ["| " + " | ".join(f"{v:<{w}}" for v, w in zip(line, widths)) + " |" for line in table]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def save_figure(figure, path: pathlib.Path) -> None:
+    """A PNG without the program's version in it: the same bytes from the same numbers."""
+    with atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    pyplot().close(figure)
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

@@ -2,7 +2,9 @@
 
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
+import copy
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -14,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import kernels
-from common import Fault, atomically, head, readable_count, train_rows
+from common import Fault, atomically, head, readable_count
+from text import train_rows
 
 CHUNK = 250_000  # tokens shuffled together
 SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
-TRAIN_VERSION = 1  # bump when training mathematics changes: older cached SAEs are then left alone
+TRAIN_VERSION = 2  # bump when training mathematics changes: older cached SAEs are then left alone
 
 
 class TopKSAE(torch.nn.Module):
@@ -56,15 +59,19 @@ def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
     return sinks
 
 
-def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str) -> Iterator[tuple]:
+def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0) -> Iterator[tuple]:
     """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of every sequence.
 
-    sinks="drop" leaves sink positions out of the stream (and does not count them).
+    sinks="drop" leaves sink positions out of the stream (and does not count them). `first` chunks are passed over, without
+    the model where that can be: how many positions are sinks only the model knows.
     """
     device = next(model.parameters()).device
     kept: list[tuple] = []
-    median, waiting = None, 0
+    median, waiting, passed = None, 0, 0
     for rows in train_rows(data, tokenizer, ctx, max(1, 4096 // ctx)):
+        if median is not None and sinks == "keep" and passed + rows.numel() <= first * CHUNK:
+            passed += rows.numel()
+            continue
         h = head(model, layer, rows.to(device))
         norms = torch.linalg.vector_norm(h, dim=-1)
         median = norms[:, 1:].median().item() if median is None else median
@@ -72,49 +79,119 @@ def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens:
         h = h.flatten(0, 1)
         if sinks == "drop":
             h, sink = h[~sink], sink[~sink]
-        kept.append((h, sink))
-        waiting += len(h)
-        while waiting >= min(CHUNK, tokens):
+        over = min(max(first * CHUNK - passed, 0), len(h))
+        passed += over
+        kept.append((h[over:], sink[over:]))
+        waiting += len(h) - over
+        while waiting >= min(CHUNK, tokens - first * CHUNK):
+            n = min(CHUNK, tokens - first * CHUNK)
             h, sink = (torch.cat(parts) for parts in zip(*kept))
-            n = min(CHUNK, tokens)
             yield h[:n], sink[:n]
-            kept, waiting, tokens = [(h[n:], sink[n:])], waiting - n, tokens - n
-            if not tokens:
+            kept, waiting, first, passed = [(h[n:], sink[n:])], waiting - n, first + 1, passed + n
+            if first * CHUNK >= tokens:
                 return
 
 
 # ---------------------------------------------------------------------------------------------- training
 class Training:
-    """One SAE under recipe `base`: Gao et al. 2024 with every schedule a share of the run.
+    """The training of one SAE, and of those with smaller budgets that share its beginning: recipe `base`.
 
-    Tied unit-norm init, b_dec = mean, activations scaled to E|h|^2 = d, Adam at 2e-4 sqrt(2^14/F) with 5% warm-up and a
-    linear decay over the last 20%, decoder rows kept at norm 1 with the parallel part of their gradient removed, AuxK with
-    coefficient 1/32 on latents silent for 10% of the budget. Scale and mean leave sink positions out.
+    Gao et al. 2024 with every schedule a share of the run: tied unit-norm init, b_dec = mean, activations scaled to
+    E|h|^2 = d, Adam at 2e-4 sqrt(2^14/F) with 5% warm-up and a linear decay over the last 20%, decoder rows kept at norm 1
+    with the parallel part of their gradient removed, AuxK with coefficient 1/32 on latents silent for 10% of the budget.
+    Scale and mean leave sink positions out.
 
     Below 10M tokens the rate grows as sqrt(10M / tokens), at most fivefold: few steps at the long run's rate leave the SAE
     where it began. Measured on stdlib-l layer 3, 200k tokens, held-out R^2 (alive) at 1x, 3x, 5x, 10x: k=8 .669 (.88), .748
     (.83), .768 (.83), .762 (.59); k=32 .755 (1.00), .827 (1.00), .848 (.99), .862 (.89).
-    """
 
-    def __init__(self, h: torch.Tensor, sink: torch.Tensor, d_sae: int, k: int, seed: int, tokens: int):
-        d = h.shape[1]
+    The trunk. Budgets of equal batch and rate differ in nothing until the first decays, so one run at constant rate serves
+    them: where budget B starts to decay, a copy branches off and ends at B. Between branches the trunk is the run of the next
+    budget (its share of dead tokens); the warm-up is the first budget's. The stream is cut at every budget, so that B's
+    tokens are those of a run of its own, and the smallest budget's SAE is that of a run of its own to the bit.
+    """
+    DECAY = 0.2
+
+    def __init__(self, statistics: dict, d_sae: int, k: int, seed: int, budgets: list[int]):
+        """statistics of the activations, as `describe` gives them; budgets ascending, of one pace: the last is this SAE's."""
+        self.statistics, self.seed, self.step = statistics, seed, 0
+        self.batch, self.boost = self.pace(budgets[-1])
+        self.initialise(d_sae, k)
+        self.idle = torch.zeros(d_sae + 1, device=statistics["mean"].device)  # since a latent fired; the last slot takes the zeros
+        self.aim(budgets)
+
+    def initialise(self, d_sae: int, k: int) -> None:
+        mean = self.statistics["mean"]
+        self.scale = math.sqrt(len(mean) / self.statistics["square"])
+        self.variance = self.statistics["variance"] * self.scale ** 2
+        self.sae = tied_init(len(mean), d_sae, k, self.seed, mean * self.scale)
+        self.lr = 2e-4 * math.sqrt(2 ** 14 / d_sae) * self.boost
+        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=mean.device.type in ("cpu", "cuda"))
+
+    @staticmethod
+    def describe(h: torch.Tensor, sink: torch.Tensor) -> dict:
+        """Mean [d], E|h|^2 and variance (about the mean, summed over d) of the raw activations h [n,d] that are no sinks."""
         calm = h[~sink]
-        self.scale = math.sqrt(d / calm.square().sum(1).mean().item())
         mean = calm.mean(0)
-        self.variance = (calm - mean).square().sum(1).mean().item() * self.scale ** 2
-        self.sae = tied_init(d, d_sae, k, seed, mean * self.scale)
-        self.batch = min(max(tokens // 1000, 256), 4096, tokens)
-        whole, rest = divmod(tokens, CHUNK)
-        self.steps = whole * (CHUNK // self.batch) + rest // self.batch
-        self.lr = 2e-4 * math.sqrt(2 ** 14 / d_sae) * min(max(math.sqrt(1e7 / tokens), 1), 5)
-        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=h.device.type in ("cpu", "cuda"))
-        self.dead_after = tokens / 10
-        self.idle = torch.zeros(d_sae + 1, device=h.device)  # tokens since a latent fired; the last slot takes the zeros
-        self.seed, self.tokens, self.step, self.chunks = seed, tokens, 0, 0
+        return {"mean": mean, "square": calm.square().sum(1).mean().item(), "variance": (calm - mean).square().sum(1).mean().item()}
+
+    @staticmethod
+    def pace(tokens: int) -> tuple[int, float]:
+        """(tokens per step, factor on the rate) of a budget."""
+        return min(max(tokens // 1000, 256), 4096, tokens), min(max(math.sqrt(1e7 / tokens), 1.0), 5.0)
+
+    # ------------------------------------------------------------------ what happens when
+    def aim(self, budgets: list[int]) -> None:
+        """Count the steps to every budget, and where each branches off."""
+        self.budgets = budgets
+        cuts = sorted({*range(0, budgets[-1], CHUNK), *budgets})
+        self.pieces = list(zip(cuts, cuts[1:]))  # token ranges of the stream, each shuffled by itself
+        steps = dict(itertools.accumulate(((end, (end - start) // self.batch) for start, end in self.pieces),
+                                          lambda a, b: (b[0], a[1] + b[1])))
+        self.steps, self.warm_up = steps[budgets[-1]], 0.05 * steps[budgets[0]]
+        self.branches = [(int((1 - self.DECAY) * steps[b]), b) for b in budgets[:-1]]  # (step, budget), ascending
+        self.ahead = [(step, b) for step, b in self.branches if step >= self.step]
 
     def rate(self) -> float:
-        return self.lr * min((self.step + 1) / (0.05 * self.steps), (self.steps - self.step) / (0.2 * self.steps), 1.0)
+        return self.lr * min((self.step + 1) / self.warm_up, (self.steps - self.step) / (self.DECAY * self.steps), 1.0)
 
+    def dead_after(self) -> float:
+        """Tokens without firing that make a latent dead: 10% of the budget the run is heading for."""
+        return next((b for step, b in self.branches if self.step < step), self.budgets[-1]) / 10
+
+    def branch_off(self) -> list["Training"]:
+        """Copies for the budgets that begin to decay at this step."""
+        twins = []
+        while self.ahead and self.ahead[0][0] == self.step:
+            budget = self.ahead.pop(0)[1]
+            twins.append(copy.deepcopy(self))
+            twins[-1].aim([b for b in self.budgets if b <= budget])
+            twins[-1].ahead = []
+        return twins
+
+    def feed(self, h: torch.Tensor, start: int, bar: tqdm, what: str) -> list["Training"]:
+        """Train on h [n,d], the stream from token `start`, going on at the step this run is at: [itself, branches ...].
+
+        Every token of a piece once, in an order set by the seed alone. Raises Fault on a loss that is not finite.
+        """
+        runs, done = [self], 0
+        for number, (first, last) in enumerate(self.pieces):
+            n = (last - first) // self.batch
+            if start <= first and last <= start + len(h) and done + n > self.step:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+                order = torch.randperm(last - first, generator=generator).to(h.device) + (first - start)
+                for i in range(self.step - done, n):
+                    runs += [run for twin in self.branch_off() for run in twin.feed(h, start, bar, what)]
+                    loss = self.one_step(h[order[i * self.batch:(i + 1) * self.batch]])
+                    if (i + 1) % 100 == 0 or i + 1 == n:
+                        if not math.isfinite(loss.item()):
+                            raise Fault(f"{what}: the loss is not finite at step {self.step}")
+                        bar.update(self.batch * ((i % 100) + 1))
+                        bar.set_postfix_str(f"{what} loss {loss.item():.3f}", refresh=False)
+            done += n
+        return runs + (self.branch_off() if self.step == self.steps else [])
+
+    # ------------------------------------------------------------------ one step
     def auxiliary_loss(self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
         """AuxK (Gao et al. 2024, A.2): the d/2 strongest dead latents reconstruct the error; error variance 1."""
         k = min(x.shape[1] // 2, len(dead))
@@ -123,15 +200,19 @@ class Training:
         residual = (error - guess).square().sum(1).mean() / (error - error.mean(0)).square().sum(1).mean()
         return torch.nan_to_num(residual) / 32
 
+    def fired(self, values: torch.Tensor, indices: torch.Tensor, amount: int) -> None:
+        """`idle` grows by `amount` for every latent that did not fire."""
+        self.idle += amount
+        self.idle[torch.where(values > 0, indices, len(self.idle) - 1).flatten()] = 0
+
     def one_step(self, h: torch.Tensor) -> torch.Tensor:
         """An optimiser step on h [n,d], raw; the loss, still on the device: SSE per token over the variance."""
         x = h * self.scale
         values, indices = self.sae.encode(x)
         error = x - self.sae.decode(values, indices)
         loss = error.square().sum(1).mean() / self.variance
-        self.idle += len(x)
-        self.idle[torch.where(values > 0, indices, len(self.idle) - 1).flatten()] = 0
-        dead = (self.idle[:-1] >= self.dead_after).nonzero().squeeze(1)
+        self.fired(values, indices, len(x))
+        dead = (self.idle[:-1] >= self.dead_after()).nonzero().squeeze(1)
         total = loss + self.auxiliary_loss(x, error.detach(), dead) if len(dead) else loss
         self.optimiser.zero_grad()
         total.backward()
@@ -145,32 +226,88 @@ class Training:
         self.step += 1
         return loss.detach()
 
-    def one_chunk(self, h: torch.Tensor, bar: tqdm, what: str) -> None:
-        """Every token of the chunk once, in an order set by the seed alone. Raises Fault on a loss that is not finite."""
-        order = torch.randperm(len(h), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.chunks)).to(h.device)
-        for i in range(len(h) // self.batch):
-            loss = self.one_step(h[order[i * self.batch:(i + 1) * self.batch]])
-            if (i + 1) % 100 == 0 or i + 1 == len(h) // self.batch:
-                if not math.isfinite(loss.item()):
-                    raise Fault(f"{what}: the loss is not finite at step {self.step}")
-                bar.update(self.batch * ((i % 100) + 1))
-                bar.set_postfix_str(f"{what} fvu {loss.item():.3f}", refresh=False)
-        self.chunks += 1
-
-    def state(self) -> dict:
-        return {"sae": self.sae.state_dict(), "optimiser": self.optimiser.state_dict(), "idle": self.idle, "step": self.step,
-                "chunks": self.chunks, "scale": self.scale, "variance": self.variance}
-
-    def load(self, state: dict) -> None:
-        self.sae.load_state_dict(state["sae"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.idle, self.step, self.chunks = state["idle"], state["step"], state["chunks"]
-        self.scale, self.variance = state["scale"], state["variance"]
-
     def finished(self) -> TopKSAE:
         """The SAE for raw activations: the scale folded into the biases, the unit-norm decoder as it is."""
         sae = self.sae.requires_grad_(False)
         return TopKSAE(sae.W_enc, sae.b_enc / self.scale, sae.W_dec, sae.b_dec / self.scale, sae.k).requires_grad_(False)
+
+    # ------------------------------------------------------------------ checkpoints
+    def state(self) -> dict:
+        return {"sae": self.sae.state_dict(), "optimiser": self.optimiser.state_dict(), "idle": self.idle, "step": self.step,
+                "budgets": self.budgets, "statistics": self.statistics}
+
+    def load(self, state: dict) -> "Training":
+        """Go on from a state. The step says where the stream stands, and with the seed in which order it is drawn."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.idle, self.step = state["idle"], state["step"]
+        self.aim(state["budgets"])
+        return self
+
+
+class SAELensTraining(Training):
+    """Recipe `saelens`: what SAELens 6 does to a TopK SAE by default, step by step (tested against 6.54.12).
+
+    Decoder rows of norm 0.1 with the encoder their copy, b_dec = 0, raw activations with their sinks, 4096 tokens a step, Adam
+    at a constant 3e-4, gradient norm clipped to 1, decoder norms free and latents ranked by pre-activation times decoder
+    norm, loss the SSE per token, AuxK with coefficient 1 on latents silent for 1000 steps. The rate never decays, so a
+    budget is a checkpoint of the longest run. SAELens shuffles in another buffer; the order here is recipe `base`'s.
+    """
+    DECAY = 0.0
+    DEAD_STEPS = 1000
+
+    def initialise(self, d_sae: int, k: int) -> None:
+        mean = self.statistics["mean"]
+        rows = torch.rand(d_sae, len(mean), generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
+        rows = (0.1 * rows / rows.norm(dim=1, keepdim=True)).to(mean.device)
+        self.sae = TopKSAE(rows.clone(), torch.zeros(d_sae, device=mean.device), rows, torch.zeros_like(mean), k)
+        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=3e-4, fused=mean.device.type in ("cpu", "cuda"))
+
+    @staticmethod
+    def pace(tokens: int) -> tuple[int, float]:
+        return min(4096, tokens), 1.0
+
+    def folded(self) -> tuple[torch.Tensor, ...]:
+        """W_enc, b_enc, W_dec, b_dec of the same function with unit-norm decoder rows: z_i |W_dec_i| ranks the latents."""
+        sae, norm = self.sae, torch.linalg.vector_norm(self.sae.W_dec, dim=1)
+        return sae.W_enc * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec
+
+    def auxiliary_loss(self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """The d/2 dead latents of largest pre-activation, negative ones with their sign, reconstruct the error."""
+        W_enc, b_enc, W_dec, b_dec = self.folded()
+        wanted = x.shape[1] // 2
+        z = torch.nn.functional.linear(x - b_dec, W_enc[dead], b_enc[dead])
+        values, among_dead = z.topk(min(wanted, len(dead)))
+        guess = kernels.sparse_decode(values, among_dead, W_dec[dead], torch.zeros_like(b_dec))
+        return min(len(dead) / wanted, 1.0) * (guess - error).square().sum(1).mean()
+
+    def one_step(self, h: torch.Tensor) -> torch.Tensor:
+        dead = (self.idle[:-1] > self.DEAD_STEPS).nonzero().squeeze(1)  # as the step before left them
+        W_enc, b_enc, W_dec, b_dec = self.folded()
+        values, indices = kernels.topk_encode(h - b_dec, W_enc, b_enc, self.sae.k)
+        error = h - kernels.sparse_decode(values, indices, W_dec, b_dec)
+        loss = error.square().sum(1).mean()
+        self.fired(values, indices, 1)
+        total = loss + self.auxiliary_loss(h, error.detach(), dead) if len(dead) else loss
+        self.optimiser.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        return total.detach()
+
+    def finished(self) -> TopKSAE:
+        with torch.no_grad():
+            return TopKSAE(*self.folded(), self.sae.k).requires_grad_(False)
+
+
+RECIPES = {"base": Training, "saelens": SAELensTraining}
+
+
+def trunk(recipe: str, tokens: int, budgets: list[int]) -> list[int]:
+    """The budgets below `tokens` whose training is the beginning of its own."""
+    pace = RECIPES[recipe].pace
+    return [b for b in budgets if b < tokens and pace(b) == pace(tokens)]
 
 
 # ------------------------------------------------------------------------------------------------- cache
@@ -204,45 +341,65 @@ def cache_folder(cache: pathlib.Path, made_by: dict) -> pathlib.Path:
 def get_saes(model, tokenizer, jobs: list[dict], cache: pathlib.Path) -> list[TopKSAE]:
     """The SAEs of one hook, trained together from one activation stream or taken from the cache, in the order of `jobs`.
 
-    A job is the dict of all that determines an SAE: model, fingerprint, layer, data, text, ctx, tokens, d_sae, k, seed,
-    recipe, sinks, device, version. An interrupted run goes on from its last chunk.
+    A job is the dict of all that determines an SAE: model, weights (fingerprint), layer, data, text, ctx, tokens, trunk (the
+    smaller budgets on its way), d_sae, k, seed, recipe, sinks, device, version. The stream's part of it is the same in all.
+    An interrupted run goes on from its last checkpoint.
     """
     device = next(model.parameters()).device
     folders = [cache_folder(cache, job) for job in jobs]
-    todo = [(job, folder) for job, folder in zip(jobs, folders) if not (folder / "sae.safetensors").exists()]
-    if todo:
-        job = todo[0][0]
-        longest = max(job["tokens"] for job, _ in todo)
-        bar = tqdm(total=sum(job["tokens"] for job, _ in todo), unit="tok", unit_scale=True, leave=False,
-                   desc=f"{len(todo)} SAEs, {job['model']} L{job['layer']}")
-        trainings: dict[pathlib.Path, Training] = {}
-        saved = time.monotonic()
-        chunks = activation_chunks(model, job["layer"], job["data"], tokenizer, job["ctx"], longest, job["sinks"])
-        for number, (h, sink) in enumerate(chunks):
-            if not torch.isfinite(h).all():
-                raise Fault(f"{job['model']} layer {job['layer']}: an activation is not finite in chunk {number} of the training text")
-            for job, folder in todo:
-                n = min(len(h), job["tokens"] - number * CHUNK)
-                if n <= 0:
-                    continue
-                checkpoint = folder / "checkpoint.pt"
-                if folder not in trainings:  # the first chunk, always: it sets scale and mean
-                    trainings[folder] = Training(h[:n], sink[:n], job["d_sae"], job["k"], job["seed"], job["tokens"])
-                    if checkpoint.exists():
-                        trainings[folder].load(torch.load(checkpoint, map_location=device))
-                training = trainings[folder]
-                if training.chunks > number:
-                    bar.update(n)
-                    continue
-                training.one_chunk(h[:n], bar, f"{job['model']} L{job['layer']} k={job['k']} seed {job['seed']}")
-                if job["tokens"] <= (number + 1) * CHUNK:
-                    save_sae(folder, training.finished(), job)
-                    checkpoint.unlink(missing_ok=True)
-                    del trainings[folder]
-            if time.monotonic() - saved > 60:
-                for folder, training in trainings.items():
-                    with atomically(folder / "checkpoint.pt") as temporary:
-                        torch.save(training.state(), temporary)
-                saved = time.monotonic()
-        bar.close()
+    todo = {folder: job for folder, job in zip(folders, jobs) if not (folder / "sae.safetensors").exists()}
+    # one run per trunk, the jobs that share all but the budget: (longest job, {budget: folder})
+    runs: dict[tuple, tuple] = {}
+    for folder, job in sorted(todo.items(), key=lambda item: item[1]["tokens"]):
+        recipe = RECIPES[job["recipe"]]
+        key = (job["recipe"], job["d_sae"], job["k"], job["seed"], *recipe.pace(job["tokens"]), *(job["trunk"] or [job["tokens"]])[:1])
+        runs[key] = job, {**runs.get(key, (None, {}))[1], job["tokens"]: folder}
+    if runs:
+        train_runs(model, tokenizer, list(runs.values()), device)
     return [load_sae(folder, device) for folder in folders]
+
+
+def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device) -> None:
+    job = runs[0][0]
+    longest = max(job["tokens"] for job, _ in runs)
+    bar = tqdm(total=sum(job["tokens"] + RECIPES[job["recipe"]].DECAY * sum(job["trunk"]) for job, _ in runs), unit="tok", unit_scale=True, leave=False,
+               desc=f"{sum(len(folders) for _, folders in runs)} SAEs, {job['model']} L{job['layer']}")
+    live: dict[int, list[Training]] = {}  # run -> its trunk and branches
+    position = []
+    for i, (job, folders) in enumerate(runs):
+        checkpoint = folders[job["tokens"]] / "checkpoint.pt"
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, map_location=device)
+            live[i] = [RECIPES[job["recipe"]](state["statistics"], job["d_sae"], job["k"], job["seed"], state["budgets"]).load(state)
+                       for state in saved["runs"]]
+        position.append(saved["chunks"] if i in live else 0)
+        bar.update(min(position[-1] * CHUNK, job["tokens"]))
+    chunks = activation_chunks(model, job["layer"], job["data"], tokenizer, job["ctx"], longest, job["sinks"], min(position))
+    saved_at, cost = time.monotonic(), 0.0
+    for number, (h, sink) in enumerate(chunks, min(position)):
+        if not torch.isfinite(h).all():
+            raise Fault(f"{job['model']} layer {job['layer']}: an activation is not finite in chunk {number} of the training text")
+        for i, (job, folders) in enumerate(runs):
+            if position[i] != number:  # done, or further on than the others when they were interrupted
+                continue
+            if i not in live:
+                budgets = [*job["trunk"], job["tokens"]]
+                recipe = RECIPES[job["recipe"]]
+                live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]]), job["d_sae"], job["k"], job["seed"], budgets)]
+            what = f"{job['model']} L{job['layer']} k={job['k']} seed {job['seed']}"
+            trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
+            for training in trained:
+                if training.step == training.steps and training.budgets[-1] in folders:
+                    save_sae(folders[training.budgets[-1]], training.finished(), job | {"tokens": training.budgets[-1], "trunk": training.budgets[:-1]})
+            position[i] = number + 1
+            if position[i] * CHUNK < job["tokens"]:
+                live[i] = [training for training in trained if training.step < training.steps]
+            else:
+                (folders[job["tokens"]] / "checkpoint.pt").unlink(missing_ok=True)
+        if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time
+            start = time.perf_counter()
+            for i, trainings in live.items():
+                with atomically(runs[i][1][runs[i][0]["tokens"]] / "checkpoint.pt") as temporary:
+                    torch.save({"chunks": position[i], "runs": [training.state() for training in trainings]}, temporary)
+            saved_at, cost = time.monotonic(), time.perf_counter() - start
+    bar.close()

@@ -10,7 +10,7 @@ Units. Seeds of one cell are near-duplicates and never count as independent: a c
 (2 or 3 models are fixed effects; nothing here generalises over models). Undefined is nan, in verdicts None.
 """
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, t as student
 
 R2, SWD = "r2", "swd_tok"
 ALPHA = 0.05
@@ -150,6 +150,60 @@ def _with_interval(key: str, estimate, draws, fisher: bool = False) -> dict:
     return {key: float(estimate), f"{key}_lo": lo, f"{key}_hi": hi}
 
 
+# ---------------------------------------------------------------------------------------------- seeds and sequences
+def seed_draws(meta: dict, W: int) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Where seeds are replicates: rows [R] of scores, weights [R, C] of conditions, {source of variation: its rows}.
+
+    A statistic evaluated on these R pairs has, in order: its value; its value without each seed of each model; its value
+    under each of the W - 3 sequence resamples. Models are seeded apart: a seed left out is left out of one model.
+    """
+    model, seed = np.asarray(meta["model"]), np.asarray(meta["seed"])
+    left_out = [(m, s) for m in np.unique(model) for s in np.unique(seed[model == m])]
+    w = np.ones((1 + len(left_out) + W - 3, len(model)))
+    for i, (m, s) in enumerate(left_out, 1):
+        w[i, (model == m) & (seed == s)] = 0
+    names = np.array(["", *(m for m, _ in left_out)])
+    sources = {str(m): np.flatnonzero(names == m) for m in np.unique(model)}
+    return np.r_[np.zeros(1 + len(left_out), int), 3:W], w, sources | {"sequences": np.arange(1 + len(left_out), len(w))}
+
+
+def _spread(draws: np.ndarray, sources: dict, n_seq: int) -> tuple[np.ndarray, float]:
+    """Covariance [q, q] of q statistics [q, R], and the Satterthwaite degrees of freedom of the last one's variance.
+
+    Per model the jackknife over its seeds (exact for a mean: s^2 / n), plus the bootstrap over sequences. Seeds enter the
+    latter through the mean, so what seed and sequence do together is counted twice: on the safe side. nan with one seed.
+    """
+    total, weight = np.zeros((len(draws), len(draws))), 0.0
+    for name, rows in sources.items():
+        n = len(rows)
+        if name != "sequences" and n < 2:
+            return np.full_like(total, np.nan), np.nan
+        part = np.atleast_2d(np.cov(draws[:, rows])) * (1 if name == "sequences" else (n - 1) ** 2 / n)
+        total += part
+        weight += part[-1, -1] ** 2 / (n_seq - 1 if name == "sequences" else n - 1)
+    return total, total[-1, -1] ** 2 / weight if weight > 0 else np.nan
+
+
+def t_interval(draws: np.ndarray, sources: dict, n_seq: int, level: float = 1 - ALPHA) -> tuple[float, float]:
+    """Student interval around draws[0] over seeds and sequences. With three seeds a percentile bootstrap, which knows
+    no degrees of freedom, would cover 95% some 85% of the time. nan with one seed."""
+    variance, df = _spread(draws[None], sources, n_seq)
+    half = student.ppf((1 + level) / 2, df) * np.sqrt(variance[0, 0])
+    return float(draws[0] - half), float(draws[0] + half)
+
+
+def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, sources: dict, n_seq: int) -> tuple[float, float, float]:
+    """(ratio, lo, hi) by Fieller 1954; all nan where the denominator's own interval holds zero, or has none."""
+    lo, hi = t_interval(denominator, sources, n_seq)
+    if not (lo > 0 or hi < 0):
+        return np.nan, np.nan, np.nan
+    v, df = _spread(np.stack([numerator, denominator]), sources, n_seq)
+    t2, n, d = student.ppf(1 - ALPHA / 2, df) ** 2, numerator[0], denominator[0]
+    a, b, c = d * d - t2 * v[1, 1], n * d - t2 * v[0, 1], n * n - t2 * v[0, 0]
+    root = np.sqrt(max(b * b - a * c, 0.0))  # a > 0, since the denominator is not zero; b^2 - ac >= 0 follows
+    return float(n / d), float((b - root) / a), float((b + root) / a)
+
+
 # ---------------------------------------------------------------------------------------------- swap test
 def swap_test(a, b, y, meta: dict, *, clusters=None, n_draws: int = 10_000, seed: int = 0):
     """Does proxy a predict y better than proxy b? a [C] or [P, C], b and y [C] -> difference of partial Spearman, p.
@@ -209,29 +263,31 @@ def isotonic_predict(x, y, w, new):
         return np.where((w > 0).any(1, keepdims=True), f_lo + t * (f_hi - f_lo), np.nan)
 
 
-def transfer_gap(x, y, meta: dict, models: list, w=None):
+def transfer_gap(x, y, meta: dict, models: list, w=None, judged=None):
     """Gamma [R], in units of y, and in_range [R]: does a proxy calibrated on the smallest model hold on the largest?
 
     x, y [R, C]. At each depth both models have: fit y on x in the smaller one, mean of y - fit(x) over the larger one's
     conditions; minus the same with the models swapped, halved. Mean over depths. Positive: the larger model's y is
     better than its x says. in_range: fraction of the larger model's x inside the smaller one's range. nan without two
-    models.
+    models. judged [C]: the conditions that the means are over (default all); all of them calibrate.
     """
     x, y = np.atleast_2d(x, y)
     w = np.ones(x.shape) if w is None else w
+    judged = np.ones(x.shape[1], bool) if judged is None else judged
     model, depth = np.asarray(meta["model"]), np.asarray(meta["depth"])
     gaps, inside, defined = [], [], np.ones(len(x), bool)
     for d in np.unique(depth):
         s, l = (np.flatnonzero((model == m) & (depth == d)) for m in (models[0], models[-1]))
-        if models[0] == models[-1] or not len(s) or not len(l):
+        s_judged, l_judged = s[judged[s]], l[judged[l]]
+        if models[0] == models[-1] or not len(s_judged) or not len(l_judged):
             continue
         with np.errstate(invalid="ignore", divide="ignore"):
             up, down = (
                 (w[:, b] * (y[:, b] - isotonic_predict(x[:, a], y[:, a], w[:, a], x[:, b]))).sum(1) / w[:, b].sum(1)
-                for a, b in ((s, l), (l, s)))
+                for a, b in ((s, l_judged), (l, s_judged)))
         gaps.append((up - down) / 2)
         lo, hi = x[:, s].min(1, keepdims=True), x[:, s].max(1, keepdims=True)
-        inside.append(((x[:, l] >= lo) & (x[:, l] <= hi)).mean(1))
+        inside.append(((x[:, l_judged] >= lo) & (x[:, l_judged] <= hi)).mean(1))
         defined &= np.isfinite((x + y + w)[:, np.r_[s, l]]).all(1)
     if not gaps:
         return np.full(len(x), np.nan), np.full(len(x), np.nan)

@@ -43,9 +43,10 @@ from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
 from tqdm import tqdm
 
 import kernels
-from common import head, heldout_rows, load_model, parse_count, parse_ints, readable_count
+from common import head, load_model, parse_count, parse_ints, readable_count
 from proxies import evaluate, metrics
 from sae import CHUNK, TopKSAE, Training, activation_chunks, save_sae, sink_positions
+from text import heldout_rows
 
 MODEL, LAYER, CTX, EXPANSION = "stdlib-l", 3, 256, 8
 EVAL_SEQS, PARITY_SEQS, BATCH = 48, 16, 8  # sequences

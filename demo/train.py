@@ -20,7 +20,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from common import atomically, load_model, stdlib_documents
+from common import atomically, load_model
+from text import stdlib_documents
 
 HERE = pathlib.Path(__file__).resolve().parent
 WIDTHS = {"stdlib-s": 64, "stdlib-m": 128, "stdlib-l": 256}

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
+import text
 from common import UserError, clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
 from conftest import tiny_model
 
@@ -155,7 +156,7 @@ def test_kl_is_right_at_every_size(size):
 
 # ----------------------------------------------------------------------------------------------------- text
 def test_held_out_files_are_disjoint_and_a_tenth():
-    train, held = (dict(common.stdlib_documents(split)) for split in ("train", "heldout"))
+    train, held = (dict(text.stdlib_documents(split)) for split in ("train", "heldout"))
     assert not train.keys() & held.keys()
     assert 0.05 < len(held) / (len(train) + len(held)) < 0.2
     assert "argparse.py" in train | held and "pydoc_data/topics/assert" in train | held
@@ -174,9 +175,9 @@ def test_rows_are_documents_joined_by_the_end_mark(tmp_path):
     path = tmp_path / "d.jsonl"
     texts = [f"document number {i} " * 3 for i in range(60)]
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    rows = {split: torch.cat(list(common.packed_rows(str(path), split, Letters(), 10))) for split in ("train", "heldout")}
+    rows = {split: torch.cat(list(text.packed_rows(str(path), split, Letters(), 10))) for split in ("train", "heldout")}
     for split, stream in rows.items():
-        mine = [t for t in texts if common.in_heldout(t) == (split == "heldout")]
+        mine = [t for t in texts if text.in_heldout(t) == (split == "heldout")]
         whole = list(itertools.chain.from_iterable([ord(c) % 40 + 1 for c in t] + [0] for t in mine))
         assert stream.tolist() == whole[:len(whole) // 10 * 10]
     assert len(rows["heldout"]) > 0
@@ -185,10 +186,10 @@ def test_rows_are_documents_joined_by_the_end_mark(tmp_path):
 def test_parquet_of_token_ids_and_plain_text(tmp_path):
     import pyarrow, pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.table({"tokens": [[i, i + 1, i + 2] for i in range(1, 30)]}), tmp_path / "t.parquet")
-    ids = torch.cat(list(common.packed_rows(str(tmp_path / "t.parquet"), "train", Letters(), 4)))
+    ids = torch.cat(list(text.packed_rows(str(tmp_path / "t.parquet"), "train", Letters(), 4)))
     assert ids[:4].tolist()[0] + 1 == ids[1].item() and ids[3] == 0
     (tmp_path / "t.txt").write_text("".join(f"line {i} of a text\n" for i in range(5000)))
-    sides = [len(list(common.documents(str(tmp_path / "t.txt"), split))) for split in ("train", "heldout")]
+    sides = [len(list(text.documents(str(tmp_path / "t.txt"), split))) for split in ("train", "heldout")]
     assert sides[0] > sides[1] > 0
 
 
@@ -197,7 +198,7 @@ def test_parquet_of_token_ids_and_plain_text(tmp_path):
 def test_bad_data_gets_one_line(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=word) as caught:
-        common.heldout_rows(str(tmp_path / name), Letters(), 10, 2)
+        text.heldout_rows(str(tmp_path / name), Letters(), 10, 2)
     assert "\n" not in str(caught.value)
 
 

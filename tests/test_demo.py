@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
@@ -29,7 +30,7 @@ def test_held_out_loss_falls_with_scale():
     losses = []
     for name in demo.WIDTHS:
         model, tokenizer = common.load_model(name, torch.device("cpu"))
-        rows = torch.stack(list(common.packed_rows("stdlib", "heldout", tokenizer, 256))[::8])
+        rows = torch.stack(list(text.packed_rows("stdlib", "heldout", tokenizer, 256))[::8])
         with torch.no_grad():
             losses.append(common.cross_entropy(common.log_probs(model(rows).logits), rows).mean(1).double())
     for small, large in zip(losses, losses[1:]):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import common
-import expb
+import conditions
 from sae import TRAIN_VERSION
 
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")  # without an index torch would ask the MPS runtime for one
@@ -153,16 +153,17 @@ def tiny_rows() -> torch.Tensor:
 
 
 def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
-    """The rows that expb.py has for one hook: parity check, two SAEs trained, null rows, evaluation, metrics."""
+    """The rows that an experiment has for one hook: parity check, SAEs of both recipes trained, null rows, evaluation, metrics."""
     text = folder / "text.txt"
     text.write_text("\n".join(str(i * 7919 % 10007) for i in range(20000)))
     tokenizer = lambda document, add_special_tokens: types.SimpleNamespace(input_ids=[ord(c) for c in document])
     tokenizer.eos_token_id = 0
-    jobs = [dict(model="tiny", weights="", layer=1, data=str(text), text="", ctx=16, tokens=1280, d_sae=128, k=k,
-                 seed=0, recipe="base", sinks="drop", device=device.type, version=TRAIN_VERSION) for k in (2, 4)]
+    jobs = [dict(model="tiny", weights="", layer=1, data=str(text), text="", ctx=16, tokens=1280, trunk=[], d_sae=128, k=k,
+                 seed=0, recipe=recipe, sinks="drop", device=device.type, version=TRAIN_VERSION)
+            for recipe in ("base", "saelens") for k in (2, 4)]
     hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), jobs=jobs, d=32)
-    args = types.SimpleNamespace(expansion=4, cache=folder / device.type, ctx=16, save_tokens=True)
-    return expb.run_hook(hook, args, device)[0]
+    args = types.SimpleNamespace(expansion=4, cache=folder / device.type, ctx=16, save_tokens=True, sinks=["drop"])
+    return conditions.run_hook(hook, args, device)[0]
 
 
 def test_whole_pipeline(tmp_path):
@@ -173,8 +174,8 @@ def test_whole_pipeline(tmp_path):
             "aten::addcdiv_"} <= guard.ran  # encode, sparse backward, sampled labels, g and Adam were on the device
     here = one_hook(tmp_path, CPU)
     for a, b in zip(there, here, strict=True):
-        assert [a[c] for c in expb.KEY] == [b[c] for c in expb.KEY]
-        np.testing.assert_allclose([a[m] for m in expb.METRICS], [b[m] for m in expb.METRICS], rtol=1e-3, atol=1e-5)
+        assert [a[c] for c in conditions.KEY] == [b[c] for c in conditions.KEY]
+        np.testing.assert_allclose([a[m] for m in conditions.METRICS], [b[m] for m in conditions.METRICS], rtol=1e-3, atol=1e-5)
 
 
 def test_large_vocabulary():

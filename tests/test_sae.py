@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import sae as sae_module
-from sae import Training, TopKSAE, activation_chunks, cache_folder, get_saes, load_sae, save_sae, tied_init
+from sae import SAELensTraining, Training, TopKSAE, activation_chunks, cache_folder, get_saes, load_sae, save_sae, tied_init, trunk
 
 
 def planted(n: int, d: int = 32, latents: int = 64, active: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,14 +20,18 @@ def planted(n: int, d: int = 32, latents: int = 64, active: int = 3, seed: int =
     return ((1 + torch.rand(n, active, 1, generator=generator)) * rows[which]).sum(1), rows
 
 
-class Bar:
-    def update(self, n): pass
-    def set_postfix_str(self, text, refresh): pass
+BAR = tqdm(disable=True)
 
 
-def trained(h: torch.Tensor, d_sae=64, k=3, seed=0, tokens=None) -> Training:
-    training = Training(h, torch.zeros(len(h), dtype=torch.bool), d_sae, k, seed, tokens or len(h))
-    training.one_chunk(h, Bar(), "test")
+def start(h: torch.Tensor, d_sae=64, k=3, seed=0, budgets=None, sink=None, recipe=Training) -> Training:
+    """A training that has not made a step."""
+    statistics = recipe.describe(h, torch.zeros(len(h), dtype=torch.bool) if sink is None else sink)
+    return recipe(statistics, d_sae, k, seed, budgets or [len(h)])
+
+
+def trained(h: torch.Tensor, **how) -> Training:
+    training = start(h, **how)
+    training.feed(h, 0, BAR, "test")
     return training
 
 
@@ -59,7 +64,7 @@ def test_tied_unit_init_depends_on_the_seed_alone():
 
 def test_decoder_gradient_has_no_part_along_its_row(monkeypatch):
     h, _ = planted(1_000)
-    training = Training(h, torch.zeros(1000, dtype=torch.bool), 64, 3, 0, 1000)
+    training = start(h)
     seen = []
     step = training.optimiser.step
     monkeypatch.setattr(training.optimiser, "step", lambda: (seen.append((training.sae.W_dec.grad * training.sae.W_dec).sum(1).abs().max().item()), step()))
@@ -79,14 +84,14 @@ def test_scale_and_mean_leave_sinks_out():
     sink = torch.zeros(1000, dtype=torch.bool)
     sink[::50] = True
     loud = torch.where(sink[:, None], 500 * h, h)
-    with_sinks, without = Training(loud, sink, 64, 3, 0, 1000), Training(h[~sink], sink[~sink], 64, 3, 0, 1000)
+    with_sinks, without = start(loud, sink=sink), start(h[~sink], budgets=[1000])
     assert with_sinks.scale == pytest.approx(without.scale) and with_sinks.scale ** 2 * h[~sink].square().sum(1).mean() == pytest.approx(32, rel=1e-4)
     torch.testing.assert_close(with_sinks.sae.b_dec, without.sae.b_dec)
 
 
 def test_auxiliary_loss_reaches_dead_rows_only():
     h, _ = planted(2_000)
-    training = Training(h, torch.zeros(2000, dtype=torch.bool), 64, 3, 0, 2000)
+    training = start(h)
     dead = torch.tensor([4, 9, 40])
     error = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
     training.auxiliary_loss(h[:200] * training.scale, error, dead).backward()
@@ -99,35 +104,83 @@ def test_auxiliary_loss_reaches_dead_rows_only():
 
 def test_latents_are_dead_after_a_tenth_of_the_run():
     h, _ = planted(10_000)
-    training = Training(h, torch.zeros(10_000, dtype=torch.bool), 512, 2, 0, 10_000)
+    training = start(h, d_sae=512, k=2)
     called = []
     training.auxiliary_loss = lambda x, error, dead: (called.append((training.step, len(dead))), error.sum() * 0)[1]
     for i in range(6):
         training.one_step(h[256 * i:256 * (i + 1)])
-    assert training.dead_after == 1_000 and [step for step, _ in called] == [3, 4, 5]  # 4 x 256 > 1000
+    assert training.dead_after() == 1_000 and [step for step, _ in called] == [3, 4, 5]  # 4 x 256 > 1000
     assert all(0 < n < 512 for _, n in called)
 
 
 def test_the_rate_warms_up_stays_and_decays():
     h, _ = planted(1_000)
-    training = Training(h, torch.zeros(1000, dtype=torch.bool), 2 ** 12, 3, 0, 10 ** 6)
+    training = start(h, d_sae=2 ** 12, budgets=[10 ** 6])
     assert training.batch == 1000 and training.steps == 1000 and training.lr == pytest.approx(4e-4 * math.sqrt(10))
     for tokens, boost in ((1000, 5), (10 ** 5, 5), (10 ** 7, 1), (10 ** 8, 1)):
-        assert Training(h, torch.zeros(1000, dtype=torch.bool), 2 ** 12, 3, 0, tokens).lr == pytest.approx(4e-4 * boost)
+        assert start(h, d_sae=2 ** 12, budgets=[tokens]).lr == pytest.approx(4e-4 * boost)
     rates = []
     for training.step in range(1000):
         rates.append(training.rate() / training.lr)
     assert rates[0] == pytest.approx(1 / 50) and rates[49] == 1 and rates[800] == 1 and rates[900] == pytest.approx(0.5) and 0 < rates[999] < 0.006
     for tokens, batch in ((10_000, 256), (10 ** 6, 1000), (10 ** 8, 4096), (100, 100)):
-        assert Training(h, torch.zeros(1000, dtype=torch.bool), 64, 3, 0, tokens).batch == batch
+        assert start(h, budgets=[tokens]).batch == batch
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line():
     h, _ = planted(1_000)
-    training = Training(h, torch.zeros(1000, dtype=torch.bool), 64, 3, 0, 1000)
+    training = start(h)
     h[::2] = math.nan
     with pytest.raises(sae_module.Fault, match="stdlib-x k=3: the loss is not finite at step 3"):
-        training.one_chunk(h, Bar(), "stdlib-x k=3")
+        training.feed(h, 0, BAR, "stdlib-x k=3")
+
+
+# ---------------------------------------------------------------------------------------------- trunk and branches
+def test_budgets_share_a_trunk_where_batch_and_rate_agree():
+    assert trunk("base", 250_000, [9_000, 80_000, 250_000]) == [9_000, 80_000] and trunk("base", 9_000, [9_000, 80_000]) == []
+    assert trunk("base", 300_000, [80_000, 300_000]) == []  # 300 tokens a step
+    assert trunk("base", 10 ** 8, [10 ** 6, 10 ** 7, 5 * 10 ** 7, 10 ** 8]) == [10 ** 7, 5 * 10 ** 7]
+    assert trunk("saelens", 10 ** 6, [1000, 10_000, 10 ** 6]) == [10_000]
+
+
+def test_the_first_branch_is_a_run_of_its_own_to_the_bit():
+    h, _ = planted(20_000)
+    runs = start(h[:6_000], budgets=[6_000, 20_000]).feed(h, 0, BAR, "test")
+    alone = start(h[:6_000], budgets=[6_000])
+    alone.feed(h, 0, BAR, "test")
+    branch, = (run for run in runs if run.budgets == [6_000])
+    assert branch.step == branch.steps == alone.steps == 23
+    assert all(torch.equal(a, b) for a, b in zip(branch.finished().state_dict().values(), alone.finished().state_dict().values()))
+
+
+def test_branches_decay_the_trunk_does_not():
+    h, _ = planted(1_000)
+    trunk_run = start(h, budgets=[10 ** 5, 2 * 10 ** 5])
+    assert trunk_run.branches == [(312, 10 ** 5)] and trunk_run.steps == 390 + 390
+    trunk_run.step = 312
+    twin, = trunk_run.branch_off()
+    assert twin.budgets == [10 ** 5] and twin.steps == 390 and trunk_run.branch_off() == []
+    for step, own, trunks in ((100, 1, 1), (312, 1, 1), (351, 0.5, 1), (389, 1 / 78, 1)):
+        twin.step = trunk_run.step = step
+        assert (twin.rate() / twin.lr, trunk_run.rate() / trunk_run.lr) == (pytest.approx(own), trunks)
+    trunk_run.step = 311
+    assert trunk_run.dead_after() == 10 ** 4  # on the way to the first budget, then to the second
+    trunk_run.step = 312
+    assert trunk_run.dead_after() == 2 * 10 ** 4 and twin.dead_after() == 10 ** 4
+    assert twin.sae is not trunk_run.sae and twin.optimiser.param_groups[0]["params"][0] is twin.sae.W_enc
+
+
+def test_a_later_branch_is_as_good_as_a_run_of_its_own():
+    """Planted data, eight seeds: the mean difference in R^2 is small beside what the budget before it lacks."""
+    held, _ = planted(2_000)
+    h, _ = planted(60_000)
+    branch, alone, before = [], [], []
+    for seed in range(8):
+        for run in start(h, d_sae=128, seed=seed, budgets=[10_000, 30_000, 60_000]).feed(h, 0, BAR, ""):
+            {10_000: before, 30_000: branch}.get(run.budgets[-1], []).append(r2(run.finished(), held))
+        alone.append(r2(trained(h[:30_000], d_sae=128, seed=seed).finished(), held))
+    gain = sum(alone) / 8 - sum(before) / 8
+    assert gain > 0.02 and abs(sum(branch) / 8 - sum(alone) / 8) < 0.25 * gain
 
 
 # ------------------------------------------------------------------------------------------- stream and cache
@@ -139,9 +192,9 @@ class Words:
         return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
 
 
-def job(path, k, tokens, seed=0, d_sae=32):
-    return dict(model="tiny", weights="w", layer=1, data=str(path), text="t", ctx=16, tokens=tokens, d_sae=d_sae, k=k, seed=seed, recipe="base",
-                sinks="keep", device="cpu", version=1)
+def job(path, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base"):
+    return dict(model="tiny", weights="w", layer=1, data=str(path), text="t", ctx=16, tokens=tokens, trunk=list(trunk), d_sae=d_sae, k=k, seed=seed,
+                recipe=recipe, sinks="keep", device="cpu", version=1)
 
 
 @pytest.fixture
@@ -166,33 +219,41 @@ def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
     calm[::16] = False
     assert len(dropped) == 2500
     torch.testing.assert_close(dropped, expected[calm][:2500], rtol=1e-4, atol=1e-4)
+    for sinks, whole in (("keep", expected), ("drop", expected[calm])):  # a run that goes on passes over what it has had
+        later = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, sinks, first=1))
+        assert [len(h) for h, _ in later] == [1000, 500]
+        torch.testing.assert_close(torch.cat([h for h, _ in later]), whole[1000:2500], rtol=1e-4, atol=1e-4)
 
 
 def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch):
-    """Stopped inside the third chunk of four and again inside the fourth; every file the same, byte for byte."""
+    """Stopped at several steps, inside branches too, in both recipes; every file the same, byte for byte."""
     from conftest import tiny_model
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(sae_module, "CHUNK", 1024)
     ticks = itertools.count(step=100.0)  # a checkpoint after every chunk
     monkeypatch.setattr(sae_module.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
     jobs = [job(text, 2, 4000), job(text, 4, 4000), job(text, 2, 1500, seed=1)]
+    for recipe in ("base", "saelens"):  # the decay of 3500 spans two chunks
+        jobs += [job(text, 4, 1200, seed=2, recipe=recipe), job(text, 4, 3500, seed=2, trunk=[1200], recipe=recipe), job(text, 4, 5000, seed=2, trunk=[1200, 3500], recipe=recipe)]
     get_saes(model, Words(), jobs, tmp_path / "whole")
-    plain = Training.one_step
-    for stop in (20, 3):
+    plain = {recipe: recipe.one_step for recipe in (Training, SAELensTraining)}
+    for stop in (20, 14, 31, 3):
         left = itertools.count(stop, -1)
+        for recipe, one_step in plain.items():
+            def breaking(self, h, one_step=one_step):
+                if next(left) == 0:
+                    raise KeyboardInterrupt
+                return one_step(self, h)
 
-        def breaking(self, h):
-            if next(left) == 0:
-                raise KeyboardInterrupt
-            return plain(self, h)
-
-        monkeypatch.setattr(Training, "one_step", breaking)
+            monkeypatch.setattr(recipe, "one_step", breaking)
         with pytest.raises(KeyboardInterrupt):
             get_saes(model, Words(), jobs, tmp_path / "broken")
-    monkeypatch.setattr(Training, "one_step", plain)
+    for recipe, one_step in plain.items():
+        monkeypatch.setattr(recipe, "one_step", one_step)
     get_saes(model, Words(), jobs, tmp_path / "broken")
     files = {name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("whole", "broken")}
-    assert files["whole"] == files["broken"] and len(files["whole"]) == 9
+    assert files["whole"] == files["broken"] and len(files["whole"]) == 27
     for path in files["whole"]:
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "broken" / path).read_bytes(), path
 

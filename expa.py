@@ -1,0 +1,560 @@
+"""Exp-A: does the gap between what R^2 says and what patched cross-entropy says survive the training of the SAE?
+
+    python expa.py                                          # embedded models, five CPU-minutes
+    python expa.py --tokens 100k,300k,1M --out outputs/expa-long
+    python expa.py --recipe base,saelens --sinks keep,drop  # is it the trainer, or the sink positions?
+    python expa.py --preset phase2 --dry-run
+    python expa.py --from outputs/expa                      # tables, verdict and plots again, without a model
+
+H0: the larger model's SAE falls behind in CE_rec only because it is undertrained; the gap closes as the token budget grows.
+H1: once trained, R^2 still does not mean the same in the two models. N: ... but a sink-free Euclidean score does, so it is
+how R^2 is normalised. SAEs are trained over models x k x token budgets x seeds, every budget with its own decay;
+Delta = larger model minus smaller. The tree below was fixed before any result; its leaf opens the gate of Exp-B and Exp-C.
+"""
+import itertools
+import json
+import pathlib
+
+from common import atomically, markdown, parse_args, pyplot, readable_count, run_script, save_figure, write_json, write_table
+
+import numpy as np
+
+import stats
+from conditions import about_the_run, measured, rows_hash, run, sae_name
+from proxies import EUCLIDEAN_CONTROLS, oriented
+from sae import RECIPES
+
+GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="9k,27k,81k", seeds="0,1,2", expansion=4, eval_seqs=32, ctx=256)
+N_RESAMPLES = 1000
+DELTAS = ["r2", "r2_nosink", "r2_defl1", "cosine", "ce_rec", "dce", "frac_zero"]
+MORE_DELTAS = ["ce_rec_sinkclean", "frac_mean"]
+COLUMNS = (["small", "large", "depth", "recipe", "sinks", "k", "tokens", "n_seeds"]
+           + [f"delta_{m}{end}" for m in DELTAS for end in ("", "_lo", "_hi")]
+           + ["mismatch", "mismatch_lo", "mismatch_hi", "mismatch_published", "ratio", "ratio_lo", "ratio_hi"]
+           + [f"delta_{m}{end}" for m in MORE_DELTAS for end in ("", "_lo", "_hi")])
+CURVES = ["r2", "r2_nosink", "r2_defl1", "cosine", "swd_tok", "ce_rec", "ce_rec_sinkclean", "frac_zero", "kl", "alive"]
+
+# the tree, fixed beforehand
+THRESHOLDS = dict(
+    min_seeds=3,            # B*: the largest budget with so many seeds in both models
+    alive=0.80,             # G0: this fraction of latents alive in both models ...
+    alive_gap=0.10,         # ... or no more than this between them
+    converged=0.02,         # G0: CE_rec moved less than this since the budget before
+    se=0.01,                # G0: standard error of Delta CE_rec over evaluation sequences
+    margin=0.02,            # H0: 90% interval of Delta CE_rec inside +- this, for every k
+    gamma=0.03,             # H1: |transfer gap of R^2| at least this, its 95% interval without 0 ...
+    same_sign=0.75,         # ... and of one sign for this share of k
+    normalisation=0.5,      # N: a sink-free Euclidean score has less than this share of R^2's gap
+    in_range=stats.MIN_IN_RANGE,  # a transfer gap mostly outside the fitted range is not judged
+)
+KSTAR = (0.85, 0.90)
+MIN_BUDGETS = 5  # for a power law
+
+# DESIGN of the research log: (small, large, k, tokens): Delta CE_rec, its interval, Delta R^2, mismatch; and per SAE
+S, M, L = "EleutherAI/pythia-70m", "EleutherAI/pythia-160m", "EleutherAI/pythia-410m"
+PUBLISHED_DELTAS = {
+    (S, L, 8, 10 ** 7): (-0.099, -0.117, -0.082, 0.150, 1.0), (S, L, 8, 5 * 10 ** 7): (0.018, None, None, 0.108, 0.0),
+    (S, L, 8, 10 ** 8): (0.009, 0.004, 0.013, 0.096, 0.0), (S, L, 16, 10 ** 7): (-0.028, -0.064, 0.009, 0.111, 0.5),
+    (S, L, 16, 5 * 10 ** 7): (0.018, None, None, 0.072, 0.0), (S, L, 16, 10 ** 8): (0.020, 0.016, 0.024, 0.067, 0.0),
+}
+PUBLISHED_SAES = {  # (model, k) at the middle layer, 10M tokens: r2, ce_rec, cosine, alive
+    (S, 8): (0.810, 0.372, 0.856, 0.152), (M, 8): (0.907, 0.331, 0.869, 0.129), (L, 8): (0.961, 0.269, 0.809, 0.119),
+    (S, 16): (0.855, 0.580, 0.893, 0.371), (M, 16): (0.924, 0.538, 0.908, 0.285), (L, 16): (0.968, 0.530, 0.883, 0.254),
+    (S, 32): (0.891, 0.729, 0.920, 0.632), (M, 32): (0.938, 0.696, 0.932, 0.511), (L, 32): (0.974, 0.723, 0.919, 0.514),
+    (S, 64): (0.922, 0.836, 0.944, 0.838), (M, 64): (0.951, 0.809, 0.934, 0.712), (L, 64): (0.979, 0.814, 0.901, 0.650),
+}
+PUBLISHED_KSTAR = {(S, 0.85): 71.2, (L, 0.85): 98.0}  # middle layer, 10M tokens
+
+
+# -------------------------------------------------------------------------------------------------- deltas
+def mean_over(values: np.ndarray, w: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Weighted mean [R] of values [R,C] over the conditions `where`."""
+    with np.errstate(invalid="ignore"):
+        return (w[:, where] * values[:, where]).sum(1) / w[:, where].sum(1)
+
+
+def mismatch(r2_small, r2_large, ce_small, ce_large, n_resamples: int = 2000) -> tuple[float, float, float]:
+    """How often Delta R^2 and Delta CE_rec differ in sign over all pairs of seeds, ties 1/2, with a bootstrap over the seeds of each model.
+
+    Arguments [n seeds]. No interval (nan) with one seed, or where every pair says the same: resampling cannot doubt that.
+    """
+    apart = np.sign(np.subtract.outer(r2_large, r2_small)) * np.sign(np.subtract.outer(ce_large, ce_small))
+    apart = (1 - apart) / 2
+    rng, w = np.random.default_rng(0), []
+    for n in apart.shape:  # Rao-Wu: n - 1 of n
+        w.append(rng.multinomial(n - 1, np.full(n, 1 / n), n_resamples) / (n - 1) if n > 1 else np.full((n_resamples, n), np.nan))
+    lo, hi = np.quantile(np.einsum("rl,ls,rs->r", w[0], apart, w[1]), [0.025, 0.975])
+    return float(apart.mean()), *((np.nan, np.nan) if not lo < hi else (float(lo), float(hi)))
+
+
+def delta_rows(values: dict, meta: dict, models: list, arm: dict, n_seq: int) -> list[dict]:
+    """deltas.csv of one arm: larger minus smaller at every depth that both have, per k and budget."""
+    at, w, sources = stats.seed_draws(meta, len(values["r2"]))
+    draws = {m: values[m][at] for m in DELTAS + MORE_DELTAS}
+    rows = []
+    for small, large in itertools.combinations(models, 2):
+        for depth, k, tokens in itertools.product(*(np.unique(meta[name]) for name in ("depth", "k", "tokens"))):
+            cell = (meta["depth"] == depth) & (meta["k"] == k) & (meta["tokens"] == tokens)
+            s, l = (np.flatnonzero(cell & (meta["model"] == m)) for m in (small, large))
+            if not len(s) or not len(l):
+                continue
+            s, l = (x[np.argsort(meta["seed"][x])] for x in (s, l))
+            pair = {name: sources[name] for name in (small, large, "sequences")}
+            delta = {m: mean_over(draws[m], w, l) - mean_over(draws[m], w, s) for m in draws}
+            row = dict(small=small, large=large, depth=depth, **arm, k=int(k), tokens=int(tokens), n_seeds=min(len(s), len(l)))
+            for m in draws:
+                row[f"delta_{m}"], (row[f"delta_{m}_lo"], row[f"delta_{m}_hi"]) = delta[m][0], stats.t_interval(delta[m], pair, n_seq)
+            r2, ce = values["r2"][0], values["ce_rec"][0]
+            row["mismatch"], row["mismatch_lo"], row["mismatch_hi"] = mismatch(r2[s], r2[l], ce[s], ce[l])
+            row["mismatch_published"] = float(np.mean((r2[l] > r2[s]) & (ce[l] < ce[s]))) if len(s) == len(l) else np.nan
+            row["ratio"], row["ratio_lo"], row["ratio_hi"] = stats.ratio_interval(delta["r2"], delta["ce_rec"], pair, n_seq)
+            rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- the tree
+def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq: int) -> dict:
+    """The pre-registered verdict on H0 and H1 between the smallest and the largest model, and every number it used.
+
+    values {metric: [W,C]} as `conditions.measured` gives them, alive [C]. The first leaf that applies:
+
+      undecided     one model; no depth in common; no budget with 3 seeds in both; no budget before B*
+      undertrained  a gate of G0 is shut at B*: alive latents, CE_rec still moving, evaluation too noisy
+      N             H1, but the best sink-free Euclidean score (chosen on half the sequences) has under half the gap on the other half
+      H0+H1, H0, H1
+      undecided     neither; or H1 would need a gap that is mostly outside the calibrated range
+    """
+    t, small, large = THRESHOLDS, models[0], models[-1]
+    depths = [d for d in np.unique(meta["depth"]) if {small, large} <= set(meta["model"][meta["depth"] == d])]
+    keep = np.isin(meta["model"], [small, large]) & np.isin(meta["depth"], depths)
+    out = dict(small=small, large=large, depths=[str(d) for d in depths], thresholds=t)
+    stop = lambda leaf, reason: out | dict(leaf=leaf, reason=reason)
+    if small == large or not depths:
+        return stop("undecided", "one model" if small == large else "no layers of equal depth in the smallest and the largest model")
+    meta, alive = {name: v[keep] for name, v in meta.items()}, alive[keep]
+    values = {m: v[:, keep] for m, v in values.items()}
+    budgets = np.unique(meta["tokens"])
+    seeds = lambda b: min(len(np.unique(meta["seed"][(meta["tokens"] == b) & (meta["model"] == m)])) for m in (small, large))
+    enough = [b for b in budgets if seeds(b) >= t["min_seeds"]]
+    if not enough:
+        return stop("undecided", f"no budget has {t['min_seeds']} seeds in both models")
+    last = enough[-1]
+    out["budget"] = int(last)
+    if last == budgets[0]:
+        return stop("undecided", f"no budget before {readable_count(int(last))}, so nothing says whether training has converged")
+    before = budgets[budgets < last][-1]
+    at, w, sources = stats.seed_draws(meta, len(values["r2"]))
+    ce = values["ce_rec"][at]
+    cells = list(itertools.product(depths, np.unique(meta["k"])))
+    where = lambda depth, k, tokens, model: (meta["depth"] == depth) & (meta["k"] == k) & (meta["tokens"] == tokens) & (meta["model"] == model)
+
+    # G0: is there anything to judge yet?
+    g0, table = {"alive": True, "converged": True, "precise": True}, []
+    for depth, k in cells:
+        a = [float(alive[where(depth, k, last, m)].mean()) for m in (small, large)]
+        moved = [float((mean_over(ce, w, where(depth, k, last, m)) - mean_over(ce, w, where(depth, k, before, m)))[0]) for m in (small, large)]
+        delta = mean_over(ce, w, where(depth, k, last, large)) - mean_over(ce, w, where(depth, k, last, small))
+        se = float(delta[sources["sequences"]].std(ddof=1))
+        lo, hi = stats.t_interval(delta, sources, n_seq, level=0.90)
+        g0["alive"] &= min(a) >= t["alive"] or abs(a[0] - a[1]) <= t["alive_gap"]
+        g0["converged"] &= max(map(abs, moved)) < t["converged"]
+        g0["precise"] &= se < t["se"]
+        table.append(dict(depth=str(depth), k=int(k), alive_small=a[0], alive_large=a[1], moved_small=moved[0], moved_large=moved[1], se=se,
+                          delta_ce_rec=float(delta[0]), lo90=lo, hi90=hi))
+
+    # C1: H0, equivalence for every k; H1, the gap of R^2 across scale
+    scores = {m: oriented(m, values[m]) for m in ("r2", *EUCLIDEAN_CONTROLS)}
+    at_last = meta["tokens"] == last
+
+    def gap(name, half):  # on the even or odd sequences, or all: (gap, in range)
+        g, inside = stats.transfer_gap(scores[name][half], values["ce_rec"][half], meta, models, judged=at_last)
+        return float(g[0]), float(inside[0])
+
+    draws, inside = stats.transfer_gap(scores["r2"][at], ce, meta, models, w, judged=at_last)
+    gamma, inside = float(draws[0]), float(inside[0])
+    lo, hi = stats.t_interval(draws, sources, n_seq)
+    for row, (depth, k) in zip(table, cells):
+        row["gamma_r2"] = float(stats.transfer_gap(scores["r2"][0], values["ce_rec"][0], meta, models, judged=at_last & (meta["k"] == k) & (meta["depth"] == depth))[0][0])
+    same = float(np.mean([np.sign(row["gamma_r2"]) == np.sign(gamma) for row in table]))
+    h0 = all(-t["margin"] < row["lo90"] and row["hi90"] < t["margin"] for row in table)
+    h1_if_in_range = bool(abs(gamma) >= t["gamma"] and (lo > 0 or hi < 0) and same >= t["same_sign"])
+    h1 = h1_if_in_range and inside >= t["in_range"]
+
+    # C1b: does a sink-free Euclidean score show the gap too?
+    half_a = {c: gap(c, 1) for c in EUCLIDEAN_CONTROLS}
+    judged = {c: abs(g) for c, (g, inside_c) in half_a.items() if inside_c >= t["in_range"]}
+    control = min(judged, key=judged.get) if judged else None
+    gap_control, gap_r2 = (gap(control, 2)[0] if control else np.nan), gap("r2", 2)[0]
+    normalised_away = bool(abs(gap_control) < t["normalisation"] * abs(gap_r2))
+
+    out |= dict(previous_budget=int(before), g0={key: bool(v) for key, v in g0.items()}, cells=table, h0=h0, h1=h1, gamma_r2=gamma, gamma_r2_lo=lo,
+                gamma_r2_hi=hi, same_sign=same, in_range=inside, control=control, gamma_control_half_b=gap_control, gamma_r2_half_b=gap_r2,
+                normalised_away=normalised_away, gamma_controls={c: gap(c, 0)[0] for c in EUCLIDEAN_CONTROLS})
+    shut = {"alive": "too few latents are alive, and not equally few", "converged": f"CE_rec still moves by {t['converged']} or more between the last two budgets",
+            "precise": "the evaluation set is too small"}
+    if not all(g0.values()):
+        return stop("undertrained", "; ".join(shut[key] for key, passed in g0.items() if not passed))
+    if h1 and normalised_away:
+        return stop("N", f"{control} has less than half of R²'s transfer gap" + (", and CE_rec is equal" if h0 else ""))
+    if h0 or h1:
+        reasons = ["CE_rec is equal within the margin for every k"] * h0 + ["R² does not mean the same in both models"] * h1
+        return stop("+".join(["H0"] * h0 + ["H1"] * h1), " and ".join(reasons))
+    if h1_if_in_range:
+        return stop("undecided", f"R²'s transfer gap is {gamma:+.3f}, but only {inside:.0%} of the larger model's R² lie in the smaller one's range: not transferable")
+    need = n_needed(table, t["margin"])
+    return stop("undecided", "neither equal CE_rec nor a transfer gap of R² is shown" + (f"; about {need} seeds in each model would show equality if the means stay" if need else ""))
+
+
+def n_needed(table: list[dict], margin: float) -> int | None:
+    """Seeds per model at which every 90% interval would fit the margin, if it shrinks as 1 / sqrt(n); None if a mean is outside."""
+    room = [(margin - abs(row["delta_ce_rec"])) / ((row["hi90"] - row["lo90"]) / 2) for row in table]
+    return int(np.ceil(THRESHOLDS["min_seeds"] / min(room) ** 2)) if min(room) > 0 else None
+
+
+# -------------------------------------------------------------------------------- sparsity tax, power law
+def k_star(k: np.ndarray, ce: np.ndarray, target: float) -> np.ndarray:
+    """Smallest k reaching the target, linear between grid points: k [n] ascending, ce [R,n] -> [R]. -inf below the grid, inf above."""
+    reached = ce >= target
+    i = reached.argmax(1)
+    row = np.arange(len(ce))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        c0, c1 = ce[row, np.maximum(i - 1, 0)], ce[row, i]
+        between = k[np.maximum(i - 1, 0)] + (target - c0) / (c1 - c0) * (k[i] - k[np.maximum(i - 1, 0)])
+    return np.where(~reached.any(1), np.inf, np.where(i == 0, -np.inf, between))
+
+
+def power_law(tokens: np.ndarray, ce: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """CE_rec = limit - a tokens^-b by least squares: tokens [n], ce [R,n] -> (limit [R], b [R]).
+
+    For given b it is a line, so b is searched on a grid; nan where the best b is at the grid's end: the curve then has no
+    bend from which a limit could be read.
+    """
+    exponents = np.geomspace(0.05, 3, 60)
+    fits = []
+    for b in exponents:
+        x = tokens.astype(float) ** -b
+        x = x / x.max()
+        slope = ((ce - ce.mean(1, keepdims=True)) @ (x - x.mean())) / ((x - x.mean()) ** 2).sum()
+        limit = ce.mean(1) - slope * x.mean()
+        fits.append((((ce - limit[:, None] - slope[:, None] * x) ** 2).sum(1), limit))
+    errors, limits = (np.array(part) for part in zip(*fits))
+    best = errors.argmin(0)
+    inner = (best > 0) & (best < len(exponents) - 1)
+    return np.where(inner, limits[best, np.arange(len(best))], np.nan), np.where(inner, exponents[best], np.nan)
+
+
+def curves(values: dict, meta: dict, arm: dict) -> tuple[list[dict], list[dict]]:
+    """k* of every model, depth and budget, and the power law over budgets of every model, depth and k: values with bootstrap intervals."""
+    w = stats.bootstrap_weights(meta, N_RESAMPLES, 0, clusters=("model", "seed"), stratum="model")
+    ce = values["ce_rec"][:len(w)]  # resample r of the sequences with resample r of the seeds
+    k, budgets = np.unique(meta["k"]), np.unique(meta["tokens"])
+    taxes, laws = [], []
+    for model, depth in sorted(set(zip(meta["model"], meta["depth"]))):
+        here = (meta["model"] == model) & (meta["depth"] == depth)
+        mean = {(kk, b): mean_over(ce, w, here & (meta["k"] == kk) & (meta["tokens"] == b)) for kk in k for b in budgets}
+        for b, target in itertools.product(budgets, KSTAR):
+            draws = k_star(k, np.stack([mean[kk, b] for kk in k], 1), target)
+            taxes.append(dict(model=str(model), depth=str(depth), **arm, tokens=int(b), target=target, k_min=int(k[0]), k_max=int(k[-1]), draws=draws))
+        for kk in k:
+            row = dict(model=str(model), depth=str(depth), **arm, k=int(kk), n_budgets=len(budgets), limit=np.nan, limit_lo=np.nan, limit_hi=np.nan, exponent=np.nan)
+            if len(budgets) >= MIN_BUDGETS and RECIPES[arm["recipe"]].DECAY:
+                limit, exponent = power_law(budgets, np.stack([mean[kk, b] for b in budgets], 1))
+                row |= dict(limit=limit[0], exponent=exponent[0])
+                row["limit_lo"], row["limit_hi"] = stats.interval(limit[3:]) if np.isfinite(limit[0]) else (np.nan, np.nan)
+            laws.append(row)
+    return taxes, laws
+
+
+# ------------------------------------------------------------------------------------- tables and verdict
+def plain(value):
+    """For JSON: nan and infinities are null."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
+    """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv and sequences.npz."""
+    _, saes, values, meta = measured(out, settings, N_RESAMPLES)
+    alive, n_seq = np.array([row["alive"] for row in saes]), settings["eval_seqs"]
+    models = [m for m in settings["models"]]
+    deltas, verdicts, taxes, laws = [], [], [], []
+    for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
+        arm = dict(recipe=recipe, sinks=sinks)
+        mine = (meta["recipe"] == recipe) & (meta["sae"] == sae_name(settings["expansion"], sinks))
+        part, part_meta = {m: v[:, mine] for m, v in values.items()}, {name: v[mine] for name, v in meta.items()}
+        deltas += delta_rows(part, part_meta, models, arm, n_seq)
+        verdicts.append(arm | adjudicate(part, alive[mine], part_meta, models, n_seq))
+        more_taxes, more_laws = curves(part, part_meta, arm)
+        taxes, laws = taxes + more_taxes, laws + more_laws
+    write_table(out / "deltas.csv", deltas, COLUMNS)
+    kstar = [{key: v for key, v in row.items() if key != "draws"} | dict(zip(("value", "lo", "hi"), k_star_interval(row["draws"]))) for row in taxes]
+    verdict = plain(verdicts[0] | {"other_arms": verdicts[1:], "kstar": kstar, "power_law": laws, "settings": settings, "rows_sha256": rows_hash(out)})
+    write_json(out / "verdict.json", verdict)
+    plots(out, saes, deltas, verdict, settings)
+    write_report(out, saes, deltas, verdict, taxes, laws, seed_correlation(values, meta, models), settings)
+    return verdict, deltas
+
+
+def k_star_interval(draws: np.ndarray) -> tuple[float, float, float]:
+    known = draws[3:][~np.isnan(draws[3:])]
+    lo, hi = np.quantile(known, [0.025, 0.975], method="inverted_cdf") if len(known) else (np.nan, np.nan)
+    return float(draws[0]), float(lo), float(hi)
+
+
+def seed_correlation(values: dict, meta: dict, models: list) -> float:
+    """Correlation of what a seed does to CE_rec in the smallest and in the largest model, over cells: would pairing seeds be justified?"""
+    deviations = {}
+    for i, (m, *cell, seed) in enumerate(zip(*(meta[name] for name in ("model", "depth", "recipe", "sae", "k", "tokens", "seed")))):
+        deviations.setdefault((str(m), *map(str, cell)), {})[seed] = values["ce_rec"][0, i]
+    pairs = []
+    for (m, *cell), there in deviations.items():
+        other = deviations.get((models[-1], *cell), {})
+        if m == models[0] != models[-1] and there.keys() == other.keys() and len(there) > 1:
+            pairs += zip(*(np.array([d[s] for s in sorted(d)]) - np.mean(list(d.values())) for d in (there, other)))
+    return float(np.corrcoef(np.array(pairs).T)[0, 1]) if len(pairs) > 2 else np.nan
+
+
+LEAVES = {
+    "undertrained": "The SAEs are not trained far enough to say anything about the gap: a difference now may be gone with more tokens.",
+    "H0": "The gap in CE_rec between the models closes with training.",
+    "H1": "A gap stays after training: one value of R² means different CE_rec in the two models.",
+    "H0+H1": "CE_rec is equal after training, and yet one value of R² means different CE_rec in the two models.",
+    "N": "R² does not carry over between the models, but a sink-free Euclidean score does: the gap is how R² is normalised.",
+    "undecided": "This grid cannot decide.",
+}
+
+
+def sentence(verdict: dict) -> str:
+    """The verdict in words."""
+    return f"H0/H1: {verdict['leaf']}. {LEAVES[verdict['leaf']]} ({verdict['reason']}.)"
+
+
+# ------------------------------------------------------------------------------------------ report, plots
+def span(row: dict, name: str, digits: int = 3) -> str:
+    """value [lo, hi]; a dash where one seed, or an undefined statistic, leaves no interval."""
+    if not np.isfinite(row[name]):
+        return "undefined"
+    lo, hi = row[f"{name}_lo"], row[f"{name}_hi"]
+    return f"{row[name]:+.{digits}f} " + (f"[{lo:+.{digits}f}, {hi:+.{digits}f}]" if np.isfinite(lo) else "—")
+
+
+def delta_table(deltas: list[dict]) -> str:
+    rate = lambda row: f"{row['mismatch']:.0%} " + (f"[{row['mismatch_lo']:.0%}, {row['mismatch_hi']:.0%}]" if np.isfinite(row["mismatch_lo"]) else "—")
+    return markdown([{"k": row["k"], "tokens": readable_count(row["tokens"]), "seeds": row["n_seeds"], "ΔR²": span(row, "delta_r2"), "ΔR² no sink": span(row, "delta_r2_nosink"),
+                      "ΔCE_rec": span(row, "delta_ce_rec"), "ΔCE_rec sink clean": span(row, "delta_ce_rec_sinkclean"), "mismatch": rate(row),
+                      "published rule": f"{row['mismatch_published']:.0%}" if np.isfinite(row["mismatch_published"]) else "—", "ΔR²/ΔCE_rec": span(row, "ratio", 1)} for row in deltas],
+                    ["k", "tokens", "seeds", "ΔR²", "ΔR² no sink", "ΔCE_rec", "ΔCE_rec sink clean", "mismatch", "published rule", "ΔR²/ΔCE_rec"])
+
+
+def headline(deltas: list[dict], verdict: dict) -> list[dict]:
+    """The rows the verdict is about: smallest and largest model, first arm."""
+    return [row for row in deltas if all(row[name] == verdict[name] for name in ("small", "large", "recipe", "sinks"))]
+
+
+def published_lines(deltas: list[dict], saes: list[dict], taxes: list[dict], settings: dict) -> list[str]:
+    """published | measured | difference, for whatever of the published grids this run holds (middle layers)."""
+    rows, middle = [], "0.50"
+    add = lambda what, said, got: rows.append({"": what, "published": said, "measured": float(got), "difference": float(got) - said})
+    for row in deltas:
+        said = PUBLISHED_DELTAS.get((row["small"], row["large"], row["k"], row["tokens"]))
+        if said and row["depth"] == middle:
+            where = f"k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']}"
+            for name, value in zip(("delta_ce_rec", "delta_r2", "mismatch_published"), (said[0], said[3], said[4])):
+                add(f"{name} ({where})", value, row[name])
+    groups: dict[tuple, list] = {}
+    for row in saes:
+        if (row["model"], row["k"]) in PUBLISHED_SAES and row["tokens"] == 10 ** 7 and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle:
+            groups.setdefault((row["model"], row["k"], row["recipe"], row["sae"]), []).append(row)
+    for (model, k, recipe, sae), here in groups.items():
+        for name, value in zip(("r2", "ce_rec", "cosine", "alive"), PUBLISHED_SAES[model, k]):
+            add(f"{name} ({model}, k={k}, {recipe}, {sae})", value, np.mean([row[name] for row in here]))
+    for row in taxes:
+        if (row["model"], row["target"]) in PUBLISHED_KSTAR and row["tokens"] == 10 ** 7 and row["depth"] == middle:
+            add(f"k* at {row['target']} ({row['model']}, {row['recipe']}, sinks {row['sinks']})", PUBLISHED_KSTAR[row["model"], row["target"]], row["draws"][0])
+    return ["## Published | measured", "", markdown(rows, ["", "published", "measured", "difference"]), ""] if rows else []
+
+
+def verdict_lines(verdict: dict) -> list[str]:
+    t = verdict["thresholds"]
+    lines = ["## The tree", ""]
+    if "g0" in verdict:
+        word = lambda passed: "open" if passed else "SHUT"
+        yes = lambda passed: "yes" if passed else "no"
+        number = lambda v: "undefined" if v is None else f"{v:+.3f}"
+        lines += [
+            f"At B* = {readable_count(verdict['budget'])} tokens, {verdict['small']} against {verdict['large']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}:", "",
+            f"- G0, alive ≥ {t['alive']:.0%} in both or within {t['alive_gap']:.0%}: {word(verdict['g0']['alive'])}; CE_rec moved < {t['converged']} since "
+            f"{readable_count(verdict['previous_budget'])}: {word(verdict['g0']['converged'])}; SE of ΔCE_rec over sequences < {t['se']}: {word(verdict['g0']['precise'])}.",
+            f"- H0, 90% interval of ΔCE_rec inside ±{t['margin']} for every k: {yes(verdict['h0'])}.",
+            f"- H1, transfer gap Γ of R² at least {t['gamma']} in size, interval without 0, one sign for {t['same_sign']:.0%} of k: {yes(verdict['h1'])}. "
+            f"Γ = {number(verdict['gamma_r2'])} [{number(verdict['gamma_r2_lo'])}, {number(verdict['gamma_r2_hi'])}], {verdict['same_sign']:.0%} of one sign, "
+            f"{verdict['in_range']:.0%} of the larger model's R² in the smaller one's range ({t['in_range']:.0%} needed).",
+            f"- N, |Γ| of the best sink-free Euclidean score under {t['normalisation']:.0%} of R²'s, on the half of the sequences it was not chosen on: "
+            f"{yes(verdict['normalised_away'])}. {verdict['control']}: {number(verdict['gamma_control_half_b'])}, R²: {number(verdict['gamma_r2_half_b'])}. On all sequences: "
+            + ", ".join(f"{c} {number(g)}" for c, g in verdict["gamma_controls"].items()) + ".", "",
+            markdown([{"depth": c["depth"], "k": c["k"], "ΔCE_rec, 90%": f"{c['delta_ce_rec']:+.3f} [{number(c['lo90'])}, {number(c['hi90'])}]", "Γ of R²": f"{c['gamma_r2']:+.3f}",
+                       "alive": f"{c['alive_small']:.0%} / {c['alive_large']:.0%}", "CE_rec moved": f"{c['moved_small']:+.3f} / {c['moved_large']:+.3f}", "SE": c["se"]}
+                      for c in verdict["cells"]], ["depth", "k", "ΔCE_rec, 90%", "Γ of R²", "alive", "CE_rec moved", "SE"]), "",
+            "Γ is in units of CE_rec: what the larger model has above what the smaller one's curve of CE_rec over R² says, averaged with the reverse.", ""]
+    return lines
+
+
+def arm_lines(deltas: list[dict], verdict: dict) -> list[str]:
+    """What the trainer and the sinks have to do with it, where the run has more than one arm."""
+    arms = [verdict, *verdict["other_arms"]]
+    if len(arms) == 1:
+        return []
+    flips = {(v["recipe"], v["sinks"]): [row["mismatch"] for row in deltas
+                                        if all(row[n] == v[n] for n in ("recipe", "sinks", "small", "large"))] for v in arms}
+    rows = [{"recipe": v["recipe"], "sinks in training": v["sinks"], "leaf": v["leaf"], "mean mismatch": f"{np.mean(flips[v['recipe'], v['sinks']]):.0%}",
+             "Γ of R²": "undefined" if v.get("gamma_r2") is None else f"{v['gamma_r2']:+.3f}", "why": v["reason"]} for v in arms]
+    lines = ["## Trainer and sinks as confounds", "", markdown(rows, list(rows[0])), "", "The verdict is the first arm's; the others are there to be compared with.", ""]
+    for sinks in sorted({v["sinks"] for v in arms}):
+        theirs, ours = flips.get(("saelens", sinks)), flips.get(("base", sinks))
+        if theirs and ours:
+            share = 1 - np.sum(ours) / np.sum(theirs) if np.sum(theirs) else np.nan
+            lines += [f"Sinks {sinks}: signs of ΔR² and ΔCE_rec differ in {np.mean(theirs):.0%} of seed pairs under saelens, in {np.mean(ours):.0%} under base"
+                      + (f": the trainer owns {share:.0%} of the sign flips." if np.isfinite(share) else "."), ""]
+    return lines
+
+
+def tax_lines(taxes: list[dict], verdict: dict) -> list[str]:
+    def text(value, row):
+        return "—" if np.isnan(value) else f"< {row['k_min']}" if value == -np.inf else f"> {row['k_max']}" if value == np.inf else f"{value:.1f}"
+    rows, pairs = [], {}
+    for row in taxes:
+        value, lo, hi = k_star_interval(row["draws"])
+        interval = "—" if np.isnan(lo) else f"[{text(lo, row)}, {text(hi, row)}]"
+        rows.append({"model": row["model"], "depth": row["depth"], "recipe": row["recipe"], "sinks": row["sinks"], "tokens": readable_count(row["tokens"]), "CE_rec": row["target"],
+                     "k*": text(value, row), "95%": interval, "tax": ""})
+        key = (row["depth"], row["recipe"], row["sinks"], row["tokens"], row["target"])
+        if row["model"] == verdict["small"]:
+            pairs[key] = row["draws"]
+        pairs[(*key, row["model"])] = rows[-1], row["draws"]
+    for key, small in [(key, d) for key, d in pairs.items() if len(key) == 5]:
+        target, large = pairs.get((*key, verdict["large"]), (None, None))
+        if target is not None and verdict["small"] != verdict["large"] and np.isfinite(small[0]) and np.isfinite(large[0]):
+            with np.errstate(invalid="ignore"):
+                ratio = np.where(np.isfinite(small) & np.isfinite(large), large / small, np.nan)
+            lo, hi = stats.interval(ratio[3:])
+            target["tax"] = f"{ratio[0]:.2f} " + (f"[{lo:.2f}, {hi:.2f}]" if np.isfinite(lo) else "—")
+    return ["## k*, the smallest k that reaches a CE_rec", "", markdown(rows, list(rows[0])), "",
+            "Linear between grid points; tax: the largest model's k* over the smallest's. Bootstrap over seeds and sequences.", ""]
+
+
+def law_lines(laws: list[dict]) -> list[str]:
+    known = [row for row in laws if np.isfinite(row["limit"])]
+    if not known:
+        return [f"CE_rec at infinite tokens: not identified ({laws[0]['n_budgets']} decayed budgets; {MIN_BUDGETS} are needed, and a curve that bends).", ""]
+    table = markdown([row | {"CE_rec at infinity": span(row, "limit"), "tokens": f"{row['exponent']:.2f}"} for row in known],
+                     ["model", "depth", "recipe", "sinks", "k", "CE_rec at infinity", "tokens"]).replace("tokens", "exponent", 1)
+    missing = len(laws) - len(known)
+    return ["CE_rec = limit − a · tokens^−b, least squares; bootstrap over seeds and sequences:", "", table, ""] + \
+        ([f"{missing} curves: not identified.", ""] if missing else [])
+
+
+def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, correlation: float, settings: dict) -> None:
+    means = []
+    for row in saes:
+        key = tuple(row[c] for c in ("model", "layer", "sae", "recipe", "k", "tokens"))
+        if not means or means[-1][0] != key:
+            means.append((key, []))
+    groups: dict[tuple, list] = {}
+    for row in saes:
+        groups.setdefault(tuple(row[c] for c in ("model", "layer", "recipe", "sae", "k", "tokens")), []).append(row)
+    curve = [dict(zip(("model", "layer", "recipe", "sae", "k"), key)) | {"tokens": readable_count(key[-1])}
+             | {m: float(np.mean([row[m] for row in here])) for m in CURVES} for key, here in sorted(groups.items())]
+    text = ["# Exp-A: does the gap survive training?", "", f"**{sentence(verdict)}**", "", "![deltas](deltas.png)", "",
+            f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "", delta_table(headline(deltas, verdict)), "",
+            "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation sequences (bootstrap) together; — where one seed leaves none. "
+            "Mismatch: ΔR² and ΔCE_rec differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on seeds of the same index. A mismatch all pairs agree on has "
+            "no bootstrap interval. ΔR²/ΔCE_rec: Fieller; undefined where the denominator's interval holds 0.", "",
+            "Seeds are not paired across models: the same seed draws the same tokens in the same order in both, but starts from weights of another shape. "
+            + (f"The correlation of what a seed does to CE_rec in the two is {correlation:+.2f}." if np.isfinite(correlation) else ""), "",
+            *verdict_lines(verdict), "![mismatch](mismatch.png)", "", *arm_lines(deltas, verdict), *tax_lines(taxes, verdict),
+            "## Learning curves", "", "![learning curves](learning.png)", "", markdown(curve, ["model", "layer", "recipe", "sae", "k", "tokens", *CURVES]), "",
+            "Means over seeds. Every budget has its own decay" + (" (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else "") + ".", "",
+            *law_lines(laws), *published_lines(deltas, saes, taxes, settings)]
+    others = [row for row in deltas if row not in headline(deltas, verdict)]
+    for key in dict.fromkeys((row["small"], row["large"], row["recipe"], row["sinks"]) for row in others):
+        here = [row for row in others if (row["small"], row["large"], row["recipe"], row["sinks"]) == key]
+        text += [f"## {key[1]} minus {key[0]}, recipe {key[2]}, sinks {key[3]}", "", delta_table(here), ""]
+    text += about_the_run(saes, settings)
+    with atomically(out / "report.md") as temporary:
+        temporary.write_text("\n".join(text))
+
+
+def plots(out: pathlib.Path, saes, deltas, verdict: dict, settings: dict) -> None:
+    plt = pyplot()
+    shown = headline(deltas, verdict)
+    if shown:
+        grid_k, budgets, depths = (sorted({row[name] for row in shown}) for name in ("k", "tokens", "depth"))
+        figure, axes = plt.subplots(len(depths), len(grid_k), figsize=(2.9 * len(grid_k) + 0.8, 2.8 * len(depths) + 0.4), sharey=True, squeeze=False, layout="constrained")
+        for axis, (depth, k) in zip(axes.flat, itertools.product(depths, grid_k)):
+            here = [row for row in shown if row["k"] == k and row["depth"] == depth]
+            for name, label, colour in (("delta_r2", "ΔR²", "C0"), ("delta_r2_nosink", "ΔR² without sinks", "C2"), ("delta_ce_rec", "ΔCE_rec", "C1")):
+                x, y = np.array([row["tokens"] for row in here], float), np.array([row[name] for row in here])
+                axis.plot(x, y, "o-", color=colour, label=label, markersize=4)
+                axis.fill_between(x, *(np.array([row[name + end] for row in here]) for end in ("_lo", "_hi")), color=colour, alpha=0.2, linewidth=0)
+            axis.axhline(0, color="0.4", linewidth=0.8)
+            axis.set(xscale="log", title=f"k = {k}" + (f", depth {depth}" if len(depths) > 1 else ""), xlabel="training tokens")
+            axis.grid(alpha=0.3)
+        axes[0, 0].set_ylabel(f"{verdict['large']} − {verdict['small']}")
+        axes[0, 0].legend(fontsize=8)
+        save_figure(figure, out / "deltas.png")
+
+        figure, axes = plt.subplots(1, len(depths), figsize=(1.1 * len(budgets) * len(depths) + 2.4, 0.5 * len(grid_k) + 1.4), squeeze=False, layout="constrained")
+        for axis, depth in zip(axes.flat, depths):
+            rate = np.full((len(grid_k), len(budgets)), np.nan)
+            for row in (row for row in shown if row["depth"] == depth):
+                rate[grid_k.index(row["k"]), budgets.index(row["tokens"])] = row["mismatch"]
+            image = axis.imshow(rate, vmin=0, vmax=1, cmap="RdYlGn_r", aspect="auto")
+            for (i, j), value in np.ndenumerate(rate):
+                axis.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=8)
+            axis.set_xticks(range(len(budgets)), [readable_count(b) for b in budgets])
+            axis.set_yticks(range(len(grid_k)), [f"k={k}" for k in grid_k])
+            axis.set_title("sign mismatch of ΔR² and ΔCE_rec" + (f", depth {depth}" if len(depths) > 1 else ""), fontsize=9)
+        figure.colorbar(image, ax=axes)
+        save_figure(figure, out / "mismatch.png")
+
+    colours = dict(zip(settings["models"], plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(settings["models"])))))
+    styles, markers = dict(zip(settings["recipe"], ("-", "--"))), "osD^vP*X"
+    figure, axes = plt.subplots(2, -(-len(CURVES) // 2), figsize=(14, 6), layout="constrained")
+    groups: dict[tuple, dict] = {}
+    for row in saes:
+        groups.setdefault((row["model"], row["layer"], row["recipe"], row["sae"], row["k"]), {}).setdefault(row["tokens"], []).append(row)
+    for axis, name in zip(axes.flat, CURVES):
+        for (model, layer, recipe, sae, k), by_budget in groups.items():
+            x = sorted(by_budget)
+            axis.plot(x, [np.mean([row[name] for row in by_budget[b]]) for b in x], styles[recipe], marker=markers[settings["k"].index(k) % len(markers)], markersize=4,
+                      color=colours[model], alpha=0.8, linewidth=1)
+        axis.set(xscale="log", title=name, yscale="log" if name in ("swd_tok", "kl") else "linear")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(CURVES):]:
+        axis.set_visible(False)
+    line = lambda **how: plt.Line2D([], [], **how)
+    figure.legend(handles=[line(color=colours[m], label=m) for m in settings["models"]]
+                  + [line(color="0.3", linestyle="", marker=markers[i % len(markers)], label=f"k={k}") for i, k in enumerate(settings["k"])]
+                  + ([line(color="0.3", linestyle=s, label=r) for r, s in styles.items()] if len(styles) > 1 else []), loc="outside right upper", fontsize=8)
+    figure.supxlabel("training tokens")
+    save_figure(figure, out / "learning.png")
+
+
+# ---------------------------------------------------------------------------------------------------- main
+def main() -> None:
+    args = parse_args(__doc__, **GRID)
+    if (done := run(args, "expa")) is None:
+        return
+    out, settings = done
+    verdict, deltas = analyse(out, settings)
+    if shown := headline(deltas, verdict):
+        print(f"{verdict['large']} minus {verdict['small']}:\n{delta_table(shown)}")
+    print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,96 @@
+"""Recipe `saelens` against SAELens itself. Needs the extra: pip install -e '.[test,parity]' -c constraints.txt"""
+import dataclasses
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from sae import SAELensTraining
+
+sae_lens = pytest.importorskip("sae_lens", reason="the extra [parity] is not installed")
+from sae_lens import TopKSAE as LensSAE, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
+from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
+from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
+
+D, F, K, N = 24, 192, 4, 64
+
+
+def activations(steps: int) -> torch.Tensor:
+    """Unit variance, an offset, and a sink: what raw residual streams do to an unnormalised trainer."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(steps * N, 12, generator=generator) @ torch.randn(12, D, generator=generator) + 0.5
+    h[::N] += 40 * torch.randn(D, generator=generator)
+    return h
+
+
+@pytest.fixture(params=[F, 32])  # 32: fewer dead latents than AuxK takes, so that it scales and takes negative pre-activations too
+def both(request, monkeypatch):
+    """(our training, their trainer, activations): the same initial weights, latents dead after 20 steps in both."""
+    F = request.param
+    monkeypatch.setattr(SAELensTraining, "DEAD_STEPS", 20)
+    monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (N, 1.0)))
+    h = activations(150)
+    ours = SAELensTraining(SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)])
+    lens = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
+    with torch.no_grad():
+        lens.W_enc.copy_(ours.sae.W_enc.T)
+        lens.W_dec.copy_(ours.sae.W_dec)
+    theirs = SAETrainer(SAETrainerConfig(len(h), N, lr_end=3e-5, dead_feature_window=20), lens, iter(()))
+    return ours, theirs, h
+
+
+def test_losses_agree_step_by_step_and_so_do_the_saes(both, tmp_path):
+    ours, theirs, h = both
+    with_auxk = 0
+    for step, batch in enumerate(h.split(N)):
+        dead = int((ours.idle[:-1] > 20).sum())
+        assert dead == int(theirs.dead_neurons.sum()), step
+        mine, output = ours.one_step(batch), theirs.step(batch)
+        theirs.n_training_steps += 1
+        with_auxk += dead > 0
+        torch.testing.assert_close(mine, output.loss.detach(), rtol=2e-4, atol=0, msg=lambda m: f"step {step}: {m}")
+    assert 10 < with_auxk < 150  # the run had both kinds of step
+    torch.testing.assert_close(ours.sae.W_dec, theirs.sae.W_dec.detach(), rtol=0, atol=2e-4)
+    theirs.sae.save_inference_model(tmp_path)
+    saved = LensSAE.load_from_disk(tmp_path)
+    sae = ours.finished()
+    h_hat = saved.decode(saved.encode(h[:500]))
+    error = (sae.decode(*sae.encode(h[:500])) - h_hat).norm() / h_hat.norm()
+    assert error < 1e-3
+
+
+def test_first_steps_agree_to_rounding(both):
+    ours, theirs, h = both
+    for batch in h.split(N)[:10]:
+        torch.testing.assert_close(ours.one_step(batch), theirs.step(batch).loss.detach(), rtol=2e-6, atol=0)
+
+
+def test_the_defaults_are_theirs():
+    architecture = {f.name: f.default for f in dataclasses.fields(TopKTrainingSAEConfig)}
+    trainer = {f.name: f.default for f in dataclasses.fields(SAETrainerConfig)}
+    runner = {f.name: f.default for f in dataclasses.fields(LanguageModelSAERunnerConfig)}
+    assert (architecture["decoder_init_norm"], architecture["aux_loss_coefficient"], architecture["rescale_acts_by_decoder_norm"],
+            architecture["apply_b_dec_to_input"], architecture["normalize_activations"]) == (0.1, 1.0, True, True, "none")
+    for config in (trainer, runner):
+        assert (config["lr"], config["lr_scheduler_name"], config["lr_warm_up_steps"], config["lr_decay_steps"]) == (3e-4, "constant", 0, 0)
+        assert (config["adam_beta1"], config["adam_beta2"], config["dead_feature_window"]) == (0.9, 0.999, SAELensTraining.DEAD_STEPS)
+    ours = SAELensTraining({"mean": torch.zeros(D)}, F, K, 0, [10 ** 7])
+    group = ours.optimiser.param_groups[0]
+    assert runner["train_batch_size_tokens"] == ours.batch == 4096 and (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.9, 0.999), 1e-8)
+    lens = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
+    for name in ("b_enc", "b_dec"):
+        assert not getattr(lens, name).any() and not getattr(ours.sae, name).any()
+    for sae in (lens, ours.sae):
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((F,), 0.1))
+        assert sae.W_dec.abs().max() < 0.1 * 3 ** 0.5  # rows of uniform entries: none far above the rest
+    assert torch.equal(ours.sae.W_enc, ours.sae.W_dec) and torch.equal(lens.W_enc, lens.W_dec.T)
+
+
+def test_a_budget_is_a_checkpoint_of_the_longest_run(monkeypatch):
+    monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (N, 1.0)))
+    h = activations(30)
+    statistics = SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool))
+    runs = SAELensTraining(statistics, F, K, 0, [10 * N, 30 * N]).feed(h, 0, tqdm(disable=True), "")
+    alone, = SAELensTraining(statistics, F, K, 0, [10 * N]).feed(h, 0, tqdm(disable=True), "")
+    short, = (run for run in runs if run.budgets == [10 * N])
+    assert [run.step for run in runs] == [30, 10] and torch.equal(short.sae.W_dec, alone.sae.W_dec)
