@@ -109,8 +109,10 @@ class Training:
     them: where budget B starts to decay, a copy branches off and ends at B. Between branches the trunk is the run of the next
     budget (its share of dead tokens); the warm-up is the first budget's. The stream is cut at every budget, so that B's
     tokens are those of a run of its own, and the smallest budget's SAE is that of a run of its own to the bit.
+    From 10M tokens up only: see bench/RESULTS.md for how far a branch is from a run of its own.
     """
     DECAY = 0.2
+    TRUNK_FROM = 10 ** 7
 
     def __init__(self, statistics: dict, d_sae: int, k: int, seed: int, budgets: list[int]):
         """statistics of the activations, as `describe` gives them; budgets ascending, of one pace: the last is this SAE's."""
@@ -254,6 +256,7 @@ class SAELensTraining(Training):
     budget is a checkpoint of the longest run. SAELens shuffles in another buffer; the order here is recipe `base`'s.
     """
     DECAY = 0.0
+    TRUNK_FROM = 0
     DEAD_STEPS = 1000
 
     def initialise(self, d_sae: int, k: int) -> None:
@@ -307,7 +310,7 @@ RECIPES = {"base": Training, "saelens": SAELensTraining}
 def trunk(recipe: str, tokens: int, budgets: list[int]) -> list[int]:
     """The budgets below `tokens` whose training is the beginning of its own."""
     pace = RECIPES[recipe].pace
-    return [b for b in budgets if b < tokens and pace(b) == pace(tokens)]
+    return [b for b in budgets if RECIPES[recipe].TRUNK_FROM <= b < tokens and pace(b) == pace(tokens)]
 
 
 # ------------------------------------------------------------------------------------------------- cache

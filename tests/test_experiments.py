@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ["--models", "stdlib-s@1,stdlib-s@3,stdlib-m@3", "--k", "2,4,8", "--tokens", "10k", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64"]
 
 
-def expb(*arguments, env=None, check=0):
-    done = subprocess.run([sys.executable, str(ROOT / "expb.py"), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+SMALL_A = ["--models", "stdlib-s,stdlib-m", "--k", "2,4,8", "--tokens", "3k,10k", "--seeds", "0,1,2", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64"]
+
+
+def script(name, *arguments, env=None, check=0):
+    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, **(env or {})})
     assert done.returncode == check, done.stderr[-2000:]
     return done
+
+
+def expa(*arguments, **how):
+    return script("expa.py", *arguments, **how)
+
+
+def expb(*arguments, **how):
+    return script("expb.py", *arguments, **how)
 
 
 def contents(folder):
@@ -122,6 +134,91 @@ def test_bad_arguments_get_one_line_and_status_2(run, tmp_path, arguments, words
 def test_dry_run_writes_nothing(tmp_path):
     done = expb(*SMALL, "--dry-run", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
     assert "tflops" in done.stdout and "stdlib-m@3" in done.stdout and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- Exp-A
+@pytest.fixture(scope="module")
+def run_a(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("expa")
+    done = expa(*SMALL_A, "--out", folder / "out", "--cache", folder / "cache")
+    return folder / "out", folder / "cache", done.stdout
+
+
+def test_what_exp_a_leaves_behind(run_a):
+    out, _, printed = run_a
+    assert sorted(p.name for p in out.iterdir()) == ["conditions.csv", "deltas.csv", "deltas.png", "learning.png", "mismatch.png", "report.md",
+                                                     "run.json", "sequences.npz", "verdict.json"]
+    rows, deltas = read_table(out / "conditions.csv"), read_table(out / "deltas.csv")
+    assert ",".join(deltas[0]).startswith(
+        "small,large,depth,recipe,sinks,k,tokens,n_seeds,delta_r2,delta_r2_lo,delta_r2_hi,delta_r2_nosink,delta_r2_nosink_lo,delta_r2_nosink_hi,delta_r2_defl1,"
+        "delta_r2_defl1_lo,delta_r2_defl1_hi,delta_cosine,delta_cosine_lo,delta_cosine_hi,delta_ce_rec,delta_ce_rec_lo,delta_ce_rec_hi,delta_dce,delta_dce_lo,"
+        "delta_dce_hi,delta_frac_zero,delta_frac_zero_lo,delta_frac_zero_hi,mismatch,mismatch_lo,mismatch_hi,mismatch_published,ratio,ratio_lo,ratio_hi")
+    assert len(rows) == 2 * (3 * 2 * 3 + 4) and len(deltas) == 3 * 2
+    for row in deltas:
+        mean = lambda model, metric: sum(r[metric] for r in rows if r["model"] == model and r["k"] == row["k"] and r["tokens"] == row["tokens"]) / 3
+        for metric in ("r2", "ce_rec", "frac_zero"):
+            assert row[f"delta_{metric}"] == pytest.approx(mean("stdlib-m", metric) - mean("stdlib-s", metric), abs=1e-5)
+            assert row[f"delta_{metric}_lo"] < row[f"delta_{metric}"] < row[f"delta_{metric}_hi"]
+        assert row["n_seeds"] == 3 and (row["small"], row["large"]) == ("stdlib-s", "stdlib-m")
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert verdict["leaf"] == "undertrained" and verdict["thresholds"]["margin"] == 0.02 and verdict["budget"] == 10_000 and len(verdict["cells"]) == 3
+    assert "H0/H1: undertrained" in printed and "H0/H1: undertrained" in (out / "report.md").read_text()
+
+
+def test_exp_a_killed_three_times_ends_as_the_unbroken_run(run_a, tmp_path):
+    command = [sys.executable, str(ROOT / "expa.py"), *SMALL_A, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    trained = lambda: len(list((tmp_path / "cache").glob("*/sae.safetensors")))
+    rng = random.Random(time.time_ns())
+    for _ in range(3):  # at a random moment after the run has got further than the last
+        process, before, deadline = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), trained(), time.time() + 120
+        while trained() == before < 36 and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    expa(*SMALL_A, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert contents(tmp_path / "out") == contents(run_a[0])
+
+
+def test_exp_a_again_without_a_model_and_in_both_recipes(run_a, tmp_path):
+    shutil.copytree(run_a[0], tmp_path / "copy")
+    for name in ("deltas.csv", "verdict.json", "report.md", "deltas.png"):
+        (tmp_path / "copy" / name).unlink()
+    expa("--from", tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(run_a[0])
+    expa(*SMALL_A, "--recipe", "base,saelens", "--sinks", "keep,drop", "--k", "2,8", "--tokens", "3k,9k", "--out", tmp_path / "arms", "--cache", run_a[1])
+    deltas = read_table(tmp_path / "arms" / "deltas.csv")
+    assert {(r["recipe"], r["sinks"]) for r in deltas} == {(a, b) for a in ("base", "saelens") for b in ("keep", "drop")} and len(deltas) == 4 * 4
+    verdict = json.loads((tmp_path / "arms" / "verdict.json").read_text())
+    assert (verdict["recipe"], verdict["sinks"]) == ("base", "keep") and len(verdict["other_arms"]) == 3
+    assert "Trainer and sinks as confounds" in (tmp_path / "arms" / "report.md").read_text()
+    r2 = {(r["sae"], r["recipe"], r["seed"]): r["r2"] for r in read_table(tmp_path / "arms" / "conditions.csv") if r["k"] == 8 and r["tokens"] == 9000 and r["model"] == "stdlib-m"}
+    assert len(r2) == len(set(r2.values())) == 4 * 3
+
+
+def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    verdict = json.loads((run_a[0] / "verdict.json").read_text())
+    for leaf, gated in (("undertrained", True), ("H0", False)):
+        (tmp_path / "a.json").write_text(json.dumps(verdict | {"leaf": leaf}))
+        done = expb("--from", tmp_path / "copy", "--verdict", tmp_path / "a.json")
+        assert (json.loads((tmp_path / "copy" / "verdict.json").read_text())["leaf"] == "gated") is gated
+        assert ("Exp-A says undertrained" in done.stdout) is gated
+
+
+def test_published_grids_are_priced_without_network(tmp_path):
+    for name in ("phase2", "fast2", "fast3"):
+        done = expa("--preset", name, "--dry-run", "--out", tmp_path / "out", "--cache", tmp_path / "cache", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
+        for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "hours", "32x"):
+            assert word in done.stdout, word
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [(["--recipe", "gao"], "base, saelens"), (["--sinks", "no"], "keep, drop"), (["--seeds", "-1"], "--seeds"),
+                                              (["--tokens", "1k,0"], "positive"), (["--k", "8,9999"], "--k 9999")])
+def test_exp_a_says_what_is_wrong_with_an_argument(tmp_path, arguments, words):
+    done = expa(*SMALL_A, *arguments, "--out", tmp_path / "out", "--cache", tmp_path / "cache", check=2)
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_rooms_know_only_what_they_may():
