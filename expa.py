@@ -24,7 +24,7 @@ from conditions import about_the_run, measured, rows_hash, run, sae_name
 from proxies import EUCLIDEAN_CONTROLS, oriented
 from sae import RECIPES
 
-GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="9k,27k,81k", seeds="0,1,2", expansion=4, eval_seqs=32, ctx=256)
+GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="8k,25k,80k", seeds="0,1,2", expansion=4, eval_seqs=32, ctx=256)
 N_RESAMPLES = 1000
 DELTAS = ["r2", "r2_nosink", "r2_defl1", "cosine", "ce_rec", "dce", "frac_zero"]
 MORE_DELTAS = ["ce_rec_sinkclean", "frac_mean"]
@@ -50,12 +50,12 @@ THRESHOLDS = dict(
 KSTAR = (0.85, 0.90)
 MIN_BUDGETS = 5  # for a power law
 
-# DESIGN of the research log: (small, large, k, tokens): Delta CE_rec, its interval, Delta R^2, mismatch; and per SAE
+# The research log's numbers: {(small, large, k, tokens): Delta CE_rec, Delta R^2, mismatch}, middle layers
 S, M, L = "EleutherAI/pythia-70m", "EleutherAI/pythia-160m", "EleutherAI/pythia-410m"
 PUBLISHED_DELTAS = {
-    (S, L, 8, 10 ** 7): (-0.099, -0.117, -0.082, 0.150, 1.0), (S, L, 8, 5 * 10 ** 7): (0.018, None, None, 0.108, 0.0),
-    (S, L, 8, 10 ** 8): (0.009, 0.004, 0.013, 0.096, 0.0), (S, L, 16, 10 ** 7): (-0.028, -0.064, 0.009, 0.111, 0.5),
-    (S, L, 16, 5 * 10 ** 7): (0.018, None, None, 0.072, 0.0), (S, L, 16, 10 ** 8): (0.020, 0.016, 0.024, 0.067, 0.0),
+    (S, L, 8, 10 ** 7): (-0.099, 0.150, 1.0), (S, L, 8, 5 * 10 ** 7): (0.018, 0.108, 0.0),
+    (S, L, 8, 10 ** 8): (0.009, 0.096, 0.0), (S, L, 16, 10 ** 7): (-0.028, 0.111, 0.5),
+    (S, L, 16, 5 * 10 ** 7): (0.018, 0.072, 0.0), (S, L, 16, 10 ** 8): (0.020, 0.067, 0.0),
 }
 PUBLISHED_SAES = {  # (model, k) at the middle layer, 10M tokens: r2, ce_rec, cosine, alive
     (S, 8): (0.810, 0.372, 0.856, 0.152), (M, 8): (0.907, 0.331, 0.869, 0.129), (L, 8): (0.961, 0.269, 0.809, 0.119),
@@ -280,7 +280,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
     """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv and sequences.npz."""
     _, saes, values, meta = measured(out, settings, N_RESAMPLES)
     alive, n_seq = np.array([row["alive"] for row in saes]), settings["eval_seqs"]
-    models = [m for m in settings["models"]]
+    models = settings["models"]
     deltas, verdicts, taxes, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
         arm = dict(recipe=recipe, sinks=sinks)
@@ -355,6 +355,13 @@ def headline(deltas: list[dict], verdict: dict) -> list[dict]:
     return [row for row in deltas if all(row[name] == verdict[name] for name in ("small", "large", "recipe", "sinks"))]
 
 
+def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
 def published_lines(deltas: list[dict], saes: list[dict], taxes: list[dict], settings: dict) -> list[str]:
     """published | measured | difference, for whatever of the published grids this run holds (middle layers)."""
     rows, middle = [], "0.50"
@@ -363,13 +370,11 @@ def published_lines(deltas: list[dict], saes: list[dict], taxes: list[dict], set
         said = PUBLISHED_DELTAS.get((row["small"], row["large"], row["k"], row["tokens"]))
         if said and row["depth"] == middle:
             where = f"k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']}"
-            for name, value in zip(("delta_ce_rec", "delta_r2", "mismatch_published"), (said[0], said[3], said[4])):
+            for name, value in zip(("delta_ce_rec", "delta_r2", "mismatch_published"), said):
                 add(f"{name} ({where})", value, row[name])
-    groups: dict[tuple, list] = {}
-    for row in saes:
-        if (row["model"], row["k"]) in PUBLISHED_SAES and row["tokens"] == 10 ** 7 and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle:
-            groups.setdefault((row["model"], row["k"], row["recipe"], row["sae"]), []).append(row)
-    for (model, k, recipe, sae), here in groups.items():
+    theirs = [row for row in saes if (row["model"], row["k"]) in PUBLISHED_SAES and row["tokens"] == 10 ** 7
+              and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle]
+    for (model, k, recipe, sae), here in grouped(theirs, ["model", "k", "recipe", "sae"]).items():
         for name, value in zip(("r2", "ce_rec", "cosine", "alive"), PUBLISHED_SAES[model, k]):
             add(f"{name} ({model}, k={k}, {recipe}, {sae})", value, np.mean([row[name] for row in here]))
     for row in taxes:
@@ -458,16 +463,9 @@ def law_lines(laws: list[dict]) -> list[str]:
 
 
 def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, correlation: float, settings: dict) -> None:
-    means = []
-    for row in saes:
-        key = tuple(row[c] for c in ("model", "layer", "sae", "recipe", "k", "tokens"))
-        if not means or means[-1][0] != key:
-            means.append((key, []))
-    groups: dict[tuple, list] = {}
-    for row in saes:
-        groups.setdefault(tuple(row[c] for c in ("model", "layer", "recipe", "sae", "k", "tokens")), []).append(row)
-    curve = [dict(zip(("model", "layer", "recipe", "sae", "k"), key)) | {"tokens": readable_count(key[-1])}
-             | {m: float(np.mean([row[m] for row in here])) for m in CURVES} for key, here in sorted(groups.items())]
+    names = ["model", "layer", "recipe", "sae", "k", "tokens"]
+    curve = [dict(zip(names, key)) | {"tokens": readable_count(key[-1])} | {m: float(np.mean([row[m] for row in here])) for m in CURVES}
+             for key, here in sorted(grouped(saes, names).items(), key=lambda item: (settings["models"].index(item[0][0]), item[0]))]
     text = ["# Exp-A: does the gap survive training?", "", f"**{sentence(verdict)}**", "", "![deltas](deltas.png)", "",
             f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "", delta_table(headline(deltas, verdict)), "",
             "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation sequences (bootstrap) together; — where one seed leaves none. "
@@ -476,7 +474,7 @@ def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, co
             "Seeds are not paired across models: the same seed draws the same tokens in the same order in both, but starts from weights of another shape. "
             + (f"The correlation of what a seed does to CE_rec in the two is {correlation:+.2f}." if np.isfinite(correlation) else ""), "",
             *verdict_lines(verdict), "![mismatch](mismatch.png)", "", *arm_lines(deltas, verdict), *tax_lines(taxes, verdict),
-            "## Learning curves", "", "![learning curves](learning.png)", "", markdown(curve, ["model", "layer", "recipe", "sae", "k", "tokens", *CURVES]), "",
+            "## Learning curves", "", "![learning curves](learning.png)", "", markdown(curve, [*names, *CURVES]), "",
             "Means over seeds. Every budget has its own decay" + (" (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else "") + ".", "",
             *law_lines(laws), *published_lines(deltas, saes, taxes, settings)]
     others = [row for row in deltas if row not in headline(deltas, verdict)]
@@ -488,6 +486,13 @@ def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, co
         temporary.write_text("\n".join(text))
 
 
+def budget_axis(axis, budgets: list[int]) -> None:
+    axis.set_xscale("log")
+    axis.set_xticks(budgets, [readable_count(b) for b in budgets])
+    axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.3)
+
+
 def plots(out: pathlib.Path, saes, deltas, verdict: dict, settings: dict) -> None:
     plt = pyplot()
     shown = headline(deltas, verdict)
@@ -496,13 +501,14 @@ def plots(out: pathlib.Path, saes, deltas, verdict: dict, settings: dict) -> Non
         figure, axes = plt.subplots(len(depths), len(grid_k), figsize=(2.9 * len(grid_k) + 0.8, 2.8 * len(depths) + 0.4), sharey=True, squeeze=False, layout="constrained")
         for axis, (depth, k) in zip(axes.flat, itertools.product(depths, grid_k)):
             here = [row for row in shown if row["k"] == k and row["depth"] == depth]
-            for name, label, colour in (("delta_r2", "ΔR²", "C0"), ("delta_r2_nosink", "ΔR² without sinks", "C2"), ("delta_ce_rec", "ΔCE_rec", "C1")):
-                x, y = np.array([row["tokens"] for row in here], float), np.array([row[name] for row in here])
-                axis.plot(x, y, "o-", color=colour, label=label, markersize=4)
-                axis.fill_between(x, *(np.array([row[name + end] for row in here]) for end in ("_lo", "_hi")), color=colour, alpha=0.2, linewidth=0)
+            for name, label, how in (("delta_r2", "ΔR²", dict(color="C0")), ("delta_r2_nosink", "ΔR² without sinks", dict(color="C2", linestyle=":")),
+                                     ("delta_ce_rec", "ΔCE_rec", dict(color="C1"))):
+                x = [row["tokens"] for row in here]
+                axis.plot(x, [row[name] for row in here], marker="o", markersize=4, label=label, **how)
+                axis.fill_between(x, *([row[name + end] for row in here] for end in ("_lo", "_hi")), color=how["color"], alpha=0.2, linewidth=0)
             axis.axhline(0, color="0.4", linewidth=0.8)
-            axis.set(xscale="log", title=f"k = {k}" + (f", depth {depth}" if len(depths) > 1 else ""), xlabel="training tokens")
-            axis.grid(alpha=0.3)
+            axis.set(title=f"k = {k}" + (f", depth {depth}" if len(depths) > 1 else ""), xlabel="training tokens")
+            budget_axis(axis, budgets)
         axes[0, 0].set_ylabel(f"{verdict['large']} − {verdict['small']}")
         axes[0, 0].legend(fontsize=8)
         save_figure(figure, out / "deltas.png")
@@ -524,16 +530,13 @@ def plots(out: pathlib.Path, saes, deltas, verdict: dict, settings: dict) -> Non
     colours = dict(zip(settings["models"], plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(settings["models"])))))
     styles, markers = dict(zip(settings["recipe"], ("-", "--"))), "osD^vP*X"
     figure, axes = plt.subplots(2, -(-len(CURVES) // 2), figsize=(14, 6), layout="constrained")
-    groups: dict[tuple, dict] = {}
-    for row in saes:
-        groups.setdefault((row["model"], row["layer"], row["recipe"], row["sae"], row["k"]), {}).setdefault(row["tokens"], []).append(row)
     for axis, name in zip(axes.flat, CURVES):
-        for (model, layer, recipe, sae, k), by_budget in groups.items():
-            x = sorted(by_budget)
-            axis.plot(x, [np.mean([row[name] for row in by_budget[b]]) for b in x], styles[recipe], marker=markers[settings["k"].index(k) % len(markers)], markersize=4,
-                      color=colours[model], alpha=0.8, linewidth=1)
-        axis.set(xscale="log", title=name, yscale="log" if name in ("swd_tok", "kl") else "linear")
-        axis.grid(alpha=0.3)
+        for (model, layer, recipe, sae, k), here in grouped(saes, ["model", "layer", "recipe", "sae", "k"]).items():
+            by_budget = grouped(here, ["tokens"])
+            axis.plot([b for b, in sorted(by_budget)], [np.mean([row[name] for row in by_budget[b]]) for b in sorted(by_budget)], styles[recipe],
+                      marker=markers[settings["k"].index(k) % len(markers)], markersize=4, color=colours[model], alpha=0.8, linewidth=1)
+        axis.set(title=name, yscale="log" if name in ("swd_tok", "kl") else "linear")
+        budget_axis(axis, settings["tokens"])
     for axis in axes.flat[len(CURVES):]:
         axis.set_visible(False)
     line = lambda **how: plt.Line2D([], [], **how)

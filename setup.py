@@ -58,6 +58,7 @@ setup(
     py_modules=["common", "text", "sae", "proxies", "conditions", "stats", "kernels", "expa", "expb"],
     install_requires=["torch>=2.10", "numpy>=1.26", "scipy>=1.11", "transformers>=4.50", "datasets>=3", "tokenizers>=0.20",
                       "safetensors>=0.4", "huggingface_hub>=0.25", "tqdm>=4.60", "matplotlib>=3.8"],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "pybind11>=3"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "pybind11>=3"],
+                    "parity": ["sae-lens==6.54.12"]},  # recipe saelens is tested against it
     setup_requires=needs, ext_modules=extensions, cmdclass=command,
 )

@@ -67,7 +67,7 @@ def quiet() -> contextlib.ExitStack:
 
 
 def train_order(n: int, seed: int) -> torch.Tensor:
-    """The order of Training.one_chunk over all its chunks."""
+    """The order of Training.feed over all its chunks."""
     shuffle = lambda size, i: torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
     return torch.cat([start + shuffle(min(CHUNK, n - start), i) for i, start in enumerate(range(0, n, CHUNK))])
 
@@ -82,9 +82,9 @@ def run_topk_sae(sae: TopKSAE) -> Callable:
 
 def base(h, sink, d_sae, k, seed) -> TopKSAE:
     n = len(h)
-    training = Training(h[:CHUNK], sink[:CHUNK], d_sae, k, seed, n)
+    training = Training(Training.describe(h[:CHUNK], sink[:CHUNK]), d_sae, k, seed, [n])
     for start in range(0, n, CHUNK):
-        training.one_chunk(h[start:start + CHUNK], tqdm(disable=True), "base")
+        training.feed(h[start:start + CHUNK], start, tqdm(disable=True), "base")
     return training.finished()
 
 
