@@ -99,12 +99,12 @@ def cost(name: str, layer: int | None, args) -> dict:
     head, tail = 2 * block * (layer + 1), 2 * (block * (n_layers - layer - 1) + vocab * d)
     dense = 2 * d * args.expansion * d
     runs = len(args.sinks) * len(args.k) * len(args.seeds)  # of each recipe
-    trained, live = 0.0, 0
+    trained, live, branching = 0.0, 0, False
     for recipe in args.recipe:
         for tokens in args.tokens:  # a budget on the way to another is a branch of its run
             inner = any(tokens in trunk(recipe, other, args.tokens) for other in args.tokens)
             trained += runs * tokens * (RECIPES[recipe].DECAY if inner else 1.0)
-            live += runs * (not inner)
+            live, branching = live + runs * (not inner), branching or inner
     saes, n_tok = runs * len(args.recipe) * len(args.tokens), args.eval_seqs * args.ctx
     train = len(args.sinks) * max(args.tokens) * head + trained * 2.5 * dense  # encode, and the sparse rest
     patches = saes + len(NULLS)
@@ -113,7 +113,7 @@ def cost(name: str, layer: int | None, args) -> dict:
     many = max(args.tokens) > CHUNK  # then all runs of a stream live at once, with gradients and Adam's moments
     return dict(hook=f"{name}@{layer}", saes=saes, train_tokens=readable_count(round(trained)), tflops=(train + evaluation) / 1e12,
                 memory_gb=(sum(p.numel() for p in model.parameters()) * 4 + min(CHUNK, max(args.tokens)) * d * 8
-                           + parameters * 4 * (live // len(args.sinks) if many else 1)) / 1e9,
+                           + parameters * 4 * (live // len(args.sinks) * (2 if branching else 1) if many else 1)) / 1e9,
                 disk_gb=parameters * saes / 1e9)
 
 
@@ -204,9 +204,7 @@ def run(args, script: str) -> tuple[pathlib.Path, dict] | None:
     Hooks that the folder already has are kept; --from takes a finished folder and runs nothing. Raises UserError.
     """
     if args.from_dir:
-        if not load_results(args.from_dir)[0] or not (args.from_dir / "run.json").exists():
-            raise UserError(f"--from {args.from_dir}: no finished run there (conditions.csv, sequences.npz, run.json)")
-        return args.from_dir, json.loads((args.from_dir / "run.json").read_text())["settings"]
+        return finished_run(args.from_dir, script)
     if args.dry_run:
         return dry_run(args)
     print(kernels.describe())
@@ -234,11 +232,29 @@ def run(args, script: str) -> tuple[pathlib.Path, dict] | None:
 
 # --------------------------------------------------------------------------------------------- the folder
 def load_results(out: pathlib.Path) -> tuple[list[dict], dict]:
-    """(rows, sums) of a results folder, in the order of conditions.csv; empty where there are none."""
+    """(rows, sums) of a results folder, in the order of conditions.csv; empty where there are none.
+
+    Empty too where a run was killed between writing the one and the other: the rows are then measured again.
+    """
     if not (out / "sequences.npz").exists() or not (out / "conditions.csv").exists():
         return [], {}
+    rows = read_table(out / "conditions.csv")
     with np.load(out / "sequences.npz") as file:
-        return read_table(out / "conditions.csv"), dict(file)
+        sums = dict(file)
+    return (rows, sums) if len(rows) == len(sums["d"]) else ([], {})
+
+
+def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
+    """(folder, settings) of a finished run of this script. Raises UserError."""
+    rows, _ = load_results(out)
+    if not rows or not (out / "run.json").exists():
+        raise UserError(f"--from {out}: no finished run there (conditions.csv, sequences.npz, run.json)")
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    if settings["script"] != script:
+        raise UserError(f"--from {out}: a run of {settings['script']}.py, not of {script}.py")
+    if missing := settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in rows}:
+        raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing))} not measured yet)")
+    return out, settings
 
 
 def save_results(out: pathlib.Path, rows: list[dict], sums: dict) -> None:

@@ -20,11 +20,11 @@ from common import atomically, markdown, parse_args, pyplot, readable_count, run
 import numpy as np
 
 import stats
-from conditions import about_the_run, measured, rows_hash, run, sae_name
+from conditions import METRICS, about_the_run, measured, rows_hash, run, sae_name
 from proxies import EUCLIDEAN_CONTROLS, oriented
 from sae import RECIPES
 
-GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="8k,25k,80k", seeds="0,1,2", expansion=4, eval_seqs=32, ctx=256)
+GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="10k,30k,100k", seeds="0,1,2", expansion=4, eval_seqs=32, ctx=256)
 N_RESAMPLES = 1000
 DELTAS = ["r2", "r2_nosink", "r2_defl1", "cosine", "ce_rec", "dce", "frac_zero"]
 MORE_DELTAS = ["ce_rec_sinkclean", "frac_mean"]
@@ -32,7 +32,7 @@ COLUMNS = (["small", "large", "depth", "recipe", "sinks", "k", "tokens", "n_seed
            + [f"delta_{m}{end}" for m in DELTAS for end in ("", "_lo", "_hi")]
            + ["mismatch", "mismatch_lo", "mismatch_hi", "mismatch_published", "ratio", "ratio_lo", "ratio_hi"]
            + [f"delta_{m}{end}" for m in MORE_DELTAS for end in ("", "_lo", "_hi")])
-CURVES = ["r2", "r2_nosink", "r2_defl1", "cosine", "swd_tok", "ce_rec", "ce_rec_sinkclean", "frac_zero", "kl", "alive"]
+SHOWN = ["r2", "r2_nosink", "r2_defl1", "cosine", "swd_tok", "ce_rec", "ce_rec_sinkclean", "frac_zero", "kl", "alive"]
 
 # the tree, fixed beforehand
 THRESHOLDS = dict(
@@ -50,20 +50,21 @@ THRESHOLDS = dict(
 KSTAR = (0.85, 0.90)
 MIN_BUDGETS = 5  # for a power law
 
-# The research log's numbers: {(small, large, k, tokens): Delta CE_rec, Delta R^2, mismatch}, middle layers
+# The research log's numbers, all at the middle layers. {(small, large, k, tokens): Delta CE_rec, Delta R^2, mismatch, ratio}
 S, M, L = "EleutherAI/pythia-70m", "EleutherAI/pythia-160m", "EleutherAI/pythia-410m"
 PUBLISHED_DELTAS = {
-    (S, L, 8, 10 ** 7): (-0.099, 0.150, 1.0), (S, L, 8, 5 * 10 ** 7): (0.018, 0.108, 0.0),
-    (S, L, 8, 10 ** 8): (0.009, 0.096, 0.0), (S, L, 16, 10 ** 7): (-0.028, 0.111, 0.5),
-    (S, L, 16, 5 * 10 ** 7): (0.018, 0.072, 0.0), (S, L, 16, 10 ** 8): (0.020, 0.067, 0.0),
+    (S, L, 8, 10 ** 7): (-0.099, 0.150, 1.0, None), (S, L, 16, 10 ** 7): (-0.028, 0.111, 0.5, None),
+    (S, L, 8, 5 * 10 ** 7): (0.018, 0.108, 0.0, None), (S, L, 16, 5 * 10 ** 7): (0.018, 0.072, 0.0, None),
+    (S, L, 8, 10 ** 8): (0.009, 0.096, 0.0, 10.7), (S, L, 16, 10 ** 8): (0.020, 0.067, 0.0, 3.3),
 }
-PUBLISHED_SAES = {  # (model, k) at the middle layer, 10M tokens: r2, ce_rec, cosine, alive
+PUBLISHED_SAES = {  # {(model, k): r2, ce_rec, cosine, alive} at 10M tokens
     (S, 8): (0.810, 0.372, 0.856, 0.152), (M, 8): (0.907, 0.331, 0.869, 0.129), (L, 8): (0.961, 0.269, 0.809, 0.119),
     (S, 16): (0.855, 0.580, 0.893, 0.371), (M, 16): (0.924, 0.538, 0.908, 0.285), (L, 16): (0.968, 0.530, 0.883, 0.254),
     (S, 32): (0.891, 0.729, 0.920, 0.632), (M, 32): (0.938, 0.696, 0.932, 0.511), (L, 32): (0.974, 0.723, 0.919, 0.514),
     (S, 64): (0.922, 0.836, 0.944, 0.838), (M, 64): (0.951, 0.809, 0.934, 0.712), (L, 64): (0.979, 0.814, 0.901, 0.650),
 }
-PUBLISHED_KSTAR = {(S, 0.85): 71.2, (L, 0.85): 98.0}  # middle layer, 10M tokens
+PUBLISHED_KSTAR = {(S, 0.85): 71.2, (L, 0.85): 98.0}  # 10M tokens
+PUBLISHED_CORRELATION = -0.943  # of R^2 with CE_rec within k, S and L, six k, 10M tokens
 
 
 # -------------------------------------------------------------------------------------------------- deltas
@@ -122,7 +123,9 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
       undertrained  a gate of G0 is shut at B*: alive latents, CE_rec still moving, evaluation too noisy
       N             H1, but the best sink-free Euclidean score (chosen on half the sequences) has under half the gap on the other half
       H0+H1, H0, H1
-      undecided     neither; or H1 would need a gap that is mostly outside the calibrated range
+      undecided     neither
+
+    Where most of the larger model's R^2 lie outside the smaller one's range, R^2 is not transferable: h1 is None, not judged.
     """
     t, small, large = THRESHOLDS, models[0], models[-1]
     depths = [d for d in np.unique(meta["depth"]) if {small, large} <= set(meta["model"][meta["depth"] == d])]
@@ -155,12 +158,13 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
         moved = [float((mean_over(ce, w, where(depth, k, last, m)) - mean_over(ce, w, where(depth, k, before, m)))[0]) for m in (small, large)]
         delta = mean_over(ce, w, where(depth, k, last, large)) - mean_over(ce, w, where(depth, k, last, small))
         se = float(delta[sources["sequences"]].std(ddof=1))
+        seed_variance = float(stats.spread(delta[None], {m: sources[m] for m in (small, large)}, n_seq)[0][0, 0])
         lo, hi = stats.t_interval(delta, sources, n_seq, level=0.90)
         g0["alive"] &= min(a) >= t["alive"] or abs(a[0] - a[1]) <= t["alive_gap"]
         g0["converged"] &= max(map(abs, moved)) < t["converged"]
         g0["precise"] &= se < t["se"]
-        table.append(dict(depth=str(depth), k=int(k), alive_small=a[0], alive_large=a[1], moved_small=moved[0], moved_large=moved[1], se=se,
-                          delta_ce_rec=float(delta[0]), lo90=lo, hi90=hi))
+        table.append(dict(depth=str(depth), k=int(k), alive_small=a[0], alive_large=a[1], moved_small=moved[0], moved_large=moved[1],
+                          se=se, seed_variance=seed_variance, delta_ce_rec=float(delta[0]), lo90=lo, hi90=hi))
 
     # C1: H0, equivalence for every k; H1, the gap of R^2 across scale
     scores = {m: oriented(m, values[m]) for m in ("r2", *EUCLIDEAN_CONTROLS)}
@@ -177,8 +181,7 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
         row["gamma_r2"] = float(stats.transfer_gap(scores["r2"][0], values["ce_rec"][0], meta, models, judged=at_last & (meta["k"] == k) & (meta["depth"] == depth))[0][0])
     same = float(np.mean([np.sign(row["gamma_r2"]) == np.sign(gamma) for row in table]))
     h0 = all(-t["margin"] < row["lo90"] and row["hi90"] < t["margin"] for row in table)
-    h1_if_in_range = bool(abs(gamma) >= t["gamma"] and (lo > 0 or hi < 0) and same >= t["same_sign"])
-    h1 = h1_if_in_range and inside >= t["in_range"]
+    h1 = bool(abs(gamma) >= t["gamma"] and (lo > 0 or hi < 0) and same >= t["same_sign"]) if inside >= t["in_range"] else None
 
     # C1b: does a sink-free Euclidean score show the gap too?
     half_a = {c: gap(c, 1) for c in EUCLIDEAN_CONTROLS}
@@ -196,19 +199,24 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
         return stop("undertrained", "; ".join(shut[key] for key, passed in g0.items() if not passed))
     if h1 and normalised_away:
         return stop("N", f"{control} has less than half of R²'s transfer gap" + (", and CE_rec is equal" if h0 else ""))
+    unjudged = "" if h1 is not None else f"; R² is not transferable: {inside:.0%} of the larger model's lie in the smaller one's range"
     if h0 or h1:
-        reasons = ["CE_rec is equal within the margin for every k"] * h0 + ["R² does not mean the same in both models"] * h1
-        return stop("+".join(["H0"] * h0 + ["H1"] * h1), " and ".join(reasons))
-    if h1_if_in_range:
-        return stop("undecided", f"R²'s transfer gap is {gamma:+.3f}, but only {inside:.0%} of the larger model's R² lie in the smaller one's range: not transferable")
-    need = n_needed(table, t["margin"])
-    return stop("undecided", "neither equal CE_rec nor a transfer gap of R² is shown" + (f"; about {need} seeds in each model would show equality if the means stay" if need else ""))
+        reasons = ["CE_rec is equal within the margin for every k"] * h0 + ["R² does not mean the same in both models"] * bool(h1)
+        return stop("+".join(["H0"] * h0 + ["H1"] * bool(h1)), " and ".join(reasons) + unjudged)
+    return stop("undecided", "neither equal CE_rec nor a transfer gap of R² is shown" + unjudged + n_needed(table, t["margin"], seeds(last)))
 
 
-def n_needed(table: list[dict], margin: float) -> int | None:
-    """Seeds per model at which every 90% interval would fit the margin, if it shrinks as 1 / sqrt(n); None if a mean is outside."""
-    room = [(margin - abs(row["delta_ce_rec"])) / ((row["hi90"] - row["lo90"]) / 2) for row in table]
-    return int(np.ceil(THRESHOLDS["min_seeds"] / min(room) ** 2)) if min(room) > 0 else None
+def n_needed(table: list[dict], margin: float, n: int) -> str:
+    """What would show equality if the means stay: the seeds per model at which every 90% interval fits the margin."""
+    seeds = []
+    for row in table:  # z^2 (seed variance n / N + sequence variance) = room^2
+        room = ((margin - abs(row["delta_ce_rec"])) / 1.645) ** 2 - row["se"] ** 2
+        if abs(row["delta_ce_rec"]) >= margin:
+            return ""
+        if room <= 0:
+            return "; equality would take more evaluation sequences, whatever the seeds"
+        seeds.append(int(np.ceil(n * row["seed_variance"] / room)))
+    return f"; about {max(seeds)} seeds in each model would show equality if the means stay" if max(seeds) > n else ""
 
 
 # -------------------------------------------------------------------------------- sparsity tax, power law
@@ -220,7 +228,8 @@ def k_star(k: np.ndarray, ce: np.ndarray, target: float) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         c0, c1 = ce[row, np.maximum(i - 1, 0)], ce[row, i]
         between = k[np.maximum(i - 1, 0)] + (target - c0) / (c1 - c0) * (k[i] - k[np.maximum(i - 1, 0)])
-    return np.where(~reached.any(1), np.inf, np.where(i == 0, -np.inf, between))
+    found = np.where(~reached.any(1), np.inf, np.where(i == 0, -np.inf, between))
+    return np.where(np.isnan(ce).any(1), np.nan, found)
 
 
 def power_law(tokens: np.ndarray, ce: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -267,7 +276,7 @@ def curves(values: dict, meta: dict, arm: dict) -> tuple[list[dict], list[dict]]
 
 # ------------------------------------------------------------------------------------- tables and verdict
 def plain(value):
-    """For JSON: nan and infinities are null."""
+    """For JSON: plain Python, null for nan."""
     if isinstance(value, dict):
         return {key: plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -279,8 +288,7 @@ def plain(value):
 def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
     """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv and sequences.npz."""
     _, saes, values, meta = measured(out, settings, N_RESAMPLES)
-    alive, n_seq = np.array([row["alive"] for row in saes]), settings["eval_seqs"]
-    models = settings["models"]
+    alive, n_seq, models = np.array([row["alive"] for row in saes]), settings["eval_seqs"], settings["models"]
     deltas, verdicts, taxes, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
         arm = dict(recipe=recipe, sinks=sinks)
@@ -291,38 +299,37 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
         more_taxes, more_laws = curves(part, part_meta, arm)
         taxes, laws = taxes + more_taxes, laws + more_laws
     write_table(out / "deltas.csv", deltas, COLUMNS)
-    kstar = [{key: v for key, v in row.items() if key != "draws"} | dict(zip(("value", "lo", "hi"), k_star_interval(row["draws"]))) for row in taxes]
-    verdict = plain(verdicts[0] | {"other_arms": verdicts[1:], "kstar": kstar, "power_law": laws, "settings": settings, "rows_sha256": rows_hash(out)})
+    kstar = [{key: v for key, v in row.items() if key != "draws"} | dict(zip(("value", "lo", "hi"), k_star_words(row))) for row in taxes]
+    verdict = plain(verdicts[0] | dict(other_arms=verdicts[1:], kstar=kstar, power_law=laws, settings=settings, rows_sha256=rows_hash(out)))
     write_json(out / "verdict.json", verdict)
-    plots(out, saes, deltas, verdict, settings)
-    write_report(out, saes, deltas, verdict, taxes, laws, seed_correlation(values, meta, models), settings)
+    learning = plots(out, saes, headline(deltas, verdict), verdict, settings)
+    write_report(out, saes, deltas, verdict, taxes, laws, learning, seed_correlation(values, meta, models), settings)
     return verdict, deltas
 
 
-def k_star_interval(draws: np.ndarray) -> tuple[float, float, float]:
-    known = draws[3:][~np.isnan(draws[3:])]
-    lo, hi = np.quantile(known, [0.025, 0.975], method="inverted_cdf") if len(known) else (np.nan, np.nan)
-    return float(draws[0]), float(lo), float(hi)
+def headline(deltas: list[dict], verdict: dict) -> list[dict]:
+    """The rows the verdict is about: smallest and largest model, first arm."""
+    return [row for row in deltas if all(row[name] == verdict[name] for name in ("small", "large", "recipe", "sinks"))]
 
 
 def seed_correlation(values: dict, meta: dict, models: list) -> float:
-    """Correlation of what a seed does to CE_rec in the smallest and in the largest model, over cells: would pairing seeds be justified?"""
-    deviations = {}
-    for i, (m, *cell, seed) in enumerate(zip(*(meta[name] for name in ("model", "depth", "recipe", "sae", "k", "tokens", "seed")))):
-        deviations.setdefault((str(m), *map(str, cell)), {})[seed] = values["ce_rec"][0, i]
+    """Correlation of what a seed does to CE_rec in the smallest and in the largest model, over cells: would pairing be justified?"""
+    cells = zip(*(meta[name] for name in ("model", "depth", "recipe", "sae", "k", "tokens")))
+    ce = grouped([dict(cell=tuple(map(str, cell)), seed=seed, ce=value) for cell, seed, value in zip(cells, meta["seed"], values["ce_rec"][0])], ["cell"])
     pairs = []
-    for (m, *cell), there in deviations.items():
-        other = deviations.get((models[-1], *cell), {})
-        if m == models[0] != models[-1] and there.keys() == other.keys() and len(there) > 1:
-            pairs += zip(*(np.array([d[s] for s in sorted(d)]) - np.mean(list(d.values())) for d in (there, other)))
+    for (cell,), rows in ce.items():
+        other = ce.get(((models[-1], *cell[1:]),), [])
+        if cell[0] == models[0] != models[-1] and len(rows) == len(other) > 1:
+            here, there = (np.array([row["ce"] for row in sorted(side, key=lambda row: row["seed"])]) for side in (rows, other))
+            pairs += zip(here - here.mean(), there - there.mean())
     return float(np.corrcoef(np.array(pairs).T)[0, 1]) if len(pairs) > 2 else np.nan
 
 
 LEAVES = {
     "undertrained": "The SAEs are not trained far enough to say anything about the gap: a difference now may be gone with more tokens.",
-    "H0": "The gap in CE_rec between the models closes with training.",
+    "H0": "CE_rec is the same in both models once the SAEs are trained.",
     "H1": "A gap stays after training: one value of R² means different CE_rec in the two models.",
-    "H0+H1": "CE_rec is equal after training, and yet one value of R² means different CE_rec in the two models.",
+    "H0+H1": "CE_rec is the same in both models after training, and yet one value of R² means different CE_rec in them.",
     "N": "R² does not carry over between the models, but a sink-free Euclidean score does: the gap is how R² is normalised.",
     "undecided": "This grid cannot decide.",
 }
@@ -333,28 +340,7 @@ def sentence(verdict: dict) -> str:
     return f"H0/H1: {verdict['leaf']}. {LEAVES[verdict['leaf']]} ({verdict['reason']}.)"
 
 
-# ------------------------------------------------------------------------------------------ report, plots
-def span(row: dict, name: str, digits: int = 3) -> str:
-    """value [lo, hi]; a dash where one seed, or an undefined statistic, leaves no interval."""
-    if not np.isfinite(row[name]):
-        return "undefined"
-    lo, hi = row[f"{name}_lo"], row[f"{name}_hi"]
-    return f"{row[name]:+.{digits}f} " + (f"[{lo:+.{digits}f}, {hi:+.{digits}f}]" if np.isfinite(lo) else "—")
-
-
-def delta_table(deltas: list[dict]) -> str:
-    rate = lambda row: f"{row['mismatch']:.0%} " + (f"[{row['mismatch_lo']:.0%}, {row['mismatch_hi']:.0%}]" if np.isfinite(row["mismatch_lo"]) else "—")
-    return markdown([{"k": row["k"], "tokens": readable_count(row["tokens"]), "seeds": row["n_seeds"], "ΔR²": span(row, "delta_r2"), "ΔR² no sink": span(row, "delta_r2_nosink"),
-                      "ΔCE_rec": span(row, "delta_ce_rec"), "ΔCE_rec sink clean": span(row, "delta_ce_rec_sinkclean"), "mismatch": rate(row),
-                      "published rule": f"{row['mismatch_published']:.0%}" if np.isfinite(row["mismatch_published"]) else "—", "ΔR²/ΔCE_rec": span(row, "ratio", 1)} for row in deltas],
-                    ["k", "tokens", "seeds", "ΔR²", "ΔR² no sink", "ΔCE_rec", "ΔCE_rec sink clean", "mismatch", "published rule", "ΔR²/ΔCE_rec"])
-
-
-def headline(deltas: list[dict], verdict: dict) -> list[dict]:
-    """The rows the verdict is about: smallest and largest model, first arm."""
-    return [row for row in deltas if all(row[name] == verdict[name] for name in ("small", "large", "recipe", "sinks"))]
-
-
+# ------------------------------------------------------------------------------------------------- report
 def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -362,50 +348,54 @@ def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
     return groups
 
 
-def published_lines(deltas: list[dict], saes: list[dict], taxes: list[dict], settings: dict) -> list[str]:
-    """published | measured | difference, for whatever of the published grids this run holds (middle layers)."""
-    rows, middle = [], "0.50"
-    add = lambda what, said, got: rows.append({"": what, "published": said, "measured": float(got), "difference": float(got) - said})
+def span(row: dict, name: str, digits: int = 3) -> str:
+    """value [lo, hi]; a dash where one seed, or an undefined statistic, leaves no interval."""
+    if row[name] is None or not np.isfinite(row[name]):
+        return "undefined"
+    lo, hi = row[f"{name}_lo"], row[f"{name}_hi"]
+    return f"{row[name]:+.{digits}f} " + (f"[{lo:+.{digits}f}, {hi:+.{digits}f}]" if lo is not None and np.isfinite(lo) else "—")
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}" if np.isfinite(value) else "—"
+
+
+def delta_table(deltas: list[dict]) -> str:
+    rows = []
     for row in deltas:
-        said = PUBLISHED_DELTAS.get((row["small"], row["large"], row["k"], row["tokens"]))
-        if said and row["depth"] == middle:
-            where = f"k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']}"
-            for name, value in zip(("delta_ce_rec", "delta_r2", "mismatch_published"), said):
-                add(f"{name} ({where})", value, row[name])
-    theirs = [row for row in saes if (row["model"], row["k"]) in PUBLISHED_SAES and row["tokens"] == 10 ** 7
-              and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle]
-    for (model, k, recipe, sae), here in grouped(theirs, ["model", "k", "recipe", "sae"]).items():
-        for name, value in zip(("r2", "ce_rec", "cosine", "alive"), PUBLISHED_SAES[model, k]):
-            add(f"{name} ({model}, k={k}, {recipe}, {sae})", value, np.mean([row[name] for row in here]))
-    for row in taxes:
-        if (row["model"], row["target"]) in PUBLISHED_KSTAR and row["tokens"] == 10 ** 7 and row["depth"] == middle:
-            add(f"k* at {row['target']} ({row['model']}, {row['recipe']}, sinks {row['sinks']})", PUBLISHED_KSTAR[row["model"], row["target"]], row["draws"][0])
-    return ["## Published | measured", "", markdown(rows, ["", "published", "measured", "difference"]), ""] if rows else []
+        interval = f"[{percent(row['mismatch_lo'])}, {percent(row['mismatch_hi'])}]" if np.isfinite(row["mismatch_lo"]) else "—"
+        rows.append({"depth": row["depth"], "k": row["k"], "tokens": readable_count(row["tokens"]), "seeds": row["n_seeds"],
+                     "ΔR²": span(row, "delta_r2"), "ΔR² no sink": span(row, "delta_r2_nosink"), "ΔCE_rec": span(row, "delta_ce_rec"),
+                     "ΔCE_rec sink clean": span(row, "delta_ce_rec_sinkclean"), "mismatch": f"{percent(row['mismatch'])} {interval}",
+                     "published rule": percent(row["mismatch_published"]), "ΔR²/ΔCE_rec": span(row, "ratio", 1)})
+    several = len({row["depth"] for row in rows}) > 1
+    return markdown(rows, list(rows[0])[0 if several else 1:])
 
 
 def verdict_lines(verdict: dict) -> list[str]:
-    t = verdict["thresholds"]
-    lines = ["## The tree", ""]
-    if "g0" in verdict:
-        word = lambda passed: "open" if passed else "SHUT"
-        yes = lambda passed: "yes" if passed else "no"
-        number = lambda v: "undefined" if v is None else f"{v:+.3f}"
-        lines += [
-            f"At B* = {readable_count(verdict['budget'])} tokens, {verdict['small']} against {verdict['large']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}:", "",
-            f"- G0, alive ≥ {t['alive']:.0%} in both or within {t['alive_gap']:.0%}: {word(verdict['g0']['alive'])}; CE_rec moved < {t['converged']} since "
-            f"{readable_count(verdict['previous_budget'])}: {word(verdict['g0']['converged'])}; SE of ΔCE_rec over sequences < {t['se']}: {word(verdict['g0']['precise'])}.",
-            f"- H0, 90% interval of ΔCE_rec inside ±{t['margin']} for every k: {yes(verdict['h0'])}.",
-            f"- H1, transfer gap Γ of R² at least {t['gamma']} in size, interval without 0, one sign for {t['same_sign']:.0%} of k: {yes(verdict['h1'])}. "
-            f"Γ = {number(verdict['gamma_r2'])} [{number(verdict['gamma_r2_lo'])}, {number(verdict['gamma_r2_hi'])}], {verdict['same_sign']:.0%} of one sign, "
-            f"{verdict['in_range']:.0%} of the larger model's R² in the smaller one's range ({t['in_range']:.0%} needed).",
-            f"- N, |Γ| of the best sink-free Euclidean score under {t['normalisation']:.0%} of R²'s, on the half of the sequences it was not chosen on: "
-            f"{yes(verdict['normalised_away'])}. {verdict['control']}: {number(verdict['gamma_control_half_b'])}, R²: {number(verdict['gamma_r2_half_b'])}. On all sequences: "
-            + ", ".join(f"{c} {number(g)}" for c, g in verdict["gamma_controls"].items()) + ".", "",
-            markdown([{"depth": c["depth"], "k": c["k"], "ΔCE_rec, 90%": f"{c['delta_ce_rec']:+.3f} [{number(c['lo90'])}, {number(c['hi90'])}]", "Γ of R²": f"{c['gamma_r2']:+.3f}",
-                       "alive": f"{c['alive_small']:.0%} / {c['alive_large']:.0%}", "CE_rec moved": f"{c['moved_small']:+.3f} / {c['moved_large']:+.3f}", "SE": c["se"]}
-                      for c in verdict["cells"]], ["depth", "k", "ΔCE_rec, 90%", "Γ of R²", "alive", "CE_rec moved", "SE"]), "",
-            "Γ is in units of CE_rec: what the larger model has above what the smaller one's curve of CE_rec over R² says, averaged with the reverse.", ""]
-    return lines
+    """The gates and tests of the tree with the numbers they met."""
+    if "g0" not in verdict:
+        return []
+    t, g0 = verdict["thresholds"], {key: "open" if passed else "SHUT" for key, passed in verdict["g0"].items()}
+    answer = lambda passed: "not judged" if passed is None else "yes" if passed else "no"
+    number = lambda v: "undefined" if v is None else f"{v:+.3f}"
+    cells = [{"depth": c["depth"], "k": c["k"], "ΔCE_rec, 90%": f"{number(c['delta_ce_rec'])} [{number(c['lo90'])}, {number(c['hi90'])}]",
+              "Γ of R²": number(c["gamma_r2"]), "alive": f"{c['alive_small']:.0%} / {c['alive_large']:.0%}",
+              "CE_rec moved": f"{c['moved_small']:+.3f} / {c['moved_large']:+.3f}", "SE": c["se"]} for c in verdict["cells"]]
+    return [
+        "## The tree", "",
+        f"At B* = {readable_count(verdict['budget'])} tokens, {verdict['small']} / {verdict['large']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}:", "",
+        f"- G0: alive ≥ {t['alive']:.0%} in both or within {t['alive_gap']:.0%}: {g0['alive']}; CE_rec moved < {t['converged']} since "
+        f"{readable_count(verdict['previous_budget'])}: {g0['converged']}; SE of ΔCE_rec over sequences < {t['se']}: {g0['precise']}.",
+        f"- H0: 90% interval of ΔCE_rec inside ±{t['margin']} for every k: {answer(verdict['h0'])}.",
+        f"- H1: transfer gap Γ of R² at least {t['gamma']} in size, interval without 0, one sign for {t['same_sign']:.0%} of k: {answer(verdict['h1'])}. "
+        f"Γ = {span(verdict, 'gamma_r2')}, {verdict['same_sign']:.0%} of one sign, {verdict['in_range']:.0%} of the larger model's R² in the smaller "
+        f"one's range ({t['in_range']:.0%} needed to be judged).",
+        f"- N: |Γ| of the best sink-free Euclidean score under {t['normalisation']:.0%} of R²'s, on the half of the sequences it was not chosen on: "
+        f"{answer(verdict['normalised_away'])}. {verdict['control'] or 'none in range'}: {number(verdict['gamma_control_half_b'])}, R²: "
+        f"{number(verdict['gamma_r2_half_b'])}. On all sequences: " + ", ".join(f"{c} {number(g)}" for c, g in verdict["gamma_controls"].items()) + ".", "",
+        markdown(cells, list(cells[0])), "",
+        "Γ is in units of CE_rec: what the larger model has above what the smaller one's curve of CE_rec over R² says, averaged with the reverse.", ""]
 
 
 def arm_lines(deltas: list[dict], verdict: dict) -> list[str]:
@@ -413,79 +403,115 @@ def arm_lines(deltas: list[dict], verdict: dict) -> list[str]:
     arms = [verdict, *verdict["other_arms"]]
     if len(arms) == 1:
         return []
-    flips = {(v["recipe"], v["sinks"]): [row["mismatch"] for row in deltas
-                                        if all(row[n] == v[n] for n in ("recipe", "sinks", "small", "large"))] for v in arms}
-    rows = [{"recipe": v["recipe"], "sinks in training": v["sinks"], "leaf": v["leaf"], "mean mismatch": f"{np.mean(flips[v['recipe'], v['sinks']]):.0%}",
-             "Γ of R²": "undefined" if v.get("gamma_r2") is None else f"{v['gamma_r2']:+.3f}", "why": v["reason"]} for v in arms]
-    lines = ["## Trainer and sinks as confounds", "", markdown(rows, list(rows[0])), "", "The verdict is the first arm's; the others are there to be compared with.", ""]
-    for sinks in sorted({v["sinks"] for v in arms}):
+    ends = [row for row in deltas if (row["small"], row["large"]) == (verdict["small"], verdict["large"])]
+    flips = {arm: float(np.mean([row["mismatch"] for row in here])) for arm, here in grouped(ends, ["recipe", "sinks"]).items()}
+    rows = [{"recipe": v["recipe"], "sinks in training": v["sinks"], "leaf": v["leaf"], "mean mismatch": percent(flips.get((v["recipe"], v["sinks"]), np.nan)),
+             "Γ of R²": span(v, "gamma_r2") if "gamma_r2" in v else "undefined", "why": v["reason"]} for v in arms]
+    lines = ["## Trainer and sinks as confounds", "", markdown(rows, list(rows[0])), "",
+             "The verdict is the first arm's; the others are there to be compared with.", ""]
+    for sinks in dict.fromkeys(v["sinks"] for v in arms):
         theirs, ours = flips.get(("saelens", sinks)), flips.get(("base", sinks))
-        if theirs and ours:
-            share = 1 - np.sum(ours) / np.sum(theirs) if np.sum(theirs) else np.nan
-            lines += [f"Sinks {sinks}: signs of ΔR² and ΔCE_rec differ in {np.mean(theirs):.0%} of seed pairs under saelens, in {np.mean(ours):.0%} under base"
-                      + (f": the trainer owns {share:.0%} of the sign flips." if np.isfinite(share) else "."), ""]
+        if theirs is not None and ours is not None:
+            share = f": the trainer owns {1 - ours / theirs:.0%} of the sign flips" if theirs > 0 and ours <= theirs else ""
+            lines += [f"Sinks {sinks}: ΔR² and ΔCE_rec differ in sign in {theirs:.0%} of seed pairs under saelens, in {ours:.0%} under base{share}.", ""]
     return lines
 
 
+def k_star_words(row: dict) -> tuple:
+    """(value, lo, hi) of k*: numbers, nan, or text where it lies beyond the grid."""
+    known = row["draws"][3:][~np.isnan(row["draws"][3:])]
+    interval = np.quantile(known, [0.025, 0.975], method="inverted_cdf") if len(known) else (np.nan, np.nan)
+    return tuple(f"< {row['k_min']}" if v == -np.inf else f"> {row['k_max']}" if v == np.inf else float(v) for v in (row["draws"][0], *interval))
+
+
 def tax_lines(taxes: list[dict], verdict: dict) -> list[str]:
-    def text(value, row):
-        return "—" if np.isnan(value) else f"< {row['k_min']}" if value == -np.inf else f"> {row['k_max']}" if value == np.inf else f"{value:.1f}"
-    rows, pairs = [], {}
+    word = lambda v: v if isinstance(v, str) else "—" if np.isnan(v) else f"{v:.1f}"
+    where = ["depth", "recipe", "sinks", "tokens", "target"]
+    smallest = {tuple(row[c] for c in where): row["draws"] for row in taxes if row["model"] == verdict["small"]}
+    rows = []
     for row in taxes:
-        value, lo, hi = k_star_interval(row["draws"])
-        interval = "—" if np.isnan(lo) else f"[{text(lo, row)}, {text(hi, row)}]"
-        rows.append({"model": row["model"], "depth": row["depth"], "recipe": row["recipe"], "sinks": row["sinks"], "tokens": readable_count(row["tokens"]), "CE_rec": row["target"],
-                     "k*": text(value, row), "95%": interval, "tax": ""})
-        key = (row["depth"], row["recipe"], row["sinks"], row["tokens"], row["target"])
-        if row["model"] == verdict["small"]:
-            pairs[key] = row["draws"]
-        pairs[(*key, row["model"])] = rows[-1], row["draws"]
-    for key, small in [(key, d) for key, d in pairs.items() if len(key) == 5]:
-        target, large = pairs.get((*key, verdict["large"]), (None, None))
-        if target is not None and verdict["small"] != verdict["large"] and np.isfinite(small[0]) and np.isfinite(large[0]):
+        value, lo, hi = map(word, k_star_words(row))
+        tax, small = "", smallest.get(tuple(row[c] for c in where))
+        if row["model"] == verdict["large"] != verdict["small"] and small is not None and np.isfinite(small[0]) and np.isfinite(row["draws"][0]):
             with np.errstate(invalid="ignore"):
-                ratio = np.where(np.isfinite(small) & np.isfinite(large), large / small, np.nan)
-            lo, hi = stats.interval(ratio[3:])
-            target["tax"] = f"{ratio[0]:.2f} " + (f"[{lo:.2f}, {hi:.2f}]" if np.isfinite(lo) else "—")
+                ratio = np.where(np.isfinite(small) & np.isfinite(row["draws"]), row["draws"] / small, np.nan)
+            tax = span(dict(zip(("tax", "tax_lo", "tax_hi"), (ratio[0], *stats.interval(ratio[3:])))), "tax", 2).lstrip("+").replace("[+", "[").replace(" +", " ")
+        rows.append({"model": row["model"], "depth": row["depth"], "recipe": row["recipe"], "sinks": row["sinks"], "tokens": readable_count(row["tokens"]),
+                     "CE_rec": row["target"], "k*": value, "95%": "—" if lo == "—" else f"[{lo}, {hi}]", "tax": tax})
     return ["## k*, the smallest k that reaches a CE_rec", "", markdown(rows, list(rows[0])), "",
             "Linear between grid points; tax: the largest model's k* over the smallest's. Bootstrap over seeds and sequences.", ""]
 
 
 def law_lines(laws: list[dict]) -> list[str]:
     known = [row for row in laws if np.isfinite(row["limit"])]
+    missing = f"not identified ({MIN_BUDGETS} decayed budgets are needed, and a curve that bends)."
     if not known:
-        return [f"CE_rec at infinite tokens: not identified ({laws[0]['n_budgets']} decayed budgets; {MIN_BUDGETS} are needed, and a curve that bends).", ""]
-    table = markdown([row | {"CE_rec at infinity": span(row, "limit"), "tokens": f"{row['exponent']:.2f}"} for row in known],
-                     ["model", "depth", "recipe", "sinks", "k", "CE_rec at infinity", "tokens"]).replace("tokens", "exponent", 1)
-    missing = len(laws) - len(known)
-    return ["CE_rec = limit − a · tokens^−b, least squares; bootstrap over seeds and sequences:", "", table, ""] + \
-        ([f"{missing} curves: not identified.", ""] if missing else [])
+        return [f"CE_rec at infinite tokens: {missing}", ""]
+    table = [{c: row[c] for c in ("model", "depth", "recipe", "sinks", "k")} | {"CE_rec at infinity": span(row, "limit"), "b": row["exponent"]} for row in known]
+    return ["CE_rec = limit − a · tokens^−b, least squares; bootstrap over seeds and sequences:", "", markdown(table, list(table[0])), ""] + \
+        ([f"{len(laws) - len(known)} other curves: {missing}", ""] if len(known) < len(laws) else [])
 
 
-def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, correlation: float, settings: dict) -> None:
+def published_lines(deltas: list[dict], saes: list[dict], taxes: list[dict], settings: dict) -> list[str]:
+    """published | measured | difference, for whatever of the published grids this run holds."""
+    rows, middle = [], "0.50"
+
+    def add(what, published, measured):
+        if published is not None:
+            known = np.isfinite(measured)
+            rows.append({"": what, "published": published, "measured": float(measured) if known else "undefined",
+                         "difference": float(measured) - published if known else "undefined"})
+
+    for row in deltas:
+        said = PUBLISHED_DELTAS.get((row["small"], row["large"], row["k"], row["tokens"]))
+        if said and row["depth"] == middle:
+            for name, value in zip(("delta_ce_rec", "delta_r2", "mismatch_published", "ratio"), said):
+                add(f"{name} (k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']})", value, row[name])
+    theirs = [row for row in saes if (row["model"], row["k"]) in PUBLISHED_SAES and row["tokens"] == 10 ** 7
+              and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle]
+    for (model, k, recipe, sae), here in grouped(theirs, ["model", "k", "recipe", "sae"]).items():
+        for name, value in zip(("r2", "ce_rec", "cosine", "alive"), PUBLISHED_SAES[model, k]):
+            add(f"{name} ({model}, k={k}, {recipe}, {sae})", value, np.mean([row[name] for row in here]))
+    for row in taxes:
+        if row["tokens"] == 10 ** 7 and row["depth"] == middle:
+            add(f"k* at {row['target']} ({row['model']}, {row['recipe']}, sinks {row['sinks']})", PUBLISHED_KSTAR.get((row["model"], row["target"])), row["draws"][0])
+    ends = [row for row in saes if row["model"] in (S, L) and row["tokens"] == 10 ** 7 and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle]
+    for (recipe, sae), here in grouped(ends, ["recipe", "sae"]).items():
+        within = [np.array([(row["r2"], row["ce_rec"]) for row in cell]) for cell in grouped(here, ["k"]).values()]
+        centred = np.vstack([cell - cell.mean(0) for cell in within])
+        if len(within) > 1 and len({row["model"] for row in here}) == 2:
+            add(f"correlation of R² with CE_rec within k ({recipe}, {sae})", PUBLISHED_CORRELATION, np.corrcoef(centred.T)[0, 1])
+    return ["## Published | measured", "", markdown(rows, ["", "published", "measured", "difference"]), ""] if rows else []
+
+
+def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, learning: list[str], correlation: float, settings: dict) -> None:
+    mine = headline(deltas, verdict)
     names = ["model", "layer", "recipe", "sae", "k", "tokens"]
-    curve = [dict(zip(names, key)) | {"tokens": readable_count(key[-1])} | {m: float(np.mean([row[m] for row in here])) for m in CURVES}
+    curve = [dict(zip(names, key)) | {"tokens": readable_count(key[-1])} | {m: float(np.mean([row[m] for row in here])) for m in SHOWN}
              for key, here in sorted(grouped(saes, names).items(), key=lambda item: (settings["models"].index(item[0][0]), item[0]))]
-    text = ["# Exp-A: does the gap survive training?", "", f"**{sentence(verdict)}**", "", "![deltas](deltas.png)", "",
-            f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "", delta_table(headline(deltas, verdict)), "",
-            "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation sequences (bootstrap) together; — where one seed leaves none. "
-            "Mismatch: ΔR² and ΔCE_rec differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on seeds of the same index. A mismatch all pairs agree on has "
-            "no bootstrap interval. ΔR²/ΔCE_rec: Fieller; undefined where the denominator's interval holds 0.", "",
-            "Seeds are not paired across models: the same seed draws the same tokens in the same order in both, but starts from weights of another shape. "
-            + (f"The correlation of what a seed does to CE_rec in the two is {correlation:+.2f}." if np.isfinite(correlation) else ""), "",
-            *verdict_lines(verdict), "![mismatch](mismatch.png)", "", *arm_lines(deltas, verdict), *tax_lines(taxes, verdict),
-            "## Learning curves", "", "![learning curves](learning.png)", "", markdown(curve, [*names, *CURVES]), "",
-            "Means over seeds. Every budget has its own decay" + (" (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else "") + ".", "",
-            *law_lines(laws), *published_lines(deltas, saes, taxes, settings)]
-    others = [row for row in deltas if row not in headline(deltas, verdict)]
-    for key in dict.fromkeys((row["small"], row["large"], row["recipe"], row["sinks"]) for row in others):
-        here = [row for row in others if (row["small"], row["large"], row["recipe"], row["sinks"]) == key]
-        text += [f"## {key[1]} minus {key[0]}, recipe {key[2]}, sinks {key[3]}", "", delta_table(here), ""]
-    text += about_the_run(saes, settings)
+    text = ["# Exp-A: does the gap survive training?", "", f"**{sentence(verdict)}**", ""]
+    if mine:
+        text += [
+            "![deltas](deltas.png)", "", f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "",
+            delta_table(mine), "",
+            "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation sequences (bootstrap) together; "
+            "— where one seed leaves none. Mismatch: ΔR² and ΔCE_rec differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on "
+            "seeds of the same index. A mismatch that all pairs agree on has no bootstrap interval. ΔR²/ΔCE_rec: Fieller; undefined where the "
+            "denominator's interval holds 0.", "",
+            "Seeds are not paired across models: the same seed draws the same tokens in the same order in both, but starts from weights of another shape."
+            + (f" The correlation of what a seed does to CE_rec in the two is {correlation:+.2f}." if np.isfinite(correlation) else ""), "",
+            *verdict_lines(verdict), "![mismatch](mismatch.png)", ""]
+    text += [*arm_lines(deltas, verdict), *tax_lines(taxes, verdict), "## Learning curves", "", *(f"![learning curves]({name})" for name in learning), "",
+             markdown(curve, [*names, *SHOWN]), "",
+             "Means over seeds. Every budget has its own decay" + (" (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else "")
+             + ".", "", *law_lines(laws), *published_lines(deltas, saes, taxes, settings)]
+    for key, here in grouped([row for row in deltas if row not in mine], ["small", "large", "recipe", "sinks"]).items():
+        text += ["## {1} minus {0}, recipe {2}, sinks {3}".format(*key), "", delta_table(here), ""]
     with atomically(out / "report.md") as temporary:
-        temporary.write_text("\n".join(text))
+        temporary.write_text("\n".join([*text, *about_the_run(saes, settings)]))
 
 
+# -------------------------------------------------------------------------------------------------- plots
 def budget_axis(axis, budgets: list[int]) -> None:
     axis.set_xscale("log")
     axis.set_xticks(budgets, [readable_count(b) for b in budgets])
@@ -493,58 +519,85 @@ def budget_axis(axis, budgets: list[int]) -> None:
     axis.grid(alpha=0.3)
 
 
-def plots(out: pathlib.Path, saes, deltas, verdict: dict, settings: dict) -> None:
+def plots(out: pathlib.Path, saes, deltas: list[dict], verdict: dict, settings: dict) -> list[str]:
+    """Draws deltas and mismatch of the headline rows, if any, and a figure of learning curves per depth, whose names it returns."""
+    if deltas:
+        delta_plot(out / "deltas.png", deltas, f"{verdict['large']} − {verdict['small']}")
+        mismatch_plot(out / "mismatch.png", deltas)
+    by_depth: dict[str, list] = {}
+    for row in saes:
+        by_depth.setdefault(settings["hooks"][f"{row['model']}@{row['layer']}"], []).append(row)
+    names = []
+    for depth, here in sorted(by_depth.items()):
+        names.append(f"learning-{depth}.png" if len(by_depth) > 1 else "learning.png")
+        learning_plot(out / names[-1], here, settings)
+    return names
+
+
+def delta_plot(path: pathlib.Path, deltas: list[dict], what: str) -> None:
+    k, depths = (sorted({row[name] for row in deltas}) for name in ("k", "depth"))
+    lines = (("delta_r2", "ΔR²", dict(color="C0")), ("delta_r2_nosink", "ΔR² without sinks", dict(color="C2", linestyle=":")),
+             ("delta_ce_rec", "ΔCE_rec", dict(color="C1")))
+    figure, axes = pyplot().subplots(len(depths), len(k), figsize=(2.9 * len(k) + 0.8, 2.8 * len(depths) + 0.4), sharey=True, squeeze=False,
+                                     layout="constrained")
+    for axis, (depth, k) in zip(axes.flat, itertools.product(depths, k)):
+        here = [row for row in deltas if row["k"] == k and row["depth"] == depth]
+        x = [row["tokens"] for row in here]
+        for name, label, how in lines:
+            axis.plot(x, [row[name] for row in here], marker="o", markersize=4, label=label, **how)
+            axis.fill_between(x, *([row[name + end] for row in here] for end in ("_lo", "_hi")), color=how["color"], alpha=0.2, linewidth=0)
+        axis.axhline(0, color="0.4", linewidth=0.8)
+        axis.set(title=f"k = {k}" + (f", depth {depth}" if len(depths) > 1 else ""), xlabel="training tokens")
+        budget_axis(axis, x)
+    axes[0, 0].set_ylabel(what)
+    axes[0, 0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def mismatch_plot(path: pathlib.Path, deltas: list[dict]) -> None:
+    k, budgets, depths = (sorted({row[name] for row in deltas}) for name in ("k", "tokens", "depth"))
+    figure, axes = pyplot().subplots(1, len(depths), figsize=(1.1 * len(budgets) * len(depths) + 2.4, 0.5 * len(k) + 1.4), squeeze=False,
+                                     layout="constrained")
+    for axis, depth in zip(axes.flat, depths):
+        rate = np.full((len(k), len(budgets)), np.nan)
+        for row in (row for row in deltas if row["depth"] == depth):
+            rate[k.index(row["k"]), budgets.index(row["tokens"])] = row["mismatch"]
+        image = axis.imshow(rate, vmin=0, vmax=1, cmap="RdYlGn_r", aspect="auto")
+        for (i, j), value in np.ndenumerate(rate):
+            axis.text(j, i, percent(value), ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(budgets)), [readable_count(b) for b in budgets])
+        axis.set_yticks(range(len(k)), [f"k={value}" for value in k])
+        axis.set_title("sign mismatch of ΔR² and ΔCE_rec" + (f", depth {depth}" if len(depths) > 1 else ""), fontsize=9)
+    figure.colorbar(image, ax=axes)
+    save_figure(figure, path)
+
+
+def learning_plot(path: pathlib.Path, saes: list[dict], settings: dict) -> None:
+    """Every metric against training tokens: colour = model, marker = k, line = recipe and sinks."""
     plt = pyplot()
-    shown = headline(deltas, verdict)
-    if shown:
-        grid_k, budgets, depths = (sorted({row[name] for row in shown}) for name in ("k", "tokens", "depth"))
-        figure, axes = plt.subplots(len(depths), len(grid_k), figsize=(2.9 * len(grid_k) + 0.8, 2.8 * len(depths) + 0.4), sharey=True, squeeze=False, layout="constrained")
-        for axis, (depth, k) in zip(axes.flat, itertools.product(depths, grid_k)):
-            here = [row for row in shown if row["k"] == k and row["depth"] == depth]
-            for name, label, how in (("delta_r2", "ΔR²", dict(color="C0")), ("delta_r2_nosink", "ΔR² without sinks", dict(color="C2", linestyle=":")),
-                                     ("delta_ce_rec", "ΔCE_rec", dict(color="C1"))):
-                x = [row["tokens"] for row in here]
-                axis.plot(x, [row[name] for row in here], marker="o", markersize=4, label=label, **how)
-                axis.fill_between(x, *([row[name + end] for row in here] for end in ("_lo", "_hi")), color=how["color"], alpha=0.2, linewidth=0)
-            axis.axhline(0, color="0.4", linewidth=0.8)
-            axis.set(title=f"k = {k}" + (f", depth {depth}" if len(depths) > 1 else ""), xlabel="training tokens")
-            budget_axis(axis, budgets)
-        axes[0, 0].set_ylabel(f"{verdict['large']} − {verdict['small']}")
-        axes[0, 0].legend(fontsize=8)
-        save_figure(figure, out / "deltas.png")
-
-        figure, axes = plt.subplots(1, len(depths), figsize=(1.1 * len(budgets) * len(depths) + 2.4, 0.5 * len(grid_k) + 1.4), squeeze=False, layout="constrained")
-        for axis, depth in zip(axes.flat, depths):
-            rate = np.full((len(grid_k), len(budgets)), np.nan)
-            for row in (row for row in shown if row["depth"] == depth):
-                rate[grid_k.index(row["k"]), budgets.index(row["tokens"])] = row["mismatch"]
-            image = axis.imshow(rate, vmin=0, vmax=1, cmap="RdYlGn_r", aspect="auto")
-            for (i, j), value in np.ndenumerate(rate):
-                axis.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=8)
-            axis.set_xticks(range(len(budgets)), [readable_count(b) for b in budgets])
-            axis.set_yticks(range(len(grid_k)), [f"k={k}" for k in grid_k])
-            axis.set_title("sign mismatch of ΔR² and ΔCE_rec" + (f", depth {depth}" if len(depths) > 1 else ""), fontsize=9)
-        figure.colorbar(image, ax=axes)
-        save_figure(figure, out / "mismatch.png")
-
+    metrics = [m for m in METRICS if m not in ("ce_orig", "ce_zero", "ce_mean", "l0")]  # these do not depend on training
+    markers = dict(zip(settings["k"], itertools.cycle("osD^vP*X")))
     colours = dict(zip(settings["models"], plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(settings["models"])))))
-    styles, markers = dict(zip(settings["recipe"], ("-", "--"))), "osD^vP*X"
-    figure, axes = plt.subplots(2, -(-len(CURVES) // 2), figsize=(14, 6), layout="constrained")
-    for axis, name in zip(axes.flat, CURVES):
-        for (model, layer, recipe, sae, k), here in grouped(saes, ["model", "layer", "recipe", "sae", "k"]).items():
-            by_budget = grouped(here, ["tokens"])
-            axis.plot([b for b, in sorted(by_budget)], [np.mean([row[name] for row in by_budget[b]]) for b in sorted(by_budget)], styles[recipe],
-                      marker=markers[settings["k"].index(k) % len(markers)], markersize=4, color=colours[model], alpha=0.8, linewidth=1)
-        axis.set(title=name, yscale="log" if name in ("swd_tok", "kl") else "linear")
+    arms = dict(zip(sorted({(row["recipe"], row["sae"]) for row in saes}), itertools.cycle(("-", "--", ":", "-."))))
+    figure, axes = plt.subplots(-(-len(metrics) // 6), 6, figsize=(15, 2.1 * -(-len(metrics) // 6)), layout="constrained")
+    for axis, name in zip(axes.flat, metrics):
+        for (model, recipe, sae, k), here in grouped(saes, ["model", "recipe", "sae", "k"]).items():
+            by_budget = sorted(grouped(here, ["tokens"]).items())
+            axis.plot([b for (b,), _ in by_budget], [np.mean([row[name] for row in rows]) for _, rows in by_budget], arms[recipe, sae],
+                      marker=markers[k], markersize=3, color=colours[model], alpha=0.8, linewidth=1)
+        axis.set_title(name, fontsize=9)
+        axis.set_yscale("log" if name in ("swd_tok", "swd_seq", "swd_sampled", "gd_abs", "kl", "mse") else "linear")
+        axis.tick_params(labelsize=7, which="both")
         budget_axis(axis, settings["tokens"])
-    for axis in axes.flat[len(CURVES):]:
+    for axis in axes.flat[len(metrics):]:
         axis.set_visible(False)
     line = lambda **how: plt.Line2D([], [], **how)
     figure.legend(handles=[line(color=colours[m], label=m) for m in settings["models"]]
-                  + [line(color="0.3", linestyle="", marker=markers[i % len(markers)], label=f"k={k}") for i, k in enumerate(settings["k"])]
-                  + ([line(color="0.3", linestyle=s, label=r) for r, s in styles.items()] if len(styles) > 1 else []), loc="outside right upper", fontsize=8)
-    figure.supxlabel("training tokens")
-    save_figure(figure, out / "learning.png")
+                  + [line(color="0.3", linestyle="", marker=markers[k], label=f"k={k}") for k in settings["k"]]
+                  + [line(color="0.3", linestyle=style, label=f"{recipe} {sae}") for (recipe, sae), style in arms.items() if len(arms) > 1],
+                  loc="outside right upper", fontsize=8)
+    figure.supxlabel("training tokens", fontsize=9)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -554,8 +607,8 @@ def main() -> None:
         return
     out, settings = done
     verdict, deltas = analyse(out, settings)
-    if shown := headline(deltas, verdict):
-        print(f"{verdict['large']} minus {verdict['small']}:\n{delta_table(shown)}")
+    if mine := headline(deltas, verdict):
+        print(f"{verdict['large']} minus {verdict['small']}:\n{delta_table(mine)}")
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
 
 

@@ -33,7 +33,10 @@ LEADERBOARD = ("proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pears
 
 # ------------------------------------------------------------------------------------- tables and verdict
 def read_gate(path: pathlib.Path, settings: dict) -> tuple[str | None, str]:
-    """(Exp-A's leaf or None, what to say): its verdict counts only for the same models, data and recipe (its first, if several)."""
+    """(Exp-A's leaf or None, what to say): its verdict counts only for the same models, data and recipe.
+
+    Exp-A judges its first recipe, so a leaderboard over several recipes stays gated.
+    """
     if not path.exists():
         return None, "no Exp-A verdict yet"
     raw = path.read_bytes()

@@ -81,7 +81,8 @@ def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens:
             h, sink = h[~sink], sink[~sink]
         over = min(max(first * CHUNK - passed, 0), len(h))
         passed += over
-        kept.append((h[over:], sink[over:]))
+        if over < len(h):  # else an empty view would keep all of h in memory
+            kept.append((h[over:], sink[over:]))
         waiting += len(h) - over
         while waiting >= min(CHUNK, tokens - first * CHUNK):
             n = min(CHUNK, tokens - first * CHUNK)
@@ -351,6 +352,8 @@ def get_saes(model, tokenizer, jobs: list[dict], cache: pathlib.Path) -> list[To
     device = next(model.parameters()).device
     folders = [cache_folder(cache, job) for job in jobs]
     todo = {folder: job for folder, job in zip(folders, jobs) if not (folder / "sae.safetensors").exists()}
+    for folder in set(folders) - todo.keys():
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # of a run killed right after its last save
     # one run per trunk, the jobs that share all but the budget: (longest job, {budget: folder})
     runs: dict[tuple, tuple] = {}
     for folder, job in sorted(todo.items(), key=lambda item: item[1]["tokens"]):
@@ -363,25 +366,29 @@ def get_saes(model, tokenizer, jobs: list[dict], cache: pathlib.Path) -> list[To
 
 
 def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device) -> None:
-    job = runs[0][0]
-    longest = max(job["tokens"] for job, _ in runs)
-    bar = tqdm(total=sum(job["tokens"] + RECIPES[job["recipe"]].DECAY * sum(job["trunk"]) for job, _ in runs), unit="tok", unit_scale=True, leave=False,
-               desc=f"{sum(len(folders) for _, folders in runs)} SAEs, {job['model']} L{job['layer']}")
+    """Train [(job of the longest budget, {budget: folder})] to the end, in one pass over the activations of their hook."""
+    stream = runs[0][0]
+    hook, longest = f"{stream['model']} L{stream['layer']}", max(job["tokens"] for job, _ in runs)
+    bar = tqdm(total=sum(job["tokens"] + RECIPES[job["recipe"]].DECAY * sum(job["trunk"]) for job, _ in runs), unit="tok", unit_scale=True,
+               leave=False, desc=f"{sum(len(folders) for _, folders in runs)} SAEs, {hook}")
     live: dict[int, list[Training]] = {}  # run -> its trunk and branches
-    position = []
+    position = []  # chunks that each run has had
     for i, (job, folders) in enumerate(runs):
         checkpoint = folders[job["tokens"]] / "checkpoint.pt"
+        position.append(0)
         if checkpoint.exists():
             saved = torch.load(checkpoint, map_location=device)
-            live[i] = [RECIPES[job["recipe"]](state["statistics"], job["d_sae"], job["k"], job["seed"], state["budgets"]).load(state)
-                       for state in saved["runs"]]
-        position.append(saved["chunks"] if i in live else 0)
-        bar.update(min(position[-1] * CHUNK, job["tokens"]))
-    chunks = activation_chunks(model, job["layer"], job["data"], tokenizer, job["ctx"], longest, job["sinks"], min(position))
+            trainings = [RECIPES[job["recipe"]](state["statistics"], job["d_sae"], job["k"], job["seed"], state["budgets"]).load(state)
+                         for state in saved["runs"]]
+            to_come = {training.budgets[-1] for training in trainings} | {budget for training in trainings[:1] for _, budget in training.ahead}
+            if folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
+                live[i], position[i] = trainings, saved["chunks"]
+        bar.update(min(position[i] * CHUNK, job["tokens"]))
+    chunks = activation_chunks(model, stream["layer"], stream["data"], tokenizer, stream["ctx"], longest, stream["sinks"], min(position))
     saved_at, cost = time.monotonic(), 0.0
     for number, (h, sink) in enumerate(chunks, min(position)):
         if not torch.isfinite(h).all():
-            raise Fault(f"{job['model']} layer {job['layer']}: an activation is not finite in chunk {number} of the training text")
+            raise Fault(f"{hook}: an activation is not finite in chunk {number} of the training text")
         for i, (job, folders) in enumerate(runs):
             if position[i] != number:  # done, or further on than the others when they were interrupted
                 continue
@@ -389,11 +396,12 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                 budgets = [*job["trunk"], job["tokens"]]
                 recipe = RECIPES[job["recipe"]]
                 live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]]), job["d_sae"], job["k"], job["seed"], budgets)]
-            what = f"{job['model']} L{job['layer']} k={job['k']} seed {job['seed']}"
+            what = f"{hook} k={job['k']} seed {job['seed']}"
             trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
             for training in trained:
                 if training.step == training.steps and training.budgets[-1] in folders:
-                    save_sae(folders[training.budgets[-1]], training.finished(), job | {"tokens": training.budgets[-1], "trunk": training.budgets[:-1]})
+                    *before, tokens = training.budgets
+                    save_sae(folders[tokens], training.finished(), job | {"tokens": tokens, "trunk": before})
             position[i] = number + 1
             if position[i] * CHUNK < job["tokens"]:
                 live[i] = [training for training in trained if training.step < training.steps]

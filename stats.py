@@ -167,7 +167,7 @@ def seed_draws(meta: dict, W: int) -> tuple[np.ndarray, np.ndarray, dict]:
     return np.r_[np.zeros(1 + len(left_out), int), 3:W], w, sources | {"sequences": np.arange(1 + len(left_out), len(w))}
 
 
-def _spread(draws: np.ndarray, sources: dict, n_seq: int) -> tuple[np.ndarray, float]:
+def spread(draws: np.ndarray, sources: dict, n_seq: int) -> tuple[np.ndarray, float]:
     """Covariance [q, q] of q statistics [q, R], and the Satterthwaite degrees of freedom of the last one's variance.
 
     Per model the jackknife over its seeds (exact for a mean: s^2 / n), plus the bootstrap over sequences. Seeds enter the
@@ -187,7 +187,7 @@ def _spread(draws: np.ndarray, sources: dict, n_seq: int) -> tuple[np.ndarray, f
 def t_interval(draws: np.ndarray, sources: dict, n_seq: int, level: float = 1 - ALPHA) -> tuple[float, float]:
     """Student interval around draws[0] over seeds and sequences. With three seeds a percentile bootstrap, which knows
     no degrees of freedom, would cover 95% some 85% of the time. nan with one seed."""
-    variance, df = _spread(draws[None], sources, n_seq)
+    variance, df = spread(draws[None], sources, n_seq)
     half = student.ppf((1 + level) / 2, df) * np.sqrt(variance[0, 0])
     return float(draws[0] - half), float(draws[0] + half)
 
@@ -197,7 +197,7 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, sources: dict
     lo, hi = t_interval(denominator, sources, n_seq)
     if not (lo > 0 or hi < 0):
         return np.nan, np.nan, np.nan
-    v, df = _spread(np.stack([numerator, denominator]), sources, n_seq)
+    v, df = spread(np.stack([numerator, denominator]), sources, n_seq)
     t2, n, d = student.ppf(1 - ALPHA / 2, df) ** 2, numerator[0], denominator[0]
     a, b, c = d * d - t2 * v[1, 1], n * d - t2 * v[0, 1], n * n - t2 * v[0, 0]
     root = np.sqrt(max(b * b - a * c, 0.0))  # a > 0, since the denominator is not zero; b^2 - ac >= 0 follows

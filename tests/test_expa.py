@@ -68,7 +68,7 @@ def test_h1_is_accepted_wrongly_in_at_most_one_of_twenty():
     """No gap, under noise that makes estimates of 0.03 common: only the interval protects."""
     verdicts = leaves(300, delta=0.05, seed_sd=0.03, seq_sd=0.02)
     large = np.mean([abs(v["gamma_r2"]) >= 0.03 for v in verdicts])
-    assert large > 0.2 and np.mean([v["h1"] for v in verdicts]) <= 0.07
+    assert large > 0.2 and np.mean([v["h1"] is True for v in verdicts]) <= 0.07
 
 
 def test_a_gap_is_found():
@@ -103,13 +103,20 @@ def test_what_cannot_be_judged_is_undecided():
     elsewhere = verdict(everything, depth=np.where(meta["model"] == "small", "0.33", "0.50"))
     assert elsewhere["leaf"] == "undecided" and "equal depth" in elsewhere["reason"]
     # a clear gap, all of it outside the range where the smaller model calibrates
-    values, _ = planted(rng, gap=0.3, delta=0.05)
-    outside = verdict(everything)
-    assert outside["leaf"] == "undecided" and "not transferable" in outside["reason"] and abs(outside["gamma_r2"]) > 0.03
+    for delta, leaf in ((0.05, "undecided"), (0.0, "H0")):
+        values, _ = planted(rng, gap=0.3, delta=delta)
+        outside = verdict(everything)
+        assert outside["leaf"] == leaf and "not transferable" in outside["reason"] and outside["h1"] is None and abs(outside["gamma_r2"]) > 0.03
     # neither equal nor different: the number of seeds that would tell
     values, _ = planted(rng, seed_sd=0.012, seq_sd=0.001)
     wide = verdict(everything)
     assert wide["leaf"] == "undecided" and "seeds in each model would show equality" in wide["reason"]
+
+
+def test_seeds_needed_by_hand():
+    row = dict(delta_ce_rec=0.01, seed_variance=4e-4, se=0.002)  # (0.01 / 1.645)^2 - 0.002^2 = 3.2955e-5; 3 x 4e-4 / that = 36.4
+    assert "about 37 seeds" in expa.n_needed([row], 0.02, 3) and "about 73 seeds" in expa.n_needed([row], 0.02, 6)
+    assert "more evaluation sequences" in expa.n_needed([row | {"se": 0.007}], 0.02, 3) and expa.n_needed([row | {"delta_ce_rec": 0.03}], 0.02, 3) == ""
 
 
 # ----------------------------------------------------------------------------------------------- intervals
@@ -187,7 +194,11 @@ def test_k_star_interpolates_on_the_grid():
     k = np.array([8, 16, 32])
     ce = np.array([[.80, .84, .88], [.86, .9, .95], [.1, .2, .3], [.80, .85, .84]])
     np.testing.assert_allclose(expa.k_star(k, ce, 0.85), [20, -np.inf, np.inf, 16])
-    assert expa.k_star_interval(np.array([20, 0, 0, 18, 20, np.inf])) == (20, 18, np.inf)
+    assert np.isnan(expa.k_star(k, np.full((1, 3), np.nan), 0.85)).all()  # one seed: no draws
+    row = dict(draws=np.array([20, 0, 0, 18, 20, np.inf]), k_min=8, k_max=32)
+    assert expa.k_star_words(row) == (20, 18, "> 32")
+    assert expa.tax_lines([row | dict(model=m, depth="0.50", recipe="base", sinks="keep", tokens=10, target=.85, draws=d)
+                           for m, d in (("small", np.full(6, 10.0)), ("large", np.r_[20, 0, 0, 18, 20, 22]))], dict(small="small", large="large"))[2].count("2.00 [1.8") == 1
 
 
 def test_power_law_finds_the_limit_and_refuses_what_has_none():
@@ -202,10 +213,15 @@ def test_power_law_finds_the_limit_and_refuses_what_has_none():
 def test_published_numbers_stand_beside_measured_ones():
     hooks = {f"{expa.S}@3": "0.50", f"{expa.L}@12": "0.50"}
     delta = {"small": expa.S, "large": expa.L, "depth": "0.50", "k": 8, "tokens": 10 ** 7, "recipe": "base", "sinks": "keep",
-             "delta_ce_rec": -0.05, "delta_r2": 0.1, "mismatch_published": 1.0}
+             "delta_ce_rec": -0.05, "delta_r2": 0.1, "mismatch_published": 1.0, "ratio": np.nan}
     sae = {"model": expa.L, "layer": 12, "k": 8, "recipe": "base", "sae": "topk-x32", "tokens": 10 ** 7, "r2": 0.95, "ce_rec": 0.5, "cosine": 0.8, "alive": 0.3}
     tax = {"model": expa.L, "depth": "0.50", "recipe": "base", "sinks": "keep", "tokens": 10 ** 7, "target": 0.85, "draws": np.array([90.0])}
     table = "\n".join(expa.published_lines([delta], [sae], [tax], {"hooks": hooks}))
     for line in ("delta_ce_rec", "| -0.099 ", "0.049", "0.269", "98"):
         assert line in table
+    assert "ratio" not in table and "ratio" in "\n".join(expa.published_lines([delta | {"tokens": 10 ** 8}], [], [], {"hooks": hooks}))
+    never = "\n".join(expa.published_lines([], [], [tax | {"draws": np.array([np.inf])}], {"hooks": hooks}))
+    assert "undefined" in never
+    saes = [sae | {"model": m, "layer": layer, "k": k, "r2": k / 100 + x, "ce_rec": k / 50 - x} for m, layer, x in ((expa.S, 3, 0), (expa.L, 12, .1)) for k in (8, 16)]
+    assert "correlation" in "\n".join(expa.published_lines([], saes, [], {"hooks": hooks})) and "| -1 " in "\n".join(expa.published_lines([], saes, [], {"hooks": hooks}))
     assert expa.published_lines([delta | {"k": 9}], [], [], {"hooks": hooks}) == []

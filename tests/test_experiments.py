@@ -196,6 +196,16 @@ def test_exp_a_again_without_a_model_and_in_both_recipes(run_a, tmp_path):
     assert len(r2) == len(set(r2.values())) == 4 * 3
 
 
+def test_a_folder_of_another_script_or_half_a_run_is_refused(run_a, run, tmp_path):
+    assert "a run of expa.py" in expb("--from", run_a[0], check=2).stderr
+    shutil.copytree(run_a[0], tmp_path / "half")
+    lines = (tmp_path / "half" / "conditions.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "half" / "conditions.csv").write_text("".join(lines[:23]))  # killed after sequences.npz, before conditions.csv
+    assert "no finished run" in expa("--from", tmp_path / "half", check=2).stderr
+    expa(*SMALL_A, "--out", tmp_path / "half", "--cache", run_a[1])
+    assert contents(tmp_path / "half") == contents(run_a[0])
+
+
 def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
     verdict = json.loads((run_a[0] / "verdict.json").read_text())

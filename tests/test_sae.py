@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -255,6 +256,30 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
     assert files["whole"] == files["broken"] and len(files["whole"]) == 27
     for path in files["whole"]:
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "broken" / path).read_bytes(), path
+
+
+def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch):
+    """Someone deletes an SAE whose budget an interrupted run is past, and a checkpoint outlives its run."""
+    from conftest import tiny_model
+    model = tiny_model(dtype=torch.float32)
+    monkeypatch.setattr(sae_module, "CHUNK", 1024)
+    monkeypatch.setattr(sae_module.time, "monotonic", lambda ticks=itertools.count(step=100.0): next(ticks))
+    monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
+    jobs = [job(text, 4, tokens, trunk=before, recipe="saelens") for tokens, before in ((1200, []), (5000, [1200]))]
+    short, long = (cache_folder(tmp_path, j) for j in jobs)
+    first = get_saes(model, Words(), jobs, tmp_path)[0]
+    (long / "sae.safetensors").unlink()
+    one_step, left = SAELensTraining.one_step, itertools.count(16, -1)
+    monkeypatch.setattr(SAELensTraining, "one_step", lambda self, h: one_step(self, h) if next(left) else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        get_saes(model, Words(), jobs, tmp_path)
+    monkeypatch.setattr(SAELensTraining, "one_step", one_step)
+    assert (long / "checkpoint.pt").exists()
+    shutil.rmtree(short)
+    assert torch.equal(get_saes(model, Words(), jobs, tmp_path)[0].W_dec, first.W_dec)
+    (long / "checkpoint.pt").touch()
+    get_saes(model, Words(), jobs, tmp_path)
+    assert not (long / "checkpoint.pt").exists()
 
 
 def test_an_sae_does_not_depend_on_the_rest_of_the_grid(text, tmp_path):
