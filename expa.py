@@ -178,7 +178,8 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
     gamma, inside = float(draws[0]), float(inside[0])
     lo, hi = stats.t_interval(draws, sources, n_seq)
     for row, (depth, k) in zip(table, cells):
-        row["gamma_r2"] = float(stats.transfer_gap(scores["r2"][0], values["ce_rec"][0], meta, models, judged=at_last & (meta["k"] == k) & (meta["depth"] == depth))[0][0])
+        cell = at_last & (meta["k"] == k) & (meta["depth"] == depth)
+        row["gamma_r2"] = float(stats.transfer_gap(scores["r2"][0], values["ce_rec"][0], meta, models, judged=cell)[0][0])
     same = float(np.mean([np.sign(row["gamma_r2"]) == np.sign(gamma) for row in table]))
     h0 = all(-t["margin"] < row["lo90"] and row["hi90"] < t["margin"] for row in table)
     h1 = bool(abs(gamma) >= t["gamma"] and (lo > 0 or hi < 0) and same >= t["same_sign"]) if inside >= t["in_range"] else None
@@ -193,8 +194,8 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
     out |= dict(previous_budget=int(before), g0={key: bool(v) for key, v in g0.items()}, cells=table, h0=h0, h1=h1, gamma_r2=gamma, gamma_r2_lo=lo,
                 gamma_r2_hi=hi, same_sign=same, in_range=inside, control=control, gamma_control_half_b=gap_control, gamma_r2_half_b=gap_r2,
                 normalised_away=normalised_away, gamma_controls={c: gap(c, 0)[0] for c in EUCLIDEAN_CONTROLS})
-    shut = {"alive": "too few latents are alive, and not equally few", "converged": f"CE_rec still moves by {t['converged']} or more between the last two budgets",
-            "precise": "the evaluation set is too small"}
+    shut = {"alive": "too few latents are alive, and not equally few", "precise": "the evaluation set is too small",
+            "converged": f"CE_rec still moves by {t['converged']} or more between the last two budgets"}
     if not all(g0.values()):
         return stop("undertrained", "; ".join(shut[key] for key, passed in g0.items() if not passed))
     if h1 and normalised_away:
@@ -263,9 +264,10 @@ def curves(values: dict, meta: dict, arm: dict) -> tuple[list[dict], list[dict]]
         mean = {(kk, b): mean_over(ce, w, here & (meta["k"] == kk) & (meta["tokens"] == b)) for kk in k for b in budgets}
         for b, target in itertools.product(budgets, KSTAR):
             draws = k_star(k, np.stack([mean[kk, b] for kk in k], 1), target)
-            taxes.append(dict(model=str(model), depth=str(depth), **arm, tokens=int(b), target=target, k_min=int(k[0]), k_max=int(k[-1]), draws=draws))
+            taxes.append(dict(model=str(model), depth=str(depth), **arm, tokens=int(b), target=target, k_min=int(k[0]), k_max=int(k[-1]),
+                              draws=draws))
         for kk in k:
-            row = dict(model=str(model), depth=str(depth), **arm, k=int(kk), n_budgets=len(budgets), limit=np.nan, limit_lo=np.nan, limit_hi=np.nan, exponent=np.nan)
+            row = dict(model=str(model), depth=str(depth), **arm, k=int(kk), limit=np.nan, limit_lo=np.nan, limit_hi=np.nan, exponent=np.nan)
             if len(budgets) >= MIN_BUDGETS and RECIPES[arm["recipe"]].DECAY:
                 limit, exponent = power_law(budgets, np.stack([mean[kk, b] for b in budgets], 1))
                 row |= dict(limit=limit[0], exponent=exponent[0])
@@ -314,13 +316,13 @@ def headline(deltas: list[dict], verdict: dict) -> list[dict]:
 
 def seed_correlation(values: dict, meta: dict, models: list) -> float:
     """Correlation of what a seed does to CE_rec in the smallest and in the largest model, over cells: would pairing be justified?"""
-    cells = zip(*(meta[name] for name in ("model", "depth", "recipe", "sae", "k", "tokens")))
-    ce = grouped([dict(cell=tuple(map(str, cell)), seed=seed, ce=value) for cell, seed, value in zip(cells, meta["seed"], values["ce_rec"][0])], ["cell"])
+    names = ["model", "depth", "recipe", "sae", "k", "tokens"]
+    cells = grouped([dict(zip(names, map(str, cell)), ce=ce) for *cell, ce in zip(*(meta[name] for name in names), values["ce_rec"][0])], names)
     pairs = []
-    for (cell,), rows in ce.items():
-        other = ce.get(((models[-1], *cell[1:]),), [])
-        if cell[0] == models[0] != models[-1] and len(rows) == len(other) > 1:
-            here, there = (np.array([row["ce"] for row in sorted(side, key=lambda row: row["seed"])]) for side in (rows, other))
+    for (model, *cell), here in cells.items():  # conditions come sorted by seed
+        there = cells.get((models[-1], *cell), [])
+        if model == models[0] != models[-1] and len(here) == len(there) > 1:
+            here, there = (np.array([row["ce"] for row in side]) for side in (here, there))
             pairs += zip(here - here.mean(), there - there.mean())
     return float(np.corrcoef(np.array(pairs).T)[0, 1]) if len(pairs) > 2 else np.nan
 
@@ -405,8 +407,8 @@ def arm_lines(deltas: list[dict], verdict: dict) -> list[str]:
         return []
     ends = [row for row in deltas if (row["small"], row["large"]) == (verdict["small"], verdict["large"])]
     flips = {arm: float(np.mean([row["mismatch"] for row in here])) for arm, here in grouped(ends, ["recipe", "sinks"]).items()}
-    rows = [{"recipe": v["recipe"], "sinks in training": v["sinks"], "leaf": v["leaf"], "mean mismatch": percent(flips.get((v["recipe"], v["sinks"]), np.nan)),
-             "Γ of R²": span(v, "gamma_r2") if "gamma_r2" in v else "undefined", "why": v["reason"]} for v in arms]
+    rows = [{"recipe": v["recipe"], "sinks in training": v["sinks"], "leaf": v["leaf"], "Γ of R²": span(v, "gamma_r2") if "gamma_r2" in v else "undefined",
+             "mean mismatch": percent(flips.get((v["recipe"], v["sinks"]), np.nan)), "why": v["reason"]} for v in arms]
     lines = ["## Trainer and sinks as confounds", "", markdown(rows, list(rows[0])), "",
              "The verdict is the first arm's; the others are there to be compared with.", ""]
     for sinks in dict.fromkeys(v["sinks"] for v in arms):
@@ -425,7 +427,7 @@ def k_star_words(row: dict) -> tuple:
 
 
 def tax_lines(taxes: list[dict], verdict: dict) -> list[str]:
-    word = lambda v: v if isinstance(v, str) else "—" if np.isnan(v) else f"{v:.1f}"
+    word = lambda v: v if isinstance(v, str) else "—" if np.isnan(v) else f"{v:.2f}"
     where = ["depth", "recipe", "sinks", "tokens", "target"]
     smallest = {tuple(row[c] for c in where): row["draws"] for row in taxes if row["model"] == verdict["small"]}
     rows = []
@@ -435,9 +437,10 @@ def tax_lines(taxes: list[dict], verdict: dict) -> list[str]:
         if row["model"] == verdict["large"] != verdict["small"] and small is not None and np.isfinite(small[0]) and np.isfinite(row["draws"][0]):
             with np.errstate(invalid="ignore"):
                 ratio = np.where(np.isfinite(small) & np.isfinite(row["draws"]), row["draws"] / small, np.nan)
-            tax = span(dict(zip(("tax", "tax_lo", "tax_hi"), (ratio[0], *stats.interval(ratio[3:])))), "tax", 2).lstrip("+").replace("[+", "[").replace(" +", " ")
-        rows.append({"model": row["model"], "depth": row["depth"], "recipe": row["recipe"], "sinks": row["sinks"], "tokens": readable_count(row["tokens"]),
-                     "CE_rec": row["target"], "k*": value, "95%": "—" if lo == "—" else f"[{lo}, {hi}]", "tax": tax})
+            tax_lo, tax_hi = map(word, stats.interval(ratio[3:]))
+            tax = f"{ratio[0]:.2f} " + ("—" if tax_lo == "—" else f"[{tax_lo}, {tax_hi}]")
+        rows.append({c: row[c] for c in ("model", "depth", "recipe", "sinks")}
+                    | {"tokens": readable_count(row["tokens"]), "CE_rec": row["target"], "k*": value, "95%": "—" if lo == "—" else f"[{lo}, {hi}]", "tax": tax})
     return ["## k*, the smallest k that reaches a CE_rec", "", markdown(rows, list(rows[0])), "",
             "Linear between grid points; tax: the largest model's k* over the smallest's. Bootstrap over seeds and sequences.", ""]
 
@@ -467,16 +470,15 @@ def published_lines(deltas: list[dict], saes: list[dict], taxes: list[dict], set
         if said and row["depth"] == middle:
             for name, value in zip(("delta_ce_rec", "delta_r2", "mismatch_published", "ratio"), said):
                 add(f"{name} (k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']})", value, row[name])
-    theirs = [row for row in saes if (row["model"], row["k"]) in PUBLISHED_SAES and row["tokens"] == 10 ** 7
-              and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle]
-    for (model, k, recipe, sae), here in grouped(theirs, ["model", "k", "recipe", "sae"]).items():
-        for name, value in zip(("r2", "ce_rec", "cosine", "alive"), PUBLISHED_SAES[model, k]):
+    at_10m = [row for row in saes if row["tokens"] == 10 ** 7 and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle]
+    for (model, k, recipe, sae), here in grouped(at_10m, ["model", "k", "recipe", "sae"]).items():
+        for name, value in zip(("r2", "ce_rec", "cosine", "alive"), PUBLISHED_SAES.get((model, k), ())):
             add(f"{name} ({model}, k={k}, {recipe}, {sae})", value, np.mean([row[name] for row in here]))
     for row in taxes:
         if row["tokens"] == 10 ** 7 and row["depth"] == middle:
-            add(f"k* at {row['target']} ({row['model']}, {row['recipe']}, sinks {row['sinks']})", PUBLISHED_KSTAR.get((row["model"], row["target"])), row["draws"][0])
-    ends = [row for row in saes if row["model"] in (S, L) and row["tokens"] == 10 ** 7 and settings["hooks"][f"{row['model']}@{row['layer']}"] == middle]
-    for (recipe, sae), here in grouped(ends, ["recipe", "sae"]).items():
+            said = PUBLISHED_KSTAR.get((row["model"], row["target"]))
+            add(f"k* at {row['target']} ({row['model']}, {row['recipe']}, sinks {row['sinks']})", said, row["draws"][0])
+    for (recipe, sae), here in grouped([row for row in at_10m if row["model"] in (S, L)], ["recipe", "sae"]).items():
         within = [np.array([(row["r2"], row["ce_rec"]) for row in cell]) for cell in grouped(here, ["k"]).values()]
         centred = np.vstack([cell - cell.mean(0) for cell in within])
         if len(within) > 1 and len({row["model"] for row in here}) == 2:
@@ -492,7 +494,8 @@ def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, le
     text = ["# Exp-A: does the gap survive training?", "", f"**{sentence(verdict)}**", ""]
     if mine:
         text += [
-            "![deltas](deltas.png)", "", f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "",
+            "![deltas](deltas.png)", "",
+            f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "",
             delta_table(mine), "",
             "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation sequences (bootstrap) together; "
             "— where one seed leaves none. Mismatch: ΔR² and ΔCE_rec differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on "
@@ -501,10 +504,10 @@ def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, le
             "Seeds are not paired across models: the same seed draws the same tokens in the same order in both, but starts from weights of another shape."
             + (f" The correlation of what a seed does to CE_rec in the two is {correlation:+.2f}." if np.isfinite(correlation) else ""), "",
             *verdict_lines(verdict), "![mismatch](mismatch.png)", ""]
-    text += [*arm_lines(deltas, verdict), *tax_lines(taxes, verdict), "## Learning curves", "", *(f"![learning curves]({name})" for name in learning), "",
-             markdown(curve, [*names, *SHOWN]), "",
-             "Means over seeds. Every budget has its own decay" + (" (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else "")
-             + ".", "", *law_lines(laws), *published_lines(deltas, saes, taxes, settings)]
+    constant = " (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else ""
+    text += [*arm_lines(deltas, verdict), *tax_lines(taxes, verdict),
+             "## Learning curves", "", *(f"![learning curves]({name})" for name in learning), "", markdown(curve, [*names, *SHOWN]), "",
+             f"Means over seeds. Every budget has its own decay{constant}.", "", *law_lines(laws), *published_lines(deltas, saes, taxes, settings)]
     for key, here in grouped([row for row in deltas if row not in mine], ["small", "large", "recipe", "sinks"]).items():
         text += ["## {1} minus {0}, recipe {2}, sinks {3}".format(*key), "", delta_table(here), ""]
     with atomically(out / "report.md") as temporary:
