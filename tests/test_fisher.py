@@ -1,0 +1,142 @@
+"""Fisher quadratic forms against dense Jacobians in float64, their invariances, and the estimators' bias and intervals."""
+import numpy as np
+import pytest
+import torch
+from scipy.stats import t as student
+
+import fisher
+from common import clean_pass, head, log_probs, tail
+from conftest import tiny_model
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """(model, rows [2,6], h, delta, p, J [B,T-1,V,T,d], G [B,T*d,T*d]) in float64."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model = tiny_model(d=8, vocab=17)
+    rows = torch.randint(0, 17, (2, 6), generator=torch.Generator().manual_seed(3))
+    h = head(model, LAYER, rows)
+    delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
+    delta[:, -1] = 0
+    with sdpa_kernel(SDPBackend.MATH):
+        J = torch.stack([torch.autograd.functional.jacobian(lambda x: tail(model, LAYER, rows[b:b + 1], x)[0, :-1], h[b:b + 1])[:, :, 0]
+                         for b in range(len(rows))])
+    p = log_probs_64(tail(model, LAYER, rows, h)).exp()
+    return model, rows, h, delta, p, J
+
+
+def log_probs_64(logits):
+    return torch.log_softmax(logits[:, :-1], -1)
+
+
+def dense(p, J, delta, which):
+    """delta^T G delta by the dense J: per predicted position for sequence and same, per sequence for token."""
+    F = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+    if which == "sequence":
+        u = torch.einsum("btvsd,bsd->btv", J, delta)
+        return torch.einsum("btv,btvw,btw->bt", u, F, u)
+    each = torch.einsum("btvsd,bsd->btsv", J, delta)
+    form = torch.einsum("btsv,btvw,btsw->bts", each, F, each)
+    return form.diagonal(dim1=1, dim2=2) if which == "same" else form.sum((1, 2))
+
+
+def test_sequence_form_is_the_dense_one(truth):
+    model, rows, h, delta, p, J = truth
+    torch.testing.assert_close(fisher.sequence_form(model, LAYER, rows, h, delta, p), dense(p, J, delta, "sequence"), rtol=1e-10, atol=1e-12)
+
+
+def test_same_form_is_the_dense_one(truth):
+    model, rows, h, delta, p, J = truth
+    same = fisher.same_form(model, LAYER, rows, h, delta, p)
+    torch.testing.assert_close(same, dense(p, J, delta, "same")[:, :same.shape[1]], rtol=1e-10, atol=1e-12)
+    assert model.config._attn_implementation == "sdpa"
+    with fisher.self_position(model):  # values unchanged
+        torch.testing.assert_close(tail(model, LAYER, rows, h)[:, :-1], tail(model, LAYER, rows, h)[:, :-1])
+        inside = tail(model, LAYER, rows, h)
+    torch.testing.assert_close(inside, tail(model, LAYER, rows, h), rtol=1e-12, atol=1e-12)
+
+
+def test_token_form_averages_to_the_dense_one_over_all_signs(truth):
+    """All 2^5 patterns of signs: the expectation itself, not an estimate."""
+    model, rows, h, delta, p, J = truth
+    patterns = torch.tensor(np.array(np.meshgrid(*[[1.0, -1.0]] * 5)).reshape(5, -1).T)
+    signs = torch.cat([patterns, torch.ones(32, 1, dtype=patterns.dtype)], 1)[:, None].expand(32, 2, 6)
+    mean = fisher.token_form(model, LAYER, rows, h, delta, p, signs).sum(-1).mean(0)
+    torch.testing.assert_close(mean, dense(p, J, delta, "token"), rtol=1e-10, atol=1e-12)
+    assert (dense(p, J, delta, "token") - dense(p, J, delta, "sequence").sum(1)).abs().max() > 1e-3  # the blocks differ
+
+
+def test_two_backward_passes_give_what_forward_mode_gives(truth):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model, rows, h, delta, p, J = truth
+    f = lambda x: tail(model, LAYER, rows, x)[:, :-1]
+    with sdpa_kernel(SDPBackend.MATH):
+        twice = fisher.push_forward_twice(f, h, delta)
+    u = fisher.push_forward(model, LAYER, rows, h, delta)
+    torch.testing.assert_close(u, twice, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(u, (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)).detach() / 2e-5, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(fisher.push_forward(model.float(), LAYER, rows, h.float(), delta.float()), u.float(), rtol=1e-3, atol=1e-4)
+    model.double()
+
+
+def test_the_all_ones_direction_is_null(truth):
+    """GPT-NeoX reads the residual stream through LayerNorms only: adding a constant to h changes nothing."""
+    model, rows, h, delta, p, J = truth
+    ones = torch.randn(h.shape[:2], dtype=h.dtype)[..., None].expand(h.shape).contiguous()
+    assert fisher.sequence_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20 and fisher.same_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20
+
+
+def test_variance_does_not_see_a_shift_of_all_logits_and_the_uncentred_form_does():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.softmax(torch.randn(5, 30, generator=generator, dtype=torch.float64), -1)
+    u = torch.randn(5, 30, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(fisher.variance(p, u + 10), fisher.variance(p, u), rtol=1e-10, atol=0)
+    F = torch.diag_embed(p) - p[..., None] * p[:, None]
+    torch.testing.assert_close(fisher.variance(p, u), torch.einsum("nv,nvw,nw->n", u, F, u))
+    B = torch.diag_embed(p.sqrt()) - p[..., None] * p.sqrt()[:, None]
+    torch.testing.assert_close(F, B @ B.mT)
+    everything = torch.arange(30).expand(5, 30)
+    torch.testing.assert_close(fisher.subsampled_form(p, u + 10, everything, importance=False, centred=True), fisher.variance(p, u))
+    uncentred = fisher.subsampled_form(p, u + 10, everything, importance=False, centred=False)
+    torch.testing.assert_close(uncentred, fisher.variance(p, u) + (p * (u + 10)).sum(-1) ** 2)
+
+
+def test_subsampled_rows_are_unbiased_from_p_and_miss_the_mass_when_uniform():
+    """A peaked p over 2,000 tokens, 32 rows: what is drawn uniformly hardly ever meets it."""
+    generator = torch.Generator().manual_seed(1)
+    p = torch.softmax(6 * torch.randn(2000, generator=generator, dtype=torch.float64), -1)
+    u = torch.randn(2000, generator=generator, dtype=torch.float64)
+    exact = fisher.variance(p, u).item()
+    P, U = p.expand(4000, -1), u.expand(4000, -1)
+    from_p = fisher.subsampled_form(P, U, torch.multinomial(p, 4000 * 32, replacement=True, generator=generator).view(4000, 32), True, True)
+    uniform = fisher.subsampled_form(P, U, torch.randint(2000, (4000, 32), generator=generator), False, True)
+    assert abs(from_p.mean().item() - exact) < 4 * from_p.std().item() / 4000 ** 0.5
+    assert uniform.median() < 0.2 * exact and uniform.std() > 5 * from_p.std()
+
+
+def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
+    """1,000 repeats of m = 64 draws: 95% intervals that hold the exact value 93 to 97% of the time."""
+    model, rows, h, delta, p, J = truth
+    exact = dense(p, J, delta, "sequence").sum().item()
+    generator = torch.Generator().manual_seed(2)
+    big, m, repeats = 200, 64, 1000
+    # gradients for every label at every position once: then a draw is a sum of rows
+    log_p = log_probs_64(tail(model, LAYER, rows, h))
+    u = torch.einsum("btvsd,bsd->btv", J, delta)
+    gd = torch.einsum("btv,btv->bt", p, u)[..., None] - u  # g_y.delta = E_p u - u_y, for each predicted position
+    labels = torch.multinomial(p.reshape(-1, p.shape[-1]), m * repeats, replacement=True, generator=generator)
+    drawn = gd.reshape(-1, gd.shape[-1]).gather(1, labels).view(*gd.shape[:2], repeats, m)
+    form = drawn.sum(1).square().sum(0)  # per sequence, squared after summing over positions; then over sequences
+    half = student.ppf(0.975, m - 1) * form.std(1) / m ** 0.5
+    cover = ((form.mean(1) - exact).abs() <= half).double().mean().item()
+    assert abs(form.mean().item() / exact - 1) < 0.02 and 0.93 <= cover <= 0.97
+    # and the gradients themselves, as `clean_pass` draws them, are those
+    uniforms = torch.rand(big, 2, 5, generator=generator, dtype=h.dtype)
+    model32 = model
+    _, (_, *gradients) = clean_pass(model32, LAYER, rows, h, uniforms)
+    token, sequence = fisher.sampled_form(gradients, delta)
+    assert abs(sequence.sum(1).mean().item() - exact) < 4 * sequence.sum(1).std().item() / big ** 0.5
+    per_token = dense(p, J, delta, "token").sum().item()
+    assert abs(token.sum((1, 2)).mean().item() - per_token) < 4 * token.sum((1, 2)).std().item() / big ** 0.5
