@@ -162,8 +162,11 @@ def null_rows(hook: dict, saes: list[TopKSAE]) -> dict:
             "null-gaussian": gaussian}
 
 
-def run_hook(hook: dict, args, device: torch.device) -> tuple[list[dict], dict, dict]:
-    """Train (or find) the SAEs of one hook and evaluate them: (rows, sums {quantity: [C,S]}, per-token arrays)."""
+def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=None) -> tuple[list[dict], dict, dict]:
+    """Train (or find) the SAEs of one hook and evaluate them: (rows, sums {quantity: [C,S]}, per-token arrays).
+
+    terms: see `proxies.evaluate`; own_metrics(sums, weights) turns their sums into columns of an experiment's own.
+    """
     model, jobs = hook["model"], hook["jobs"]
     if device.type != "cpu":
         check_parity(model, hook["layer"], hook["rows"][:2], device)
@@ -176,11 +179,11 @@ def run_hook(hook: dict, args, device: torch.device) -> tuple[list[dict], dict, 
     names += [(name, "null", *((len(random.W_dec), random.k) if name == "null-random" else (0, 0)), 0, 0) for name in NULLS]
     reconstructions = dict(zip(names, [*saes, *nulls.values()]))
     results = evaluate(model, hook["layer"], hook["rows"], reconstructions, eval_batch(model, args.ctx, device), keep_tokens=args.save_tokens,
-                       what=f"{hook['name']} L{hook['layer']}")
+                       what=f"{hook['name']} L{hook['layer']}", terms=terms)
     model.to("cpu")
     n_seq, per_seq = len(hook["rows"]), args.ctx - 1
     sums = {q: np.stack([results[name]["sums"][q] for name in names]) for q in results[names[0]]["sums"]}
-    point = metrics(sums, np.ones((1, n_seq)), hook["d"])
+    point = metrics(sums, np.ones((1, n_seq)), hook["d"]) | (own_metrics(sums, np.ones((1, n_seq))) if own_metrics else {})
     rows = []
     for i, name in enumerate(names):
         row = dict(zip(KEY, (hook["name"], hook["layer"], *name)))
@@ -198,7 +201,7 @@ def run_hook(hook: dict, args, device: torch.device) -> tuple[list[dict], dict, 
     return rows, sums, tokens
 
 
-def run(args, script: str) -> tuple[pathlib.Path, dict] | None:
+def run(args, script: str, terms=None, own_metrics=None) -> tuple[pathlib.Path, dict] | None:
     """Everything up to the results folder: (folder, settings), or None after --dry-run.
 
     Hooks that the folder already has are kept; --from takes a finished folder and runs nothing. Raises UserError.
@@ -220,7 +223,7 @@ def run(args, script: str) -> tuple[pathlib.Path, dict] | None:
     rows, sums = load_results(args.out)
     done = {(row["model"], row["layer"]) for row in rows}
     for hook in tqdm([h for h in hooks if (h["name"], h["layer"]) not in done], desc="hooks", leave=False):
-        new_rows, new_sums, tokens = run_hook(hook, args, torch.device(settings["device"]))
+        new_rows, new_sums, tokens = run_hook(hook, args, torch.device(settings["device"]), terms, own_metrics)
         rows += new_rows
         sums = {q: np.concatenate([sums[q], v]) if sums else v for q, v in new_sums.items()}
         if args.save_tokens:
@@ -262,7 +265,7 @@ def save_results(out: pathlib.Path, rows: list[dict], sums: dict) -> None:
     order = sorted(range(len(rows)), key=lambda i: [rows[i][c] for c in KEY])
     with atomically(out / "sequences.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **{q: v[order] for q, v in sorted(sums.items())})
-    write_table(out / "conditions.csv", [rows[i] for i in order], COLUMNS)
+    write_table(out / "conditions.csv", [rows[i] for i in order], COLUMNS + [c for c in rows[0] if c not in COLUMNS])
 
 
 def save_tokens(out: pathlib.Path, tokens: dict) -> None:
@@ -274,7 +277,7 @@ def save_tokens(out: pathlib.Path, tokens: dict) -> None:
         np.savez_compressed(file, **dict(sorted(tokens.items())))
 
 
-def measured(out: pathlib.Path, settings: dict, n_resamples: int) -> tuple[list[dict], list[dict], dict, dict]:
+def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=None) -> tuple[list[dict], list[dict], dict, dict]:
     """(null rows, rows of the C SAEs, {metric: [W,C]}, meta {name: [C]}) of a finished folder.
 
     W: all sequences, the even, the odd, and `n_resamples` resamples of them, shared by all conditions (as `stats` wants them).
@@ -282,7 +285,8 @@ def measured(out: pathlib.Path, settings: dict, n_resamples: int) -> tuple[list[
     rows, sums = load_results(out)
     d = sums.pop("d")
     with np.errstate(invalid="ignore"):
-        values = metrics(sums, sequence_weights(settings["eval_seqs"], n_resamples, seed=0), d)
+        weights = sequence_weights(settings["eval_seqs"], n_resamples, seed=0)
+        values = metrics(sums, weights, d) | (own_metrics(sums, weights) if own_metrics else {})
     trained = np.array([row["recipe"] != "null" for row in rows])
     saes = [row for row, keep in zip(rows, trained) if keep]
     meta = {name: np.array([row[name] for row in saes]) for name in ("model", "layer", "sae", "recipe", "k", "tokens", "seed")}

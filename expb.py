@@ -10,45 +10,24 @@ the best Euclidean control. TopK SAEs are trained over models x layers x k, thei
 proxy and the cross-entropy measured on the same held-out tokens. Decided by partial Spearman given k, a proxy-swap
 permutation over cells, and the transfer gap across scale.
 """
-import hashlib
-import json
 import pathlib
 
-from common import UserError, atomically, markdown, parse_args, pyplot, read_table, readable_count, run_script, save_figure, write_json, write_table
+from common import atomically, markdown, parse_args, pyplot, read_table, readable_count, run_script, save_figure, write_json, write_table
 
 import numpy as np
 
 import stats
 from conditions import about_the_run, measured, rows_hash, run
+from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
 
 # 3 models x 2 layers x 6 k = 36 cells: cells, not seeds, are what the permutation test and the bootstrap count
 GRID = dict(models="stdlib-s@3,stdlib-s@5,stdlib-m@3,stdlib-m@5,stdlib-l@3,stdlib-l@5", k="4,8,16,24,32,48", tokens="100k",
             expansion=4, eval_seqs=48, ctx=256)
 N_RESAMPLES = 2000
-LEADERBOARD = ("proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pearson_hi,spearman,spearman_lo,spearman_hi,partial,partial_lo,"
-               "partial_hi,diff_r2,diff_r2_lo,diff_r2_hi,p_r2,diff_control,diff_control_lo,diff_control_hi,p_control,gamma,gamma_lo,"
-               "gamma_hi,in_range,same_ranks_as").split(",")
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def read_gate(path: pathlib.Path, settings: dict) -> tuple[str | None, str]:
-    """(Exp-A's leaf or None, what to say): its verdict counts only for the same models, data and recipe.
-
-    Exp-A judges its first recipe, so a leaderboard over several recipes stays gated.
-    """
-    if not path.exists():
-        return None, "no Exp-A verdict yet"
-    raw = path.read_bytes()
-    there = json.loads(raw)
-    about = there.get("settings", {})
-    about |= {"recipe": about.get("recipe", [])[:1]}
-    differing = [key for key in ("models", "data", "recipe") if about.get(key) != settings[key]]
-    if differing:
-        return None, f"the Exp-A verdict at {path} is about other {', '.join(differing)}"
-    return there["leaf"], f"Exp-A says {there['leaf']} (sha256 {hashlib.sha256(raw).hexdigest()[:12]})"
-
-
 def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and the gate."""
     nulls, mine, values, meta = measured(out, settings, N_RESAMPLES)
@@ -72,11 +51,6 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     return verdict
 
 
-def flag(lo: float, hi: float) -> str:
-    """The plain sentence about one SAE: the 95% interval of its Fisher-Euclidean deviation without sink positions."""
-    return "R² flatters this SAE" if lo > 0 else "R² underrates it" if hi < 0 else "no difference shown"
-
-
 def sentence(verdict: dict) -> str:
     """The verdict on H2 in words."""
     leaf = verdict["leaf_if_ungated"] if verdict["leaf"] == "gated" else verdict["leaf"]
@@ -92,18 +66,6 @@ def sentence(verdict: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
-    span = lambda row, name: (f"{row[name]:+.2f} [{row[name + '_lo']:+.2f}, {row[name + '_hi']:+.2f}]" if np.isfinite(row[name]) else "undefined")
-    chosen = [row for row in board if row["target"] == target and row["stratum"] == stratum]
-    chosen.sort(key=lambda row: -np.nan_to_num(row["partial"], nan=-2))
-    return markdown([{"proxy": row["proxy"], "partial Spearman | k": span(row, "partial"), "Spearman": f"{row['spearman']:+.2f}",
-                      "Pearson": f"{row['pearson']:+.2f}", "minus r2": span(row, "diff_r2"), "p_r2": row["p_r2"],
-                      "minus best control": span(row, "diff_control"), "p_ctl": row["p_control"], "transfer gap": span(row, "gamma"),
-                      "in range": row["in_range"], "same ranks as": row["same_ranks_as"] or ""} for row in chosen],
-                    ["proxy", "partial Spearman | k", "Spearman", "Pearson", "minus r2", "p_r2", "minus best control", "p_ctl",
-                     "transfer gap", "in range", "same ranks as"]).replace("Spearman | k", "Spearman given k")
-
-
 def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict, settings: dict) -> None:
     number = lambda v, digits=2: "undefined" if v is None else f"{v:.{digits}f}"
     text = [
@@ -165,18 +127,7 @@ def plots(out: pathlib.Path, mine, board, settings: dict) -> None:
         panel(axis, proxy)
     axes.flat[0].legend(title="size = k", fontsize=8)
     save_figure(figure, out / "proxies.png")
-
-    pooled = sorted((row for row in board if row["target"] == "ce_rec" and row["stratum"] == "pooled"),
-                    key=lambda row: np.nan_to_num(row["partial"], nan=-2))
-    figure, axis = plt.subplots(figsize=(7, 0.32 * len(pooled) + 1), layout="constrained")
-    for y, row in enumerate(pooled):
-        kind = "C1" if row["proxy"].startswith(("swd", "gd")) else "C0" if row["proxy"] in EUCLIDEAN_CONTROLS else "0.4"
-        axis.plot([row["partial_lo"], row["partial_hi"]], [y, y], color=kind)
-        axis.plot(row["partial"], y, "o", color=kind)
-    axis.set_yticks(range(len(pooled)), [row["proxy"] for row in pooled])
-    axis.set_xlabel("partial Spearman with CE_rec given k, 95% interval\n(orange: gradient-weighted; blue: Euclidean controls)")
-    axis.grid(alpha=0.3, axis="x")
-    save_figure(figure, out / "leaderboard.png")
+    leaderboard_plot(out / "leaderboard.png", board)
 
 
 # ---------------------------------------------------------------------------------------------------- main

@@ -56,11 +56,12 @@ def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> t
 
 
 def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, TopKSAE | Callable], batch: int, seed: int = 0,
-             keep_tokens: bool = False, what: str = "") -> dict[str, dict]:
+             keep_tokens: bool = False, what: str = "", terms: Callable | None = None) -> dict[str, dict]:
     """{name: {"sums": {quantity: [S] float64}, "fired": [2,F] counts in even and odd sequences, "tokens": {..} if kept}}.
 
     A reconstruction is a TopKSAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]. The clean forward, g and its sampled twins are
-    computed once per batch for all of them. Per-token values are formed in float32 on the model's device, summed in
+    computed once per batch for all of them. An experiment's own quantities [B,T-1] come from terms(model, layer, x, h, delta, p,
+    log_p, log_q), where delta [B,T,d] is 0 at the last position, which is not patched. Per-token values are formed in float32 on the model's device, summed in
     float64 on the CPU. Raises Fault on a loss that is not finite.
     """
     device = next(model.parameters()).device
@@ -126,6 +127,9 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, T
                     "l0": per_token((values > 0).sum(1)) if values is not None else torch.full((B, T - 1), math.nan, dtype=torch.float64),
                 }
                 t["fisher_nosink"] = t["fisher"] * keep
+                if terms is not None:
+                    whole = torch.cat([delta.view(B, T - 1, d), torch.zeros_like(h[:, -1:])], 1)
+                    t |= {quantity: per_token(v) for quantity, v in terms(model, layer, x, h, whole, p, log_p, log_q).items()}
                 sums = {quantity: v.sum(1).numpy() for quantity, v in t.items()}
                 # all positions move together, so the sampled form squares the sequence's sum
                 sums["gd_sampled_seq"] = torch.stack([v.sum(1).square() for v in sampled]).mean(0).numpy()

@@ -1,0 +1,308 @@
+"""Exp-C: does the pullback Fisher, error measured where the model is sensitive, say more about patched cross-entropy than SWD?
+
+    python expc_fisher.py                                   # embedded models, five CPU-minutes
+    python expc_fisher.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --data NeelNanda/pile-small-tokenized-2b --tokens 10M
+    python expc_fisher.py --from outputs/expc_fisher        # tables, verdict and plots again, without a model
+
+Hypothesis H2': delta^T G delta, G = J^T F J, adds predictive value beyond SWD, its one-label, data-label estimate. The form is exact
+(one forward-mode pass through the tail for all positions, `fisher.py`), beside it the other two choices of block. A local
+quadratic form is only believed inside its radius, so it is calibrated: against the measured KL at h + a delta for several a.
+"""
+import itertools
+import json
+import pathlib
+
+from common import (atomically, clean_pass, cross_entropy, head, kl_divergence, load_model, log_probs, markdown, parse_args, pyplot, read_table,
+                    readable_count, run_script, save_figure, tail, write_json, write_table)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fisher
+import stats
+from conditions import about_the_run, eval_batch, load_results, measured, rows_hash, run
+from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
+from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, oriented
+from sae import sink_positions
+from text import heldout_rows
+
+GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,24,32,48", tokens="100k", expansion=4, eval_seqs=24, ctx=256)
+N_RESAMPLES = 2000
+FISHER = ("fisher_seq", "fisher_tok", "fisher_same", "half_var")
+ALPHAS = (0.1, 0.3, 1.0)  # how far along delta the quadratic model is checked
+RADIUS = 0.2              # it holds where KL is within this share of it
+MIN_ADDED = 0.2           # C2': partial Spearman of the Fisher form with CE_rec given SWD
+LADDER = (("mse", "|δ|²", "how large the error is"), ("fisher_seq", "½δᵀGδ", "its direction weighed"), ("half_var", "½Var_p(Δz)", "the network's nonlinearity"),
+          ("kl", "KL", "the softmax"), ("dce", "ΔCE", "the labels"))
+GEOMETRY = ["model", "layer", "sinks", "trace", "effective_rank", "entropy_rank", "top1", "top1_lo", "top1_hi", "pr", "pr_lo", "pr_hi",
+            "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment", "alignment_lo", "alignment_hi"]
+
+
+# ------------------------------------------------------------------------------------------- measurement
+def terms(model, layer: int, x, h, delta, p, log_p, log_q) -> dict:
+    """Per predicted position [B,T-1]: two blocks of the exact form, the variance of the real logit change, KL and dCE on the way."""
+    out = {"fisher_seq": fisher.sequence_form(model, layer, x, h, delta, p), "fisher_same": fisher.same_form(model, layer, x, h, delta, p),
+           "half_var": fisher.variance(p, log_q - log_p) / 2}
+    for alpha in ALPHAS[:-1]:
+        log_a = log_probs(tail(model, layer, x, h + alpha * delta))
+        out |= {f"kl_{alpha}": kl_divergence(p, log_p, log_a), f"ce_{alpha}": cross_entropy(log_a, x)}
+    return out
+
+
+def own_metrics(sums: dict, weights: np.ndarray) -> dict:
+    """The columns that Exp-C appends, per evaluated token: {metric: [W,C]}."""
+    total = {q: weights @ sums[q].T for q in ("n", "fisher", "fisher_seq", "fisher_same", "half_var", "kl", *(f"kl_{a}" for a in ALPHAS[:-1]))}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        forms = {"fisher_seq": total["fisher_seq"] / total["n"], "fisher_tok": total["fisher"] / total["n"],
+                 "fisher_same": total["fisher_same"] / total["n"], "half_var": total["half_var"] / total["n"]}
+        kl = lambda alpha: total["kl" if alpha == 1 else f"kl_{alpha}"]
+        return forms | {f"locality_{alpha:g}": kl(alpha) / (alpha ** 2 * total["fisher_seq"] / 2) for alpha in ALPHAS}
+
+
+def geometry(name: str, layer: str, settings: dict, device: torch.device) -> list[dict]:
+    """G and the activations' covariance Sigma of one hook, over all positions and without sinks: one row each, intervals over sequences.
+
+    G = E_t[G_t], the all-downstream block averaged over positions, from gradients with sampled labels: E[g_y g_y^T] (d x d, float64).
+    """
+    layer, (model, tokenizer) = int(layer), load_model(name, device)
+    rows, _ = heldout_rows(settings["data"], tokenizer, settings["ctx"], settings["eval_seqs"])
+    batch, draws = eval_batch(model, settings["ctx"], device), 4 * DRAWS
+    uniforms = torch.rand(len(rows), draws, rows.shape[1] - 1, generator=torch.Generator().manual_seed(1))
+    gram, states = {"all": [], "none": []}, []
+    h_all = torch.cat([head(model, layer, x.to(device)).cpu() for x in rows.split(batch)])[:, :-1]
+    norms = h_all.norm(dim=-1)
+    sink = sink_positions(norms, norms[:, 1:].median().item())
+    for start in tqdm(range(0, len(rows), batch), desc=f"geometry {name} L{layer}", leave=False):
+        x = rows[start:start + batch].to(device)
+        _, (_, *gradients) = clean_pass(model, layer, x, head(model, layer, x), uniforms[start:start + batch].transpose(0, 1).to(device))
+        g = torch.stack([gradient[:, :-1].cpu() for gradient in gradients]).double()  # [m,B,T-1,d]
+        calm = (~sink[start:start + batch]).double()[None, ..., None]
+        for which, kept in (("all", g), ("none", g * calm)):
+            gram[which] += list(torch.einsum("mbtd,mbte->bde", kept, kept) / draws)
+    out = []
+    for which, keep in (("all", torch.ones_like(sink)), ("none", ~sink)):
+        G, n = torch.stack(gram[which]).numpy(), keep.sum(1).double().numpy()
+        h = h_all.double() * keep[..., None]
+        S1, S2 = h.sum(1).numpy(), torch.einsum("btd,bte->bde", h, h).numpy()
+        draws_w = np.vstack([np.ones(len(rows)), np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), 200)])
+        values = []
+        for w in draws_w:
+            mean = w @ S1 / (w @ n)
+            values.append(shape_of_g(np.tensordot(w, G, 1) / (w @ n), np.tensordot(w, S2, 1) / (w @ n) - np.outer(mean, mean)))
+        row = dict(model=name, layer=layer, sinks="in" if which == "all" else "out", **values[0])
+        for key in ("top1", "pr", "alignment"):
+            row[f"{key}_lo"], row[f"{key}_hi"] = stats.interval(np.array([v[key] for v in values[1:]]))
+        out.append(row)
+    return out
+
+
+def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
+    """Of two symmetric [d,d]: trace, participation ratio and entropy rank of G, its top share, how its top directions lie to Sigma's.
+
+    pr = (tr G)^2 / tr G^2 is also the effective rank; overlap_r = |U_r(G)^T U_r(Sigma)|_F^2 / r (chance r/d); alignment = tr(G Sigma) d /
+    (tr G tr Sigma): 1 without alignment, below 1 where the model does not care for the directions in which h varies most.
+    """
+    d = len(G)
+    values, vectors = np.linalg.eigh(G)
+    values, vectors = np.clip(values[::-1], 0, None), vectors[:, ::-1]
+    s_values, s_vectors = np.linalg.eigh(sigma)
+    s_vectors, share = s_vectors[:, ::-1], values / values.sum()
+    out = {"trace": values.sum(), "pr": 1 / (share ** 2).sum(), "effective_rank": 1 / (share ** 2).sum() / d, "top1": share[0],
+           "entropy_rank": np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()), "pr_sigma": s_values.sum() ** 2 / (s_values ** 2).sum(),
+           "alignment": np.trace(G @ sigma) * d / (values.sum() * s_values.sum())}
+    return out | {f"overlap{r}": ((vectors[:, :r].T @ s_vectors[:, :r]) ** 2).sum() / r for r in (1, 4, 16)}
+
+
+# ---------------------------------------------------------------------------------------------- analysis
+def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_draws: int = 10_000) -> tuple[float, float]:
+    """C2': partial Spearman of x with y given base, k and budget, and its p by permutation within (k, budget). x, base, y [C].
+
+    Seeds of a cell are averaged first. Freedman and Lane 1983: what y has beyond the rest is permuted. Two-sided.
+    """
+    cells = list(dict.fromkeys(meta["cell"]))
+    where = [np.flatnonzero(meta["cell"] == c) for c in cells]
+    x, base, y = (stats.rankdata([v[i].mean() for i in where]) for v in (x, base, y))
+    stratum = np.array([f"{meta['k'][i[0]]}-{meta['tokens'][i[0]]}" for i in where])
+    Z = np.column_stack([stratum[:, None] == np.unique(stratum), base]).astype(float)
+    residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
+    rx, ry = residual @ x, residual @ y
+    if len(cells) < stats.MIN_CLUSTERS or min(rx @ rx, ry @ ry) < 1e-9 or len(Z) - np.linalg.matrix_rank(Z) < 2:
+        return np.nan, np.nan
+    rng, permuted = np.random.default_rng(0), np.tile(ry, (n_draws, 1))
+    for name in np.unique(stratum):
+        at = np.flatnonzero(stratum == name)
+        permuted[1:, at] = rng.permuted(permuted[1:, at], axis=1)
+    e = permuted @ residual
+    r = e @ rx / np.sqrt((e * e).sum(1) * (rx @ rx))
+    return float(r[0]), float(np.mean(np.abs(r) >= abs(r[0]) - 1e-9))
+
+
+def out_of_cluster_gain(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_resamples: int = 2000) -> tuple[float, float, float]:
+    """How much less of y's variance is left when x joins base and k in a linear model, each cell predicted by the others: share, lo, hi."""
+    Z = np.column_stack([meta["k"][:, None] == np.unique(meta["k"]), base]).astype(float)
+    cells = np.unique(meta["cell"])
+    errors = []
+    for design in (Z, np.column_stack([Z, x])):
+        e = np.empty(len(y))
+        for c in cells:
+            out = meta["cell"] == c
+            e[out] = y[out] - design[out] @ np.linalg.lstsq(design[~out], y[~out], rcond=None)[0]
+        errors.append(np.array([(e[meta["cell"] == c] ** 2).sum() for c in cells]))
+    w = np.random.default_rng(0).multinomial(len(cells), np.full(len(cells), 1 / len(cells)), n_resamples)
+    w = np.vstack([np.ones(len(cells)), w])
+    gain = 1 - (w @ errors[1]) / (w @ errors[0])
+    return float(gain[0]), *stats.interval(gain[1:])
+
+
+def ladder(values: dict, meta: dict) -> list[dict]:
+    """Partial Spearman with dCE given k of every rung between |delta|^2 and dCE, and what each step up loses or wins."""
+    rho = {name: stats.partial_spearman(oriented(name, values[name][0]), -values["dce"][0], meta) if name != "dce" else 1.0 for name, _, _ in LADDER}
+    rows = [{"rung": symbol, "what joins": what, "partial Spearman with ΔCE": rho[name]} for name, symbol, what in LADDER]
+    for below, row in zip([np.nan, *rho.values()], rows):
+        row["step"] = row["partial Spearman with ΔCE"] - below
+    return rows
+
+
+def calibration(values: dict, sums: dict, meta: dict) -> list[dict]:
+    """Per hook and alpha, over (SAE, sequence): slope of measured KL on alpha^2 delta^T G delta / 2, and of dCE on first plus second order.
+
+    Slope through the origin; r2 = 1 - sum (measured - predicted)^2 / sum (measured - mean)^2, no parameter fitted.
+    """
+    rows = []
+    for model, layer in sorted(set(zip(meta["model"], meta["layer"]))):
+        here = (meta["model"] == model) & (meta["layer"] == layer)
+        s = {q: v[here] / sums["n"][here] for q, v in sums.items() if q != "d"}
+        for alpha in ALPHAS:
+            tag = "" if alpha == 1 else f"_{alpha}"
+            kl, dce = s["kl" + tag], s["ce_recon" if alpha == 1 else "ce" + tag] - s["ce_orig"]
+            quadratic = alpha ** 2 * s["fisher_seq"] / 2
+            row = {"model": str(model), "layer": int(layer), "alpha": alpha}
+            for name, y, x in (("kl", kl, quadratic), ("dce", dce, alpha * s["gd"] + quadratic)):
+                row |= {f"{name}_slope": float((x * y).sum() / (x * x).sum()), f"{name}_r2": float(1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum())}
+            rows.append(row)
+    return rows
+
+
+def radius(row: dict) -> float:
+    """The largest alpha up to which KL stays within RADIUS of the quadratic form; 0 where it never does."""
+    inside = [abs(row[f"locality_{alpha:g}"] - 1) <= RADIUS for alpha in ALPHAS]
+    return max((alpha for i, alpha in enumerate(ALPHAS) if all(inside[:i + 1])), default=0.0)
+
+
+def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> dict:
+    """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz, geometry.csv and the gate."""
+    nulls, saes, values, meta = measured(out, settings, N_RESAMPLES, own_metrics)
+    rows, sums = load_results(out)
+    trained = np.array([row["recipe"] != "null" for row in rows])
+    sums = {q: v[trained] for q, v in sums.items()}
+    scores = {name: oriented(name, values[name]) for name in (*PROXIES, *FISHER)}
+    targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
+    board = []
+    for name, target in targets.items():
+        board += stats.leaderboard(scores, target, meta, settings["models"], target_name=name, controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
+    write_table(out / "leaderboard.csv", board, LEADERBOARD)
+    leaf, gate_text = read_gate(verdict_path, settings)
+    h2 = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], meta, settings["models"],
+                          controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
+    added, p = added_value(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
+    gain = out_of_cluster_gain(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
+    open_gate = h2["leaf"] == "supported"
+    ungated = "undecided" if np.isnan(added) else "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
+    rungs = ladder(values, meta)
+    lost = min(rungs[1:], key=lambda row: -row["step"])
+    verdict = dict(leaf=ungated if open_gate else "gated", leaf_if_ungated=ungated, gate=h2["leaf"], gate_text=gate_text, h2=h2, added=added, p=p,
+                   gain=dict(zip(("value", "lo", "hi"), gain)), ladder=rungs, lost_at=lost["rung"], lost=lost["step"],
+                   locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
+                   radius={f"{row['model']}@{row['layer']} k={row['k']} seed {row['seed']}": radius(row) for row in saes},
+                   thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS), settings=settings, rows_sha256=rows_hash(out))
+    verdict = json.loads(json.dumps(verdict), parse_constant=lambda _: None)
+    write_json(out / "verdict.json", verdict)
+    table = calibration(values, sums, meta)
+    plots(out, saes, sums, meta, table, board, settings)
+    write_report(out, nulls, saes, np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0), board, verdict, table, read_table(out / "geometry.csv"), settings)
+    return verdict
+
+
+def sentence(verdict: dict) -> str:
+    """The verdict in words."""
+    shown = "undefined" if verdict["added"] is None else f"partial Spearman with CE_rec given SWD and k {verdict['added']:+.2f}, p = {verdict['p']:.3f}"
+    text = {"supported": "The pullback Fisher predicts CE_rec beyond SWD", "rejected": "The pullback Fisher is not shown to predict CE_rec beyond SWD",
+            "undecided": "This grid cannot decide"}[verdict["leaf_if_ungated"]]
+    if verdict["leaf"] == "gated":
+        return f"H2': gated (H2 is {verdict['gate']}; {verdict['gate_text']}). Ungated it would read: {verdict['leaf_if_ungated']}. {text} ({shown})."
+    return f"H2': {verdict['leaf']}. {text} ({shown})."
+
+
+# ------------------------------------------------------------------------------------------ report, plots
+def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict, table, shapes, settings: dict) -> None:
+    gain = verdict["gain"]
+    number = lambda v: "undefined" if v is None else f"{v:+.2f}"
+    flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
+             for row, lo, hi in zip(saes, *interval)]
+    shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in ("top1", "pr", "alignment")} for row in shapes]
+    text = [
+        "# Exp-C: does the pullback Fisher add anything beyond SWD?", "", f"**{sentence(verdict)}**", "",
+        f"Beside it, descriptive: a linear model of CE_rec on k and SWD, each cell predicted from the others, leaves {number(gain['value'])} [{number(gain['lo'])}, "
+        f"{number(gain['hi'])}] less variance with the Fisher form in it (1 = all of it; negative: it predicts worse).", "",
+        "![calibration](calibration.png)", "", "## Leaderboard, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
+        "fisher_seq: δᵀGδ with all positions moved together, exact (half of it is KL for small δ); fisher_tok: each position's δ alone on all it reaches, from "
+        f"{DRAWS} draws of sampled labels; fisher_same: on its own prediction only, exact; half_var: ½Var_p of the real logit change. The rest, and how to read "
+        "the columns: Exp-B's report.", "", "![leaderboard](leaderboard.png)", "",
+        "## The ladder from |δ|² to ΔCE", "", markdown(verdict["ladder"], ["rung", "what joins", "partial Spearman with ΔCE", "step"]), "",
+        f"Partial Spearman given k. The largest step is at {verdict['lost_at']} ({number(verdict['lost'])}): below it the rank correlation with ΔCE is lost.", "",
+        "## Calibration", "", markdown(table, list(table[0])), "",
+        "Over (SAE, sequence), patching h + αδ. kl_slope: KL = slope · α²½δᵀGδ; dce_slope: ΔCE = slope · (α g·δ + α²½δᵀGδ); r2 of the prediction with slope 1. "
+        f"The quadratic model is believed up to the α where KL stays within {RADIUS:.0%} of it (`radius` below); beyond it ranks only. Median KL / quadratic: "
+        + ", ".join(f"α = {a}: {v:.2f}" for a, v in verdict["locality"].items()) + ".", "",
+        "## The shape of G", "", markdown(shapes, ["model", "layer", "sinks", "trace", "pr", "effective_rank", "entropy_rank", "top1", "pr_sigma", "overlap1", "overlap4",
+                                                   "overlap16", "alignment"]), "",
+        "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G, effective_rank the same over d; "
+        "overlap_r: mean squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the covariance, below 1 = the model "
+        "cares less for the directions in which h varies most. Intervals over sequences.", "",
+        "## Every SAE", "", markdown(flags, ["model", "layer", "k", "seed", "tokens", "r2", "swd_tok", "fisher_seq", "fisher_tok", "fisher_same", "kl", "ce_rec", "locality_0.1",
+                                             "locality_1", "radius", "rho", "fed", "fed_nosink", "interval", "flag"]), "",
+        "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; interval and flag: of fed without sinks. rho: how much "
+        "more the model cares about the error's direction than about a random one.", "",
+        "## Null rows (never in a correlation)", "", markdown(nulls, ["model", "layer", "sae", "r2", "fisher_seq", "fisher_same", "kl", "ce_rec", "rho"]), "",
+        *about_the_run(saes, settings)]
+    with atomically(out / "report.md") as temporary:
+        temporary.write_text("\n".join(text))
+
+
+def plots(out: pathlib.Path, saes, sums: dict, meta: dict, table, board, settings: dict) -> None:
+    plt = pyplot()
+    leaderboard_plot(out / "leaderboard.png", board)
+    colours = dict(zip(settings["models"], plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(settings["models"])))))
+    figure, axes = plt.subplots(1, len(ALPHAS), figsize=(4 * len(ALPHAS) + 0.5, 3.8), layout="constrained")
+    for axis, alpha in zip(axes, ALPHAS):
+        x = alpha ** 2 * sums["fisher_seq"].sum(1) / sums["n"].sum(1) / 2
+        y = sums["kl" if alpha == 1 else f"kl_{alpha}"].sum(1) / sums["n"].sum(1)
+        for model in settings["models"]:
+            here = meta["model"] == model
+            axis.scatter(x[here], y[here], s=12 + 2.5 * meta["k"][here], color=colours[model], alpha=0.75, edgecolor="white", linewidth=0.5, label=model)
+        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        axis.plot(ends, ends, color="0.4", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="α² ½ δᵀGδ per token", title=f"α = {alpha:g}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("KL per token, measured at h + αδ")
+    axes[0].legend(title="size = k", fontsize=8)
+    save_figure(figure, out / "calibration.png")
+
+
+# ---------------------------------------------------------------------------------------------------- main
+def main() -> None:
+    args = parse_args(__doc__, **GRID)
+    if (done := run(args, "expc_fisher", terms, own_metrics)) is None:
+        return
+    out, settings = done
+    if not args.from_dir and not (out / "geometry.csv").exists():
+        shapes = [row for hook in settings["hooks"] for row in geometry(*hook.rsplit("@", 1), settings, torch.device(settings["device"]))]
+        write_table(out / "geometry.csv", shapes, GEOMETRY)
+    verdict = analyse(out, settings, args.verdict)
+    print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
+    print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)
