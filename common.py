@@ -290,22 +290,25 @@ def head(model, layer: int, rows: torch.Tensor) -> torch.Tensor:
     return kept["h"]
 
 
-def tail(model, layer: int, rows: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+def tail(model, layer: int, rows: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
     """Logits [B,T,V] of the blocks after `layer`, fed h [B,T,d]. rows [B,T] only set the shape. Differentiable in h.
 
     The model's own forward runs, with one stand-in for the blocks 0..layer, so that nothing of it is written a second time.
+    unembedded=False: what the unembedding would be given, [B,T,d].
     """
     parent, attribute = blocks(model)
     whole, unembed = getattr(parent, attribute), model.get_output_embeddings()
     setattr(parent, attribute, torch.nn.ModuleList([_Give(h, model.blocks_return_tuples), *whole[layer + 1:]]))
     by_parts = h.device.type == "mps" and unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT
-    if by_parts:
+    if not unembedded:
+        unembed.forward = lambda y: y
+    elif by_parts:
         unembed.forward = lambda y: torch.cat([torch.nn.functional.linear(y, W) for W in unembed.weight.split(MPS_LONGEST_DOT // 2)], -1)
     try:
         return model(rows, use_cache=False).logits
     finally:
         setattr(parent, attribute, whole)
-        if by_parts:
+        if by_parts or not unembedded:
             del unembed.forward
 
 
@@ -359,7 +362,7 @@ def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> 
 
 
 # ------------------------------------------------------------------------------------- output folders
-RESULT_FILES = ("conditions.csv", "leaderboard.csv", "deltas.csv", "verdict.json", "report.md", "sequences.npz", "tokens.npz",
+RESULT_FILES = ("conditions.csv", "leaderboard.csv", "deltas.csv", "geometry.csv", "estimators.csv", "path.csv", "verdict.json", "report.md", "sequences.npz", "tokens.npz",
                 "run.json")
 LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"}
 # What two backends may differ by, relative to the larger of the value and the floor: an SAE trained in float32 amplifies the

@@ -162,10 +162,11 @@ def null_rows(hook: dict, saes: list[TopKSAE]) -> dict:
             "null-gaussian": gaussian}
 
 
-def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=None) -> tuple[list[dict], dict, dict]:
-    """Train (or find) the SAEs of one hook and evaluate them: (rows, sums {quantity: [C,S]}, per-token arrays).
+def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=None, study=None) -> tuple[list[dict], dict, dict, dict]:
+    """Train (or find) the SAEs of one hook and evaluate them: (rows, sums {quantity: [C,S]}, per-token arrays, own tables).
 
-    terms: see `proxies.evaluate`; own_metrics(sums, weights) turns their sums into columns of an experiment's own.
+    An experiment's own: terms, see `proxies.evaluate`; own_metrics(sums, weights) -> {column: [W,C]} from their sums;
+    study(hook, saes, device) -> {name of a table: rows}, each row with the hook's model and layer.
     """
     model, jobs = hook["model"], hook["jobs"]
     if device.type != "cpu":
@@ -180,6 +181,7 @@ def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=Non
     reconstructions = dict(zip(names, [*saes, *nulls.values()]))
     results = evaluate(model, hook["layer"], hook["rows"], reconstructions, eval_batch(model, args.ctx, device), keep_tokens=args.save_tokens,
                        what=f"{hook['name']} L{hook['layer']}", terms=terms)
+    tables = study(hook, saes, device) if study else {}
     model.to("cpu")
     n_seq, per_seq = len(hook["rows"]), args.ctx - 1
     sums = {q: np.stack([results[name]["sums"][q] for name in names]) for q in results[names[0]]["sums"]}
@@ -198,10 +200,10 @@ def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=Non
     sums["d"] = np.full(len(names), hook["d"])
     tokens = {f"{hook['name']}@{hook['layer']}/" + "-".join(map(str, name)) + f"/{q}": v
               for name in names for q, v in results[name]["tokens"].items()}
-    return rows, sums, tokens
+    return rows, sums, tokens, tables
 
 
-def run(args, script: str, terms=None, own_metrics=None) -> tuple[pathlib.Path, dict] | None:
+def run(args, script: str, terms=None, own_metrics=None, study=None) -> tuple[pathlib.Path, dict] | None:
     """Everything up to the results folder: (folder, settings), or None after --dry-run.
 
     Hooks that the folder already has are kept; --from takes a finished folder and runs nothing. Raises UserError.
@@ -223,11 +225,15 @@ def run(args, script: str, terms=None, own_metrics=None) -> tuple[pathlib.Path, 
     rows, sums = load_results(args.out)
     done = {(row["model"], row["layer"]) for row in rows}
     for hook in tqdm([h for h in hooks if (h["name"], h["layer"]) not in done], desc="hooks", leave=False):
-        new_rows, new_sums, tokens = run_hook(hook, args, torch.device(settings["device"]), terms, own_metrics)
+        new_rows, new_sums, tokens, tables = run_hook(hook, args, torch.device(settings["device"]), terms, own_metrics, study)
         rows += new_rows
         sums = {q: np.concatenate([sums[q], v]) if sums else v for q, v in new_sums.items()}
         if args.save_tokens:
             save_tokens(args.out, tokens)
+        for name, table in tables.items():  # before the rows that say that this hook is done
+            there = [row for row in (read_table(args.out / name) if (args.out / name).exists() else [])
+                     if (row["model"], row["layer"]) != (hook["name"], hook["layer"])]
+            write_table(args.out / name, sorted(there + table, key=lambda row: (row["model"], row["layer"])), list(table[0]))
         save_results(args.out, rows, sums)
     write_run(args.out, settings, seconds=round(time.time() - start, 1))
     return args.out, settings

@@ -12,12 +12,11 @@ import itertools
 import json
 import pathlib
 
-from common import (atomically, clean_pass, cross_entropy, head, kl_divergence, load_model, log_probs, markdown, parse_args, pyplot, read_table,
-                    readable_count, run_script, save_figure, tail, write_json, write_table)
+from common import (atomically, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, parse_args, pyplot, read_table, readable_count,
+                    run_script, save_figure, tail, write_json, write_table)
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import fisher
 import stats
@@ -25,7 +24,6 @@ from conditions import about_the_run, eval_batch, load_results, measured, rows_h
 from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
 from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, oriented
 from sae import sink_positions
-from text import heldout_rows
 
 GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,24,32,48", tokens="100k", expansion=4, eval_seqs=24, ctx=256)
 N_RESAMPLES = 2000
@@ -33,10 +31,8 @@ FISHER = ("fisher_seq", "fisher_tok", "fisher_same", "half_var")
 ALPHAS = (0.1, 0.3, 1.0)  # how far along delta the quadratic model is checked
 RADIUS = 0.2              # it holds where KL is within this share of it
 MIN_ADDED = 0.2           # C2': partial Spearman of the Fisher form with CE_rec given SWD
-LADDER = (("mse", "|δ|²", "how large the error is"), ("fisher_seq", "½δᵀGδ", "its direction weighed"), ("half_var", "½Var_p(Δz)", "the network's nonlinearity"),
+LADDER = (("mse", "‖δ‖²", "how large the error is"), ("fisher_seq", "½δᵀGδ", "its direction weighed"), ("half_var", "½Var_p(Δz)", "the network's nonlinearity"),
           ("kl", "KL", "the softmax"), ("dce", "ΔCE", "the labels"))
-GEOMETRY = ["model", "layer", "sinks", "trace", "effective_rank", "entropy_rank", "top1", "top1_lo", "top1_hi", "pr", "pr_lo", "pr_hi",
-            "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment", "alignment_lo", "alignment_hi"]
 
 
 # ------------------------------------------------------------------------------------------- measurement
@@ -60,41 +56,104 @@ def own_metrics(sums: dict, weights: np.ndarray) -> dict:
         return forms | {f"locality_{alpha:g}": kl(alpha) / (alpha ** 2 * total["fisher_seq"] / 2) for alpha in ALPHAS}
 
 
-def geometry(name: str, layer: str, settings: dict, device: torch.device) -> list[dict]:
-    """G and the activations' covariance Sigma of one hook, over all positions and without sinks: one row each, intervals over sequences.
+def study(hook: dict, saes: list, device: torch.device) -> dict:
+    """What is measured once per hook, on few sequences or without an SAE: {table: rows}."""
+    model, layer, rows = hook["model"], hook["layer"], hook["rows"]
+    batch = eval_batch(model, rows.shape[1], device)
+    name = {"model": hook["name"], "layer": layer}
+    return {"geometry.csv": [name | row for row in geometry(model, layer, rows, batch)],
+            "estimators.csv": [name | row for row in estimators(model, layer, rows[:batch].to(device), saes[len(saes) // 2])],
+            "path.csv": [name | row for row in path(model, layer, rows[:batch].to(device), saes[len(saes) // 2])]}
+
+
+def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
+    """G and the activations' covariance Sigma, over all positions and without sinks: one row each, intervals over sequences.
 
     G = E_t[G_t], the all-downstream block averaged over positions, from gradients with sampled labels: E[g_y g_y^T] (d x d, float64).
     """
-    layer, (model, tokenizer) = int(layer), load_model(name, device)
-    rows, _ = heldout_rows(settings["data"], tokenizer, settings["ctx"], settings["eval_seqs"])
-    batch, draws = eval_batch(model, settings["ctx"], device), 4 * DRAWS
+    device, draws = next(model.parameters()).device, 4 * DRAWS
     uniforms = torch.rand(len(rows), draws, rows.shape[1] - 1, generator=torch.Generator().manual_seed(1))
-    gram, states = {"all": [], "none": []}, []
     h_all = torch.cat([head(model, layer, x.to(device)).cpu() for x in rows.split(batch)])[:, :-1]
     norms = h_all.norm(dim=-1)
     sink = sink_positions(norms, norms[:, 1:].median().item())
-    for start in tqdm(range(0, len(rows), batch), desc=f"geometry {name} L{layer}", leave=False):
+    gram: dict[str, list] = {"in": [], "out": []}
+    for start in range(0, len(rows), batch):
         x = rows[start:start + batch].to(device)
         _, (_, *gradients) = clean_pass(model, layer, x, head(model, layer, x), uniforms[start:start + batch].transpose(0, 1).to(device))
         g = torch.stack([gradient[:, :-1].cpu() for gradient in gradients]).double()  # [m,B,T-1,d]
-        calm = (~sink[start:start + batch]).double()[None, ..., None]
-        for which, kept in (("all", g), ("none", g * calm)):
-            gram[which] += list(torch.einsum("mbtd,mbte->bde", kept, kept) / draws)
+        for sinks, kept in (("in", g), ("out", g * (~sink[start:start + batch])[None, ..., None])):
+            gram[sinks] += list(torch.einsum("mbtd,mbte->bde", kept, kept) / draws)
+    weights = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), 200)
     out = []
-    for which, keep in (("all", torch.ones_like(sink)), ("none", ~sink)):
-        G, n = torch.stack(gram[which]).numpy(), keep.sum(1).double().numpy()
-        h = h_all.double() * keep[..., None]
-        S1, S2 = h.sum(1).numpy(), torch.einsum("btd,bte->bde", h, h).numpy()
-        draws_w = np.vstack([np.ones(len(rows)), np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), 200)])
-        values = []
-        for w in draws_w:
-            mean = w @ S1 / (w @ n)
-            values.append(shape_of_g(np.tensordot(w, G, 1) / (w @ n), np.tensordot(w, S2, 1) / (w @ n) - np.outer(mean, mean)))
-        row = dict(model=name, layer=layer, sinks="in" if which == "all" else "out", **values[0])
+    for sinks, keep in (("in", torch.ones_like(sink)), ("out", ~sink)):
+        G, n, h = torch.stack(gram[sinks]).numpy(), keep.sum(1).double().numpy(), h_all.double() * keep[..., None]
+        first, second = h.sum(1).numpy(), torch.einsum("btd,bte->bde", h, h).numpy()
+        shapes = []
+        for w in (np.ones(len(rows)), *weights):
+            mean = w @ first / (w @ n)
+            shapes.append(shape_of_g(np.tensordot(w, G, 1) / (w @ n), np.tensordot(w, second, 1) / (w @ n) - np.outer(mean, mean)))
+        row = dict(sinks=sinks, **shapes[0])
         for key in ("top1", "pr", "alignment"):
-            row[f"{key}_lo"], row[f"{key}_hi"] = stats.interval(np.array([v[key] for v in values[1:]]))
+            row[f"{key}_lo"], row[f"{key}_hi"] = stats.interval(np.array([shape[key] for shape in shapes[1:]]))
         out.append(row)
     return out
+
+
+def estimators(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
+    """Cheaper ways to the same quadratic form of one SAE (all positions together): the mean of 50 repeats over the exact form, and their SD over it.
+
+    The research log's subsampled Jacobian with diagonal F, S rows of the vocabulary per token; sampled labels, m draws.
+    """
+    h, delta, p = reconstruction_error(model, layer, x, sae)
+    with torch.no_grad():
+        u = fisher.push_forward(model, layer, x, h, delta)
+    exact, vocab, repeats = fisher.variance(p, u).sum().item(), p.shape[-1], 50
+    generator, rows = torch.Generator().manual_seed(2), []
+    p_cpu, u_cpu = p.cpu(), u.cpu()
+
+    def add(name, cost, draws):
+        draws = np.array(draws) / exact
+        rows.append({"estimator": name, "per token": cost, "mean": draws.mean(), "sd": draws.std(ddof=1) if len(draws) > 1 else np.nan})
+
+    for size in (32, 256):
+        drawn = {"uniform rows": lambda: torch.randint(vocab, (*p.shape[:2], size), generator=generator),
+                 "rows from p": lambda: torch.multinomial(p_cpu.flatten(0, 1), size, replacement=True, generator=generator).view(*p.shape[:2], size)}
+        for (name, draw), centred in itertools.product(drawn.items(), (True, False)):
+            add(f"diagonal F, {name}, {'centred' if centred else 'as proposed, uncentred'}", f"{size} rows",
+                [fisher.subsampled_form(p_cpu, u_cpu, draw(), name == "rows from p", centred).sum().item() for _ in range(repeats)])
+    uniforms = torch.rand(repeats, *p.shape[:2], generator=generator).to(x.device)
+    _, (g, *gradients) = clean_pass(model, layer, x, h, uniforms)
+    draws = fisher.sampled_form(gradients, delta)[1].sum(1).cpu().numpy()
+    add("sampled labels (true Fisher)", "1 draw", draws)
+    add("sampled labels (true Fisher)", f"{DRAWS} draws", draws[:repeats // DRAWS * DRAWS].reshape(-1, DRAWS).mean(1))
+    add("the data's labels (empirical Fisher, swd_seq)", "1 label", [fisher.sampled_form([g], delta)[1].sum().item()])
+    return rows
+
+
+def path(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
+    """dCE of one SAE as the integral of g.delta from h to h_hat (exact by the fundamental theorem): Gauss-Legendre with m nodes against measured.
+
+    m = 0 is the plain first-order term g(h).delta, which every gradient proxy starts from.
+    """
+    h, delta, p = reconstruction_error(model, layer, x, sae)
+    with torch.no_grad():
+        ce = [cross_entropy(log_probs(tail(model, layer, x, h + a * delta)), x).cpu().double().mean().item() for a in (0, 1)]
+    measured, rows = ce[1] - ce[0], []
+    slope = lambda a: (clean_pass(model, layer, x, h + a * delta)[1][0] * delta).cpu().double().sum().item() / p[..., 0].numel()
+    for m in (0, 1, 2, 4, 8, 16):
+        nodes, w = np.polynomial.legendre.leggauss(m) if m else (np.array([-1.0]), np.array([2.0]))
+        integral = sum(weight / 2 * slope((node + 1) / 2) for node, weight in zip(nodes, w))
+        rows.append({"nodes": m, "integral": integral, "measured": measured, "error": abs(integral - measured) / abs(measured)})
+    return rows
+
+
+def reconstruction_error(model, layer: int, x: torch.Tensor, sae) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h [B,T,d], delta [B,T,d] (0 at the last position), p [B,T-1,V] of the clean run."""
+    h = head(model, layer, x)
+    with torch.no_grad():
+        delta = sae.decode(*sae.encode(h.flatten(0, 1))).view_as(h) - h
+        delta[:, -1] = 0
+        return h, delta, log_probs(tail(model, layer, x, h)).exp()
 
 
 def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
@@ -220,7 +279,7 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     write_json(out / "verdict.json", verdict)
     table = calibration(values, sums, meta)
     plots(out, saes, sums, meta, table, board, settings)
-    write_report(out, nulls, saes, np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0), board, verdict, table, read_table(out / "geometry.csv"), settings)
+    write_report(out, nulls, saes, np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0), board, verdict, table, settings)
     return verdict
 
 
@@ -235,12 +294,14 @@ def sentence(verdict: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict, table, shapes, settings: dict) -> None:
+def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict, table, settings: dict) -> None:
     gain = verdict["gain"]
     number = lambda v: "undefined" if v is None else f"{v:+.2f}"
     flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
              for row, lo, hi in zip(saes, *interval)]
-    shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in ("top1", "pr", "alignment")} for row in shapes]
+    shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in ("top1", "pr", "alignment")}
+              for row in read_table(out / "geometry.csv")]
+    cheap, integral = read_table(out / "estimators.csv"), read_table(out / "path.csv")
     text = [
         "# Exp-C: does the pullback Fisher add anything beyond SWD?", "", f"**{sentence(verdict)}**", "",
         f"Beside it, descriptive: a linear model of CE_rec on k and SWD, each cell predicted from the others, leaves {number(gain['value'])} [{number(gain['lo'])}, "
@@ -260,6 +321,11 @@ def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict,
         "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G, effective_rank the same over d; "
         "overlap_r: mean squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the covariance, below 1 = the model "
         "cares less for the directions in which h varies most. Intervals over sequences.", "",
+        "## Cheaper estimators of δᵀGδ", "", markdown(cheap, list(cheap[0])), "",
+        "Of the middle SAE of each hook on a few sequences; mean and SD of 50 repeats over the exact form. A mean away from 1 is bias: the uncentred diagonal F adds "
+        "(E_p u)², and rows drawn uniformly miss where p has its mass (their SD says so); rows drawn from p and centred are the sampled-label estimator by another name.", "",
+        "## ΔCE as an integral along h → ĥ", "", markdown(integral, list(integral[0])), "",
+        "The upper anchor of any gradient proxy: nodes of Gauss-Legendre until the integral of g·δ is the measured ΔCE (nats per token); 0 nodes: first order at h.", "",
         "## Every SAE", "", markdown(flags, ["model", "layer", "k", "seed", "tokens", "r2", "swd_tok", "fisher_seq", "fisher_tok", "fisher_same", "kl", "ce_rec", "locality_0.1",
                                              "locality_1", "radius", "rho", "fed", "fed_nosink", "interval", "flag"]), "",
         "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; interval and flag: of fed without sinks. rho: how much "
@@ -293,12 +359,9 @@ def plots(out: pathlib.Path, saes, sums: dict, meta: dict, table, board, setting
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     args = parse_args(__doc__, **GRID)
-    if (done := run(args, "expc_fisher", terms, own_metrics)) is None:
+    if (done := run(args, "expc_fisher", terms, own_metrics, study)) is None:
         return
     out, settings = done
-    if not args.from_dir and not (out / "geometry.csv").exists():
-        shapes = [row for hook in settings["hooks"] for row in geometry(*hook.rsplit("@", 1), settings, torch.device(settings["device"]))]
-        write_table(out / "geometry.csv", shapes, GEOMETRY)
     verdict = analyse(out, settings, args.verdict)
     print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")

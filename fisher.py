@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import tail
@@ -23,15 +24,21 @@ from common import tail
 def push_forward(model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """u = J delta [B,T-1,V]: how the logits move to first order when all positions of h [B,T,d] move by delta.
 
-    Forward-mode AD, one pass. Attention runs in plain operations: the fused kernels have no forward derivative (pytorch
-    #128971). Where something else on the way has none, u comes from two backward passes (`push_forward_twice`).
+    Forward-mode AD in one pass up to the final norm; the unembedding, being linear, only meets the tangent. Attention runs in
+    plain operations: the fused kernels have no forward derivative (pytorch #128971). On MPS, whose attention is decomposed
+    for backward passes only (#179294), and where something else has no forward derivative, u comes from two backward passes.
     """
-    logits = lambda x: tail(model, layer, rows, x)[:, :-1].float() if x.dtype != torch.float64 else tail(model, layer, rows, x)[:, :-1]
+    linear = getattr(model.config, "final_logit_softcapping", None) is None
+    f = lambda x: tail(model, layer, rows, x, unembedded=not linear)[:, :-1]
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         try:
-            return torch.func.jvp(logits, (h,), (delta,))[1]
+            if h.device.type == "mps":
+                raise NotImplementedError
+            with forward_ad.dual_level():
+                moved = forward_ad.unpack_dual(f(forward_ad.make_dual(h, delta))).tangent
         except NotImplementedError:
-            return push_forward_twice(logits, h, delta)
+            moved = push_forward_twice(f, h, delta)
+    return torch.nn.functional.linear(moved, model.get_output_embeddings().weight) if linear else moved
 
 
 def push_forward_twice(f: Callable, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

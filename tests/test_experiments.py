@@ -242,3 +242,35 @@ def test_rooms_know_only_what_they_may():
         assert not imported & (experiments - {path.stem}), path.name
         if path.stem in ("kernels", "stats"):
             assert not imported & names, path.name
+
+
+# ------------------------------------------------------------------------------------------------- Exp-C
+def test_exp_c_whole_killed_and_without_a_model(tmp_path):
+    small = ["--models", "stdlib-s,stdlib-m@2,stdlib-m", "--k", "2,8", "--tokens", "3k", "--eval-seqs", "8", "--ctx", "64"]
+    command = [sys.executable, str(ROOT / "expc_fisher.py"), *small, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    process, deadline = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 120
+    while not (tmp_path / "out" / "conditions.csv").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)  # one hook of three is done
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = script("expc_fisher.py", *small, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    whole = contents(tmp_path / "out")
+    assert list(whole) == ["calibration.png", "conditions.csv", "estimators.csv", "geometry.csv", "leaderboard.csv", "leaderboard.png", "path.csv", "report.md",
+                           "sequences.npz", "verdict.json"]
+    script("expc_fisher.py", *small, "--out", tmp_path / "again", "--cache", tmp_path / "other")
+    assert contents(tmp_path / "again") == whole
+    for name in ("leaderboard.csv", "verdict.json", "report.md", "calibration.png"):
+        (tmp_path / "again" / name).unlink()
+    script("expc_fisher.py", "--from", tmp_path / "again")
+    assert contents(tmp_path / "again") == whole
+    rows = read_table(tmp_path / "out" / "conditions.csv")
+    assert list(rows[0])[-7:] == ["fisher_seq", "fisher_tok", "fisher_same", "half_var", "locality_0.1", "locality_0.3", "locality_1"]
+    for row in rows:
+        if row["sae"] == "null-identity":
+            assert row["fisher_seq"] == row["fisher_same"] == 0
+        elif row["recipe"] == "base":
+            assert row["locality_0.1"] == pytest.approx(1, abs=0.25) and row["fisher_seq"] > 0
+    assert {(r["model"], r["layer"]) for r in read_table(tmp_path / "out" / "geometry.csv")} == {("stdlib-s", 3), ("stdlib-m", 2), ("stdlib-m", 3)}
+    board = read_table(tmp_path / "out" / "leaderboard.csv")
+    assert {"fisher_seq", "fisher_tok", "fisher_same", "half_var", "swd_tok", "r2"} <= {r["proxy"] for r in board}
+    assert "H2': gated" in done.stdout and json.loads((tmp_path / "out" / "verdict.json").read_text())["leaf"] == "gated"

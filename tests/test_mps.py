@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import common
 import conditions
+import expc_fisher
 from sae import TRAIN_VERSION
 
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")  # without an index torch would ask the MPS runtime for one
@@ -163,7 +164,7 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
             for recipe in ("base", "saelens") for k in (2, 4)]
     hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), jobs=jobs, d=32)
     args = types.SimpleNamespace(expansion=4, cache=folder / device.type, ctx=16, save_tokens=True, sinks=["drop"])
-    return conditions.run_hook(hook, args, device)[0]
+    return conditions.run_hook(hook, args, device, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study)[0]
 
 
 def test_whole_pipeline(tmp_path):

@@ -1,0 +1,169 @@
+"""Exp-C's statistics and studies on planted truths; the forward-mode passes on an embedded model."""
+import numpy as np
+import pytest
+import torch
+
+import expc_fisher
+import fisher
+import stats
+from common import clean_pass, head, load_model, log_probs, tail
+from conftest import tiny_model
+from proxies import evaluate, metrics, sequence_weights
+from sae import tied_init
+
+
+def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embedded_model():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from text import heldout_rows
+    model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
+    x = heldout_rows("stdlib", tokenizer, 64, 2)[0]
+    exact = model.double()
+    h = head(exact, 3, x)
+    delta = 0.5 * h.std() * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(0))
+    f = lambda y: tail(exact, 3, x, y)[:, :-1]
+    u = fisher.push_forward(exact, 3, x, h, delta)
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(fisher.push_forward_twice(f, h, delta), u, rtol=1e-9, atol=1e-10)
+    with torch.no_grad():
+        differences = (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)) / 2e-5
+    torch.testing.assert_close(u, differences, rtol=1e-5, atol=1e-6)
+    single = fisher.push_forward(model.float(), 3, x, h.float(), delta.float())
+    assert (single - u).norm() / u.norm() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def hook():
+    model = tiny_model()
+    rows = torch.randint(0, 41, (4, 12), generator=torch.Generator().manual_seed(5))
+    h = head(model, 1, rows)
+    delta = torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(6))
+    delta[:, -1] = 0
+    return model, rows, h, delta
+
+
+def test_the_quadratic_form_is_kl_for_small_errors(hook):
+    """Locality -> 1 as alpha -> 0, at the rate of a third-order remainder."""
+    model, rows, h, delta = hook
+    log_p = log_probs_64(tail(model, 1, rows, h))
+    form = fisher.sequence_form(model, 1, rows, h, delta, log_p.exp()).sum()
+    off = []
+    for alpha in (1e-2, 1e-3):
+        log_q = log_probs_64(tail(model, 1, rows, h + alpha * delta))
+        off.append(((log_p.exp() * (log_p - log_q)).sum() / (alpha ** 2 * form / 2) - 1).abs().item())
+    assert off[1] < 2e-3 and off[1] < 0.2 * off[0]
+
+
+def log_probs_64(logits):
+    return torch.log_softmax(logits[:, :-1], -1)
+
+
+def test_the_path_integral_is_dce(hook):
+    model, rows, _, _ = hook
+    model = tiny_model(dtype=torch.float32)
+    sae = tied_init(16, 48, 5, 0, head(model, 1, rows).flatten(0, 1).mean(0)).requires_grad_(False)
+    table = {row["nodes"]: row for row in expc_fisher.path(model, 1, rows, sae)}
+    assert table[16]["error"] < 1e-4 < table[0]["error"] and table[16]["error"] < table[2]["error"]
+
+
+def test_estimators_on_a_tiny_model(hook):
+    model, rows, _, _ = hook
+    model = tiny_model(dtype=torch.float32)
+    sae = tied_init(16, 48, 5, 0, head(model, 1, rows).flatten(0, 1).mean(0)).requires_grad_(False)
+    table = {(row["estimator"], row["per token"]): row for row in expc_fisher.estimators(model, 1, rows, sae)}
+    for name in ("diagonal F, uniform rows, centred", "diagonal F, rows from p, centred"):
+        row = table[name, "256 rows"]
+        assert abs(row["mean"] - 1) < 4 * row["sd"] / 50 ** 0.5, name
+    assert table["diagonal F, rows from p, centred", "256 rows"]["sd"] < table["diagonal F, uniform rows, centred", "256 rows"]["sd"]
+    assert table["diagonal F, rows from p, as proposed, uncentred", "256 rows"]["mean"] > 1.05
+    sampled = table["sampled labels (true Fisher)", "1 draw"]
+    assert abs(sampled["mean"] - 1) < 4 * sampled["sd"] / 50 ** 0.5
+
+
+def test_geometry_of_a_known_pair():
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.standard_normal((20, 20)))[0]
+    G = q @ np.diag([8, 4, 4] + [0] * 17) @ q.T
+    shape = expc_fisher.shape_of_g(G, q @ np.diag([1.0] * 3 + [0] * 17) @ q.T)
+    assert shape["pr"] == pytest.approx(256 / 96) and shape["trace"] == pytest.approx(16) and shape["top1"] == pytest.approx(0.5)
+    assert shape["alignment"] == pytest.approx(16 * 20 / (16 * 3)) and shape["entropy_rank"] == pytest.approx(2 ** 1.5)
+    assert expc_fisher.shape_of_g(np.eye(20), G)["alignment"] == pytest.approx(1) and expc_fisher.shape_of_g(G, G)["overlap1"] == pytest.approx(1)
+
+
+def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
+    """Its trace against E|g_y|^2 = the mean of tr G_t, exact by pushing every basis vector of every position forward."""
+    model, rows, h, _ = hook
+    p = log_probs_64(tail(model, 1, rows, h)).exp()
+    trace = 0.0
+    for t in range(rows.shape[1] - 1):
+        for i in range(16):
+            unit = torch.zeros_like(h)
+            unit[:, t, i] = 1
+            trace += fisher.sequence_form(model, 1, rows, h, unit, p).sum().item()
+    single = tiny_model(dtype=torch.float32)
+    shapes = {row["sinks"]: row for row in expc_fisher.geometry(single, 1, rows.repeat(8, 1), 4)}
+    assert shapes["in"]["trace"] == pytest.approx(trace / (rows.shape[1] - 1) / len(rows), rel=0.06)
+    assert shapes["in"]["top1_lo"] <= shapes["in"]["top1"] <= shapes["in"]["top1_hi"]
+
+
+# --------------------------------------------------------------------------------------------- the flag
+def test_planted_errors_get_their_flag():
+    """Isotropic: rho = 1 within its interval. Along the top eigenvector of G: flatters. Along G's null space: underrates."""
+    from leaderboard import flag
+    model = tiny_model(dtype=torch.float32)
+    rows = torch.randint(0, 41, (64, 12), generator=torch.Generator().manual_seed(5))
+    h = head(model, 1, rows)
+    noise = torch.Generator().manual_seed(7)
+    _, (_, *gradients) = clean_pass(model, 1, rows, h, torch.rand(16, 64, 11, generator=noise))
+    G = sum(torch.einsum("btd,bte->de", g, g) for g in gradients)
+    top = torch.linalg.eigh(G).eigenvectors[:, -1]
+    null = torch.ones(16) / 4  # GPT-NeoX reads the stream through LayerNorm: the all-ones direction is null
+    null = 0.98 * null + 0.2 * torch.linalg.eigh(G).eigenvectors[:, 1]  # not exactly: the form would be 0, its log minus infinity
+    errors = {"isotropic": lambda x, mean: x + 0.1 * torch.randn(x.shape, generator=noise),
+              "top": lambda x, mean: x + 0.1 * torch.randn(len(x), 1, generator=noise) * top,
+              "null": lambda x, mean: x + 0.1 * torch.randn(len(x), 1, generator=noise) * null}
+    results = evaluate(model, 1, rows, errors, 64)
+    weights = sequence_weights(64, 1000, 0)
+    said = {}
+    for name, result in results.items():
+        values = metrics({q: v[None] for q, v in result["sums"].items()}, weights, 16)
+        said[name] = [np.quantile(values[m][3:, 0], [0.025, 0.975]) for m in ("fed_nosink", "rho")]
+    assert flag(*said["top"][0]) == "R² flatters this SAE" and flag(*said["null"][0]) == "R² underrates it"
+    assert said["isotropic"][1][0] < 1 < said["isotropic"][1][1] and said["top"][1][0] > 1 > said["null"][1][1]
+
+
+# -------------------------------------------------------------------------------------------------- C2'
+def conditions(rng, own: float, cells: int = 6, models: int = 3):
+    """(x, base, y, meta): y rises with base, and by `own` with what x has beyond it, both apart from k."""
+    k = np.tile(2.0 ** np.arange(cells), models)
+    base, extra = rng.standard_normal((2, len(k)))
+    meta = dict(k=k, tokens=np.zeros(len(k)), cell=np.arange(len(k)).astype(str))
+    return 3 * np.log(k) + base + extra, 3 * np.log(k) + base, 5 * np.log(k) + base + own * extra + 0.3 * rng.standard_normal(len(k)), meta
+
+
+def test_added_value_is_found_and_not_invented():
+    rng = np.random.default_rng(0)
+    found = [expc_fisher.added_value(*conditions(rng, 1.0), n_draws=500) for _ in range(60)]
+    none = [expc_fisher.added_value(*conditions(rng, 0.0), n_draws=500) for _ in range(300)]
+    assert np.mean([r >= 0.2 and p < 0.05 for r, p in found]) > 0.8
+    assert 0.02 < np.mean([p < 0.05 for _, p in none]) < 0.08
+    gains = [expc_fisher.out_of_cluster_gain(*conditions(rng, own)[:3], conditions(rng, own)[3])[0] for own in (1.0, 0.0) for _ in range(20)]
+    assert np.median(gains[:20]) > 0.3 > 0 > np.median(gains[20:]) - 0.02
+
+
+def test_added_value_is_undefined_where_nothing_is_left():
+    x, base, y, meta = conditions(np.random.default_rng(0), 1.0, cells=6, models=1)  # one condition per k
+    assert np.isnan(expc_fisher.added_value(x, base, y, meta)).all()
+    x, base, y, meta = conditions(np.random.default_rng(0), 1.0)
+    assert np.isnan(expc_fisher.added_value(base, base, y, meta)).all()
+
+
+def test_calibration_is_one_where_the_model_is_quadratic():
+    rng = np.random.default_rng(0)
+    n, form = np.full((5, 8), 10.0), rng.uniform(1, 3, (5, 8)) * 10
+    sums = {"n": n, "fisher_seq": form, "gd": np.zeros((5, 8)), "ce_orig": 20 * n, "kl": form / 2, "ce_recon": 20 * n + form / 2}
+    sums |= {f"kl_{a}": a ** 2 * form / 2 for a in (0.1, 0.3)} | {f"ce_{a}": 20 * n + a ** 2 * form / 2 for a in (0.1, 0.3)}
+    for row in expc_fisher.calibration(sums | {"ce_rec": n}, sums, dict(model=np.full(5, "m"), layer=np.full(5, 1))):
+        assert [row[key] for key in ("kl_slope", "kl_r2", "dce_slope", "dce_r2")] == pytest.approx([1, 1, 1, 1])
+    assert expc_fisher.radius({"locality_0.1": 1.05, "locality_0.3": 1.1, "locality_1": 1.3}) == 0.3
+    assert expc_fisher.radius({"locality_0.1": 1.3, "locality_0.3": 1.0, "locality_1": 1.0}) == 0.0
+    assert stats.MIN_CLUSTERS == 6
