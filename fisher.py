@@ -31,12 +31,11 @@ def push_forward(model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: 
     linear = getattr(model.config, "final_logit_softcapping", None) is None
     f = lambda x: tail(model, layer, rows, x, unembedded=not linear)[:, :-1]
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        try:
-            if h.device.type == "mps":
-                raise NotImplementedError
-            with forward_ad.dual_level():
+        moved = None
+        if h.device.type != "mps":
+            with contextlib.suppress(NotImplementedError), forward_ad.dual_level():
                 moved = forward_ad.unpack_dual(f(forward_ad.make_dual(h, delta))).tangent
-        except NotImplementedError:
+        if moved is None:
             moved = push_forward_twice(f, h, delta)
     return torch.nn.functional.linear(moved, model.get_output_embeddings().weight) if linear else moved
 
