@@ -140,3 +140,32 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     assert abs(sequence.sum(1).mean().item() - exact) < 4 * sequence.sum(1).std().item() / big ** 0.5
     per_token = dense(p, J, delta, "token").sum().item()
     assert abs(token.sum((1, 2)).mean().item() - per_token) < 4 * token.sum((1, 2)).std().item() / big ** 0.5
+
+
+def other_families():
+    import transformers
+    common = dict(vocab_size=17, hidden_size=8, num_hidden_layers=3, num_attention_heads=4, intermediate_size=16, max_position_embeddings=32, initializer_range=0.3)
+    yield "llama", transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=2))
+    yield "qwen2", transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, num_key_value_heads=2))
+    yield "gpt2", transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=17, n_embd=8, n_layer=3, n_head=4, n_positions=32, initializer_range=0.3,
+                                                                      resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    yield "gemma2", transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**common, num_key_value_heads=2, head_dim=4, sliding_window=3, query_pre_attn_scalar=4,
+                                                                             final_logit_softcapping=2.0, attn_logit_softcapping=None))
+
+
+@pytest.mark.parametrize("name, model", list(other_families()), ids=lambda x: x if isinstance(x, str) else "")
+def test_forms_on_other_families(name, model):
+    """Grouped keys, tied and scaled embeddings, sliding windows, capped logits: against dense Jacobians."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    model = model.double().eval().requires_grad_(False)
+    rows = torch.randint(0, 17, (2, 6), generator=torch.Generator().manual_seed(3))
+    h = head(model, LAYER, rows)
+    delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
+    delta[:, -1] = 0
+    with sdpa_kernel(SDPBackend.MATH):
+        J = torch.stack([torch.autograd.functional.jacobian(lambda x: tail(model, LAYER, rows[b:b + 1], x)[0, :-1], h[b:b + 1])[:, :, 0]
+                         for b in range(len(rows))])
+    p = log_probs_64(tail(model, LAYER, rows, h)).exp()
+    exact = 1e-5 if name in ("llama", "qwen2", "gemma2") else 1e-10  # their norms compute in float32
+    for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
+        torch.testing.assert_close(form(model, LAYER, rows, h, delta, p), dense(p, J, delta, which)[:, :5], rtol=exact, atol=exact * 1e-2)
