@@ -90,7 +90,7 @@ def shape_of(name: str):
         raise UserError(f"--models {name}: {str(error).strip().splitlines()[0]} (embedded: {', '.join(EMBEDDED)})") from error
 
 
-def cost(name: str, layer: int | None, args) -> dict:
+def cost(name: str, layer: int | None, args, more_passes: int = 0) -> dict:
     """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products."""
     model = shape_of(name)
     layer, d = pick_layer(model, name, layer), model.config.hidden_size
@@ -108,7 +108,7 @@ def cost(name: str, layer: int | None, args) -> dict:
     saes, n_tok = runs * len(args.recipe) * len(args.tokens), args.eval_seqs * args.ctx
     train = len(args.sinks) * max(args.tokens) * head + trained * 2.5 * dense  # encode, and the sparse rest
     patches = saes + len(NULLS)
-    evaluation = n_tok * (head + tail * (1 + 2 * (1 + 4) + 2 + 2 * patches) + patches * dense)
+    evaluation = n_tok * (head + tail * (1 + 2 * (1 + 4) + 2 + (2 + more_passes) * patches) + patches * dense)
     parameters = 2 * d * args.expansion * d * 4
     many = max(args.tokens) > CHUNK  # then all runs of a stream live at once, with gradients and Adam's moments
     return dict(hook=f"{name}@{layer}", saes=saes, train_tokens=readable_count(round(trained)), tflops=(train + evaluation) / 1e12,
@@ -117,8 +117,11 @@ def cost(name: str, layer: int | None, args) -> dict:
                 disk_gb=parameters * saes / 1e9)
 
 
-def dry_run(args) -> None:
-    """Print the grid and what it would cost. Nothing is loaded, downloaded or written."""
+def dry_run(args, more_passes: int = 0) -> None:
+    """Print the grid and what it would cost. Nothing is loaded, downloaded or written.
+
+    more_passes: what an experiment's own terms cost per SAE, in passes through the tail.
+    """
     device = pick_device(args.device)
     a = torch.randn(2048, 2048, device=device)
     (a @ a).sum().item()
@@ -127,7 +130,7 @@ def dry_run(args) -> None:
         b = a @ a
     b.sum().item()
     here = 5 * 2 * 2048 ** 3 / (time.perf_counter() - start) / 1e12
-    rows = [cost(name, layer, args) for name, layer in args.models]
+    rows = [cost(name, layer, args, more_passes) for name, layer in args.models]
     total = sum(row["tflops"] for row in rows)
     print(markdown(rows, ["hook", "saes", "train_tokens", "tflops", "memory_gb", "disk_gb"]))
     print(f"\nk {args.k}, tokens {[readable_count(t) for t in args.tokens]}, seeds {args.seeds}, {args.expansion}x, recipe {args.recipe}, sinks "
@@ -203,7 +206,7 @@ def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=Non
     return rows, sums, tokens, tables
 
 
-def run(args, script: str, terms=None, own_metrics=None, study=None) -> tuple[pathlib.Path, dict] | None:
+def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes: int = 0) -> tuple[pathlib.Path, dict] | None:
     """Everything up to the results folder: (folder, settings), or None after --dry-run.
 
     Hooks that the folder already has are kept; --from takes a finished folder and runs nothing. Raises UserError.
@@ -211,7 +214,7 @@ def run(args, script: str, terms=None, own_metrics=None, study=None) -> tuple[pa
     if args.from_dir:
         return finished_run(args.from_dir, script)
     if args.dry_run:
-        return dry_run(args)
+        return dry_run(args, more_passes)
     print(kernels.describe())
     settings, hooks = plan(args, pick_device(args.device), script)
     if settings["device"] == "mps" and args.device == "auto":

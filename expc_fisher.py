@@ -12,7 +12,7 @@ import itertools
 import json
 import pathlib
 
-from common import (atomically, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, parse_args, pyplot, read_table, readable_count,
+from common import (UserError, atomically, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, parse_args, pyplot, read_table, readable_count,
                     run_script, save_figure, tail, write_json, write_table)
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 import fisher
 import stats
-from conditions import about_the_run, eval_batch, load_results, measured, rows_hash, run
+from conditions import KEY, about_the_run, eval_batch, load_results, measured, rows_hash, run
 from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
 from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, oriented
 from sae import sink_positions
@@ -31,7 +31,9 @@ FISHER = ("fisher_seq", "fisher_tok", "fisher_same", "half_var")
 ALPHAS = (0.1, 0.3, 1.0)  # how far along delta the quadratic model is checked
 RADIUS = 0.2              # it holds where KL is within this share of it
 MIN_ADDED = 0.2           # C2': partial Spearman of the Fisher form with CE_rec given SWD
-LADDER = (("mse", "‖δ‖²", "how large the error is"), ("fisher_seq", "½δᵀGδ", "its direction weighed"), ("half_var", "½Var_p(Δz)", "the network's nonlinearity"),
+TABLES = ("geometry.csv", "estimators.csv", "path.csv")
+MORE_PASSES = 8           # of `terms` through the tail: two in forward mode, about three each, and two patches
+LADDER = (("delta_sq", "‖δ‖²", "how large the error is"), ("fisher_seq", "½δᵀGδ", "its direction weighed"), ("half_var", "½Var_p(Δz)", "the network's nonlinearity"),
           ("kl", "KL", "the softmax"), ("dce", "ΔCE", "the labels"))
 
 
@@ -48,10 +50,10 @@ def terms(model, layer: int, x, h, delta, p, log_p, log_q) -> dict:
 
 def own_metrics(sums: dict, weights: np.ndarray) -> dict:
     """The columns that Exp-C appends, per evaluated token: {metric: [W,C]}."""
-    total = {q: weights @ sums[q].T for q in ("n", "fisher", "fisher_seq", "fisher_same", "half_var", "kl", *(f"kl_{a}" for a in ALPHAS[:-1]))}
+    total = {q: weights @ sums[q].T for q in ("n", "sse", "fisher", "fisher_seq", "fisher_same", "half_var", "kl", *(f"kl_{a}" for a in ALPHAS[:-1]))}
     with np.errstate(divide="ignore", invalid="ignore"):
         forms = {"fisher_seq": total["fisher_seq"] / total["n"], "fisher_tok": total["fisher"] / total["n"],
-                 "fisher_same": total["fisher_same"] / total["n"], "half_var": total["half_var"] / total["n"]}
+                 "fisher_same": total["fisher_same"] / total["n"], "half_var": total["half_var"] / total["n"], "delta_sq": total["sse"] / total["n"]}
         kl = lambda alpha: total["kl" if alpha == 1 else f"kl_{alpha}"]
         return forms | {f"locality_{alpha:g}": kl(alpha) / (alpha ** 2 * total["fisher_seq"] / 2) for alpha in ALPHAS}
 
@@ -60,10 +62,12 @@ def study(hook: dict, saes: list, device: torch.device) -> dict:
     """What is measured once per hook, on few sequences or without an SAE: {table: rows}."""
     model, layer, rows = hook["model"], hook["layer"], hook["rows"]
     batch = eval_batch(model, rows.shape[1], device)
-    name = {"model": hook["name"], "layer": layer}
+    name, middle = {"model": hook["name"], "layer": layer}, len(saes) // 2
+    which = name | {key: hook["jobs"][middle][key] for key in ("recipe", "k", "seed", "tokens")}
+    few, sae = rows[:batch].to(device), saes[middle]
     return {"geometry.csv": [name | row for row in geometry(model, layer, rows, batch)],
-            "estimators.csv": [name | row for row in estimators(model, layer, rows[:batch].to(device), saes[len(saes) // 2])],
-            "path.csv": [name | row for row in path(model, layer, rows[:batch].to(device), saes[len(saes) // 2])]}
+            "estimators.csv": [which | row for row in estimators(model, layer, few, sae)],
+            "path.csv": [which | row for row in path(model, layer, few, sae)]}
 
 
 def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
@@ -74,24 +78,30 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
     device, draws = next(model.parameters()).device, 4 * DRAWS
     uniforms = torch.rand(len(rows), draws, rows.shape[1] - 1, generator=torch.Generator().manual_seed(1))
     h_all = torch.cat([head(model, layer, x.to(device)).cpu() for x in rows.split(batch)])[:, :-1]
-    norms = h_all.norm(dim=-1)
+    norms, d = h_all.norm(dim=-1), h_all.shape[-1]
     sink = sink_positions(norms, norms[:, 1:].median().item())
-    gram: dict[str, list] = {"in": [], "out": []}
+    blocks = min(len(rows), 24)  # of sequences: what the bootstrap draws, so that d x d sums stay few
+    sums = {sinks: dict(n=np.zeros(blocks), first=np.zeros((blocks, d)), second=np.zeros((blocks, d, d)), gram=np.zeros((blocks, d, d))) for sinks in ("in", "out")}
     for start in range(0, len(rows), batch):
         x = rows[start:start + batch].to(device)
         _, (_, *gradients) = clean_pass(model, layer, x, head(model, layer, x), uniforms[start:start + batch].transpose(0, 1).to(device))
-        g = torch.stack([gradient[:, :-1].cpu() for gradient in gradients]).double()  # [m,B,T-1,d]
-        for sinks, kept in (("in", g), ("out", g * (~sink[start:start + batch])[None, ..., None])):
-            gram[sinks] += list(torch.einsum("mbtd,mbte->bde", kept, kept) / draws)
-    weights = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), 200)
+        g = torch.stack([gradient[:, :-1].cpu() for gradient in gradients], 1).double()  # [B,m,T-1,d]
+        for i in range(len(x)):
+            for sinks, keep in (("in", torch.ones_like(sink[0])), ("out", ~sink[start + i])):
+                into, at = sums[sinks], (start + i) % blocks
+                h, gi = h_all[start + i][keep].double(), g[i][:, keep].flatten(0, 1)
+                into["n"][at] += len(h)
+                into["first"][at] += h.sum(0).numpy()
+                into["second"][at] += (h.T @ h).numpy()
+                into["gram"][at] += (gi.T @ gi).numpy() / draws
+    weights = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), 200)
     out = []
-    for sinks, keep in (("in", torch.ones_like(sink)), ("out", ~sink)):
-        G, n, h = torch.stack(gram[sinks]).numpy(), keep.sum(1).double().numpy(), h_all.double() * keep[..., None]
-        first, second = h.sum(1).numpy(), torch.einsum("btd,bte->bde", h, h).numpy()
+    for sinks, part in sums.items():
         shapes = []
-        for w in (np.ones(len(rows)), *weights):
-            mean = w @ first / (w @ n)
-            shapes.append(shape_of_g(np.tensordot(w, G, 1) / (w @ n), np.tensordot(w, second, 1) / (w @ n) - np.outer(mean, mean)))
+        for w in (np.ones(blocks), *weights):
+            total = {key: np.tensordot(w, v, 1) for key, v in part.items()}
+            mean = total["first"] / total["n"]
+            shapes.append(shape_of_g(total["gram"] / total["n"], total["second"] / total["n"] - np.outer(mean, mean), whole=not shapes))
         row = dict(sinks=sinks, **shapes[0])
         for key in ("top1", "pr", "alignment"):
             row[f"{key}_lo"], row[f"{key}_hi"] = stats.interval(np.array([shape[key] for shape in shapes[1:]]))
@@ -100,33 +110,35 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
 
 
 def estimators(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
-    """Cheaper ways to the same quadratic form of one SAE (all positions together): the mean of 50 repeats over the exact form, and their SD over it.
+    """Other ways to the quadratic form of one SAE (all positions together), over the exact form: mean, its SE, SD of one estimate.
 
-    The research log's subsampled Jacobian with diagonal F, S rows of the vocabulary per token; sampled labels, m draws.
+    The research log's subsampled Jacobian with diagonal F, from S rows of the vocabulary per token, each a backward pass of its own;
+    and labels sampled from p, one backward pass for all tokens.
     """
     h, delta, p = reconstruction_error(model, layer, x, sae)
     with torch.no_grad():
         u = fisher.push_forward(model, layer, x, h, delta)
     exact, vocab, repeats = fisher.variance(p, u).sum().item(), p.shape[-1], 50
     generator, rows = torch.Generator().manual_seed(2), []
-    p_cpu, u_cpu = p.cpu(), u.cpu()
+    p, u = p.cpu(), u.cpu()
 
-    def add(name, cost, draws):
-        draws = np.array(draws) / exact
-        rows.append({"estimator": name, "per token": cost, "mean": draws.mean(), "sd": draws.std(ddof=1) if len(draws) > 1 else np.nan})
+    def add(name, backwards, draws):
+        draws = np.asarray(draws) / exact
+        sd = draws.std(ddof=1) if len(draws) > 1 else np.nan
+        rows.append({"estimator": name, "backward passes": backwards, "repeats": len(draws), "mean": draws.mean(), "se": sd / len(draws) ** 0.5, "sd": sd})
 
     for size in (32, 256):
         drawn = {"uniform rows": lambda: torch.randint(vocab, (*p.shape[:2], size), generator=generator),
-                 "rows from p": lambda: torch.multinomial(p_cpu.flatten(0, 1), size, replacement=True, generator=generator).view(*p.shape[:2], size)}
+                 "rows from p": lambda: torch.multinomial(p.flatten(0, 1), size, replacement=True, generator=generator).view(*p.shape[:2], size)}
         for (name, draw), centred in itertools.product(drawn.items(), (True, False)):
-            add(f"diagonal F, {name}, {'centred' if centred else 'as proposed, uncentred'}", f"{size} rows",
-                [fisher.subsampled_form(p_cpu, u_cpu, draw(), name == "rows from p", centred).sum().item() for _ in range(repeats)])
-    uniforms = torch.rand(repeats, *p.shape[:2], generator=generator).to(x.device)
+            add(f"diagonal F, {name}, {'centred' if centred else 'as proposed, uncentred'}", f"{size} a token",
+                [fisher.subsampled_form(p, u, draw(), name == "rows from p", centred).sum().item() for _ in range(repeats)])
+    uniforms = torch.rand(4 * repeats, *p.shape[:2], generator=generator).to(x.device)
     _, (g, *gradients) = clean_pass(model, layer, x, h, uniforms)
     draws = fisher.sampled_form(gradients, delta)[1].sum(1).cpu().numpy()
-    add("sampled labels (true Fisher)", "1 draw", draws)
-    add("sampled labels (true Fisher)", f"{DRAWS} draws", draws[:repeats // DRAWS * DRAWS].reshape(-1, DRAWS).mean(1))
-    add("the data's labels (empirical Fisher, swd_seq)", "1 label", [fisher.sampled_form([g], delta)[1].sum().item()])
+    add("sampled labels (true Fisher)", "1", draws)
+    add("sampled labels (true Fisher)", f"{DRAWS}", draws.reshape(-1, DRAWS).mean(1))
+    add("the data's labels (empirical Fisher, swd_seq)", "1", [fisher.sampled_form([g], delta)[1].sum().item()])
     return rows
 
 
@@ -156,13 +168,17 @@ def reconstruction_error(model, layer: int, x: torch.Tensor, sae) -> tuple[torch
         return h, delta, log_probs(tail(model, layer, x, h)).exp()
 
 
-def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
+def shape_of_g(G: np.ndarray, sigma: np.ndarray, whole: bool = True) -> dict:
     """Of two symmetric [d,d]: trace, participation ratio and entropy rank of G, its top share, how its top directions lie to Sigma's.
 
     pr = (tr G)^2 / tr G^2 is also the effective rank; overlap_r = |U_r(G)^T U_r(Sigma)|_F^2 / r (chance r/d); alignment = tr(G Sigma) d /
     (tr G tr Sigma): 1 without alignment, below 1 where the model does not care for the directions in which h varies most.
+    whole=False: only what needs no eigenvectors.
     """
     d = len(G)
+    if not whole:
+        return {"pr": np.trace(G) ** 2 / (G ** 2).sum(), "top1": np.linalg.eigvalsh(G)[-1] / np.trace(G),
+                "alignment": (G * sigma).sum() * d / (np.trace(G) * np.trace(sigma))}
     values, vectors = np.linalg.eigh(G)
     values, vectors = np.clip(values[::-1], 0, None), vectors[:, ::-1]
     s_values, s_vectors = np.linalg.eigh(sigma)
@@ -177,8 +193,12 @@ def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
 def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_draws: int = 10_000) -> tuple[float, float]:
     """C2': partial Spearman of x with y given base, k and budget, and its p by permutation within (k, budget). x, base, y [C].
 
-    Seeds of a cell are averaged first. Freedman and Lane 1983: what y has beyond the rest is permuted. Two-sided.
+    Seeds of a cell are averaged first. Freedman and Lane 1983: what y has beyond the rest is permuted. Two-sided. The cells of
+    one k are models (and layers): if a model's cells move together the test is too bold (simulated type-I error at 3 models x
+    6 k: .06 when they do not, .07 at a correlation of .5, .22 at .9).
     """
+    if not np.isfinite([x, base, y]).all():
+        return np.nan, np.nan
     cells = list(dict.fromkeys(meta["cell"]))
     where = [np.flatnonzero(meta["cell"] == c) for c in cells]
     x, base, y = (stats.rankdata([v[i].mean() for i in where]) for v in (x, base, y))
@@ -198,14 +218,19 @@ def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_dr
 
 
 def out_of_cluster_gain(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_resamples: int = 2000) -> tuple[float, float, float]:
-    """How much less of y's variance is left when x joins base and k in a linear model, each cell predicted by the others: share, lo, hi."""
-    Z = np.column_stack([meta["k"][:, None] == np.unique(meta["k"]), base]).astype(float)
+    """How much less of y's variance is left when x joins base, k and budget in a linear model, each cell predicted by the others.
+
+    (share, lo, hi), cells resampled. nan where leaving a cell out leaves the larger model without a degree of freedom.
+    """
+    Z = np.column_stack([stats.given(meta), base])
     cells = np.unique(meta["cell"])
     errors = []
     for design in (Z, np.column_stack([Z, x])):
         e = np.empty(len(y))
         for c in cells:
             out = meta["cell"] == c
+            if len(cells) < stats.MIN_CLUSTERS or np.linalg.matrix_rank(design[~out]) < design.shape[1] or (~out).sum() <= design.shape[1]:
+                return np.nan, np.nan, np.nan
             e[out] = y[out] - design[out] @ np.linalg.lstsq(design[~out], y[~out], rcond=None)[0]
         errors.append(np.array([(e[meta["cell"] == c] ** 2).sum() for c in cells]))
     w = np.random.default_rng(0).multinomial(len(cells), np.full(len(cells), 1 / len(cells)), n_resamples)
@@ -215,11 +240,12 @@ def out_of_cluster_gain(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: di
 
 
 def ladder(values: dict, meta: dict) -> list[dict]:
-    """Partial Spearman with dCE given k of every rung between |delta|^2 and dCE, and what each step up loses or wins."""
-    rho = {name: stats.partial_spearman(oriented(name, values[name][0]), -values["dce"][0], meta) if name != "dce" else 1.0 for name, _, _ in LADDER}
-    rows = [{"rung": symbol, "what joins": what, "partial Spearman with ΔCE": rho[name]} for name, symbol, what in LADDER]
-    for below, row in zip([np.nan, *rho.values()], rows):
-        row["step"] = row["partial Spearman with ΔCE"] - below
+    """Partial Spearman with dCE given k of every rung between |delta|^2 and dCE, what each step up wins, with the leaderboard's intervals."""
+    rho = [stats.partial_draws(oriented(name, values[name]), -values["dce"], meta, N_RESAMPLES) for name, _, _ in LADDER[:-1]] + [np.ones(3 + N_RESAMPLES)]
+    rows = []
+    for (_, symbol, what), here, below in zip(LADDER, rho, [None, *rho]):
+        step = here - below if below is not None else np.full(4, np.nan)
+        rows.append({"rung": symbol, "what joins": what, "rho": float(here[0]), "step": float(step[0])} | dict(zip(("step_lo", "step_hi"), stats.interval(step[3:]))))
     return rows
 
 
@@ -269,11 +295,12 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     open_gate = h2["leaf"] == "supported"
     ungated = "undecided" if np.isnan(added) else "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
     rungs = ladder(values, meta)
-    lost = min(rungs[1:], key=lambda row: -row["step"])
+    shown = [row for row in rungs[1:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
+    lost = max(shown, key=lambda row: abs(row["step"]), default=None)
     verdict = dict(leaf=ungated if open_gate else "gated", leaf_if_ungated=ungated, gate=h2["leaf"], gate_text=gate_text, h2=h2, added=added, p=p,
-                   gain=dict(zip(("value", "lo", "hi"), gain)), ladder=rungs, lost_at=lost["rung"], lost=lost["step"],
+                   gain=dict(zip(("value", "lo", "hi"), gain)), ladder=rungs, lost_at=lost and lost["rung"],
                    locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
-                   radius={f"{row['model']}@{row['layer']} k={row['k']} seed {row['seed']}": radius(row) for row in saes},
+                   radius=[{c: row[c] for c in KEY} | {"radius": radius(row)} for row in saes],
                    thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS), settings=settings, rows_sha256=rows_hash(out))
     verdict = json.loads(json.dumps(verdict), parse_constant=lambda _: None)
     write_json(out / "verdict.json", verdict)
@@ -297,6 +324,8 @@ def sentence(verdict: dict) -> str:
 def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict, table, settings: dict) -> None:
     gain = verdict["gain"]
     number = lambda v: "undefined" if v is None else f"{v:+.2f}"
+    rungs = [{"rung": row["rung"], "what joins": row["what joins"], "partial Spearman": number(row["rho"]),
+              "step": f"{number(row['step'])} [{number(row['step_lo'])}, {number(row['step_hi'])}]" if row["step"] is not None else ""} for row in verdict["ladder"]]
     flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
              for row, lo, hi in zip(saes, *interval)]
     shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in ("top1", "pr", "alignment")}
@@ -305,32 +334,38 @@ def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict,
     text = [
         "# Exp-C: does the pullback Fisher add anything beyond SWD?", "", f"**{sentence(verdict)}**", "",
         f"Beside it, descriptive: a linear model of CE_rec on k and SWD, each cell predicted from the others, leaves {number(gain['value'])} [{number(gain['lo'])}, "
-        f"{number(gain['hi'])}] less variance with the Fisher form in it (1 = all of it; negative: it predicts worse).", "",
+        f"{number(gain['hi'])}] less variance with the Fisher form in it (1 = all of it; negative: it predicts worse; cells resampled). p permutes what CE_rec has beyond "
+        "SWD among the models of one k, as if a model's cells did not move together; where they do, it is too small.", "",
         "![calibration](calibration.png)", "", "## Leaderboard, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
         "fisher_seq: δᵀGδ with all positions moved together, exact (half of it is KL for small δ); fisher_tok: each position's δ alone on all it reaches, from "
         f"{DRAWS} draws of sampled labels; fisher_same: on its own prediction only, exact; half_var: ½Var_p of the real logit change. The rest, and how to read "
         "the columns: Exp-B's report.", "", "![leaderboard](leaderboard.png)", "",
-        "## The ladder from |δ|² to ΔCE", "", markdown(verdict["ladder"], ["rung", "what joins", "partial Spearman with ΔCE", "step"]), "",
-        f"Partial Spearman given k. The largest step is at {verdict['lost_at']} ({number(verdict['lost'])}): below it the rank correlation with ΔCE is lost.", "",
+        "## The ladder from ‖δ‖² to ΔCE", "", markdown(rungs, list(rungs[0])), "",
+        "Partial Spearman with ΔCE given k; steps with 95% intervals as in the leaderboard. "
+        + (f"The largest step that the interval shows is at {verdict['lost_at']}: there the rank correlation changes." if verdict["lost_at"]
+           else "No step's interval leaves out 0, so this grid names no rung at which the rank correlation is lost."), "",
         "## Calibration", "", markdown(table, list(table[0])), "",
         "Over (SAE, sequence), patching h + αδ. kl_slope: KL = slope · α²½δᵀGδ; dce_slope: ΔCE = slope · (α g·δ + α²½δᵀGδ); r2 of the prediction with slope 1. "
         f"The quadratic model is believed up to the α where KL stays within {RADIUS:.0%} of it (`radius` below); beyond it ranks only. Median KL / quadratic: "
-        + ", ".join(f"α = {a}: {v:.2f}" for a, v in verdict["locality"].items()) + ".", "",
+        + ", ".join(f"α = {a}: {number(v)}" for a, v in verdict["locality"].items()) + ".", "",
         "## The shape of G", "", markdown(shapes, ["model", "layer", "sinks", "trace", "pr", "effective_rank", "entropy_rank", "top1", "pr_sigma", "overlap1", "overlap4",
                                                    "overlap16", "alignment"]), "",
         "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G, effective_rank the same over d; "
         "overlap_r: mean squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the covariance, below 1 = the model "
         "cares less for the directions in which h varies most. Intervals over sequences.", "",
         "## Cheaper estimators of δᵀGδ", "", markdown(cheap, list(cheap[0])), "",
-        "Of the middle SAE of each hook on a few sequences; mean and SD of 50 repeats over the exact form. A mean away from 1 is bias: the uncentred diagonal F adds "
-        "(E_p u)², and rows drawn uniformly miss where p has its mass (their SD says so); rows drawn from p and centred are the sampled-label estimator by another name.", "",
+        "Of one SAE of each hook on a few sequences, over the exact form; sd of one estimate, se of the mean. A mean further from 1 than its se explains is bias: the uncentred "
+        "diagonal F adds (E_p u)², and is not even defined up to a shift of all logits. Rows drawn uniformly meet p's mass less often than rows drawn from p: their sd. "
+        "A row of the Jacobian is a backward pass of its own for every token, a set of sampled labels one for all of them; the data's labels make the empirical Fisher, "
+        "one draw that cannot be repeated.", "",
         "## ΔCE as an integral along h → ĥ", "", markdown(integral, list(integral[0])), "",
         "The upper anchor of any gradient proxy: nodes of Gauss-Legendre until the integral of g·δ is the measured ΔCE (nats per token); 0 nodes: first order at h.", "",
-        "## Every SAE", "", markdown(flags, ["model", "layer", "k", "seed", "tokens", "r2", "swd_tok", "fisher_seq", "fisher_tok", "fisher_same", "kl", "ce_rec", "locality_0.1",
+        "## Every SAE", "", markdown(flags, ["model", "layer", "sae", "recipe", "k", "seed", "tokens", "r2", "swd_tok", "fisher_seq", "fisher_tok", "fisher_same", "kl", "ce_rec", "locality_0.1",
                                              "locality_1", "radius", "rho", "fed", "fed_nosink", "interval", "flag"]), "",
         "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; interval and flag: of fed without sinks. rho: how much "
         "more the model cares about the error's direction than about a random one.", "",
         "## Null rows (never in a correlation)", "", markdown(nulls, ["model", "layer", "sae", "r2", "fisher_seq", "fisher_same", "kl", "ce_rec", "rho"]), "",
+        "`undefined`: the identity has no error, so rho is 0/0.", "",
         *about_the_run(saes, settings)]
     with atomically(out / "report.md") as temporary:
         temporary.write_text("\n".join(text))
@@ -359,9 +394,11 @@ def plots(out: pathlib.Path, saes, sums: dict, meta: dict, table, board, setting
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     args = parse_args(__doc__, **GRID)
-    if (done := run(args, "expc_fisher", terms, own_metrics, study)) is None:
+    if (done := run(args, "expc_fisher", terms, own_metrics, study, MORE_PASSES)) is None:
         return
     out, settings = done
+    if missing := [name for name in TABLES if not (out / name).exists()]:
+        raise UserError(f"{out}: no {', '.join(missing)} there: a run of an older version, or not finished")
     verdict = analyse(out, settings, args.verdict)
     print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")

@@ -17,7 +17,7 @@ import transformers
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import tail
+from common import UserError, tail
 
 
 # ------------------------------------------------------------------------------------------ pushing forward
@@ -28,7 +28,7 @@ def push_forward(model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: 
     plain operations: the fused kernels have no forward derivative (pytorch #128971). On MPS, whose attention is decomposed
     for backward passes only (#179294), and where something else has no forward derivative, u comes from two backward passes.
     """
-    linear = getattr(model.config, "final_logit_softcapping", None) is None
+    linear = unembeds_linearly(model, layer, rows, h)
     f = lambda x: tail(model, layer, rows, x, unembedded=not linear)[:, :-1]
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         moved = None
@@ -38,6 +38,16 @@ def push_forward(model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: 
         if moved is None:
             moved = push_forward_twice(f, h, delta)
     return torch.nn.functional.linear(moved, model.get_output_embeddings().weight) if linear else moved
+
+
+def unembeds_linearly(model, layer: int, rows: torch.Tensor, h: torch.Tensor) -> bool:
+    """Are the logits the unembedding and nothing else (no cap, no scale after it)? Looked at once per model."""
+    if not hasattr(model, "unembeds_linearly"):
+        with torch.no_grad():
+            unembed = model.get_output_embeddings()
+            guess = torch.nn.functional.linear(tail(model, layer, rows[:1], h[:1], unembedded=False), unembed.weight, unembed.bias)
+            model.unembeds_linearly = torch.allclose(guess, tail(model, layer, rows[:1], h[:1]), rtol=1e-3, atol=1e-3)
+    return model.unembeds_linearly
 
 
 def push_forward_twice(f: Callable, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -97,10 +107,15 @@ transformers.AttentionMaskInterface.register("self_position", transformers.maski
 
 @contextlib.contextmanager
 def self_position(model):
-    """Within, the derivative of `model` knows no other position than each one's own; its values are unchanged."""
+    """Within, the derivative of `model` knows no other position than each one's own; its values are unchanged.
+
+    Raises UserError for a family whose attention cannot be exchanged: its same-position form would silently be the sequence's.
+    """
     before = model.config._attn_implementation
     model.set_attn_implementation("self_position")
     try:
+        if model.config._attn_implementation != "self_position" or not model._supports_attention_backend:
+            raise UserError(f"{type(model).__name__}: its attention cannot be exchanged, so Exp-C has no same-position form for it")
         yield
     finally:
         model.set_attn_implementation(before)

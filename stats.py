@@ -23,7 +23,7 @@ ADJUDICATED = ("H0", "H1", "H0+H1", "N")  # the leaves of Exp-A that open the ga
 
 
 # ---------------------------------------------------------------------------------------------- correlations
-def _given(meta: dict) -> np.ndarray:
+def given(meta: dict) -> np.ndarray:
     """Design matrix [C, q] of what the primary statistic holds fixed: a dummy per k, and per budget but the first."""
     k, tokens = (np.asarray(meta[name])[:, None] == np.unique(meta[name]) for name in ("k", "tokens"))
     return np.hstack([k, tokens[:, 1:]]).astype(float)
@@ -92,7 +92,7 @@ def partial_spearman(x, y, meta):
 
     Every proxy is monotone in k, so the plain Spearman flatters all of them; what one model has over another stays in.
     """
-    return _correlate(x, y, _given(meta), ranked=True)
+    return _correlate(x, y, given(meta), ranked=True)
 
 
 # ---------------------------------------------------------------------------------------------- cluster bootstrap
@@ -148,6 +148,14 @@ def interval(draws: np.ndarray, fisher: bool = False) -> tuple[float, float]:
 def _with_interval(key: str, estimate, draws, fisher: bool = False) -> dict:
     lo, hi = (np.nan, np.nan) if np.isnan(estimate) else interval(draws, fisher)
     return {key: float(estimate), f"{key}_lo": lo, f"{key}_hi": hi}
+
+
+def partial_draws(x, y, meta: dict, n_resamples: int, seed: int = 0) -> np.ndarray:
+    """Partial Spearman [3 + n_resamples] of x with y, both [W, C], under the leaderboard's bootstrap: cells within models,
+    nested with the sequence resamples. Rows 1 and 2 are not the halves but repeat the estimate."""
+    rows = np.r_[0, 0, 0, _rows(len(x), n_resamples)[3:]]
+    design = _design(bootstrap_weights(meta, n_resamples, seed), given(meta))
+    return _dot(*(_unit(_midrank(v[rows], design[0]), design) for v in (x, y)))
 
 
 # ---------------------------------------------------------------------------------------------- seeds and sequences
@@ -212,7 +220,7 @@ def swap_test(a, b, y, meta: dict, *, clusters=None, n_draws: int = 10_000, seed
     G = 14, above that `n_draws` random ones, the observed one among them, so p is never 0. nan below 6 clusters.
     """
     ids = cluster_ids(meta) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    G, Z = ids.max() + 1, _given(meta)
+    G, Z = ids.max() + 1, given(meta)
     if G <= MAX_EXACT:
         signs = 1.0 - 2.0 * (np.arange(2**G)[:, None] >> np.arange(G) & 1)
     else:
@@ -325,11 +333,11 @@ def leaderboard(scores: dict, target, meta: dict, models: list, *, target_name: 
             continue
         x, y = {p: s[:, keep] for p, s in scores.items()}, target[:, keep]
         part = {name: np.asarray(v)[keep] for name, v in meta.items()}
-        plain, given = _design(weights[:, keep], np.ones((len(keep), 1))), _design(weights[:, keep], _given(part))
+        plain, fixed_k = _design(weights[:, keep], np.ones((len(keep), 1))), _design(weights[:, keep], given(part))
 
         def units(v):  # of one variable: for pearson, spearman, partial; for partial on half B; its ranks
             rank, rank_b = _midrank(v[rows], plain[0]), _midrank(v[2:3], plain[0])
-            return (_unit(v[rows], plain), _unit(rank, plain), _unit(rank, given), _unit(rank_b, given)), rank[0]
+            return (_unit(v[rows], plain), _unit(rank, plain), _unit(rank, fixed_k), _unit(rank_b, fixed_k)), rank[0]
 
         r, order, (y_units, _) = {}, {}, units(y)
         for name, s in x.items():
@@ -375,7 +383,7 @@ def smallest_detectable(scores: dict, target, meta: dict, *, controls: list, pro
     control = best_control(scores, target, meta, controls)
     if control is None:
         return np.nan
-    design = _design(bootstrap_weights(meta, n_resamples, seed)[3:], _given(meta))
+    design = _design(bootstrap_weights(meta, n_resamples, seed)[3:], given(meta))
     x, c, y = (_unit(_midrank(v[2:3], design[0]), design) for v in (scores[proxy], scores[control], target))
     diff = _dot(x, y) - _dot(c, y)
     diff = diff[~np.isnan(diff)]

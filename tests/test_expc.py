@@ -69,14 +69,14 @@ def test_estimators_on_a_tiny_model(hook):
     model, rows, _, _ = hook
     model = tiny_model(dtype=torch.float32)
     sae = tied_init(16, 48, 5, 0, head(model, 1, rows).flatten(0, 1).mean(0)).requires_grad_(False)
-    table = {(row["estimator"], row["per token"]): row for row in expc_fisher.estimators(model, 1, rows, sae)}
+    table = {(row["estimator"], row["backward passes"]): row for row in expc_fisher.estimators(model, 1, rows, sae)}
     for name in ("diagonal F, uniform rows, centred", "diagonal F, rows from p, centred"):
-        row = table[name, "256 rows"]
-        assert abs(row["mean"] - 1) < 4 * row["sd"] / 50 ** 0.5, name
-    assert table["diagonal F, rows from p, centred", "256 rows"]["sd"] < table["diagonal F, uniform rows, centred", "256 rows"]["sd"]
-    assert table["diagonal F, rows from p, as proposed, uncentred", "256 rows"]["mean"] > 1.05
-    sampled = table["sampled labels (true Fisher)", "1 draw"]
-    assert abs(sampled["mean"] - 1) < 4 * sampled["sd"] / 50 ** 0.5
+        row = table[name, "256 a token"]
+        assert abs(row["mean"] - 1) < 4 * row["se"] and row["repeats"] == 50, name
+    assert table["diagonal F, rows from p, centred", "256 a token"]["sd"] < table["diagonal F, uniform rows, centred", "256 a token"]["sd"]
+    assert table["diagonal F, rows from p, as proposed, uncentred", "256 a token"]["mean"] > 1.05
+    sampled = table["sampled labels (true Fisher)", "1"]
+    assert abs(sampled["mean"] - 1) < 4 * sampled["se"]
 
 
 def test_geometry_of_a_known_pair():
@@ -85,6 +85,8 @@ def test_geometry_of_a_known_pair():
     G = q @ np.diag([8, 4, 4] + [0] * 17) @ q.T
     shape = expc_fisher.shape_of_g(G, q @ np.diag([1.0] * 3 + [0] * 17) @ q.T)
     assert shape["pr"] == pytest.approx(256 / 96) and shape["trace"] == pytest.approx(16) and shape["top1"] == pytest.approx(0.5)
+    for key, value in expc_fisher.shape_of_g(G, q @ np.diag([1.0] * 3 + [0] * 17) @ q.T, whole=False).items():
+        assert value == pytest.approx(shape[key])
     assert shape["alignment"] == pytest.approx(16 * 20 / (16 * 3)) and shape["entropy_rank"] == pytest.approx(2 ** 1.5)
     assert expc_fisher.shape_of_g(np.eye(20), G)["alignment"] == pytest.approx(1) and expc_fisher.shape_of_g(G, G)["overlap1"] == pytest.approx(1)
 
@@ -152,8 +154,11 @@ def test_added_value_is_found_and_not_invented():
 
 def test_added_value_is_undefined_where_nothing_is_left():
     x, base, y, meta = conditions(np.random.default_rng(0), 1.0, cells=6, models=1)  # one condition per k
-    assert np.isnan(expc_fisher.added_value(x, base, y, meta)).all()
+    assert np.isnan(expc_fisher.added_value(x, base, y, meta)).all() and np.isnan(expc_fisher.out_of_cluster_gain(x, base, y, meta)).all()
+    x, base, y, meta = conditions(np.random.default_rng(0), 1.0, cells=1)
+    assert np.isnan(expc_fisher.out_of_cluster_gain(x, base, y, meta)).all()
     x, base, y, meta = conditions(np.random.default_rng(0), 1.0)
+    assert np.isnan(expc_fisher.added_value(np.where(x > 0, x, np.nan), base, y, meta)).all()
     assert np.isnan(expc_fisher.added_value(base, base, y, meta)).all()
 
 

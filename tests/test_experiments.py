@@ -264,7 +264,7 @@ def test_exp_c_whole_killed_and_without_a_model(tmp_path):
     script("expc_fisher.py", "--from", tmp_path / "again")
     assert contents(tmp_path / "again") == whole
     rows = read_table(tmp_path / "out" / "conditions.csv")
-    assert list(rows[0])[-7:] == ["fisher_seq", "fisher_tok", "fisher_same", "half_var", "locality_0.1", "locality_0.3", "locality_1"]
+    assert list(rows[0])[-8:] == ["fisher_seq", "fisher_tok", "fisher_same", "half_var", "delta_sq", "locality_0.1", "locality_0.3", "locality_1"]
     for row in rows:
         if row["sae"] == "null-identity":
             assert row["fisher_seq"] == row["fisher_same"] == 0
