@@ -17,6 +17,7 @@ from common import (UserError, atomically, clean_pass, cross_entropy, head, kl_d
 
 import numpy as np
 import torch
+from scipy.linalg import eigh
 
 import fisher
 import stats
@@ -94,17 +95,17 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
                 into["first"][at] += h.sum(0).numpy()
                 into["second"][at] += (h.T @ h).numpy()
                 into["gram"][at] += (gi.T @ gi).numpy() / draws
-    weights = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), 200)
+    weights = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), 100)
     out = []
     for sinks, part in sums.items():
         shapes = []
         for w in (np.ones(blocks), *weights):
             total = {key: np.tensordot(w, v, 1) for key, v in part.items()}
             mean = total["first"] / total["n"]
-            shapes.append(shape_of_g(total["gram"] / total["n"], total["second"] / total["n"] - np.outer(mean, mean), whole=not shapes))
-        row = dict(sinks=sinks, **shapes[0])
-        for key in ("top1", "pr", "alignment"):
-            row[f"{key}_lo"], row[f"{key}_hi"] = stats.interval(np.array([shape[key] for shape in shapes[1:]]))
+            shapes.append(shape_of_g(total["gram"] / total["n"], total["second"] / total["n"] - np.outer(mean, mean)))
+        row = dict(sinks=sinks, d=d)
+        for key, value in shapes[0].items():
+            row[key], (row[f"{key}_lo"], row[f"{key}_hi"]) = value, stats.interval(np.array([shape[key] for shape in shapes[1:]]))
         out.append(row)
     return out
 
@@ -168,25 +169,19 @@ def reconstruction_error(model, layer: int, x: torch.Tensor, sae) -> tuple[torch
         return h, delta, log_probs(tail(model, layer, x, h)).exp()
 
 
-def shape_of_g(G: np.ndarray, sigma: np.ndarray, whole: bool = True) -> dict:
-    """Of two symmetric [d,d]: trace, participation ratio and entropy rank of G, its top share, how its top directions lie to Sigma's.
+def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
+    """Of two symmetric [d,d]: trace and participation ratio of G, its top share, how its top directions lie to Sigma's.
 
-    pr = (tr G)^2 / tr G^2 is also the effective rank; overlap_r = |U_r(G)^T U_r(Sigma)|_F^2 / r (chance r/d); alignment = tr(G Sigma) d /
-    (tr G tr Sigma): 1 without alignment, below 1 where the model does not care for the directions in which h varies most.
-    whole=False: only what needs no eigenvectors.
+    pr = (tr G)^2 / tr G^2; overlap_r = |U_r(G)^T U_r(Sigma)|_F^2 / r, the mean squared cosine of the principal angles (chance
+    r/d); alignment = tr(G Sigma) d / (tr G tr Sigma): 1 without alignment, below 1 where the model does not care for the
+    directions in which h varies most.
     """
-    d = len(G)
-    if not whole:
-        return {"pr": np.trace(G) ** 2 / (G ** 2).sum(), "top1": np.linalg.eigvalsh(G)[-1] / np.trace(G),
-                "alignment": (G * sigma).sum() * d / (np.trace(G) * np.trace(sigma))}
-    values, vectors = np.linalg.eigh(G)
-    values, vectors = np.clip(values[::-1], 0, None), vectors[:, ::-1]
-    s_values, s_vectors = np.linalg.eigh(sigma)
-    s_vectors, share = s_vectors[:, ::-1], values / values.sum()
-    out = {"trace": values.sum(), "pr": 1 / (share ** 2).sum(), "effective_rank": 1 / (share ** 2).sum() / d, "top1": share[0],
-           "entropy_rank": np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()), "pr_sigma": s_values.sum() ** 2 / (s_values ** 2).sum(),
-           "alignment": np.trace(G @ sigma) * d / (values.sum() * s_values.sum())}
-    return out | {f"overlap{r}": ((vectors[:, :r].T @ s_vectors[:, :r]) ** 2).sum() / r for r in (1, 4, 16)}
+    d, trace = len(G), np.trace(G)
+    (values, of_g), (_, of_sigma) = (eigh(A, subset_by_index=[max(d - 16, 0), d - 1]) for A in (G, sigma))
+    of_g, of_sigma = of_g[:, ::-1], of_sigma[:, ::-1]
+    return {"trace": trace, "pr": trace ** 2 / (G ** 2).sum(), "top1": values[-1] / trace, "pr_sigma": np.trace(sigma) ** 2 / (sigma ** 2).sum(),
+            "alignment": (G * sigma).sum() * d / (trace * np.trace(sigma))} \
+        | {f"overlap{r}": ((of_g[:, :r].T @ of_sigma[:, :r]) ** 2).sum() / r for r in (1, 4, 16)}
 
 
 # ---------------------------------------------------------------------------------------------- analysis
@@ -328,7 +323,8 @@ def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict,
               "step": f"{number(row['step'])} [{number(row['step_lo'])}, {number(row['step_hi'])}]" if row["step"] is not None else ""} for row in verdict["ladder"]]
     flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
              for row, lo, hi in zip(saes, *interval)]
-    shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in ("top1", "pr", "alignment")}
+    shape = ["trace", "pr", "top1", "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment"]
+    shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in shape} | {"pr / d": row["pr"] / row["d"]}
               for row in read_table(out / "geometry.csv")]
     cheap, integral = read_table(out / "estimators.csv"), read_table(out / "path.csv")
     text = [
@@ -348,9 +344,8 @@ def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict,
         "Over (SAE, sequence), patching h + αδ. kl_slope: KL = slope · α²½δᵀGδ; dce_slope: ΔCE = slope · (α g·δ + α²½δᵀGδ); r2 of the prediction with slope 1. "
         f"The quadratic model is believed up to the α where KL stays within {RADIUS:.0%} of it (`radius` below); beyond it ranks only. Median KL / quadratic: "
         + ", ".join(f"α = {a}: {number(v)}" for a, v in verdict["locality"].items()) + ".", "",
-        "## The shape of G", "", markdown(shapes, ["model", "layer", "sinks", "trace", "pr", "effective_rank", "entropy_rank", "top1", "pr_sigma", "overlap1", "overlap4",
-                                                   "overlap16", "alignment"]), "",
-        "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G, effective_rank the same over d; "
+        "## The shape of G", "", markdown(shapes, ["model", "layer", "sinks", *shape[:2], "pr / d", *shape[2:]]), "",
+        "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G (pr / d = 1 for an isotropic one), pr_sigma of the covariance; "
         "overlap_r: mean squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the covariance, below 1 = the model "
         "cares less for the directions in which h varies most. Intervals over sequences.", "",
         "## Cheaper estimators of δᵀGδ", "", markdown(cheap, list(cheap[0])), "",
