@@ -165,7 +165,7 @@ def test_calibration_is_one_where_the_model_is_quadratic():
     n, form = np.full((5, 8), 10.0), rng.uniform(1, 3, (5, 8)) * 10
     sums = {"n": n, "fisher_seq": form, "gd": np.zeros((5, 8)), "ce_orig": 20 * n, "kl": form / 2, "ce_recon": 20 * n + form / 2}
     sums |= {f"kl_{a}": a ** 2 * form / 2 for a in (0.1, 0.3)} | {f"ce_{a}": 20 * n + a ** 2 * form / 2 for a in (0.1, 0.3)}
-    for row in expc_fisher.calibration(sums | {"ce_rec": n}, sums, dict(model=np.full(5, "m"), layer=np.full(5, 1))):
+    for row in expc_fisher.calibration(sums, dict(model=np.full(5, "m"), layer=np.full(5, 1))):
         assert [row[key] for key in ("kl_slope", "kl_r2", "dce_slope", "dce_r2")] == pytest.approx([1, 1, 1, 1])
     assert expc_fisher.radius({"locality_0.1": 1.05, "locality_0.3": 1.1, "locality_1": 1.3}) == 0.3
     assert expc_fisher.radius({"locality_0.1": 1.3, "locality_0.3": 1.0, "locality_1": 1.0}) == 0.0
