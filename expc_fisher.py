@@ -76,7 +76,7 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
 
     G = E_t[G_t], the all-downstream block averaged over positions, from gradients with sampled labels: E[g_y g_y^T] (d x d, float64).
     """
-    device, draws = next(model.parameters()).device, 4 * DRAWS
+    device, draws = next(model.parameters()).device, 2 * DRAWS
     uniforms = torch.rand(len(rows), draws, rows.shape[1] - 1, generator=torch.Generator().manual_seed(1))
     h_all = torch.cat([head(model, layer, x.to(device)).cpu() for x in rows.split(batch)])[:, :-1]
     norms, d = h_all.norm(dim=-1), h_all.shape[-1]
@@ -134,7 +134,7 @@ def estimators(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
         for (name, draw), centred in itertools.product(drawn.items(), (True, False)):
             add(f"diagonal F, {name}, {'centred' if centred else 'as proposed, uncentred'}", f"{size} a token",
                 [fisher.subsampled_form(p, u, draw(), name == "rows from p", centred).sum().item() for _ in range(repeats)])
-    uniforms = torch.rand(4 * repeats, *p.shape[:2], generator=generator).to(x.device)
+    uniforms = torch.rand(2 * repeats, *p.shape[:2], generator=generator).to(x.device)
     _, (g, *gradients) = clean_pass(model, layer, x, h, uniforms)
     draws = fisher.sampled_form(gradients, delta)[1].sum(1).cpu().numpy()
     add("sampled labels (true Fisher)", "1", draws)
@@ -153,7 +153,7 @@ def path(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
         ce = [cross_entropy(log_probs(tail(model, layer, x, h + a * delta)), x).cpu().double().mean().item() for a in (0, 1)]
     measured, rows = ce[1] - ce[0], []
     slope = lambda a: (clean_pass(model, layer, x, h + a * delta)[1][0] * delta).cpu().double().sum().item() / p[..., 0].numel()
-    for m in (0, 1, 2, 4, 8, 16):
+    for m in (0, 1, 2, 4, 8):
         nodes, w = np.polynomial.legendre.leggauss(m) if m else (np.array([-1.0]), np.array([2.0]))
         integral = sum(weight / 2 * slope((node + 1) / 2) for node, weight in zip(nodes, w))
         rows.append({"nodes": m, "integral": integral, "measured": measured, "error": abs(integral - measured) / abs(measured)})
