@@ -425,11 +425,26 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def model_colours(models: list[str]) -> dict:
+    """{model: colour}, dark to light from the smallest to the largest: the same in every plot."""
+    return dict(zip(models, pyplot().get_cmap("viridis")(np.linspace(0.1, 0.85, len(models)))))
+
+
 def save_figure(figure, path: pathlib.Path) -> None:
     """A PNG without the program's version in it: the same bytes from the same numbers."""
     with atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     pyplot().close(figure)
+
+
+def plain(value):
+    """For JSON: plain Python, null for nan."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

@@ -286,8 +286,8 @@ def save_tokens(out: pathlib.Path, tokens: dict) -> None:
         np.savez_compressed(file, **dict(sorted(tokens.items())))
 
 
-def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=None) -> tuple[list[dict], list[dict], dict, dict]:
-    """(null rows, rows of the C SAEs, {metric: [W,C]}, meta {name: [C]}) of a finished folder.
+def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=None) -> tuple[list[dict], list[dict], dict, dict, dict]:
+    """(null rows, rows of the C SAEs, {metric: [W,C]}, meta {name: [C]}, sums {quantity: [C,S]}) of a finished folder.
 
     W: all sequences, the even, the odd, and `n_resamples` resamples of them, shared by all conditions (as `stats` wants them).
     """
@@ -301,7 +301,8 @@ def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=No
     meta = {name: np.array([row[name] for row in saes]) for name in ("model", "layer", "sae", "recipe", "k", "tokens", "seed")}
     meta["depth"] = np.array([settings["hooks"][f"{row['model']}@{row['layer']}"] for row in saes])
     meta["cell"] = np.array(["-".join(str(row[c]) for c in KEY if c != "seed") for row in saes])
-    return [row for row in rows if row["recipe"] == "null"], saes, {name: value[:, trained] for name, value in values.items()}, meta
+    return ([row for row in rows if row["recipe"] == "null"], saes, {name: value[:, trained] for name, value in values.items()}, meta,
+            {quantity: value[trained] for quantity, value in sums.items()})
 
 
 def rows_hash(out: pathlib.Path) -> str:

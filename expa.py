@@ -15,7 +15,7 @@ import itertools
 import json
 import pathlib
 
-from common import atomically, markdown, parse_args, pyplot, readable_count, run_script, save_figure, write_json, write_table
+from common import atomically, markdown, model_colours, parse_args, plain, pyplot, readable_count, run_script, save_figure, write_json, write_table
 
 import numpy as np
 
@@ -277,19 +277,9 @@ def curves(values: dict, meta: dict, arm: dict) -> tuple[list[dict], list[dict]]
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def plain(value):
-    """For JSON: plain Python, null for nan."""
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
     """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv and sequences.npz."""
-    _, saes, values, meta = measured(out, settings, N_RESAMPLES)
+    _, saes, values, meta, _ = measured(out, settings, N_RESAMPLES)
     alive, n_seq, models = np.array([row["alive"] for row in saes]), settings["eval_seqs"], settings["models"]
     deltas, verdicts, taxes, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
@@ -580,7 +570,7 @@ def learning_plot(path: pathlib.Path, saes: list[dict], settings: dict) -> None:
     plt = pyplot()
     metrics = [m for m in METRICS if m not in ("ce_orig", "ce_zero", "ce_mean", "l0")]  # these do not depend on training
     markers = dict(zip(settings["k"], itertools.cycle("osD^vP*X")))
-    colours = dict(zip(settings["models"], plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(settings["models"])))))
+    colours = model_colours(settings["models"])
     arms = dict(zip(sorted({(row["recipe"], row["sae"]) for row in saes}), itertools.cycle(("-", "--", ":", "-."))))
     figure, axes = plt.subplots(-(-len(metrics) // 6), 6, figsize=(15, 2.1 * -(-len(metrics) // 6)), layout="constrained")
     for axis, name in zip(axes.flat, metrics):

@@ -12,7 +12,8 @@ permutation over cells, and the transfer gap across scale.
 """
 import pathlib
 
-from common import atomically, markdown, parse_args, pyplot, read_table, readable_count, run_script, save_figure, write_json, write_table
+from common import (atomically, markdown, model_colours, parse_args, plain, pyplot, read_table, readable_count, run_script, save_figure, write_json,
+                    write_table)
 
 import numpy as np
 
@@ -30,7 +31,7 @@ N_RESAMPLES = 2000
 # ------------------------------------------------------------------------------------- tables and verdict
 def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and the gate."""
-    nulls, mine, values, meta = measured(out, settings, N_RESAMPLES)
+    nulls, mine, values, meta, _ = measured(out, settings, N_RESAMPLES)
     scores = {name: oriented(name, values[name]) for name in PROXIES}
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
@@ -41,8 +42,7 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     leaf, gate_text = read_gate(verdict_path, settings)
     verdict = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], meta, settings["models"],
                                controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
-    verdict = {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in verdict.items()}
-    verdict |= {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)}
+    verdict = plain(verdict | {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)})
     write_json(out / "verdict.json", verdict)
     fed = values["fed_nosink"]
     interval = np.percentile(fed[3:], [2.5, 97.5], axis=0)
@@ -101,7 +101,7 @@ def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict,
 
 def plots(out: pathlib.Path, mine, board, settings: dict) -> None:
     plt = pyplot()
-    colours = dict(zip(settings["models"], plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(settings["models"])))))
+    colours = model_colours(settings["models"])
 
     def panel(axis, proxy):
         for model in settings["models"]:

@@ -9,11 +9,10 @@ Hypothesis H2': delta^T G delta, G = J^T F J, adds predictive value beyond SWD, 
 quadratic form is only believed inside its radius, so it is calibrated: against the measured KL at h + a delta for several a.
 """
 import itertools
-import json
 import pathlib
 
-from common import (UserError, atomically, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, parse_args, pyplot, read_table, readable_count,
-                    run_script, save_figure, tail, write_json, write_table)
+from common import (UserError, atomically, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, plain, pyplot,
+                    read_table, readable_count, run_script, save_figure, tail, write_json, write_table)
 
 import numpy as np
 import torch
@@ -21,10 +20,9 @@ from scipy.linalg import eigh
 
 import fisher
 import stats
-from conditions import KEY, about_the_run, eval_batch, load_results, measured, rows_hash, run
+from conditions import KEY, about_the_run, eval_batch, measured, rows_hash, run
 from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
-from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, oriented
-from sae import sink_positions
+from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, hook_statistics, oriented
 
 GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,24,32,48", tokens="100k", expansion=4, eval_seqs=24, ctx=256)
 N_RESAMPLES = 2000
@@ -78,19 +76,18 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
     """
     device, draws = next(model.parameters()).device, 2 * DRAWS
     uniforms = torch.rand(len(rows), draws, rows.shape[1] - 1, generator=torch.Generator().manual_seed(1))
-    h_all = torch.cat([head(model, layer, x.to(device)).cpu() for x in rows.split(batch)])[:, :-1]
-    norms, d = h_all.norm(dim=-1), h_all.shape[-1]
-    sink = sink_positions(norms, norms[:, 1:].median().item())
+    shared = hook_statistics(model, layer, rows, batch)
+    h_all, sink, d = shared["h"], shared["sink"], shared["h"].shape[-1]
     blocks = min(len(rows), 24)  # of sequences: what the bootstrap draws, so that d x d sums stay few
     sums = {sinks: dict(n=np.zeros(blocks), first=np.zeros((blocks, d)), second=np.zeros((blocks, d, d)), gram=np.zeros((blocks, d, d))) for sinks in ("in", "out")}
     for start in range(0, len(rows), batch):
         x = rows[start:start + batch].to(device)
-        _, (_, *gradients) = clean_pass(model, layer, x, head(model, layer, x), uniforms[start:start + batch].transpose(0, 1).to(device))
+        _, (_, *gradients) = clean_pass(model, layer, x, h_all[start:start + batch].to(device), uniforms[start:start + batch].transpose(0, 1).to(device))
         g = torch.stack([gradient[:, :-1].cpu() for gradient in gradients], 1).double()  # [B,m,T-1,d]
         for i in range(len(x)):
             for sinks, keep in (("in", torch.ones_like(sink[0])), ("out", ~sink[start + i])):
                 into, at = sums[sinks], (start + i) % blocks
-                h, gi = h_all[start + i][keep].double(), g[i][:, keep].flatten(0, 1)
+                h, gi = h_all[start + i, :-1][keep].double(), g[i][:, keep].flatten(0, 1)
                 into["n"][at] += len(h)
                 into["first"][at] += h.sum(0).numpy()
                 into["second"][at] += (h.T @ h).numpy()
@@ -252,7 +249,7 @@ def calibration(sums: dict, meta: dict) -> list[dict]:
     rows = []
     for model, layer in sorted(set(zip(meta["model"], meta["layer"]))):
         here = (meta["model"] == model) & (meta["layer"] == layer)
-        s = {q: v[here] / sums["n"][here] for q, v in sums.items() if q != "d"}
+        s = {q: v[here] / sums["n"][here] for q, v in sums.items()}
         for alpha in ALPHAS:
             tag = "" if alpha == 1 else f"_{alpha}"
             kl, dce = s["kl" + tag], s["ce_recon" if alpha == 1 else "ce" + tag] - s["ce_orig"]
@@ -272,10 +269,7 @@ def radius(row: dict) -> float:
 
 def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz, geometry.csv and the gate."""
-    nulls, saes, values, meta = measured(out, settings, N_RESAMPLES, own_metrics)
-    rows, sums = load_results(out)
-    trained = np.array([row["recipe"] != "null" for row in rows])
-    sums = {q: v[trained] for q, v in sums.items()}
+    nulls, saes, values, meta, sums = measured(out, settings, N_RESAMPLES, own_metrics)
     scores = {name: oriented(name, values[name]) for name in (*PROXIES, *FISHER)}
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
@@ -297,10 +291,10 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
                    locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
                    radius=[{c: row[c] for c in KEY} | {"radius": radius(row)} for row in saes],
                    thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS), settings=settings, rows_sha256=rows_hash(out))
-    verdict = json.loads(json.dumps(verdict), parse_constant=lambda _: None)
+    verdict = plain(verdict)
     write_json(out / "verdict.json", verdict)
     table = calibration(sums, meta)
-    plots(out, saes, sums, meta, table, board, settings)
+    plots(out, sums, meta, board, settings)
     write_report(out, nulls, saes, np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0), board, verdict, table, settings)
     return verdict
 
@@ -366,10 +360,10 @@ def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict,
         temporary.write_text("\n".join(text))
 
 
-def plots(out: pathlib.Path, saes, sums: dict, meta: dict, table, board, settings: dict) -> None:
+def plots(out: pathlib.Path, sums: dict, meta: dict, board, settings: dict) -> None:
     plt = pyplot()
     leaderboard_plot(out / "leaderboard.png", board)
-    colours = dict(zip(settings["models"], plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(settings["models"])))))
+    colours = model_colours(settings["models"])
     figure, axes = plt.subplots(1, len(ALPHAS), figsize=(4 * len(ALPHAS) + 0.5, 3.8), layout="constrained")
     for axis, alpha in zip(axes, ALPHAS):
         x = alpha ** 2 * sums["fisher_seq"].sum(1) / sums["n"].sum(1) / 2

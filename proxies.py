@@ -61,8 +61,8 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, T
 
     A reconstruction is a TopKSAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]. The clean forward, g and its sampled twins are
     computed once per batch for all of them. An experiment's own quantities [B,T-1] come from terms(model, layer, x, h, delta, p,
-    log_p, log_q), where delta [B,T,d] is 0 at the last position, which is not patched. Per-token values are formed in float32 on the model's device, summed in
-    float64 on the CPU. Raises Fault on a loss that is not finite.
+    log_p, log_q), where delta [B,T,d] is 0 at the last position, which is not patched. Per-token values are formed in float32
+    on the model's device, summed in float64 on the CPU. Raises Fault on a loss that is not finite.
     """
     device = next(model.parameters()).device
     shared = hook_statistics(model, layer, rows, batch)

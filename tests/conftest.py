@@ -14,6 +14,11 @@ def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dty
     return GPTNeoXForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
+def log_probs_64(logits):
+    """`common.log_probs`, in the logits' own precision."""
+    return torch.log_softmax(logits[:, :-1], -1)
+
+
 @pytest.fixture
 def tiny():
     return tiny_model()

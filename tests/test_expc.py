@@ -6,8 +6,8 @@ import torch
 import expc_fisher
 import fisher
 import stats
-from common import clean_pass, head, load_model, log_probs, tail
-from conftest import tiny_model
+from common import clean_pass, head, load_model, tail
+from conftest import log_probs_64, tiny_model
 from proxies import evaluate, metrics, sequence_weights
 from sae import tied_init
 
@@ -51,10 +51,6 @@ def test_the_quadratic_form_is_kl_for_small_errors(hook):
         log_q = log_probs_64(tail(model, 1, rows, h + alpha * delta))
         off.append(((log_p.exp() * (log_p - log_q)).sum() / (alpha ** 2 * form / 2) - 1).abs().item())
     assert off[1] < 2e-3 and off[1] < 0.2 * off[0]
-
-
-def log_probs_64(logits):
-    return torch.log_softmax(logits[:, :-1], -1)
 
 
 def test_the_path_integral_is_dce(hook):

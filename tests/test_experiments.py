@@ -15,8 +15,6 @@ from common import read_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ["--models", "stdlib-s@1,stdlib-s@3,stdlib-m@3", "--k", "2,4,8", "--tokens", "10k", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64"]
-
-
 SMALL_A = ["--models", "stdlib-s,stdlib-m", "--k", "2,4,8", "--tokens", "3k,10k", "--seeds", "0,1,2", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64"]
 
 

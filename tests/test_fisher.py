@@ -5,17 +5,15 @@ import torch
 from scipy.stats import t as student
 
 import fisher
-from common import clean_pass, head, log_probs, tail
-from conftest import tiny_model
+from common import clean_pass, head, tail
+from conftest import log_probs_64, tiny_model
 
 LAYER = 1
 
 
-@pytest.fixture(scope="module")
-def truth():
-    """(model, rows [2,6], h, delta, p, J [B,T-1,V,T,d], G [B,T*d,T*d]) in float64."""
+def dense_truth(model) -> tuple:
+    """(model, rows [2,6], h, delta, p, J [B,T-1,V,T,d]) in float64."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    model = tiny_model(d=8, vocab=17)
     rows = torch.randint(0, 17, (2, 6), generator=torch.Generator().manual_seed(3))
     h = head(model, LAYER, rows)
     delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
@@ -27,8 +25,9 @@ def truth():
     return model, rows, h, delta, p, J
 
 
-def log_probs_64(logits):
-    return torch.log_softmax(logits[:, :-1], -1)
+@pytest.fixture(scope="module")
+def truth():
+    return dense_truth(tiny_model(d=8, vocab=17))
 
 
 def dense(p, J, delta, which):
@@ -144,6 +143,7 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
 
 def other_families():
     import transformers
+    torch.manual_seed(0)
     common = dict(vocab_size=17, hidden_size=8, num_hidden_layers=3, num_attention_heads=4, intermediate_size=16, max_position_embeddings=32, initializer_range=0.3)
     yield "llama", transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=2))
     yield "qwen2", transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, num_key_value_heads=2))
@@ -156,16 +156,7 @@ def other_families():
 @pytest.mark.parametrize("name, model", list(other_families()), ids=lambda x: x if isinstance(x, str) else "")
 def test_forms_on_other_families(name, model):
     """Grouped keys, tied and scaled embeddings, sliding windows, capped logits: against dense Jacobians."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    model = model.double().eval().requires_grad_(False)
-    rows = torch.randint(0, 17, (2, 6), generator=torch.Generator().manual_seed(3))
-    h = head(model, LAYER, rows)
-    delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
-    delta[:, -1] = 0
-    with sdpa_kernel(SDPBackend.MATH):
-        J = torch.stack([torch.autograd.functional.jacobian(lambda x: tail(model, LAYER, rows[b:b + 1], x)[0, :-1], h[b:b + 1])[:, :, 0]
-                         for b in range(len(rows))])
-    p = log_probs_64(tail(model, LAYER, rows, h)).exp()
+    model, rows, h, delta, p, J = dense_truth(model.double().eval().requires_grad_(False))
     exact = 1e-5 if name in ("llama", "qwen2", "gemma2") else 1e-10  # their norms compute in float32
     for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
         torch.testing.assert_close(form(model, LAYER, rows, h, delta, p), dense(p, J, delta, which)[:, :5], rtol=exact, atol=exact * 1e-2)
