@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 import platform
+import shutil
 import time
 
 from common import (EMBEDDED, Fault, UserError, atomically, check_parity, fingerprint, load_model, markdown, open_output, pick_device,
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import formats
 import kernels
-from proxies import VALUE_BITS, evaluate, index_bits, metrics, sequence_weights
-from sae import CHUNK, RECIPES, TRAIN_VERSION, TopKSAE, get_saes, tied_init, trunk
+import ranks
+from audit import r2_by_library
+from proxies import VALUE_BITS, evaluate, hook_statistics, index_bits, metrics, sequence_weights
+from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, load_sae, tied_init, train_missing, trunk
 from text import heldout_rows
 
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
@@ -33,47 +37,128 @@ def sae_name(expansion: int, sinks: str) -> str:
     return f"topk-x{expansion}" + ("-nosinks" if sinks == "drop" else "")
 
 
-def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
-    """(settings, hooks): every model loaded (on the CPU), every argument checked against it, before anything is written."""
-    loaded, hooks = {}, []
+def hub_name(said: str) -> str:
+    """The hub's name of a model that an SAE's file calls by TransformerLens' name."""
+    return said if "/" in said else f"EleutherAI/{said}" if said.startswith("pythia") else {"gpt2-small": "gpt2"}.get(said, said)
+
+
+def chosen_saes(args) -> list[dict]:
+    """Entries of `formats.find`, with `said`, `model` and `layer`, for the SAEs of --sae that read a hook asked for; says which do not.
+
+    Without --models the files name the model; without @LAYER each file its layer. Raises UserError.
+    """
+    asked = {}
     for name, layer in args.models:
+        asked.setdefault(name, set()).add(layer)
+    taken, left = [], []
+    for entry in (entry for spec in args.sae for entry in formats.find(spec)):
+        said, where = formats.describe(entry), f"--sae {entry['label']}"
+        if len(asked) != 1 and said["model"] is None:
+            raise UserError(f"{where}: its files name no model; name one with --models")
+        name = next(iter(asked)) if len(asked) == 1 else hub_name(said["model"])
+        layers = asked.get(name, {None})
+        layer = said["layer"] if said["layer"] is not None or len(layers) > 1 else next(iter(layers))
+        if said["site"] not in (None, "resid_post"):
+            left.append(f"{entry['label']} ({said['site']}, not resid_post)")
+        elif asked and name not in asked:
+            left.append(f"{entry['label']} (of {name})")
+        elif layer is None:
+            raise UserError(f"{where}: its files name no layer; name one with --models {name}@LAYER")
+        elif layer not in layers and None not in layers:
+            left.append(f"{entry['label']} (layer {layer})")
+        else:
+            taken.append(entry | {"said": said, "model": name, "layer": layer})
+    if left:
+        print(f"left out: {', '.join(left)}")
+    if not taken:
+        raise UserError(f"--sae {','.join(args.sae)}: none of its {len(left)} SAEs reads a hook that --models asks for")
+    if len({entry["label"] for entry in taken}) < len(taken):
+        raise UserError("--sae: two SAEs of one name; name folders apart")
+    return taken
+
+
+def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
+    """(settings, hooks): every model and SAE file loaded (on the CPU), every argument checked against it, before anything is written.
+
+    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], d, depth, jobs, names, nulls),
+    where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
+    """
+    files = chosen_saes(args) if args.sae else []
+    ctx_of = lambda entry: min(args.ctx, entry["said"]["ctx"] or args.ctx)  # no longer than the SAE was trained on
+    places = list(dict.fromkeys((e["model"], e["layer"], ctx_of(e), e["said"]["bos"]) for e in files)) or [(*m, args.ctx, False) for m in args.models]
+    loaded, texts, hooks = {}, {}, []
+    for name, layer, ctx, bos in places:
         if name not in loaded:
-            model, tokenizer = load_model(name, torch.device("cpu"))
-            limit = getattr(model.config, "max_position_embeddings", args.ctx)
-            if args.ctx > limit:
-                raise UserError(f"--ctx {args.ctx}: {name} takes {limit} tokens at most")
-            rows, text = heldout_rows(args.data, tokenizer, args.ctx, args.eval_seqs)
-            loaded[name] = model, tokenizer, rows, text, fingerprint(model)
-        model, tokenizer, rows, text, weights = loaded[name]
-        layer = pick_layer(model, name, layer)
-        d = model.config.hidden_size
-        if args.k[-1] > args.expansion * d:
-            raise UserError(f"--k {args.k[-1]}: more than the {args.expansion * d} latents of an SAE at {args.expansion}x on {name}")
-        jobs = [dict(model=name, weights=weights, layer=layer, data=args.data, text=text, ctx=args.ctx, tokens=tokens,
-                     trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * d, k=k, seed=seed, recipe=recipe, sinks=sinks,
-                     device=device.type, version=TRAIN_VERSION)
-                for sinks in args.sinks for recipe in args.recipe for tokens in args.tokens for k in args.k for seed in args.seeds]
-        hooks.append(dict(name=name, layer=layer, model=model, tokenizer=tokenizer, rows=rows, jobs=jobs, d=d,
-                          depth=f"{(layer / model.config.num_hidden_layers):.2f}"))
-    if len({(hook["name"], hook["layer"]) for hook in hooks}) < len(hooks):
+            model, tokenizer = load_model(name, torch.device("cpu"), args.revision, getattr(torch, args.dtype))
+            loaded[name] = model, tokenizer, fingerprint(model)
+        model, tokenizer, weights = loaded[name]
+        if ctx > getattr(model.config, "max_position_embeddings", ctx):
+            raise UserError(f"--ctx {ctx}: {name} takes {model.config.max_position_embeddings} tokens at most")
+        if (name, ctx, bos) not in texts:
+            first = (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id) if bos else None
+            texts[name, ctx, bos] = heldout_rows(args.data, tokenizer, ctx, args.eval_seqs, args.split, first)
+        rows, text = texts[name, ctx, bos]
+        hook = dict(name=name, layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, d=model.config.hidden_size)
+        hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
+        several = sum(place[:2] == (name, layer) for place in places) > 1  # SAEs of one place that want other contexts
+        hook["nulls"] = [f"{null}-{'bos-' * bos}ctx{ctx}" if several else null for null in NULLS]
+        if files:
+            hook["jobs"] = checked([e for e in files if (e["model"], e["layer"], ctx_of(e), e["said"]["bos"]) == (name, layer, ctx, bos)], hook, args, device)
+            hook["names"] = [(job["label"], job["format"], job["d_sae"], job["k"], 0, 0) for job in hook["jobs"]]
+        else:
+            if args.k[-1] > args.expansion * hook["d"]:
+                raise UserError(f"--k {args.k[-1]}: more than the {args.expansion * hook['d']} latents of an SAE at {args.expansion}x on {name}")
+            hook["jobs"] = [dict(model=name, weights=weights, layer=hook["layer"], data=args.data, text=text, ctx=args.ctx, tokens=tokens,
+                                 trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed, recipe=recipe, sinks=sinks,
+                                 device=device.type, version=TRAIN_VERSION) | ({"split": args.split} if args.split != "train" else {})
+                            for sinks in args.sinks for recipe in args.recipe for tokens in args.tokens for k in args.k for seed in args.seeds]
+            hook["names"] = [(sae_name(args.expansion, j["sinks"]), j["recipe"], j["d_sae"], j["k"], j["seed"], j["tokens"]) for j in hook["jobs"]]
+        hooks.append(hook)
+    if not files and len({(hook["name"], hook["layer"]) for hook in hooks}) < len(hooks):
         raise UserError("--models: the same model and layer twice (a name without @LAYER means the middle layer)")
     size = {name: sum(p.numel() for p in entry[0].parameters()) for name, entry in loaded.items()}
     settings = dict(
-        script=script, device=device.type, data=args.data, text_sha256=loaded[hooks[0]["name"]][3],
+        script=script, device=device.type, data=args.data, text_sha256=next(iter(texts.values()))[1],
         python=platform.python_version() if args.data == "stdlib" else None,
         models=sorted(size, key=size.get), hooks={f"{h['name']}@{h['layer']}": h["depth"] for h in hooks},
-        weights={name: entry[4] for name, entry in loaded.items()}, k=args.k, seeds=args.seeds, tokens=args.tokens,
+        weights={name: entry[2] for name, entry in loaded.items()}, k=args.k, seeds=args.seeds, tokens=args.tokens,
         expansion=args.expansion, recipe=args.recipe, sinks=args.sinks, eval_seqs=args.eval_seqs, ctx=args.ctx, save_tokens=args.save_tokens)
+    if files:
+        settings |= dict.fromkeys(("k", "seeds", "tokens", "expansion", "recipe", "sinks"))
+        settings["saes"] = {job["label"]: job["said"] for hook in hooks for job in hook["jobs"]}
+    settings |= {name: value for name, value in (("revision", args.revision), ("split", args.split), ("dtype", args.dtype))
+                 if value not in (None, "train", "float32")}  # what is not the default
     return settings, hooks
+
+
+def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list[dict]:
+    """The jobs of one hook's SAE files, each read, of the model's width, and past the basis gate. Raises UserError."""
+    where = device if device.type == "cuda" else torch.device("cpu")  # MPS is not believed before its own check
+    model, few = hook["model"].to(where), hook["rows"][:4].to(where)
+    activations = formats.near(model, hook["layer"], few)
+    model.to("cpu")
+    for entry in tqdm(entries, desc=f"reading SAEs of {hook['name']} L{hook['layer']}", leave=False):
+        sae = formats.read(entry).to(where)
+        F, d = sae.W_enc.shape
+        if d != hook["d"]:
+            raise UserError(f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}")
+        said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "weights": formats.tensors_hash(sae)}
+        said["ctx"] = hook["rows"].shape[1]
+        said["readings"] = None if args.basis else formats.check_basis(sae, said, entry["label"], hook["layer"], activations)
+        sae.centred = said["basis"] == "centred"
+        active = (sae.encode(activations[hook["layer"]])[0] > 0).sum(1).double().mean().item()
+        entry |= dict(said=said, d_sae=F, k=sae.k or 0, typical_k=max(1, round(active)))
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------------- cost
 PYTHIA = {"EleutherAI/pythia-70m": (512, 6, 8), "EleutherAI/pythia-160m": (768, 12, 12), "EleutherAI/pythia-410m": (1024, 24, 16)}
 PEAK = {"M2 Max (mps)": 13.6, "A100": 19.5, "RTX 4090": 82.6, "H100": 67}  # vendors' float32 TFLOP/s, outside tensor cores
+SAES_AT_ONCE = 4 * 10 ** 9  # bytes of SAEs evaluated together; the clean pass is computed once for each such lot
 SHARE = 0.35  # of a large product's rate that the whole run reaches: a guess, for these estimates only
 
 
-def shape_of(name: str):
+def shape_of(name: str, revision: str | None):
     """The model without weights (`meta` device): what its size costs, from its config alone. The presets' are known here."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
@@ -83,16 +168,16 @@ def shape_of(name: str):
             config = transformers.GPTNeoXConfig(hidden_size=d, num_hidden_layers=n_layers, num_attention_heads=heads, intermediate_size=4 * d,
                                                 vocab_size=50304)
         else:
-            config = transformers.AutoConfig.from_pretrained(EMBEDDED.get(name, name))
+            config = transformers.AutoConfig.from_pretrained(EMBEDDED.get(name, name), revision=revision or "main", trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise UserError(f"--models {name}: {str(error).strip().splitlines()[0]} (embedded: {', '.join(EMBEDDED)})") from error
 
 
-def cost(name: str, layer: int | None, args, more_passes: int = 0) -> dict:
-    """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products."""
-    model = shape_of(name)
+def cost(name: str, layer: int | None, args, more_passes: int = 0, widths: list[int] | None = None) -> dict:
+    """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products. widths: of SAEs that exist."""
+    model = shape_of(name, args.revision)
     layer, d = pick_layer(model, name, layer), model.config.hidden_size
     n_layers, vocab = model.config.num_hidden_layers, model.config.vocab_size
     block = (sum(p.numel() for p in model.parameters()) - 2 * vocab * d) // n_layers
@@ -105,11 +190,11 @@ def cost(name: str, layer: int | None, args, more_passes: int = 0) -> dict:
             inner = any(tokens in trunk(recipe, other, args.tokens) for other in args.tokens)
             trained += runs * tokens * (RECIPES[recipe].DECAY if inner else 1.0)
             live, branching = live + runs * (not inner), branching or inner
-    saes, n_tok = runs * len(args.recipe) * len(args.tokens), args.eval_seqs * args.ctx
-    train = len(args.sinks) * max(args.tokens) * head + trained * 2.5 * dense  # encode, and the sparse rest
+    saes, n_tok = len(widths or args.tokens * (runs * len(args.recipe))), args.eval_seqs * args.ctx
+    train = 0 if widths else len(args.sinks) * max(args.tokens) * head + trained * 2.5 * dense  # encode, and the sparse rest
     patches = saes + len(NULLS)
-    evaluation = n_tok * (head + tail * (1 + 2 * (1 + 4) + 2 + (2 + more_passes) * patches) + patches * dense)
-    parameters = 2 * d * args.expansion * d * 4
+    evaluation = n_tok * (head + tail * (1 + 2 * (1 + 4) + 2 + (2 + more_passes) * patches) + (2 * d * sum(widths) if widths else patches * dense))
+    parameters = 8 * d * (max(widths) if widths else args.expansion * d)
     many = max(args.tokens) > CHUNK  # then all runs of a stream live at once, with gradients and Adam's moments
     return dict(hook=f"{name}@{layer}", saes=saes, train_tokens=readable_count(round(trained)), tflops=(train + evaluation) / 1e12,
                 memory_gb=(sum(p.numel() for p in model.parameters()) * 4 + min(CHUNK, max(args.tokens)) * d * 8
@@ -118,7 +203,7 @@ def cost(name: str, layer: int | None, args, more_passes: int = 0) -> dict:
 
 
 def dry_run(args, more_passes: int = 0) -> None:
-    """Print the grid and what it would cost. Nothing is loaded, downloaded or written.
+    """Print the grid and what it would cost. Nothing is loaded or written, and of --sae on the hub only the configurations are downloaded.
 
     more_passes: what an experiment's own terms cost per SAE, in passes through the tail.
     """
@@ -130,11 +215,19 @@ def dry_run(args, more_passes: int = 0) -> None:
         b = a @ a
     b.sum().item()
     here = 5 * 2 * 2048 ** 3 / (time.perf_counter() - start) / 1e12
-    rows = [cost(name, layer, args, more_passes) for name, layer in args.models]
+    if args.sae:
+        files = chosen_saes(args)
+        print(markdown([{"sae": e["label"], "hook": f"{e['model']}@{e['layer']}", **e["said"]} for e in files],
+                       ["sae", "hook", "format", "width", "ctx", "bos", "basis"]) + "\n")
+        places = dict.fromkeys((e["model"], e["layer"]) for e in files)
+        rows = [cost(*place, args, more_passes, [e["said"]["width"] or 0 for e in files if (e["model"], e["layer"]) == place]) for place in places]
+    else:
+        rows = [cost(name, layer, args, more_passes) for name, layer in args.models]
     total = sum(row["tflops"] for row in rows)
     print(markdown(rows, ["hook", "saes", "train_tokens", "tflops", "memory_gb", "disk_gb"]))
-    print(f"\nk {args.k}, tokens {[readable_count(t) for t in args.tokens]}, seeds {args.seeds}, {args.expansion}x, recipe {args.recipe}, sinks "
-          f"{args.sinks}; evaluation {args.eval_seqs} x {args.ctx}; {total:.3g} TFLOP, {sum(row['disk_gb'] for row in rows):.3g} GB of SAEs\n")
+    grid = (f"k {args.k}, tokens {[readable_count(t) for t in args.tokens]}, seeds {args.seeds}, {args.expansion}x, recipe {args.recipe}, sinks {args.sinks}; "
+            if not args.sae else "")
+    print(f"\n{grid}evaluation {args.eval_seqs} x {args.ctx}; {total:.3g} TFLOP, {sum(row['disk_gb'] for row in rows):.3g} GB of SAEs\n")
     rates = {f"this {device.type} (measured)": here, **PEAK}
     print(markdown([{"device": name, "float32 TFLOP/s": rate, "hours": total / (SHARE * rate) / 3600} for name, rate in rates.items()],
                    ["device", "float32 TFLOP/s", "hours"]))
@@ -147,59 +240,69 @@ def eval_batch(model, ctx: int, device: torch.device) -> int:
     return max(1, 2 ** (21 if device.type == "cpu" else 26) // (ctx * model.config.vocab_size))
 
 
-def null_rows(hook: dict, saes: list[TopKSAE]) -> dict:
+def null_rows(hook: dict, trained: torch.nn.Module) -> dict:
     """What a score must be seen beside: nothing lost, everything lost, an untrained dictionary, and an error without direction.
 
     The random dictionary and the Gaussian error (same norm per token) take the middle SAE of the grid as their model.
     """
-    trained = saes[len(saes) // 2]
-    random = tied_init(hook["d"], len(trained.W_dec), trained.k, 10 ** 6, trained.b_dec).requires_grad_(False)
+    k = trained.k or hook["jobs"][len(hook["jobs"]) // 2]["typical_k"]
+    random = tied_init(hook["d"], len(trained.W_dec), k, 10 ** 6, trained.b_dec).requires_grad_(False)
     noise = torch.Generator().manual_seed(10 ** 6)
 
     def gaussian(h, mean):
-        error = trained.decode(*trained.encode(h)) - h
+        error = trained.reconstruct(h)[2] - h
         direction = torch.randn(h.shape, generator=noise).to(h.device)
         return h + direction * (torch.linalg.vector_norm(error, dim=1) / torch.linalg.vector_norm(direction, dim=1))[:, None]
 
-    return {"null-identity": lambda h, mean: h, "null-mean": lambda h, mean: mean.expand_as(h), "null-random": random,
-            "null-gaussian": gaussian}
+    shape = {"null-random": (len(random.W_dec), random.k)}
+    made = {"null-identity": lambda h, mean: h, "null-mean": lambda h, mean: mean.expand_as(h), "null-random": random, "null-gaussian": gaussian}
+    return {(name, "null", *shape.get(null, (0, 0)), 0, 0): made[null] for null, name in zip(NULLS, hook["nulls"])}
 
 
-def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=None, study=None) -> tuple[list[dict], dict, dict, dict]:
-    """Train (or find) the SAEs of one hook and evaluate them: (rows, sums {quantity: [C,S]}, per-token arrays, own tables).
+def load(hook: dict, i: int, args) -> torch.nn.Module:
+    """SAE i of the hook, on the CPU."""
+    job = hook["jobs"][i]
+    if not args.sae:
+        return load_sae(cache_folder(args.cache, job), torch.device("cpu"))
+    sae = formats.read(job)
+    sae.centred = job["said"]["basis"] == "centred"
+    return formats.fused(sae)
+
+
+def run_hook(hook: dict, args, device: torch.device, which: list[int], with_nulls: bool, terms=None, own_metrics=None, study=None) -> tuple:
+    """Evaluate SAEs `which` of one hook, and its null rows: (rows, sums {quantity: [C,S]}, per-token arrays, own tables).
 
     An experiment's own: terms, see `proxies.evaluate`; own_metrics(sums, weights) -> {column: [W,C]} from their sums;
-    study(hook, saes, device) -> {name of a table: rows}, each row with the hook's model and layer.
+    study(hook, middle SAE, device) -> {name of a table: rows}, each row with the hook's model and layer; it comes with the null rows.
     """
-    model, jobs = hook["model"], hook["jobs"]
+    model, middle = hook["model"], len(hook["jobs"]) // 2
     if device.type != "cpu":
         check_parity(model, hook["layer"], hook["rows"][:2], device)
     model.to(device)
-    saes = [sae for sinks in args.sinks
-            for sae in get_saes(model, hook["tokenizer"], [job for job in jobs if job["sinks"] == sinks], args.cache)]
-    names = [(sae_name(args.expansion, j["sinks"]), j["recipe"], j["d_sae"], j["k"], j["seed"], j["tokens"]) for j in jobs]
-    nulls = null_rows(hook, saes)
-    random = nulls["null-random"]
-    names += [(name, "null", *((len(random.W_dec), random.k) if name == "null-random" else (0, 0)), 0, 0) for name in NULLS]
-    reconstructions = dict(zip(names, [*saes, *nulls.values()]))
-    results = evaluate(model, hook["layer"], hook["rows"], reconstructions, eval_batch(model, args.ctx, device), keep_tokens=args.save_tokens,
-                       what=f"{hook['name']} L{hook['layer']}", terms=terms)
-    tables = study(hook, saes, device) if study else {}
+    reconstructions = {hook["names"][i]: load(hook, i, args).to(device) for i in which}
+    trained = load(hook, middle, args).to(device) if with_nulls else None
+    if with_nulls:
+        reconstructions |= null_rows(hook, trained)
+    n_seq, ctx = hook["rows"].shape
+    batch = eval_batch(model, ctx, device)
+    results = evaluate(model, hook["layer"], hook["rows"], reconstructions, batch, keep_tokens=args.save_tokens, what=f"{hook['name']} L{hook['layer']}", terms=terms)
+    tables = study(hook, trained, device) if study and with_nulls else {}
+    definitions = r2_by_library(hook_statistics(model, hook["layer"], hook["rows"], batch), reconstructions, device) if args.sae else {}
     model.to("cpu")
-    n_seq, per_seq = len(hook["rows"]), args.ctx - 1
+    names = list(reconstructions)
     sums = {q: np.stack([results[name]["sums"][q] for name in names]) for q in results[names[0]]["sums"]}
     point = metrics(sums, np.ones((1, n_seq)), hook["d"]) | (own_metrics(sums, np.ones((1, n_seq))) if own_metrics else {})
     rows = []
     for i, name in enumerate(names):
         row = dict(zip(KEY, (hook["name"], hook["layer"], *name)))
-        row |= {"n_seq": n_seq, "n_tok": n_seq * per_seq, "n_sink": results[name]["n_sink"], "alive": np.nan, "bits_idx": np.nan, "bits": np.nan}
+        row |= {"n_seq": n_seq, "n_tok": n_seq * (ctx - 1), "n_sink": results[name]["n_sink"], "alive": np.nan, "bits_idx": np.nan, "bits": np.nan}
         row |= {metric: float(value[0, i]) for metric, value in point.items()}
         fired = results[name]["fired"]
         if not isinstance(fired, int):
             row["alive"] = float((fired.sum(0) > 0).double().mean())
-            row["bits_idx"] = index_bits(fired.numpy(), n_seq, per_seq)
+            row["bits_idx"] = index_bits(fired.numpy(), n_seq, ctx - 1)
             row["bits"] = row["bits_idx"] + VALUE_BITS * row["l0"]
-        rows.append(row)
+        rows.append(row | definitions.get(name, {}))
     sums["d"] = np.full(len(names), hook["d"])
     tokens = {f"{hook['name']}@{hook['layer']}/" + "-".join(map(str, name)) + f"/{q}": v
               for name in names for q, v in results[name]["tokens"].items()}
@@ -207,39 +310,82 @@ def run_hook(hook: dict, args, device: torch.device, terms=None, own_metrics=Non
 
 
 def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes: int = 0) -> tuple[pathlib.Path, dict] | None:
-    """Everything up to the results folder: (folder, settings), or None after --dry-run.
+    """Everything up to the results folder: (folder, settings), or None after --dry-run and for all ranks of torchrun but the first.
 
-    Hooks that the folder already has are kept; --from takes a finished folder and runs nothing. Raises UserError.
+    Conditions that the folder already has are kept; --from takes a finished folder and runs nothing. Raises UserError.
     """
     if args.from_dir:
         return finished_run(args.from_dir, script)
     if args.dry_run:
         return dry_run(args, more_passes)
-    print(kernels.describe())
-    settings, hooks = plan(args, pick_device(args.device), script)
-    if settings["device"] == "mps" and args.device == "auto":
+    device = pick_device(args.device)
+    ranks.join(device)
+    ranks.say(kernels.describe())
+    settings, hooks = plan(args, device, script)
+    if device.type == "mps" and args.device == "auto":
         try:
-            check_parity(hooks[0]["model"], hooks[0]["layer"], hooks[0]["rows"][:2], torch.device("mps"))
+            check_parity(hooks[0]["model"], hooks[0]["layer"], hooks[0]["rows"][:2], device)
         except Fault as why:
             print(f"{why}; going on with the CPU")
-            settings, hooks = plan(args, torch.device("cpu"), script)
-    open_output(args.out, settings, args.fresh)
+            device = torch.device("cpu")
+            settings, hooks = plan(args, device, script)
     start = time.time()
-    rows, sums = load_results(args.out)
-    done = {(row["model"], row["layer"]) for row in rows}
-    for hook in tqdm([h for h in hooks if (h["name"], h["layer"]) not in done], desc="hooks", leave=False):
-        new_rows, new_sums, tokens, tables = run_hook(hook, args, torch.device(settings["device"]), terms, own_metrics, study)
-        rows += new_rows
-        sums = {q: np.concatenate([sums[q], v]) if sums else v for q, v in new_sums.items()}
-        if args.save_tokens:
-            save_tokens(args.out, tokens)
-        for name, table in tables.items():  # before the rows that say that this hook is done
-            there = [row for row in (read_table(args.out / name) if (args.out / name).exists() else [])
-                     if (row["model"], row["layer"]) != (hook["name"], hook["layer"])]
-            write_table(args.out / name, sorted(there + table, key=lambda row: (row["model"], row["layer"])), list(table[0]))
-        save_results(args.out, rows, sums)
-    write_run(args.out, settings, seconds=round(time.time() - start, 1))
+    if ranks.RANK == 0:
+        open_output(args.out, settings, args.fresh)
+        gather(args.out)
+    ranks.wait()
+    there = {tuple(row[c] for c in KEY) for row in load_results(args.out)[0]}
+    # what is missing: (hook, indices of SAEs, null rows?)
+    missing = [(hook, [i for i, name in enumerate(hook["names"]) if (hook["name"], hook["layer"], *name) not in there],
+                not any(key[:3] == (hook["name"], hook["layer"], hook["nulls"][0]) for key in there)) for hook in hooks]
+    if not args.sae:
+        train(missing, args, device)
+    ranks.wait()
+    part = args.out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else args.out
+    bar = tqdm(shares(missing), desc="hooks", leave=False)
+    for hook, which, with_nulls in bar:
+        add_results(part, *run_hook(hook, args, device, which, with_nulls, terms, own_metrics, study))
+    ranks.wait()
+    if ranks.RANK:
+        return None
+    gather(args.out)
+    write_run(args.out, settings, ranks=ranks.WORLD, seconds=round(time.time() - start, 1))
     return args.out, settings
+
+
+def train(missing: list[tuple], args, device: torch.device) -> None:
+    """Train this rank's share of the SAEs that the missing rows need and the cache has not; budgets of one trunk stay together."""
+    families = {}
+    for number, (hook, which, with_nulls) in enumerate(missing):
+        for i in sorted({*which, *([len(hook["jobs"]) // 2] if with_nulls else [])}):
+            job = hook["jobs"][i]
+            families.setdefault((number, job["sinks"], job["recipe"], job["k"], job["seed"]), []).append(job)
+    mine = ranks.share(list(families.items()), [sum(job["tokens"] * job["d_sae"] for job in jobs) * missing[key[0]][0]["d"] for key, jobs in families.items()])
+    for number, (hook, *_) in enumerate(missing):
+        for sinks in args.sinks:
+            jobs = [job for key, family in mine if key[:2] == (number, sinks) for job in family]
+            if jobs:
+                if device.type != "cpu":
+                    check_parity(hook["model"], hook["layer"], hook["rows"][:2], device)
+                train_missing(hook["model"].to(device), hook["tokenizer"], jobs, args.cache)
+        hook["model"].to("cpu")
+
+
+def shares(missing: list[tuple]) -> list[tuple]:
+    """This rank's share of the missing rows, [(hook, indices of SAEs, null rows?)], cut where the SAEs would fill the memory."""
+    items = [(number, i) for number, (_, which, with_nulls) in enumerate(missing) for i in which + [None] * with_nulls]
+    tail = lambda hook: sum(p.numel() for p in hook["model"].parameters()) * (1 - hook["layer"] / hook["model"].config.num_hidden_layers)
+    mine = ranks.share(items, [tail(missing[number][0]) * (1 if i is not None else len(NULLS)) for number, i in items])
+    out = []
+    for number, i in mine:
+        hook = missing[number][0]
+        size = 8 * hook["d"] * hook["jobs"][i if i is not None else 0]["d_sae"]
+        if not out or out[-1][0] is not hook or filled + size > SAES_AT_ONCE:
+            out.append((hook, [], []))
+            filled = 0
+        out[-1][1 if i is not None else 2].append(i)
+        filled += size
+    return [(hook, which, bool(nulls)) for hook, which, nulls in out]
 
 
 # --------------------------------------------------------------------------------------------- the folder
@@ -261,12 +407,39 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     rows, _ = load_results(out)
     if not rows or not (out / "run.json").exists():
         raise UserError(f"--from {out}: no finished run there (conditions.csv, sequences.npz, run.json)")
-    settings = json.loads((out / "run.json").read_text())["settings"]
+    about = json.loads((out / "run.json").read_text())
+    settings = about["settings"]
     if settings["script"] != script:
         raise UserError(f"--from {out}: a run of {settings['script']}.py, not of {script}.py")
-    if missing := settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in rows}:
-        raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing))} not measured yet)")
+    missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in rows}
+    if missing or "seconds" not in about:
+        raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")
     return out, settings
+
+
+def add_results(out: pathlib.Path, rows: list[dict], sums: dict, tokens: dict, tables: dict) -> None:
+    """Add what `run_hook` gives to a results folder; a row that is there already stays. The rows come last: they say what is done."""
+    before, before_sums = load_results(out)
+    there = {tuple(row[c] for c in KEY) for row in before}
+    new = [i for i, row in enumerate(rows) if tuple(row[c] for c in KEY) not in there]
+    if tokens:
+        save_tokens(out, tokens)
+    for name, table in tables.items():
+        hooks = {(row["model"], row["layer"]) for row in table}
+        kept = [row for row in (read_table(out / name) if (out / name).exists() else []) if (row["model"], row["layer"]) not in hooks]
+        write_table(out / name, sorted(kept + table, key=lambda row: (row["model"], row["layer"])), list(table[0]))
+    save_results(out, before + [rows[i] for i in new], {q: np.concatenate([before_sums[q], v[new]]) if before_sums else v[new] for q, v in sums.items()})
+
+
+def gather(out: pathlib.Path) -> None:
+    """Into the folder what ranks left in theirs, this run's or one's that was killed."""
+    for part in sorted(out.glob(".rank*")):
+        rows, sums = load_results(part)
+        if rows:
+            tokens = dict(np.load(part / "tokens.npz")) if (part / "tokens.npz").exists() else {}
+            tables = {path.name: read_table(path) for path in sorted(part.glob("*.csv")) if path.name != "conditions.csv"}
+            add_results(out, rows, sums, tokens, tables)
+        shutil.rmtree(part)
 
 
 def save_results(out: pathlib.Path, rows: list[dict], sums: dict) -> None:
@@ -299,6 +472,7 @@ def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=No
     trained = np.array([row["recipe"] != "null" for row in rows])
     saes = [row for row, keep in zip(rows, trained) if keep]
     meta = {name: np.array([row[name] for row in saes]) for name in ("model", "layer", "sae", "recipe", "k", "tokens", "seed")}
+    meta["k"] = np.where(meta["k"] > 0, meta["k"], [row["l0"] for row in saes])  # an SAE without a k has its mean
     meta["depth"] = np.array([settings["hooks"][f"{row['model']}@{row['layer']}"] for row in saes])
     meta["cell"] = np.array(["-".join(str(row[c]) for c in KEY if c != "seed") for row in saes])
     return ([row for row in rows if row["recipe"] == "null"], saes, {name: value[:, trained] for name, value in values.items()}, meta,

@@ -15,7 +15,8 @@ import itertools
 import json
 import pathlib
 
-from common import atomically, markdown, model_colours, parse_args, plain, pyplot, readable_count, run_script, save_figure, write_json, write_table
+from common import (UserError, atomically, markdown, model_colours, parse_args, plain, pyplot, readable_count, run_script, save_figure, write_json,
+                    write_table)
 
 import numpy as np
 
@@ -596,6 +597,8 @@ def learning_plot(path: pathlib.Path, saes: list[dict], settings: dict) -> None:
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     args = parse_args(__doc__, **GRID)
+    if args.sae:
+        raise UserError("--sae: Exp-A is about how SAEs train; expb.py and expc_fisher.py evaluate existing ones")
     if (done := run(args, "expa")) is None:
         return
     out, settings = done

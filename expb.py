@@ -3,6 +3,7 @@
     python expb.py                                   # embedded models, five CPU-minutes
     python expb.py --device mps
     python expb.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --data NeelNanda/pile-small-tokenized-2b --tokens 10M
+    python expb.py --models EleutherAI/pythia-70m@3 --sae EleutherAI/sae-pythia-70m-32k      # SAEs that exist: can their R^2 be trusted?
     python expb.py --from outputs/expb               # tables, verdict and plots again, without a model
 
 Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by CE_rec better than R^2, and better than
@@ -18,6 +19,7 @@ from common import (atomically, markdown, model_colours, parse_args, plain, pypl
 import numpy as np
 
 import stats
+from audit import audit_report, audit_table
 from conditions import about_the_run, measured, rows_hash, run
 from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
@@ -47,7 +49,8 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     fed = values["fed_nosink"]
     interval = np.percentile(fed[3:], [2.5, 97.5], axis=0)
     plots(out, mine, board, settings)
-    write_report(out, nulls, mine, interval, board, verdict, settings)
+    audit = audit_report(audit_table(out, mine, fed[3:], settings)) if "saes" in settings else []
+    write_report(out, nulls, mine, interval, board, verdict, settings, audit)
     return verdict
 
 
@@ -66,11 +69,12 @@ def sentence(verdict: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict, settings: dict) -> None:
+def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict, settings: dict, audit: list[str]) -> None:
     number = lambda v, digits=2: "undefined" if v is None else f"{v:.{digits}f}"
     text = [
         "# Exp-B: which proxy predicts patched cross-entropy?", "", f"**{sentence(verdict)}**", "",
         "![R² and SWD against CE_rec](swd_r2.png)", "",
+        *audit,
         "## Leaderboard, all conditions, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
         "Larger is better for every proxy. Partial Spearman given k (and budget) is the primary statistic. Intervals: 95%, cells resampled "
         "within each model together with the evaluation sequences; the differences to the best control are on half of the sequences, the "

@@ -57,13 +57,13 @@ def own_metrics(sums: dict, weights: np.ndarray) -> dict:
         return forms | {f"locality_{alpha:g}": kl(alpha) / (alpha ** 2 * total["fisher_seq"] / 2) for alpha in ALPHAS}
 
 
-def study(hook: dict, saes: list, device: torch.device) -> dict:
-    """What is measured once per hook, on few sequences or without an SAE: {table: rows}."""
+def study(hook: dict, sae: torch.nn.Module, device: torch.device) -> dict:
+    """What is measured once per hook, on few sequences or without an SAE: {table: rows}. sae: the middle one of the grid."""
     model, layer, rows = hook["model"], hook["layer"], hook["rows"]
     batch = eval_batch(model, rows.shape[1], device)
-    name, middle = {"model": hook["name"], "layer": layer}, len(saes) // 2
-    which = name | {key: hook["jobs"][middle][key] for key in ("recipe", "k", "seed", "tokens")}
-    few, sae = rows[:batch].to(device), saes[middle]
+    name, condition = {"model": hook["name"], "layer": layer}, dict(zip(KEY[2:], hook["names"][len(hook["names"]) // 2]))
+    which = name | {key: condition[key] for key in ("recipe", "k", "seed", "tokens")}
+    few = rows[:batch].to(device)
     return {"geometry.csv": [name | row for row in geometry(model, layer, rows, batch)],
             "estimators.csv": [which | row for row in estimators(model, layer, few, sae)],
             "path.csv": [which | row for row in path(model, layer, few, sae)]}

@@ -55,14 +55,14 @@ def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> t
                         h.square().sum(1), delta.sum(1), h.sum(1)], 1)
 
 
-def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, TopKSAE | Callable], batch: int, seed: int = 0,
+def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, torch.nn.Module | Callable], batch: int, seed: int = 0,
              keep_tokens: bool = False, what: str = "", terms: Callable | None = None) -> dict[str, dict]:
     """{name: {"sums": {quantity: [S] float64}, "fired": [2,F] counts in even and odd sequences, "tokens": {..} if kept}}.
 
-    A reconstruction is a TopKSAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]. The clean forward, g and its sampled twins are
-    computed once per batch for all of them. An experiment's own quantities [B,T-1] come from terms(model, layer, x, h, delta, p,
-    log_p, log_q), where delta [B,T,d] is 0 at the last position, which is not patched. Per-token values are formed in float32
-    on the model's device, summed in float64 on the CPU. Raises Fault on a loss that is not finite.
+    A reconstruction is a TopKSAE, another SAE (`formats.FileSAE`), or a function (h [N,d], mean [d]) -> h_hat [N,d]. The clean forward, g
+    and its sampled twins are computed once per batch for all of them. An experiment's own quantities [B,T-1] come from
+    terms(model, layer, x, h, delta, p, log_p, log_q), where delta [B,T,d] is 0 at the last position, which is not patched. Per-token values
+    are formed in float32 on the model's device, summed in float64 on the CPU. Raises Fault on a loss that is not finite.
     """
     device = next(model.parameters()).device
     shared = hook_statistics(model, layer, rows, batch)
@@ -105,6 +105,9 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, T
                     values, indices = reconstruction.encode(h_flat)
                     stats, h_hat = kernels.gradient_weighted_distortion(
                         values, indices, reconstruction.W_dec, reconstruction.b_dec, h_flat, g, want_h_hat=True)
+                elif isinstance(reconstruction, torch.nn.Module):
+                    values, indices, h_hat = reconstruction.reconstruct(h_flat)
+                    stats = dense_statistics(h_flat, h_hat, g)
                 else:
                     h_hat = reconstruction(h_flat, shared["mean"])
                     stats = dense_statistics(h_flat, h_hat, g)

@@ -4,6 +4,8 @@ import common  # noqa: F401  before torch, see there
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from sae import cache_folder, load_sae, train_missing
+
 
 def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dtype=torch.float64):
     """Random weights of a size that makes every term matter; float64 so that closed forms can be met to 1e-9."""
@@ -27,3 +29,9 @@ def tiny():
 @pytest.fixture
 def rows():
     return torch.randint(0, 41, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def get_saes(model, tokenizer, jobs, cache):
+    """The SAEs of one hook, trained or from the cache."""
+    train_missing(model, tokenizer, jobs, cache)
+    return [load_sae(cache_folder(cache, job), torch.device("cpu")) for job in jobs]

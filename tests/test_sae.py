@@ -8,8 +8,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from conftest import get_saes
 import sae as sae_module
-from sae import SAELensTraining, Training, TopKSAE, activation_chunks, cache_folder, get_saes, load_sae, save_sae, tied_init, trunk
+from sae import SAELensTraining, Training, TopKSAE, activation_chunks, cache_folder, load_sae, save_sae, tied_init, trunk
 
 
 def planted(n: int, d: int = 32, latents: int = 64, active: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

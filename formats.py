@@ -1,0 +1,468 @@
+"""SAEs that others trained: where they lie, what their files mean, and one module that computes any of them.
+
+    python formats.py list PATH_OR_ID                  # the SAEs of a folder or hub repository, and what their files say
+    python formats.py export SAE_FOLDER TO             # an SAE trained here, in SAELens' format
+
+Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's sparse_autoencoder and mlsae. Each format's formula
+stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
+"""
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import pathlib
+import pickle
+import re
+import sys
+
+from common import UserError, atomically, head, markdown, run_script
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import kernels
+from sae import TopKSAE, sink_positions
+
+# the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one of OpenAI's
+FORMATS = {"sae_weights.safetensors": ("saelens", "cfg.json"), "sae.safetensors": ("sparsify", "cfg.json"),
+           "ae.pt": ("dictionary_learning", "config.json"), "model.safetensors": ("mlsae", "config.json")}
+BESIDE = {"saelens": ("activation_scaler.json", "activation_whitening.safetensors"), "sparsify": ("provenance.json",)}
+SAELENS_VERSION = "6.54.12"  # whose files the export writes and the tests compare with
+GATE_MARGIN = 0.99  # another reading must leave less than this share of the declared one's error to be called better
+
+
+class FileSAE(torch.nn.Module):
+    """Any SAE whose code is a function of single tokens, for raw activations h [N,d].
+
+    x = (h - shift) / scale for each token, by `norm`; z = W_enc (x - b_in) + b_enc; a code by `rule`; h_hat = (a W_dec + b_dec) scale
+    + shift, plus W_skip h. Rules: `topk` and `groupmax` (k latents), `threshold` (z where it exceeds `threshold` and 0: ReLU,
+    JumpReLU, BatchTopK at inference), `gated` (relu(gain z' + b_mag) where z > 0, z' = z - b_enc).
+    """
+
+    def __init__(self, rule: str, W_enc, b_enc, W_dec, b_dec, b_in=None, k: int | None = None, norm: str = "none", **more):
+        """W_enc, W_dec [F,d]; b_enc [F]; b_dec, b_in [d]; more: threshold [F] or [], gain [F], b_mag [F], W_skip [d,d]."""
+        super().__init__()
+        self.rule, self.k, self.norm = rule, k, norm
+        self.centred = False  # True: an SAE of h less its mean over d (TransformerLens' processed weights), which is added again
+        tensors = dict(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, b_in=torch.zeros_like(b_dec) if b_in is None else b_in, **more)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def normalised(self, h: torch.Tensor) -> tuple:
+        """(x [N,d], shift, scale): the way in, and the way back x scale + shift."""
+        shift = h.mean(1, keepdim=True) if self.centred else torch.zeros_like(h[:, :1])
+        x = h - shift
+        if self.norm == "layer_norm":  # eps on the way in only, and the sample's standard deviation: SAELens, OpenAI and mlsae agree
+            mean, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+            return (x - mean) / (scale + 1e-5), shift + mean, scale
+        if self.norm == "constant_norm_rescale":
+            scale = torch.linalg.vector_norm(x, dim=1, keepdim=True) / x.shape[1] ** 0.5
+            return x / scale, shift, scale
+        return x, shift, torch.ones_like(shift)
+
+    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """values [N,K] >= 0 and indices [N,K], ascending; K = k, or the most that a token of h has (the others end in zeros)."""
+        x = self.normalised(h)[0] - self.b_in
+        if self.rule == "topk":
+            return kernels.topk_encode(x, self.W_enc, self.b_enc, self.k)
+        z = torch.nn.functional.linear(x, self.W_enc)
+        if self.rule == "groupmax":
+            values, within = (z + self.b_enc).relu().unflatten(1, (self.k, -1)).max(2)
+            return values, within + torch.arange(self.k, device=z.device) * (z.shape[1] // self.k)
+        if self.rule == "gated":
+            a = (z * self.gain + self.b_mag).relu() * (z + self.b_enc > 0)
+        else:
+            z = z + self.b_enc
+            a = z.relu() * (z > self.threshold)
+        token, latent = a.nonzero(as_tuple=True)
+        count = (a > 0).sum(1)
+        place = torch.arange(len(token), device=a.device) - (count.cumsum(0) - count)[token]
+        indices = torch.zeros(len(a), max(1, int(count.max())), dtype=torch.int64, device=a.device)
+        values = torch.zeros(indices.shape, dtype=a.dtype, device=a.device)
+        indices[token, place], values[token, place] = latent, a[token, latent]
+        return values, indices
+
+    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(values, indices, h_hat [N,d])."""
+        values, indices = self.encode(h)
+        _, shift, scale = self.normalised(h)
+        h_hat = kernels.sparse_decode(values, indices, self.W_dec, self.b_dec) * scale + shift
+        return values, indices, h_hat + h @ self.W_skip.t() if hasattr(self, "W_skip") else h_hat
+
+
+# --------------------------------------------------------------------------------------------- formats
+# For each: says(configuration, path, beside) -> what the files say of the SAE, without its weights; computes(tensors, configuration,
+# beside) -> arguments of FileSAE. beside: the contents of BESIDE's files that are there.
+def saelens_metadata(config: dict) -> dict:
+    """Version 5 keeps in one flat dictionary what version 6 keeps under `metadata`."""
+    meta = config.get("metadata") or {}
+    version = str(meta.get("sae_lens_version") or config.get("sae_lens_version") or "0")
+    return meta if int(re.match(r"\d*", version)[0] or 0) >= 6 else {"prepend_bos": True, **config}
+
+
+def saelens_says(config: dict, path: str, beside: dict) -> dict:
+    meta = saelens_metadata(config)
+    site, layer = hook_of_lens(meta.get("hook_name") or meta.get("hook_point") or "")
+    centred = (meta.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
+    return dict(site=site, layer=layer, model=meta.get("model_name"), ctx=meta.get("context_size"), bos=bool(meta.get("prepend_bos")),
+                basis="centred" if centred else "raw", width=config.get("d_sae"))
+
+
+def saelens(t: dict, config: dict, beside: dict) -> dict:
+    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z |W_dec_i| where rescaled."""
+    architecture, norm = config.get("architecture", "standard"), config.get("normalize_activations") or "none"
+    activation, k = config.get("activation_fn_str", "relu"), config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
+    if activation == "topk":  # version 5 has it as a standard SAE's activation function
+        architecture = "topk"
+    elif activation != "relu":
+        raise UserError(f"activation function {activation!r} is not supported")
+    if config.get("finetuning_scaling_factor") or "scaling_factor" in t:
+        raise UserError("a finetuning scaling factor is not supported")
+    W_dec, b_dec = t["W_dec"], t["b_dec"]
+    args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_dec if config.get("apply_b_dec_to_input", True) else torch.zeros_like(b_dec))
+    if architecture == "gated":
+        args |= dict(rule="gated", b_enc=t["b_gate"], gain=t["r_mag"].exp(), b_mag=t["b_mag"])
+    elif architecture == "topk":
+        args |= dict(rule="topk", b_enc=t["b_enc"], k=int(k))
+    elif architecture in ("jumprelu", "batchtopk", "standard"):  # a BatchTopK checkpoint keeps one threshold for all
+        threshold = {"jumprelu": "threshold", "batchtopk": "topk_threshold"}.get(architecture)
+        args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t[threshold] if threshold else torch.zeros(()))
+    else:
+        raise UserError(f"architecture {architecture!r} is not supported (topk, batchtopk, jumprelu, standard and gated are)")
+    if config.get("rescale_acts_by_decoder_norm") and architecture in ("topk", "batchtopk"):  # ranked by how much a latent writes
+        length = W_dec.norm(dim=1).clamp(min=1e-8)
+        args |= dict(W_enc=args["W_enc"] * length[:, None], W_dec=W_dec / length[:, None], b_enc=t["b_enc"] * length)
+    if norm in (True, "expected_average_only_in"):  # a checkpoint; a finished SAE has it folded in and says none
+        scale = beside.get("activation_scaler.json", {}).get("scaling_factor")
+        if scale is None:
+            raise UserError("trained on scaled activations, and activation_scaler.json, which holds the scale, is not beside it")
+        return rescaled(args, 1 / scale)
+    if norm == "covariance_whitening":
+        if "activation_whitening.safetensors" not in beside:
+            raise UserError("trained on whitened activations, and activation_whitening.safetensors is not beside it")
+        return unwhitened(args, beside["activation_whitening.safetensors"])
+    if norm not in ("none", "layer_norm", "constant_norm_rescale"):
+        raise UserError(f"normalize_activations {norm!r} is not supported")
+    return args | dict(norm=norm)
+
+
+def sparsify_says(config: dict, path: str, beside: dict) -> dict:
+    """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
+    made = beside.get("provenance.json", {})
+    site, layer = ("resid_post", made["layer"]) if "layer" in made else hook_of_path(path)
+    return dict(site="transcoder" if config.get("transcode") else site, layer=layer, model=made.get("model"), ctx=made.get("ctx"), bos=False, basis="raw",
+                width=config.get("num_latents") or config.get("d_in", 0) * config.get("expansion_factor", 0))
+
+
+def sparsify(t: dict, config: dict, beside: dict) -> dict:
+    """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec + W_skip h; W_dec lies as [F,d].
+
+    num_latents may say 0 (then F = d_in expansion_factor): F is the tensor's.
+    """
+    activation = config.get("activation", "topk")
+    if activation not in ("topk", "groupmax"):
+        raise UserError(f"activation {activation!r} is not supported")
+    return dict(rule=activation, k=int(config["k"]), W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["W_dec"], b_dec=t["b_dec"],
+                b_in=t["b_dec"]) | ({"W_skip": t["W_skip"]} if "W_skip" in t else {})
+
+
+def dictionary_learning_says(config: dict, path: str, beside: dict) -> dict:
+    trainer = config.get("trainer", {})
+    site, layer = hook_of_path(trainer.get("submodule_name") or path)
+    if layer is None and trainer.get("layer") is not None:
+        layer = int(trainer["layer"])
+    return dict(site=site, layer=layer, model=trainer.get("lm_name"), ctx=(config.get("buffer") or {}).get("ctx_len"), bos=False, basis="raw",
+                width=trainer.get("dict_size"))
+
+
+def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
+    """z = ReLU(W_enc (h - b_dec) + b_enc), then by class: all of it, the top k, or what exceeds the threshold (BatchTopK).
+
+    TopK and BatchTopK leave the same tensors, so the class must be said. A checkpoint in mid-run is nested, and its
+    activations are divided by norm_factor.
+    """
+    factor = 1.0
+    if "ae" in t:
+        t, factor, config = t["ae"], t.get("norm_factor") or 1.0, config or {"trainer": t.get("config") or {}}
+    name = config.get("trainer", {}).get("dict_class")
+    if "r_mag" in t:
+        args = dict(rule="gated", W_enc=t["encoder.weight"], b_enc=t["gate_bias"], gain=t["r_mag"].exp(), b_mag=t["mag_bias"],
+                    W_dec=t["decoder.weight"].t(), b_dec=t["decoder_bias"], b_in=t["decoder_bias"])
+    elif "W_enc" in t:  # JumpReLU, and Matryoshka BatchTopK, which has a k and subtracts b_dec
+        args = dict(rule="threshold", W_enc=t["W_enc"].t(), b_enc=t["b_enc"], W_dec=t["W_dec"], b_dec=t["b_dec"], threshold=t["threshold"],
+                    b_in=t["b_dec"] if "k" in t else None)
+    elif "k" in t:
+        if name not in ("AutoEncoderTopK", "BatchTopKSAE"):
+            raise UserError(f"TopK or BatchTopK? Their tensors are alike, and config.json beside them says {name or 'nothing'}")
+        args = dict(W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(), b_dec=t["b_dec"], b_in=t["b_dec"])
+        args |= dict(rule="topk", k=int(t["k"])) if name == "AutoEncoderTopK" else dict(rule="threshold", threshold=t["threshold"])
+    else:  # AutoEncoder has one bias at both ends, AutoEncoderNew one after the decoder
+        args = dict(rule="threshold", W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(),
+                    b_dec=t["bias"] if "bias" in t else t["decoder.bias"], b_in=t.get("bias"), threshold=torch.zeros(()))
+    return rescaled(args, factor)
+
+
+def openai_says(config: dict, path: str, beside: dict) -> dict:
+    """.../LOCATION/autoencoders/LAYER.pt, of GPT-2 small."""
+    file = pathlib.PurePosixPath(path)
+    site = next((s for s in ("mlp_post_act", "resid_delta_attn", "resid_delta_mlp", "resid_post_attn") if s in path), "resid_post")
+    return dict(site=site, layer=int(file.stem) if file.stem.isdecimal() else None, model="gpt2", ctx=None, bos=False, basis="raw", width=None)
+
+
+def openai(t: dict, config: dict, beside: dict) -> dict:
+    """z = W_enc (x - pre_bias) + latent_bias; where the activation is TopK, x is h less its mean over its standard deviation."""
+    args = dict(W_enc=t["encoder.weight"], b_enc=t["latent_bias"], W_dec=t["decoder.weight"].t(), b_dec=t["pre_bias"], b_in=t["pre_bias"])
+    if t.get("activation") == "TopK":
+        return args | dict(rule="topk", k=int(t["activation_state_dict"]["k"]), norm="layer_norm")
+    if t.get("activation") == "ReLU":
+        return args | dict(rule="threshold", threshold=torch.zeros(()))
+    raise UserError(f"activation {t.get('activation')!r} is not supported")
+
+
+def mlsae_says(config: dict, path: str, beside: dict) -> dict:
+    """One SAE may serve all layers; the repository's name ends in layers-L where it is of one."""
+    layer = re.search(r"layers-(\d+)(?![\d-])", path)
+    return dict(site="resid_post" if "n_latents" in config else "language model", layer=int(layer[1]) if layer else None, model=None, ctx=None, bos=False, basis="raw",
+                width=config.get("n_latents"))
+
+
+def mlsae(t: dict, config: dict, beside: dict) -> dict:
+    """OpenAI's TopK without a bias on the latents."""
+    W_enc = t["encoder.weight"]
+    return dict(rule="topk", k=int(config["k"]), W_enc=W_enc, b_enc=torch.zeros(len(W_enc)), W_dec=t["decoder.weight"].t(), b_dec=t["pre_encoder_bias"],
+                b_in=t["pre_encoder_bias"], norm="layer_norm" if config.get("standardize", True) else "none")
+
+
+READERS = {"saelens": (saelens_says, saelens), "sparsify": (sparsify_says, sparsify), "openai": (openai_says, openai), "mlsae": (mlsae_says, mlsae),
+           "dictionary_learning": (dictionary_learning_says, dictionary_learning)}
+
+
+def rescaled(args: dict, factor: float) -> dict:
+    """The SAE of h whose own activations are h / factor: every bias and threshold grows by the factor, no weight changes."""
+    return args | {name: args[name] * factor for name in ("b_enc", "b_dec", "b_in", "b_mag", "threshold") if args.get(name) is not None}
+
+
+def unwhitened(args: dict, white: dict) -> dict:
+    """The SAE of h whose own activations are (h - mean) M: both maps are affine, so they fold into the weights (in float64)."""
+    mean, matrix, inverse = (white[name].double() for name in ("mean", "matrix", "inverse_matrix"))
+    W_enc = args["W_enc"].double() @ matrix.t()
+    return args | dict(W_enc=W_enc, W_dec=args["W_dec"].double() @ inverse, b_in=args["b_in"].double() @ inverse + mean,
+                       b_dec=args["b_dec"].double() @ inverse + mean)
+
+
+def hook_of_lens(name: str) -> tuple[str | None, int | None]:
+    """(site, layer) of TransformerLens' name; what block L is given is what block L - 1 gives."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
+    if not match:
+        return name or None, None
+    layer, site = int(match[1]), match[2]
+    return ("resid_post", layer - 1) if site == "resid_pre" and layer else (site, layer)
+
+
+def hook_of_path(path: str) -> tuple[str | None, int | None]:
+    """(site, layer) from a name such as layers.3, h.3, layers.3.mlp, resid_post_layer_3, mlp_out_layer3; (None, None) without one."""
+    if match := re.search(r"(?:^|/)(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)(?=/|$)", path):
+        return match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1])
+    if match := re.search(r"(?:^|/)(\w+?)_?layer_?(\d+)(?=/|$)", path):
+        return match[1], int(match[2])
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------ where they lie
+@contextlib.contextmanager
+def one_line(where: str):
+    """Whatever a file or the hub does wrong, as one UserError that says where."""
+    import huggingface_hub.errors as hub
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except hub.GatedRepoError as error:
+        raise UserError(f"{where}: gated; accept its terms on the hub and log in (hf auth login)") from error
+    except hub.RepositoryNotFoundError as error:
+        raise UserError(f"{where}: neither a local path nor a repository of the hub that you may read") from error
+    except (hub.RevisionNotFoundError, hub.EntryNotFoundError) as error:
+        raise UserError(f"{where}: not on the hub ({str(error).strip().splitlines()[0]})") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{where}: not read: the pickle is damaged or wants to run code (only tensors and plain values are loaded)") from error
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OSError) as error:  # OSError: the network, a missing file, JSON's ValueError
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{where}: {f'no {reason} in it' if isinstance(error, KeyError) else reason or type(error).__name__}") from error
+
+
+def find(spec: str) -> list[dict]:
+    """The SAEs that PATH_OR_ID[/SUB_PATH_OR_PATTERN][@REVISION] names: [{label, path, format, weights, config, beside, fetch}], sorted.
+
+    label is what people (and result files) call it: a hub id with its sub-path, a local path as typed. weights, config and
+    beside name files; fetch(name) -> local path downloads the one on the hub. Raises UserError.
+    """
+    with one_line(f"--sae {spec}"):
+        root, pattern = pathlib.Path(spec), ""
+        while not root.exists() and root != root.parent:  # the longest part of the path that is there
+            root, pattern = root.parent, f"{root.name}/{pattern}".rstrip("/")
+        if root != pathlib.Path(".") or spec == ".":
+            if root.is_file():
+                root, pattern = root.parent, root.name
+            files = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
+            name, whole, fetch = "/".join(root.parts[-2:]) if root.is_absolute() else str(root), str(root.resolve()), lambda file: root / file
+        else:
+            import huggingface_hub
+            there, _, revision = spec.partition("@")
+            name, pattern = "/".join(there.split("/")[:2]), "/".join(there.split("/")[2:]).rstrip("/")
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or spec.startswith("."):
+                raise UserError("no such file or folder, and not a hub id")
+            files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)
+            whole, fetch = name, lambda file: pathlib.Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
+        found = []
+        for file in sorted(files):
+            folder, last = os.path.split(file)
+            if last in FORMATS:
+                (kind, config), path = FORMATS[last], folder
+            elif file == pattern and last.startswith("ae"):  # a checkpoint of dictionary_learning; only where asked for
+                (kind, config), path = FORMATS["ae.pt"], file
+            elif last.endswith(".pt") and (file == pattern or re.search(r"autoencoders?/", file)):
+                (kind, config), path = ("openai", None), file
+            else:
+                continue
+            if pattern and pattern not in (path, file) and not path.startswith(f"{pattern}/") and not fnmatch.fnmatchcase(path, pattern):
+                continue
+            beside = lambda name: os.path.join(folder, name) if os.path.join(folder, name) in files else None
+            found.append(dict(label="/".join(filter(None, (name, path))), path="/".join(filter(None, (whole, path))), format=kind, weights=file,
+                              config=config and beside(config), beside=[b for b in map(beside, BESIDE.get(kind, ())) if b], fetch=fetch))
+        if not found:
+            raise UserError(f"no SAE {f'at {pattern} ' if pattern else ''}in it ({', '.join(FORMATS)} or OpenAI's autoencoders/*.pt)"
+                            + (f"; it holds {', '.join(sorted(files)[:6])}{', ...' if len(files) > 6 else ''}" if files else ""))
+        return found
+
+
+def describe(entry: dict) -> dict:
+    """What an SAE's files say of it, without its weights: {format, site, layer, model, ctx, bos, basis, width}, None where they do not. Raises UserError."""
+    with one_line(f"--sae {entry['label']}"):
+        config, beside = _configuration(entry)
+        return {"format": entry["format"]} | READERS[entry["format"]][0](config, entry["path"], beside)
+
+
+def _configuration(entry: dict) -> tuple[dict, dict]:
+    if entry["config"] is None and entry["format"] not in ("openai", "dictionary_learning"):
+        raise UserError(f"{FORMATS[os.path.basename(entry['weights'])][1]} is missing beside {entry['weights']}")
+    load = lambda path: load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+    return (load(entry["fetch"](entry["config"])) if entry["config"] else {},
+            {os.path.basename(name): load(entry["fetch"](name)) for name in entry["beside"]})
+
+
+def read(entry: dict) -> FileSAE:
+    """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture that is not supported."""
+    with one_line(f"--sae {entry['label']}"):
+        config, beside = _configuration(entry)
+        path = entry["fetch"](entry["weights"])
+        tensors = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pt" else load_file(path)
+        args = READERS[entry["format"]][1](tensors, config, beside)
+        args = {name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()}
+        F, d = args["W_enc"].shape
+        shapes = dict(W_dec=(F, d), b_enc=(F,), b_dec=(d,), b_in=(d,), gain=(F,), b_mag=(F,), W_skip=(d, d))
+        for name, tensor in args.items():
+            if isinstance(tensor, torch.Tensor):
+                if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+                    raise UserError(f"{name} is {list(tensor.shape)}, and W_enc {[F, d]} asks for {list(shapes[name])}")
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"{name} holds values that are not finite")
+        if "k" in args and not 1 <= args["k"] <= F:
+            raise UserError(f"k = {args['k']} of {F} latents")
+        return FileSAE(**args)
+
+
+def fused(sae: FileSAE) -> TopKSAE | FileSAE:
+    """The same SAE as the fused kernels' own kind, where it is of that kind."""
+    if sae.rule == "topk" and sae.norm == "none" and not sae.centred and not hasattr(sae, "W_skip") and torch.equal(sae.b_in, sae.b_dec):
+        return TopKSAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k).requires_grad_(False)
+    return sae
+
+
+def tensors_hash(sae: torch.nn.Module) -> str:
+    """Short hash of an SAE's tensors, so that a run is not continued with other ones of the same name."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        whole.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------- the basis gate
+def near(model, layer: int, rows: torch.Tensor) -> dict[int, torch.Tensor]:
+    """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it."""
+    out = {}
+    for l in range(max(layer - 1, 0), min(layer + 2, model.config.num_hidden_layers)):
+        h = head(model, l, rows)
+        norms = torch.linalg.vector_norm(h, dim=-1)
+        out[l] = h[~sink_positions(norms, norms[:, 1:].median().item())]
+    return out
+
+
+@torch.no_grad()
+def unexplained(sae: FileSAE, h: torch.Tensor, centred: bool) -> float:
+    """Share of the variance of h [N,d] that the SAE leaves, in this basis."""
+    before, sae.centred = sae.centred, centred
+    error = sae.reconstruct(h)[2] - h
+    sae.centred = before
+    return (error.cpu().double().square().sum() / (h - h.mean(0)).cpu().double().square().sum()).item()
+
+
+def check_basis(sae: FileSAE, said: dict, label: str, layer: int, activations: dict[int, torch.Tensor]) -> dict[str, float]:
+    """{reading: unexplained variance}; raises UserError where another reading explains more than the one the files declare.
+
+    An SAE of TransformerLens' centred activations read as raw ones, or of the block before, still gives a number that looks
+    like one; only beside the other readings does it look wrong. activations: see `near`.
+    """
+    declared = said["basis"] == "centred"
+    name = {False: "raw", True: "centred"}
+    readings = {f"layer {layer}, {name[declared]}": unexplained(sae, activations[layer], declared),
+                f"layer {layer}, {name[not declared]}": unexplained(sae, activations[layer], not declared)}
+    readings |= {f"layer {l}, {name[declared]}": unexplained(sae, h, declared) for l, h in activations.items() if l != layer}
+    (as_said, fvu), *others = readings.items()
+    other, best = min(others, key=lambda item: item[1])
+    if best < GATE_MARGIN * fvu:
+        raise UserError(f"--sae {label}: read as its files say ({as_said}) it leaves {fvu:.4f} of the variance unexplained, read as {other} only "
+                        f"{best:.4f}; --basis raw or --basis centred goes on with the layer as said and this basis")
+    return readings
+
+
+# --------------------------------------------------------------------------------------------------- export
+def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: dict) -> None:
+    """An SAE trained here in SAELens' format (cfg.json, sae_weights.safetensors), where it computes the same. made: provenance.json."""
+    d_sae, d = sae.W_dec.shape
+    meta = dict(sae_lens_version=SAELENS_VERSION, model_name=made["model"], hook_name=f"blocks.{made['layer']}.hook_resid_post", context_size=made["ctx"],
+                prepend_bos=False, dataset_path=made["data"], model_class_name="AutoModelForCausalLM")
+    config = dict(architecture="topk", d_in=d, d_sae=d_sae, k=sae.k, dtype="float32", device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
+                  reshape_activations="none", rescale_acts_by_decoder_norm=False, metadata=meta)
+    tensors = dict(W_enc=sae.W_enc.t(), b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
+    with atomically(folder / "cfg.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    with atomically(folder / "sae_weights.safetensors") as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["list", spec]:
+            rows = []
+            for entry in find(spec):
+                try:
+                    rows.append({"sae": entry["label"], **describe(entry), "why not": ""})
+                except UserError as error:
+                    rows.append({"sae": entry["label"], "format": entry["format"], "why not": str(error).rpartition(": ")[2]})
+            columns = ["sae", "format", "site", "layer", "model", "ctx", "bos", "basis", "width", "why not"]
+            print(markdown([{c: "" if row.get(c) is None else row[c] for c in columns} for row in rows], columns))
+        case ["export", source, to]:
+            folder = pathlib.Path(source)
+            if not (folder / "provenance.json").exists():
+                raise UserError(f"{source}: not an SAE trained here (no provenance.json); they lie in outputs/cache/")
+            sae = fused(read(find(source)[0]))
+            write_saelens(pathlib.Path(to), sae, json.loads((folder / "provenance.json").read_text()))
+            print(f"{to}: cfg.json, sae_weights.safetensors; SAE.load_from_disk({to!r}) reads it")
+        case _:
+            raise UserError("usage: python formats.py list PATH_OR_ID | export SAE_FOLDER TO")
+
+
+if __name__ == "__main__":
+    run_script(main)
