@@ -30,7 +30,9 @@ FORMATS = {"sae_weights.safetensors": ("saelens", "cfg.json"), "sae.safetensors"
            "ae.pt": ("dictionary_learning", "config.json"), "model.safetensors": ("mlsae", "config.json")}
 BESIDE = {"saelens": ("activation_scaler.json", "activation_whitening.safetensors"), "sparsify": ("provenance.json",)}
 SAELENS_VERSION = "6.54.12"  # whose files the export writes and the tests compare with
-GATE_MARGIN = 0.99  # another reading must leave less than this share of the declared one's error to be called better
+# Another reading is called better when it leaves less than this share of the declared one's unexplained variance. Of 108 rightly labelled
+# SAEs trained here none came below .995 in the other basis and .98 at a neighbouring block; read one block too late: .73 to .93.
+BASIS_MARGIN, LAYER_MARGIN = 0.99, 0.95
 
 
 class FileSAE(torch.nn.Module):
@@ -334,7 +336,7 @@ def find(spec: str) -> list[dict]:
         if not found:
             raise UserError(f"no SAE {f'at {pattern} ' if pattern else ''}in it ({', '.join(FORMATS)} or OpenAI's autoencoders/*.pt)"
                             + (f"; it holds {', '.join(sorted(files)[:6])}{', ...' if len(files) > 6 else ''}" if files else ""))
-        return found
+        return sorted(found, key=lambda entry: entry["label"])
 
 
 def describe(entry: dict) -> dict:
@@ -409,21 +411,21 @@ def unexplained(sae: FileSAE, h: torch.Tensor, centred: bool) -> float:
 
 
 def check_basis(sae: FileSAE, said: dict, label: str, layer: int, activations: dict[int, torch.Tensor]) -> dict[str, float]:
-    """{reading: unexplained variance}; raises UserError where another reading explains more than the one the files declare.
+    """{reading: unexplained variance}, as the files say first; raises UserError where another reading explains more.
 
-    An SAE of TransformerLens' centred activations read as raw ones, or of the block before, still gives a number that looks
-    like one; only beside the other readings does it look wrong. activations: see `near`.
+    An SAE of TransformerLens' centred activations read as raw ones, or at the block after its own, still gives a number that looks
+    like one; only beside the other readings does it look wrong. (One read at the block before its own need not: the residual
+    stream grows, and its beginning is as easy.) activations: see `near`.
     """
-    declared = said["basis"] == "centred"
-    name = {False: "raw", True: "centred"}
-    readings = {f"layer {layer}, {name[declared]}": unexplained(sae, activations[layer], declared),
-                f"layer {layer}, {name[not declared]}": unexplained(sae, activations[layer], not declared)}
-    readings |= {f"layer {l}, {name[declared]}": unexplained(sae, h, declared) for l, h in activations.items() if l != layer}
-    (as_said, fvu), *others = readings.items()
-    other, best = min(others, key=lambda item: item[1])
-    if best < GATE_MARGIN * fvu:
-        raise UserError(f"--sae {label}: read as its files say ({as_said}) it leaves {fvu:.4f} of the variance unexplained, read as {other} only "
-                        f"{best:.4f}; --basis raw or --basis centred goes on with the layer as said and this basis")
+    centred = said["basis"] == "centred"
+    name = lambda l, c: f"layer {l}, {'centred' if c else 'raw'}"
+    readings = {name(layer, centred): unexplained(sae, activations[layer], centred), name(layer, not centred): unexplained(sae, activations[layer], not centred)}
+    readings |= {name(l, centred): unexplained(sae, h, centred) for l, h in activations.items() if l != layer}
+    (as_said, fvu), (other_basis, _), *_ = readings.items()
+    for other, value in readings.items():
+        if other != as_said and not value >= fvu * (BASIS_MARGIN if other == other_basis else LAYER_MARGIN):
+            raise UserError(f"--sae {label}: read as its files say ({as_said}) it leaves {fvu:.4f} of the variance unexplained, read as {other} "
+                            f"{value:.4f}: refused; --basis raw or --basis centred goes on in that basis, with the layer as said")
     return readings
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import kernels
-from common import Fault, atomically, head, readable_count
+from common import Fault, UserError, atomically, head, readable_count
 from text import train_rows
 
 CHUNK = 250_000  # tokens shuffled together
@@ -43,6 +43,11 @@ class TopKSAE(torch.nn.Module):
         """h_hat [N,d]."""
         return kernels.sparse_decode(values, indices, self.W_dec, self.b_dec)
 
+    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(values, indices, h_hat)."""
+        values, indices = self.encode(h)
+        return values, indices, self.decode(values, indices)
+
 
 def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> TopKSAE:
     """Decoder rows of unit norm in random directions, the encoder their copy (drawn on the CPU: the same on every device)."""
@@ -59,16 +64,18 @@ def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
     return sinks
 
 
-def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0) -> Iterator[tuple]:
+def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0,
+                      split: str = "train") -> Iterator[tuple]:
     """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of every sequence.
 
     sinks="drop" leaves sink positions out of the stream (and does not count them). `first` chunks are passed over, without
-    the model where that can be: how many positions are sinks only the model knows.
+    the model where that can be: how many positions are sinks only the model knows. The tokenizer runs again: how many
+    tokens a document has only it knows.
     """
     device = next(model.parameters()).device
     kept: list[tuple] = []
     median, waiting, passed = None, 0, 0
-    for rows in train_rows(data, tokenizer, ctx, max(1, 4096 // ctx)):
+    for rows in train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split):
         if median is not None and sinks == "keep" and passed + rows.numel() <= first * CHUNK:
             passed += rows.numel()
             continue
@@ -342,14 +349,12 @@ def cache_folder(cache: pathlib.Path, made_by: dict) -> pathlib.Path:
     return cache / f"{pathlib.Path(name.replace('/', '--').lstrip('.-')).name}-{short}"
 
 
-def get_saes(model, tokenizer, jobs: list[dict], cache: pathlib.Path) -> list[TopKSAE]:
-    """The SAEs of one hook, trained together from one activation stream or taken from the cache, in the order of `jobs`.
+def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path) -> None:
+    """Train the SAEs of one hook that the cache has not, together, from one activation stream. An interrupted run goes on from its last checkpoint.
 
     A job is the dict of all that determines an SAE: model, weights (fingerprint), layer, data, text, ctx, tokens, trunk (the
     smaller budgets on its way), d_sae, k, seed, recipe, sinks, device, version. The stream's part of it is the same in all.
-    An interrupted run goes on from its last checkpoint.
     """
-    device = next(model.parameters()).device
     folders = [cache_folder(cache, job) for job in jobs]
     todo = {folder: job for folder, job in zip(folders, jobs) if not (folder / "sae.safetensors").exists()}
     for folder in set(folders) - todo.keys():
@@ -361,8 +366,7 @@ def get_saes(model, tokenizer, jobs: list[dict], cache: pathlib.Path) -> list[To
         key = (job["recipe"], job["d_sae"], job["k"], job["seed"], *recipe.pace(job["tokens"]), *(job["trunk"] or [job["tokens"]])[:1])
         runs[key] = job, {**runs.get(key, (None, {}))[1], job["tokens"]: folder}
     if runs:
-        train_runs(model, tokenizer, list(runs.values()), device)
-    return [load_sae(folder, device) for folder in folders]
+        train_runs(model, tokenizer, list(runs.values()), next(model.parameters()).device)
 
 
 def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device) -> None:
@@ -384,33 +388,43 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
             if folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
                 live[i], position[i] = trainings, saved["chunks"]
         bar.update(min(position[i] * CHUNK, job["tokens"]))
-    chunks = activation_chunks(model, stream["layer"], stream["data"], tokenizer, stream["ctx"], longest, stream["sinks"], min(position))
+    chunks = activation_chunks(model, stream["layer"], stream["data"], tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
+                               stream.get("split", "train"))
+
+    def checkpoint() -> None:
+        for i, trainings in live.items():
+            with atomically(runs[i][1][runs[i][0]["tokens"]] / "checkpoint.pt") as temporary:
+                torch.save({"chunks": position[i], "runs": [training.state() for training in trainings]}, temporary)
+
     saved_at, cost = time.monotonic(), 0.0
-    for number, (h, sink) in enumerate(chunks, min(position)):
-        if not torch.isfinite(h).all():
-            raise Fault(f"{hook}: an activation is not finite in chunk {number} of the training text")
-        for i, (job, folders) in enumerate(runs):
-            if position[i] != number:  # done, or further on than the others when they were interrupted
-                continue
-            if i not in live:
-                budgets = [*job["trunk"], job["tokens"]]
-                recipe = RECIPES[job["recipe"]]
-                live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]]), job["d_sae"], job["k"], job["seed"], budgets)]
-            what = f"{hook} k={job['k']} seed {job['seed']}"
-            trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
-            for training in trained:
-                if training.step == training.steps and training.budgets[-1] in folders:
-                    *before, tokens = training.budgets
-                    save_sae(folders[tokens], training.finished(), job | {"tokens": tokens, "trunk": before})
-            position[i] = number + 1
-            if position[i] * CHUNK < job["tokens"]:
-                live[i] = [training for training in trained if training.step < training.steps]
-            else:
-                (folders[job["tokens"]] / "checkpoint.pt").unlink(missing_ok=True)
-        if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time
-            start = time.perf_counter()
-            for i, trainings in live.items():
-                with atomically(runs[i][1][runs[i][0]["tokens"]] / "checkpoint.pt") as temporary:
-                    torch.save({"chunks": position[i], "runs": [training.state() for training in trainings]}, temporary)
-            saved_at, cost = time.monotonic(), time.perf_counter() - start
-    bar.close()
+    try:
+        for number, (h, sink) in enumerate(chunks, min(position)):
+            if not torch.isfinite(h).all():
+                raise Fault(f"{hook}: an activation is not finite in chunk {number} of the training text")
+            for i, (job, folders) in enumerate(runs):
+                if position[i] != number:  # done, or further on than the others when they were interrupted
+                    continue
+                if i not in live:
+                    budgets = [*job["trunk"], job["tokens"]]
+                    recipe = RECIPES[job["recipe"]]
+                    live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]]), job["d_sae"], job["k"], job["seed"], budgets)]
+                what = f"{hook} k={job['k']} seed {job['seed']}"
+                trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
+                for training in trained:
+                    if training.step == training.steps and training.budgets[-1] in folders:
+                        *before, tokens = training.budgets
+                        save_sae(folders[tokens], training.finished(), job | {"tokens": tokens, "trunk": before})
+                position[i] = number + 1
+                if position[i] * CHUNK < job["tokens"]:
+                    live[i] = [training for training in trained if training.step < training.steps]
+                else:
+                    (folders[job["tokens"]] / "checkpoint.pt").unlink(missing_ok=True)
+            if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time
+                start = time.perf_counter()
+                checkpoint()
+                saved_at, cost = time.monotonic(), time.perf_counter() - start
+    except (UserError, KeyboardInterrupt):  # the text broke off, or the user did: what is live stands at the end of a chunk
+        checkpoint()
+        raise
+    finally:
+        bar.close()

@@ -1,8 +1,10 @@
-"""Text: documents, which of them are held out, and rows of tokens packed from them."""
+"""Text: documents, which of them are held out, and rows of tokens packed from them. A side is "train" or "heldout"."""
 import hashlib
 import itertools
 import pathlib
 import sysconfig
+import textwrap
+import time
 from collections.abc import Iterator
 
 from common import UserError
@@ -11,6 +13,8 @@ import torch
 
 SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside the data
+PAUSES = (1, 2, 4, 8)  # seconds between attempts at a row that the network does not give
 
 
 def digest(text: str) -> bytes:
@@ -23,10 +27,10 @@ def in_heldout(name: str) -> bool:
     return digest(name)[0] % 10 == 0
 
 
-def stdlib_documents(split: str) -> list[tuple[str, str]]:
+def stdlib_documents(side: str) -> list[tuple[str, str]]:
     """(name, text) of the running Python's own library: its modules, and each pydoc topic as a document.
 
-    split is "train" or "heldout"; whole files go to one side by `in_heldout`, in the order of their names' hashes, so that
+    Whole files go to one side by `in_heldout`, in the order of their names' hashes, so that
     any stretch of the stream is a mixture. Tests, idlelib and installed packages are left out, and so is
     `_sysconfigdata*`, which says how one machine built its Python.
     Raises UserError where the library has no source files (a zipped Python).
@@ -44,26 +48,29 @@ def stdlib_documents(split: str) -> list[tuple[str, str]]:
         raise UserError(f"--data stdlib: this Python keeps no source files under {root}")
     from pydoc_data.topics import topics
     texts |= {f"pydoc_data/topics/{name}": text for name, text in topics.items()}
-    return [(name, texts[name]) for name in sorted(texts, key=digest) if in_heldout(name) == (split == "heldout")]
+    return [(name, texts[name]) for name in sorted(texts, key=digest) if in_heldout(name) == (side == "heldout")]
 
 
-def documents(data: str, split: str) -> Iterator[str | list[int]]:
-    """Documents of one side of the split, as text, or as token ids where the data set is tokenised.
+def documents(data: str, side: str, split: str = "train") -> Iterator[str | list[int]]:
+    """Documents of one side, as text, or as token ids where the data set is tokenised.
 
-    `stdlib` splits by file; anything else by a hash of the document itself, so that a repeated document never stands on
-    both sides, whatever the budget. A .txt file is cut at line ends into pieces of about 8,000 characters. Hub data sets
-    and large files are streamed. Raises UserError.
+    `stdlib` is sided by file; anything else by a hash of the document itself, so that a repeated document never stands on
+    both sides, whatever the budget; of a tokenised data set a row is a document. A .txt file is cut at line ends into pieces
+    of about 8,000 characters. Hub data sets and large files are streamed; `split` is the data set's own. Raises UserError.
     """
+    if split != "train" and (data == "stdlib" or pathlib.Path(data).exists()):
+        raise UserError(f"--split {split}: only hub data sets have splits, --data {data} is all train")
     if data == "stdlib":
-        everything = (text for _, text in stdlib_documents(split))
+        everything = (text for _, text in stdlib_documents(side))
     else:
-        everything = (d for d in foreign_documents(data) if len(d) and in_heldout(str(d)) == (split == "heldout"))
+        everything = (d for d in foreign_documents(data, split) if len(d) and in_heldout(str(d)) == (side == "heldout"))
     yield from everything
 
 
-def foreign_documents(data: str) -> Iterator[str | list[int]]:
+def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:
     path = pathlib.Path(data)
-    files = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.suffix in LOCAL_FORMATS and p.is_file()]
+    files = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path])
+             if p.suffix in LOCAL_FORMATS and p.is_file() and p.name not in METADATA]
     kinds = {LOCAL_FORMATS[p.suffix] for p in files}
     if path.exists() and len(kinds) != 1:
         raise UserError(f"--data {data}: needs files of one kind out of {', '.join(LOCAL_FORMATS)}; found {sorted(kinds) or 'none'}")
@@ -79,52 +86,112 @@ def foreign_documents(data: str) -> Iterator[str | list[int]]:
                     while piece := "".join(lines.readlines(8000)):
                         yield piece
             return
-        import datasets  # slow to import, and not needed above
-        datasets.disable_progress_bars()
-        source = dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=data)
-        for row in datasets.load_dataset(**source, split="train", streaming=True):
-            column = next((c for c in ("tokens", "input_ids", "text") if row.get(c) is not None), None) or \
-                next((c for c, value in row.items() if isinstance(value, str)), None)
-            if column is None:
+        column = None
+        for row in streamed(data, split, dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=data)):
+            if (column := column or text_column(row)) is None:
                 raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
-            yield row[column]
+            if row.get(column) is not None:
+                yield row[column]
     except UserError:
         raise
     except Exception as error:  # the libraries below raise a dozen kinds for "no such data set" and "not readable"
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"--data {data}: {first[0]} (there is stdlib; else a local file or folder, or a hub data set)") from error
+        raise UserError(f"--data {data}: {one_line(error)} (there is stdlib; else a local file or folder, or a hub data set)") from error
 
 
-def packed_rows(data: str, split: str, tokenizer, ctx: int, seen: "hashlib._Hash | None" = None) -> Iterator[torch.Tensor]:
+def text_column(row: dict) -> str | None:
+    """Token ids, else `text`, which may be null in this row, else the first column of strings. (`tokens` of words are no ids.)"""
+    for column in ("tokens", "input_ids"):
+        if isinstance(row.get(column), list) and all(isinstance(i, int) for i in row[column]):
+            return column
+    if isinstance(row.get("text", 0), str | None):
+        return "text"
+    return next((c for c, value in row.items() if isinstance(value, str)), None)
+
+
+def streamed(data: str, split: str, source: dict) -> Iterator[dict]:
+    """Rows of load_dataset(**source). A fault of the network is waited out, and the stream goes on at the row where it was."""
+    import datasets  # slow to import, and not needed for text files
+    datasets.disable_progress_bars()
+    # 20 attempts of their own, each around the six requests of huggingface_hub (24 s), would multiply with ours to an hour
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    stream, given, failed = None, 0, 0
+    while True:
+        try:
+            stream = stream or datasets.load_dataset(**source, split=split, streaming=True)
+            for row in stream:
+                given, failed = given + 1, 0
+                yield row
+            return
+        except Exception as error:
+            if (fault := network_fault(error)) is None:
+                raise
+            if failed == len(PAUSES):
+                raise UserError(f"--data {data}: {one_line(fault)} (at row {given}, {failed + 1} times)") from error
+            time.sleep(PAUSES[failed])
+            failed += 1
+            if stream is not None:
+                stream.load_state_dict(stream.state_dict())
+
+
+def network_fault(error: BaseException | None) -> BaseException | None:
+    """What failed on the way to the hub; None where the answer came and was no: the data set is not there, or is closed."""
+    import datasets
+    theirs = getattr(datasets.utils.file_utils, "CONNECTION_ERRORS_TO_RETRY", ())  # those of the HTTP client, since datasets 4
+    while error is not None and not datasets.config.HF_HUB_OFFLINE:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return error if status >= 500 or status in (408, 429) else None
+        if isinstance(error, (ConnectionError, TimeoutError, *theirs)):
+            return error.__cause__ or error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error).partition("For more information")[0] or type(error).__name__, 240, placeholder=" ...")
+
+
+def packed_rows(data: str, side: str, tokenizer, ctx: int, seen: "hashlib._Hash | None" = None, split: str = "train") -> Iterator[torch.Tensor]:
     """One pass of rows [ctx] (int64): documents joined by the end-of-text token and cut, no padding, no BOS, as Pythia was trained.
 
-    `seen`, a hash object, is fed every document used.
+    Rows of token ids come packed already: they are cut anew, and nothing is put between them. `seen`, a hash object, is fed
+    every document used.
     """
     carry: list[int] = []
-    for document in documents(data, split):
+    for document in documents(data, side, split):
         if seen is not None:
             seen.update(str(document).encode(errors="surrogatepass"))
-        ids = document if not isinstance(document, str) else tokenizer(document, add_special_tokens=False).input_ids
-        carry += [*ids, tokenizer.eos_token_id]
+        if isinstance(document, str):
+            carry += [*tokenizer(document, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        elif 0 <= min(document) and max(document) < len(tokenizer):  # the model's own table may be padded beyond
+            carry += document
+        else:
+            raise UserError(f"--data {data}: token ids {min(document)} to {max(document)}, but the tokenizer has {len(tokenizer)}: "
+                            "it was tokenised for another model")
         for start in range(0, len(carry) - ctx + 1, ctx):
             yield torch.tensor(carry[start:start + ctx])
         carry = carry[len(carry) // ctx * ctx:]
 
 
-def heldout_rows(data: str, tokenizer, ctx: int, n: int) -> tuple[torch.Tensor, str]:
-    """([n,ctx] evaluation rows, SHA-256 of the documents they came from). Raises UserError if the held-out side is shorter."""
+def heldout_rows(data: str, tokenizer, ctx: int, n: int, split: str = "train", bos: int | None = None) -> tuple[torch.Tensor, str]:
+    """([n,ctx] evaluation rows, SHA-256 of the documents they came from). Raises UserError if the held-out side is shorter.
+
+    With `bos` every row begins with that token and holds ctx - 1 of text.
+    """
     seen = hashlib.sha256()
-    rows = list(itertools.islice(packed_rows(data, "heldout", tokenizer, ctx, seen), n))
+    start = [] if bos is None else [bos]
+    rows = [torch.tensor(start + row.tolist())
+            for row in itertools.islice(packed_rows(data, "heldout", tokenizer, ctx - len(start), seen, split), n)]
     if len(rows) < n:
         raise UserError(f"--eval-seqs {n}: the held-out side of {data} holds {len(rows)} sequences of {ctx} tokens"
                         + (" (too short for one sequence)" if not rows else ""))
     return torch.stack(rows), seen.hexdigest()
 
 
-def train_rows(data: str, tokenizer, ctx: int, batch: int) -> Iterator[torch.Tensor]:
+def train_rows(data: str, tokenizer, ctx: int, batch: int, split: str = "train") -> Iterator[torch.Tensor]:
     """Batches [batch,ctx] of the training side, pass after pass without end."""
     while True:
-        rows = packed_rows(data, "train", tokenizer, ctx)
+        rows = packed_rows(data, "train", tokenizer, ctx, split=split)
         first = next(rows, None)
         if first is None:
             raise UserError(f"--data {data}: the training side is too short for one sequence of {ctx} tokens")

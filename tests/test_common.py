@@ -45,14 +45,6 @@ def test_a_failing_tail_leaves_the_model_whole(tiny, rows):
     assert torch.equal(tiny(rows).logits, before)
 
 
-def test_tuple_blocks_are_fed_tuples(tiny, rows, monkeypatch):
-    """transformers 4 blocks returned tuples; a bare tensor would then be indexed as a batch, silently."""
-    tiny.blocks_return_tuples = True
-    assert common._Give(torch.zeros(2), True)()[0].shape == (2,)
-    head(tiny, 0, rows)
-    assert tiny.blocks_return_tuples is False
-
-
 # ------------------------------------------------------------------------------------------------ gradients
 def summed_ce(model, layer, rows, h):
     return cross_entropy(log_probs(tail(model, layer, rows, h).double()), rows).sum()
@@ -181,16 +173,6 @@ def test_rows_are_documents_joined_by_the_end_mark(tmp_path):
         whole = list(itertools.chain.from_iterable([ord(c) % 40 + 1 for c in t] + [0] for t in mine))
         assert stream.tolist() == whole[:len(whole) // 10 * 10]
     assert len(rows["heldout"]) > 0
-
-
-def test_parquet_of_token_ids_and_plain_text(tmp_path):
-    import pyarrow, pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({"tokens": [[i, i + 1, i + 2] for i in range(1, 30)]}), tmp_path / "t.parquet")
-    ids = torch.cat(list(text.packed_rows(str(tmp_path / "t.parquet"), "train", Letters(), 4)))
-    assert ids[:4].tolist()[0] + 1 == ids[1].item() and ids[3] == 0
-    (tmp_path / "t.txt").write_text("".join(f"line {i} of a text\n" for i in range(5000)))
-    sides = [len(list(text.documents(str(tmp_path / "t.txt"), split))) for split in ("train", "heldout")]
-    assert sides[0] > sides[1] > 0
 
 
 @pytest.mark.parametrize("name, content, word", [("e.txt", b"", "empty"), ("b.txt", b"abc\0\1\2", "binary"), ("s.txt", b"short", "holds 0 sequences"),

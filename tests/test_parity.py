@@ -1,13 +1,16 @@
-"""Recipe `saelens` against SAELens itself. Needs the extra: pip install -e '.[test,parity]' -c constraints.txt"""
+"""Recipe `saelens` against SAELens itself, and files that SAELens, sparsify and dictionary_learning write. Needs the extra: pip install -e '.[test,parity]' -c constraints.txt"""
 import dataclasses
 
 import pytest
 import torch
 from tqdm import tqdm
 
+import formats
 from sae import SAELensTraining
 
-sae_lens = pytest.importorskip("sae_lens", reason="the extra [parity] is not installed")
+for library in ("sae_lens", "sparsify", "dictionary_learning"):
+    pytest.importorskip(library, reason="the extra [parity] is not installed")
+import peers  # noqa: E402
 from sae_lens import TopKSAE as LensSAE, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
 from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
@@ -94,3 +97,40 @@ def test_a_budget_is_a_checkpoint_of_the_longest_run(monkeypatch):
     alone, = SAELensTraining(statistics, F, K, 0, [10 * N]).feed(h, 0, tqdm(disable=True), "")
     short, = (run for run in runs if run.budgets == [10 * N])
     assert [run.step for run in runs] == [30, 10] and torch.equal(short.sae.W_dec, alone.sae.W_dec)
+
+
+# ------------------------------------------------------------------------------------- files the libraries write
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """{library and architecture: (its folder, its forward)}, and held-out activations."""
+    h = activations(60)
+    return peers.everything(tmp_path_factory.mktemp("peers"), h[:50 * N], F, K), h[50 * N:]
+
+
+@pytest.mark.parametrize("name", [
+    "SAELens topk", "SAELens topk, layer_norm", "SAELens topk, scaled", "SAELens topk checkpoint, scaled", "SAELens batchtopk (saved as jumprelu)",
+    "SAELens jumprelu", "SAELens standard", "SAELens gated", "sparsify topk", "sparsify groupmax", "sparsify skip", "dictionary_learning topk",
+    "dictionary_learning topk, scaled", "dictionary_learning batchtopk", "dictionary_learning standard", "dictionary_learning gated",
+    "dictionary_learning jumprelu"])
+def test_a_file_gives_the_forward_that_its_library_gives(name, written):
+    saes, h = written
+    folder, theirs = saes[name]
+    entry, = formats.find(str(folder))
+    values, _, h_hat = formats.fused(formats.read(entry)).reconstruct(h)
+    expected = theirs(h)
+    assert ((h_hat - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+    assert (values > 0).any() and formats.describe(entry)["layer"] == 3
+
+
+def test_all_of_them_were_asked(written):
+    assert len(written[0]) == 17
+
+
+def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
+    h = activations(4)
+    sae = SAELensTraining(SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)]).finished()
+    formats.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
+    theirs = LensSAE.load_from_disk(tmp_path)
+    expected = theirs.decode(theirs.encode(h)).detach()
+    assert (sae.reconstruct(h)[2] - expected).norm() / expected.norm() < 1e-6
+    assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post" and theirs.cfg.architecture() == "topk"

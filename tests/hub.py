@@ -1,0 +1,225 @@
+"""A Hugging Face hub on the loopback, for the real clients: files out of a folder, faults on demand.
+
+    with serve(folder) as hub:                                     # models/ORG/NAME/..., datasets/ORG/NAME/...
+        hub.fail("*/resolve/*/train.jsonl", after=10_000, times=2)  # cut the first two answers after that many bytes
+        hub.fail("/api/datasets/org/closed*", status=401, code="GatedRepo")
+        subprocess.run(script, env=hub.environment(tmp_path))      # the clients read HF_ENDPOINT when they are imported
+        assert "/api/models/org/name/revision/main" in hub.requests
+
+A folder NAME@REV is revision REV of NAME; NAME itself is `main`. Commits are hashes of the content, and are revisions too.
+"""
+import contextlib
+import fnmatch
+import functools
+import hashlib
+import http.server
+import json
+import mimetypes
+import os
+import pathlib
+import re
+import threading
+import time
+import urllib.parse
+
+LFS = {".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".npz", ".gz", ".zst"}
+
+
+class Hub:
+    """What a test sees of the server. `requests` are the paths asked for, unquoted and without the query."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.requests, self.rules, self.lock = pathlib.Path(folder), [], [], threading.Lock()
+
+    def fail(self, pattern: str, status: int | None = None, after: int | None = None, times: int | None = None, code: str | None = None,
+             delay: float = 0.0) -> None:
+        """Paths that match the pattern (of fnmatch) get `status` (with X-Error-Code `code`), or are cut `after` bytes of their body.
+
+        Only the first `times` such requests, or all. `delay` seconds pass before the answer. An earlier rule goes first.
+        """
+        self.rules.append(dict(pattern=pattern, status=status, after=after, times=times, code=code, delay=delay))
+
+    def heal(self) -> None:
+        self.rules.clear()
+
+    def rule(self, path: str) -> dict:
+        with self.lock:
+            self.requests.append(path)
+            for rule in self.rules:
+                if fnmatch.fnmatchcase(path, rule["pattern"]) and rule["times"] != 0:
+                    rule["times"] = None if rule["times"] is None else rule["times"] - 1
+                    return rule
+        return {}
+
+    def environment(self, cache: pathlib.Path) -> dict[str, str]:
+        """The environment of a subprocess whose clients know this hub only, and keep what they load under `cache`."""
+        mine = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))}
+        return mine | {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
+                       "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5",
+                       "HF_HUB_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+    # ------------------------------------------------------------------ repositories
+    def root(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
+        """The folder of a revision, given by name or commit; None if there is none."""
+        folder = self.folder / kind / name
+        for root in (folder, *folder.parent.glob(f"{folder.name}@*")):
+            if root.is_dir() and revision in ("main" if root == folder else urllib.parse.unquote(root.name.partition("@")[2]), commit(root)):
+                return root
+        return None
+
+
+@contextlib.contextmanager
+def serve(folder: pathlib.Path):
+    hub = Hub(folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Answer, hub))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ---------------------------------------------------------------------------------------------- what is served
+def files(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def commit(root: pathlib.Path) -> str:
+    return hashlib.sha1("".join(f"{root.name} {name} {entry(name, path)['oid']}\n" for name, path in files(root).items()).encode()).hexdigest()
+
+
+def entry(name: str, path: pathlib.Path) -> dict:
+    """A file as `tree` and `paths-info` tell of it."""
+    stat = path.stat()
+    blob, sha256 = hashes(path, stat.st_size, stat.st_mtime_ns)
+    lfs = {"lfs": {"oid": sha256, "size": stat.st_size, "pointerSize": 134}} if path.suffix in LFS else {}
+    return {"type": "file", "oid": blob, "size": stat.st_size, "path": name, **lfs}
+
+
+@functools.cache
+def hashes(path: pathlib.Path, size: int, changed: int) -> tuple[str, str]:
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % size + content).hexdigest(), hashlib.sha256(content).hexdigest()
+
+
+def tree(root: pathlib.Path, below: str, recursive: bool) -> list[dict]:
+    entries = {}
+    for name, path in files(root).items():
+        if below and not name.startswith(below + "/"):
+            continue
+        parts = name[len(below) + 1 if below else 0:].split("/")
+        for i in range(1, len(parts) if recursive else min(len(parts), 2)):
+            folder = "/".join([*([below] if below else []), *parts[:i]])
+            entries[folder] = {"type": "directory", "oid": hashlib.sha1(folder.encode()).hexdigest(), "size": 0, "path": folder}
+        if recursive or len(parts) == 1:
+            entries[name] = entry(name, path)
+    return list(entries.values())
+
+
+def description(kind: str, name: str, root: pathlib.Path) -> dict:
+    return {"_id": "0" * 24, "id": name, "sha": commit(root), "private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0,
+            "likes": 0, "author": name.partition("/")[0], "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z",
+            "siblings": [{"rfilename": file} for file in files(root)], **({"modelId": name} if kind == "models" else {})}
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, hub: Hub, *args):
+        self.hub = hub
+        super().__init__(*args)
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        raw, _, query = self.path.partition("?")
+        self.query = dict(urllib.parse.parse_qsl(query))
+        parts = [urllib.parse.unquote(part) for part in raw.strip("/").split("/")]  # a quoted revision holds slashes
+        self.fault = self.hub.rule("/" + "/".join(parts))
+        time.sleep(self.fault.get("delay", 0))
+        if status := self.fault.get("status"):
+            return self.refuse(status, self.fault["code"] or "")
+        if parts[0] == "api" and len(parts) >= 4:
+            return self.api(parts[1], "/".join(parts[2:4]), *parts[4:])
+        kind = parts.pop(0) if parts[0] == "datasets" else "models"
+        if len(parts) >= 5 and parts[2] in ("resolve", "raw"):
+            return self.file(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        self.refuse(404, "")
+
+    do_HEAD = do_POST = do_GET
+
+    def api(self, kind: str, name: str, what: str = "revision", revision: str = "main", *below: str):
+        if what == "resolve":
+            return self.file(kind, name, revision, "/".join(below))
+        if (root := self.revision(kind, name, revision)) is None:
+            return
+        if what == "revision":
+            return self.json(description(kind, name, root))
+        if what == "tree":
+            entries = tree(root, "/".join(below), self.query.get("recursive", "").lower() in ("true", "1"))
+            return self.json(entries) if entries or not below else self.refuse(404, "EntryNotFound")
+        if what == "paths-info":
+            form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+            posted = urllib.parse.parse_qs(self.posted.decode()) if form else json.loads(self.posted)
+            wanted = posted.get("paths", [])
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            return self.json([e for e in tree(root, "", True) if e["path"] in wanted])
+        if what == "refs":
+            branches = {"main": root} | {urllib.parse.unquote(r.name.partition("@")[2]): r for r in root.parent.glob(f"{root.name}@*")}
+            return self.json({"branches": [{"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit(r)} for branch, r in branches.items()],
+                              "converts": [], "tags": []})
+        self.refuse(404, "")
+
+    def revision(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
+        root = self.hub.root(kind, name, revision)
+        if root is None and self.hub.root(kind, name, "main") is None and not list((self.hub.folder / kind).glob(f"{name}@*")):
+            self.refuse(401, "RepoNotFound")  # what the hub tells those without a token, who might be missing a private one
+        elif root is None:
+            self.refuse(404, "RevisionNotFound")
+        return root
+
+    def file(self, kind: str, name: str, revision: str, file: str):
+        if (root := self.revision(kind, name, revision)) is None:
+            return
+        path, head = files(root).get(file), {"X-Repo-Commit": commit(root)}
+        if path is None:
+            return self.refuse(404, "EntryNotFound", head)
+        told = entry(file, path)
+        etag = '"' + told.get("lfs", told)["oid"] + '"'
+        head |= {"ETag": etag, "Accept-Ranges": "bytes", "Content-Type": mimetypes.guess_type(file)[0] or "application/octet-stream"}
+        head |= {"X-Linked-ETag": etag, "X-Linked-Size": str(told["size"])} if "lfs" in told else {}
+        start, stop = 0, told["size"]
+        if asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+            first, last = asked.groups()
+            start = int(first) if first else max(stop - int(last), 0)
+            stop = min(int(last) + 1, stop) if first and last else stop
+            if start >= told["size"]:
+                return self.send(416, b"", head | {"Content-Range": f"bytes */{told['size']}"})
+            head["Content-Range"] = f"bytes {start}-{stop - 1}/{told['size']}"
+        with path.open("rb") as content:
+            content.seek(start)
+            self.send(206 if asked else 200, content.read(stop - start), head)
+
+    # ------------------------------------------------------------------ answers
+    def json(self, content):
+        self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, status: int, code: str, head: dict[str, str] = {}):
+        said = {"RepoNotFound": "Repository not found", "GatedRepo": "Access to this repository is restricted"}.get(code, code or "Sorry")
+        self.send(status, json.dumps({"error": said}).encode(), head | {"X-Error-Message": said, **({"X-Error-Code": code} if code else {})})
+
+    def send(self, status: int, body: bytes, head: dict[str, str]):
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json"} | head | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        after = self.fault.get("after")
+        if self.command != "HEAD":
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that has seen enough hangs up
+                self.wfile.write(body[:after])
+        self.close_connection |= after is not None

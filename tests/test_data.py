@@ -1,0 +1,300 @@
+"""Real text: local files, and data sets streamed by the real client from a hub on the loopback that can be told to fail."""
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import types
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
+from unittest import mock
+
+import pytest
+
+import sae
+import text
+from common import UserError
+from conftest import tiny_model
+from hub import serve
+
+import torch
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Letters:
+    """A tokenizer of one letter each, 41 tokens in all."""
+    eos_token_id = 0
+
+    def __len__(self):
+        return 41
+
+    def __call__(self, text, add_special_tokens=False):
+        return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
+
+
+TEXTS = [f"{i} and {i % 7} make {i + i % 7}. " * (1 + i % 5) for i in range(300)]
+IDS = [[(i * j) % 41 for j in range(3 + i % 30)] for i in range(300)]
+LONG = [[(i + j * j) % 41 for j in range(1000)] for i in range(300)]  # a file of several requests
+
+
+def write(path: pathlib.Path, rows: list[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=40, compression="none", use_dictionary=False)
+    else:
+        table = pyarrow.Table.from_pylist(rows)
+        with (pyarrow.ipc.new_stream if path.stem == "stream" else pyarrow.ipc.new_file)(path, table.schema) as file:
+            file.write_table(table, max_chunksize=40)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    data = {"text.jsonl": [{"text": t} for t in TEXTS], "text.parquet": [{"id": i, "title": "x", "text": t} for i, t in enumerate(TEXTS)],
+            "ids.jsonl": [{"tokens": ids} for ids in IDS], "ids.parquet": [{"input_ids": ids} for ids in IDS]}
+    for name, rows in data.items():
+        stem, _, kind = name.partition(".")
+        for i, (start, stop) in enumerate(((0, 110), (110, 147), (147, 300))):  # three shards
+            write(folder / f"datasets/org/{stem}-{kind}/data/train-0000{i}-of-00003.{kind}", rows[start:stop])
+        write(folder / f"datasets/org/{stem}-{kind}/data/test-00000-of-00001.{kind}", rows[:80])
+    write(folder / "datasets/org/long/stream.arrow", [{"tokens": ids} for ids in LONG])
+    write(folder / "datasets/org/pixels/train.parquet", [{"image": [1.5], "label": 3}] * 9)
+    write(folder / "datasets/org/words/train.jsonl", [{"tokens": t.split(), "sentence": t} for t in TEXTS])
+    with serve(folder) as hub:
+        environment = hub.environment(tmp_path_factory.mktemp("cache")) | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["test_data", "datasets"])
+        with mock.patch.dict(os.environ, environment, clear=True):
+            forkserver.ensure_running()
+        yield hub
+
+
+@pytest.fixture
+def hub(server):
+    server.heal()
+    server.requests.clear()
+    return server
+
+
+# ------------------------------------------------------------------------------- what runs in the other process
+WAITED = []  # pauses between attempts
+
+
+def hurry() -> None:
+    """No pause is waited for; reads are small, so that a file takes many requests."""
+    import datasets
+    import huggingface_hub.hf_file_system
+    import huggingface_hub.utils._http
+    assert huggingface_hub.constants.ENDPOINT.startswith("http://127.0.0.1")  # never the true one
+    huggingface_hub.utils._http.time = types.SimpleNamespace(sleep=lambda seconds: None)
+    huggingface_hub.hf_file_system.HfFileSystemFile.DEFAULT_BLOCK_SIZE = 4096
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+    text.time = types.SimpleNamespace(sleep=WAITED.append)
+    sae.CHUNK = 1024
+
+
+def elsewhere(function, *args):
+    """function(*args) in a process whose clients know the test's hub: they read its address when they are imported."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), hurry) as pool:
+        return pool.submit(function, *args).result(60)
+
+
+def packed(data: str, side: str, ctx: int, split: str = "train") -> list[int]:
+    return [i for row in text.packed_rows(data, side, Letters(), ctx, split=split) for i in row.tolist()]
+
+
+def read(data: str) -> tuple[list, list, str | None]:
+    """(documents, pauses, the error they end in)."""
+    documents = []
+    try:
+        documents += (document for document in text.foreign_documents(data) if documents.append(document))
+    except UserError as error:
+        return documents, WAITED, str(error)
+    return documents, WAITED, None
+
+
+def job(data: str, tokens: int, **more) -> dict:
+    return dict(model="tiny", weights="w", layer=1, data=data, text="t", ctx=16, tokens=tokens, trunk=[], d_sae=32, k=4, seed=0, recipe="base",
+                sinks="keep", device="cpu", version=1) | more
+
+
+def train(data: str, cache: pathlib.Path) -> None:
+    jobs = [job(data, 16_000, split="test"), job(data, 9000, seed=1, split="test")]
+    sae.train_missing(tiny_model(dtype=torch.float32), Letters(), jobs, cache)
+
+
+# ------------------------------------------------------------------------------------------- what is streamed
+def expected(rows: list, side: str, ctx: int) -> list[int]:
+    mine = [row for row in rows if text.in_heldout(str(row)) == (side == "heldout")]
+    whole = [i for row in mine for i in ([*Letters()(row).input_ids, 0] if isinstance(row, str) else row)]
+    return whole[:len(whole) // ctx * ctx]
+
+
+@pytest.mark.parametrize("name", ["text-jsonl", "text-parquet", "ids-jsonl", "ids-parquet"])
+def test_a_data_set_of_the_hub_gives_every_token_once_in_order(hub, name):
+    rows = TEXTS if name.startswith("text") else IDS
+    for side, ctx in (("train", 16), ("heldout", 7)):
+        assert elsewhere(packed, f"org/{name}", side, ctx) == expected(rows, side, ctx)
+    assert elsewhere(packed, f"org/{name}", "train", 16, "test") == expected(rows[:80], "train", 16)
+
+
+@pytest.mark.parametrize("name", ["pages.parquet", "stream.arrow", "file.arrow", "pages.jsonl"])
+def test_local_files_give_the_same(tmp_path, name):
+    for rows, column in ((TEXTS, "text"), (IDS, "tokens"), (TEXTS, "body")):
+        write(tmp_path / name, [{"number": 1, column: row} for row in rows])
+        assert packed(str(tmp_path / name), "train", 16) == expected(rows, "train", 16)
+        assert packed(str(tmp_path), "heldout", 16) == expected(rows, "heldout", 16)
+
+
+def test_a_text_file_is_cut_at_line_ends_and_wholly_used(tmp_path):
+    lines = [f"line {i} of a text\n" for i in range(5000)]
+    (tmp_path / "t.txt").write_text("".join(lines))
+    pieces = list(text.foreign_documents(str(tmp_path / "t.txt")))
+    assert "".join(pieces) == "".join(lines) and all(8000 <= len(piece) < 8100 for piece in pieces[:-1])
+    sides = [list(text.documents(str(tmp_path / "t.txt"), side)) for side in ("train", "heldout")]
+    assert sorted(sides[0] + sides[1]) == sorted(pieces) and len(sides[0]) > len(sides[1]) > 0
+
+
+def test_a_folder_that_datasets_saved_is_data(tmp_path):
+    import datasets
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    assert packed(str(tmp_path / "saved"), "train", 16) == expected(TEXTS, "train", 16)
+
+
+def test_a_row_without_text_is_passed_over_and_its_other_columns_too(tmp_path):
+    write(tmp_path / "t.jsonl", [{"text": t if i % 3 else None, "source": "web"} for i, t in enumerate(TEXTS)])
+    assert list(text.foreign_documents(str(tmp_path / "t.jsonl"))) == [t for i, t in enumerate(TEXTS) if i % 3]
+
+
+def test_sides_share_no_document_however_often_it_is_repeated(hub, tmp_path):
+    write(hub.folder / "datasets/org/echo/train.jsonl", [{"text": TEXTS[i % 100 * (i % 3)]} for i in range(300)])
+    train, held = (elsewhere(sided, "org/echo", side) for side in ("train", "heldout"))
+    assert not set(train) & set(held) and len(train) + len(held) == 300 and 0 < len(held) < 100
+
+
+def sided(data: str, side: str) -> list[str]:
+    return list(text.documents(data, side))
+
+
+def test_bos_begins_every_row(tmp_path):
+    write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
+    plain, seen = text.heldout_rows(str(tmp_path), Letters(), 9, 20)
+    rows, seen_too = text.heldout_rows(str(tmp_path), Letters(), 10, 20, bos=40)
+    assert rows.shape == (20, 10) and (rows[:, 0] == 40).all() and torch.equal(rows[:, 1:], plain) and seen == seen_too
+    assert torch.equal(plain.flatten(), torch.tensor(expected(TEXTS, "heldout", 9)[:180]))
+
+
+# ------------------------------------------------------------------------------------------------- what fails
+ROWS = {"text-jsonl": TEXTS, "text-parquet": TEXTS, "ids-parquet": IDS, "long": LONG}
+
+
+@pytest.mark.parametrize("name, file, answered", [("text-jsonl", "00000-of", 1), ("text-jsonl", "00002-of", 0), ("ids-parquet", "00001-of", 0),
+                                                  ("text-parquet", "00002-of", 0), ("long", "stream", 3), ("long", "stream", 7)])
+@pytest.mark.parametrize("fault", [dict(after=100), dict(status=500), dict(status=504)])
+def test_a_stream_goes_on_at_the_row_where_it_broke(hub, name, file, answered, fault):
+    hub.fail(f"*{file}*", times=answered)
+    hub.fail(f"*{file}*", times=13, **fault)  # two attempts and a request: huggingface_hub asks six times
+    documents, waited, error = elsewhere(read, f"org/{name}")
+    assert error is None and documents == ROWS[name] and waited == [1, 2]
+
+
+@pytest.mark.parametrize("name, file, answered, row", [("text-jsonl", "00002-of", 0, 147), ("ids-parquet", "00001-of", 0, 110), ("long", "stream", 5, 120)])
+def test_a_network_that_stays_away_is_one_line_with_the_row(hub, name, file, answered, row):
+    hub.fail(f"*{file}*", times=answered)
+    hub.fail(f"*{file}*", after=100)
+    documents, waited, error = elsewhere(read, f"org/{name}")
+    assert documents == ROWS[name][:row] and waited == list(text.PAUSES)
+    assert error.startswith(f"--data org/{name}: ") and f"row {row}" in error and "closed connection" in error and "\n" not in error
+    assert sum(file in path for path in hub.requests) <= answered + 40
+
+
+def test_every_row_that_comes_makes_the_count_begin_anew(hub):
+    for shard in ("00001-of", "00002-of"):
+        hub.fail(f"*{shard}*", times=24, status=500)  # four attempts: the fifth is the last
+    documents, waited, error = elsewhere(read, "org/text-jsonl")
+    assert error is None and documents == TEXTS and waited == 2 * list(text.PAUSES)
+
+
+@pytest.mark.parametrize("name, rule, words, attempts", [
+    ("org/nothing", {}, "doesn't exist on the Hub", 1),
+    ("org/text-jsonl", dict(pattern="/datasets/*/resolve/*", status=401, code="GatedRepo"), "gated", 1),
+    ("org/text-jsonl", dict(pattern="*/train-*", status=401, code="GatedRepo"), "gated", 1),
+    ("org/text-jsonl", dict(pattern="*/train-*", status=404, code="EntryNotFound"), "404", 1),
+    ("org/text-jsonl", dict(pattern="*/train-*", status=403), "403", 1),
+    ("org/text-jsonl", dict(pattern="*", status=500), "500", 5),
+    ("org/text-jsonl", dict(pattern="/api/*", status=503), "503", 5),
+    ("org/pixels", {}, r"no column of text or tokens (columns: image, label)", 1)])
+def test_what_cannot_be_had_is_one_line_and_a_no_is_taken_at_once(hub, name, rule, words, attempts):
+    if rule:
+        hub.fail(**rule)
+    documents, waited, error = elsewhere(read, name)
+    assert not documents and len(waited) == attempts - 1
+    assert error.startswith(f"--data {name}: ") and words in error and "\n" not in error and len(error) < 400
+
+
+def test_words_called_tokens_are_no_token_ids(hub):
+    assert elsewhere(read, "org/words")[0] == TEXTS
+
+
+def test_token_ids_of_another_model_are_refused(tmp_path):
+    for i, worst in enumerate((41, -1)):
+        write(tmp_path / f"{i}.jsonl", [{"input_ids": [0, 40]}] * 9 + [{"input_ids": [1, worst, 2, j]} for j in range(40)])
+        with pytest.raises(UserError, match=rf"{i}.jsonl: token ids .*{worst}.* 41.*another model") as caught:
+            packed(str(tmp_path / f"{i}.jsonl"), "train", 4)
+        assert "\n" not in str(caught.value)
+
+
+def test_only_hub_data_sets_have_splits(hub, tmp_path):
+    write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
+    for data in ("stdlib", str(tmp_path)):
+        with pytest.raises(UserError, match="--split test"):
+            next(text.documents(data, "train", "test"))
+    with pytest.raises(UserError, match="dev.*train"):
+        elsewhere(packed, "org/text-jsonl", "train", 16, "dev")
+
+
+# ------------------------------------------------------------------------------------------- what is trained on it
+def contents(folder: pathlib.Path) -> dict:
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_path):
+    for i in range(3):
+        write(hub.folder / f"datasets/org/runs/data/test-0000{i}-of-00003.jsonl", [{"text": t} for t in TEXTS[60 * i:60 * i + 60]])
+    elsewhere(train, "org/runs", tmp_path / "whole")
+    saved = []
+    for answered in (0, 1):  # the third shard is lost on the first pass over the text, then on the second
+        hub.heal()
+        hub.fail("*test-00002-of*", times=answered)
+        hub.fail("*test-00002-of*", after=50)
+        with pytest.raises(UserError, match="--data org/runs: .*row 120"):
+            elsewhere(train, "org/runs", tmp_path / "broken")
+        saved.append(sorted(torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")))
+    assert saved == [[4, 4], [13]]
+    hub.heal()
+    elsewhere(train, "org/runs", tmp_path / "broken")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "broken") and len(contents(tmp_path / "whole")) == 6
+
+
+def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(sae, "CHUNK", 1024)
+    write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
+    model, jobs = tiny_model(dtype=torch.float32), [job(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)]
+    sae.train_missing(model, Letters(), jobs, tmp_path / "whole")
+    whole, calls = sae.head, itertools.count(1)
+
+    def head(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(sae, "head", head)
+    with pytest.raises(KeyboardInterrupt):
+        sae.train_missing(model, Letters(), jobs, tmp_path / "broken")
+    assert [torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")] == [8, 8]
+    sae.train_missing(model, Letters(), jobs, tmp_path / "broken")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "broken") and len(contents(tmp_path / "whole")) == 6

@@ -1,0 +1,400 @@
+"""SAEs from other libraries' files: each format against its formula written out densely in float64, and what is refused."""
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import common
+import formats
+from audit import definitions
+from common import UserError
+from conftest import tiny_model
+from proxies import evaluate, metrics
+
+D, F, K, N = 12, 40, 5, 64
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+H = random(N, D) @ random(D, D, seed=1) + 2  # an offset, so that biases and means matter
+W_ENC, W_DEC, B_ENC, B_DEC = random(D, F), random(F, D, seed=2), random(F, seed=3) / 2, random(D, seed=4) + 1
+THRESHOLD, R_MAG, B_MAG = random(F, seed=5).abs(), random(F, seed=6) / 3, random(F, seed=7)
+
+
+# ------------------------------------------------------------------------------- the truths, dense and in float64
+def top(z, k=K):
+    return z * (z >= z.topk(k, 1).values[:, -1:])
+
+
+def truth(x, code, b_in=B_DEC, b_dec=B_DEC, W_enc=W_ENC, W_dec=W_DEC, b_enc=B_ENC):
+    z = (x - b_in.double()) @ W_enc.double() + b_enc.double()
+    return code(z) @ W_dec.double() + b_dec.double()
+
+
+def gated(x):
+    u = (x - B_DEC.double()) @ W_ENC.double()
+    return ((u + B_ENC.double() > 0) * (u * R_MAG.double().exp() + B_MAG.double()).relu()) @ W_DEC.double() + B_DEC.double()
+
+
+def layer_normed(f):
+    def of(x):
+        mean, sd = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+        return f((x - mean) / (sd + 1e-5)) * sd + mean
+    return of
+
+
+relu_top = lambda z: top(z).relu()
+jump = lambda z: z.relu() * (z > THRESHOLD.double())
+
+
+def rescaled(x):
+    norm = W_DEC.double().norm(dim=1)
+    z = ((x - B_DEC.double()) @ W_ENC.double() + B_ENC.double()) * norm
+    return (top(z).relu() / norm) @ W_DEC.double() + B_DEC.double()
+
+
+def groupmax(z):
+    groups = z.relu().unflatten(1, (K, F // K))
+    return (groups * (groups == groups.max(2, keepdim=True).values)).flatten(1)
+
+
+WHITE = {"mean": random(D, seed=8), "matrix": random(D, D, seed=9) + 4 * torch.eye(D)}
+WHITE["inverse_matrix"] = WHITE["matrix"].double().inverse().float().contiguous()
+
+
+# ------------------------------------------------------------------------------- files as the libraries write them
+def saelens(folder, architecture="topk", tensors=None, beside=(), **config):
+    tensors = tensors or {"W_enc": W_ENC, "W_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC}
+    folder.mkdir(parents=True)
+    meta = {"sae_lens_version": "6.54.12", "hook_name": "blocks.1.hook_resid_post", "model_name": "m", "prepend_bos": True, "context_size": 32}
+    config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": K, "metadata": meta, **config}
+    (folder / "cfg.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
+    save_file(tensors, folder / "sae_weights.safetensors")
+    for name, content in dict(beside).items():
+        save_file(content, folder / name) if name.endswith("safetensors") else (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def sparsify(folder, **config):
+    extra = {"W_skip": config.pop("W_skip")} if "W_skip" in config else {}
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps({"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": K, "d_in": D, "transcode": False, **config}))
+    save_file({"encoder.weight": W_ENC.t().contiguous(), "encoder.bias": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC, **extra}, folder / "sae.safetensors")
+    return folder
+
+
+def dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", **trainer):
+    folder.mkdir(parents=True)
+    tensors = tensors or {"encoder.weight": W_ENC.t().contiguous(), "encoder.bias": B_ENC, "decoder.weight": W_DEC.t().contiguous(), "b_dec": B_DEC,
+                          "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+    torch.save(tensors, folder / file)
+    if name:
+        (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": name, "lm_name": "org/m", "layer": 1, "submodule_name": "resid_post_layer_1",
+                                                                    "dict_size": F, **trainer}, "buffer": {"ctx_len": 32}}))
+    return folder
+
+
+PLAIN = {"encoder.weight": W_ENC.t().contiguous(), "encoder.bias": B_ENC, "decoder.weight": W_DEC.t().contiguous()}
+LENS = {"W_enc": W_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
+BATCH = {**PLAIN, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(1.5)}
+
+
+def openai(folder, **state):
+    (folder / "resid_post_mlp/autoencoders").mkdir(parents=True)
+    torch.save({"pre_bias": B_DEC, "encoder.weight": W_ENC.t(), "latent_bias": B_ENC, "decoder.weight": W_DEC.t(), "stats_last_nonzero": torch.zeros(F), **state},
+               folder / "resid_post_mlp/autoencoders/1.pt")
+    return folder
+
+
+def mlsae(folder, **config):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"n_inputs": D, "n_latents": F, "k": K, **config}))
+    save_file({"encoder.weight": W_ENC.t().contiguous(), "decoder.weight": W_DEC.t().contiguous(), "pre_encoder_bias": B_DEC, "last_nonzero": torch.zeros(F)},
+              folder / "model.safetensors")
+    return folder
+
+
+V5 = dict(architecture=None, metadata=None, k=None, hook_point="blocks.1.hook_resid_post", model_name="m", sae_lens_version="3.20.0")
+CASES = {
+    "saelens topk": (saelens, {}, lambda x: truth(x, relu_top)),
+    "saelens topk, no b_dec at the input": (saelens, dict(apply_b_dec_to_input=False), lambda x: truth(x, relu_top, b_in=torch.zeros(D))),
+    "saelens topk, rescaled": (saelens, dict(rescale_acts_by_decoder_norm=True), rescaled),
+    "saelens topk, layer_norm": (saelens, dict(normalize_activations="layer_norm"), layer_normed(lambda x: truth(x, relu_top))),
+    "saelens topk, constant norm": (saelens, dict(normalize_activations="constant_norm_rescale"),
+                                    lambda x: truth(x * D ** 0.5 / x.norm(dim=1, keepdim=True), relu_top) * x.norm(dim=1, keepdim=True) / D ** 0.5),
+    "saelens topk checkpoint, scaled": (saelens, dict(normalize_activations="expected_average_only_in", beside={"activation_scaler.json": {"scaling_factor": 0.3}}),
+                                        lambda x: truth(0.3 * x, relu_top) / 0.3),
+    "saelens topk checkpoint, whitened": (
+        saelens, dict(normalize_activations="covariance_whitening", rescale_acts_by_decoder_norm=True, beside={"activation_whitening.safetensors": WHITE}),
+        lambda x: rescaled((x - WHITE["mean"].double()) @ WHITE["matrix"].double()) @ WHITE["inverse_matrix"].double() + WHITE["mean"].double()),
+    "saelens jumprelu": (saelens, dict(architecture="jumprelu", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}), lambda x: truth(x, jump)),
+    "saelens jumprelu, scaled": (
+        saelens, dict(architecture="jumprelu", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}, normalize_activations="expected_average_only_in",
+                      beside={"activation_scaler.json": {"scaling_factor": 0.3}}), lambda x: truth(0.3 * x, jump) / 0.3),
+    "saelens batchtopk checkpoint": (saelens, dict(architecture="batchtopk", tensors={**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()}),
+                                     lambda x: truth(x, lambda z: z * (z > 2))),
+    "saelens standard": (saelens, dict(architecture="standard"), lambda x: truth(x, torch.relu)),
+    "saelens gated": (saelens, dict(architecture="gated", tensors={**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}), gated),
+    "saelens 5 topk": (saelens, dict(**V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations=False), lambda x: truth(x, relu_top)),
+    "saelens 5 standard": (saelens, dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False), lambda x: truth(x, torch.relu, b_in=torch.zeros(D))),
+    "sparsify": (sparsify, {}, lambda x: truth(x, relu_top)),
+    "sparsify groupmax": (sparsify, dict(activation="groupmax"), lambda x: truth(x, groupmax)),
+    "sparsify skip": (sparsify, dict(skip_connection=True, W_skip=random(D, D, seed=3)), lambda x: truth(x, relu_top) + x @ random(D, D, seed=3).double().t()),
+    "dictionary_learning TopK": (dictionary, {}, lambda x: truth(x, relu_top)),
+    "dictionary_learning BatchTopK": (dictionary, dict(name="BatchTopKSAE", tensors=BATCH), lambda x: truth(x, lambda z: z * (z > 1.5))),
+    "dictionary_learning standard": (dictionary, dict(name="AutoEncoder", tensors={**PLAIN, "bias": B_DEC}), lambda x: truth(x, torch.relu)),
+    "dictionary_learning AutoEncoderNew": (dictionary, dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
+                                           lambda x: truth(x, torch.relu, b_in=torch.zeros(D))),
+    "dictionary_learning gated": (dictionary, dict(name="GatedAutoEncoder", tensors={
+        "encoder.weight": PLAIN["encoder.weight"], "decoder.weight": PLAIN["decoder.weight"], "decoder_bias": B_DEC, "r_mag": R_MAG, "gate_bias": B_ENC,
+        "mag_bias": B_MAG}), gated),
+    "dictionary_learning JumpReLU": (dictionary, dict(name="JumpReluAutoEncoder", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}),
+                                     lambda x: truth(x, jump, b_in=torch.zeros(D))),
+    "dictionary_learning Matryoshka": (dictionary, dict(name="MatryoshkaBatchTopKSAE", tensors={**LENS, "b_enc": B_ENC, "threshold": torch.tensor(1.5), "k": torch.tensor(K)}),
+                                       lambda x: truth(x, lambda z: z * (z > 1.5))),
+    "dictionary_learning mid-run, scaled": (dictionary, dict(name="BatchTopKSAE", tensors={"ae": BATCH, "step": 9, "norm_factor": 2.5}),
+                                            lambda x: truth(x / 2.5, lambda z: z * (z > 1.5)) * 2.5),
+    "openai topk": (openai, dict(activation="TopK", activation_state_dict={"k": K, "postact_fn": "ReLU"}), layer_normed(lambda x: truth(x, relu_top))),
+    "openai relu": (openai, dict(activation="ReLU", activation_state_dict={}), lambda x: truth(x, torch.relu)),
+    "mlsae": (mlsae, {}, layer_normed(lambda x: truth(x, relu_top, b_enc=torch.zeros(F)))),
+    "mlsae, not standardised": (mlsae, dict(standardize=False), lambda x: truth(x, relu_top, b_enc=torch.zeros(F))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_format_is_its_formula(case, tmp_path):
+    write, how, dense = CASES[case]
+    entry, = formats.find(str(write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how)))
+    sae = formats.read(entry)
+    values, indices, h_hat = sae.reconstruct(H)
+    expected = dense(H.double())
+    assert (h_hat - expected).norm() / expected.norm() < 1e-6
+    assert (values >= 0).all() and values.shape == indices.shape and (values > 0).any(1).float().mean() > 0.5
+    for row, index in zip(values, indices):  # a code names a latent once
+        assert len(index[row > 0].unique()) == (row > 0).sum()
+    said = formats.describe(entry)
+    assert said["layer"] == 1 and said["site"] == "resid_post" and said["format"] == case.split()[0].rstrip(",")
+    fused = formats.fused(sae)
+    assert torch.equal(fused.reconstruct(H)[2], h_hat) if type(fused) is type(sae) else (fused.reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
+
+
+def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
+    sae = formats.read(formats.find(str(sparsify(tmp_path / "layers.1")))[0])
+    sae.centred = True
+    mean = H.double().mean(1, keepdim=True)
+    expected = truth(H.double() - mean, relu_top) + mean
+    assert (sae.reconstruct(H)[2] - expected).norm() / expected.norm() < 1e-6
+    assert isinstance(formats.fused(sae), formats.FileSAE)
+
+
+@pytest.mark.parametrize("name, hook", [
+    ("blocks.3.hook_resid_post", ("resid_post", 3)), ("blocks.3.hook_resid_pre", ("resid_post", 2)), ("blocks.0.hook_resid_pre", ("resid_pre", 0)),
+    ("blocks.3.hook_mlp_out", ("mlp_out", 3)), ("blocks.3.attn.hook_z", ("blocks.3.attn.hook_z", None)), ("", (None, None))])
+def test_transformerlens_names(name, hook):
+    assert formats.hook_of_lens(name) == hook
+
+
+@pytest.mark.parametrize("path, hook", [
+    ("EleutherAI/sae-pythia-70m-32k/layers.3", ("resid_post", 3)), ("org/x/layers.3/seed0", ("resid_post", 3)), ("org/x/layers.3.mlp", ("mlp", 3)),
+    ("org/gpt2/h.11", ("resid_post", 11)), ("saes/resid_post_layer_4/trainer_7", ("resid_post", 4)), ("x/mlp_out_layer5", ("mlp_out", 5)),
+    ("x/blocks.3.hook_resid_post", ("resid_post", 3)), ("org/multilayers.x/run12", (None, None))])
+def test_hook_names_in_paths(path, hook):
+    assert formats.hook_of_path(path) == hook
+
+
+def test_what_files_say_is_read(tmp_path):
+    said = formats.describe(formats.find(str(saelens(tmp_path / "a")))[0])
+    assert said == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "m", "ctx": 32, "bos": True, "basis": "raw", "width": F}
+    old = saelens(tmp_path / "b", **V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, model_from_pretrained_kwargs={"center_writing_weights": True})
+    said = formats.describe(formats.find(str(old))[0])  # version 5 puts a BOS in front unless it says otherwise
+    assert said["basis"] == "centred" and said["bos"] is True and said["layer"] == 1
+    assert formats.describe(formats.find(str(sparsify(tmp_path / "layers.4.mlp")))[0])["site"] == "mlp"
+    assert formats.describe(formats.find(str(sparsify(tmp_path / "layers.5", transcode=True)))[0])["site"] == "transcoder"
+    assert formats.describe(formats.find(str(mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")))[0])["layer"] == 2
+
+
+def test_a_folder_of_many_and_a_pattern(tmp_path):
+    for name in ("layers.1", "layers.2", "layers.2.mlp"):
+        sparsify(tmp_path / "run" / name)
+    dictionary(tmp_path / "run/resid_post_layer_1/trainer_0")
+    labels = lambda spec: [entry["label"].removeprefix(tmp_path.name + "/") for entry in formats.find(str(spec))]
+    assert labels(tmp_path / "run") == ["run/layers.1", "run/layers.2", "run/layers.2.mlp", "run/resid_post_layer_1/trainer_0"]
+    assert labels(tmp_path / "run/layers.*") == ["run/layers.1", "run/layers.2", "run/layers.2.mlp"]
+    assert labels(tmp_path / "run/resid_post_layer_1/*") == ["run/resid_post_layer_1/trainer_0"]
+    assert len(labels(tmp_path / "run/layers.2/sae.safetensors")) == 1
+    with pytest.raises(UserError, match="no SAE at layers.7"):
+        formats.find(str(tmp_path / "run/layers.7"))
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+class Evil:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+def broken(tmp_path, how):
+    if how == "truncated":
+        folder = sparsify(tmp_path / "layers.1")
+        (folder / "sae.safetensors").write_bytes((folder / "sae.safetensors").read_bytes()[:-100])
+    elif how == "not finite":
+        folder = saelens(tmp_path / "x", tensors={**LENS, "b_enc": B_ENC * float("nan")})
+    elif how == "b_enc is":
+        folder = saelens(tmp_path / "x", tensors={**LENS, "b_enc": B_ENC[:-1]})
+    elif how == "run code":
+        folder = dictionary(tmp_path / "x", tensors={"k": 1})
+        (folder / "ae.pt").write_bytes(pickle.dumps(Evil()))
+    elif how == "TopK or BatchTopK":
+        folder = dictionary(tmp_path / "x", name=None)
+    elif how == "cfg.json is missing":
+        folder = sparsify(tmp_path / "layers.1")
+        (folder / "cfg.json").unlink()
+    elif how == "'temporal' is not supported":
+        folder = saelens(tmp_path / "x", architecture="temporal")
+    elif how == "no 'W_dec' in it":
+        folder = saelens(tmp_path / "x", tensors={"W_enc": W_ENC})
+    elif how == "holds the scale":
+        folder = saelens(tmp_path / "x", normalize_activations="expected_average_only_in")
+    elif how == "k = 41 of 40":
+        folder = saelens(tmp_path / "x", k=41)
+    elif how == "Expecting":
+        folder = saelens(tmp_path / "x")
+        (folder / "cfg.json").write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["truncated", "not finite", "b_enc is", "run code", "TopK or BatchTopK", "cfg.json is missing", "'temporal' is not supported",
+                                 "no 'W_dec' in it", "holds the scale", "k = 41 of 40", "Expecting"])
+def test_bad_files_are_refused_in_one_line(how, tmp_path, capsys):
+    with pytest.raises(UserError) as caught:
+        formats.read(formats.find(str(broken(tmp_path, how)))[0])
+    assert str(tmp_path.name) in str(caught.value) and "\n" not in str(caught.value)
+    assert (how in str(caught.value)) or how == "truncated"
+    assert "code was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spec", ["/nowhere/at/all", "./nowhere", "nowhere"])
+def test_no_such_place(spec):
+    with pytest.raises(UserError, match="--sae"):
+        formats.find(spec)
+
+
+# ------------------------------------------------------------------------------------------------ the basis gate
+def best_of(h, dimensions):
+    """The ReLU SAE that keeps the first principal directions of h: +-u as latents."""
+    mean = h.mean(0)
+    U = torch.linalg.eigh((h - mean).T @ (h - mean)).eigenvectors[:, -dimensions:]
+    rows = torch.cat([U.T, -U.T]).contiguous()
+    return formats.FileSAE(rule="threshold", W_enc=rows, b_enc=torch.zeros(len(rows)), W_dec=rows, b_dec=mean, b_in=mean, threshold=torch.zeros(()))
+
+
+@pytest.fixture
+def gate():
+    model = tiny_model(d=16, layers=4, dtype=torch.float32)
+    for name, p in model.named_parameters():  # what the last block writes has a mean over d, as GPT-NeoX' residual stream may
+        if "dense_4h_to_h.bias" in name or "embed_in" in name:
+            p.data += 1.0
+    rows = torch.randint(0, 41, (8, 24), generator=torch.Generator().manual_seed(1))
+    return model, rows, formats.near(model, 1, rows)
+
+
+def test_gate_lets_through_what_is_as_its_files_say(gate):
+    model, rows, near = gate
+    readings = formats.check_basis(best_of(near[1], 4), {"basis": "raw"}, "x", 1, near)
+    assert list(readings)[0] == "layer 1, raw" and len(readings) == 4
+    centred = best_of(near[1] - near[1].mean(1, keepdim=True), 4)
+    formats.check_basis(centred, {"basis": "centred"}, "x", 1, near)
+
+
+def test_gate_refuses_the_other_basis_with_both_numbers(gate):
+    model, rows, near = gate
+    centred = best_of(near[1] - near[1].mean(1, keepdim=True), 15)
+    as_said, other = formats.unexplained(centred, near[1], False), formats.unexplained(centred, near[1], True)
+    assert other < 0.01 < as_said
+    with pytest.raises(UserError, match="centred") as caught:
+        formats.check_basis(centred, {"basis": "raw"}, "x", 1, near)
+    assert f"{as_said:.4f}" in str(caught.value) and f"{other:.4f}" in str(caught.value) and "--basis" in str(caught.value)
+
+
+def test_gate_refuses_the_block_after_its_own(gate):
+    model, rows, near = gate
+    with pytest.raises(UserError, match="layer 0, raw"):
+        formats.check_basis(best_of(formats.near(model, 0, rows)[0], 6), {"basis": "raw"}, "x", 1, near)
+
+
+def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
+    model, rows, near = gate
+    assert list(near) == [0, 1, 2]
+    assert torch.equal(near[1], common.head(model, 1, rows)[:, 1:].flatten(0, 1))  # no position is ten medians long here
+
+
+# ----------------------------------------------------------------------------------------------- the same metrics
+def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
+    """One function in three dresses: the fused kind, the general kind by its own code, and without a code."""
+    model, d, F = tiny_model(dtype=torch.float32), 16, 40
+    W = random(F, d)
+    general = formats.FileSAE(rule="topk", W_enc=W, b_enc=random(F), W_dec=W, b_dec=random(d), b_in=random(d), k=4)
+    results = evaluate(model, 1, rows, {"general": general, "fused": formats.fused(general), "dense": lambda h, mean: general.reconstruct(h)[2]}, 2)
+    values = {name: metrics({q: v[None] for q, v in result["sums"].items()}, torch.ones(1, len(rows)).numpy(), d) for name, result in results.items()}
+    for metric, value in values["fused"].items():
+        assert value == pytest.approx(values["general"][metric], rel=1e-4, abs=1e-6), metric
+        assert metric == "l0" or value == pytest.approx(values["dense"][metric], rel=1e-4, abs=1e-6), metric
+    assert torch.equal(results["general"]["fired"], results["fused"]["fired"])
+
+
+def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
+    model, d, F = tiny_model(dtype=torch.float32), 16, 40
+    sae = formats.FileSAE(rule="threshold", W_enc=random(F, d), b_enc=torch.zeros(F), W_dec=random(F, d), b_dec=torch.zeros(d), threshold=torch.tensor(0.5))
+    result = evaluate(model, 1, rows, {"x": sae}, 2)["x"]
+    dense = common.head(model, 1, rows)[:, :-1] @ random(F, d).t()
+    assert (result["sums"]["l0"] == (dense > 0.5).sum((1, 2)).numpy()).all()
+    assert (result["fired"].sum(0) == (dense > 0.5).sum((0, 1))).all()
+
+
+# -------------------------------------------------------------------------------------- every library's R^2
+def test_libraries_disagree_about_one_reconstruction_as_they_were_seen_to():
+    """d=512, two dimensions of high variance, one token in 128 six times as long: the table that made us name them all."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(16, 128, 512, generator=generator).double()
+    h[..., :2] *= 30
+    h += 0.5
+    h[:, 0] *= 6
+    everything = torch.ones(16, 128, dtype=torch.bool)
+    mean = h.flatten(0, 1).mean(0).expand_as(h)
+    r2 = lambda h_hat: 1 - (h - h_hat).square().sum() / (h - mean).square().sum()
+    at_mean, biased, same = (definitions(h, x, everything) for x in (mean, h + 2, h))
+    assert all(value == pytest.approx(1) for value in same.values())
+    assert at_mean["r2_dictionary_learning"] == pytest.approx(0, abs=1e-9) and at_mean["r2_per_dim"] == pytest.approx(0, abs=1e-9)
+    assert at_mean["r2_saelens_legacy"] == pytest.approx(0, abs=1e-9) and at_mean["r2_sparsify"] < 0
+    assert biased["r2_dictionary_learning"] == pytest.approx(1) and r2(h + 2) < 0.8  # a constant error is free there
+    noisy = h + 0.6 * torch.randn(h.shape, generator=generator) * h.norm(dim=-1, keepdim=True) / 512 ** 0.5
+    several = definitions(h, noisy, everything)
+    assert max(several.values()) - min(several.values()) > 0.2
+
+
+def test_definitions_by_hand():
+    h = torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[0.0, 2.0], [0.0, 2.0]]]).double()
+    h_hat = h + torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 0.0]]])
+    keep = torch.ones(2, 2, dtype=torch.bool)
+    got = definitions(h, h_hat, keep)  # mean (1,1), SST 6 + 4, SSE 3, |h|^2 = 1+9+4+4
+    assert got["r2_dictionary_learning"] == pytest.approx(1 - (3 - 9 / 4) / 10)
+    assert got["r2_saebench"] == pytest.approx(1 - 0.75 / (18 / 4 - (18 / 8) ** 2))
+    assert got["r2_overcomplete"] == pytest.approx(1 - 3 / (18 - 8 * 1))
+    assert got["r2_openai"] == pytest.approx(1 - (1 / 1 + 1 / 9 + 1 / 4) / 4)
+    assert got["r2_per_dim"] == pytest.approx(1 - (0 / 6 + 3 / 4) / 2)
+    assert got["r2_saelens_legacy"] == pytest.approx(1 - (1 / 1 + 1 / 5 + 1 / 2) / 4)
+    one = definitions(h, h_hat, torch.tensor([[True, True], [True, False]]))  # the second sequence has no variance of its own
+    assert one["r2_openai"] == pytest.approx(1 - (1 / 1 + 1 / 9 + 1 / 4) / 3)
+
+
+# --------------------------------------------------------------------------------------------------------- export
+def test_an_exported_sae_reads_back_as_itself(tmp_path):
+    sae = formats.fused(formats.read(formats.find(str(sparsify(tmp_path / "layers.1")))[0]))
+    formats.write_saelens(tmp_path / "out", sae, {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"})
+    entry, = formats.find(str(tmp_path / "out"))
+    again = formats.fused(formats.read(entry))
+    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values())) and again.k == sae.k
+    assert formats.describe(entry) == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "stdlib-s", "ctx": 64, "bos": False, "basis": "raw", "width": F}
