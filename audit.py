@@ -66,10 +66,8 @@ def audit_table(out: pathlib.Path, saes: list[dict], fed: np.ndarray, settings: 
     rows = []
     for row, (lo, hi) in zip(saes, np.percentile(fed, [2.5, 97.5], axis=0).T):
         said = settings["saes"][row["sae"]]
-        as_said, *others = (said["readings"] or {"": np.nan}).values()
         rows.append(row | {"format": said["format"], "trained_on": said["model"] or "not said", "basis": said["basis"], "ctx": said["ctx"], "bos": said["bos"],
-                           "fvu_as_said": as_said, "fvu_otherwise": min(others, default=np.nan), "fed_nosink_lo": lo, "fed_nosink_hi": hi,
-                           "flag": flag(lo, hi), "k": row["k"] or "none"})
+                           "fed_nosink_lo": lo, "fed_nosink_hi": hi, "flag": flag(lo, hi), "k": row["k"] or "none"})
     write_table(out / "audit.csv", rows, COLUMNS)
     return rows
 

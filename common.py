@@ -237,19 +237,16 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
     transformers.utils.logging.disable_progress_bar()
     if downloads_shown:
         huggingface_hub.utils.enable_progress_bars()
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else the hub is asked to unpickle what has no safetensors
     source = EMBEDDED.get(name, name)
     if revision and os.path.isdir(source):
         raise UserError(f"--revision {revision}: {name} does not come from the hub")
     where = f"--models {name}" + (f" at revision {revision}" if revision else "")
-    if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{where}: no such folder (embedded: {', '.join(EMBEDDED)}; else a local folder or a hub id)")
-    trust = dict(revision=revision or "main", trust_remote_code=False)
     with _one_line(where):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                                                          ignore_mismatched_sizes=True, **trust)
+        folder = source if os.path.isdir(source) else _download(name, revision)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                                          output_loading_info=True, ignore_mismatched_sizes=True)
     with _one_line(f"{where}: its tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **trust)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer("Two or more words.", add_special_tokens=False).input_ids
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for weight, there, wanted in sorted(report["mismatched_keys"]):
@@ -266,6 +263,19 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
     blocks(model)
     model.eval().requires_grad_(False)
     return model.to(device), tokenizer
+
+
+def _download(name: str, revision: str | None) -> str:
+    """The local folder of what is read of a hub repository. Whole before anything is read: left to itself, transformers takes a
+    file that the hub fails to send for one that is not there, and has the hub unpickle weights that have no safetensors."""
+    import huggingface_hub
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise OSError(f"no such folder (embedded: {', '.join(EMBEDDED)}; else a local folder or a hub id)")
+    try:
+        return huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=["*/*", "consolidated*"],
+                                                 allow_patterns=["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"])
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:  # says what is not in the cache; its cause, why
+        raise error.__cause__ or error
 
 
 @contextlib.contextmanager
@@ -350,7 +360,7 @@ def _logits(model, layer: int, rows: torch.Tensor, h: torch.Tensor, way: str) ->
     """
     first, h = blocks(model)[:layer + 1], h.to(model.dtype)
     if way == "replace":
-        patch = first[-1].register_forward_hook(lambda module, inputs, output: (h, *output[1:]) if isinstance(output, tuple) else h, prepend=True)
+        patch = first[-1].register_forward_hook(lambda module, inputs, output: (h, *output[1:]) if isinstance(output, tuple) else h)
     else:
         patch = _computing(first, lambda *args, **kwargs: (h,) if way == "tuple" else h)
     with patch:

@@ -4,6 +4,7 @@ A condition is one SAE: (model, layer, sae, recipe, d_sae, k, seed, tokens). C c
 """
 import hashlib
 import json
+import math
 import pathlib
 import platform
 import shutil
@@ -144,10 +145,10 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
             raise UserError(f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}")
         said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "weights": formats.tensors_hash(sae)}
         said["ctx"] = hook["rows"].shape[1]
-        said["readings"] = None if args.basis else formats.check_basis(sae, said, entry["label"], hook["layer"], activations)
+        readings = [math.nan] if args.basis else list(formats.check_basis(sae, said, entry["label"], hook["layer"], activations).values())
         sae.centred = said["basis"] == "centred"
         active = (sae.encode(activations[hook["layer"]])[0] > 0).sum(1).double().mean().item()
-        entry |= dict(said=said, d_sae=F, k=sae.k or 0, typical_k=max(1, round(active)))
+        entry |= dict(said=said, fvu_as_said=readings[0], fvu_otherwise=min(readings[1:], default=math.nan), d_sae=F, k=sae.k or 0, typical_k=max(1, round(active)))
     return entries
 
 
@@ -302,7 +303,10 @@ def run_hook(hook: dict, args, device: torch.device, which: list[int], with_null
             row["alive"] = float((fired.sum(0) > 0).double().mean())
             row["bits_idx"] = index_bits(fired.numpy(), n_seq, ctx - 1)
             row["bits"] = row["bits_idx"] + VALUE_BITS * row["l0"]
-        rows.append(row | definitions.get(name, {}))
+        if args.sae:
+            job = hook["jobs"][which[i]] if i < len(which) else {}
+            row |= definitions[name] | {column: job.get(column, np.nan) for column in ("fvu_as_said", "fvu_otherwise")}
+        rows.append(row)
     sums["d"] = np.full(len(names), hook["d"])
     tokens = {f"{hook['name']}@{hook['layer']}/" + "-".join(map(str, name)) + f"/{q}": v
               for name in names for q, v in results[name]["tokens"].items()}

@@ -37,7 +37,7 @@ def push_forward(model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: 
                 moved = forward_ad.unpack_dual(f(forward_ad.make_dual(h, delta))).tangent
         if moved is None:
             moved = push_forward_twice(f, h, delta)
-    return torch.nn.functional.linear(moved, model.get_output_embeddings().weight) if linear else moved
+    return (torch.nn.functional.linear(moved, model.get_output_embeddings().weight) if linear else moved).to(h.dtype)
 
 
 def unembeds_linearly(model, layer: int, rows: torch.Tensor, h: torch.Tensor) -> bool:

@@ -286,7 +286,7 @@ def one_line(where: str):
     except hub.RepositoryNotFoundError as error:
         raise UserError(f"{where}: neither a local path nor a repository of the hub that you may read") from error
     except (hub.RevisionNotFoundError, hub.EntryNotFoundError) as error:
-        raise UserError(f"{where}: not on the hub ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"{where}: not on the hub ({str(error).strip().splitlines()[-1]})") from error
     except (pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{where}: not read: the pickle is damaged or wants to run code (only tensors and plain values are loaded)") from error
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OSError) as error:  # OSError: the network, a missing file, JSON's ValueError
