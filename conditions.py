@@ -99,6 +99,8 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
             first = (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id) if bos else None
             texts[name, ctx, bos] = heldout_rows(args.data, tokenizer, ctx, args.eval_seqs, args.split, first)
         rows, text = texts[name, ctx, bos]
+        if rows.max() >= model.config.vocab_size:
+            raise UserError(f"--models {name}: its tokenizer gives the id {rows.max()}, and it has {model.config.vocab_size} embeddings")
         hook = dict(name=name, layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, d=model.config.hidden_size)
         hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
         several = sum(place[:2] == (name, layer) for place in places) > 1  # SAEs of one place that want other contexts

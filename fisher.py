@@ -91,6 +91,8 @@ def self_position_attention(module, query, key, value, attention_mask, scaling, 
 
     query [B,H,T,e], key and value [B,H',T,e] with H' dividing H.
     """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise UserError(f"{type(module).__name__}: soft-capped scores or attention sinks of its own, so Exp-C has no same-position form for it")
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.detach().transpose(2, 3)

@@ -6,7 +6,6 @@
 Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's sparse_autoencoder and mlsae. Each format's formula
 stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
 """
-import contextlib
 import fnmatch
 import hashlib
 import json
@@ -16,10 +15,9 @@ import pickle
 import re
 import sys
 
-from common import UserError, atomically, head, markdown, run_script
+from common import UserError, atomically, head, markdown, one_line, run_script
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kernels
@@ -273,27 +271,6 @@ def hook_of_path(path: str) -> tuple[str | None, int | None]:
 
 
 # ------------------------------------------------------------------------------------------ where they lie
-@contextlib.contextmanager
-def one_line(where: str):
-    """Whatever a file or the hub does wrong, as one UserError that says where."""
-    import huggingface_hub.errors as hub
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except hub.GatedRepoError as error:
-        raise UserError(f"{where}: gated; accept its terms on the hub and log in (hf auth login)") from error
-    except hub.RepositoryNotFoundError as error:
-        raise UserError(f"{where}: neither a local path nor a repository of the hub that you may read") from error
-    except (hub.RevisionNotFoundError, hub.EntryNotFoundError) as error:
-        raise UserError(f"{where}: not on the hub ({str(error).strip().splitlines()[-1]})") from error
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{where}: not read: the pickle is damaged or wants to run code (only tensors and plain values are loaded)") from error
-    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OSError) as error:  # OSError: the network, a missing file, JSON's ValueError
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{where}: {f'no {reason} in it' if isinstance(error, KeyError) else reason or type(error).__name__}") from error
-
-
 def find(spec: str) -> list[dict]:
     """The SAEs that PATH_OR_ID[/SUB_PATH_OR_PATTERN][@REVISION] names: [{label, path, format, weights, config, beside, fetch}], sorted.
 
@@ -314,7 +291,7 @@ def find(spec: str) -> list[dict]:
             there, _, revision = spec.partition("@")
             name, pattern = "/".join(there.split("/")[:2]), "/".join(there.split("/")[2:]).rstrip("/")
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or spec.startswith("."):
-                raise UserError("no such file or folder, and not a hub id")
+                raise UserError("no such file or folder, and no hub id")
             files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)
             whole, fetch = name, lambda file: pathlib.Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
         found = []
@@ -359,7 +336,10 @@ def read(entry: dict) -> FileSAE:
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
         path = entry["fetch"](entry["weights"])
-        tensors = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pt" else load_file(path)
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pt" else load_file(path)
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise UserError("a pickle that is damaged or wants to run code; only tensors and plain values are read") from error
         args = READERS[entry["format"]][1](tensors, config, beside)
         args = {name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()}
         F, d = args["W_enc"].shape

@@ -3,11 +3,10 @@ import hashlib
 import itertools
 import pathlib
 import sysconfig
-import textwrap
 import time
 from collections.abc import Iterator
 
-from common import UserError
+from common import UserError, said
 
 import torch
 
@@ -95,7 +94,7 @@ def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[in
     except UserError:
         raise
     except Exception as error:  # the libraries below raise a dozen kinds for "no such data set" and "not readable"
-        raise UserError(f"--data {data}: {one_line(error)} (there is stdlib; else a local file or folder, or a hub data set)") from error
+        raise UserError(f"--data {data}: {said(error)} (there is stdlib; else a local file or folder, or a hub data set)") from error
 
 
 def text_column(row: dict) -> str | None:
@@ -126,7 +125,7 @@ def streamed(data: str, split: str, source: dict) -> Iterator[dict]:
             if (fault := network_fault(error)) is None:
                 raise
             if failed == len(PAUSES):
-                raise UserError(f"--data {data}: {one_line(fault)} (at row {given}, {failed + 1} times)") from error
+                raise UserError(f"--data {data}: {said(fault)} (at row {given}, {failed + 1} times)") from error
             time.sleep(PAUSES[failed])
             failed += 1
             if stream is not None:
@@ -145,10 +144,6 @@ def network_fault(error: BaseException | None) -> BaseException | None:
             return error.__cause__ or error
         error = error.__cause__ or error.__context__
     return None
-
-
-def one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error).partition("For more information")[0] or type(error).__name__, 240, placeholder=" ...")
 
 
 def packed_rows(data: str, side: str, tokenizer, ctx: int, seen: "hashlib._Hash | None" = None, split: str = "train") -> Iterator[torch.Tensor]:

@@ -274,7 +274,7 @@ BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "model_type"),
     "own code": (own_code, "custom code"),
     "no tokenizer": (no_tokenizer, "no tokenizer"),
-    "bad tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "its tokenizer: KeyError"),
+    "bad tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "its tokenizer: no 'added_tokens'"),
     "no end mark": (lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}'), "end-of-text"),
 }
 
@@ -314,8 +314,8 @@ for name, revision in json.loads(sys.argv[1]):
         print(json.dumps(str(error)))
 """
 ASKED = {  # (name, revision): which weights, or a word of the one line
-    ("org/good", None): 0, ("org/good", "step8"): 1, ("org/good", "step9"): "404", ("org/none", None): "Repository Not Found",
-    ("org/gated", None): "gated repo", ("org/broken", None): "500", ("org/weightless", None): "500", ("org/cut", None): "1000 bytes",
+    ("org/good", None): 0, ("org/good", "step8"): 1, ("org/good", "step9"): "404", ("org/none", None): "no repository of the hub",
+    ("org/gated", None): "gated on the hub", ("org/broken", None): "500", ("org/weightless", None): "500", ("org/cut", None): "1000 bytes",
     ("org/pickled", None): "no model.safetensors", ("org/shape", None): "by config.json",
 }
 

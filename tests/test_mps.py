@@ -4,6 +4,7 @@ The pretend device is a wrapper tensor that says "mps" and holds a CPU tensor, u
 that touches one, those inside PyTorch's composite kernels included, must have an MPS kernel in this PyTorch's own list,
 stay clear of float64, take nothing from the CPU, and be none of the matrix products that MPS has got silently wrong.
 """
+import json
 import pathlib
 import re
 import types
@@ -17,9 +18,13 @@ from torch._C import DispatchKey, _current_autograd_node, _dispatch_has_kernel_f
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from safetensors.torch import save_file
+
 import common
 import conditions
 import expc_fisher
+import formats
+from audit import LIBRARIES
 from sae import TRAIN_VERSION
 
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")  # without an index torch would ask the MPS runtime for one
@@ -162,9 +167,36 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
     jobs = [dict(model="tiny", weights="", layer=1, data=str(text), text="", ctx=16, tokens=1280, trunk=[], d_sae=128, k=k,
                  seed=0, recipe=recipe, sinks="drop", device=device.type, version=TRAIN_VERSION)
             for recipe in ("base", "saelens") for k in (2, 4)]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), jobs=jobs, d=32)
-    args = types.SimpleNamespace(expansion=4, cache=folder / device.type, ctx=16, save_tokens=True, sinks=["drop"])
-    return conditions.run_hook(hook, args, device, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study)[0]
+    names = [("x", job["recipe"], 128, job["k"], 0, 1280) for job in jobs]
+    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), jobs=jobs, names=names, nulls=conditions.NULLS, d=32)
+    args = types.SimpleNamespace(expansion=4, cache=folder / device.type, save_tokens=True, sinks=["drop"], sae=[])
+    conditions.train([(hook, [0, 1, 2, 3], True)], args, device)
+    return conditions.run_hook(hook, args, device, [0, 1, 2, 3], True, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study)[0]
+
+
+def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
+    """The rows of SAEs from files, by each rule and norm there is."""
+    random = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 4
+    common_tensors = {"W_enc": random(32, 64), "W_dec": random(64, 32), "b_dec": random(32)}
+    kinds = {"jumprelu": {"threshold": random(64).abs(), "b_enc": random(64)}, "gated": {"b_gate": random(64), "r_mag": random(64), "b_mag": random(65)[1:].clone()},
+             "topk": {"b_enc": random(64)}}
+    jobs = []
+    for (kind, tensors), norm in zip(kinds.items(), ("none", "constant_norm_rescale", "layer_norm")):
+        (folder / kind).mkdir(exist_ok=True)
+        (folder / kind / "cfg.json").write_text(json.dumps({"architecture": kind, "k": 4, "normalize_activations": norm, "metadata": {"sae_lens_version": "6.0.0"}}))
+        save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
+        jobs += [entry | dict(said={"basis": "centred"}, typical_k=4, fvu_as_said=0.5, fvu_otherwise=0.6, d_sae=64, k=4) for entry in formats.find(str(folder / kind))]
+    names = [(job["label"], "saelens", 64, 4, 0, 0) for job in jobs]
+    hook = dict(name="tiny", layer=1, model=tiny_model(), rows=tiny_rows(), jobs=jobs, names=names, nulls=conditions.NULLS, d=32)
+    return conditions.run_hook(hook, types.SimpleNamespace(save_tokens=False, sae=["x"]), device, [0, 1, 2], True)[0]
+
+
+def test_saes_from_files(tmp_path):
+    with PretendMps():
+        there = files(tmp_path, MPS)
+    for a, b in zip(there, files(tmp_path, CPU), strict=True):
+        numbers = [m for m in (*conditions.METRICS, *LIBRARIES) if not (a["sae"] == "null-gaussian" and m in LIBRARIES)]
+        np.testing.assert_allclose([a[m] for m in numbers], [b[m] for m in numbers], rtol=1e-3, atol=1e-5)
 
 
 def test_whole_pipeline(tmp_path):
