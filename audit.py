@@ -8,6 +8,7 @@ from common import markdown, write_table
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from leaderboard import flag
 
@@ -29,7 +30,7 @@ def r2_by_library(shared: dict, reconstructions: dict, device: torch.device) -> 
     """{name: {definition: value, definition_nosink: value}} over the evaluated positions. shared: `proxies.hook_statistics`."""
     h, sink = shared["h"][:, :-1].double(), shared["sink"]
     out = {}
-    for name, reconstruction in reconstructions.items():
+    for name, reconstruction in tqdm(reconstructions.items(), desc="every library's R²", leave=False):
         one = lambda x: reconstruction.reconstruct(x)[2] if isinstance(reconstruction, torch.nn.Module) else reconstruction(x, shared["mean"])
         h_hat = torch.stack([one(x.to(device)).cpu() for x in shared["h"][:, :-1]]).double()
         out[name] = definitions(h, h_hat, torch.ones_like(sink)) | {f"{key}_nosink": v for key, v in definitions(h, h_hat, ~sink).items()}
@@ -38,15 +39,16 @@ def r2_by_library(shared: dict, reconstructions: dict, device: torch.device) -> 
 
 def definitions(h: torch.Tensor, h_hat: torch.Tensor, keep: torch.Tensor) -> dict[str, float]:
     """LIBRARIES, of h and h_hat [S,T-1,d] in float64 at the positions keep [S,T-1]."""
-    x, delta = h[keep], (h_hat - h)[keep]
+    error = h_hat - h
+    x, delta = h[keep], error[keep]
     n, d = x.shape
     centred = x - x.mean(0)
     sse_d, sst_d = delta.square().sum(0), centred.square().sum(0)
     sse, square = sse_d.sum(), x.square().sum() / n
-    batches = [(delta.square().sum(), (x - x.mean(0)).square().sum()) for x, delta in ((h[s][keep[s]], (h_hat - h)[s][keep[s]]) for s in range(len(h)))]
+    fvu = [e[k].square().sum() / (y[k] - y[k].mean(0)).square().sum() for y, e, k in zip(h, error, keep)]
     values = dict(
         r2_saelens_legacy=(1 - delta.square().sum(1) / centred.square().sum(1)).mean(),
-        r2_sparsify=torch.stack([1 - part / whole for part, whole in batches]).mean(),
+        r2_sparsify=1 - torch.stack(fvu).mean(),
         r2_dictionary_learning=1 - (sse - delta.sum(0).square().sum() / n) / sst_d.sum(),
         r2_saebench=1 - sse / n / (square - (square / d) ** 2),
         r2_overcomplete=1 - sse / (x - x.mean()).square().sum(),

@@ -267,6 +267,7 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
     if revision and os.path.isdir(source):
         raise UserError(f"--revision {revision}: {name} does not come from the hub")
     where = f"--models {name}" + (f" at revision {revision}" if revision else "")
+    where += "" if "/" in name or os.path.isdir(source) else f" (embedded are {', '.join(EMBEDDED)})"
     with one_line(where):
         folder = source if os.path.isdir(source) else _download(name, revision)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,

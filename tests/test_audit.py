@@ -180,10 +180,10 @@ def test_an_sae_one_block_late_is_refused_with_both_numbers(hub, tmp_path):
 
 
 @pytest.mark.parametrize("sae, rule, says", [
-    ("org/nope", None, "neither a local path nor a repository"), ("org/lens", dict(pattern="/api/models/org/lens*", status=401, code="GatedRepo"), "gated"),
+    ("org/nope", None, "no repository of the hub"), ("org/lens", dict(pattern="/api/models/org/lens*", status=401, code="GatedRepo"), "gated"),
     ("org/lens", dict(pattern="/api/models/org/lens*", status=500), "500"), ("org/lens", dict(pattern="*/sae_weights.safetensors", after=1000), "org/lens"),
     ("org/wide", None, "reads 32 dimensions, and EleutherAI/pythia-70m has 64"), (f"{SAES}/layers.5", None, "no SAE at layers.5"),
-    (f"{SAES}/layers.3.mlp", None, "none of its 1 SAEs"), ("org/lens@nowhere", None, "not on the hub")])
+    (f"{SAES}/layers.3.mlp", None, "none of its 1 SAEs"), ("org/lens@nowhere", None, "Revision Not Found")])
 def test_what_a_hub_can_do_wrong_is_one_line(sae, rule, says, hub, tmp_path):
     if rule:
         hub.fail(**rule)
