@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from formats import hub_name
 from leaderboard import flag
 
 # What libraries call R^2, explained variance or 1 - FVU. `r2` itself is SAELens' since 6.30 (and the only one of them for which
@@ -68,19 +69,37 @@ def audit_table(out: pathlib.Path, saes: list[dict], fed: np.ndarray, settings: 
     rows = []
     for row, (lo, hi) in zip(saes, np.percentile(fed, [2.5, 97.5], axis=0).T):
         said = settings["saes"][row["sae"]]
-        rows.append(row | {"format": said["format"], "trained_on": said["model"] or "not said", "basis": said["basis"], "ctx": said["ctx"], "bos": said["bos"],
-                           "fed_nosink_lo": lo, "fed_nosink_hi": hi, "flag": flag(lo, hi), "k": row["k"] or "none"})
+        rows.append(row | {name: said[name] for name in ("format", "basis", "ctx", "bos", "unseen")} | {
+            "trained_on": hub_name(said["model"]) if said["model"] else "not said", "k": row["k"] or "none", "fed_nosink_lo": lo, "fed_nosink_hi": hi,
+            "flag": flag(lo, hi)})
     write_table(out / "audit.csv", rows, COLUMNS)
     return rows
+
+
+def warnings(rows: list[dict]) -> list[str]:
+    """What makes a row's numbers other than they seem."""
+    text = []
+    for row in rows:
+        if row["trained_on"] not in ("not said", row["model"]):
+            text.append(f"{row['sae']}: its files say {row['trained_on']}; measured on {row['model']}")
+        if row["r2"] < 0:
+            text.append(f"{row['sae']}: worse than predicting the mean (R² {row['r2']:.2f}); the wrong model, layer or normalisation?")
+        if row["unseen"]:
+            text.append(f"{row['sae']}: never saw some positions ({', '.join(row['unseen'])}) and is patched there too; ce_rec_sinkclean and *_nosink leave sinks out")
+    return text
+
+
+def headline(rows: list[dict]) -> str:
+    """One line per SAE, best CE_rec first."""
+    lines = [row | {"interval": f"[{row['fed_nosink_lo']:+.2f}, {row['fed_nosink_hi']:+.2f}]"} for row in sorted(rows, key=lambda row: -row["ce_rec"])]
+    return markdown(lines, ["sae", "layer", "k", "l0", "r2", "r2_nosink", "cosine", "ce_rec", "frac_zero", "frac_mean", "swd_tok", "fed_nosink", "interval", "flag"])
 
 
 def audit_report(rows: list[dict]) -> list[str]:
     """The report's section, in Markdown lines: best CE_rec first."""
     ranked = sorted(rows, key=lambda row: -row["ce_rec"])
-    text = ["## Can its R² be trusted?", ""]
-    for row in ranked:
-        row["interval"] = f"[{row['fed_nosink_lo']:+.2f}, {row['fed_nosink_hi']:+.2f}]"
-    text += [markdown(ranked, ["sae", "layer", "k", "l0", "r2", "r2_nosink", "cosine", "ce_rec", "frac_zero", "frac_mean", "swd_tok", "fed_nosink", "interval", "flag"]), "",
+    text = ["## Can its R² be trusted?", ""] + [f"- **{line}**" for line in warnings(ranked)] + [""]
+    text += [headline(rows), "",
              "The flag: the 95% interval (sequences resampled) of fed without sink positions, the log of how much larger the error is in Fisher than in "
              "Euclidean geometry, relative to the activations. frac_zero and frac_mean are ablation-normalised (what other libraries call loss or CE recovered), ce_rec "
              "= 2 - L_recon/L_orig is not. All columns: audit.csv.", "",

@@ -482,6 +482,7 @@ def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> 
 # ------------------------------------------------------------------------------------- output folders
 RESULT_FILES = ("conditions.csv", "audit.csv", "leaderboard.csv", "deltas.csv", "geometry.csv", "estimators.csv", "path.csv", "verdict.json", "report.md", "sequences.npz", "tokens.npz",
                 "run.json")
+NAMES = {"model", "sae", "recipe"}  # a folder may be called 16
 LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"}
 # What two backends may differ by, relative to the larger of the value and the floor: an SAE trained in float32 amplifies the
 # last bit of every sum, so a column that depends on training is compared with room for that.
@@ -516,14 +517,14 @@ def write_table(path: pathlib.Path, rows: list[dict], columns: list[str]) -> Non
 
 
 def read_table(path: pathlib.Path) -> list[dict]:
-    """Rows of a table with numbers as int or float; `undefined` is nan."""
+    """Rows of a table with numbers as int or float, names as text; `undefined` is nan."""
     def value(text):
         for kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(text)
         return math.nan if text == "undefined" else text
     with path.open(newline="") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [{name: text if name in NAMES else value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def markdown(rows: list[dict], columns: list[str]) -> str:
@@ -589,8 +590,11 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool) -> None:
     elif (out / "run.json").exists():
         before = json.loads((out / "run.json").read_text()).get("settings", {})
         if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
-            said = "; ".join(f"{key}: there {before.get(key)}, here {settings.get(key)}" for key in differing)
-            raise UserError(f"--out {out} holds a run with other settings ({said}): use --fresh or another --out")
+            both = lambda key: (before.get(key), settings.get(key))
+            only = lambda a, b: ({k: v for k, v in a.items() if b.get(k) != v}, {k: v for k, v in b.items() if a.get(k) != v})
+            shown = {key: only(*both(key)) if all(isinstance(v, dict) for v in both(key)) else both(key) for key in differing}
+            differences = "; ".join(f"{key}: there {there}, here {here}" for key, (there, here) in shown.items())
+            raise UserError(f"--out {out} holds a run with other settings ({differences}): use --fresh or another --out")
     elif any((out / name).exists() for name in RESULT_FILES):
         raise UserError(f"--out {out} holds results of unknown settings (no run.json): use --fresh or another --out")
     write_run(out, settings)

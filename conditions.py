@@ -38,11 +38,6 @@ def sae_name(expansion: int, sinks: str) -> str:
     return f"topk-x{expansion}" + ("-nosinks" if sinks == "drop" else "")
 
 
-def hub_name(said: str) -> str:
-    """The hub's name of a model that an SAE's file calls by TransformerLens' name."""
-    return said if "/" in said else f"EleutherAI/{said}" if said.startswith("pythia") else {"gpt2-small": "gpt2"}.get(said, said)
-
-
 def chosen_saes(args) -> list[dict]:
     """Entries of `formats.find`, with `said`, `model` and `layer`, for the SAEs of --sae that read a hook asked for; says which do not.
 
@@ -52,11 +47,11 @@ def chosen_saes(args) -> list[dict]:
     for name, layer in args.models:
         asked.setdefault(name, set()).add(layer)
     taken, left = [], []
-    for entry in (entry for spec in args.sae for entry in formats.find(spec)):
+    for entry in tqdm([entry for spec in args.sae for entry in formats.find(spec)], desc="what SAE files say", leave=False):
         said, where = formats.describe(entry), f"--sae {entry['label']}"
         if len(asked) != 1 and said["model"] is None:
             raise UserError(f"{where}: its files name no model; name one with --models")
-        name = next(iter(asked)) if len(asked) == 1 else hub_name(said["model"])
+        name = next(iter(asked)) if len(asked) == 1 else formats.hub_name(said["model"])
         layers = asked.get(name, {None})
         layer = said["layer"] if said["layer"] is not None or len(layers) > 1 else next(iter(layers))
         if said["site"] not in (None, "resid_post"):
@@ -70,12 +65,12 @@ def chosen_saes(args) -> list[dict]:
         else:
             taken.append(entry | {"said": said, "model": name, "layer": layer})
     if left:
-        print(f"left out: {', '.join(left)}")
+        ranks.say(f"left out: {', '.join(left)}")
     if not taken:
         raise UserError(f"--sae {','.join(args.sae)}: none of its {len(left)} SAEs reads a hook that --models asks for")
     if len({entry["label"] for entry in taken}) < len(taken):
         raise UserError("--sae: two SAEs of one name; name folders apart")
-    return taken
+    return sorted(taken, key=lambda entry: entry["label"])
 
 
 def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
@@ -85,13 +80,17 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
     """
     files = chosen_saes(args) if args.sae else []
-    ctx_of = lambda entry: min(args.ctx, entry["said"]["ctx"] or args.ctx)  # no longer than the SAE was trained on
-    places = list(dict.fromkeys((e["model"], e["layer"], ctx_of(e), e["said"]["bos"]) for e in files)) or [(*m, args.ctx, False) for m in args.models]
     loaded, texts, hooks = {}, {}, []
+    for name in dict.fromkeys([entry["model"] for entry in files] or [name for name, _ in args.models]):
+        model, tokenizer = load_model(name, torch.device("cpu"), args.revision, getattr(torch, args.dtype))
+        loaded[name] = model, tokenizer, fingerprint(model)
+    for entry in files:  # no longer than the SAE was trained on; where nothing is said, trainers tokenise as the tokenizer does by itself
+        tokenizer = loaded[entry["model"]][1]
+        entry["ctx"] = min(args.ctx, entry["said"]["ctx"] or args.ctx)
+        entry["bos"] = tokenizer("a").input_ids[0] == tokenizer.bos_token_id if entry["said"]["bos"] is None else bool(entry["said"]["bos"])
+    place = lambda entry: (entry["model"], entry["layer"], entry["ctx"], entry["bos"])
+    places = list(dict.fromkeys(map(place, files))) or [(*m, args.ctx, False) for m in args.models]
     for name, layer, ctx, bos in places:
-        if name not in loaded:
-            model, tokenizer = load_model(name, torch.device("cpu"), args.revision, getattr(torch, args.dtype))
-            loaded[name] = model, tokenizer, fingerprint(model)
         model, tokenizer, weights = loaded[name]
         if ctx > getattr(model.config, "max_position_embeddings", ctx):
             raise UserError(f"--ctx {ctx}: {name} takes {model.config.max_position_embeddings} tokens at most")
@@ -103,10 +102,10 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
             raise UserError(f"--models {name}: its tokenizer gives the id {rows.max()}, and it has {model.config.vocab_size} embeddings")
         hook = dict(name=name, layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, d=model.config.hidden_size)
         hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
-        several = sum(place[:2] == (name, layer) for place in places) > 1  # SAEs of one place that want other contexts
+        several = sum(other[:2] == (name, layer) for other in places) > 1  # SAEs of one place that want other contexts
         hook["nulls"] = [f"{null}-{'bos-' * bos}ctx{ctx}" if several else null for null in NULLS]
         if files:
-            hook["jobs"] = checked([e for e in files if (e["model"], e["layer"], ctx_of(e), e["said"]["bos"]) == (name, layer, ctx, bos)], hook, args, device)
+            hook["jobs"] = checked([entry for entry in files if place(entry) == (name, layer, ctx, bos)], hook, args, device)
             hook["names"] = [(job["label"], job["format"], job["d_sae"], job["k"], 0, 0) for job in hook["jobs"]]
         else:
             if args.k[-1] > args.expansion * hook["d"]:
@@ -121,7 +120,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         raise UserError("--models: the same model and layer twice (a name without @LAYER means the middle layer)")
     size = {name: sum(p.numel() for p in entry[0].parameters()) for name, entry in loaded.items()}
     settings = dict(
-        script=script, device=device.type, data=args.data, text_sha256=next(iter(texts.values()))[1],
+        script=script, device=device.type, data=args.data, text_sha256=", ".join(dict.fromkeys(text for _, text in texts.values())),
         python=platform.python_version() if args.data == "stdlib" else None,
         models=sorted(size, key=size.get), hooks={f"{h['name']}@{h['layer']}": h["depth"] for h in hooks},
         weights={name: entry[2] for name, entry in loaded.items()}, k=args.k, seeds=args.seeds, tokens=args.tokens,
@@ -145,12 +144,12 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
         F, d = sae.W_enc.shape
         if d != hook["d"]:
             raise UserError(f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}")
-        said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "weights": formats.tensors_hash(sae)}
-        said["ctx"] = hook["rows"].shape[1]
+        said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"], "fingerprint": formats.fingerprint(sae)}
         readings = [math.nan] if args.basis else list(formats.check_basis(sae, said, entry["label"], hook["layer"], activations).values())
         sae.centred = said["basis"] == "centred"
-        active = (sae.encode(activations[hook["layer"]])[0] > 0).sum(1).double().mean().item()
-        entry |= dict(said=said, fvu_as_said=readings[0], fvu_otherwise=min(readings[1:], default=math.nan), d_sae=F, k=sae.k or 0, typical_k=max(1, round(active)))
+        h = activations[hook["layer"]]
+        active = (sae.encode(h)[0] > 0).sum(1).double().mean().item()
+        entry |= dict(said=said, fvu_as_said=readings[0], fvu_otherwise=min(readings[1:], default=math.nan), d_sae=F, k=sae.k or 0, typical_k=max(1, round(active)), mean=h.mean(0).cpu())
     return entries
 
 
@@ -220,8 +219,8 @@ def dry_run(args, more_passes: int = 0) -> None:
     here = 5 * 2 * 2048 ** 3 / (time.perf_counter() - start) / 1e12
     if args.sae:
         files = chosen_saes(args)
-        print(markdown([{"sae": e["label"], "hook": f"{e['model']}@{e['layer']}", **e["said"]} for e in files],
-                       ["sae", "hook", "format", "width", "ctx", "bos", "basis"]) + "\n")
+        rows = [{"sae": e["label"], "hook": f"{e['model']}@{e['layer']}", **e["said"], **({"basis": args.basis} if args.basis else {})} for e in files]
+        print(markdown([{c: "not said" if v is None else v for c, v in row.items()} for row in rows], ["sae", "hook", "format", "width", "ctx", "bos", "basis"]) + "\n")
         places = dict.fromkeys((e["model"], e["layer"]) for e in files)
         rows = [cost(*place, args, more_passes, [e["said"]["width"] or 0 for e in files if (e["model"], e["layer"]) == place]) for place in places]
     else:
@@ -248,8 +247,9 @@ def null_rows(hook: dict, trained: torch.nn.Module) -> dict:
 
     The random dictionary and the Gaussian error (same norm per token) take the middle SAE of the grid as their model.
     """
-    k = trained.k or hook["jobs"][len(hook["jobs"]) // 2]["typical_k"]
-    random = tied_init(hook["d"], len(trained.W_dec), k, 10 ** 6, trained.b_dec).requires_grad_(False)
+    job = hook["jobs"][len(hook["jobs"]) // 2]
+    b_dec = job["mean"].to(trained.b_dec.device) if "mean" in job else trained.b_dec  # another's may be of normalised activations
+    random = tied_init(hook["d"], len(trained.W_dec), trained.k or job["typical_k"], 10 ** 6, b_dec).requires_grad_(False)
     noise = torch.Generator().manual_seed(10 ** 6)
 
     def gaussian(h, mean):
@@ -288,9 +288,11 @@ def run_hook(hook: dict, args, device: torch.device, which: list[int], with_null
         reconstructions |= null_rows(hook, trained)
     n_seq, ctx = hook["rows"].shape
     batch = eval_batch(model, ctx, device)
-    results = evaluate(model, hook["layer"], hook["rows"], reconstructions, batch, keep_tokens=args.save_tokens, what=f"{hook['name']} L{hook['layer']}", terms=terms)
+    shared = hook_statistics(model, hook["layer"], hook["rows"], batch)
+    results = evaluate(model, hook["layer"], hook["rows"], reconstructions, batch, keep_tokens=args.save_tokens, what=f"{hook['name']} L{hook['layer']}",
+                       terms=terms, shared=shared)
     tables = study(hook, trained, device) if study and with_nulls else {}
-    definitions = r2_by_library(hook_statistics(model, hook["layer"], hook["rows"], batch), reconstructions, device) if args.sae else {}
+    definitions = r2_by_library(shared, reconstructions, device) if args.sae else {}
     model.to("cpu")
     names = list(reconstructions)
     sums = {q: np.stack([results[name]["sums"][q] for name in names]) for q in results[names[0]]["sums"]}
@@ -320,6 +322,8 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
 
     Conditions that the folder already has are kept; --from takes a finished folder and runs nothing. Raises UserError.
     """
+    if (args.from_dir or args.dry_run) and ranks.RANK:
+        return None
     if args.from_dir:
         return finished_run(args.from_dir, script)
     if args.dry_run:
@@ -340,10 +344,7 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
         open_output(args.out, settings, args.fresh)
         gather(args.out)
     ranks.wait()
-    there = {tuple(row[c] for c in KEY) for row in load_results(args.out)[0]}
-    # what is missing: (hook, indices of SAEs, null rows?)
-    missing = [(hook, [i for i, name in enumerate(hook["names"]) if (hook["name"], hook["layer"], *name) not in there],
-                not any(key[:3] == (hook["name"], hook["layer"], hook["nulls"][0]) for key in there)) for hook in hooks]
+    missing = not_measured(hooks, args.out)
     if not args.sae:
         train(missing, args, device)
     ranks.wait()
@@ -355,8 +356,18 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
     if ranks.RANK:
         return None
     gather(args.out)
+    if lost := sum(len(which) + with_nulls for _, which, with_nulls in not_measured(hooks, args.out)):
+        raise Fault(f"{lost} of the results are not in {args.out}: do all ranks write to the same --out?")
     write_run(args.out, settings, ranks=ranks.WORLD, seconds=round(time.time() - start, 1))
     return args.out, settings
+
+
+def not_measured(hooks: list[dict], out: pathlib.Path) -> list[tuple]:
+    """[(hook, indices of SAEs, null rows?)]: what the results folder has no rows of."""
+    there = {tuple(row[c] for c in KEY) for row in load_results(out)[0]}
+    nulls = {key[:3] for key in there}
+    return [(hook, [i for i, name in enumerate(hook["names"]) if (hook["name"], hook["layer"], *name) not in there],
+             (hook["name"], hook["layer"], hook["nulls"][0]) not in nulls) for hook in hooks]
 
 
 def train(missing: list[tuple], args, device: torch.device) -> None:
@@ -478,7 +489,8 @@ def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=No
     trained = np.array([row["recipe"] != "null" for row in rows])
     saes = [row for row, keep in zip(rows, trained) if keep]
     meta = {name: np.array([row[name] for row in saes]) for name in ("model", "layer", "sae", "recipe", "k", "tokens", "seed")}
-    meta["k"] = np.where(meta["k"] > 0, meta["k"], [row["l0"] for row in saes])  # an SAE without a k has its mean
+    # given k, an SAE without one is compared with those that have as many latents active, to the nearest power of two
+    meta["k"] = np.where(meta["k"] > 0, meta["k"], 2 ** np.round(np.log2(np.maximum([row["l0"] for row in saes], 1))).astype(int))
     meta["depth"] = np.array([settings["hooks"][f"{row['model']}@{row['layer']}"] for row in saes])
     meta["cell"] = np.array(["-".join(str(row[c]) for c in KEY if c != "seed") for row in saes])
     return ([row for row in rows if row["recipe"] == "null"], saes, {name: value[:, trained] for name, value in values.items()}, meta,
@@ -492,8 +504,9 @@ def rows_hash(out: pathlib.Path) -> str:
 
 def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     """The report's last section, in Markdown lines."""
-    text = ["## Settings", "", f"Evaluation: {settings['eval_seqs']} sequences of {settings['ctx']} tokens, positions 0..T-2; sink positions (dropped in `_nosink`): "
-            f"position 0 and norms above 10 medians, {', '.join(sorted({str(row['n_sink']) for row in rows}))} of {rows[0]['n_tok']} per hook.", "",
+    sizes = sorted({(row["n_seq"], row["n_tok"] // row["n_seq"] + 1) for row in rows})
+    text = ["## Settings", "", f"Evaluation: {' and '.join(f'{n} sequences of {ctx} tokens' for n, ctx in sizes)}, positions 0..T-2; sink positions (dropped in `_nosink`): "
+            f"position 0 and norms above 10 medians, {', '.join(sorted({str(row['n_sink']) for row in rows}))} of {', '.join(sorted({str(row['n_tok']) for row in rows}))} per hook.", "",
             f"Evaluation text SHA-256 {settings['text_sha256']}" + (f", the standard library of Python {settings['python']}" if settings["data"] == "stdlib" else "") + ".", "",
             "```", json.dumps(settings, indent=1, sort_keys=True), "```", ""]
     if settings["device"] != "cpu":

@@ -19,7 +19,7 @@ from common import (atomically, markdown, model_colours, parse_args, plain, pypl
 import numpy as np
 
 import stats
-from audit import audit_report, audit_table
+from audit import audit_report, audit_table, headline, warnings
 from conditions import about_the_run, measured, rows_hash, run
 from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
@@ -31,8 +31,10 @@ N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> dict:
-    """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and the gate."""
+def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> tuple[dict, list[dict]]:
+    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv where SAEs are from files: a pure function of conditions.csv, sequences.npz and the gate.
+
+    -> (verdict, rows of the audit)."""
     nulls, mine, values, meta, _ = measured(out, settings, N_RESAMPLES)
     scores = {name: oriented(name, values[name]) for name in PROXIES}
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
@@ -49,9 +51,9 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     fed = values["fed_nosink"]
     interval = np.percentile(fed[3:], [2.5, 97.5], axis=0)
     plots(out, mine, board, settings)
-    audit = audit_report(audit_table(out, mine, fed[3:], settings)) if "saes" in settings else []
-    write_report(out, nulls, mine, interval, board, verdict, settings, audit)
-    return verdict
+    audit = audit_table(out, mine, fed[3:], settings) if "saes" in settings else []
+    write_report(out, nulls, mine, interval, board, verdict, settings, audit_report(audit) if audit else [])
+    return verdict, audit
 
 
 def sentence(verdict: dict) -> str:
@@ -72,9 +74,8 @@ def sentence(verdict: dict) -> str:
 def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict, settings: dict, audit: list[str]) -> None:
     number = lambda v, digits=2: "undefined" if v is None else f"{v:.{digits}f}"
     text = [
-        "# Exp-B: which proxy predicts patched cross-entropy?", "", f"**{sentence(verdict)}**", "",
+        "# Exp-B: which proxy predicts patched cross-entropy?", "", *audit, f"**{sentence(verdict)}**", "",
         "![R² and SWD against CE_rec](swd_r2.png)", "",
-        *audit,
         "## Leaderboard, all conditions, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
         "Larger is better for every proxy. Partial Spearman given k (and budget) is the primary statistic. Intervals: 95%, cells resampled "
         "within each model together with the evaluation sequences; the differences to the best control are on half of the sequences, the "
@@ -90,7 +91,7 @@ def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict,
         text += [f"## Within {model}", "", leaderboard_table(board, "ce_rec", model), ""]
     shown = ["model", "layer", "k", "seed", "tokens", "r2", "r2_nosink", "cosine", "swd_tok", "ce_rec", "frac_zero", "kl", "alive", "bits", "rho",
              "fed", "fed_nosink", "interval", "flag"]
-    flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"])}
+    flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
              for row, lo, hi in zip(mine, *interval)]
     text += ["## Every SAE", "", markdown(flags, shown), "",
              "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; the interval and the flag "
@@ -140,9 +141,11 @@ def main() -> None:
     if (done := run(args, "expb")) is None:
         return
     out, settings = done
-    verdict = analyse(out, settings, args.verdict)
-    board = read_table(out / "leaderboard.csv")
-    print(leaderboard_table(board, "ce_rec", "pooled"))
+    verdict, audit = analyse(out, settings, args.verdict)
+    if "saes" in settings:
+        print("\n".join([headline(audit), *warnings(audit)]))
+    else:
+        print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
 
 

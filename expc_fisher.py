@@ -161,7 +161,7 @@ def reconstruction_error(model, layer: int, x: torch.Tensor, sae) -> tuple[torch
     """h [B,T,d], delta [B,T,d] (0 at the last position), p [B,T-1,V] of the clean run."""
     h = head(model, layer, x)
     with torch.no_grad():
-        delta = sae.decode(*sae.encode(h.flatten(0, 1))).view_as(h) - h
+        delta = sae.reconstruct(h.flatten(0, 1))[2].view_as(h) - h
         delta[:, -1] = 0
         return h, delta, log_probs(tail(model, layer, x, h)).exp()
 

@@ -9,6 +9,7 @@ stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything bec
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -17,6 +18,7 @@ import sys
 
 from common import UserError, atomically, head, markdown, one_line, run_script
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -77,7 +79,7 @@ class FileSAE(torch.nn.Module):
             z = z + self.b_enc
             a = z.relu() * (z > self.threshold)
         token, latent = a.nonzero(as_tuple=True)
-        count = (a > 0).sum(1)
+        count = (a != 0).sum(1)
         place = torch.arange(len(token), device=a.device) - (count.cumsum(0) - count)[token]
         indices = torch.zeros(len(a), max(1, int(count.max())), dtype=torch.int64, device=a.device)
         values = torch.zeros(indices.shape, dtype=a.dtype, device=a.device)
@@ -106,14 +108,15 @@ def saelens_says(config: dict, path: str, beside: dict) -> dict:
     meta = saelens_metadata(config)
     site, layer = hook_of_lens(meta.get("hook_name") or meta.get("hook_point") or "")
     centred = (meta.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
-    return dict(site=site, layer=layer, model=meta.get("model_name"), ctx=meta.get("context_size"), bos=bool(meta.get("prepend_bos")),
-                basis="centred" if centred else "raw", width=config.get("d_sae"))
+    unseen = [name for name in ("exclude_special_tokens", "seqpos_slice") if meta.get(name) and any(v is not None for v in np.atleast_1d(meta[name]))]
+    return dict(site=site, layer=layer, model=meta.get("model_name"), ctx=meta.get("context_size"), bos=meta.get("prepend_bos"),
+                basis="centred" if centred else "raw", width=config.get("d_sae"), unseen=unseen)
 
 
 def saelens(t: dict, config: dict, beside: dict) -> dict:
     """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z |W_dec_i| where rescaled."""
     architecture, norm = config.get("architecture", "standard"), config.get("normalize_activations") or "none"
-    activation, k = config.get("activation_fn_str", "relu"), config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
+    activation, k = config.get("activation_fn_str") or config.get("activation_fn") or "relu", config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
     if activation == "topk":  # version 5 has it as a standard SAE's activation function
         architecture = "topk"
     elif activation != "relu":
@@ -152,7 +155,7 @@ def sparsify_says(config: dict, path: str, beside: dict) -> dict:
     """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
     made = beside.get("provenance.json", {})
     site, layer = ("resid_post", made["layer"]) if "layer" in made else hook_of_path(path)
-    return dict(site="transcoder" if config.get("transcode") else site, layer=layer, model=made.get("model"), ctx=made.get("ctx"), bos=False, basis="raw",
+    return dict(site="transcoder" if config.get("transcode") else site, layer=layer, model=made.get("model"), ctx=made.get("ctx"), bos=False if made else None, basis="raw",
                 width=config.get("num_latents") or config.get("d_in", 0) * config.get("expansion_factor", 0))
 
 
@@ -173,8 +176,9 @@ def dictionary_learning_says(config: dict, path: str, beside: dict) -> dict:
     site, layer = hook_of_path(trainer.get("submodule_name") or path)
     if layer is None and trainer.get("layer") is not None:
         layer = int(trainer["layer"])
-    return dict(site=site, layer=layer, model=trainer.get("lm_name"), ctx=(config.get("buffer") or {}).get("ctx_len"), bos=False, basis="raw",
-                width=trainer.get("dict_size"))
+    buffer = config.get("buffer") or {}
+    return dict(site=site, layer=layer, model=trainer.get("lm_name"), ctx=buffer.get("ctx_len"), bos=None, basis="raw", width=trainer.get("dict_size"),
+                unseen=["remove_bos"] if buffer.get("remove_bos") else [])
 
 
 def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
@@ -186,18 +190,19 @@ def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
     factor = 1.0
     if "ae" in t:
         t, factor, config = t["ae"], t.get("norm_factor") or 1.0, config or {"trainer": t.get("config") or {}}
-    name = config.get("trainer", {}).get("dict_class")
+    trainer = config.get("trainer", {})
+    name, k = trainer.get("dict_class"), t.get("k", trainer.get("k"))  # the first TopK files hold no k
     if "r_mag" in t:
         args = dict(rule="gated", W_enc=t["encoder.weight"], b_enc=t["gate_bias"], gain=t["r_mag"].exp(), b_mag=t["mag_bias"],
                     W_dec=t["decoder.weight"].t(), b_dec=t["decoder_bias"], b_in=t["decoder_bias"])
     elif "W_enc" in t:  # JumpReLU, and Matryoshka BatchTopK, which has a k and subtracts b_dec
         args = dict(rule="threshold", W_enc=t["W_enc"].t(), b_enc=t["b_enc"], W_dec=t["W_dec"], b_dec=t["b_dec"], threshold=t["threshold"],
                     b_in=t["b_dec"] if "k" in t else None)
-    elif "k" in t:
+    elif "k" in t or name in ("AutoEncoderTopK", "BatchTopKSAE"):
         if name not in ("AutoEncoderTopK", "BatchTopKSAE"):
             raise UserError(f"TopK or BatchTopK? Their tensors are alike, and config.json beside them says {name or 'nothing'}")
         args = dict(W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(), b_dec=t["b_dec"], b_in=t["b_dec"])
-        args |= dict(rule="topk", k=int(t["k"])) if name == "AutoEncoderTopK" else dict(rule="threshold", threshold=t["threshold"])
+        args |= dict(rule="topk", k=int(k)) if name == "AutoEncoderTopK" else dict(rule="threshold", threshold=t["threshold"])
     else:  # AutoEncoder has one bias at both ends, AutoEncoderNew one after the decoder
         args = dict(rule="threshold", W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(),
                     b_dec=t["bias"] if "bias" in t else t["decoder.bias"], b_in=t.get("bias"), threshold=torch.zeros(()))
@@ -208,7 +213,7 @@ def openai_says(config: dict, path: str, beside: dict) -> dict:
     """.../LOCATION/autoencoders/LAYER.pt, of GPT-2 small."""
     file = pathlib.PurePosixPath(path)
     site = next((s for s in ("mlp_post_act", "resid_delta_attn", "resid_delta_mlp", "resid_post_attn") if s in path), "resid_post")
-    return dict(site=site, layer=int(file.stem) if file.stem.isdecimal() else None, model="gpt2", ctx=None, bos=False, basis="raw", width=None)
+    return dict(site=site, layer=int(file.stem) if file.stem.isdecimal() else None, model="gpt2", ctx=None, bos=None, basis="raw", width=None)
 
 
 def openai(t: dict, config: dict, beside: dict) -> dict:
@@ -224,7 +229,7 @@ def openai(t: dict, config: dict, beside: dict) -> dict:
 def mlsae_says(config: dict, path: str, beside: dict) -> dict:
     """One SAE may serve all layers; the repository's name ends in layers-L where it is of one."""
     layer = re.search(r"layers-(\d+)(?![\d-])", path)
-    return dict(site="resid_post" if "n_latents" in config else "language model", layer=int(layer[1]) if layer else None, model=None, ctx=None, bos=False, basis="raw",
+    return dict(site="resid_post" if "n_latents" in config else "language model", layer=int(layer[1]) if layer else None, model=None, ctx=None, bos=None, basis="raw",
                 width=config.get("n_latents"))
 
 
@@ -262,12 +267,18 @@ def hook_of_lens(name: str) -> tuple[str | None, int | None]:
 
 
 def hook_of_path(path: str) -> tuple[str | None, int | None]:
-    """(site, layer) from a name such as layers.3, h.3, layers.3.mlp, resid_post_layer_3, mlp_out_layer3; (None, None) without one."""
-    if match := re.search(r"(?:^|/)(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)(?=/|$)", path):
-        return match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1])
-    if match := re.search(r"(?:^|/)(\w+?)_?layer_?(\d+)(?=/|$)", path):
-        return match[1], int(match[2])
+    """(site, layer) from the last such name in it: layers.3, h.3, layers.3.mlp, resid_post_layer_3, mlp_out_layer3; (None, None) without one."""
+    for part in reversed(path.split("/")):
+        if match := re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)$", part):
+            return match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1])
+        if match := re.fullmatch(r"(\w+?)_?layer_?(\d+)", part):
+            return {"resid_out": "resid_post"}.get(match[1], match[1]), int(match[2])
     return None, None
+
+
+def hub_name(said: str) -> str:
+    """The hub's name of a model that an SAE's file calls by TransformerLens' name."""
+    return said if "/" in said else f"EleutherAI/{said}" if said.startswith("pythia") else {"gpt2-small": "gpt2"}.get(said, said)
 
 
 # ------------------------------------------------------------------------------------------ where they lie
@@ -278,10 +289,10 @@ def find(spec: str) -> list[dict]:
     beside name files; fetch(name) -> local path downloads the one on the hub. Raises UserError.
     """
     with one_line(f"--sae {spec}"):
-        root, pattern = pathlib.Path(spec), ""
-        while not root.exists() and root != root.parent:  # the longest part of the path that is there
-            root, pattern = root.parent, f"{root.name}/{pattern}".rstrip("/")
-        if root != pathlib.Path(".") or spec == ".":
+        parts = pathlib.Path(spec).parts
+        plain = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
+        root, pattern = pathlib.Path(*parts[:plain]), "/".join(parts[plain:])
+        if root.exists() and plain:
             if root.is_file():
                 root, pattern = root.parent, root.name
             files = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
@@ -290,7 +301,7 @@ def find(spec: str) -> list[dict]:
             import huggingface_hub
             there, _, revision = spec.partition("@")
             name, pattern = "/".join(there.split("/")[:2]), "/".join(there.split("/")[2:]).rstrip("/")
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or spec.startswith("."):
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or spec.startswith(".") or pathlib.Path(parts[0]).exists():
                 raise UserError("no such file or folder, and no hub id")
             files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)
             whole, fetch = name, lambda file: pathlib.Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
@@ -317,10 +328,13 @@ def find(spec: str) -> list[dict]:
 
 
 def describe(entry: dict) -> dict:
-    """What an SAE's files say of it, without its weights: {format, site, layer, model, ctx, bos, basis, width}, None where they do not. Raises UserError."""
+    """What an SAE's files say of it, without its weights: {format, site, layer, model, ctx, bos, basis, width, unseen}. Raises UserError.
+
+    None where they do not say. bos: whether every sequence began with one. unseen: what says that it never saw some positions.
+    """
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
-        return {"format": entry["format"]} | READERS[entry["format"]][0](config, entry["path"], beside)
+        return {"format": entry["format"], "unseen": []} | READERS[entry["format"]][0](config, entry["path"], beside)
 
 
 def _configuration(entry: dict) -> tuple[dict, dict]:
@@ -362,9 +376,9 @@ def fused(sae: FileSAE) -> TopKSAE | FileSAE:
     return sae
 
 
-def tensors_hash(sae: torch.nn.Module) -> str:
-    """Short hash of an SAE's tensors, so that a run is not continued with other ones of the same name."""
-    whole = hashlib.sha256()
+def fingerprint(sae: FileSAE) -> str:
+    """Short hash of all that an SAE computes with, so that a run is not continued with another one of the same name."""
+    whole = hashlib.sha256(f"{sae.rule} {sae.k} {sae.norm}".encode())
     for name, tensor in sorted(sae.state_dict().items()):
         whole.update(name.encode() + tensor.cpu().numpy().tobytes())
     return whole.hexdigest()[:16]
@@ -403,7 +417,7 @@ def check_basis(sae: FileSAE, said: dict, label: str, layer: int, activations: d
     readings |= {name(l, centred): unexplained(sae, h, centred) for l, h in activations.items() if l != layer}
     (as_said, fvu), (other_basis, _), *_ = readings.items()
     for other, value in readings.items():
-        if other != as_said and not value >= fvu * (BASIS_MARGIN if other == other_basis else LAYER_MARGIN):
+        if other != as_said and value < fvu * (BASIS_MARGIN if other == other_basis else LAYER_MARGIN) or not math.isfinite(fvu):
             raise UserError(f"--sae {label}: read as its files say ({as_said}) it leaves {fvu:.4f} of the variance unexplained, read as {other} "
                             f"{value:.4f}: refused; --basis raw or --basis centred goes on in that basis, with the layer as said")
     return readings

@@ -56,16 +56,17 @@ def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> t
 
 
 def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, torch.nn.Module | Callable], batch: int, seed: int = 0,
-             keep_tokens: bool = False, what: str = "", terms: Callable | None = None) -> dict[str, dict]:
+             keep_tokens: bool = False, what: str = "", terms: Callable | None = None, shared: dict | None = None) -> dict[str, dict]:
     """{name: {"sums": {quantity: [S] float64}, "fired": [2,F] counts in even and odd sequences, "tokens": {..} if kept}}.
 
     A reconstruction is a TopKSAE, another SAE (`formats.FileSAE`), or a function (h [N,d], mean [d]) -> h_hat [N,d]. The clean forward, g
     and its sampled twins are computed once per batch for all of them. An experiment's own quantities [B,T-1] come from
     terms(model, layer, x, h, delta, p, log_p, log_q), where delta [B,T,d] is 0 at the last position, which is not patched. Per-token values
-    are formed in float32 on the model's device, summed in float64 on the CPU. Raises Fault on a loss that is not finite.
+    are formed in float32 on the model's device, summed in float64 on the CPU. shared: `hook_statistics`, where they are known. Raises Fault on a
+    loss that is not finite.
     """
     device = next(model.parameters()).device
-    shared = hook_statistics(model, layer, rows, batch)
+    shared = shared or hook_statistics(model, layer, rows, batch)
     uniforms = torch.rand(len(rows), DRAWS, rows.shape[1] - 1, generator=torch.Generator().manual_seed(seed))
     out = {name: {"sums": [], "fired": 0, "tokens": []} for name in reconstructions}
     bar = tqdm(total=len(rows) * len(out), unit="seq", desc=f"patching {what}", leave=False)

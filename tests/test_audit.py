@@ -110,7 +110,7 @@ def test_the_headline_command(audit, hub):
     assert 0 < row["r2"] < row["r2_overcomplete"] and row["r2"] < row["r2_dictionary_learning"] and row["ce_rec"] == pytest.approx(2 - row["ce_recon"] / row["ce_orig"], abs=1e-5)
     assert row["fvu_as_said"] < row["fvu_otherwise"] * 1.05
     report = (out / "report.md").read_text()
-    assert "Can its R² be trusted?" in report and row["flag"] in report and "undecided" in report
+    assert "Can its R² be trusted?" in report and row["flag"] in report and row["flag"] in done.stdout and "undecided" in report and "8 sequences of 64 tokens" in report
     verdict = json.loads((out / "verdict.json").read_text())
     assert "undecided" in (verdict["leaf"], verdict.get("leaf_if_ungated"))
     nulls = {r["sae"]: r for r in read_table(out / "conditions.csv") if r["recipe"] == "null"}
@@ -157,6 +157,29 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     assert "48 tokens after a BOS" in report
     conditions = read_table(tmp_path / "out/conditions.csv")
     assert {row["n_tok"] for row in conditions} == {8 * 63, 8 * 47} and len(conditions) == 7 + 8
+
+
+def test_an_edited_configuration_is_another_sae(hub, tmp_path):
+    folder = tmp_path / "layers.3"
+    shutil.copytree(hub.folder / f"models/{SAES}/layers.3", folder)
+    expb(hub, tmp_path / "out", str(folder))
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"k": 4}))
+    assert "fingerprint" in refused(expb(hub, tmp_path / "out", str(folder), check=2))
+
+
+def test_exp_c_takes_them_too_and_says_what_is_odd(hub, tmp_path):
+    """A threshold SAE, and one whose files name another model, by the number of a folder."""
+    shutil.copytree(hub.folder / "models/org/bench/BatchTopK_pythia-70m/resid_post_layer_3/trainer_0", tmp_path / "16")
+    config = json.loads((tmp_path / "16/config.json").read_text())
+    config["trainer"]["lm_name"] += "-deduped"
+    (tmp_path / "16/config.json").write_text(json.dumps(config))
+    command = ["--sae", "16", "--models", "stdlib-s", "--eval-seqs", "4", "--ctx", "32", "--device", "cpu", "--out", "out"]
+    for script in ("expc_fisher.py", "expb.py"):
+        done = subprocess.run([sys.executable, str(ROOT / script), *command, "--fresh"], capture_output=True, text=True, cwd=tmp_path, env=hub.environment(hub.cache))
+        assert done.returncode == 0, done.stderr[-2000:]
+    row, = read_table(tmp_path / "out/audit.csv")
+    assert row["sae"] == "16" and row["trained_on"] == f"{MODEL}-deduped" and f"16: its files say {MODEL}-deduped; measured on stdlib-s" in done.stdout
 
 
 def test_the_files_name_the_model_and_the_layer(hub, tmp_path):

@@ -141,10 +141,12 @@ CASES = {
     "saelens gated": (saelens, dict(architecture="gated", tensors={**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}), gated),
     "saelens 5 topk": (saelens, dict(**V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations=False), lambda x: truth(x, relu_top)),
     "saelens 5 standard": (saelens, dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False), lambda x: truth(x, torch.relu, b_in=torch.zeros(D))),
+    "saelens 5 topk by its other name": (saelens, dict(**V5, activation_fn="topk", activation_fn_kwargs={"k": K}), lambda x: truth(x, relu_top)),
     "sparsify": (sparsify, {}, lambda x: truth(x, relu_top)),
     "sparsify groupmax": (sparsify, dict(activation="groupmax"), lambda x: truth(x, groupmax)),
     "sparsify skip": (sparsify, dict(skip_connection=True, W_skip=random(D, D, seed=3)), lambda x: truth(x, relu_top) + x @ random(D, D, seed=3).double().t()),
     "dictionary_learning TopK": (dictionary, {}, lambda x: truth(x, relu_top)),
+    "dictionary_learning TopK, early": (dictionary, dict(tensors={**PLAIN, "b_dec": B_DEC}, k=K), lambda x: truth(x, relu_top)),
     "dictionary_learning BatchTopK": (dictionary, dict(name="BatchTopKSAE", tensors=BATCH), lambda x: truth(x, lambda z: z * (z > 1.5))),
     "dictionary_learning standard": (dictionary, dict(name="AutoEncoder", tensors={**PLAIN, "bias": B_DEC}), lambda x: truth(x, torch.relu)),
     "dictionary_learning AutoEncoderNew": (dictionary, dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
@@ -201,14 +203,17 @@ def test_transformerlens_names(name, hook):
 @pytest.mark.parametrize("path, hook", [
     ("EleutherAI/sae-pythia-70m-32k/layers.3", ("resid_post", 3)), ("org/x/layers.3/seed0", ("resid_post", 3)), ("org/x/layers.3.mlp", ("mlp", 3)),
     ("org/gpt2/h.11", ("resid_post", 11)), ("saes/resid_post_layer_4/trainer_7", ("resid_post", 4)), ("x/mlp_out_layer5", ("mlp_out", 5)),
-    ("x/blocks.3.hook_resid_post", ("resid_post", 3)), ("org/multilayers.x/run12", (None, None))])
+    ("x/blocks.3.hook_resid_post", ("resid_post", 3)), ("org/multilayers.x/run12", (None, None)), ("x/resid_out_layer3/10_32768", ("resid_post", 3)),
+    ("layers.5/run/layers.3", ("resid_post", 3)), ("x/model.layers.3.mlp", ("mlp", 3))])
 def test_hook_names_in_paths(path, hook):
     assert formats.hook_of_path(path) == hook
 
 
 def test_what_files_say_is_read(tmp_path):
     said = formats.describe(formats.find(str(saelens(tmp_path / "a")))[0])
-    assert said == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "m", "ctx": 32, "bos": True, "basis": "raw", "width": F}
+    assert said == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "m", "ctx": 32, "bos": True, "basis": "raw", "width": F, "unseen": []}
+    some = saelens(tmp_path / "c", metadata={"sae_lens_version": "6.1", "exclude_special_tokens": True, "seqpos_slice": [1, None]})
+    assert formats.describe(formats.find(str(some))[0])["unseen"] == ["exclude_special_tokens", "seqpos_slice"]
     old = saelens(tmp_path / "b", **V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, model_from_pretrained_kwargs={"center_writing_weights": True})
     said = formats.describe(formats.find(str(old))[0])  # version 5 puts a BOS in front unless it says otherwise
     assert said["basis"] == "centred" and said["bos"] is True and said["layer"] == 1
@@ -226,7 +231,7 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
     assert labels(tmp_path / "run/layers.*") == ["run/layers.1", "run/layers.2", "run/layers.2.mlp"]
     assert labels(tmp_path / "run/resid_post_layer_1/*") == ["run/resid_post_layer_1/trainer_0"]
     assert len(labels(tmp_path / "run/layers.2/sae.safetensors")) == 1
-    with pytest.raises(UserError, match="no SAE at layers.7"):
+    with pytest.raises(UserError, match="no such file"):
         formats.find(str(tmp_path / "run/layers.7"))
 
 
@@ -276,10 +281,25 @@ def test_bad_files_are_refused_in_one_line(how, tmp_path, capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("spec", ["/nowhere/at/all", "./nowhere", "nowhere"])
+@pytest.mark.parametrize("spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "/tmp/nowhere*/x"])
 def test_no_such_place(spec):
-    with pytest.raises(UserError, match="--sae"):
+    """Said at once, without looking through the disk or asking the hub."""
+    with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
         formats.find(spec)
+
+
+def test_fingerprint_is_of_all_that_computes(tmp_path):
+    prints = [formats.fingerprint(formats.read(formats.find(str(saelens(tmp_path / str(i), **how)))[0]))
+              for i, how in enumerate(({}, {}, {"k": 4}, {"normalize_activations": "layer_norm"}, {"apply_b_dec_to_input": False}))]
+    assert prints[0] == prints[1] and len(set(prints)) == 4
+
+
+def test_gate_refuses_what_it_cannot_read(gate):
+    _, _, near = gate
+    sae = best_of(near[1], 4)
+    sae.W_dec[0, 0] = torch.nan
+    with pytest.raises(UserError, match="nan"):
+        formats.check_basis(sae, {"basis": "raw"}, "x", 1, near)
 
 
 # ------------------------------------------------------------------------------------------------ the basis gate
@@ -397,4 +417,4 @@ def test_an_exported_sae_reads_back_as_itself(tmp_path):
     entry, = formats.find(str(tmp_path / "out"))
     again = formats.fused(formats.read(entry))
     assert torch.equal(sae.reconstruct(H)[2], again.reconstruct(H)[2])
-    assert formats.describe(entry) == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "stdlib-s", "ctx": 64, "bos": False, "basis": "raw", "width": F}
+    assert formats.describe(entry) == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "stdlib-s", "ctx": 64, "bos": False, "basis": "raw", "width": F, "unseen": []}

@@ -185,7 +185,7 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
         (folder / kind).mkdir(exist_ok=True)
         (folder / kind / "cfg.json").write_text(json.dumps({"architecture": kind, "k": 4, "normalize_activations": norm, "metadata": {"sae_lens_version": "6.0.0"}}))
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
-        jobs += [entry | dict(said={"basis": "centred"}, typical_k=4, fvu_as_said=0.5, fvu_otherwise=0.6, d_sae=64, k=4) for entry in formats.find(str(folder / kind))]
+        jobs += [entry | dict(said={"basis": "centred"}, typical_k=4, mean=random(32), fvu_as_said=0.5, fvu_otherwise=0.6, d_sae=64, k=4) for entry in formats.find(str(folder / kind))]
     names = [(job["label"], "saelens", 64, 4, 0, 0) for job in jobs]
     hook = dict(name="tiny", layer=1, model=tiny_model(), rows=tiny_rows(), jobs=jobs, names=names, nulls=conditions.NULLS, d=32)
     return conditions.run_hook(hook, types.SimpleNamespace(save_tokens=False, sae=["x"]), device, [0, 1, 2], True)[0]
