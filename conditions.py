@@ -149,7 +149,8 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
         sae.centred = said["basis"] == "centred"
         h = activations[hook["layer"]]
         active = (sae.encode(h)[0] > 0).sum(1).double().mean().item()
-        entry |= dict(said=said, fvu_as_said=readings[0], fvu_otherwise=min(readings[1:], default=math.nan), d_sae=F, k=sae.k or 0, typical_k=max(1, round(active)), mean=h.mean(0).cpu())
+        entry |= dict(said=said, fvu_as_said=readings[0], fvu_otherwise=min(readings[1:], default=math.nan), d_sae=F, k=sae.k or 0,
+                      typical_k=max(1, round(active)), mean=h.mean(0).cpu())
     return entries
 
 
@@ -157,6 +158,7 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
 PYTHIA = {"EleutherAI/pythia-70m": (512, 6, 8), "EleutherAI/pythia-160m": (768, 12, 12), "EleutherAI/pythia-410m": (1024, 24, 16)}
 PEAK = {"M2 Max (mps)": 13.6, "A100": 19.5, "RTX 4090": 82.6, "H100": 67}  # vendors' float32 TFLOP/s, outside tensor cores
 SAES_AT_ONCE = 4 * 10 ** 9  # bytes of SAEs evaluated together; the clean pass is computed once for each such lot
+OVERHEAD = 2 ** 17  # multiplications as long as what a token costs besides them, for each SAE in training and each block (measured on a CPU)
 SHARE = 0.35  # of a large product's rate that the whole run reaches: a guess, for these estimates only
 
 
@@ -377,7 +379,8 @@ def train(missing: list[tuple], args, device: torch.device) -> None:
         for i in sorted({*which, *([len(hook["jobs"]) // 2] if with_nulls else [])}):
             job = hook["jobs"][i]
             families.setdefault((number, job["sinks"], job["recipe"], job["k"], job["seed"]), []).append(job)
-    mine = ranks.share(list(families.items()), [sum(job["tokens"] * job["d_sae"] for job in jobs) * missing[key[0]][0]["d"] for key, jobs in families.items()])
+    mine = ranks.share(list(families.items()), [sum(job["tokens"] * (job["d_sae"] * missing[key[0]][0]["d"] + OVERHEAD) for job in jobs)
+                                                for key, jobs in families.items()])
     for number, (hook, *_) in enumerate(missing):
         for sinks in args.sinks:
             jobs = [job for key, family in mine if key[:2] == (number, sinks) for job in family]
@@ -391,7 +394,13 @@ def train(missing: list[tuple], args, device: torch.device) -> None:
 def shares(missing: list[tuple]) -> list[tuple]:
     """This rank's share of the missing rows, [(hook, indices of SAEs, null rows?)], cut where the SAEs would fill the memory."""
     items = [(number, i) for number, (_, which, with_nulls) in enumerate(missing) for i in which + [None] * with_nulls]
-    tail = lambda hook: sum(p.numel() for p in hook["model"].parameters()) * (1 - hook["layer"] / hook["model"].config.num_hidden_layers)
+
+    def tail(hook: dict) -> float:
+        """What a token costs from the hook on, in multiplications."""
+        config, d = hook["model"].config, hook["d"]
+        block = (sum(p.numel() for p in hook["model"].parameters()) - 2 * config.vocab_size * d) / config.num_hidden_layers
+        return (config.num_hidden_layers - 1 - hook["layer"]) * (block + OVERHEAD) + config.vocab_size * (d + 64)
+
     mine = ranks.share(items, [tail(missing[number][0]) * (1 if i is not None else len(NULLS)) for number, i in items])
     out = []
     for number, i in mine:

@@ -59,6 +59,6 @@ setup(
     install_requires=["torch>=2.10", "numpy>=1.26", "scipy>=1.11", "transformers>=4.50", "datasets>=3", "tokenizers>=0.20",
                       "safetensors>=0.4", "huggingface_hub>=0.25", "tqdm>=4.60", "matplotlib>=3.8"],
     extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "pybind11>=3"],
-                    "parity": ["sae-lens==6.54.12"]},  # recipe saelens is tested against it
+                    "parity": ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "dictionary-learning==0.1.0"]},  # whose trainers and files the tests compare with
     setup_requires=needs, ext_modules=extensions, cmdclass=command,
 )
