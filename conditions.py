@@ -354,7 +354,7 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
     bar = tqdm(shares(missing), desc="hooks", leave=False)
     for hook, which, with_nulls in bar:
         add_results(part, *run_hook(hook, args, device, which, with_nulls, terms, own_metrics, study))
-    ranks.wait()
+    ranks.part()
     if ranks.RANK:
         return None
     gather(args.out)

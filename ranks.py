@@ -36,6 +36,13 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
+def part() -> None:
+    """After the last wait."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def say(text: str) -> None:
     if RANK == 0:
         print(text)
