@@ -58,10 +58,10 @@ def definitions(h: torch.Tensor, h_hat: torch.Tensor, keep: torch.Tensor) -> dic
     return {name: value.item() for name, value in values.items()}
 
 
-COLUMNS = (["sae", "model", "layer", "format", "trained_on", "basis", "fvu_as_said", "fvu_otherwise", "ctx", "bos", "d_sae", "k", "l0", "alive", "r2", "r2_nosink"]
-           + [f"{name}{end}" for name in LIBRARIES for end in ("", "_nosink")]
-           + ["nmse_tok", "cosine", "ce_orig", "ce_recon", "dce", "ce_rec", "ce_rec_sinkclean", "frac_zero", "frac_mean", "kl", "swd_tok", "swd_seq", "swd_sampled",
-              "rho", "fed", "fed_nosink", "fed_nosink_lo", "fed_nosink_hi", "flag"])
+COLUMNS = (["sae", "model", "layer", "format", "trained_on", "basis", "fvu_as_said", "fvu_otherwise", "ctx", "bos", "d_sae", "k", "l0", "alive"]
+           + [f"{name}{end}" for name in ("r2", *LIBRARIES) for end in ("", "_nosink")]
+           + ["nmse_tok", "cosine", "ce_orig", "ce_recon", "dce", "ce_rec", "ce_rec_sinkclean", "frac_zero", "frac_mean", "kl", "swd_tok", "swd_seq",
+              "swd_sampled", "rho", "fed", "fed_nosink", "fed_nosink_lo", "fed_nosink_hi", "flag"])
 
 
 def audit_table(out: pathlib.Path, saes: list[dict], fed: np.ndarray, settings: dict) -> list[dict]:
@@ -85,14 +85,16 @@ def warnings(rows: list[dict]) -> list[str]:
         if row["r2"] < 0:
             text.append(f"{row['sae']}: worse than predicting the mean (R² {row['r2']:.2f}); the wrong model, layer or normalisation?")
         if row["unseen"]:
-            text.append(f"{row['sae']}: never saw some positions ({', '.join(row['unseen'])}) and is patched there too; ce_rec_sinkclean and *_nosink leave sinks out")
+            text.append(f"{row['sae']}: never saw some positions ({', '.join(row['unseen'])}) and is patched there too; ce_rec_sinkclean and *_nosink "
+                        "leave sinks out")
     return text
 
 
 def headline(rows: list[dict]) -> str:
     """One line per SAE, best CE_rec first."""
     lines = [row | {"interval": f"[{row['fed_nosink_lo']:+.2f}, {row['fed_nosink_hi']:+.2f}]"} for row in sorted(rows, key=lambda row: -row["ce_rec"])]
-    return markdown(lines, ["sae", "layer", "k", "l0", "r2", "r2_nosink", "cosine", "ce_rec", "frac_zero", "frac_mean", "swd_tok", "fed_nosink", "interval", "flag"])
+    return markdown(lines, ["sae", "layer", "k", "l0", "r2", "r2_nosink", "cosine", "ce_rec", "frac_zero", "frac_mean", "swd_tok", "fed_nosink",
+                            "interval", "flag"])
 
 
 def audit_report(rows: list[dict]) -> list[str]:

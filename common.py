@@ -115,7 +115,8 @@ class _OneLineParser(argparse.ArgumentParser):
 def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     """The flags that mean the same in every script; `defaults` are the script's own grid.
 
-    Returns models as [(name, layer or None)], k, seeds, tokens as sorted lists of int, recipe and sinks as lists. Raises UserError.
+    Returns models as [(name, layer or None)] (none: the files of --sae name it), k, seeds, tokens as sorted lists of int, recipe, sinks and sae
+    as lists. Raises UserError.
     """
     parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -158,6 +159,8 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
             setattr(args, name, value)
     args.models = parse_models(args.models) if args.models else []
     args.sae = list(dict.fromkeys(filter(None, (args.sae or "").split(","))))
+    if not (args.models or args.sae):
+        raise UserError("--sae: a path or a hub id, please")
     args.recipe = parse_choices(args.recipe, "--recipe", ("base", "saelens"))
     args.sinks = parse_choices(args.sinks, "--sinks", ("keep", "drop"))
     args.k = parse_ints(args.k, "--k", 1)

@@ -144,7 +144,8 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
         F, d = sae.W_enc.shape
         if d != hook["d"]:
             raise UserError(f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}")
-        said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"], "fingerprint": formats.fingerprint(sae)}
+        said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"],
+                                "fingerprint": formats.fingerprint(sae)}
         readings = [math.nan] if args.basis else list(formats.check_basis(sae, said, entry["label"], hook["layer"], activations).values())
         sae.centred = said["basis"] == "centred"
         h = activations[hook["layer"]]
@@ -222,7 +223,8 @@ def dry_run(args, more_passes: int = 0) -> None:
     if args.sae:
         files = chosen_saes(args)
         rows = [{"sae": e["label"], "hook": f"{e['model']}@{e['layer']}", **e["said"], **({"basis": args.basis} if args.basis else {})} for e in files]
-        print(markdown([{c: "not said" if v is None else v for c, v in row.items()} for row in rows], ["sae", "hook", "format", "width", "ctx", "bos", "basis"]) + "\n")
+        columns = ["sae", "hook", "format", "width", "ctx", "bos", "basis"]
+        print(markdown([{c: "not said" if row[c] is None else row[c] for c in columns} for row in rows], columns) + "\n")
         places = dict.fromkeys((e["model"], e["layer"]) for e in files)
         rows = [cost(*place, args, more_passes, [e["said"]["width"] or 0 for e in files if (e["model"], e["layer"]) == place]) for place in places]
     else:
@@ -513,9 +515,10 @@ def rows_hash(out: pathlib.Path) -> str:
 
 def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     """The report's last section, in Markdown lines."""
-    sizes = sorted({(row["n_seq"], row["n_tok"] // row["n_seq"] + 1) for row in rows})
-    text = ["## Settings", "", f"Evaluation: {' and '.join(f'{n} sequences of {ctx} tokens' for n, ctx in sizes)}, positions 0..T-2; sink positions (dropped in `_nosink`): "
-            f"position 0 and norms above 10 medians, {', '.join(sorted({str(row['n_sink']) for row in rows}))} of {', '.join(sorted({str(row['n_tok']) for row in rows}))} per hook.", "",
+    sizes = " and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sorted({(row["n_seq"], row["n_tok"] // row["n_seq"] + 1) for row in rows}))
+    seen = lambda column: ", ".join(sorted({str(row[column]) for row in rows}))
+    text = ["## Settings", "", f"Evaluation: {sizes}, positions 0..T-2; sink positions (dropped in `_nosink`): "
+            f"position 0 and norms above 10 medians, {seen('n_sink')} of {seen('n_tok')} per hook.", "",
             f"Evaluation text SHA-256 {settings['text_sha256']}" + (f", the standard library of Python {settings['python']}" if settings["data"] == "stdlib" else "") + ".", "",
             "```", json.dumps(settings, indent=1, sort_keys=True), "```", ""]
     if settings["device"] != "cpu":

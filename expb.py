@@ -32,9 +32,10 @@ N_RESAMPLES = 2000
 
 # ------------------------------------------------------------------------------------- tables and verdict
 def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> tuple[dict, list[dict]]:
-    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv where SAEs are from files: a pure function of conditions.csv, sequences.npz and the gate.
+    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv where SAEs are from files: (verdict, rows of the audit).
 
-    -> (verdict, rows of the audit)."""
+    A pure function of conditions.csv, sequences.npz and the gate.
+    """
     nulls, mine, values, meta, _ = measured(out, settings, N_RESAMPLES)
     scores = {name: oriented(name, values[name]) for name in PROXIES}
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}

@@ -202,16 +202,35 @@ def test_an_sae_one_block_late_is_refused_with_both_numbers(hub, tmp_path):
     assert read_table(tmp_path / "out/audit.csv")[0]["fvu_as_said"] != 0
 
 
-@pytest.mark.parametrize("sae, rule, says", [
-    ("org/nope", None, "no repository of the hub"), ("org/lens", dict(pattern="/api/models/org/lens*", status=401, code="GatedRepo"), "gated"),
-    ("org/lens", dict(pattern="/api/models/org/lens*", status=500), "500"), ("org/lens", dict(pattern="*/sae_weights.safetensors", after=1000), "org/lens"),
-    ("org/wide", None, "reads 32 dimensions, and EleutherAI/pythia-70m has 64"), (f"{SAES}/layers.5", None, "no SAE at layers.5"),
-    (f"{SAES}/layers.3.mlp", None, "none of its 1 SAEs"), ("org/lens@nowhere", None, "Revision Not Found")])
-def test_what_a_hub_can_do_wrong_is_one_line(sae, rule, says, hub, tmp_path):
-    if rule:
-        hub.fail(**rule)
-    line = refused(expb(hub, tmp_path / "out", sae, check=2, cache=tmp_path / "hf" if rule else None))
-    assert says in line and sae.split("@")[0] in line and not (tmp_path / "out").exists()
+WRONG = {  # --sae -> what the hub does, what must be said
+    "org/nope": (None, "no repository of the hub"), "org/bench": (dict(pattern="/api/models/org/bench*", status=401, code="GatedRepo"), "gated"),
+    "org/openai": (dict(pattern="/api/models/org/openai*", status=500), "500"), "org/lens": (dict(pattern="*/sae_weights.safetensors", after=1000), "org/lens"),
+    "org/wide": (None, "reads 32 dimensions, and EleutherAI/pythia-70m has 64"), f"{SAES}/layers.5": (None, "no SAE at layers.5"),
+    f"{SAES}/layers.3.mlp": (None, "none of its 1 SAEs"), "org/lens-bos@nowhere": (None, "Revision Not Found")}
+
+
+def test_what_a_hub_can_do_wrong_is_one_line(hub, tmp_path):
+    """One process, many commands: what it costs is the imports."""
+    for rule, _ in WRONG.values():
+        if rule:
+            hub.fail(**rule)
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, expb
+for sae in {list(WRONG)!r}:
+    sys.argv = ["expb.py", "--models", {f"{MODEL}@3"!r}, "--sae", sae, "--data", {DATA!r}, "--eval-seqs", "8", "--ctx", "64", "--out", {str(tmp_path / "out")!r}]
+    try:
+        common.run_script(expb.main)
+    except SystemExit as end:
+        print("status", end.code, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment(tmp_path / "hf"))
+    lines = [line.rpartition("\r")[2] for line in done.stderr.splitlines() if "expb.py: " in line or line.startswith("status")]
+    assert done.returncode == 0 and "Traceback" not in done.stderr and len(lines) == 2 * len(WRONG), done.stderr[-2000:]
+    for (sae, (_, says)), line, status in zip(WRONG.items(), lines[::2], lines[1::2]):
+        assert says in line and sae.split("@")[0] in line and status == "status 2", line
+    assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "hf").rglob("snapshots/**/sae_weights.safetensors"))  # nothing half-written that looks whole
 
 
