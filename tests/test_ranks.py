@@ -105,6 +105,30 @@ def test_shares_are_all_of_it_once_and_about_equal(world, monkeypatch):
     assert ranks.share([], []) == []
 
 
+def test_shares_are_of_the_weight_not_of_the_number(monkeypatch):
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    for rank, part in enumerate((["a"], ["b", "c", "d"])):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        assert ranks.share(["a", "b", "c", "d"], [9, 1, 2, 3]) == part
+
+
+def test_a_rank_that_writes_elsewhere_is_missed(tmp_path):
+    """Rank 0 of two whose folder the other does not share: no report of half the conditions."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, ranks, expb
+ranks.join = ranks.wait = ranks.part = lambda *a: None
+sys.argv = ["expb.py", *{SMALL!r}, "--out", {str(tmp_path / "out")!r}, "--cache", {str(tmp_path / "cache")!r}]
+common.run_script(expb.main)
+"""
+    for rank in ("1", "0"):  # the other has trained its share, and measured it into another --out
+        done = subprocess.run([sys.executable, "-c", code.replace("/out", f"/out{rank}")], capture_output=True, text=True,
+                              env={**ONE_THREAD, "RANK": rank, "WORLD_SIZE": "2"})
+    assert done.returncode == 1 and "do all ranks write to the same --out?" in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "out0/report.md").exists()
+
+
 def row(name, value):
     return dict(model="m", layer=1, sae=name, recipe="base", d_sae=4, k=2, seed=0, tokens=10) | {c: value for c in COLUMNS[8:]}
 
