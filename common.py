@@ -228,6 +228,7 @@ def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device) ->
     Raises Fault where the norm of the error exceeds 0.1% of the norm, 5% for a model in bfloat16, whose own rounding is of that size.
     """
     tolerance = 1e-3 if model.dtype != torch.bfloat16 else 0.05
+
     def measure(where):
         model.to(where)
         x = rows.to(where)

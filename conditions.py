@@ -145,7 +145,7 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
         if d != hook["d"]:
             raise UserError(f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}")
         said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"],
-                                "fingerprint": formats.fingerprint(sae)}
+                                "fingerprint": formats.sae_fingerprint(sae)}
         readings = [math.nan] if args.basis else list(formats.check_basis(sae, said, entry["label"], hook["layer"], activations).values())
         sae.centred = said["basis"] == "centred"
         h = activations[hook["layer"]]
@@ -180,12 +180,18 @@ def shape_of(name: str, revision: str | None):
         raise UserError(f"--models {name}: {str(error).strip().splitlines()[0]} (embedded: {', '.join(EMBEDDED)})") from error
 
 
+def block_size(model) -> int:
+    """Parameters of one block: what is left without the embedding and the unembedding, shared out."""
+    config = model.config
+    return (sum(p.numel() for p in model.parameters()) - 2 * config.vocab_size * config.hidden_size) // config.num_hidden_layers
+
+
 def cost(name: str, layer: int | None, args, more_passes: int = 0, widths: list[int] | None = None) -> dict:
     """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products. widths: of SAEs that exist."""
     model = shape_of(name, args.revision)
     layer, d = pick_layer(model, name, layer), model.config.hidden_size
     n_layers, vocab = model.config.num_hidden_layers, model.config.vocab_size
-    block = (sum(p.numel() for p in model.parameters()) - 2 * vocab * d) // n_layers
+    block = block_size(model)
     head, tail = 2 * block * (layer + 1), 2 * (block * (n_layers - layer - 1) + vocab * d)
     dense = 2 * d * args.expansion * d
     runs = len(args.sinks) * len(args.k) * len(args.seeds)  # of each recipe
@@ -353,10 +359,9 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
         train(missing, args, device)
     ranks.wait()
     part = args.out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else args.out
-    bar = tqdm(shares(missing), desc="hooks", leave=False)
-    for hook, which, with_nulls in bar:
+    for hook, which, with_nulls in tqdm(shares(missing), desc="hooks", leave=False):
         add_results(part, *run_hook(hook, args, device, which, with_nulls, terms, own_metrics, study))
-    ranks.part()
+    ranks.leave()
     if ranks.RANK:
         return None
     gather(args.out)
@@ -399,9 +404,8 @@ def shares(missing: list[tuple]) -> list[tuple]:
 
     def tail(hook: dict) -> float:
         """What a token costs from the hook on, in multiplications."""
-        config, d = hook["model"].config, hook["d"]
-        block = (sum(p.numel() for p in hook["model"].parameters()) - 2 * config.vocab_size * d) / config.num_hidden_layers
-        return (config.num_hidden_layers - 1 - hook["layer"]) * (block + OVERHEAD) + config.vocab_size * (d + 64)
+        config = hook["model"].config
+        return (config.num_hidden_layers - 1 - hook["layer"]) * (block_size(hook["model"]) + OVERHEAD) + config.vocab_size * (hook["d"] + 64)
 
     mine = ranks.share(items, [tail(missing[number][0]) * (1 if i is not None else len(NULLS)) for number, i in items])
     out = []

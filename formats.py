@@ -16,7 +16,7 @@ import pickle
 import re
 import sys
 
-from common import UserError, atomically, head, markdown, one_line, run_script
+from common import UserError, atomically, fingerprint, head, markdown, one_line, run_script
 
 import numpy as np
 import torch
@@ -376,12 +376,9 @@ def fused(sae: FileSAE) -> TopKSAE | FileSAE:
     return sae
 
 
-def fingerprint(sae: FileSAE) -> str:
+def sae_fingerprint(sae: FileSAE) -> str:
     """Short hash of all that an SAE computes with, so that a run is not continued with another one of the same name."""
-    whole = hashlib.sha256(f"{sae.rule} {sae.k} {sae.norm}".encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        whole.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return whole.hexdigest()[:16]
+    return hashlib.sha256(f"{sae.rule} {sae.k} {sae.norm} {fingerprint(sae)}".encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------- the basis gate

@@ -36,10 +36,10 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
-def part() -> None:
-    """After the last wait."""
+def leave() -> None:
+    """The last wait."""
+    wait()
     if WORLD > 1:
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

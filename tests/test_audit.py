@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import formats
 from common import head, load_model, read_table
@@ -44,7 +45,7 @@ def hub(tmp_path_factory):
     for layer in (2, 3):
         h, sink = next(activation_chunks(model, layer, "stdlib", tokenizer, 128, 40_000, "keep"))
         training = Training(Training.describe(h, sink), 256, 8, 0, [40_000])
-        training.feed(h, 0, pytest.importorskip("tqdm").tqdm(disable=True), "")
+        training.feed(h, 0, tqdm(disable=True), "")
         saes[layer] = training.finished()
         save_sae(folder / f"models/{SAES}/layers.{layer}", saes[layer], {})
         (folder / f"models/{SAES}/layers.{layer}/provenance.json").unlink()  # theirs have none
@@ -62,8 +63,9 @@ def hub(tmp_path_factory):
     lens = folder / "models/org/one-late"
     shutil.copytree(folder / "models/org/lens", lens)
     formats.write_saelens(lens, saes[2], {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"})
-    normed = Training(*[Training.describe(x := (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5), sink)], 256, 8, 0, [40_000])
-    normed.feed(x, 0, pytest.importorskip("tqdm").tqdm(disable=True), "")
+    x = (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5)
+    normed = Training(Training.describe(x, sink), 256, 8, 0, [40_000])
+    normed.feed(x, 0, tqdm(disable=True), "")
     unit = normed.finished()
     (folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3").mkdir(parents=True)
     (folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3/config.json").write_text(json.dumps({"n_inputs": 64, "n_latents": 256, "k": 8}))

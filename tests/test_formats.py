@@ -289,7 +289,7 @@ def test_no_such_place(spec):
 
 
 def test_fingerprint_is_of_all_that_computes(tmp_path):
-    prints = [formats.fingerprint(formats.read(formats.find(str(saelens(tmp_path / str(i), **how)))[0]))
+    prints = [formats.sae_fingerprint(formats.read(formats.find(str(saelens(tmp_path / str(i), **how)))[0]))
               for i, how in enumerate(({}, {}, {"k": 4}, {"normalize_activations": "layer_norm"}, {"apply_b_dec_to_input": False}))]
     assert prints[0] == prints[1] and len(set(prints)) == 4
 

@@ -118,7 +118,7 @@ def test_a_rank_that_writes_elsewhere_is_missed(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import common, ranks, expb
-ranks.join = ranks.wait = ranks.part = lambda *a: None
+ranks.join = ranks.wait = ranks.leave = lambda *a: None
 sys.argv = ["expb.py", *{SMALL!r}, "--out", {str(tmp_path / "out")!r}, "--cache", {str(tmp_path / "cache")!r}]
 common.run_script(expb.main)
 """
