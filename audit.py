@@ -2,9 +2,7 @@
 
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model.
 """
-import pathlib
-
-from common import markdown, write_table
+from common import markdown
 
 import numpy as np
 import torch
@@ -64,15 +62,14 @@ COLUMNS = (["sae", "model", "layer", "format", "trained_on", "basis", "fvu_as_sa
               "swd_sampled", "rho", "fed", "fed_nosink", "fed_nosink_lo", "fed_nosink_hi", "flag"])
 
 
-def audit_table(out: pathlib.Path, saes: list[dict], fed: np.ndarray, settings: dict) -> list[dict]:
-    """audit.csv, sorted by model, layer and name, and its rows. fed [W,C]: `fed_nosink` under resampled sequences."""
+def audit_rows(saes: list[dict], fed: np.ndarray, settings: dict) -> list[dict]:
+    """Of audit.csv, sorted by model, layer and name. fed [W,C]: `fed_nosink` under resampled sequences."""
     rows = []
     for row, (lo, hi) in zip(saes, np.percentile(fed, [2.5, 97.5], axis=0).T):
         said = settings["saes"][row["sae"]]
         rows.append(row | {name: said[name] for name in ("format", "basis", "ctx", "bos", "unseen")} | {
             "trained_on": hub_name(said["model"]) if said["model"] else "not said", "k": row["k"] or "none", "fed_nosink_lo": lo, "fed_nosink_hi": hi,
             "flag": flag(lo, hi)})
-    write_table(out / "audit.csv", rows, COLUMNS)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What every experiment shares: arguments, language models split at the hook, output folders.
+"""What every experiment shares: arguments, language models split at the hook, tables and figures.
 
     python common.py diff A B      # compare two output folders within the tolerances of DIFF_TOLERANCE; exit 1 above them
 
@@ -14,22 +14,21 @@ if os.environ.get("RANK", "0") != "0":
 
 import argparse
 import contextlib
-import csv
 import hashlib
+import io
 import json
 import math
 import pathlib
-import platform
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 import kernels
+from errors import Fault, UserError, one_line, said
+from store import cell, read_table
 
 ROOT = pathlib.Path(__file__).resolve().parent
 EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
@@ -41,39 +40,6 @@ PRESETS = {  # the published grids, all on pythia and the Pile at 32x (published
     "phase2": dict(models="EleutherAI/pythia-70m,EleutherAI/pythia-410m", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"),
 }
 PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
-
-
-class UserError(Exception):
-    """Bad arguments or input: the script prints the message on one line and exits with status 2."""
-
-
-class Fault(Exception):
-    """A run gone wrong (a loss or an activation that is not finite): one line, exit status 1."""
-
-
-def said(error: BaseException) -> str:
-    """What a library's error says, in one line."""
-    import huggingface_hub.errors as hub
-    if isinstance(error, hub.GatedRepoError):
-        return "gated on the hub (401 or 403): accept its terms there and log in with `hf auth login`"
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return "no local path, and no repository of the hub that you may read (401 or 404)"
-    text = textwrap.shorten(str(error).partition("For more information")[0], 280, placeholder=" ...")
-    if "file named model.safetensors" in text:
-        return "no model.safetensors there, and other weights, such as pickled ones, are not read"
-    if isinstance(error, KeyError):
-        return f"no {error} in it"
-    plain = isinstance(error, (OSError, ValueError, UserError))
-    return text if text and plain else f"{type(error).__name__} {text}"
-
-
-@contextlib.contextmanager
-def one_line(where: str) -> Iterator[None]:
-    """Whatever files or a network make the loaders raise is a UserError that says where."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{where}: {said(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------ arguments
@@ -138,11 +104,11 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     grid.add_argument("--ctx", type=int, help="tokens per sequence")
     grid.add_argument("--preset", choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--out", type=pathlib.Path, default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem, help="results folder")
-    add("--cache", type=pathlib.Path, default=pathlib.Path("outputs/cache"), help="trained SAEs")
-    add("--fresh", action="store_true", help="start the results folder over")
-    add("--from", dest="from_dir", type=pathlib.Path, help="recompute tables, verdict and plots of a finished folder; no model")
-    add("--verdict", type=pathlib.Path, default=pathlib.Path("outputs/expa/verdict.json"), help="Exp-A's verdict, which opens the gate")
+    add("--out", type=parse_path, default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem, help="results folder")
+    add("--cache", type=parse_path, default=pathlib.Path("outputs/cache"), help="trained SAEs")
+    add("--fresh", action="store_true", help="start the results folder over (what a run wrote there goes, and nothing else)")
+    add("--from", dest="from_dir", type=parse_path, help="recompute tables, verdict and plots of a finished folder; no model")
+    add("--verdict", type=parse_path, help="Exp-A's verdict, which opens the gate: outputs/expa/verdict.json, where there is one")
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
     args = parser.parse_args(argv)
@@ -172,6 +138,13 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     return args
 
 
+def parse_path(text: str) -> pathlib.Path:
+    """An empty name would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; the current folder is .")
+    return pathlib.Path(text)
+
+
 def parse_choices(text: str, flag: str, choices: tuple) -> list[str]:
     """Names separated by commas, in the order given."""
     values = list(dict.fromkeys(text.split(",")))
@@ -194,6 +167,8 @@ def parse_models(text: str) -> list[tuple[str, int | None]]:
 
 def run_script(main) -> None:
     """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what nobody foresaw."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a locale without R² is no reason to stop
     name = pathlib.Path(sys.argv[0]).name + (f", rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "")
     try:
         main()
@@ -201,6 +176,8 @@ def run_script(main) -> None:
         status, message = 2, str(error)
     except Fault as error:
         status, message = 1, str(error)
+    except OSError as error:  # a folder that went away, a disk that is full
+        status, message = 1, said(error)
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command goes on from here"
     else:
@@ -315,6 +292,39 @@ def fingerprint(model) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return whole.hexdigest()[:16]
+
+
+# of a configuration: what says where a model came from or how it is run, not what it computes
+NOT_COMPUTED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
+
+
+def model_hash(model) -> str:
+    """Short hash of what a model computes: its weights as they are held (so the dtype too) and its configuration."""
+    config = {key: value for key, value in model.config.to_dict().items() if value is not None and key not in NOT_COMPUTED}
+    whole = json.dumps(config, sort_keys=True, default=str) + fingerprint(model)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Short hash of what turns documents into tokens: the same weights see another text through another tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    return hashlib.sha256(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}".encode()).hexdigest()[:16]
+
+
+def readable_names(names: list[str]) -> dict[str, str]:
+    """{name as typed: what results call it}. A local path is called by its last part, or by as many as tell it from the others.
+
+    Results are for sharing: where a folder lies on this machine is nobody's business (run.json says it).
+    """
+    parts = {name: pathlib.Path(name).resolve().parts for name in names if name not in EMBEDDED and os.path.exists(name)}
+    called = {}
+    for name in names:
+        own = parts.get(name, (name,))
+        others = [other for other in (parts.get(n, (n,)) for n in names) if other != own]
+        n = next(n for n in range(1, len(own) + 1) if n == len(own) or all(own[-n:] != other[-n:] for other in others))
+        called[name] = "/".join(own[-n:]).encode(errors="surrogateescape").decode(errors="replace")
+    return called
 
 
 def blocks(model) -> list[torch.nn.Module]:
@@ -483,54 +493,7 @@ def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> 
     return kl
 
 
-# ------------------------------------------------------------------------------------- output folders
-RESULT_FILES = ("conditions.csv", "audit.csv", "leaderboard.csv", "deltas.csv", "geometry.csv", "estimators.csv", "path.csv", "verdict.json", "report.md", "sequences.npz", "tokens.npz",
-                "run.json")
-NAMES = {"model", "sae", "recipe"}  # a folder may be called 16
-LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"}
-# What two backends may differ by, relative to the larger of the value and the floor: an SAE trained in float32 amplifies the
-# last bit of every sum, so a column that depends on training is compared with room for that.
-DIFF_TOLERANCE = {"exact": (0.0, 0.0), "default": (0.05, 1e-3)}
-EXACT = LABELS | {"n_seq", "n_tok", "n_sink", "n_cells", "n_clusters"}
-
-
-@contextlib.contextmanager
-def atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A name to write to; it becomes `path` only when everything is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def cell(value) -> str:
-    """One number format for every table; what is not a number says so."""
-    if value is None or (isinstance(value, (float, np.floating)) and not math.isfinite(value)):
-        return "undefined"
-    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
-
-
-def write_table(path: pathlib.Path, rows: list[dict], columns: list[str]) -> None:
-    with atomically(path) as temporary, temporary.open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(columns)
-        table.writerows([cell(row[c]) for c in columns] for row in rows)
-
-
-def read_table(path: pathlib.Path) -> list[dict]:
-    """Rows of a table with numbers as int or float, names as text; `undefined` is nan."""
-    def value(text):
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(text)
-        return math.nan if text == "undefined" else text
-    with path.open(newline="") as file:
-        return [{name: text if name in NAMES else value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
+# --------------------------------------------------------------------------------------- tables and figures
 def markdown(rows: list[dict], columns: list[str]) -> str:
     """A table that reads as text and renders as Markdown."""
     short = lambda v: f"{v:.3g}" if isinstance(v, float) and math.isfinite(v) else cell(v)
@@ -553,65 +516,20 @@ def model_colours(models: list[str]) -> dict:
     return dict(zip(models, pyplot().get_cmap("viridis")(np.linspace(0.1, 0.85, len(models)))))
 
 
-def save_figure(figure, path: pathlib.Path) -> None:
+def as_png(figure) -> bytes:
     """A PNG without the program's version in it: the same bytes from the same numbers."""
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
     pyplot().close(figure)
+    return image.getvalue()
 
 
-def plain(value):
-    """For JSON: plain Python, null for nan."""
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-    with atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def open_output(out: pathlib.Path, settings: dict, fresh: bool) -> None:
-    """Make `out` ready for a run with these settings, or raise UserError and touch nothing.
-
-    A folder made with other settings is refused, naming them. `fresh` removes this program's own files and nothing else.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: not writable ({error.strerror})") from error
-    if fresh:
-        for path in [out / name for name in RESULT_FILES] + sorted(out.glob("*.png")):
-            path.unlink(missing_ok=True)
-        for part in out.glob(".rank*"):
-            shutil.rmtree(part)
-    elif (out / "run.json").exists():
-        before = json.loads((out / "run.json").read_text()).get("settings", {})
-        if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
-            both = lambda key: (before.get(key), settings.get(key))
-            only = lambda a, b: ({k: v for k, v in a.items() if b.get(k) != v}, {k: v for k, v in b.items() if a.get(k) != v})
-            shown = {key: only(*both(key)) if all(isinstance(v, dict) for v in both(key)) else both(key) for key in differing}
-            differences = "; ".join(f"{key}: there {there}, here {here}" for key, (there, here) in shown.items())
-            raise UserError(f"--out {out} holds a run with other settings ({differences}): use --fresh or another --out")
-    elif any((out / name).exists() for name in RESULT_FILES):
-        raise UserError(f"--out {out} holds results of unknown settings (no run.json): use --fresh or another --out")
-    write_run(out, settings)
-
-
-def write_run(out: pathlib.Path, settings: dict, **facts) -> None:
-    """run.json: everything that may differ between two runs of the same thing."""
-    import scipy
-    import transformers
-    write_json(out / "run.json", {
-        "settings": settings, "command": sys.argv, "python": platform.python_version(), "platform": platform.platform(),
-        "versions": {m.__name__: m.__version__ for m in (torch, np, scipy, transformers)}, "threads": torch.get_num_threads(),
-        "kernels": kernels.describe(), **facts})
+# ----------------------------------------------------------------------------------------------------- diff
+LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"}
+# What two backends may differ by, relative to the larger of the value and the floor: an SAE trained in float32 amplifies the
+# last bit of every sum, so a column that depends on training is compared with room for that.
+DIFF_TOLERANCE = {"exact": (0.0, 0.0), "default": (0.05, 1e-3)}
+EXACT = LABELS | {"n_seq", "n_tok", "n_sink", "n_cells", "n_clusters"}
 
 
 def diff(a: pathlib.Path, b: pathlib.Path) -> int:
@@ -619,7 +537,7 @@ def diff(a: pathlib.Path, b: pathlib.Path) -> int:
     for folder in (a, b):
         if not (folder / "conditions.csv").exists():
             raise UserError(f"{folder}: no conditions.csv, so not a results folder")
-    first, second = ((json.loads((f / "verdict.json").read_text())["settings"] if (f / "verdict.json").exists() else {}) for f in (a, b))
+    first, second = ((json.loads((f / "verdict.json").read_text(encoding="utf-8"))["settings"] if (f / "verdict.json").exists() else {}) for f in (a, b))
     for key in sorted({*first, *second}):
         if first.get(key) != second.get(key):
             print(f"settings differ: {key}: {first.get(key)} | {second.get(key)}")

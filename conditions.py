@@ -2,16 +2,20 @@
 
 A condition is one SAE: (model, layer, sae, recipe, d_sae, k, seed, tokens). C conditions, S evaluation sequences.
 """
+import contextlib
 import hashlib
 import json
 import math
+import os
 import pathlib
 import platform
-import shutil
+import re
+import socket
+import sys
 import time
 
-from common import (EMBEDDED, Fault, UserError, atomically, check_parity, fingerprint, load_model, markdown, open_output, pick_device,
-                    pick_layer, read_table, readable_count, write_run, write_table)
+from common import (EMBEDDED, check_parity, load_model, markdown, model_hash, pick_device, pick_layer, readable_count, readable_names,
+                    tokenizer_hash)
 
 import numpy as np
 import torch
@@ -20,10 +24,13 @@ from tqdm import tqdm
 import formats
 import kernels
 import ranks
+import store
+import text
 from audit import r2_by_library
+from errors import Damaged, Fault, UserError
 from proxies import VALUE_BITS, evaluate, hook_statistics, index_bits, metrics, sequence_weights
 from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, load_sae, tied_init, train_missing, trunk
-from text import heldout_rows
+from store import RUN, read_table
 
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
 METRICS = ["r2", "r2_nosink", "r2_defl1", "r2_ln", "nmse", "nmse_tok", "mse", "cosine", "relerr", "swd_tok", "swd_seq", "swd_sampled",
@@ -76,14 +83,17 @@ def chosen_saes(args) -> list[dict]:
 def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     """(settings, hooks): every model and SAE file loaded (on the CPU), every argument checked against it, before anything is written.
 
-    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], d, depth, jobs, names, nulls),
+    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], d, depth, data, jobs, names, nulls),
     where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
     """
     files = chosen_saes(args) if args.sae else []
-    loaded, texts, hooks = {}, {}, []
-    for name in dict.fromkeys([entry["model"] for entry in files] or [name for name, _ in args.models]):
+    source = text.find(args.data)
+    loaded, rows_of, hooks = {}, {}, []
+    names = list(dict.fromkeys([entry["model"] for entry in files] or [name for name, _ in args.models]))
+    called = readable_names(names)
+    for name in names:
         model, tokenizer = load_model(name, torch.device("cpu"), args.revision, getattr(torch, args.dtype))
-        loaded[name] = model, tokenizer, fingerprint(model)
+        loaded[name] = model, tokenizer, dict(weights=model_hash(model), tokenizer=tokenizer_hash(tokenizer))
     for entry in files:  # no longer than the SAE was trained on; where nothing is said, trainers tokenise as the tokenizer does by itself
         tokenizer = loaded[entry["model"]][1]
         entry["ctx"] = min(args.ctx, entry["said"]["ctx"] or args.ctx)
@@ -91,16 +101,17 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     place = lambda entry: (entry["model"], entry["layer"], entry["ctx"], entry["bos"])
     places = list(dict.fromkeys(map(place, files))) or [(*m, args.ctx, False) for m in args.models]
     for name, layer, ctx, bos in places:
-        model, tokenizer, weights = loaded[name]
+        model, tokenizer, hashes = loaded[name]
         if ctx > getattr(model.config, "max_position_embeddings", ctx):
             raise UserError(f"--ctx {ctx}: {name} takes {model.config.max_position_embeddings} tokens at most")
-        if (name, ctx, bos) not in texts:
+        if (name, ctx, bos) not in rows_of:
             first = (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id) if bos else None
-            texts[name, ctx, bos] = heldout_rows(args.data, tokenizer, ctx, args.eval_seqs, args.split, first)
-        rows, text = texts[name, ctx, bos]
+            rows_of[name, ctx, bos] = text.heldout_rows(source.data, tokenizer, ctx, args.eval_seqs, args.split, first)
+        rows, _ = rows_of[name, ctx, bos]
         if rows.max() >= model.config.vocab_size:
             raise UserError(f"--models {name}: its tokenizer gives the id {rows.max()}, and it has {model.config.vocab_size} embeddings")
-        hook = dict(name=name, layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, d=model.config.hidden_size)
+        hook = dict(name=called[name], layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, d=model.config.hidden_size,
+                    data=source.data)
         hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
         several = sum(other[:2] == (name, layer) for other in places) > 1  # SAEs of one place that want other contexts
         hook["nulls"] = [f"{null}-{'bos-' * bos}ctx{ctx}" if several else null for null in NULLS]
@@ -110,24 +121,30 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         else:
             if args.k[-1] > args.expansion * hook["d"]:
                 raise UserError(f"--k {args.k[-1]}: more than the {args.expansion * hook['d']} latents of an SAE at {args.expansion}x on {name}")
-            hook["jobs"] = [dict(model=name, weights=weights, layer=hook["layer"], data=args.data, text=text, ctx=args.ctx, tokens=tokens,
-                                 trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed, recipe=recipe, sinks=sinks,
-                                 device=device.type, version=TRAIN_VERSION) | ({"split": args.split} if args.split != "train" else {})
+            stream = dict(model=hook["name"], **hashes, dtype=args.dtype, layer=hook["layer"], data=source.name, data_content=source.content,
+                          split=args.split, ctx=args.ctx, device=device.type, version=TRAIN_VERSION)
+            hook["jobs"] = [stream | dict(tokens=tokens, trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed,
+                                          recipe=recipe, sinks=sinks)
                             for sinks in args.sinks for recipe in args.recipe for tokens in args.tokens for k in args.k for seed in args.seeds]
             hook["names"] = [(sae_name(args.expansion, j["sinks"]), j["recipe"], j["d_sae"], j["k"], j["seed"], j["tokens"]) for j in hook["jobs"]]
         hooks.append(hook)
     if not files and len({(hook["name"], hook["layer"]) for hook in hooks}) < len(hooks):
         raise UserError("--models: the same model and layer twice (a name without @LAYER means the middle layer)")
-    size = {name: sum(p.numel() for p in entry[0].parameters()) for name, entry in loaded.items()}
+    hooks.sort(key=lambda hook: (hook["name"], hook["layer"], hook["names"]))  # the order of the arguments leaves no trace
+    size = {called[name]: sum(p.numel() for p in model.parameters()) for name, (model, *_) in loaded.items()}
     settings = dict(
-        script=script, device=device.type, data=args.data, text_sha256=", ".join(dict.fromkeys(text for _, text in texts.values())),
+        script=script, device=device.type, data=source.name, text_sha256=", ".join(sorted({sha256 for _, sha256 in rows_of.values()})),
         python=platform.python_version() if args.data == "stdlib" else None,
-        models=sorted(size, key=size.get), hooks={f"{h['name']}@{h['layer']}": h["depth"] for h in hooks},
-        weights={name: entry[2] for name, entry in loaded.items()}, k=args.k, seeds=args.seeds, tokens=args.tokens,
-        expansion=args.expansion, recipe=args.recipe, sinks=args.sinks, eval_seqs=args.eval_seqs, ctx=args.ctx, save_tokens=args.save_tokens)
+        models=sorted(size, key=lambda name: (size[name], name)), hooks={f"{h['name']}@{h['layer']}": h["depth"] for h in hooks},
+        weights={called[name]: hashes["weights"] for name, (*_, hashes) in loaded.items()},
+        tokenizers={called[name]: hashes["tokenizer"] for name, (*_, hashes) in loaded.items()},
+        k=args.k, seeds=args.seeds, tokens=args.tokens, expansion=args.expansion, recipe=args.recipe, sinks=args.sinks,
+        eval_seqs=args.eval_seqs, ctx=args.ctx, save_tokens=args.save_tokens)
     if files:
         settings |= dict.fromkeys(("k", "seeds", "tokens", "expansion", "recipe", "sinks"))
         settings["saes"] = {job["label"]: job["said"] for hook in hooks for job in hook["jobs"]}
+    else:
+        settings["data_content"] = source.content
     settings |= {name: value for name, value in (("revision", args.revision), ("split", args.split), ("dtype", args.dtype))
                  if value not in (None, "train", "float32")}  # what is not the default
     return settings, hooks
@@ -351,8 +368,9 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
             settings, hooks = plan(args, device, script)
     start = time.time()
     if ranks.RANK == 0:
-        open_output(args.out, settings, args.fresh)
-        gather(args.out)
+        paths = {name: str(pathlib.Path(name).resolve()) for name, _ in [*args.models, (args.data, None)] if os.path.exists(name)}
+        open_output(args.out, settings, args.fresh, paths)
+        gather(args.out, settings)
     ranks.wait()
     missing = not_measured(hooks, args.out)
     if not args.sae:
@@ -360,14 +378,14 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
     ranks.wait()
     part = args.out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else args.out
     for hook, which, with_nulls in tqdm(shares(missing), desc="hooks", leave=False):
-        add_results(part, *run_hook(hook, args, device, which, with_nulls, terms, own_metrics, study))
+        add_results(part, settings, *run_hook(hook, args, device, which, with_nulls, terms, own_metrics, study))
     ranks.leave()
     if ranks.RANK:
         return None
-    gather(args.out)
+    gather(args.out, settings)
     if lost := sum(len(which) + with_nulls for _, which, with_nulls in not_measured(hooks, args.out)):
         raise Fault(f"{lost} of the results are not in {args.out}: do all ranks write to the same --out?")
-    write_run(args.out, settings, ranks=ranks.WORLD, seconds=round(time.time() - start, 1))
+    store.put(args.out / RUN, {}, ranks=ranks.WORLD, seconds=round(time.time() - start, 1))
     return args.out, settings
 
 
@@ -394,7 +412,7 @@ def train(missing: list[tuple], args, device: torch.device) -> None:
             if jobs:
                 if device.type != "cpu":
                     check_parity(hook["model"], hook["layer"], hook["rows"][:2], device)
-                train_missing(hook["model"].to(device), hook["tokenizer"], jobs, args.cache)
+                train_missing(hook["model"].to(device), hook["tokenizer"], jobs, args.cache, hook["data"])
         hook["model"].to("cpu")
 
 
@@ -407,8 +425,8 @@ def shares(missing: list[tuple]) -> list[tuple]:
         config = hook["model"].config
         return (config.num_hidden_layers - 1 - hook["layer"]) * (block_size(hook["model"]) + OVERHEAD) + config.vocab_size * (hook["d"] + 64)
 
+    out, filled = [], 0
     mine = ranks.share(items, [tail(missing[number][0]) * (1 if i is not None else len(NULLS)) for number, i in items])
-    out = []
     for number, i in mine:
         hook = missing[number][0]
         size = 8 * hook["d"] * hook["jobs"][i if i is not None else 0]["d_sae"]
@@ -421,74 +439,130 @@ def shares(missing: list[tuple]) -> list[tuple]:
 
 
 # --------------------------------------------------------------------------------------------- the folder
-def load_results(out: pathlib.Path) -> tuple[list[dict], dict]:
-    """(rows, sums) of a results folder, in the order of conditions.csv; empty where there are none.
+RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", "verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv")
 
-    Empty too where a run was killed between writing the one and the other: the rows are then measured again.
+
+def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | None = None) -> None:
+    """Make `out` ready for a run with these settings, this process its only writer, or raise UserError and change nothing.
+
+    A folder made with other settings, or from other weights or text, is refused, naming them. `fresh` removes what runs put there
+    (run.json lists it) and nothing else. paths: where the local models and texts lie, which is for run.json only.
     """
-    if not (out / "sequences.npz").exists() or not (out / "conditions.csv").exists():
+    store.writable(out, "--out")
+    store.claim(out)
+    record = out / RUN
+    if fresh:
+        for part in parts(out):
+            discard(part)
+        store.remove(record)
+    store.settle(record)
+    there = store.load(record)
+    if theirs := [name for name in RESULT_FILES if not there and os.path.lexists(out / name)]:
+        raise UserError(f"--out {out} holds {', '.join(theirs)}, which no run.json lists: use another --out, or move them away")
+    before = there.get("settings", settings)
+    if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
+        both = lambda key: (before.get(key), settings.get(key))
+        only = lambda a, b: ({k: v for k, v in a.items() if b.get(k) != v}, {k: v for k, v in b.items() if a.get(k) != v})
+        shown = {key: only(*both(key)) if all(isinstance(v, dict) for v in both(key)) else both(key) for key in differing}
+        differences = "; ".join(f"{key}: there {there}, here {here}" for key, (there, here) in shown.items())
+        raise UserError(f"--out {out} holds a run with other settings ({differences}): use --fresh or another --out")
+    import scipy
+    import transformers
+    versions = {m.__name__: m.__version__ for m in (torch, np, scipy, transformers)}
+    store.put(record, {}, settings=settings, paths=paths or {}, command=sys.argv, python=platform.python_version(), platform=platform.platform(),
+              host=socket.gethostname(), versions=versions, threads=torch.get_num_threads(), kernels=kernels.describe(), seconds=None)
+
+
+def load_results(out: pathlib.Path) -> tuple[list[dict], dict]:
+    """(rows, sums) of a results folder, in the order of conditions.csv; empty where there are none yet. Raises Damaged."""
+    if "conditions.csv" not in store.written(out / RUN):
         return [], {}
-    rows = read_table(out / "conditions.csv")
-    with np.load(out / "sequences.npz") as file:
-        sums = dict(file)
-    return (rows, sums) if len(rows) == len(sums["d"]) else ([], {})
+    rows = read_table(store.checked(out / RUN, "conditions.csv"))
+    sums = store.read_npz(store.checked(out / RUN, "sequences.npz"))
+    if sums.pop("condition").tolist() != [condition(row) for row in rows]:
+        raise Damaged(f"{out}: sequences.npz is about other conditions than conditions.csv")
+    return rows, sums
+
+
+def condition(row: dict) -> str:
+    """The key of a row as one word."""
+    return " ".join(str(row[c]) for c in KEY)
 
 
 def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
-    """(folder, settings) of a finished run of this script. Raises UserError."""
-    rows, _ = load_results(out)
-    if not rows or not (out / "run.json").exists():
+    """(folder, settings) of a finished run of this script, this process its only writer. Raises UserError."""
+    record = out / RUN
+    about = store.load(record)
+    if not about.get("settings"):
         raise UserError(f"--from {out}: no finished run there (conditions.csv, sequences.npz, run.json)")
-    about = json.loads((out / "run.json").read_text())
     settings = about["settings"]
     if settings["script"] != script:
         raise UserError(f"--from {out}: a run of {settings['script']}.py, not of {script}.py")
-    missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in rows}
-    if missing or "seconds" not in about:
+    store.writable(out, "--from")
+    store.claim(out)
+    store.settle(record)
+    missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
+    if missing or about["seconds"] is None:
         raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")
     return out, settings
 
 
-def add_results(out: pathlib.Path, rows: list[dict], sums: dict, tokens: dict, tables: dict) -> None:
-    """Add what `run_hook` gives to a results folder; a row that is there already stays. The rows come last: they say what is done."""
+def add_results(out: pathlib.Path, settings: dict, rows: list[dict], sums: dict, tokens: dict, tables: dict) -> None:
+    """Add what `run_hook` gives to a results folder, all of it or nothing; a row that is there already stays. Raises Fault, Damaged.
+
+    Rows are sorted, so that the order in which hooks were run leaves no trace.
+    """
+    record = out / RUN
     before, before_sums = load_results(out)
-    there = {tuple(row[c] for c in KEY) for row in before}
-    new = [i for i, row in enumerate(rows) if tuple(row[c] for c in KEY) not in there]
+    there = {condition(row) for row in before}
+    new = [i for i, row in enumerate(rows) if condition(row) not in there]
+    all_rows = before + [rows[i] for i in new]
+    all_sums = {q: np.concatenate([before_sums[q], v[new]]) if before_sums else v[new] for q, v in sums.items()}
+    order = sorted(range(len(all_rows)), key=lambda i: [all_rows[i][c] for c in KEY])
+    all_rows = [all_rows[i] for i in order]
+    all_sums = {q: v[order] for q, v in all_sums.items()} | {"condition": np.array([condition(row) for row in all_rows])}
+    files = {"sequences.npz": store.as_npz(all_sums),
+             "conditions.csv": store.as_csv(all_rows, COLUMNS + [c for c in all_rows[0] if c not in COLUMNS])}
+    known = store.written(record)
     if tokens:
-        save_tokens(out, tokens)
+        kept = store.read_npz(store.checked(record, "tokens.npz")) if "tokens.npz" in known else {}
+        files["tokens.npz"] = store.as_npz(kept | tokens)
     for name, table in tables.items():
         hooks = {(row["model"], row["layer"]) for row in table}
-        kept = [row for row in (read_table(out / name) if (out / name).exists() else []) if (row["model"], row["layer"]) not in hooks]
-        write_table(out / name, sorted(kept + table, key=lambda row: (row["model"], row["layer"])), list(table[0]))
-    save_results(out, before + [rows[i] for i in new], {q: np.concatenate([before_sums[q], v[new]]) if before_sums else v[new] for q, v in sums.items()})
+        kept = [row for row in (read_table(store.checked(record, name)) if name in known else []) if (row["model"], row["layer"]) not in hooks]
+        files[name] = store.as_csv(sorted(kept + table, key=lambda row: (row["model"], row["layer"])), list(table[0]))
+    store.put(record, files, settings=settings)
 
 
-def gather(out: pathlib.Path) -> None:
-    """Into the folder what ranks left in theirs, this run's or one's that was killed."""
-    for part in sorted(out.glob(".rank*")):
+def parts(out: pathlib.Path) -> list[pathlib.Path]:
+    """The folders in which ranks left their share, this run's or one's that was killed. Raises UserError for what only has such a name."""
+    found = sorted(path for path in out.glob(".rank*") if re.fullmatch(r"\.rank\d+", path.name))
+    for part in found:
+        ours = part.is_dir() and not part.is_symlink()
+        if not (ours and (store.load(part / RUN) or all(path.name.endswith(store.UNFINISHED) for path in part.iterdir()))):
+            raise UserError(f"{part}: not what a rank of this program left: move it away")
+    return found
+
+
+def discard(part: pathlib.Path) -> None:
+    store.remove(part / RUN)
+    with contextlib.suppress(OSError):  # somebody put something there
+        part.rmdir()
+
+
+def gather(out: pathlib.Path, settings: dict) -> None:
+    """Into the folder what ranks left in theirs. Raises UserError where theirs is of other settings."""
+    for part in parts(out):
+        if store.load(part / RUN).get("settings", settings) != settings:
+            raise UserError(f"{part}: left by a run with other settings: use --fresh or another --out")
+        store.settle(part / RUN)
         rows, sums = load_results(part)
         if rows:
-            tokens = dict(np.load(part / "tokens.npz")) if (part / "tokens.npz").exists() else {}
-            tables = {path.name: read_table(path) for path in sorted(part.glob("*.csv")) if path.name != "conditions.csv"}
-            add_results(out, rows, sums, tokens, tables)
-        shutil.rmtree(part)
-
-
-def save_results(out: pathlib.Path, rows: list[dict], sums: dict) -> None:
-    """conditions.csv and sequences.npz in one order; sorted, so that the order in which hooks were run leaves no trace."""
-    order = sorted(range(len(rows)), key=lambda i: [rows[i][c] for c in KEY])
-    with atomically(out / "sequences.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **{q: v[order] for q, v in sorted(sums.items())})
-    write_table(out / "conditions.csv", [rows[i] for i in order], COLUMNS + [c for c in rows[0] if c not in COLUMNS])
-
-
-def save_tokens(out: pathlib.Path, tokens: dict) -> None:
-    path = out / "tokens.npz"
-    if path.exists():
-        with np.load(path) as file:
-            tokens = dict(file) | tokens
-    with atomically(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **dict(sorted(tokens.items())))
+            tokens = store.read_npz(store.checked(part / RUN, "tokens.npz")) if "tokens.npz" in store.written(part / RUN) else {}
+            tables = {name: read_table(store.checked(part / RUN, name)) for name in store.written(part / RUN)
+                      if name.endswith(".csv") and name != "conditions.csv"}
+            add_results(out, settings, rows, sums, tokens, tables)
+        discard(part)
 
 
 def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=None) -> tuple[list[dict], list[dict], dict, dict, dict]:
@@ -521,10 +595,10 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     """The report's last section, in Markdown lines."""
     sizes = " and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sorted({(row["n_seq"], row["n_tok"] // row["n_seq"] + 1) for row in rows}))
     seen = lambda column: ", ".join(sorted({str(row[column]) for row in rows}))
-    text = ["## Settings", "", f"Evaluation: {sizes}, positions 0..T-2; sink positions (dropped in `_nosink`): "
+    lines = ["## Settings", "", f"Evaluation: {sizes}, positions 0..T-2; sink positions (dropped in `_nosink`): "
             f"position 0 and norms above 10 medians, {seen('n_sink')} of {seen('n_tok')} per hook.", "",
             f"Evaluation text SHA-256 {settings['text_sha256']}" + (f", the standard library of Python {settings['python']}" if settings["data"] == "stdlib" else "") + ".", "",
             "```", json.dumps(settings, indent=1, sort_keys=True), "```", ""]
     if settings["device"] != "cpu":
-        text += [f"Computed on {settings['device']}, where a second run need not be the same to the byte: compare with `python common.py diff`.", ""]
-    return text
+        lines += [f"Computed on {settings['device']}, where a second run need not be the same to the byte: compare with `python common.py diff`.", ""]
+    return lines

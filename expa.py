@@ -12,18 +12,19 @@ how R^2 is normalised. SAEs are trained over models x k x token budgets x seeds,
 Delta = larger model minus smaller. The tree below was fixed before any result; its leaf opens the gate of Exp-B and Exp-C.
 """
 import itertools
-import json
 import pathlib
 
-from common import (UserError, atomically, markdown, model_colours, parse_args, plain, pyplot, readable_count, run_script, save_figure, write_json,
-                    write_table)
+from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script
 
 import numpy as np
 
 import stats
+import store
 from conditions import METRICS, about_the_run, measured, rows_hash, run, sae_name
+from errors import UserError
 from proxies import EUCLIDEAN_CONTROLS, oriented
 from sae import RECIPES
+from store import plain
 
 GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="10k,30k,100k", seeds="0,1,2", expansion=4, eval_seqs=32, ctx=256)
 N_RESAMPLES = 1000
@@ -291,12 +292,11 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
         verdicts.append(arm | adjudicate(part, alive[mine], part_meta, models, n_seq))
         more_taxes, more_laws = curves(part, part_meta, arm)
         taxes, laws = taxes + more_taxes, laws + more_laws
-    write_table(out / "deltas.csv", deltas, COLUMNS)
     kstar = [{key: v for key, v in row.items() if key != "draws"} | dict(zip(("value", "lo", "hi"), k_star_words(row))) for row in taxes]
     verdict = plain(verdicts[0] | dict(other_arms=verdicts[1:], kstar=kstar, power_law=laws, settings=settings, rows_sha256=rows_hash(out)))
-    write_json(out / "verdict.json", verdict)
-    learning = plots(out, saes, headline(deltas, verdict), verdict, settings)
-    write_report(out, saes, deltas, verdict, taxes, laws, learning, seed_correlation(values, meta, models), settings)
+    pictures = plots(saes, headline(deltas, verdict), verdict, settings)
+    text = report(saes, deltas, verdict, taxes, laws, sorted(pictures), seed_correlation(values, meta, models), settings)
+    store.put(out / store.RUN, {"deltas.csv": store.as_csv(deltas, COLUMNS), "verdict.json": store.as_json(verdict), "report.md": text} | pictures)
     return verdict, deltas
 
 
@@ -477,7 +477,7 @@ def published_lines(deltas: list[dict], saes: list[dict], taxes: list[dict], set
     return ["## Published | measured", "", markdown(rows, ["", "published", "measured", "difference"]), ""] if rows else []
 
 
-def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, learning: list[str], correlation: float, settings: dict) -> None:
+def report(saes, deltas, verdict: dict, taxes, laws, pictures: list[str], correlation: float, settings: dict) -> bytes:
     mine = headline(deltas, verdict)
     names = ["model", "layer", "recipe", "sae", "k", "tokens"]
     curve = [dict(zip(names, key)) | {"tokens": readable_count(key[-1])} | {m: float(np.mean([row[m] for row in here])) for m in SHOWN}
@@ -497,12 +497,11 @@ def write_report(out: pathlib.Path, saes, deltas, verdict: dict, taxes, laws, le
             *verdict_lines(verdict), "![mismatch](mismatch.png)", ""]
     constant = " (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else ""
     text += [*arm_lines(deltas, verdict), *tax_lines(taxes, verdict),
-             "## Learning curves", "", *(f"![learning curves]({name})" for name in learning), "", markdown(curve, [*names, *SHOWN]), "",
+             "## Learning curves", "", *(f"![learning curves]({name})" for name in pictures if name.startswith("learning")), "", markdown(curve, [*names, *SHOWN]), "",
              f"Means over seeds. Every budget has its own decay{constant}.", "", *law_lines(laws), *published_lines(deltas, saes, taxes, settings)]
     for key, here in grouped([row for row in deltas if row not in mine], ["small", "large", "recipe", "sinks"]).items():
         text += ["## {1} minus {0}, recipe {2}, sinks {3}".format(*key), "", delta_table(here), ""]
-    with atomically(out / "report.md") as temporary:
-        temporary.write_text("\n".join([*text, *about_the_run(saes, settings)]))
+    return "\n".join([*text, *about_the_run(saes, settings)]).encode()
 
 
 # -------------------------------------------------------------------------------------------------- plots
@@ -513,22 +512,21 @@ def budget_axis(axis, budgets: list[int]) -> None:
     axis.grid(alpha=0.3)
 
 
-def plots(out: pathlib.Path, saes, deltas: list[dict], verdict: dict, settings: dict) -> list[str]:
-    """Draws deltas and mismatch of the headline rows, if any, and a figure of learning curves per depth, whose names it returns."""
+def plots(saes, deltas: list[dict], verdict: dict, settings: dict) -> dict[str, bytes]:
+    """{file: PNG}: deltas and mismatch of the headline rows, if any, and a figure of learning curves per depth."""
+    drawn = {}
     if deltas:
-        delta_plot(out / "deltas.png", deltas, f"{verdict['large']} − {verdict['small']}")
-        mismatch_plot(out / "mismatch.png", deltas)
+        drawn["deltas.png"] = delta_plot(deltas, f"{verdict['large']} − {verdict['small']}")
+        drawn["mismatch.png"] = mismatch_plot(deltas)
     by_depth: dict[str, list] = {}
     for row in saes:
         by_depth.setdefault(settings["hooks"][f"{row['model']}@{row['layer']}"], []).append(row)
-    names = []
     for depth, here in sorted(by_depth.items()):
-        names.append(f"learning-{depth}.png" if len(by_depth) > 1 else "learning.png")
-        learning_plot(out / names[-1], here, settings)
-    return names
+        drawn[f"learning-{depth}.png" if len(by_depth) > 1 else "learning.png"] = learning_plot(here, settings)
+    return drawn
 
 
-def delta_plot(path: pathlib.Path, deltas: list[dict], what: str) -> None:
+def delta_plot(deltas: list[dict], what: str) -> bytes:
     k, depths = (sorted({row[name] for row in deltas}) for name in ("k", "depth"))
     lines = (("delta_r2", "ΔR²", dict(color="C0")), ("delta_r2_nosink", "ΔR² without sinks", dict(color="C2", linestyle=":")),
              ("delta_ce_rec", "ΔCE_rec", dict(color="C1")))
@@ -545,10 +543,10 @@ def delta_plot(path: pathlib.Path, deltas: list[dict], what: str) -> None:
         budget_axis(axis, x)
     axes[0, 0].set_ylabel(what)
     axes[0, 0].legend(fontsize=8)
-    save_figure(figure, path)
+    return as_png(figure)
 
 
-def mismatch_plot(path: pathlib.Path, deltas: list[dict]) -> None:
+def mismatch_plot(deltas: list[dict]) -> bytes:
     k, budgets, depths = (sorted({row[name] for row in deltas}) for name in ("k", "tokens", "depth"))
     figure, axes = pyplot().subplots(1, len(depths), figsize=(1.1 * len(budgets) * len(depths) + 2.4, 0.5 * len(k) + 1.4), squeeze=False,
                                      layout="constrained")
@@ -563,10 +561,10 @@ def mismatch_plot(path: pathlib.Path, deltas: list[dict]) -> None:
         axis.set_yticks(range(len(k)), [f"k={value}" for value in k])
         axis.set_title("sign mismatch of ΔR² and ΔCE_rec" + (f", depth {depth}" if len(depths) > 1 else ""), fontsize=9)
     figure.colorbar(image, ax=axes)
-    save_figure(figure, path)
+    return as_png(figure)
 
 
-def learning_plot(path: pathlib.Path, saes: list[dict], settings: dict) -> None:
+def learning_plot(saes: list[dict], settings: dict) -> bytes:
     """Every metric against training tokens: colour = model, marker = k, line = recipe and sinks."""
     plt = pyplot()
     metrics = [m for m in METRICS if m not in ("ce_orig", "ce_zero", "ce_mean", "l0")]  # these do not depend on training
@@ -591,7 +589,7 @@ def learning_plot(path: pathlib.Path, saes: list[dict], settings: dict) -> None:
                   + [line(color="0.3", linestyle=style, label=f"{recipe} {sae}") for (recipe, sae), style in arms.items() if len(arms) > 1],
                   loc="outside right upper", fontsize=8)
     figure.supxlabel("training tokens", fontsize=9)
-    save_figure(figure, path)
+    return as_png(figure)
 
 
 # ---------------------------------------------------------------------------------------------------- main

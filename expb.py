@@ -13,16 +13,17 @@ permutation over cells, and the transfer gap across scale.
 """
 import pathlib
 
-from common import (atomically, markdown, model_colours, parse_args, plain, pyplot, read_table, readable_count, run_script, save_figure, write_json,
-                    write_table)
+from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script
 
 import numpy as np
 
+import audit
 import stats
-from audit import audit_report, audit_table, headline, warnings
+import store
 from conditions import about_the_run, measured, rows_hash, run
-from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
+from leaderboard import LEADERBOARD, flag, gate, leaderboard_plot, leaderboard_table, read_verdict
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
+from store import plain, read_table
 
 # 3 models x 2 layers x 6 k = 36 cells: cells, not seeds, are what the permutation test and the bootstrap count
 GRID = dict(models="stdlib-s@3,stdlib-s@5,stdlib-m@3,stdlib-m@5,stdlib-l@3,stdlib-l@5", k="4,8,16,24,32,48", tokens="100k",
@@ -31,7 +32,7 @@ N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> tuple[dict, list[dict]]:
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, list[dict]]:
     """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv where SAEs are from files: (verdict, rows of the audit).
 
     A pure function of conditions.csv, sequences.npz and the gate.
@@ -43,18 +44,17 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> tu
     for target_name, target in targets.items():
         board += stats.leaderboard(scores, target, meta, settings["models"], target_name=target_name, controls=EUCLIDEAN_CONTROLS,
                                    n_resamples=N_RESAMPLES)
-    write_table(out / "leaderboard.csv", board, LEADERBOARD)
-    leaf, gate_text = read_gate(verdict_path, settings)
+    leaf, gate_text = gate(exp_a, settings)
     verdict = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], meta, settings["models"],
                                controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     verdict = plain(verdict | {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)})
-    write_json(out / "verdict.json", verdict)
     fed = values["fed_nosink"]
     interval = np.percentile(fed[3:], [2.5, 97.5], axis=0)
-    plots(out, mine, board, settings)
-    audit = audit_table(out, mine, fed[3:], settings) if "saes" in settings else []
-    write_report(out, nulls, mine, interval, board, verdict, settings, audit_report(audit) if audit else [])
-    return verdict, audit
+    audited = audit.audit_rows(mine, fed[3:], settings) if "saes" in settings else []
+    files = {"leaderboard.csv": store.as_csv(board, LEADERBOARD), "verdict.json": store.as_json(verdict), **plots(mine, board, settings),
+             "report.md": report(nulls, mine, interval, board, verdict, settings, audit.audit_report(audited) if audited else [])}
+    store.put(out / store.RUN, files | ({"audit.csv": store.as_csv(audited, audit.COLUMNS)} if audited else {}))
+    return verdict, audited
 
 
 def sentence(verdict: dict) -> str:
@@ -72,10 +72,10 @@ def sentence(verdict: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict, settings: dict, audit: list[str]) -> None:
+def report(nulls, mine, interval, board, verdict: dict, settings: dict, audited: list[str]) -> bytes:
     number = lambda v, digits=2: "undefined" if v is None else f"{v:.{digits}f}"
     text = [
-        "# Exp-B: which proxy predicts patched cross-entropy?", "", *audit, f"**{sentence(verdict)}**", "",
+        "# Exp-B: which proxy predicts patched cross-entropy?", "", *audited, f"**{sentence(verdict)}**", "",
         "![R² and SWD against CE_rec](swd_r2.png)", "",
         "## Leaderboard, all conditions, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
         "Larger is better for every proxy. Partial Spearman given k (and budget) is the primary statistic. Intervals: 95%, cells resampled "
@@ -101,12 +101,12 @@ def write_report(out: pathlib.Path, nulls, mine, interval, board, verdict: dict,
              "`undefined`: the identity has no error, so fed and rho are 0/0; a reconstruction without a code has no alive, l0 and bits.", "",
              "![every proxy](proxies.png)", "",
              *about_the_run(mine, settings)]
-    with atomically(out / "report.md") as temporary:
-        temporary.write_text("\n".join(text))
+    return "\n".join(text).encode()
 
 
-def plots(out: pathlib.Path, mine, board, settings: dict) -> None:
-    plt = pyplot()
+def plots(mine, board, settings: dict) -> dict[str, bytes]:
+    """{file: PNG}."""
+    plt, drawn = pyplot(), {"leaderboard.png": leaderboard_plot(board)}
     colours = model_colours(settings["models"])
 
     def panel(axis, proxy):
@@ -123,7 +123,7 @@ def plots(out: pathlib.Path, mine, board, settings: dict) -> None:
     for axis, proxy in zip(axes, ("r2", "swd_tok")):
         panel(axis, proxy)
     axes[0].legend(title="size = k", fontsize=8)
-    save_figure(figure, out / "swd_r2.png")
+    drawn["swd_r2.png"] = as_png(figure)
 
     columns = 4
     figure, axes = plt.subplots(-(-len(PROXIES) // columns), columns, figsize=(13, 11), sharey=True, layout="constrained")
@@ -132,19 +132,19 @@ def plots(out: pathlib.Path, mine, board, settings: dict) -> None:
     for axis, proxy in zip(axes.flat, PROXIES):
         panel(axis, proxy)
     axes.flat[0].legend(title="size = k", fontsize=8)
-    save_figure(figure, out / "proxies.png")
-    leaderboard_plot(out / "leaderboard.png", board)
+    return drawn | {"proxies.png": as_png(figure)}
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     args = parse_args(__doc__, **GRID)
+    exp_a = read_verdict(args.verdict)
     if (done := run(args, "expb")) is None:
         return
     out, settings = done
-    verdict, audit = analyse(out, settings, args.verdict)
+    verdict, audited = analyse(out, settings, exp_a)
     if "saes" in settings:
-        print("\n".join([headline(audit), *warnings(audit)]))
+        print("\n".join([audit.headline(audited), *audit.warnings(audited)]))
     else:
         print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")

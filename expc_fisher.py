@@ -11,8 +11,8 @@ quadratic form is only believed inside its radius, so it is calibrated: against 
 import itertools
 import pathlib
 
-from common import (UserError, atomically, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, plain, pyplot,
-                    read_table, readable_count, run_script, save_figure, tail, write_json, write_table)
+from common import (as_png, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, pyplot, readable_count,
+                    run_script, tail)
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from scipy.linalg import eigh
 
 import fisher
 import stats
+import store
 from conditions import KEY, about_the_run, eval_batch, measured, rows_hash, run
-from leaderboard import LEADERBOARD, flag, leaderboard_plot, leaderboard_table, read_gate
+from leaderboard import LEADERBOARD, flag, gate, leaderboard_plot, leaderboard_table, read_verdict
 from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, hook_statistics, oriented
+from store import plain, read_table
 
 GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,24,32,48", tokens="100k", expansion=4, eval_seqs=24, ctx=256)
 N_RESAMPLES = 2000
@@ -267,7 +269,7 @@ def radius(row: dict) -> float:
     return max((alpha for i, alpha in enumerate(ALPHAS) if all(inside[:i + 1])), default=0.0)
 
 
-def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> dict:
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz, geometry.csv and the gate."""
     nulls, saes, values, meta, sums = measured(out, settings, N_RESAMPLES, own_metrics)
     scores = {name: oriented(name, values[name]) for name in (*PROXIES, *FISHER)}
@@ -275,8 +277,7 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
     board = []
     for name, target in targets.items():
         board += stats.leaderboard(scores, target, meta, settings["models"], target_name=name, controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
-    write_table(out / "leaderboard.csv", board, LEADERBOARD)
-    leaf, gate_text = read_gate(verdict_path, settings)
+    leaf, gate_text = gate(exp_a, settings)
     h2 = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], meta, settings["models"],
                           controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     added, p = added_value(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
@@ -292,10 +293,10 @@ def analyse(out: pathlib.Path, settings: dict, verdict_path: pathlib.Path) -> di
                    radius=[{c: row[c] for c in KEY} | {"radius": radius(row)} for row in saes],
                    thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS), settings=settings, rows_sha256=rows_hash(out))
     verdict = plain(verdict)
-    write_json(out / "verdict.json", verdict)
-    table = calibration(sums, meta)
-    plots(out, sums, meta, board, settings)
-    write_report(out, nulls, saes, np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0), board, verdict, table, settings)
+    tables = {name: read_table(store.checked(out / store.RUN, name)) for name in TABLES} | {"calibration": calibration(sums, meta)}
+    interval = np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0)
+    store.put(out / store.RUN, {"leaderboard.csv": store.as_csv(board, LEADERBOARD), "verdict.json": store.as_json(verdict),
+                                "report.md": report(nulls, saes, interval, board, verdict, tables, settings), **plots(sums, meta, board, settings)})
     return verdict
 
 
@@ -310,8 +311,8 @@ def sentence(verdict: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict, table, settings: dict) -> None:
-    gain = verdict["gain"]
+def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: dict) -> bytes:
+    gain, table = verdict["gain"], tables["calibration"]
     number = lambda v: "undefined" if v is None else f"{v:+.2f}"
     rungs = [{"rung": row["rung"], "what joins": row["what joins"], "partial Spearman": number(row["rho"]),
               "step": f"{number(row['step'])} [{number(row['step_lo'])}, {number(row['step_hi'])}]" if row["step"] is not None else ""} for row in verdict["ladder"]]
@@ -319,8 +320,8 @@ def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict,
              for row, lo, hi in zip(saes, *interval)]
     shape = ["trace", "pr", "top1", "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment"]
     shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in shape} | {"pr / d": row["pr"] / row["d"]}
-              for row in read_table(out / "geometry.csv")]
-    cheap, integral = read_table(out / "estimators.csv"), read_table(out / "path.csv")
+              for row in tables["geometry.csv"]]
+    cheap, integral = tables["estimators.csv"], tables["path.csv"]
     text = [
         "# Exp-C: does the pullback Fisher add anything beyond SWD?", "", f"**{sentence(verdict)}**", "",
         f"Beside it, descriptive: a linear model of CE_rec on k and SWD, each cell predicted from the others, leaves {number(gain['value'])} [{number(gain['lo'])}, "
@@ -356,13 +357,12 @@ def write_report(out: pathlib.Path, nulls, saes, interval, board, verdict: dict,
         "## Null rows (never in a correlation)", "", markdown(nulls, ["model", "layer", "sae", "r2", "fisher_seq", "fisher_same", "kl", "ce_rec", "rho"]), "",
         "`undefined`: the identity has no error, so rho is 0/0.", "",
         *about_the_run(saes, settings)]
-    with atomically(out / "report.md") as temporary:
-        temporary.write_text("\n".join(text))
+    return "\n".join(text).encode()
 
 
-def plots(out: pathlib.Path, sums: dict, meta: dict, board, settings: dict) -> None:
+def plots(sums: dict, meta: dict, board, settings: dict) -> dict[str, bytes]:
+    """{file: PNG}."""
     plt = pyplot()
-    leaderboard_plot(out / "leaderboard.png", board)
     colours = model_colours(settings["models"])
     figure, axes = plt.subplots(1, len(ALPHAS), figsize=(4 * len(ALPHAS) + 0.5, 3.8), layout="constrained")
     for axis, alpha in zip(axes, ALPHAS):
@@ -377,18 +377,17 @@ def plots(out: pathlib.Path, sums: dict, meta: dict, board, settings: dict) -> N
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL per token, measured at h + αδ")
     axes[0].legend(title="size = k", fontsize=8)
-    save_figure(figure, out / "calibration.png")
+    return {"leaderboard.png": leaderboard_plot(board), "calibration.png": as_png(figure)}
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     args = parse_args(__doc__, **GRID)
+    exp_a = read_verdict(args.verdict)
     if (done := run(args, "expc_fisher", terms, own_metrics, study, MORE_PASSES)) is None:
         return
     out, settings = done
-    if missing := [name for name in TABLES if not (out / name).exists()]:
-        raise UserError(f"{out}: no {', '.join(missing)} there: a run of an older version, or not finished")
-    verdict = analyse(out, settings, args.verdict)
+    verdict = analyse(out, settings, exp_a)
     print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
 

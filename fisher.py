@@ -17,7 +17,8 @@ import transformers
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import UserError, tail
+from common import tail
+from errors import UserError
 
 
 # ------------------------------------------------------------------------------------------ pushing forward

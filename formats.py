@@ -16,13 +16,15 @@ import pickle
 import re
 import sys
 
-from common import UserError, atomically, fingerprint, head, markdown, one_line, run_script
+from common import fingerprint, head, markdown, run_script
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import kernels
+import store
+from errors import UserError, one_line
 from sae import TopKSAE, sink_positions
 
 # the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one of OpenAI's
@@ -429,10 +431,10 @@ def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: dict) -> None:
     config = dict(architecture="topk", d_in=d, d_sae=d_sae, k=sae.k, dtype="float32", device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
                   reshape_activations="none", rescale_acts_by_decoder_norm=False, metadata=meta)
     tensors = dict(W_enc=sae.W_enc.t(), b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-    with atomically(folder / "cfg.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    with atomically(folder / "sae_weights.safetensors") as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    if theirs := [name for name in ("cfg.json", "sae_weights.safetensors") if os.path.lexists(folder / name)]:
+        raise UserError(f"{folder} holds {' and '.join(theirs)} already: export to another folder")
+    store.write(folder / "cfg.json", store.as_json(config))
+    store.write(folder / "sae_weights.safetensors", save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def main() -> None:

@@ -3,10 +3,12 @@ import hashlib
 import json
 import pathlib
 
-from common import markdown, pyplot, save_figure
+from common import as_png, markdown, pyplot
 
 import numpy as np
 
+import store
+from errors import UserError
 from proxies import EUCLIDEAN_CONTROLS
 
 LEADERBOARD = ("proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pearson_hi,spearman,spearman_lo,spearman_hi,partial,partial_lo,"
@@ -14,21 +16,45 @@ LEADERBOARD = ("proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pears
                "gamma_hi,in_range,same_ranks_as").split(",")
 
 
-def read_gate(path: pathlib.Path, settings: dict) -> tuple[str | None, str]:
-    """(Exp-A's leaf or None, what to say): its verdict counts only for the same models, data and recipe.
+EXP_A = pathlib.Path("outputs/expa/verdict.json")
+LEAVES = {"undertrained", "H0", "H1", "H0+H1", "N", "undecided"}
+
+
+def read_verdict(path: pathlib.Path | None) -> dict | None:
+    """Exp-A's verdict at `path`, or, where none is named, at EXP_A if there is one; read before the work that it may gate.
+
+    Raises UserError: not there, not a verdict of Exp-A, or not as its run.json says that it was written.
+    """
+    if path is None and not EXP_A.exists():
+        return None
+    path = path or EXP_A
+    try:
+        raw = path.read_bytes()
+        verdict = json.loads(raw)
+        known = verdict["leaf"] in LEAVES and isinstance(verdict["settings"].get("recipe", []), list)
+    except OSError as error:
+        raise UserError(f"--verdict {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"--verdict {path}: not a verdict of expa.py") from error
+    if not known:
+        raise UserError(f"--verdict {path}: not a verdict of expa.py")
+    if path.name in store.written(path.parent / store.RUN):
+        store.checked(path.parent / store.RUN, path.name)
+    return verdict | {"sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def gate(there: dict | None, settings: dict) -> tuple[str | None, str]:
+    """(Exp-A's leaf or None, what to say): its verdict counts only for the same models, weights, data and recipe.
 
     Exp-A judges its first recipe, so a leaderboard over several recipes stays gated.
     """
-    if not path.exists():
+    if there is None:
         return None, "no Exp-A verdict yet"
-    raw = path.read_bytes()
-    there = json.loads(raw)
-    about = there.get("settings", {})
-    about |= {"recipe": about.get("recipe", [])[:1]}
-    differing = [key for key in ("models", "data", "recipe") if about.get(key) != settings[key]]
+    about = there["settings"] | {"recipe": there["settings"].get("recipe", [])[:1]}
+    differing = [key for key in ("models", "weights", "data", "data_content", "recipe") if about.get(key) != settings.get(key)]
     if differing:
-        return None, f"the Exp-A verdict at {path} is about other {', '.join(differing)}"
-    return there["leaf"], f"Exp-A says {there['leaf']} (sha256 {hashlib.sha256(raw).hexdigest()[:12]})"
+        return None, f"Exp-A's verdict is about other {', '.join(differing)}"
+    return there["leaf"], f"Exp-A says {there['leaf']} (sha256 {there['sha256'][:12]})"
 
 
 def flag(lo: float, hi: float) -> str:
@@ -48,7 +74,7 @@ def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
                      "transfer gap", "in range", "same ranks as"]).replace("Spearman | k", "Spearman given k")
 
 
-def leaderboard_plot(path: pathlib.Path, board: list[dict]) -> None:
+def leaderboard_plot(board: list[dict]) -> bytes:
     """Partial Spearman with CE_rec of every proxy, with its interval."""
     pooled = sorted((row for row in board if row["target"] == "ce_rec" and row["stratum"] == "pooled"),
                     key=lambda row: np.nan_to_num(row["partial"], nan=-2))
@@ -60,4 +86,4 @@ def leaderboard_plot(path: pathlib.Path, board: list[dict]) -> None:
     axis.set_yticks(range(len(pooled)), [row["proxy"] for row in pooled])
     axis.set_xlabel("partial Spearman with CE_rec given k, 95% interval\n(orange: gradient-weighted; blue: Euclidean controls)")
     axis.grid(alpha=0.3, axis="x")
-    save_figure(figure, path)
+    return as_png(figure)

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from common import Fault, clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from common import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from errors import Fault
 from sae import TopKSAE, sink_positions
 
 DRAWS = 4  # of sampled labels

@@ -8,10 +8,12 @@ import datetime
 import os
 from collections.abc import Sequence
 
-from common import UserError
+import common  # noqa: F401  before torch, see there
 
 import numpy as np
 import torch
+
+from errors import UserError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

@@ -2,7 +2,9 @@
 
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
+import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -12,11 +14,13 @@ import time
 from collections.abc import Iterator
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import kernels
-from common import Fault, UserError, atomically, head, readable_count
+import store
+from common import head, readable_count
+from errors import Damaged, Fault, UserError
 from text import train_rows
 
 CHUNK = 250_000  # tokens shuffled together
@@ -322,54 +326,102 @@ def trunk(recipe: str, tokens: int, budgets: list[int]) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------- cache
+WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.pt"
+
+
 def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: dict) -> None:
-    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what determined it."""
+    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what determined it. Raises Fault."""
     d_sae, d = sae.W_dec.shape
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     config = {"activation": "topk", "d_in": d, "expansion_factor": d_sae // d, "k": sae.k, "multi_topk": False,
               "normalize_decoder": True, "num_latents": d_sae, "skip_connection": False, "transcode": False}
-    for name, content in (("cfg.json", config), ("provenance.json", made_by)):
-        with atomically(folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    with atomically(folder / "sae.safetensors") as temporary:  # last: a folder with weights is whole
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    store.put(folder / store.PROVENANCE, {"cfg.json": store.as_json(config), WEIGHTS: weights, CHECKPOINT: None}, **made_by)
 
 
 def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
-    t = load_file(folder / "sae.safetensors")
-    k = json.loads((folder / "cfg.json").read_text())["k"]
+    """Raises Damaged."""
+    record = folder / store.PROVENANCE
+    t = load_file(store.checked(record, WEIGHTS))
+    k = json.loads(store.checked(record, "cfg.json").read_text(encoding="utf-8"))["k"]
     return TopKSAE(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], k).requires_grad_(False).to(device)
+
+
+def is_whole(folder: pathlib.Path, made_by: dict) -> bool:
+    """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was written."""
+    record = folder / store.PROVENANCE
+    there = store.load(record)
+    if other := [key for key in made_by if there and there.get(key) != made_by[key]]:
+        raise Damaged(f"{record}: says another {', '.join(other)} than the SAE that is asked for")
+    if there.get("coming") or WEIGHTS not in there.get("files", {}):
+        return False
+    return all(store.checked(record, name) for name in (WEIGHTS, "cfg.json"))
 
 
 def cache_folder(cache: pathlib.Path, made_by: dict) -> pathlib.Path:
     """A name to read and a short hash of everything that determined the SAE."""
     short = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
-    name = "{model}-L{layer}-F{d_sae}-k{k}-{budget}-s{seed}".format(budget=readable_count(made_by["tokens"]), **made_by)
-    return cache / f"{pathlib.Path(name.replace('/', '--').lstrip('.-')).name}-{short}"
+    model = pathlib.Path(made_by["model"].replace("/", "--").lstrip(".-")).name[:100]  # a file name has 255 bytes at most
+    name = "{}-L{layer}-F{d_sae}-k{k}-{}-s{seed}-{}".format(model, readable_count(made_by["tokens"]), short, **made_by)
+    return cache / name
 
 
-def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path) -> None:
-    """Train the SAEs of one hook that the cache has not, together, from one activation stream. An interrupted run goes on from its last checkpoint.
+def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
+    """What an interrupted training left. A damaged one is set aside, and said. Raises Damaged for a damaged record."""
+    record, path = folder / store.PROVENANCE, folder / CHECKPOINT
+    if CHECKPOINT not in store.written(record):
+        return None
+    try:
+        return torch.load(store.checked(record, CHECKPOINT), map_location=device, weights_only=True)
+    except Damaged as why:
+        aside = f", set aside as {store.set_aside(path, 'damaged').name}" if path.exists() else ""
+        tqdm.write(f"{why}{aside}; training starts anew")
+        store.put(record, {CHECKPOINT: None})
+        return None
 
-    A job is the dict of all that determines an SAE: model, weights (fingerprint), layer, data, text, ctx, tokens, trunk (the
-    smaller budgets on its way), d_sae, k, seed, recipe, sinks, device, version. The stream's part of it is the same in all.
+
+def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, data: str) -> None:
+    """Train the SAEs of one hook that the cache has not, together, from one activation stream of the text `data`.
+
+    A job is the dict of all that determines an SAE: model, weights (hash of what the model computes), tokenizer (hash), layer, data,
+    data_content (hash or commit), split, dtype, ctx, tokens, trunk (the smaller budgets on its way), d_sae, k, seed, recipe, sinks, device,
+    version. The stream's part of it is the same in all. An interrupted run goes on from its last checkpoint; what is damaged
+    is set aside and made again; where another process trains one of them, it is waited for. Raises UserError, Fault.
     """
-    folders = [cache_folder(cache, job) for job in jobs]
-    todo = {folder: job for folder, job in zip(folders, jobs) if not (folder / "sae.safetensors").exists()}
-    for folder in set(folders) - todo.keys():
-        (folder / "checkpoint.pt").unlink(missing_ok=True)  # of a run killed right after its last save
-    # one run per trunk, the jobs that share all but the budget: (longest job, {budget: folder})
-    runs: dict[tuple, tuple] = {}
-    for folder, job in sorted(todo.items(), key=lambda item: item[1]["tokens"]):
-        recipe = RECIPES[job["recipe"]]
-        key = (job["recipe"], job["d_sae"], job["k"], job["seed"], *recipe.pace(job["tokens"]), *(job["trunk"] or [job["tokens"]])[:1])
-        runs[key] = job, {**runs.get(key, (None, {}))[1], job["tokens"]: folder}
-    if runs:
-        train_runs(model, tokenizer, list(runs.values()), next(model.parameters()).device)
+    wanted = {cache_folder(cache, job): job for job in jobs}
+    lock = lambda folder: f".{folder.name}{store.LOCK}"
+    with contextlib.suppress(Damaged):
+        if all(is_whole(folder, job) and not (cache / lock(folder)).exists() for folder, job in wanted.items()):
+            return
+    store.writable(cache, "--cache")
+    try:
+        for folder in sorted(wanted):  # all in one order, so that no two processes wait for each other
+            store.claim(cache, lock(folder), lambda who, folder=folder: tqdm.write(f"{folder.name} is being trained by {who}; waiting"))
+        todo = {folder: job for folder, job in wanted.items() if not mended(folder, job)}
+        # one run per trunk, the jobs that share all but the budget: (longest job, {budget: folder})
+        runs: dict[tuple, tuple] = {}
+        for folder, job in sorted(todo.items(), key=lambda item: item[1]["tokens"]):
+            recipe = RECIPES[job["recipe"]]
+            key = (job["recipe"], job["d_sae"], job["k"], job["seed"], *recipe.pace(job["tokens"]), *(job["trunk"] or [job["tokens"]])[:1])
+            runs[key] = job, {**runs.get(key, (None, {}))[1], job["tokens"]: folder}
+        if runs:
+            train_runs(model, tokenizer, list(runs.values()), next(model.parameters()).device, data)
+    finally:
+        for folder in wanted:
+            store.release(cache, lock(folder))
 
 
-def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device) -> None:
+def mended(folder: pathlib.Path, made_by: dict) -> bool:
+    """`is_whole`, after what a killed run left is put in order; a damaged folder is set aside, and said."""
+    try:
+        store.settle(folder / store.PROVENANCE)
+        return is_whole(folder, made_by)
+    except Damaged as why:
+        tqdm.write(f"{why}; set aside as {store.set_aside(folder, 'damaged').name}, trained again")
+        return False
+
+
+def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device, data: str) -> None:
     """Train [(job of the longest budget, {budget: folder})] to the end, in one pass over the activations of their hook."""
     stream = runs[0][0]
     hook, longest = f"{stream['model']} L{stream['layer']}", max(job["tokens"] for job, _ in runs)
@@ -378,23 +430,22 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
     live: dict[int, list[Training]] = {}  # run -> its trunk and branches
     position = []  # chunks that each run has had
     for i, (job, folders) in enumerate(runs):
-        checkpoint = folders[job["tokens"]] / "checkpoint.pt"
         position.append(0)
-        if checkpoint.exists():
-            saved = torch.load(checkpoint, map_location=device)
+        if saved := load_checkpoint(folders[job["tokens"]], device):
             trainings = [RECIPES[job["recipe"]](state["statistics"], job["d_sae"], job["k"], job["seed"], state["budgets"]).load(state)
                          for state in saved["runs"]]
             to_come = {training.budgets[-1] for training in trainings} | {budget for training in trainings[:1] for _, budget in training.ahead}
             if folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
                 live[i], position[i] = trainings, saved["chunks"]
         bar.update(min(position[i] * CHUNK, job["tokens"]))
-    chunks = activation_chunks(model, stream["layer"], stream["data"], tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
+    chunks = activation_chunks(model, stream["layer"], data, tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
                                stream.get("split", "train"))
 
     def checkpoint() -> None:
         for i, trainings in live.items():
-            with atomically(runs[i][1][runs[i][0]["tokens"]] / "checkpoint.pt") as temporary:
-                torch.save({"chunks": position[i], "runs": [training.state() for training in trainings]}, temporary)
+            job, folders = runs[i]
+            state = {"chunks": position[i], "runs": [training.state() for training in trainings]}
+            store.put(folders[job["tokens"]] / store.PROVENANCE, {CHECKPOINT: functools.partial(torch.save, state)}, **job)
 
     saved_at, cost = time.monotonic(), 0.0
     try:
@@ -410,15 +461,13 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                     live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]]), job["d_sae"], job["k"], job["seed"], budgets)]
                 what = f"{hook} k={job['k']} seed {job['seed']}"
                 trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
-                for training in trained:
+                for training in sorted(trained, key=lambda training: training.budgets[-1]):  # the longest, whose checkpoint serves all, last
                     if training.step == training.steps and training.budgets[-1] in folders:
                         *before, tokens = training.budgets
                         save_sae(folders[tokens], training.finished(), job | {"tokens": tokens, "trunk": before})
                 position[i] = number + 1
                 if position[i] * CHUNK < job["tokens"]:
                     live[i] = [training for training in trained if training.step < training.steps]
-                else:
-                    (folders[job["tokens"]] / "checkpoint.pt").unlink(missing_ok=True)
             if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time
                 start = time.perf_counter()
                 checkpoint()

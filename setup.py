@@ -55,9 +55,10 @@ if torch:
 
 setup(
     name="transport-geometry", version="0.1.0", python_requires=">=3.11",
-    py_modules=["common", "text", "sae", "proxies", "formats", "audit", "ranks", "conditions", "stats", "leaderboard", "fisher", "kernels", "expa", "expb", "expc_fisher"],
+    py_modules=["errors", "store", "common", "text", "sae", "proxies", "formats", "audit", "ranks", "conditions", "stats", "leaderboard", "fisher", "kernels", "expa", "expb", "expc_fisher"],
     install_requires=["torch>=2.10", "numpy>=1.26", "scipy>=1.11", "transformers>=4.50", "datasets>=3", "tokenizers>=0.20",
-                      "safetensors>=0.4", "huggingface_hub>=0.25", "tqdm>=4.60", "matplotlib>=3.8"],
+                      "safetensors>=0.4", "huggingface_hub>=0.25", "tqdm>=4.60", "matplotlib>=3.8",
+                      "filelock>=3.16"],
     extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "pybind11>=3"],
                     "parity": ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "dictionary-learning==0.1.0"]},  # whose trainers and files the tests compare with
     setup_requires=needs, ext_modules=extensions, cmdclass=command,

@@ -1,18 +1,23 @@
 """Text: documents, which of them are held out, and rows of tokens packed from them. A side is "train" or "heldout"."""
+import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 import sysconfig
 import time
 from collections.abc import Iterator
 
-from common import UserError, said
+from common import readable_names
+from errors import UserError, said
 
 import torch
+from tqdm import tqdm
 
 SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside the data
+ELSE = "(there is stdlib; else a local file or folder, or a hub data set)"
 PAUSES = (1, 2, 4, 8)  # seconds between attempts at a row that the network does not give
 
 
@@ -50,6 +55,50 @@ def stdlib_documents(side: str) -> list[tuple[str, str]]:
     return [(name, texts[name]) for name in sorted(texts, key=digest) if in_heldout(name) == (side == "heldout")]
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A text as it is now. `data` names it for the functions below; results call it `name`; `content` is what it holds:
+    the SHA-256 of its documents or files, or the commit of its repository."""
+    data: str
+    name: str
+    content: str
+
+
+def find(data: str) -> Source:
+    """The text behind --data: stdlib, a local path, or a hub data set, NAME or NAME@REVISION, held to its commit. Raises UserError."""
+    if data == "stdlib":
+        whole = hashlib.sha256()
+        for name, text in stdlib_documents("train"):
+            whole.update(digest(name) + digest(text))
+        return Source(data, data, whole.hexdigest())
+    if not os.path.exists(data):
+        name, commit = commit_of(data)
+        return Source(f"{name}@{commit}", name, commit)
+    whole = hashlib.sha256()
+    files = local_files(data)
+    with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, delay=2, leave=False, desc="hash of the text") as bar:
+        for path in files:
+            one = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    one.update(block)
+                    bar.update(len(block))
+            whole.update(path.suffix.encode() + one.digest())
+    return Source(data, readable_names([data])[data], whole.hexdigest())
+
+
+def commit_of(data: str) -> tuple[str, str]:
+    """(name, commit) of a hub data set. Raises UserError."""
+    name, _, revision = data.partition("@")
+    for pause in (*PAUSES, None):
+        try:
+            return name, quiet_datasets().load_dataset_builder(name, revision=revision or None).hash
+        except Exception as error:
+            if (fault := network_fault(error)) is None or pause is None:
+                raise UserError(f"--data {data}: {said(fault or error)} {ELSE}") from error
+            time.sleep(pause)
+
+
 def documents(data: str, side: str, split: str = "train") -> Iterator[str | list[int]]:
     """Documents of one side, as text, or as token ids where the data set is tokenised.
 
@@ -66,13 +115,20 @@ def documents(data: str, side: str, split: str = "train") -> Iterator[str | list
     yield from everything
 
 
-def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:
+def local_files(data: str) -> list[pathlib.Path]:
+    """The files of a local --data, in the order in which they are read. Raises UserError."""
     path = pathlib.Path(data)
     files = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path])
              if p.suffix in LOCAL_FORMATS and p.is_file() and p.name not in METADATA]
     kinds = {LOCAL_FORMATS[p.suffix] for p in files}
-    if path.exists() and len(kinds) != 1:
+    if len(kinds) != 1:
         raise UserError(f"--data {data}: needs files of one kind out of {', '.join(LOCAL_FORMATS)}; found {sorted(kinds) or 'none'}")
+    return files
+
+
+def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:
+    files = local_files(data) if os.path.exists(data) else []
+    kinds = {LOCAL_FORMATS[p.suffix] for p in files}
     for p in files:
         if p.stat().st_size == 0:
             raise UserError(f"--data {p}: the file is empty")
@@ -86,7 +142,9 @@ def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[in
                         yield piece
             return
         column = None
-        for row in streamed(data, split, dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=data)):
+        name, _, revision = data.partition("@")
+        source = dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=name, revision=revision or None)
+        for row in streamed(data, split, source):
             if (column := column or text_column(row)) is None:
                 raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
             if row.get(column) is not None:
@@ -94,7 +152,7 @@ def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[in
     except UserError:
         raise
     except Exception as error:  # the libraries below raise a dozen kinds for "no such data set" and "not readable"
-        raise UserError(f"--data {data}: {said(error)} (there is stdlib; else a local file or folder, or a hub data set)") from error
+        raise UserError(f"--data {data}: {said(error)} {ELSE}") from error
 
 
 def text_column(row: dict) -> str | None:
@@ -107,13 +165,18 @@ def text_column(row: dict) -> str | None:
     return next((c for c, value in row.items() if isinstance(value, str)), None)
 
 
-def streamed(data: str, split: str, source: dict) -> Iterator[dict]:
-    """Rows of load_dataset(**source). A fault of the network is waited out, and the stream goes on at the row where it was."""
-    import datasets  # slow to import, and not needed for text files
+def quiet_datasets():
+    """The library, which is slow to import and not needed for text files."""
+    import datasets
     datasets.disable_progress_bars()
     # 20 attempts of their own, each around the six requests of huggingface_hub (24 s), would multiply with ours to an hour
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-    stream, given, failed = None, 0, 0
+    return datasets
+
+
+def streamed(data: str, split: str, source: dict) -> Iterator[dict]:
+    """Rows of load_dataset(**source). A fault of the network is waited out, and the stream goes on at the row where it was."""
+    datasets, stream, given, failed = quiet_datasets(), None, 0, 0
     while True:
         try:
             stream = stream or datasets.load_dataset(**source, split=split, streaming=True)

@@ -9,6 +9,7 @@ rate and then down to zero. A checkpoint every 50 steps under demo/checkpoints/ 
 larger --steps before the decay begins, and the constant part is shared.
 """
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -20,7 +21,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from common import atomically, load_model
+import store
+from common import load_model
 from text import stdlib_documents
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -98,9 +100,8 @@ def train(name: str, steps: int, device: str) -> GPTNeoXForCausalLM:
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0:
-            with atomically(checkpoint) as temporary:
-                torch.save({"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": step + 1},
-                           temporary)
+            state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": step + 1}
+            store.write(checkpoint, functools.partial(torch.save, state))
     return model.eval()
 
 

@@ -1,0 +1,41 @@
+"""What goes wrong and is said in one line: the two kinds, and what a library's own errors become."""
+import contextlib
+import textwrap
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Bad arguments or input: the script prints the message on one line and exits with status 2."""
+
+
+class Damaged(UserError):
+    """A file is not what was written: other bytes, or gone."""
+
+
+class Fault(Exception):
+    """A run gone wrong (a loss that is not finite, a disk that is full): one line, exit status 1."""
+
+
+def said(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    import huggingface_hub.errors as hub
+    if isinstance(error, hub.GatedRepoError):
+        return "gated on the hub (401 or 403): accept its terms there and log in with `hf auth login`"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return "no local path, and no repository of the hub that you may read (401 or 404)"
+    text = textwrap.shorten(str(error).partition("For more information")[0], 280, placeholder=" ...")
+    if "file named model.safetensors" in text:
+        return "no model.safetensors there, and other weights, such as pickled ones, are not read"
+    if isinstance(error, KeyError):
+        return f"no {error} in it"
+    plain = isinstance(error, (OSError, ValueError, UserError))
+    return text if text and plain else f"{type(error).__name__} {text}"
+
+
+@contextlib.contextmanager
+def one_line(where: str) -> Iterator[None]:
+    """Whatever files or a network make the loaders raise is a UserError that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{where}: {said(error)}") from error

@@ -1,0 +1,315 @@
+"""Files that outlive a run: written whole or not at all, checked when they are read again, one writer at a time.
+
+A folder that a run writes has a record (`run.json` of results, `provenance.json` of a cached SAE) with the SHA-256 of every
+file that the run put there. `put` changes several files as one: the new ones are written beside the old, the record says
+that they are coming, then they take their places. Killed at any moment, the next `settle` finds all of the old files or all
+of the new ones. What is not in the record is somebody else's, and is neither read, overwritten nor removed.
+"""
+import atexit
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import filelock
+import numpy as np
+
+from errors import Damaged, Fault, UserError
+
+RUN, PROVENANCE = "run.json", "provenance.json"  # the records
+UNFINISHED = ".unfinished-tg"  # no file of a user's ends so
+LOCK = ".transport-geometry.lock"
+NAMES = {"model", "sae", "recipe"}  # columns that stay text: a folder may be called 16
+Content = bytes | Callable[[io.BufferedWriter], object]  # of a file: the bytes, or what writes them
+
+
+# ------------------------------------------------------------------------------------------------- one file
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """A file that cannot be read, or not understood, is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:  # RuntimeError too: torch.load
+        raise Damaged(f"{path}: damaged ({type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """A disk that is full or gone is one line. (torch and safetensors call it a RuntimeError.)"""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+        raise Fault(f"{path}: cannot be written ({why})") from error
+
+
+def sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """So that the names in a folder, like the bytes of its files, outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}{UNFINISHED}")
+
+
+def _write_beside(path: pathlib.Path, content: Content) -> pathlib.Path:
+    """The content under a hidden name beside `path`, on the disk. An ordinary open: the umask decides who may read it."""
+    temporary = _beside(path)
+    with temporary.open("wb") as file:
+        file.write(content) if isinstance(content, bytes) else content(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def write(path: pathlib.Path, content: Content) -> None:
+    """One file, whole or not at all. Raises Fault."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(_write_beside(path, content), path)
+            _sync(path.parent)
+        finally:
+            _beside(path).unlink(missing_ok=True)
+
+
+def unused(path: pathlib.Path, word: str) -> pathlib.Path:
+    """A name beside `path` that nothing has: report.kept.md, report.kept-2.md, ..."""
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    names = (path.with_name(f"{stem}.{word}{f'-{i}' if i > 1 else ''}{suffix}") for i in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def set_aside(path: pathlib.Path, word: str) -> pathlib.Path:
+    """Rename to a name that nothing has, and say which."""
+    return path.rename(unused(path, word))
+
+
+# ------------------------------------------------------------------------------------ a folder and its record
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load(record: pathlib.Path) -> dict:
+    """What a record holds; {} where there is none. Raises Damaged: unreadable, edited, or not one of ours."""
+    if not os.path.lexists(record):
+        return {}
+    with _reading(record):
+        content = json.loads(record.read_text(encoding="utf-8"))
+        check = content.pop("check", None)
+    if check is None:
+        raise Damaged(f"{record}: not a record of this program, or one of an older version: use another folder")
+    if check != _digest(content):
+        raise Damaged(f"{record}: damaged, or edited by hand: use another folder, or move this one away")
+    return content
+
+
+def _write_record(record: pathlib.Path, content: dict) -> None:
+    write(record, as_json(content | {"check": _digest(content)}))
+
+
+def put(record: pathlib.Path, contents: dict[str, Content | None], **facts) -> None:
+    """Write files of the record's folder (None: remove), and facts of the record, as one change. Raises Fault, Damaged.
+
+    A file that lies there and is not the one that was put there is the user's: it is kept under another name.
+    """
+    settle(record)
+    now, coming = load(record), {}
+    with _writing(record.parent):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for name, content in contents.items():
+                path = record.parent / name
+                coming[name] = None if content is None else sha256(_write_beside(path, content))
+        except BaseException:
+            _clear(record.parent)
+            raise
+        _write_record(record, now | facts | {"files": now.get("files", {}), "coming": coming})
+        _move_in(record)
+
+
+def settle(record: pathlib.Path) -> None:
+    """Bring what a killed `put` had begun to its end, or take it back. Raises Fault, Damaged."""
+    with _writing(record.parent):
+        if record.parent.is_dir():
+            if load(record).get("coming"):
+                _move_in(record)
+            _clear(record.parent)
+
+
+def _move_in(record: pathlib.Path) -> None:
+    now = load(record)
+    files = now.get("files", {})
+    for name, digest in now.pop("coming").items():
+        path, temporary = record.parent / name, _beside(record.parent / name)
+        if digest is None or temporary.exists():
+            if os.path.lexists(path) and not _is(path, files.get(name)):
+                print(f"{path} was changed by someone else: kept as {set_aside(path, 'kept').name}")
+            os.replace(temporary, path) if digest else path.unlink(missing_ok=True)
+        files = {key: value for key, value in (files | {name: digest}).items() if value}
+    _sync(record.parent)
+    _write_record(record, now | {"files": dict(sorted(files.items()))})
+
+
+def _is(path: pathlib.Path, digest: str | None) -> bool:
+    return path.is_file() and not path.is_symlink() and sha256(path) == digest
+
+
+def _clear(folder: pathlib.Path) -> None:
+    """Remove what a killed write left half done."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def checked(record: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of a file that is to be read again, its bytes the ones that were put there. Raises Damaged."""
+    path, content = record.parent / name, load(record)
+    wanted = {content.get("files", {}).get(name), content.get("coming", {}).get(name)} - {None}
+    if not wanted:
+        raise Damaged(f"{path}: not in {record.name}, so not written by this program")
+    with _reading(path):
+        found = sha256(path)
+    if found not in wanted:
+        raise Damaged(f"{path}: not as it was written (SHA-256 {found[:12]}, {record.name} says {min(wanted)[:12]})")
+    return path
+
+
+def written(record: pathlib.Path) -> list[str]:
+    """Names of the files that were put in the record's folder."""
+    return sorted(load(record).get("files", {}))
+
+
+def remove(record: pathlib.Path) -> None:
+    """Remove all that was put in the record's folder, and the record; what was changed since stays under another name."""
+    settle(record)
+    put(record, dict.fromkeys(written(record)))
+    with _writing(record):
+        record.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------ one writer at a time
+def writable(folder: pathlib.Path, flag: str) -> None:
+    """Raises UserError before any work is done for a folder that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / UNFINISHED
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: not writable ({error.strerror})") from error
+
+
+_held: dict[pathlib.Path, filelock.FileLock] = {}
+
+
+def claim(folder: pathlib.Path, name: str = LOCK, wait: Callable[[str], object] | None = None) -> None:
+    """This process alone writes here, until `release` or its end; a dead process holds nothing.
+
+    Another holder: wait(who) is called and its end awaited, or, without `wait`, UserError names it.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder.resolve() / name
+        if path in _held:
+            return
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            if wait is None:
+                raise UserError(f"{folder}: in use by {_holder(path)}") from None
+            wait(_holder(path))
+            lock.acquire()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}\n", encoding="utf-8")
+        _held[path] = lock
+
+
+def _holder(path: pathlib.Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8").strip() or "another run"
+    return "another run"
+
+
+@atexit.register
+def release(folder: pathlib.Path | None = None, name: str = LOCK) -> None:
+    """Give up one lock, or all."""
+    for path in [folder.resolve() / name] if folder else list(_held):
+        if lock := _held.pop(path, None):
+            path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has no name, and opens it anew
+            lock.release()
+
+
+# -------------------------------------------------------------------------------------- formats: one of each
+def cell(value) -> str:
+    """One number format for every table; what is not a number says so."""
+    if value is None or (isinstance(value, (float, np.floating)) and not math.isfinite(value)):
+        return "undefined"
+    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def as_csv(rows: list[dict], columns: list[str]) -> bytes:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows([cell(row[c]) for c in columns] for row in rows)
+    return text.getvalue().encode()
+
+
+def read_table(path: pathlib.Path) -> list[dict]:
+    """Rows of a table with numbers as int or float, names as text; `undefined` is nan. Raises Damaged."""
+    def value(text):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return math.nan if text == "undefined" else text
+    with _reading(path), path.open(newline="", encoding="utf-8") as file:
+        return [{name: text if name in NAMES else value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def plain(value):
+    """For JSON: plain Python, null for nan."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def as_npz(arrays: dict[str, np.ndarray]) -> Content:
+    return functools.partial(np.savez_compressed, **dict(sorted(arrays.items())))
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Raises Damaged."""
+    import zipfile
+    with _reading(path):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except zipfile.BadZipFile as error:
+            raise Damaged(f"{path}: damaged ({error})") from error
