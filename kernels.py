@@ -37,7 +37,7 @@ def _load():
         if getattr(error, "name", "") != "_kernels":  # it is there and does not load: say what the loader said
             return None, f"_kernels does not load: {error}"
         note = HERE / "_kernels_not_built.txt"
-        return None, note.read_text().strip() if note.is_file() else "not compiled: pip install -e . -c constraints.txt"
+        return None, note.read_text(encoding="utf-8").strip() if note.is_file() else "not compiled: pip install -e . -c constraints.txt"
     missing = [op for op in OPS if not hasattr(torch.ops.tg, op)]
     return (None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall") if missing else (_kernels, "")
 

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -353,7 +354,7 @@ def is_whole(folder: pathlib.Path, made_by: dict) -> bool:
     there = store.load(record)
     if other := [key for key in made_by if there and there.get(key) != made_by[key]]:
         raise Damaged(f"{record}: says another {', '.join(other)} than the SAE that is asked for")
-    if there.get("coming") or WEIGHTS not in there.get("files", {}):
+    if there.get("coming") or WEIGHTS not in there.get("files", {}) or not os.path.lexists(folder / WEIGHTS):
         return False
     return all(store.checked(record, name) for name in (WEIGHTS, "cfg.json"))
 

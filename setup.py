@@ -48,7 +48,7 @@ if torch:
                     raise
                 why = " ".join(str(error).split())[:300]
                 note.parent.mkdir(parents=True, exist_ok=True)
-                note.write_text(f"the C++ build failed: {why}\n")
+                note.write_text(f"the C++ build failed: {why}\n", encoding="utf-8")
                 print(f"\nWARNING: kernels NOT built: {why}\nThe install goes on with plain PyTorch: same numbers, slower.\n", file=sys.stderr)
 
     command = {"build_ext": Build}

@@ -33,5 +33,5 @@ def rows():
 
 def get_saes(model, tokenizer, jobs, cache):
     """The SAEs of one hook, trained or from the cache."""
-    train_missing(model, tokenizer, jobs, cache)
+    train_missing(model, tokenizer, jobs, cache, jobs[0]["data"])
     return [load_sae(cache_folder(cache, job), torch.device("cpu")) for job in jobs]

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import formats
-from common import head, load_model, read_table
+from common import head, load_model
 from hub import serve
 from sae import Training, activation_chunks, save_sae
+from store import read_table
 from text import packed_rows
 
 import torch

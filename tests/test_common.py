@@ -4,15 +4,16 @@ import json
 import math
 import types
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
+import store
 import text
-from common import UserError, clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from common import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
 from conftest import tiny_model
+from errors import UserError
 
 
 # ---------------------------------------------------------------------------------------------- model split
@@ -192,39 +193,12 @@ def test_counts_read_both_ways():
             common.parse_count(bad)
 
 
-# ------------------------------------------------------------------------------------------- output folders
-def test_a_folder_of_other_settings_is_refused_and_unharmed(tmp_path):
-    common.open_output(tmp_path, {"k": [1]}, fresh=False)
-    (tmp_path / "conditions.csv").write_text("kept")
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"k: there \[1\], here \[2\]"):
-        common.open_output(tmp_path, {"k": [2]}, fresh=False)
-    assert (tmp_path / "conditions.csv").read_text() == "kept"
-    common.open_output(tmp_path, {"k": [1]}, fresh=False)  # the same settings go on
-    common.open_output(tmp_path, {"k": [2]}, fresh=True)
-    assert not (tmp_path / "conditions.csv").exists() and (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_numbers_have_one_format_and_gaps_a_name(tmp_path):
-    common.write_table(tmp_path / "t.csv", [{"a": 1 / 3, "b": math.nan, "c": 7, "d": None, "e": "x"}], list("abcde"))
-    assert (tmp_path / "t.csv").read_text() == "a,b,c,d,e\n0.333333,undefined,7,undefined,x\n"
-    row = common.read_table(tmp_path / "t.csv")[0]
-    assert row["a"] == 0.333333 and math.isnan(row["b"]) and row["c"] == 7 and row["e"] == "x"
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    (tmp_path / "f").write_text("old")
-    with pytest.raises(RuntimeError), common.atomically(tmp_path / "f") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-
-
+# ------------------------------------------------------------------------------------------------------ diff
 def test_diff_sees_what_is_above_tolerance(tmp_path, capsys):
     columns = ["model", "k", "n_tok", "r2", "ce_rec"]
     base = [{"model": "m", "k": k, "n_tok": 10, "r2": 0.5, "ce_rec": 0.4} for k in (1, 2)]
     for name, change in (("a", {}), ("b", {"r2": 0.5 + 1e-5}), ("c", {"ce_rec": 0.6}), ("d", {"n_tok": 11}), ("e", {"r2": math.nan})):
-        common.write_table(tmp_path / name / "conditions.csv", [base[0], base[1] | change], columns)
+        store.write(tmp_path / name / "conditions.csv", store.as_csv([base[0], base[1] | change], columns))
     status = {name: common.diff(tmp_path / "a", tmp_path / name) for name in "abcde"}
     assert status == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1}
     assert "worst: ce_rec of m 2: 0.4 | 0.6" in capsys.readouterr().out

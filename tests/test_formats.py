@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import common
 import formats
 from audit import definitions
-from common import UserError
+from errors import UserError
 from conftest import tiny_model
 from proxies import evaluate, metrics
 

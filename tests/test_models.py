@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fisher
-from common import UserError, clean_pass, fingerprint, head, load_model, log_probs, tail
+from common import clean_pass, fingerprint, head, load_model, log_probs, tail
+from errors import UserError
 from proxies import evaluate, metrics
 from sae import tied_init
 from text import heldout_rows

@@ -135,12 +135,12 @@ def row(name, value):
 
 def test_gathering_twice_or_after_a_crash_counts_nothing_twice(tmp_path):
     part = lambda name, value: ([row(name, value)], {"sse": np.full((1, 3), value), "d": np.array([4])}, {f"m@1/{name}/sse": np.ones(3)}, {})
-    add_results(tmp_path, *part("a", 1.0))
-    add_results(tmp_path / ".rank1", *part("a", 1.0))  # gathered once, and killed before its folder was removed
-    add_results(tmp_path / ".rank1", *part("b", 2.0))
-    gather(tmp_path)
+    add_results(tmp_path, {}, *part("a", 1.0))
+    add_results(tmp_path / ".rank1", {}, *part("a", 1.0))  # gathered once, and killed before its folder was removed
+    add_results(tmp_path / ".rank1", {}, *part("b", 2.0))
+    gather(tmp_path, {})
     rows, sums = load_results(tmp_path)
     assert [r["sae"] for r in rows] == ["a", "b"] and sums["sse"].tolist() == [[1.0] * 3, [2.0] * 3]
     assert not (tmp_path / ".rank1").exists()
-    gather(tmp_path)
+    gather(tmp_path, {})
     assert len(load_results(tmp_path)[0]) == 2

@@ -1,0 +1,284 @@
+"""Files that outlive a run: all of a change or nothing of it, at whatever moment it is killed; nothing of a user's touched."""
+import json
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import store
+from conditions import open_output
+from errors import Damaged, Fault, UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECORD = store.RUN
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing that handles exceptions runs after it (see `kill_at`)."""
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def kill_at(monkeypatch, moment: int) -> None:
+    """Before its `moment`-th step that the disk would see, the process dies; from then on it can do nothing more."""
+    steps = iter(range(10 ** 6))
+
+    def dying(function):
+        def step(*args, **kwargs):
+            if next(steps) >= moment:
+                raise Killed
+            return function(*args, **kwargs)
+        return step
+
+    for where, name in ((os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir")):
+        monkeypatch.setattr(where, name, dying(getattr(where, name)))
+
+
+OLD = {"a.csv": b"old a", "b.npz": b"old b", "gone.csv": b"old c"}
+NEW = {"a.csv": b"new a", "b.npz": b"new b", "gone.csv": None, "more.csv": b"new d"}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_change_killed_at_any_step_is_whole_or_not_at_all(tmp_path, monkeypatch, twice):
+    """Killed a second time while putting in order what the first left, too."""
+    seen = set()
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        store.put(folder / RECORD, OLD, colour="old")
+        try:
+            with monkeypatch.context() as patch:
+                kill_at(patch, moment)
+                store.put(folder / RECORD, NEW, colour="new")
+            finished = True
+        except Killed:
+            finished = False
+        for again in range(40 if twice else 0):
+            try:
+                with monkeypatch.context() as patch:
+                    kill_at(patch, again)
+                    store.settle(folder / RECORD)
+                break
+            except Killed:
+                pass
+        store.settle(folder / RECORD)
+        files = {name: (folder / name).read_bytes() for name in store.written(folder / RECORD)}
+        assert files in (OLD, {name: content for name, content in NEW.items() if content}), moment
+        assert (store.load(folder / RECORD)["colour"] == "new") == (files != OLD)
+        assert set(contents(folder)) == {*files, RECORD}, moment  # and no temporary file is left
+        assert all(store.checked(folder / RECORD, name) for name in files)
+        seen.add(files == OLD)
+        if finished:
+            break
+    assert finished and moment > 12 and seen == {False, True}
+
+
+def test_what_is_not_as_it_was_written_is_refused(tmp_path):
+    store.put(tmp_path / RECORD, {"a.csv": b"some bytes", "b.csv": b"more"}, settings={"k": [4]})
+    store.checked(tmp_path / RECORD, "a.csv")
+    for change in (b"some bytez", b"", b"some bytes "):
+        (tmp_path / "a.csv").write_bytes(change)
+        with pytest.raises(Damaged, match="a.csv: not as it was written"):
+            store.checked(tmp_path / RECORD, "a.csv")
+    (tmp_path / "a.csv").unlink()
+    with pytest.raises(Damaged, match="a.csv: No such file"):
+        store.checked(tmp_path / RECORD, "a.csv")
+    (tmp_path / "a.csv").mkdir()
+    with pytest.raises(Damaged, match="a.csv: Is a directory"):
+        store.checked(tmp_path / RECORD, "a.csv")
+    (tmp_path / "mine.csv").write_bytes(b"mine")
+    with pytest.raises(Damaged, match="not written by this program"):
+        store.checked(tmp_path / RECORD, "mine.csv")
+
+
+def test_every_flipped_bit_of_a_record_is_seen(tmp_path):
+    """Or changes nothing: a blank of another kind."""
+    store.put(tmp_path / RECORD, {"a.csv": b"x"}, settings={"k": [4], "models": ["s"]}, seconds=None)
+    whole, before = (tmp_path / RECORD).read_bytes(), store.load(tmp_path / RECORD)
+    seen = 0
+    for i in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[i // 8] ^= 1 << i % 8
+        (tmp_path / RECORD).write_bytes(flipped)
+        try:
+            assert store.load(tmp_path / RECORD) == before, i
+        except Damaged:
+            seen += 1
+    assert seen > 0.8 * 8 * len(whole)
+    for text in ("", "[]", "null", "3", "{}", '{"settings": {}}', "[" * 10 ** 5, "\0"):
+        (tmp_path / RECORD).write_text(text)
+        with pytest.raises(Damaged):
+            store.load(tmp_path / RECORD)
+
+
+def test_a_file_that_a_user_changed_or_put_there_is_kept(tmp_path, capsys):
+    store.put(tmp_path / RECORD, {"report.md": b"ours", "plot.png": b"ours"})
+    (tmp_path / "report.md").write_bytes(b"ours, with notes")
+    (tmp_path / "new.csv").write_bytes(b"theirs")
+    (tmp_path / "plot.png").unlink()
+    store.put(tmp_path / RECORD, {"report.md": b"ours again", "new.csv": b"ours too", "plot.png": b"ours again"})
+    store.put(tmp_path / RECORD, {"report.md": b"ours", "new.csv": None})
+    assert (tmp_path / "report.kept.md").read_bytes() == b"ours, with notes" and (tmp_path / "new.kept.csv").read_bytes() == b"theirs"
+    assert "report.md was changed by someone else: kept as report.kept.md" in capsys.readouterr().out
+    (tmp_path / "report.md").write_bytes(b"notes again")
+    store.remove(tmp_path / RECORD)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"report.kept.md": b"ours, with notes", "new.kept.csv": b"theirs",
+                                                                    "report.kept-2.md": b"notes again"}
+
+
+def test_fresh_removes_what_runs_wrote_and_nothing_else(tmp_path):
+    """holiday.png and .rankings/ went, once."""
+    for name in ("holiday.png", "notes.txt", ".rankings/list", "unlisted.csv"):
+        store.write(tmp_path / name, b"mine")
+    theirs = contents(tmp_path)
+    for fresh in (False, True):
+        open_output(tmp_path, {"k": [1]}, fresh)
+        store.put(tmp_path / RECORD, {"conditions.csv": b"1", "learning.png": b"2"}, settings={"k": [1]})
+        store.put(tmp_path / ".rank1" / RECORD, {"conditions.csv": b"1"}, settings={"k": [1]})
+    with pytest.raises(UserError, match=r"k: there \[1\], here \[2\]"):
+        open_output(tmp_path, {"k": [2]}, fresh=False)
+    assert contents(tmp_path).items() > theirs.items() and (tmp_path / "conditions.csv").exists()
+    open_output(tmp_path, {"k": [2]}, fresh=True)
+    assert set(contents(tmp_path)) == {*theirs, RECORD, store.LOCK} and contents(tmp_path).items() > theirs.items()
+    store.release(tmp_path)
+
+
+def test_a_folder_with_results_that_nobody_lists_is_refused(tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="report.md, which no run.json lists"):
+            open_output(tmp_path, {}, fresh)
+    (tmp_path / RECORD).write_text('{"settings": {}, "command": []}')  # of another program, or an older version of this one
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="run.json: not a record of this program"):
+            open_output(tmp_path, {}, fresh)
+    assert (tmp_path / "report.md").read_text() == "mine"
+    store.release(tmp_path)
+
+
+@pytest.mark.parametrize("made", ["file", "link", "folder"])
+def test_a_rank_folder_that_is_none_is_left_alone(tmp_path, made):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/mine").write_text("mine")
+    {"file": lambda path: path.write_text("mine"), "link": lambda path: path.symlink_to(tmp_path / "else"),
+     "folder": lambda path: (path.mkdir(), (path / "mine").write_text("mine"))}[made](tmp_path / ".rank0")
+    from conditions import gather
+    with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
+        gather(tmp_path, {})
+    with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
+        open_output(tmp_path, {}, fresh=True)
+    assert os.path.lexists(tmp_path / ".rank0") and (tmp_path / "else/mine").read_text() == "mine"
+    store.release(tmp_path)
+
+
+def test_the_umask_decides_who_reads(tmp_path):
+    import torch
+    from sae import save_sae, tied_init
+    before = os.umask(0o022)
+    try:
+        save_sae(tmp_path / "sae", tied_init(4, 8, 2, 0, torch.zeros(4)), {"k": 2})
+        store.put(tmp_path / RECORD, {"c.npz": store.as_npz({"x": np.ones(3)})})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()} == {0o644}
+
+
+def test_a_write_that_fails_leaves_the_old_and_says_so(tmp_path):
+    store.put(tmp_path / RECORD, {"a.csv": b"old"})
+    before = contents(tmp_path)
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Fault, match="cannot be written .No space left on device"):
+        store.put(tmp_path / RECORD, {"b.csv": b"new", "a.csv": full})
+    assert contents(tmp_path) == before
+    with pytest.raises(Fault):
+        store.write(tmp_path / "a.csv", full)
+    assert contents(tmp_path) == before
+
+
+LIMITED = """
+import resource, sys, pathlib
+import store, common
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # a disk that takes no more
+def main():
+    import torch
+    store.put(pathlib.Path(sys.argv[1]) / "run.json", {"a.bin": {content}})
+common.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("content", ["b'x' * 9000", "lambda file: torch.save(torch.zeros(9000), file)", "store.as_npz({'x': __import__('numpy').random.rand(9000)})"])
+def test_a_full_disk_is_one_line(tmp_path, content):
+    done = subprocess.run([sys.executable, "-c", LIMITED.replace("{content}", content), str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "cannot be written" in done.stderr and not contents(tmp_path), done.stderr
+
+
+# ------------------------------------------------------------------------------------------ one writer at a time
+HOLD = """
+import store, sys, pathlib
+store.claim(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_writer_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
+    hold = lambda: subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = hold()
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"in use by process {first.pid} on "):
+        store.claim(tmp_path)
+    first.kill()
+    first.communicate()
+    assert (tmp_path / store.LOCK).exists()
+    store.claim(tmp_path)
+    store.claim(tmp_path)  # what this process holds it may claim again
+    store.release(tmp_path)
+    assert not (tmp_path / store.LOCK).exists()
+    second = hold()
+    assert second.stdout.readline() == "held\n"
+    second.communicate("")
+    assert not (tmp_path / store.LOCK).exists()  # its end gave it up
+
+
+def test_who_waits_goes_on_when_the_other_ends(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    waited = []
+    store.claim(tmp_path, wait=lambda who: (waited.append(who), threading.Timer(0.3, first.communicate, [""]).start()))
+    assert len(waited) == 1 and f"process {first.pid} on" in waited[0] and (tmp_path / store.LOCK).exists()
+    store.release(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ formats
+def test_numbers_have_one_format_and_gaps_a_name(tmp_path):
+    store.write(tmp_path / "t.csv", store.as_csv([{"a": 1 / 3, "b": np.nan, "c": 7, "d": None, "e": "x"}], list("abcde")))
+    assert (tmp_path / "t.csv").read_text() == "a,b,c,d,e\n0.333333,undefined,7,undefined,x\n"
+    row = store.read_table(tmp_path / "t.csv")[0]
+    assert row["a"] == 0.333333 and np.isnan(row["b"]) and row["c"] == 7 and row["e"] == "x"
+
+
+def test_arrays_come_back_and_pickles_do_not(tmp_path):
+    store.write(tmp_path / "t.npz", store.as_npz({"x": np.arange(3), "name": np.array(["a", "ö"])}))
+    back = store.read_npz(tmp_path / "t.npz")
+    assert back["x"].tolist() == [0, 1, 2] and back["name"].tolist() == ["a", "ö"]
+    np.savez(tmp_path / "p.npz", x=np.array([print], dtype=object))
+    for name, content in (("p.npz", None), ("e.npz", b""), ("g.npz", b"PK garbage"), ("h.npz", (tmp_path / "t.npz").read_bytes()[:80])):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(Damaged):
+            store.read_npz(tmp_path / name)
+
+
+def test_json_is_plain(tmp_path):
+    content = store.plain({"a": np.float64(1.5), "b": [np.int64(2), np.nan], "c": (None, "x")})
+    assert json.loads(store.as_json(content)) == {"a": 1.5, "b": [2, None], "c": [None, "x"]}
