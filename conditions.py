@@ -439,7 +439,8 @@ def shares(missing: list[tuple]) -> list[tuple]:
 
 
 # --------------------------------------------------------------------------------------------- the folder
-RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", "verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv")
+DERIVED = ("verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv")  # and pictures: made again from the others
+RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", *DERIVED)
 
 
 def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | None = None) -> None:
@@ -456,7 +457,7 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
             discard(part)
         store.remove(record)
     store.settle(record)
-    there = store.load(record)
+    there = check_data(record)
     if theirs := [name for name in RESULT_FILES if not there and os.path.lexists(out / name)]:
         raise UserError(f"--out {out} holds {', '.join(theirs)}, which no run.json lists: use another --out, or move them away")
     before = there.get("settings", settings)
@@ -471,6 +472,15 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     versions = {m.__name__: m.__version__ for m in (torch, np, scipy, transformers)}
     store.put(record, {}, settings=settings, paths=paths or {}, command=sys.argv, python=platform.python_version(), platform=platform.platform(),
               host=socket.gethostname(), versions=versions, threads=torch.get_num_threads(), kernels=kernels.describe(), seconds=None)
+
+
+def check_data(record: pathlib.Path) -> dict:
+    """The record of a results folder, every file of which that cannot be made again from the others is as it was written. Raises Damaged."""
+    there = store.load(record)
+    for name in there.get("files", {}):
+        if name not in DERIVED and not name.endswith(".png"):
+            store.checked(record, name)
+    return there
 
 
 def load_results(out: pathlib.Path) -> tuple[list[dict], dict]:
@@ -501,6 +511,7 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     store.writable(out, "--from")
     store.claim(out)
     store.settle(record)
+    check_data(record)
     missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
     if missing or about["seconds"] is None:
         raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")

@@ -16,11 +16,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = ((os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir"), (pathlib.Path, "rmdir"))
 
 
-def run(script: str, *arguments, kill: int | None = None, after: float | None = None) -> subprocess.CompletedProcess:
-    """kill: at this step; after: so many seconds from the start."""
+def run(script: str, *arguments, kill: int | None = None, after: float | None = None, setup: str = "") -> subprocess.CompletedProcess:
+    """kill: at this step; after: so many seconds from the start; setup: what the process executes before the script."""
     server, folder = _server()
     out, err = folder / "out", folder / "err"
-    command = dict(script=script, arguments=[str(a) for a in arguments], out=str(out), err=str(err), kill=kill, after=after)
+    command = dict(script=script, arguments=[str(a) for a in arguments], out=str(out), err=str(err), kill=kill, after=after, setup=setup)
     server.stdin.write(json.dumps(command) + "\n")
     server.stdin.flush()
     status = int(server.stdout.readline())
@@ -76,8 +76,9 @@ def child(command: dict, main, run_script) -> int:
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = [command["script"], *command["arguments"]]
+    exec(command["setup"], {})
+    left = iter(range(command["kill"] or 0))
     if command["kill"] is not None:
-        left = iter(range(command["kill"]))
         for where, name in STEPS:
             setattr(where, name, _mortal(getattr(where, name), left))
     status = 0
@@ -89,6 +90,8 @@ def child(command: dict, main, run_script) -> int:
         traceback.print_exc()
         status = 1
     atexit._run_exitfuncs()
+    if command["kill"] is not None:
+        print(f"not killed after {command['kill'] - len(list(left))} steps", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     return status

@@ -1,0 +1,153 @@
+"""What determines an SAE decides its name, and what determines a result decides whether its folder may go on."""
+import json
+import pathlib
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+import zygote
+from common import readable_names
+from store import read_table
+from text import in_heldout
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GRID = ["--k", "4", "--tokens", "10k", "--eval-seqs", "6", "--ctx", "64"]
+
+
+def script(name, *arguments, check=0):
+    done = zygote.run(name, *arguments)
+    assert done.returncode == check, done.stderr[-2000:]
+    return done.stderr
+
+
+def documents(seed: int, side: str, n: int) -> list[str]:
+    """Made-up documents of one side."""
+    rng, found = random.Random(seed), []
+    while len(found) < n:
+        words = ["".join(rng.choices("etaoinshr", k=rng.randint(2, 6))) for _ in range(60)]
+        text = f"def {words[0]}(self):\n    return " + " ".join(words)
+        found += [text] * (in_heldout(text) == (side == "heldout"))
+    return found
+
+
+def write(path: pathlib.Path, train: int) -> pathlib.Path:
+    """A text whose held-out side is always the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(0, "heldout", 30) + documents(train, "train", 120)))
+    return path
+
+
+def saes(cache: pathlib.Path) -> set[str]:
+    return {path.name for path in cache.iterdir() if not path.name.startswith(".")}
+
+
+def r2(out: pathlib.Path) -> float:
+    return next(row["r2"] for row in read_table(out / "conditions.csv") if row["recipe"] == "base")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of stdlib-s that may be changed."""
+    shutil.copytree(ROOT / "demo/stdlib-s", tmp_path / "a/model", symlinks=False)
+    return tmp_path / "a/model"
+
+
+def test_another_training_text_is_another_sae(tmp_path):
+    """The held-out side was all that the cache knew: with another training text it served the old SAE without a word."""
+    data, cache = write(tmp_path / "d.jsonl", train=1), tmp_path / "cache"
+    command = ["--models", "stdlib-s", *GRID, "--data", data, "--cache", cache]
+    script("expb.py", *command, "--out", tmp_path / "1")
+    write(data, train=2)
+    script("expb.py", *command, "--out", tmp_path / "2")
+    script("expb.py", *command, "--out", tmp_path / "3", "--cache", tmp_path / "another")
+    assert len(saes(cache)) == 2 and r2(tmp_path / "1") != r2(tmp_path / "2") == r2(tmp_path / "3")
+    assert "data_content: there" in script("expb.py", *command, "--out", tmp_path / "1", check=2)
+
+
+def test_another_tokenizer_or_configuration_is_another_sae(tmp_path, model):
+    cache, command = tmp_path / "cache", ["--models", model, *GRID, "--cache", tmp_path / "cache"]
+    script("expb.py", *command, "--out", tmp_path / "1")
+    before = {name: (model / name).read_text() for name in ("tokenizer.json", "config.json")}
+
+    tokenizer = json.loads(before["tokenizer.json"])
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    configuration = json.loads(before["config.json"])
+    configuration["use_parallel_residual"] = not configuration["use_parallel_residual"]
+    for i, (name, content, word) in enumerate((("tokenizer.json", tokenizer, "tokenizers"), ("config.json", configuration, "weights"))):
+        (model / name).write_text(json.dumps(content))
+        assert f"{word}: there" in script("expb.py", *command, "--out", tmp_path / "1", check=2)
+        script("expb.py", *command, "--out", tmp_path / name)
+        assert len(saes(cache)) == 2 + i and r2(tmp_path / name) != r2(tmp_path / "1")
+        (model / name).write_text(before[name])
+    script("expb.py", *command, "--out", tmp_path / "1")
+    assert len(saes(cache)) == 3
+
+
+def test_bfloat16_is_another_sae(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        script("expb.py", "--models", "stdlib-s", *GRID, "--dtype", dtype, "--out", tmp_path / dtype, "--cache", tmp_path / "cache")
+    assert len(saes(tmp_path / "cache")) == 2
+
+
+def test_the_evaluation_is_no_part_of_an_sae(tmp_path):
+    """expa, expb and expc, each with its own evaluation set, trained the same SAEs three times over."""
+    cache = tmp_path / "cache"
+    common = ["--models", "stdlib-s", "--k", "2,4", "--tokens", "10k", "--ctx", "64", "--cache", cache]
+    script("expb.py", *common, "--eval-seqs", "6", "--out", tmp_path / "b")
+    weights = {path: path.read_bytes() for path in cache.glob("*/sae.safetensors")}
+    assert len(weights) == 2
+    script("expb.py", *common, "--eval-seqs", "40", "--out", tmp_path / "b40")
+    script("expc_fisher.py", *common, "--eval-seqs", "20", "--out", tmp_path / "c")
+    script("expa.py", *common, "--eval-seqs", "60", "--seeds", "0", "--out", tmp_path / "a")
+    assert {path: path.read_bytes() for path in cache.glob("*/sae.safetensors")} == weights
+
+
+def test_results_do_not_say_where_things_lie(tmp_path, model):
+    """They say a name and what was in it; run.json says where. Moved elsewhere, the same run goes on."""
+    data = write(tmp_path / "a/texts/d.jsonl", train=1).parent
+    command = lambda place: ["--models", tmp_path / place / "model", *GRID, "--data", tmp_path / place / "texts", "--save-tokens", "--out", tmp_path / "out",
+                             "--cache", tmp_path / "cache"]
+    for name in ("expb.py", "expc_fisher.py"):
+        script(name, *command("a"), *(["--out", tmp_path / "c"] if name != "expb.py" else []))
+    verdict = tmp_path / "verdict.json"
+    verdict.write_text(json.dumps({"leaf": "H1", "settings": {}}))
+    script("expb.py", "--from", tmp_path / "out", "--verdict", verdict)
+    files = [p for folder in ("out", "c", "cache") for p in (tmp_path / folder).rglob("*") if p.is_file() and p.name != "run.json"]
+    for path in files:
+        content = repr(dict(np.load(path))).encode() if path.suffix == ".npz" else path.read_bytes()
+        assert str(tmp_path).encode() not in content, path
+    verdict = json.loads((tmp_path / "out/verdict.json").read_text())
+    assert verdict["settings"]["models"] == ["model"] and verdict["settings"]["data"] == "texts"
+    assert json.loads((tmp_path / "out/run.json").read_text())["paths"] == {str(model): str(model), str(data): str(data)}
+    before = {path: path.read_bytes() for path in files if path.parent.name == "out"}
+    (tmp_path / "a").rename(tmp_path / "b")
+    script("expb.py", *command("b"))
+    assert len(saes(tmp_path / "cache")) == 1 and all(path.read_bytes() == content for path, content in before.items() if path.name == "conditions.csv")
+
+
+def test_paths_of_one_name_are_told_apart(tmp_path):
+    for name in ("x/model", "y/model", "y/other"):
+        (tmp_path / name).mkdir(parents=True)
+    names = [str(tmp_path / name) for name in ("x/model", "y/model", "y/other")]
+    assert list(readable_names(names).values()) == ["x/model", "y/model", "other"]
+    assert readable_names(["stdlib-s", "org/model", names[0]]) == {"stdlib-s": "stdlib-s", "org/model": "org/model", names[0]: "model"}
+
+
+def test_the_order_of_the_arguments_leaves_no_trace(tmp_path, model):
+    models, k = ["stdlib-s", str(model), f"{model}@1"], ["2", "4"]  # two of one size
+    grid = ["--tokens", "10k", "--eval-seqs", "6", "--ctx", "64"]
+    for name, turn in (("1", lambda x: x), ("2", lambda x: x[::-1])):
+        script("expb.py", "--models", ",".join(turn(models)), "--k", ",".join(turn(k)), *grid, "--out", tmp_path / name, "--cache", tmp_path / f"c{name}")
+    contents = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    script("expb.py", "--models", ",".join(models), "--k", "4,2", *grid, "--out", tmp_path / "2", "--cache", tmp_path / "c2")  # the same run
+
+
+def test_a_long_name_is_no_obstacle(tmp_path, model):
+    long = model.rename(model.parent / ("m" * 240))
+    script("expb.py", "--models", long, *GRID, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert len(saes(tmp_path / "cache")) == 1
