@@ -373,7 +373,8 @@ def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
     if CHECKPOINT not in store.written(record):
         return None
     try:
-        return torch.load(store.checked(record, CHECKPOINT), map_location=device, weights_only=True)
+        with store.reading(store.checked(record, CHECKPOINT)):
+            return torch.load(path, map_location=device, weights_only=True)
     except Damaged as why:
         aside = f", set aside as {store.set_aside(path, 'damaged').name}" if path.exists() else ""
         tqdm.write(f"{why}{aside}; training starts anew")

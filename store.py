@@ -16,8 +16,10 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import socket
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 
 import filelock
@@ -34,13 +36,13 @@ Content = bytes | Callable[[io.BufferedWriter], object]  # of a file: the bytes,
 
 # ------------------------------------------------------------------------------------------------- one file
 @contextlib.contextmanager
-def _reading(path: pathlib.Path) -> Iterator[None]:
+def reading(path: pathlib.Path) -> Iterator[None]:
     """A file that cannot be read, or not understood, is one line."""
     try:
         yield
     except OSError as error:
         raise Damaged(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:  # RuntimeError too: torch.load
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise Damaged(f"{path}: damaged ({type(error).__name__})") from error
 
 
@@ -114,7 +116,7 @@ def load(record: pathlib.Path) -> dict:
     """What a record holds; {} where there is none. Raises Damaged: unreadable, edited, or not one of ours."""
     if not os.path.lexists(record):
         return {}
-    with _reading(record):
+    with reading(record):
         content = json.loads(record.read_text(encoding="utf-8"))
         check = content.pop("check", None)
     if check is None:
@@ -187,7 +189,7 @@ def checked(record: pathlib.Path, name: str) -> pathlib.Path:
     wanted = {content.get("files", {}).get(name), content.get("coming", {}).get(name)} - {None}
     if not wanted:
         raise Damaged(f"{path}: not in {record.name}, so not written by this program")
-    with _reading(path):
+    with reading(path):
         found = sha256(path)
     if found not in wanted:
         raise Damaged(f"{path}: not as it was written (SHA-256 {found[:12]}, {record.name} says {min(wanted)[:12]})")
@@ -282,7 +284,7 @@ def read_table(path: pathlib.Path) -> list[dict]:
             with contextlib.suppress(ValueError):
                 return kind(text)
         return math.nan if text == "undefined" else text
-    with _reading(path), path.open(newline="", encoding="utf-8") as file:
+    with reading(path), path.open(newline="", encoding="utf-8") as file:
         return [{name: text if name in NAMES else value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
@@ -306,10 +308,5 @@ def as_npz(arrays: dict[str, np.ndarray]) -> Content:
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Raises Damaged."""
-    import zipfile
-    with _reading(path):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except zipfile.BadZipFile as error:
-            raise Damaged(f"{path}: damaged ({error})") from error
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        return dict(file)

@@ -1,0 +1,214 @@
+"""What is read back is checked: a damaged SAE or checkpoint is set aside and made again, damaged results are one line."""
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save
+
+import zygote
+from store import unused
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GRID = ["--models", "stdlib-s", "--k", "2,4", "--tokens", "6k", "--eval-seqs", "6", "--ctx", "64", "--save-tokens"]
+CHECKPOINTS = """
+import itertools, types, sae
+sae.CHUNK = 2048
+sae.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
+"""
+
+
+def expb(folder, *arguments, check=0, **how):
+    done = zygote.run("expb.py", *GRID, "--out", folder / "out", "--cache", folder / "cache", *arguments, setup=CHECKPOINTS, **how)
+    assert done.returncode == check, done.stderr[-2000:]
+    return done
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "run.json"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    expb(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run killed in the midst of training, and its checkpoints."""
+    folder, steps = tmp_path_factory.mktemp("half"), 40
+    while not list(folder.rglob("checkpoint.pt")):
+        expb(folder, check=-9, kill=steps)
+        steps -= 3
+    return folder
+
+
+def flip(path: pathlib.Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+def weight(path: pathlib.Path) -> None:
+    """One bit of one number of b_dec, in a file that is as well-formed as before: R^2 .2307 became .2256."""
+    tensors = load_file(path)
+    tensors["b_dec"][3] *= 2
+    path.write_bytes(save(tensors))
+
+
+def other_k(path: pathlib.Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"k": 1}))
+
+
+def to_folder(path: pathlib.Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name, harm", [("sae.safetensors", weight), ("sae.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+                                        ("cfg.json", other_k), ("cfg.json", pathlib.Path.unlink), ("provenance.json", lambda path: flip(path, 0.5)),
+                                        ("provenance.json", lambda path: path.write_bytes(b""))])
+def test_a_damaged_sae_is_set_aside_and_made_again(whole, tmp_path, name, harm):
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    victim = sorted((tmp_path / "cache").iterdir())[0]
+    harm(victim / name)
+    harmed = contents(victim)
+    printed = expb(tmp_path).stdout
+    aside = tmp_path / "cache" / f"{victim.name}.damaged"
+    assert f"{victim / name}: " in printed and f"set aside as {aside.name}, trained again" in printed
+    assert contents(aside) == harmed
+    shutil.rmtree(aside)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("harm", [lambda path: flip(path, 0.6), lambda path: flip(path, 0.05), lambda path: path.write_bytes(b""), to_folder])
+def test_a_damaged_checkpoint_is_set_aside_and_training_starts_anew(whole, half, tmp_path, harm):
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    checkpoint = next(tmp_path.rglob("checkpoint.pt"))
+    harm(checkpoint)
+    printed = expb(tmp_path).stdout
+    aside = next(tmp_path.rglob("checkpoint*damaged*"))
+    assert f"{checkpoint}: " in printed and f"set aside as {aside.name}; training starts anew" in printed
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_checkpoint_runs_no_code(whole, half, tmp_path):
+    """Even one whose checksum somebody made right."""
+    import pickle
+
+    import torch
+
+    import store
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    checkpoint = next(tmp_path.rglob("checkpoint.pt"))
+    code = pickle.dumps(Code(str(tmp_path / "ran")))
+    assert pickle.loads(code) is None and (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    torch.save(Code(str(tmp_path / "ran")), tmp_path / "code.pt")
+    store.put(checkpoint.parent / store.PROVENANCE, {"checkpoint.pt": (tmp_path / "code.pt").read_bytes()})
+    printed = expb(tmp_path).stdout
+    assert "damaged" in printed and "training starts anew" in printed and not (tmp_path / "ran").exists()
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({self.path!r}, 'w')",)
+
+
+@pytest.mark.parametrize("name", ["conditions.csv", "sequences.npz", "tokens.npz", "run.json"])
+@pytest.mark.parametrize("harm", [lambda path: flip(path, 0.7), lambda path: path.write_bytes(path.read_bytes()[:-200]), to_folder])
+def test_damaged_results_are_one_line(whole, tmp_path, name, harm):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out" / name
+    harm(path)
+    before = contents(tmp_path)
+    for arguments in (["--from", tmp_path / "out"], []):
+        said = expb(tmp_path, *arguments, check=2).stderr
+        assert f"expb.py: {path}: " in said and len(said.splitlines()) == 1, said
+    assert contents(tmp_path) == before
+
+
+def test_an_edited_number_is_no_result(whole, tmp_path):
+    """--from believed it, and wrote a hash over the one that would have told."""
+    shutil.copytree(whole / "out", tmp_path / "out")
+    table = (tmp_path / "out/conditions.csv").read_text()
+    row = next(line for line in table.splitlines() if ",base," in line)
+    (tmp_path / "out/conditions.csv").write_text(table.replace(row.split(",")[11], "0.99"))
+    assert "conditions.csv: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+
+
+def test_a_damaged_verdict_opens_no_gate(whole, tmp_path):
+    import store
+    store.put(tmp_path / "expa/run.json", {"verdict.json": json.dumps({"leaf": "undertrained", "settings": {}}).encode()})
+    shutil.copytree(whole / "out", tmp_path / "out")
+    expb(tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json")
+    (tmp_path / "expa/verdict.json").write_text(json.dumps({"leaf": "H1", "settings": {}}))
+    assert "verdict.json: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json", check=2).stderr
+
+
+def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
+    """Two kills between writing the one and the other paired rows with another SAE's sums."""
+    import store
+    from conditions import load_results
+    from errors import Damaged
+    shutil.copytree(whole / "out", tmp_path / "out")
+    sums = store.read_npz(tmp_path / "out/sequences.npz")
+    store.put(tmp_path / "out/run.json", {"sequences.npz": store.as_npz({name: value[::-1] for name, value in sums.items()})})
+    with pytest.raises(Damaged, match="other conditions"):
+        load_results(tmp_path / "out")
+
+
+def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
+    """A colleague's cache: nothing to train, so nothing to write."""
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    setpriv = shutil.which("setpriv")
+    if sys.platform != "linux" or not setpriv:
+        pytest.skip("needs setpriv to be a user whom permissions bind")
+    bound = [setpriv, "--inh-caps=-all", "--bounding-set=-all"]
+    command = [*bound, sys.executable, ROOT / "expb.py", *GRID, "--cache", tmp_path / "cache"]
+    for path in [*(tmp_path / "cache").rglob("*"), tmp_path / "cache"]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    run = lambda *more: subprocess.run([*map(str, [*command, *more])], capture_output=True, text=True, cwd=ROOT)
+    assert (done := run("--out", tmp_path / "out")).returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(whole / "out") and contents(tmp_path / "cache") == before
+    for more, words in ((["--seeds", "1"], "--cache"), (["--out", tmp_path / "cache/out"], "--out")):
+        done = run("--out", tmp_path / "new", *more)
+        assert done.returncode == 2 and words in done.stderr and "not writable (Permission denied)" in done.stderr, done.stderr
+        assert len([line for line in done.stderr.splitlines() if line.startswith("expb.py")]) == 1 and "Traceback" not in done.stderr
+    victim = next((tmp_path / "cache").iterdir())
+    (victim / "sae.safetensors").chmod(0)
+    done = run("--out", tmp_path / "unreadable")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Permission denied" in done.stderr, done.stderr
+
+
+def test_a_cache_that_goes_away_is_one_line(whole, tmp_path):
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    gone = "import conditions, shutil, sys\nload = conditions.load\n" \
+        "def vanish(*a): shutil.rmtree(sys.argv[sys.argv.index('--cache') + 1], ignore_errors=True); return load(*a)\nconditions.load = vanish"
+    done = zygote.run("expb.py", *GRID, "--out", tmp_path / "out", "--cache", tmp_path / "cache", setup=gone)
+    last = done.stderr.replace("\r", "\n").splitlines()
+    assert done.returncode == 2 and sum(line.startswith("expb.py: ") for line in last) == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_locale_without_our_letters(whole, tmp_path):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(ROOT / "expb.py"), "--from", str(tmp_path / "out")], capture_output=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0 and b"---" in done.stdout, done.stderr.decode(errors="replace")[-2000:]
+    assert contents(tmp_path / "out") == contents(whole / "out")
+
+
+def test_names_that_nothing_has(tmp_path):
+    assert unused(tmp_path / "a.csv", "kept").name == "a.kept.csv"
+    (tmp_path / "a.kept.csv").symlink_to("nowhere")
+    (tmp_path / "b.c").mkdir()
+    assert unused(tmp_path / "a.csv", "kept").name == "a.kept-2.csv" and unused(tmp_path / "b.c", "kept").name == "b.c.kept"
