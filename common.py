@@ -59,8 +59,6 @@ def said(error: BaseException) -> str:
     if isinstance(error, hub.RepositoryNotFoundError):
         return "no local path, and no repository of the hub that you may read (401 or 404)"
     text = textwrap.shorten(str(error).partition("For more information")[0], 280, placeholder=" ...")
-    if "file named model.safetensors" in text:
-        return "no model.safetensors there, and other weights, such as pickled ones, are not read"
     if isinstance(error, KeyError):
         return f"no {error} in it"
     plain = isinstance(error, (OSError, ValueError, UserError))
@@ -274,6 +272,8 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
     where += "" if "/" in name or os.path.isdir(source) else f" (embedded are {', '.join(EMBEDDED)})"
     with one_line(where):
         folder = source if os.path.isdir(source) else _download(name, revision)
+        read_config(folder)
+        weight_files(pathlib.Path(folder))
         model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                                           output_loading_info=True, ignore_mismatched_sizes=True)
     with one_line(f"{where}: its tokenizer"):
@@ -307,6 +307,35 @@ def _download(name: str, revision: str | None) -> str:
                                                  allow_patterns=["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"])
     except huggingface_hub.errors.LocalEntryNotFoundError as error:  # says what is not in the cache; its cause, why
         raise error.__cause__ or error
+
+
+def read_config(source: str, revision: str | None = None):
+    """transformers' configuration of a local folder or hub id. Raises what transformers raises, and UserError."""
+    import transformers
+    raw, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision)
+    if "transformers_weights" in raw:
+        raise UserError("config.json names transformers_weights, and only model.safetensors or its index are read")
+    return transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors that transformers takes a folder's weights from. Raises UserError where it would read anything else.
+
+    An index may name pickles, which transformers then unpickles, and files outside the folder.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError("it is an adapter to another model (adapter_config.json), or holds one")
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise UserError("no model.safetensors there, and other weights, such as pickled ones, are not read")
+    with one_line(index.name):
+        names = set(map(str, json.loads(index.read_text())["weight_map"].values()))
+    for name in sorted(names):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"its index names {name}, and only safetensors beside it are read")
+    return [folder / name for name in sorted(names)]
 
 
 def fingerprint(model) -> str:

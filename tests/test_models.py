@@ -246,6 +246,17 @@ def only_pickled(folder):
     (folder / "model.safetensors").unlink()
 
 
+def sharded(file=None, **more):
+    """The weights in a shard named in an index; as the index would say by itself, or `file` for all of them, there as a pickle too."""
+    def spoil(folder):
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        torch.save(weights, folder / "weights.bin")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file or "model-00001-of-00001.safetensors"), **more}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return spoil
+
+
 def no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
@@ -262,6 +273,13 @@ BAD = {
     "only a header": (lambda folder: (folder / "model.safetensors").write_bytes(b"12345"), "SafetensorError"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "pickled": (only_pickled, "pickled ones, are not read"),
+    "pickled, by an index": (sharded("weights.bin"), r"its index names weights\.bin, and only safetensors beside it are read"),
+    "pickled, in disguise": (sharded("weights.bin/.safetensors"), r"names weights\.bin/\.safetensors"),
+    "elsewhere": (sharded("../good/model.safetensors"), r"names \.\./good/model\.safetensors"),
+    "an index of numbers": (sharded(weight_map={"a": 3}), "names 3"),
+    "an index of nothing": (sharded(weight_map=["a"]), "index"),
+    "other weights by config": (reconfigure(transformers_weights="adapter_model.bin"), "transformers_weights"),
+    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter"),
     "a block missing": (reweigh(lambda w: [w.pop(name) for name in list(w) if ".layers.2." in name]), r"lacks 12 .*layers\.2\.attention"),
     "no unembedding": (reweigh(lambda w: w.pop("embed_out.weight")), "lacks 1 of"),
     "other shape": (reweigh(lambda w: w.update({DENSE: torch.zeros(3, 32)})), rf"{DENSE} is \[3, 32\] in the file and \[48, 32\]"),
@@ -290,6 +308,12 @@ def test_a_bad_folder_gets_one_line(good, tmp_path, spoil, word):
     assert not (folder / "ran").exists()
 
 
+def test_shards_are_read(good, tmp_path):
+    shutil.copytree(good, tmp_path / "shards")
+    sharded()(tmp_path / "shards")
+    assert fingerprint(load_model(str(tmp_path / "shards"), CPU)[0]) == fingerprint(load_model(str(good), CPU)[0])
+
+
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nothing", "a/b/c", "two words", __file__])
 def test_what_is_no_folder_and_no_hub_id_is_not_asked_for(name):
     with pytest.raises(UserError, match="no such folder"):
@@ -316,17 +340,18 @@ for name, revision in json.loads(sys.argv[1]):
 ASKED = {  # (name, revision): which weights, or a word of the one line
     ("org/good", None): 0, ("org/good", "step8"): 1, ("org/good", "step9"): "404", ("org/none", None): "no repository of the hub",
     ("org/gated", None): "gated on the hub", ("org/broken", None): "500", ("org/weightless", None): "500", ("org/cut", None): "1000 bytes",
-    ("org/pickled", None): "no model.safetensors", ("org/shape", None): "by config.json",
+    ("org/pickled", None): "no model.safetensors", ("org/index", None): "its index names weights.bin", ("org/shape", None): "by config.json",
 }
 
 
 def test_models_come_from_the_hub_by_name_and_revision(good, tmp_path):
     hub = pytest.importorskip("hub")
     repositories = tmp_path / "hub" / "models" / "org"
-    for name in ("good", "good@step8", "gated", "broken", "weightless", "cut", "pickled", "shape"):
+    for name in ("good", "good@step8", "gated", "broken", "weightless", "cut", "pickled", "index", "shape"):
         shutil.copytree(good, repositories / name)
     reweigh(lambda w: w[DENSE].zero_())(repositories / "good@step8")
     only_pickled(repositories / "pickled")
+    sharded("weights.bin")(repositories / "index")
     reweigh(lambda w: w.update({DENSE: w[DENSE][:3].clone()}))(repositories / "shape")
     with hub.serve(tmp_path / "hub") as server:
         server.fail("*org/gated*", status=401, code="GatedRepo")
