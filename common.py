@@ -58,7 +58,8 @@ def said(error: BaseException) -> str:
         return "gated on the hub (401 or 403): accept its terms there and log in with `hf auth login`"
     if isinstance(error, hub.RepositoryNotFoundError):
         return "no local path, and no repository of the hub that you may read (401 or 404)"
-    text = textwrap.shorten(str(error).partition("For more information")[0], 280, placeholder=" ...")
+    text = re.split("For more information|Exception raised from", str(error))[0]  # advice, and torch's frames in C++
+    text = textwrap.shorten(text, 280, placeholder=" ...")
     if isinstance(error, KeyError):
         return f"no {error} in it"
     plain = isinstance(error, (OSError, ValueError, UserError))
@@ -246,6 +247,10 @@ def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device) ->
 
 
 # ------------------------------------------------------------------------------------- language models
+COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024  # what a config.json counts out
+MASKS = 2 ** 26  # numbers; GPT-Neo's are context^2 a block
+
+
 def load_model(name: str, device: torch.device, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
     """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id. Raises UserError.
 
@@ -272,8 +277,7 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
     where += "" if "/" in name or os.path.isdir(source) else f" (embedded are {', '.join(EMBEDDED)})"
     with one_line(where):
         folder = source if os.path.isdir(source) else _download(name, revision)
-        read_config(folder)
-        weight_files(pathlib.Path(folder))
+        check_size(read_config(folder), weight_files(pathlib.Path(folder)))
         model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                                           output_loading_info=True, ignore_mismatched_sizes=True)
     with one_line(f"{where}: its tokenizer"):
@@ -310,12 +314,50 @@ def _download(name: str, revision: str | None) -> str:
 
 
 def read_config(source: str, revision: str | None = None):
-    """transformers' configuration of a local folder or hub id. Raises what transformers raises, and UserError."""
+    """transformers' configuration of a local folder or hub id. Raises what transformers raises, and UserError.
+
+    What it counts out (blocks, experts) is bounded first: transformers would make lists of them before any size is known.
+    """
     import transformers
     raw, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision)
     if "transformers_weights" in raw:
         raise UserError("config.json names transformers_weights, and only model.safetensors or its index are read")
-    return transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    for name, value in _numbers(raw):
+        if re.fullmatch(COUNTED, name) and not value <= MOST_MODULES:
+            raise UserError(f"by config.json {name} is {value:.6g}: more than the {MOST_MODULES} that are read")
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        raise UserError(f"by config.json num_hidden_layers is {config.num_hidden_layers}")
+    return config
+
+
+def _numbers(content, name: str = "") -> Iterator[tuple[str, float]]:
+    """(field, number) of all that a JSON value holds; an item of a list goes by the list's name."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _numbers(value, key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _numbers(value, name)
+    elif isinstance(content, (int, float)):
+        yield name, content
+
+
+def check_size(config, files: list[pathlib.Path]) -> None:
+    """Raises UserError for a model by `config` that is larger than its safetensors, before its memory is spent.
+
+    Up to twice the size goes on, to be told which weight is missing; MASKS allows for buffers, which no file holds.
+    """
+    import transformers
+    from safetensors import safe_open
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted, there = sum(t.numel() for t in (*model.parameters(), *model.buffers())), 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            there += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    if wanted > 2 * there + MASKS:
+        raise UserError(f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} numbers")
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -10,8 +10,8 @@ import platform
 import shutil
 import time
 
-from common import (EMBEDDED, Fault, UserError, atomically, check_parity, fingerprint, load_model, markdown, open_output, pick_device,
-                    pick_layer, read_table, readable_count, write_run, write_table)
+from common import (EMBEDDED, Fault, UserError, atomically, check_parity, fingerprint, load_model, markdown, one_line, open_output,
+                    pick_device, pick_layer, read_config, read_table, readable_count, write_run, write_table)
 
 import numpy as np
 import torch
@@ -167,17 +167,15 @@ def shape_of(name: str, revision: str | None):
     """The model without weights (`meta` device): what its size costs, from its config alone. The presets' are known here."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
-    try:
+    with one_line(f"--models {name}" + ("" if "/" in name else f" (embedded are {', '.join(EMBEDDED)})")):
         if name in PYTHIA:
             d, n_layers, heads = PYTHIA[name]
             config = transformers.GPTNeoXConfig(hidden_size=d, num_hidden_layers=n_layers, num_attention_heads=heads, intermediate_size=4 * d,
                                                 vocab_size=50304)
         else:
-            config = transformers.AutoConfig.from_pretrained(EMBEDDED.get(name, name), revision=revision or "main", trust_remote_code=False)
+            config = read_config(EMBEDDED.get(name, name), revision or "main")
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--models {name}: {str(error).strip().splitlines()[0]} (embedded: {', '.join(EMBEDDED)})") from error
 
 
 def block_size(model) -> int:

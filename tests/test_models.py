@@ -1,4 +1,5 @@
 """Any Hugging Face causal language model: split at every block of every family, in bfloat16, from files and a hub of strangers."""
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fisher
 from common import UserError, clean_pass, fingerprint, head, load_model, log_probs, tail
+from conditions import shape_of
 from proxies import evaluate, metrics
 from sae import tied_init
 from text import heldout_rows
@@ -267,6 +269,11 @@ def own_code(folder):
     reconfigure(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(folder)
 
 
+def masks_of_a_million_positions(folder):
+    make("gpt_neo", torch.float32).save_pretrained(folder)
+    reconfigure(max_position_embeddings=10 ** 6)(folder)
+
+
 DENSE = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
 BAD = {
     "truncated": (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]), "SafetensorError"),
@@ -288,6 +295,17 @@ BAD = {
     "unknown family": (reconfigure(model_type="zzz", architectures=["Zzz"]), "zzz"),
     "not text": (reconfigure(model_type="vit", architectures=["ViTModel"]), "ViT"),
     "bad value": (reconfigure(num_hidden_layers="four"), "num_hidden_layers"),
+    "a million blocks": (reconfigure(num_hidden_layers=10 ** 6), "num_hidden_layers is 1e\\+06: more than the 1024"),
+    "endless blocks": (reconfigure(num_hidden_layers=10 ** 30), "num_hidden_layers is 1e\\+30"),
+    "blocks to a float's end": (reconfigure(num_hidden_layers=1e30), "num_hidden_layers is 1e\\+30"),
+    "endless experts": (reconfigure(text={"num_local_experts": 10 ** 9}), "num_local_experts is 1e\\+09"),
+    "endless kinds of attention": (reconfigure(attention_types=[[["global"], 10 ** 9]]), "attention_types is 1e\\+09"),
+    "no blocks": (reconfigure(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "a wide model": (reconfigure(hidden_size=10 ** 5), "by config.json it has 1.6e\\+11 .* hold 3.4e\\+04"),
+    "a long vocabulary": (reconfigure(vocab_size=10 ** 9), "by config.json"),
+    "a wide block": (reconfigure(intermediate_size=10 ** 8), "by config.json"),
+    "a mask of a million positions": (masks_of_a_million_positions, "by config.json"),
+    "a vocabulary without end": (reconfigure(vocab_size=10 ** 30), "Overflow|too large|unpack"),
     "bad json": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "model_type"),
     "own code": (own_code, "custom code"),
@@ -306,6 +324,24 @@ def test_a_bad_folder_gets_one_line(good, tmp_path, spoil, word):
         load_model(str(folder), CPU)
     assert str(caught.value).startswith(f"--models {folder}") and "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(folder))
     assert not (folder / "ran").exists()
+    with contextlib.suppress(UserError):  # --dry-run reads the configuration alone
+        shape_of(str(folder), None)
+
+
+def test_a_size_is_seen_before_its_memory_is_spent(good, tmp_path):
+    """Neither the grown block nor the list of blocks is ever there: the peak stays what a good model's is."""
+    spent = {}
+    for name, change in (("good", {}), ("wide", dict(intermediate_size=10 ** 7)), ("deep", dict(num_hidden_layers=10 ** 7))):
+        shutil.copytree(good, tmp_path / name)
+        reconfigure(**change)(tmp_path / name)
+        load = ("import common, conditions, contextlib, resource, sys, torch\n"
+                "with contextlib.suppress(common.UserError): common.load_model(sys.argv[1], torch.device('cpu'))\n"
+                "if sys.argv[1].endswith('deep'):\n"
+                "    with contextlib.suppress(common.UserError): conditions.shape_of(sys.argv[1], None)\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        ran = subprocess.run([sys.executable, "-c", load, tmp_path / name], capture_output=True, text=True, cwd=common.ROOT, timeout=60)
+        spent[name] = int(ran.stdout)
+    assert max(spent.values()) < spent["good"] + 200_000, spent  # KiB; the wide one would take 5 GB
 
 
 def test_shards_are_read(good, tmp_path):
