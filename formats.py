@@ -15,6 +15,7 @@ import pathlib
 import pickle
 import re
 import sys
+import zipfile
 
 from common import UserError, atomically, fingerprint, head, markdown, one_line, run_script
 
@@ -345,16 +346,39 @@ def _configuration(entry: dict) -> tuple[dict, dict]:
             {os.path.basename(name): load(entry["fetch"](name)) for name in entry["beside"]})
 
 
+def read_tensors(path: pathlib.Path) -> dict:
+    """What a weights file holds, by name. Raises UserError: a pickle that wants to run code, or a small file of large tensors.
+
+    torch neither compresses its zips nor asks that a tensor's values are all stored: both would let some KB take all memory.
+    """
+    if path.suffix != ".pt":
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as members:
+            inflated = sum(member.file_size for member in members.infolist())
+        if inflated > path.stat().st_size:
+            raise UserError(f"a zip of {path.stat().st_size} bytes whose members inflate to {inflated}")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError("a pickle that is damaged or wants to run code; only tensors and plain values are read") from error
+    if not isinstance(tensors, dict):
+        raise UserError(f"it holds a {type(tensors).__name__}, not tensors by name")
+    inner = tensors.get("ae")
+    for name, tensor in [*tensors.items(), *(inner.items() if isinstance(inner, dict) else ())]:
+        if isinstance(tensor, torch.Tensor):
+            if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+                raise UserError(f"{name} is no plain tensor of numbers")
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise UserError(f"{name} claims {tensor.numel()} values, more than are stored")
+    return tensors
+
+
 def read(entry: dict) -> FileSAE:
     """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture that is not supported."""
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
-        path = entry["fetch"](entry["weights"])
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pt" else load_file(path)
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise UserError("a pickle that is damaged or wants to run code; only tensors and plain values are read") from error
-        args = READERS[entry["format"]][1](tensors, config, beside)
+        args = READERS[entry["format"]][1](read_tensors(entry["fetch"](entry["weights"])), config, beside)
         args = {name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()}
         F, d = args["W_enc"].shape
         shapes = dict(W_dec=(F, d), b_enc=(F,), b_dec=(d,), b_in=(d,), gain=(F,), b_mag=(F,), W_skip=(d, d))

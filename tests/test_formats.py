@@ -1,6 +1,8 @@
 """SAEs from other libraries' files: each format against its formula written out densely in float64, and what is refused."""
 import json
 import pickle
+import shutil
+import zipfile
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import common
 import formats
 from audit import definitions
 from common import UserError
-from conftest import tiny_model
+from conftest import measured, tiny_model
 from proxies import evaluate, metrics
 
 D, F, K, N = 12, 40, 5, 64
@@ -279,6 +281,28 @@ def test_bad_files_are_refused_in_one_line(how, tmp_path, capsys):
     assert str(tmp_path.name) in str(caught.value) and "\n" not in str(caught.value)
     assert (how in str(caught.value)) or how == "truncated"
     assert "code was run" not in capsys.readouterr().out
+
+
+def enlarged(folder, how):
+    """An ae.pt of a few MB at most, whose tensors take half a GB or more."""
+    if how == "repeated":
+        wide = {"encoder.weight": (2 ** 14, 2 ** 13), "encoder.bias": (2 ** 14,), "decoder.weight": (2 ** 13, 2 ** 14), "b_dec": (2 ** 13,)}
+        return dictionary(folder, tensors={name: torch.zeros(1).expand(shape) for name, shape in wide.items()}, k=5)
+    dictionary(folder, tensors={"encoder.weight": torch.zeros(2 ** 27)}, file="whole")
+    with zipfile.ZipFile(folder / "whole") as whole, zipfile.ZipFile(folder / "ae.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        for name in whole.namelist():
+            with whole.open(name) as source, packed.open(name, "w") as member:
+                shutil.copyfileobj(source, member, 2 ** 20)
+    (folder / "whole").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("how, word", [("repeated", "claims 134217728 values, more than are stored"), ("packed", "inflate")])
+def test_a_small_file_is_no_large_one(how, word, tmp_path):
+    folder = enlarged(tmp_path / "resid_post_layer_1", how)
+    assert (folder / "ae.pt").stat().st_size < 4e6
+    said, peak = measured("import formats, sys\ntry: formats.read(formats.find(sys.argv[1])[0])\nexcept formats.UserError as error: print(error)", folder)
+    assert len(said) == 1 and word in said[0] and peak < 600  # reading formats.py takes 220
 
 
 @pytest.mark.parametrize("spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "/tmp/nowhere*/x"])
