@@ -75,6 +75,13 @@ def one_line(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {said(error)}") from error
 
 
+def printable(text: str, what: str) -> str:
+    """`text`, which is to stand on one line and in a file. Raises UserError for control characters and what is no Unicode."""
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
+        raise UserError(f"{what} {ascii(text)[:100]}: a control character in it")
+    return text
+
+
 # ------------------------------------------------------------------------------------------ arguments
 def parse_count(text: str) -> int:
     """'250k' -> 250000, '10M' -> 10000000."""
