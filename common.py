@@ -40,6 +40,9 @@ PRESETS = {  # the published grids, all on pythia and the Pile at 32x (published
                   seeds="0"),
     "phase2": dict(models="EleutherAI/pythia-70m,EleutherAI/pythia-410m", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"),
 }
+# of each number on the command line: far above what can be computed, and below what overflows (torch seeds a piece of a run
+# by seed x 1000003 + its number, in 63 bits)
+MOST = dict(k=10 ** 6, seeds=2 ** 32 - 1, tokens=10 ** 12, expansion=10 ** 9, eval_seqs=10 ** 6, ctx=2 ** 20)
 PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
 
 
@@ -75,10 +78,17 @@ def one_line(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {said(error)}") from error
 
 
+def brief(text: str, most: int = 60) -> str:
+    """`text`, or its beginning and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
 def printable(text: str, what: str) -> str:
-    """`text`, which is to stand on one line and in a file. Raises UserError for control characters and what is no Unicode."""
+    """`text`, a name that is to stand on one line and in files. Raises UserError for control characters and what is no Unicode."""
     if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
-        raise UserError(f"{what} {ascii(text)[:100]}: a control character in it")
+        raise UserError(f"{what} {brief(ascii(text))}: a control character in it")
+    if len(text) > 1000:
+        raise UserError(f"{what} {brief(text)}: too long for a name")
     return text
 
 
@@ -89,9 +99,11 @@ def parse_count(text: str) -> int:
     try:
         count = float(text if scale == 1 else text[:-1]) * scale
     except ValueError:
-        raise UserError(f"{text!r} is not a number of tokens: write 300000, 300k or 10M") from None
-    if not (math.isfinite(count) and count >= 1):
-        raise UserError(f"{text!r} is not a positive number of tokens")
+        raise UserError(f"--tokens {brief(text)} is not a number of tokens: write 300000, 300k or 10M") from None
+    if not count >= 1:
+        raise UserError(f"--tokens {brief(text)} is not a positive number of tokens")
+    if count > MOST["tokens"]:
+        raise UserError(f"--tokens {brief(text)}: at most {readable_count(MOST['tokens'])}")
     return round(count)
 
 
@@ -103,19 +115,25 @@ def readable_count(n: int) -> str:
     return str(n)
 
 
-def parse_ints(text: str, flag: str, least: int) -> list[int]:
+def parse_int(text: str, flag: str, least: int) -> int:
+    name = flag.removeprefix("--").replace("-", "_")
     try:
-        values = sorted({int(part) for part in text.split(",")})
+        value = int(text) if len(text) < 100 else float(text)  # int() refuses more than 4300 digits
     except ValueError:
-        raise UserError(f"{flag} {text}: whole numbers separated by commas, please") from None
-    if values[0] < least:
-        raise UserError(f"{flag} {values[0]}: must be at least {least}")
-    return values
+        raise UserError(f"{flag} {brief(text)}: whole numbers, please") from None
+    if not least <= value <= MOST[name]:
+        raise UserError(f"{flag} {brief(text)}: must be at least {least} and at most {MOST[name]}")
+    return int(value)
+
+
+def parse_ints(text: str, flag: str, least: int) -> list[int]:
+    """Whole numbers separated by commas, each once, ascending."""
+    return sorted({parse_int(part, flag, least) for part in text.split(",")})
 
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{brief(message, 280)} (see --help)")
 
 
 def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
@@ -137,11 +155,11 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     grid.add_argument("--k", help="active latents, e.g. 8,16,32")
     grid.add_argument("--seeds", help="e.g. 0,1,2")
     grid.add_argument("--tokens", help="SAE training budgets, e.g. 300k,10M")
-    grid.add_argument("--expansion", type=int, help="SAE width = expansion x d_model")
+    grid.add_argument("--expansion", help="SAE width = expansion x d_model")
     grid.add_argument("--recipe", help="how SAEs are trained: base, saelens, or both, the first being the one the verdict is about")
     grid.add_argument("--sinks", help="sink positions in SAE training: keep, drop, or both")
-    grid.add_argument("--eval-seqs", type=int, help="held-out sequences")
-    grid.add_argument("--ctx", type=int, help="tokens per sequence")
+    grid.add_argument("--eval-seqs", help="held-out sequences")
+    grid.add_argument("--ctx", help="tokens per sequence")
     grid.add_argument("--preset", choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--out", type=pathlib.Path, default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem, help="results folder")
@@ -164,7 +182,9 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.models = parse_models(args.models) if args.models else []
-    args.sae = list(dict.fromkeys(filter(None, (args.sae or "").split(","))))
+    args.sae = [printable(spec, "--sae") for spec in dict.fromkeys((args.sae or "").split(",")) if spec]
+    for name in ("revision", "data", "split", "out", "cache", "from_dir", "verdict"):
+        printable(str(getattr(args, name)), f"--{name.removesuffix('_dir')}")
     if not (args.models or args.sae):
         raise UserError("--sae: a path or a hub id, please")
     args.recipe = parse_choices(args.recipe, "--recipe", ("base", "saelens"))
@@ -172,9 +192,8 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     args.k = parse_ints(args.k, "--k", 1)
     args.seeds = parse_ints(args.seeds, "--seeds", 0)
     args.tokens = sorted({parse_count(part) for part in args.tokens.split(",")})
-    for flag, least in (("expansion", 1), ("eval_seqs", 2), ("ctx", 2)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    for name, least in (("expansion", 1), ("eval_seqs", 2), ("ctx", 2)):
+        setattr(args, name, parse_int(str(getattr(args, name)), f"--{name.replace('_', '-')}", least))
     return args
 
 
@@ -182,19 +201,21 @@ def parse_choices(text: str, flag: str, choices: tuple) -> list[str]:
     """Names separated by commas, in the order given."""
     values = list(dict.fromkeys(text.split(",")))
     if unknown := [v for v in values if v not in choices]:
-        raise UserError(f"{flag} {','.join(unknown)}: choose from {', '.join(choices)}")
+        raise UserError(f"{flag} {brief(','.join(unknown))}: choose from {', '.join(choices)}")
     return values
 
 
 def parse_models(text: str) -> list[tuple[str, int | None]]:
     models = []
     for part in text.split(","):
-        name, at, layer = part.partition("@")
+        name, at, layer = printable(part, "--models").partition("@")
         if not name or (at and not layer.isdecimal()):
-            raise UserError(f"--models {part!r}: NAME or NAME@LAYER, please")
+            raise UserError(f"--models {brief(part)}: NAME or NAME@LAYER, please")
+        if len(layer) > 4:
+            raise UserError(f"--models {brief(part)}: no model has so many layers")
         models.append((name, int(layer) if at else None))
     if len(set(models)) < len(models):
-        raise UserError(f"--models {text}: the same model and layer twice")
+        raise UserError(f"--models {brief(text, 280)}: the same model and layer twice")
     return models
 
 

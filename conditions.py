@@ -22,7 +22,7 @@ import kernels
 import ranks
 from audit import r2_by_library
 from proxies import VALUE_BITS, evaluate, hook_statistics, index_bits, metrics, sequence_weights
-from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, load_sae, tied_init, train_missing, trunk
+from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, check_memory, load_sae, tied_init, train_missing, trunk
 from text import heldout_rows
 
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
@@ -110,6 +110,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         else:
             if args.k[-1] > args.expansion * hook["d"]:
                 raise UserError(f"--k {args.k[-1]}: more than the {args.expansion * hook['d']} latents of an SAE at {args.expansion}x on {name}")
+            check_memory(hook["d"], args.expansion * hook["d"], device)
             hook["jobs"] = [dict(model=name, weights=weights, layer=hook["layer"], data=args.data, text=text, ctx=args.ctx, tokens=tokens,
                                  trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed, recipe=recipe, sinks=sinks,
                                  device=device.type, version=TRAIN_VERSION) | ({"split": args.split} if args.split != "train" else {})

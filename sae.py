@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -54,6 +55,16 @@ def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> Top
     rows = torch.randn(d_sae, d, generator=torch.Generator().manual_seed(seed))
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(b_dec.device)
     return TopKSAE(rows.clone(), torch.zeros(d_sae, device=b_dec.device), rows, b_dec.clone(), k)
+
+
+def check_memory(d: int, d_sae: int, device: torch.device) -> None:
+    """Raises UserError where one SAE in training does not fit: weights, gradients and Adam's two moments, 4 bytes each of 2 F d."""
+    needed = 4 * 4 * 2 * d_sae * d
+    cuda = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, and "
+                        f"{device.type if cuda else 'this machine'} has {there / 1e9:,.0f}")
 
 
 # ------------------------------------------------------------------------------------------- activations

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from common import UserError
 from conftest import get_saes
 import sae as sae_module
 from sae import SAELensTraining, Training, TopKSAE, activation_chunks, cache_folder, load_sae, save_sae, tied_init, trunk
@@ -308,3 +309,9 @@ def test_cache_names_read_and_stay_inside(tmp_path):
     assert name.parent == tmp_path and name.name.startswith("EleutherAI--pythia-70m-L1-F32-k8-200k-s0-")
     assert cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "../../etc"}).parent == tmp_path
     assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(tmp_path, job("y", 8, 200_000))
+
+
+def test_an_sae_larger_than_the_memory_is_refused_before_it_is_made():
+    sae_module.check_memory(64, 256, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"--expansion 1000000000: .* takes 131,072 GB in training, and this machine has \d"):
+        sae_module.check_memory(64, 64 * 10 ** 9, torch.device("cpu"))
