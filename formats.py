@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kernels
-from sae import TopKSAE, sink_positions
+from sae import TopKSAE, must_vary, sink_positions
 
 # the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one of OpenAI's
 FORMATS = {"sae_weights.safetensors": ("saelens", "cfg.json"), "sae.safetensors": ("sparsify", "cfg.json"),
@@ -452,12 +452,13 @@ def sae_fingerprint(sae: FileSAE) -> str:
 
 # ------------------------------------------------------------------------------------------- the basis gate
 def near(model, layer: int, rows: torch.Tensor) -> dict[int, torch.Tensor]:
-    """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it."""
+    """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it. Raises Fault where the hook's are all one."""
     out = {}
     for l in range(max(layer - 1, 0), min(layer + 2, model.config.num_hidden_layers)):
         h = head(model, l, rows)
         norms = torch.linalg.vector_norm(h, dim=-1)
         out[l] = h[~sink_positions(norms, norms[:, 1:].median().item())]
+    must_vary(out[layer], f"layer {layer}")
     return out
 
 

@@ -75,6 +75,12 @@ def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
     return sinks
 
 
+def must_vary(h: torch.Tensor, where: str) -> None:
+    """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
+    if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
+        raise Fault(f"{where}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to measure")
+
+
 def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0,
                       split: str = "train") -> Iterator[tuple]:
     """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of every sequence.
@@ -150,9 +156,12 @@ class Training:
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=mean.device.type in ("cpu", "cuda"))
 
     @staticmethod
-    def describe(h: torch.Tensor, sink: torch.Tensor) -> dict:
+    def describe(h: torch.Tensor, sink: torch.Tensor, where: str = "") -> dict:
         """Mean [d], E|h|^2 and variance (about the mean, summed over d) of the raw activations h [n,d] that are no sinks."""
         calm = h[~sink]
+        if not len(calm):
+            raise Fault(f"{where}: nothing but sink positions, all {len(h)} of them")
+        must_vary(calm, where)
         mean = calm.mean(0)
         return {"mean": mean, "square": calm.square().sum(1).mean().item(), "variance": (calm - mean).square().sum(1).mean().item()}
 
@@ -418,7 +427,7 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                 if i not in live:
                     budgets = [*job["trunk"], job["tokens"]]
                     recipe = RECIPES[job["recipe"]]
-                    live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]]), job["d_sae"], job["k"], job["seed"], budgets)]
+                    live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]], hook), job["d_sae"], job["k"], job["seed"], budgets)]
                 what = f"{hook} k={job['k']} seed {job['seed']}"
                 trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
                 for training in trained:
