@@ -639,6 +639,23 @@ def markdown(rows: list[dict], columns: list[str]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+def signed(value: float | None, digits: int = 2) -> str:
+    """+0.12; what is not a number says so."""
+    return f"{value:+.{digits}f}" if value is not None and math.isfinite(value) else cell(None)
+
+
+def bounds(lo: float | None, hi: float | None, digits: int = 2) -> str:
+    """[+0.10, +0.14], or `undefined` where an end is."""
+    ends = signed(lo, digits), signed(hi, digits)
+    return cell(None) if cell(None) in ends else f"[{', '.join(ends)}]"
+
+
+def span(value: float | None, lo: float | None, hi: float | None, digits: int = 2) -> str:
+    """+0.12 [+0.10, +0.14]; where there is a value and no interval: +0.12 [undefined]."""
+    number, interval = signed(value, digits), bounds(lo, hi, digits)
+    return number if number == cell(None) else f"{number} {interval}" if interval != cell(None) else f"{number} [{interval}]"
+
+
 def pyplot():
     """matplotlib.pyplot, drawing to files."""
     import matplotlib

@@ -242,6 +242,13 @@ def test_numbers_have_one_format_and_gaps_a_name(tmp_path):
     assert row["a"] == 0.333333 and math.isnan(row["b"]) and row["c"] == 7 and row["e"] == "x"
 
 
+@pytest.mark.parametrize("gap", [math.nan, math.inf, -math.inf, None])
+def test_gaps_have_a_name_in_reports_too(gap):
+    assert common.signed(gap) == common.bounds(gap, 1.0) == common.bounds(0.0, gap) == common.span(gap, gap, gap) == common.span(gap, 0.0, 1.0) == "undefined"
+    assert common.span(0.123, gap, gap) == "+0.12 [undefined]" and common.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
+    assert common.bounds(0.1, 0.24) == "[+0.10, +0.24]" and common.signed(-0.5, 3) == "-0.500"
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     (tmp_path / "f").write_text("old")
     with pytest.raises(RuntimeError), common.atomically(tmp_path / "f") as temporary:
