@@ -6,7 +6,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 
-from common import UserError, said
+from common import UserError, brief, said
 
 import torch
 
@@ -85,16 +85,27 @@ def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[in
                     while piece := "".join(lines.readlines(8000)):
                         yield piece
             return
+        if kinds == {"parquet"}:
+            import pyarrow.parquet
+            if rowless := [p for p in files if not pyarrow.parquet.read_metadata(p).num_rows]:
+                raise UserError(f"--data {rowless[0]}: the file holds no rows")
         column = None
-        for row in streamed(data, split, dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=data)):
-            if (column := column or text_column(row)) is None:
-                raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
-            if row.get(column) is not None:
-                yield row[column]
+        for number, row in enumerate(streamed(data, split, dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=data))):
+            if column is None:
+                if (column := text_column(row)) is None:
+                    raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
+                ids = isinstance(row[column], list)
+            value = row.get(column)
+            if value is None:
+                continue
+            if not (isinstance(value, list) and all(type(i) is int for i in value) if ids else isinstance(value, str)):
+                raise UserError(f"--data {data}: {column} is {brief(repr(value))} in row {number}, and {'token ids' if ids else 'text'} before")
+            yield value
     except UserError:
         raise
     except Exception as error:  # the libraries below raise a dozen kinds for "no such data set" and "not readable"
-        raise UserError(f"--data {data}: {said(error)} (there is stdlib; else a local file or folder, or a hub data set)") from error
+        hint = "" if path.exists() else " (there is stdlib; else a local file or folder, or a hub data set)"
+        raise UserError(f"--data {data}: {said(error)}{hint}") from error
 
 
 def text_column(row: dict) -> str | None:
@@ -111,6 +122,7 @@ def streamed(data: str, split: str, source: dict) -> Iterator[dict]:
     """Rows of load_dataset(**source). A fault of the network is waited out, and the stream goes on at the row where it was."""
     import datasets  # slow to import, and not needed for text files
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(50)  # CRITICAL: of what fails, it logs what it raises
     # 20 attempts of their own, each around the six requests of huggingface_hub (24 s), would multiply with ours to an hour
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     stream, given, failed = None, 0, 0
