@@ -2,7 +2,7 @@
 
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model.
 """
-from common import markdown
+from common import bounds, markdown
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def warnings(rows: list[dict]) -> list[str]:
 
 def headline(rows: list[dict]) -> str:
     """One line per SAE, best CE_rec first."""
-    lines = [row | {"interval": f"[{row['fed_nosink_lo']:+.2f}, {row['fed_nosink_hi']:+.2f}]"} for row in sorted(rows, key=lambda row: -row["ce_rec"])]
+    lines = [row | {"interval": bounds(row["fed_nosink_lo"], row["fed_nosink_hi"])} for row in sorted(rows, key=lambda row: -row["ce_rec"])]
     return markdown(lines, ["sae", "layer", "k", "l0", "r2", "r2_nosink", "cosine", "ce_rec", "frac_zero", "frac_mean", "swd_tok", "fed_nosink",
                             "interval", "flag"])
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import kernels
-from errors import Fault, UserError, one_line, said
+from errors import Fault, UserError, brief, one_line, printable, said
 from store import cell, read_table
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -39,6 +39,9 @@ PRESETS = {  # the published grids, all on pythia and the Pile at 32x (published
                   seeds="0"),
     "phase2": dict(models="EleutherAI/pythia-70m,EleutherAI/pythia-410m", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"),
 }
+# of each number on the command line: far above what can be computed, and below what overflows (torch seeds a piece of a run
+# by seed x 1000003 + its number, in 63 bits)
+MOST = dict(k=10 ** 6, seeds=2 ** 32 - 1, tokens=10 ** 12, expansion=10 ** 9, eval_seqs=10 ** 6, ctx=2 ** 20)
 PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
 
 
@@ -49,9 +52,11 @@ def parse_count(text: str) -> int:
     try:
         count = float(text if scale == 1 else text[:-1]) * scale
     except ValueError:
-        raise UserError(f"{text!r} is not a number of tokens: write 300000, 300k or 10M") from None
-    if not (math.isfinite(count) and count >= 1):
-        raise UserError(f"{text!r} is not a positive number of tokens")
+        raise UserError(f"--tokens {brief(text)} is not a number of tokens: write 300000, 300k or 10M") from None
+    if not count >= 1:
+        raise UserError(f"--tokens {brief(text)} is not a positive number of tokens")
+    if count > MOST["tokens"]:
+        raise UserError(f"--tokens {brief(text)}: at most {readable_count(MOST['tokens'])}")
     return round(count)
 
 
@@ -63,19 +68,25 @@ def readable_count(n: int) -> str:
     return str(n)
 
 
-def parse_ints(text: str, flag: str, least: int) -> list[int]:
+def parse_int(text: str, flag: str, least: int) -> int:
+    name = flag.removeprefix("--").replace("-", "_")
     try:
-        values = sorted({int(part) for part in text.split(",")})
+        value = int(text) if len(text) < 100 else float(text)  # int() refuses more than 4300 digits
     except ValueError:
-        raise UserError(f"{flag} {text}: whole numbers separated by commas, please") from None
-    if values[0] < least:
-        raise UserError(f"{flag} {values[0]}: must be at least {least}")
-    return values
+        raise UserError(f"{flag} {brief(text)}: whole numbers, please") from None
+    if not least <= value <= MOST[name]:
+        raise UserError(f"{flag} {brief(text)}: must be at least {least} and at most {MOST[name]}")
+    return int(value)
+
+
+def parse_ints(text: str, flag: str, least: int) -> list[int]:
+    """Whole numbers separated by commas, each once, ascending."""
+    return sorted({parse_int(part, flag, least) for part in text.split(",")})
 
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{brief(message, 280)} (see --help)")
 
 
 def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
@@ -97,11 +108,11 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     grid.add_argument("--k", help="active latents, e.g. 8,16,32")
     grid.add_argument("--seeds", help="e.g. 0,1,2")
     grid.add_argument("--tokens", help="SAE training budgets, e.g. 300k,10M")
-    grid.add_argument("--expansion", type=int, help="SAE width = expansion x d_model")
+    grid.add_argument("--expansion", help="SAE width = expansion x d_model")
     grid.add_argument("--recipe", help="how SAEs are trained: base, saelens, or both, the first being the one the verdict is about")
     grid.add_argument("--sinks", help="sink positions in SAE training: keep, drop, or both")
-    grid.add_argument("--eval-seqs", type=int, help="held-out sequences")
-    grid.add_argument("--ctx", type=int, help="tokens per sequence")
+    grid.add_argument("--eval-seqs", help="held-out sequences")
+    grid.add_argument("--ctx", help="tokens per sequence")
     grid.add_argument("--preset", choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--out", type=parse_path, default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem, help="results folder")
@@ -124,7 +135,9 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.models = parse_models(args.models) if args.models else []
-    args.sae = list(dict.fromkeys(filter(None, (args.sae or "").split(","))))
+    args.sae = [printable(spec, "--sae") for spec in dict.fromkeys((args.sae or "").split(",")) if spec]
+    for name in ("revision", "data", "split", "out", "cache", "from_dir", "verdict"):
+        printable(str(getattr(args, name)), f"--{name.removesuffix('_dir')}")
     if not (args.models or args.sae):
         raise UserError("--sae: a path or a hub id, please")
     args.recipe = parse_choices(args.recipe, "--recipe", ("base", "saelens"))
@@ -132,9 +145,8 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     args.k = parse_ints(args.k, "--k", 1)
     args.seeds = parse_ints(args.seeds, "--seeds", 0)
     args.tokens = sorted({parse_count(part) for part in args.tokens.split(",")})
-    for flag, least in (("expansion", 1), ("eval_seqs", 2), ("ctx", 2)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    for name, least in (("expansion", 1), ("eval_seqs", 2), ("ctx", 2)):
+        setattr(args, name, parse_int(str(getattr(args, name)), f"--{name.replace('_', '-')}", least))
     return args
 
 
@@ -149,19 +161,21 @@ def parse_choices(text: str, flag: str, choices: tuple) -> list[str]:
     """Names separated by commas, in the order given."""
     values = list(dict.fromkeys(text.split(",")))
     if unknown := [v for v in values if v not in choices]:
-        raise UserError(f"{flag} {','.join(unknown)}: choose from {', '.join(choices)}")
+        raise UserError(f"{flag} {brief(','.join(unknown))}: choose from {', '.join(choices)}")
     return values
 
 
 def parse_models(text: str) -> list[tuple[str, int | None]]:
     models = []
     for part in text.split(","):
-        name, at, layer = part.partition("@")
+        name, at, layer = printable(part, "--models").partition("@")
         if not name or (at and not layer.isdecimal()):
-            raise UserError(f"--models {part!r}: NAME or NAME@LAYER, please")
+            raise UserError(f"--models {brief(part)}: NAME or NAME@LAYER, please")
+        if len(layer) > 4:
+            raise UserError(f"--models {brief(part)}: no model has so many layers")
         models.append((name, int(layer) if at else None))
     if len(set(models)) < len(models):
-        raise UserError(f"--models {text}: the same model and layer twice")
+        raise UserError(f"--models {brief(text, 280)}: the same model and layer twice")
     return models
 
 
@@ -225,6 +239,10 @@ def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device) ->
 
 
 # ------------------------------------------------------------------------------------- language models
+COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024  # what a config.json counts out
+MASKS = 2 ** 26  # numbers; GPT-Neo's are context^2 a block
+
+
 def load_model(name: str, device: torch.device, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
     """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id. Raises UserError.
 
@@ -251,6 +269,7 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
     where += "" if "/" in name or os.path.isdir(source) else f" (embedded are {', '.join(EMBEDDED)})"
     with one_line(where):
         folder = source if os.path.isdir(source) else _download(name, revision)
+        check_size(read_config(folder), weight_files(pathlib.Path(folder)))
         model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                                           output_loading_info=True, ignore_mismatched_sizes=True)
     with one_line(f"{where}: its tokenizer"):
@@ -284,6 +303,73 @@ def _download(name: str, revision: str | None) -> str:
                                                  allow_patterns=["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"])
     except huggingface_hub.errors.LocalEntryNotFoundError as error:  # says what is not in the cache; its cause, why
         raise error.__cause__ or error
+
+
+def read_config(source: str, revision: str | None = None):
+    """transformers' configuration of a local folder or hub id. Raises what transformers raises, and UserError.
+
+    What it counts out (blocks, experts) is bounded first: transformers would make lists of them before any size is known.
+    """
+    import transformers
+    raw, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision)
+    if "transformers_weights" in raw:
+        raise UserError("config.json names transformers_weights, and only model.safetensors or its index are read")
+    for name, value in _numbers(raw):
+        if re.fullmatch(COUNTED, name) and not value <= MOST_MODULES:
+            raise UserError(f"by config.json {name} is {value:.6g}: more than the {MOST_MODULES} that are read")
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        raise UserError(f"by config.json num_hidden_layers is {config.num_hidden_layers}")
+    return config
+
+
+def _numbers(content, name: str = "") -> Iterator[tuple[str, float]]:
+    """(field, number) of all that a JSON value holds; an item of a list goes by the list's name."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _numbers(value, key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _numbers(value, name)
+    elif isinstance(content, (int, float)):
+        yield name, content
+
+
+def check_size(config, files: list[pathlib.Path]) -> None:
+    """Raises UserError for a model by `config` that is larger than its safetensors, before its memory is spent.
+
+    Up to twice the size goes on, to be told which weight is missing; MASKS allows for buffers, which no file holds.
+    """
+    import transformers
+    from safetensors import safe_open
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted, there = sum(t.numel() for t in (*model.parameters(), *model.buffers())), 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            there += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    if wanted > 2 * there + MASKS:
+        raise UserError(f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} numbers")
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors that transformers takes a folder's weights from. Raises UserError where it would read anything else.
+
+    An index may name pickles, which transformers then unpickles, and files outside the folder.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError("it is an adapter to another model (adapter_config.json), or holds one")
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise UserError("no model.safetensors there, and other weights, such as pickled ones, are not read")
+    with one_line(index.name):
+        names = set(map(str, json.loads(index.read_text())["weight_map"].values()))
+    for name in sorted(names):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"its index names {name}, and only safetensors beside it are read")
+    return [folder / name for name in sorted(names)]
 
 
 def fingerprint(model) -> str:
@@ -323,7 +409,7 @@ def readable_names(names: list[str]) -> dict[str, str]:
         own = parts.get(name, (name,))
         others = [other for other in (parts.get(n, (n,)) for n in names) if other != own]
         n = next(n for n in range(1, len(own) + 1) if n == len(own) or all(own[-n:] != other[-n:] for other in others))
-        called[name] = "/".join(own[-n:]).encode(errors="surrogateescape").decode(errors="replace")
+        called[name] = "/".join(own[-n:])
     return called
 
 
@@ -501,6 +587,23 @@ def markdown(rows: list[dict], columns: list[str]) -> str:
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     lines = ["| " + " | ".join(f"{v:<{w}}" for v, w in zip(line, widths)) + " |" for line in table]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """+0.12; what is not a number says so."""
+    return f"{value:+.{digits}f}" if value is not None and math.isfinite(value) else cell(None)
+
+
+def bounds(lo: float | None, hi: float | None, digits: int = 2) -> str:
+    """[+0.10, +0.14], or `undefined` where an end is."""
+    ends = signed(lo, digits), signed(hi, digits)
+    return cell(None) if cell(None) in ends else f"[{', '.join(ends)}]"
+
+
+def span(value: float | None, lo: float | None, hi: float | None, digits: int = 2) -> str:
+    """+0.12 [+0.10, +0.14]; where there is a value and no interval: +0.12 [undefined]."""
+    number, interval = signed(value, digits), bounds(lo, hi, digits)
+    return number if number == cell(None) else f"{number} {interval}" if interval != cell(None) else f"{number} [{interval}]"
 
 
 def pyplot():

@@ -14,8 +14,8 @@ import socket
 import sys
 import time
 
-from common import (EMBEDDED, check_parity, load_model, markdown, model_hash, pick_device, pick_layer, readable_count, readable_names,
-                    tokenizer_hash)
+from common import (EMBEDDED, check_parity, load_model, markdown, model_hash, pick_device, pick_layer, read_config, readable_count,
+                    readable_names, tokenizer_hash)
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ import ranks
 import store
 import text
 from audit import r2_by_library
-from errors import Damaged, Fault, UserError
+from errors import Damaged, Fault, UserError, one_line
 from proxies import VALUE_BITS, evaluate, hook_statistics, index_bits, metrics, sequence_weights
-from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, load_sae, tied_init, train_missing, trunk
+from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, check_memory, load_sae, tied_init, train_missing, trunk
 from store import RUN, read_table
 
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
@@ -121,6 +121,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         else:
             if args.k[-1] > args.expansion * hook["d"]:
                 raise UserError(f"--k {args.k[-1]}: more than the {args.expansion * hook['d']} latents of an SAE at {args.expansion}x on {name}")
+            check_memory(hook["d"], args.expansion * hook["d"], device)
             stream = dict(model=hook["name"], **hashes, dtype=args.dtype, layer=hook["layer"], data=source.name, data_content=source.content,
                           split=args.split, ctx=args.ctx, device=device.type, version=TRAIN_VERSION)
             hook["jobs"] = [stream | dict(tokens=tokens, trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed,
@@ -184,17 +185,15 @@ def shape_of(name: str, revision: str | None):
     """The model without weights (`meta` device): what its size costs, from its config alone. The presets' are known here."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
-    try:
+    with one_line(f"--models {name}" + ("" if "/" in name else f" (embedded are {', '.join(EMBEDDED)})")):
         if name in PYTHIA:
             d, n_layers, heads = PYTHIA[name]
             config = transformers.GPTNeoXConfig(hidden_size=d, num_hidden_layers=n_layers, num_attention_heads=heads, intermediate_size=4 * d,
                                                 vocab_size=50304)
         else:
-            config = transformers.AutoConfig.from_pretrained(EMBEDDED.get(name, name), revision=revision or "main", trust_remote_code=False)
+            config = read_config(EMBEDDED.get(name, name), revision or "main")
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--models {name}: {str(error).strip().splitlines()[0]} (embedded: {', '.join(EMBEDDED)})") from error
 
 
 def block_size(model) -> int:

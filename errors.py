@@ -1,5 +1,6 @@
 """What goes wrong and is said in one line: the two kinds, and what a library's own errors become."""
 import contextlib
+import re
 import textwrap
 from collections.abc import Iterator
 
@@ -23,9 +24,8 @@ def said(error: BaseException) -> str:
         return "gated on the hub (401 or 403): accept its terms there and log in with `hf auth login`"
     if isinstance(error, hub.RepositoryNotFoundError):
         return "no local path, and no repository of the hub that you may read (401 or 404)"
-    text = textwrap.shorten(str(error).partition("For more information")[0], 280, placeholder=" ...")
-    if "file named model.safetensors" in text:
-        return "no model.safetensors there, and other weights, such as pickled ones, are not read"
+    text = re.split("For more information|Exception raised from", str(error))[0]  # advice, and torch's frames in C++
+    text = textwrap.shorten(text, 280, placeholder=" ...")
     if isinstance(error, KeyError):
         return f"no {error} in it"
     plain = isinstance(error, (OSError, ValueError, UserError))
@@ -39,3 +39,17 @@ def one_line(where: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(f"{where}: {said(error)}") from error
+
+
+def brief(text: str, most: int = 60) -> str:
+    """`text`, or its beginning and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def printable(text: str, what: str) -> str:
+    """`text`, a name that is to stand on one line and in files. Raises UserError for control characters and what is no Unicode."""
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
+        raise UserError(f"{what} {brief(ascii(text))}: a control character in it")
+    if len(text) > 1000:
+        raise UserError(f"{what} {brief(text)}: too long for a name")
+    return text

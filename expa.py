@@ -14,7 +14,7 @@ Delta = larger model minus smaller. The tree below was fixed before any result; 
 import itertools
 import pathlib
 
-from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script
+from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script, signed, span
 
 import numpy as np
 
@@ -202,7 +202,7 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
         return stop("undertrained", "; ".join(shut[key] for key, passed in g0.items() if not passed))
     if h1 and normalised_away:
         return stop("N", f"{control} has less than half of R²'s transfer gap" + (", and CE_rec is equal" if h0 else ""))
-    unjudged = "" if h1 is not None else f"; R² is not transferable: {inside:.0%} of the larger model's lie in the smaller one's range"
+    unjudged = "" if h1 is not None else f"; R² is not transferable: {percent(inside)} of the larger model's lie in the smaller one's range"
     if h0 or h1:
         reasons = ["CE_rec is equal within the margin for every k"] * h0 + ["R² does not mean the same in both models"] * bool(h1)
         return stop("+".join(["H0"] * h0 + ["H1"] * bool(h1)), " and ".join(reasons) + unjudged)
@@ -341,26 +341,23 @@ def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
     return groups
 
 
-def span(row: dict, name: str, digits: int = 3) -> str:
-    """value [lo, hi]; a dash where one seed, or an undefined statistic, leaves no interval."""
-    if row[name] is None or not np.isfinite(row[name]):
-        return "undefined"
-    lo, hi = row[f"{name}_lo"], row[f"{name}_hi"]
-    return f"{row[name]:+.{digits}f} " + (f"[{lo:+.{digits}f}, {hi:+.{digits}f}]" if lo is not None and np.isfinite(lo) else "—")
+def of(row: dict, name: str, digits: int = 3) -> str:
+    """value [lo, hi] of a column; without an interval where one seed, or an undefined statistic, leaves none."""
+    return span(row[name], row[f"{name}_lo"], row[f"{name}_hi"], digits)
 
 
-def percent(value: float) -> str:
-    return f"{value:.0%}" if np.isfinite(value) else "—"
+def percent(value: float | None) -> str:
+    return f"{value:.0%}" if value is not None and np.isfinite(value) else "undefined"
 
 
 def delta_table(deltas: list[dict]) -> str:
     rows = []
     for row in deltas:
-        interval = f"[{percent(row['mismatch_lo'])}, {percent(row['mismatch_hi'])}]" if np.isfinite(row["mismatch_lo"]) else "—"
+        interval = f"[{percent(row['mismatch_lo'])}, {percent(row['mismatch_hi'])}]" if np.isfinite(row["mismatch_lo"]) else "[undefined]"
         rows.append({"depth": row["depth"], "k": row["k"], "tokens": readable_count(row["tokens"]), "seeds": row["n_seeds"],
-                     "ΔR²": span(row, "delta_r2"), "ΔR² no sink": span(row, "delta_r2_nosink"), "ΔCE_rec": span(row, "delta_ce_rec"),
-                     "ΔCE_rec sink clean": span(row, "delta_ce_rec_sinkclean"), "mismatch": f"{percent(row['mismatch'])} {interval}",
-                     "published rule": percent(row["mismatch_published"]), "ΔR²/ΔCE_rec": span(row, "ratio", 1)})
+                     "ΔR²": of(row, "delta_r2"), "ΔR² no sink": of(row, "delta_r2_nosink"), "ΔCE_rec": of(row, "delta_ce_rec"),
+                     "ΔCE_rec sink clean": of(row, "delta_ce_rec_sinkclean"), "mismatch": f"{percent(row['mismatch'])} {interval}",
+                     "published rule": percent(row["mismatch_published"]), "ΔR²/ΔCE_rec": of(row, "ratio", 1)})
     several = len({row["depth"] for row in rows}) > 1
     return markdown(rows, list(rows[0])[0 if several else 1:])
 
@@ -371,10 +368,10 @@ def verdict_lines(verdict: dict) -> list[str]:
         return []
     t, g0 = verdict["thresholds"], {key: "open" if passed else "SHUT" for key, passed in verdict["g0"].items()}
     answer = lambda passed: "not judged" if passed is None else "yes" if passed else "no"
-    number = lambda v: "undefined" if v is None else f"{v:+.3f}"
-    cells = [{"depth": c["depth"], "k": c["k"], "ΔCE_rec, 90%": f"{number(c['delta_ce_rec'])} [{number(c['lo90'])}, {number(c['hi90'])}]",
-              "Γ of R²": number(c["gamma_r2"]), "alive": f"{c['alive_small']:.0%} / {c['alive_large']:.0%}",
-              "CE_rec moved": f"{c['moved_small']:+.3f} / {c['moved_large']:+.3f}", "SE": c["se"]} for c in verdict["cells"]]
+    number = lambda v: signed(v, 3)
+    cells = [{"depth": c["depth"], "k": c["k"], "ΔCE_rec, 90%": span(c["delta_ce_rec"], c["lo90"], c["hi90"], 3),
+              "Γ of R²": number(c["gamma_r2"]), "alive": f"{percent(c['alive_small'])} / {percent(c['alive_large'])}",
+              "CE_rec moved": f"{number(c['moved_small'])} / {number(c['moved_large'])}", "SE": c["se"]} for c in verdict["cells"]]
     return [
         "## The tree", "",
         f"At B* = {readable_count(verdict['budget'])} tokens, {verdict['small']} / {verdict['large']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}:", "",
@@ -382,7 +379,7 @@ def verdict_lines(verdict: dict) -> list[str]:
         f"{readable_count(verdict['previous_budget'])}: {g0['converged']}; SE of ΔCE_rec over sequences < {t['se']}: {g0['precise']}.",
         f"- H0: 90% interval of ΔCE_rec inside ±{t['margin']} for every k: {answer(verdict['h0'])}.",
         f"- H1: transfer gap Γ of R² at least {t['gamma']} in size, interval without 0, one sign for {t['same_sign']:.0%} of k: {answer(verdict['h1'])}. "
-        f"Γ = {span(verdict, 'gamma_r2')}, {verdict['same_sign']:.0%} of one sign, {verdict['in_range']:.0%} of the larger model's R² in the smaller "
+        f"Γ = {of(verdict, 'gamma_r2')}, {percent(verdict['same_sign'])} of one sign, {percent(verdict['in_range'])} of the larger model's R² in the smaller "
         f"one's range ({t['in_range']:.0%} needed to be judged).",
         f"- N: |Γ| of the best sink-free Euclidean score under {t['normalisation']:.0%} of R²'s, on the half of the sequences it was not chosen on: "
         f"{answer(verdict['normalised_away'])}. {verdict['control'] or 'none in range'}: {number(verdict['gamma_control_half_b'])}, R²: "
@@ -398,7 +395,7 @@ def arm_lines(deltas: list[dict], verdict: dict) -> list[str]:
         return []
     ends = [row for row in deltas if (row["small"], row["large"]) == (verdict["small"], verdict["large"])]
     flips = {arm: float(np.mean([row["mismatch"] for row in here])) for arm, here in grouped(ends, ["recipe", "sinks"]).items()}
-    rows = [{"recipe": v["recipe"], "sinks in training": v["sinks"], "leaf": v["leaf"], "Γ of R²": span(v, "gamma_r2") if "gamma_r2" in v else "undefined",
+    rows = [{"recipe": v["recipe"], "sinks in training": v["sinks"], "leaf": v["leaf"], "Γ of R²": of(v, "gamma_r2") if "gamma_r2" in v else "undefined",
              "mean mismatch": percent(flips.get((v["recipe"], v["sinks"]), np.nan)), "why": v["reason"]} for v in arms]
     lines = ["## Trainer and sinks as confounds", "", markdown(rows, list(rows[0])), "",
              "The verdict is the first arm's; the others are there to be compared with.", ""]
@@ -406,7 +403,7 @@ def arm_lines(deltas: list[dict], verdict: dict) -> list[str]:
         theirs, ours = flips.get(("saelens", sinks)), flips.get(("base", sinks))
         if theirs is not None and ours is not None:
             share = f": the trainer owns {1 - ours / theirs:.0%} of the sign flips" if theirs > 0 and ours <= theirs else ""
-            lines += [f"Sinks {sinks}: ΔR² and ΔCE_rec differ in sign in {theirs:.0%} of seed pairs under saelens, in {ours:.0%} under base{share}.", ""]
+            lines += [f"Sinks {sinks}: ΔR² and ΔCE_rec differ in sign in {percent(theirs)} of seed pairs under saelens, in {percent(ours)} under base{share}.", ""]
     return lines
 
 
@@ -418,7 +415,8 @@ def k_star_words(row: dict) -> tuple:
 
 
 def tax_lines(taxes: list[dict], verdict: dict) -> list[str]:
-    word = lambda v: v if isinstance(v, str) else "—" if np.isnan(v) else f"{v:.2f}"
+    word = lambda v: v if isinstance(v, str) else f"{v:.2f}" if np.isfinite(v) else "undefined"
+    ends = lambda lo, hi: "undefined" if lo == "undefined" else f"[{lo}, {hi}]"
     where = ["depth", "recipe", "sinks", "tokens", "target"]
     smallest = {tuple(row[c] for c in where): row["draws"] for row in taxes if row["model"] == verdict["small"]}
     rows = []
@@ -428,10 +426,9 @@ def tax_lines(taxes: list[dict], verdict: dict) -> list[str]:
         if row["model"] == verdict["large"] != verdict["small"] and small is not None and np.isfinite(small[0]) and np.isfinite(row["draws"][0]):
             with np.errstate(invalid="ignore"):
                 ratio = np.where(np.isfinite(small) & np.isfinite(row["draws"]), row["draws"] / small, np.nan)
-            tax_lo, tax_hi = map(word, stats.interval(ratio[3:]))
-            tax = f"{ratio[0]:.2f} " + ("—" if tax_lo == "—" else f"[{tax_lo}, {tax_hi}]")
+            tax = f"{ratio[0]:.2f} {ends(*map(word, stats.interval(ratio[3:])))}"
         rows.append({c: row[c] for c in ("model", "depth", "recipe", "sinks")}
-                    | {"tokens": readable_count(row["tokens"]), "CE_rec": row["target"], "k*": value, "95%": "—" if lo == "—" else f"[{lo}, {hi}]", "tax": tax})
+                    | {"tokens": readable_count(row["tokens"]), "CE_rec": row["target"], "k*": value, "95%": ends(lo, hi), "tax": tax})
     return ["## k*, the smallest k that reaches a CE_rec", "", markdown(rows, list(rows[0])), "",
             "Linear between grid points; tax: the largest model's k* over the smallest's. Bootstrap over seeds and sequences.", ""]
 
@@ -441,7 +438,7 @@ def law_lines(laws: list[dict]) -> list[str]:
     missing = f"not identified ({MIN_BUDGETS} decayed budgets are needed, and a curve that bends)."
     if not known:
         return [f"CE_rec at infinite tokens: {missing}", ""]
-    table = [{c: row[c] for c in ("model", "depth", "recipe", "sinks", "k")} | {"CE_rec at infinity": span(row, "limit"), "b": row["exponent"]} for row in known]
+    table = [{c: row[c] for c in ("model", "depth", "recipe", "sinks", "k")} | {"CE_rec at infinity": of(row, "limit"), "b": row["exponent"]} for row in known]
     return ["CE_rec = limit − a · tokens^−b, least squares; bootstrap over seeds and sequences:", "", markdown(table, list(table[0])), ""] + \
         ([f"{len(laws) - len(known)} other curves: {missing}", ""] if len(known) < len(laws) else [])
 
@@ -489,11 +486,11 @@ def report(saes, deltas, verdict: dict, taxes, laws, pictures: list[str], correl
             f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "",
             delta_table(mine), "",
             "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation sequences (bootstrap) together; "
-            "— where one seed leaves none. Mismatch: ΔR² and ΔCE_rec differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on "
+            "undefined where one seed leaves none. Mismatch: ΔR² and ΔCE_rec differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on "
             "seeds of the same index. A mismatch that all pairs agree on has no bootstrap interval. ΔR²/ΔCE_rec: Fieller; undefined where the "
             "denominator's interval holds 0.", "",
             "Seeds are not paired across models: the same seed draws the same tokens in the same order in both, but starts from weights of another shape."
-            + (f" The correlation of what a seed does to CE_rec in the two is {correlation:+.2f}." if np.isfinite(correlation) else ""), "",
+            + (f" The correlation of what a seed does to CE_rec in the two is {signed(correlation)}." if np.isfinite(correlation) else ""), "",
             *verdict_lines(verdict), "![mismatch](mismatch.png)", ""]
     constant = " (saelens: a constant rate, so its budgets are checkpoints)" if "saelens" in settings["recipe"] else ""
     text += [*arm_lines(deltas, verdict), *tax_lines(taxes, verdict),

@@ -13,7 +13,7 @@ permutation over cells, and the transfer gap across scale.
 """
 import pathlib
 
-from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script
+from common import as_png, bounds, markdown, model_colours, parse_args, pyplot, readable_count, run_script
 
 import numpy as np
 
@@ -92,7 +92,7 @@ def report(nulls, mine, interval, board, verdict: dict, settings: dict, audited:
         text += [f"## Within {model}", "", leaderboard_table(board, "ce_rec", model), ""]
     shown = ["model", "layer", "k", "seed", "tokens", "r2", "r2_nosink", "cosine", "swd_tok", "ce_rec", "frac_zero", "kl", "alive", "bits", "rho",
              "fed", "fed_nosink", "interval", "flag"]
-    flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
+    flags = [row | {"interval": bounds(lo, hi), "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
              for row, lo, hi in zip(mine, *interval)]
     text += ["## Every SAE", "", markdown(flags, shown), "",
              "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; the interval and the flag "

@@ -11,8 +11,8 @@ quadratic form is only believed inside its radius, so it is calibrated: against 
 import itertools
 import pathlib
 
-from common import (as_png, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, pyplot, readable_count,
-                    run_script, tail)
+from common import (as_png, bounds, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, pyplot,
+                    readable_count, run_script, signed, span, tail)
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ FISHER = ("fisher_seq", "fisher_tok", "fisher_same", "half_var")
 ALPHAS = (0.1, 0.3, 1.0)  # how far along delta the quadratic model is checked
 RADIUS = 0.2              # it holds where KL is within this share of it
 MIN_ADDED = 0.2           # C2': partial Spearman of the Fisher form with CE_rec given SWD
+SHAPE = ("trace", "pr", "top1", "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment")
 TABLES = ("geometry.csv", "estimators.csv", "path.csv")
 MORE_PASSES = 8           # of `terms` through the tail: two in forward mode, about three each, and two patches
 LADDER = (("delta_sq", "‖δ‖²", "how large the error is"), ("fisher_seq", "½δᵀGδ", "its direction weighed"), ("half_var", "½Var_p(Δz)", "the network's nonlinearity"),
@@ -100,8 +101,9 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
         shapes = []
         for w in (np.ones(blocks), *weights):
             total = {key: np.tensordot(w, v, 1) for key, v in part.items()}
-            mean = total["first"] / total["n"]
-            shapes.append(shape_of_g(total["gram"] / total["n"], total["second"] / total["n"] - np.outer(mean, mean)))
+            with np.errstate(invalid="ignore"):  # no positions but sinks
+                mean = total["first"] / total["n"]
+                shapes.append(shape_of_g(total["gram"] / total["n"], total["second"] / total["n"] - np.outer(mean, mean)))
         row = dict(sinks=sinks, d=d)
         for key, value in shapes[0].items():
             row[key], (row[f"{key}_lo"], row[f"{key}_hi"]) = value, stats.interval(np.array([shape[key] for shape in shapes[1:]]))
@@ -123,7 +125,7 @@ def estimators(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
     p, u = p.cpu(), u.cpu()
 
     def add(name, backwards, draws):
-        draws = np.asarray(draws) / exact
+        draws = np.asarray(draws) / (exact or np.nan)
         sd = draws.std(ddof=1) if len(draws) > 1 else np.nan
         rows.append({"estimator": name, "backward passes": backwards, "repeats": len(draws), "mean": draws.mean(), "se": sd / len(draws) ** 0.5, "sd": sd})
 
@@ -155,7 +157,7 @@ def path(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
     for m in (0, 1, 2, 4, 8):
         nodes, w = np.polynomial.legendre.leggauss(m) if m else (np.array([-1.0]), np.array([2.0]))
         integral = sum(weight / 2 * slope((node + 1) / 2) for node, weight in zip(nodes, w))
-        rows.append({"nodes": m, "integral": integral, "measured": measured, "error": abs(integral - measured) / abs(measured)})
+        rows.append({"nodes": m, "integral": integral, "measured": measured, "error": abs(integral - measured) / abs(measured) if measured else np.nan})
     return rows
 
 
@@ -173,9 +175,11 @@ def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
 
     pr = (tr G)^2 / tr G^2; overlap_r = |U_r(G)^T U_r(Sigma)|_F^2 / r, the mean squared cosine of the principal angles (chance
     r/d); alignment = tr(G Sigma) d / (tr G tr Sigma): 1 without alignment, below 1 where the model does not care for the
-    directions in which h varies most.
+    directions in which h varies most. All nan where no position is left, or one of the two is 0.
     """
     d, trace = len(G), np.trace(G)
+    if not (np.isfinite([G, sigma]).all() and trace > 0 and np.trace(sigma) > 0):
+        return dict.fromkeys(SHAPE, np.nan)
     (values, of_g), (_, of_sigma) = (eigh(A, subset_by_index=[max(d - 16, 0), d - 1]) for A in (G, sigma))
     of_g, of_sigma = of_g[:, ::-1], of_sigma[:, ::-1]
     return {"trace": trace, "pr": trace ** 2 / (G ** 2).sum(), "top1": values[-1] / trace, "pr_sigma": np.trace(sigma) ** 2 / (sigma ** 2).sum(),
@@ -258,13 +262,16 @@ def calibration(sums: dict, meta: dict) -> list[dict]:
             quadratic = alpha ** 2 * s["fisher_seq"] / 2
             row = {"model": str(model), "layer": int(layer), "alpha": alpha}
             for name, y, x in (("kl", kl, quadratic), ("dce", dce, alpha * s["gd"] + quadratic)):
-                row |= {f"{name}_slope": float((x * y).sum() / (x * x).sum()), f"{name}_r2": float(1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum())}
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    row |= {f"{name}_slope": float((x * y).sum() / (x * x).sum()), f"{name}_r2": float(1 - ((y - x) ** 2).sum() / ((y - y.mean()) ** 2).sum())}
             rows.append(row)
     return rows
 
 
 def radius(row: dict) -> float:
-    """The largest alpha up to which KL stays within RADIUS of the quadratic form; 0 where it never does."""
+    """The largest alpha up to which KL stays within RADIUS of the quadratic form; 0 where it never does, nan where that is 0."""
+    if not np.isfinite(row[f"locality_{ALPHAS[0]:g}"]):
+        return np.nan
     inside = [abs(row[f"locality_{alpha:g}"] - 1) <= RADIUS for alpha in ALPHAS]
     return max((alpha for i, alpha in enumerate(ALPHAS) if all(inside[:i + 1])), default=0.0)
 
@@ -313,19 +320,18 @@ def sentence(verdict: dict) -> str:
 # ------------------------------------------------------------------------------------------ report, plots
 def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: dict) -> bytes:
     gain, table = verdict["gain"], tables["calibration"]
-    number = lambda v: "undefined" if v is None else f"{v:+.2f}"
-    rungs = [{"rung": row["rung"], "what joins": row["what joins"], "partial Spearman": number(row["rho"]),
-              "step": f"{number(row['step'])} [{number(row['step_lo'])}, {number(row['step_hi'])}]" if row["step"] is not None else ""} for row in verdict["ladder"]]
-    flags = [row | {"interval": f"[{lo:+.2f}, {hi:+.2f}]", "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
+    rungs = [{"rung": row["rung"], "what joins": row["what joins"], "partial Spearman": signed(row["rho"]),
+              "step": span(row["step"], row["step_lo"], row["step_hi"]) if row is not verdict["ladder"][0] else ""} for row in verdict["ladder"]]
+    flags = [row | {"interval": bounds(lo, hi), "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
              for row, lo, hi in zip(saes, *interval)]
-    shape = ["trace", "pr", "top1", "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment"]
-    shapes = [row | {key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" for key in shape} | {"pr / d": row["pr"] / row["d"]}
-              for row in tables["geometry.csv"]]
+    measured_shape = lambda row, key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" if np.isfinite(row[key]) else "undefined"
+    shapes = [row | {key: measured_shape(row, key) for key in SHAPE} | {"pr / d": row["pr"] / row["d"]} for row in tables["geometry.csv"]]
+    left_none = any(row["trace"] == "undefined" for row in shapes)
     cheap, integral = tables["estimators.csv"], tables["path.csv"]
     text = [
         "# Exp-C: does the pullback Fisher add anything beyond SWD?", "", f"**{sentence(verdict)}**", "",
-        f"Beside it, descriptive: a linear model of CE_rec on k and SWD, each cell predicted from the others, leaves {number(gain['value'])} [{number(gain['lo'])}, "
-        f"{number(gain['hi'])}] less variance with the Fisher form in it (1 = all of it; negative: it predicts worse; cells resampled). p permutes what CE_rec has beyond "
+        f"Beside it, descriptive: a linear model of CE_rec on k and SWD, each cell predicted from the others, leaves "
+        f"{span(gain['value'], gain['lo'], gain['hi'])} less variance with the Fisher form in it (1 = all of it; negative: it predicts worse; cells resampled). p permutes what CE_rec has beyond "
         "SWD among the models of one k, as if a model's cells did not move together; where they do, it is too small.", "",
         "![calibration](calibration.png)", "", "## Leaderboard, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
         "fisher_seq: δᵀGδ with all positions moved together, exact (half of it is KL for small δ); fisher_tok: each position's δ alone on all it reaches, from "
@@ -338,11 +344,11 @@ def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: 
         "## Calibration", "", markdown(table, list(table[0])), "",
         "Over (SAE, sequence), patching h + αδ. kl_slope: KL = slope · α²½δᵀGδ; dce_slope: ΔCE = slope · (α g·δ + α²½δᵀGδ); r2 of the prediction with slope 1. "
         f"The quadratic model is believed up to the α where KL stays within {RADIUS:.0%} of it (`radius` below); beyond it ranks only. Median KL / quadratic: "
-        + ", ".join(f"α = {a}: {number(v)}" for a, v in verdict["locality"].items()) + ".", "",
-        "## The shape of G", "", markdown(shapes, ["model", "layer", "sinks", *shape[:2], "pr / d", *shape[2:]]), "",
+        + ", ".join(f"α = {a}: {signed(v)}" for a, v in verdict["locality"].items()) + ".", "",
+        "## The shape of G", "", markdown(shapes, ["model", "layer", "sinks", *SHAPE[:2], "pr / d", *SHAPE[2:]]), "",
         "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G (pr / d = 1 for an isotropic one), pr_sigma of the covariance; "
         "overlap_r: mean squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the covariance, below 1 = the model "
-        "cares less for the directions in which h varies most. Intervals over sequences.", "",
+        "cares less for the directions in which h varies most. Intervals over sequences." + (" `undefined`: no positions are left without the sinks." if left_none else ""), "",
         "## Cheaper estimators of δᵀGδ", "", markdown(cheap, list(cheap[0])), "",
         "Of one SAE of each hook on a few sequences, over the exact form; sd of one estimate, se of the mean. A mean further from 1 than its se explains is bias: the uncentred "
         "diagonal F adds (E_p u)², and is not even defined up to a shift of all logits. Rows drawn uniformly meet p's mass less often than rows drawn from p: their sd. "

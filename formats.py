@@ -15,17 +15,18 @@ import pathlib
 import pickle
 import re
 import sys
+import warnings
+import zipfile
 
 from common import fingerprint, head, markdown, run_script
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
 import kernels
 import store
-from errors import UserError, one_line
-from sae import TopKSAE, sink_positions
+from errors import UserError, one_line, printable
+from sae import TopKSAE, must_vary, sink_positions
 
 # the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one of OpenAI's
 FORMATS = {"sae_weights.safetensors": ("saelens", "cfg.json"), "sae.safetensors": ("sparsify", "cfg.json"),
@@ -99,26 +100,50 @@ class FileSAE(torch.nn.Module):
 # --------------------------------------------------------------------------------------------- formats
 # For each: says(configuration, path, beside) -> what the files say of the SAE, without its weights; computes(tensors, configuration,
 # beside) -> arguments of FileSAE. beside: the contents of BESIDE's files that are there.
+BELONGS = {str: "text", int: "a whole number of at least 0", float: "a number above 0", bool: "true or false", dict: "named values",
+           list: "true, false or a list"}
+
+
+def field(config: dict, name: str, kind: type, default=None):
+    """config[name], or the default where it is null or not there. Raises UserError where it is of another kind.
+
+    JSON has one kind of number, so 128.0 is whole; Python takes true for one, and a file that does is wrong.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2 ** 31  # also what is finite
+    if kind is int and number and value == int(value) or kind is float and number and value > 0:
+        return kind(value)
+    if kind not in (int, float) and isinstance(value, kind) or kind is list and isinstance(value, bool):
+        return value
+    raise UserError(f"{name} is {repr(value)[:60]}, where {BELONGS[kind]} belongs")
+
+
 def saelens_metadata(config: dict) -> dict:
     """Version 5 keeps in one flat dictionary what version 6 keeps under `metadata`."""
-    meta = config.get("metadata") or {}
-    version = str(meta.get("sae_lens_version") or config.get("sae_lens_version") or "0")
+    meta = field(config, "metadata", dict, {})
+    version = field(meta, "sae_lens_version", str) or field(config, "sae_lens_version", str, "0")
     return meta if int(re.match(r"\d*", version)[0] or 0) >= 6 else {"prepend_bos": True, **config}
 
 
 def saelens_says(config: dict, path: str, beside: dict) -> dict:
     meta = saelens_metadata(config)
-    site, layer = hook_of_lens(meta.get("hook_name") or meta.get("hook_point") or "")
-    centred = (meta.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
-    unseen = [name for name in ("exclude_special_tokens", "seqpos_slice") if meta.get(name) and any(v is not None for v in np.atleast_1d(meta[name]))]
-    return dict(site=site, layer=layer, model=meta.get("model_name"), ctx=meta.get("context_size"), bos=meta.get("prepend_bos"),
-                basis="centred" if centred else "raw", width=config.get("d_sae"), unseen=unseen)
+    site, layer = hook_of_lens(field(meta, "hook_name", str) or field(meta, "hook_point", str, ""))
+    centred = field(field(meta, "model_from_pretrained_kwargs", dict, {}), "center_writing_weights", bool)
+    left_out = {name: field(meta, name, list, False) for name in ("exclude_special_tokens", "seqpos_slice")}
+    unseen = [name for name, value in left_out.items() if value is True or value and any(v is not None for v in value)]
+    return dict(site=site, layer=layer, model=field(meta, "model_name", str), ctx=field(meta, "context_size", int),
+                bos=field(meta, "prepend_bos", bool), basis="centred" if centred else "raw", width=field(config, "d_sae", int), unseen=unseen)
 
 
 def saelens(t: dict, config: dict, beside: dict) -> dict:
     """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z |W_dec_i| where rescaled."""
-    architecture, norm = config.get("architecture", "standard"), config.get("normalize_activations") or "none"
-    activation, k = config.get("activation_fn_str") or config.get("activation_fn") or "relu", config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
+    architecture, norm = field(config, "architecture", str, "standard"), config.get("normalize_activations") or "none"
+    activation = field(config, "activation_fn_str", str) or field(config, "activation_fn", str, "relu")
+    k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
     if activation == "topk":  # version 5 has it as a standard SAE's activation function
         architecture = "topk"
     elif activation != "relu":
@@ -126,21 +151,21 @@ def saelens(t: dict, config: dict, beside: dict) -> dict:
     if config.get("finetuning_scaling_factor") or "scaling_factor" in t:
         raise UserError("a finetuning scaling factor is not supported")
     W_dec, b_dec = t["W_dec"], t["b_dec"]
-    args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_dec if config.get("apply_b_dec_to_input", True) else torch.zeros_like(b_dec))
+    args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec))
     if architecture == "gated":
         args |= dict(rule="gated", b_enc=t["b_gate"], gain=t["r_mag"].exp(), b_mag=t["b_mag"])
     elif architecture == "topk":
-        args |= dict(rule="topk", b_enc=t["b_enc"], k=int(k))
+        args |= dict(rule="topk", b_enc=t["b_enc"], k=k)
     elif architecture in ("jumprelu", "batchtopk", "standard"):  # a BatchTopK checkpoint keeps one threshold for all
         threshold = {"jumprelu": "threshold", "batchtopk": "topk_threshold"}.get(architecture)
         args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t[threshold] if threshold else torch.zeros(()))
     else:
         raise UserError(f"architecture {architecture!r} is not supported (topk, batchtopk, jumprelu, standard and gated are)")
-    if config.get("rescale_acts_by_decoder_norm") and architecture in ("topk", "batchtopk"):  # ranked by how much a latent writes
+    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture in ("topk", "batchtopk"):  # ranked by how much a latent writes
         length = W_dec.norm(dim=1).clamp(min=1e-8)
         args |= dict(W_enc=args["W_enc"] * length[:, None], W_dec=W_dec / length[:, None], b_enc=t["b_enc"] * length)
     if norm in (True, "expected_average_only_in"):  # a checkpoint; a finished SAE has it folded in and says none
-        scale = beside.get("activation_scaler.json", {}).get("scaling_factor")
+        scale = field(beside.get("activation_scaler.json", {}), "scaling_factor", float)
         if scale is None:
             raise UserError("trained on scaled activations, and activation_scaler.json, which holds the scale, is not beside it")
         return rescaled(args, 1 / scale)
@@ -156,9 +181,10 @@ def saelens(t: dict, config: dict, beside: dict) -> dict:
 def sparsify_says(config: dict, path: str, beside: dict) -> dict:
     """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
     made = beside.get("provenance.json", {})
-    site, layer = ("resid_post", made["layer"]) if "layer" in made else hook_of_path(path)
-    return dict(site="transcoder" if config.get("transcode") else site, layer=layer, model=made.get("model"), ctx=made.get("ctx"), bos=False if made else None, basis="raw",
-                width=config.get("num_latents") or config.get("d_in", 0) * config.get("expansion_factor", 0))
+    site, layer = ("resid_post", field(made, "layer", int)) if "layer" in made else hook_of_path(path)
+    width = field(config, "num_latents", int) or field(config, "d_in", int, 0) * field(config, "expansion_factor", int, 0)
+    return dict(site="transcoder" if field(config, "transcode", bool) else site, layer=layer, model=field(made, "model", str),
+                ctx=field(made, "ctx", int), bos=False if made else None, basis="raw", width=width)
 
 
 def sparsify(t: dict, config: dict, beside: dict) -> dict:
@@ -166,21 +192,19 @@ def sparsify(t: dict, config: dict, beside: dict) -> dict:
 
     num_latents may say 0 (then F = d_in expansion_factor): F is the tensor's.
     """
-    activation = config.get("activation", "topk")
+    activation = field(config, "activation", str, "topk")
     if activation not in ("topk", "groupmax"):
         raise UserError(f"activation {activation!r} is not supported")
-    return dict(rule=activation, k=int(config["k"]), W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["W_dec"], b_dec=t["b_dec"],
+    return dict(rule=activation, k=field(config, "k", int), W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["W_dec"], b_dec=t["b_dec"],
                 b_in=t["b_dec"]) | ({"W_skip": t["W_skip"]} if "W_skip" in t else {})
 
 
 def dictionary_learning_says(config: dict, path: str, beside: dict) -> dict:
-    trainer = config.get("trainer", {})
-    site, layer = hook_of_path(trainer.get("submodule_name") or path)
-    if layer is None and trainer.get("layer") is not None:
-        layer = int(trainer["layer"])
-    buffer = config.get("buffer") or {}
-    return dict(site=site, layer=layer, model=trainer.get("lm_name"), ctx=buffer.get("ctx_len"), bos=None, basis="raw", width=trainer.get("dict_size"),
-                unseen=["remove_bos"] if buffer.get("remove_bos") else [])
+    trainer, buffer = field(config, "trainer", dict, {}), field(config, "buffer", dict, {})
+    site, layer = hook_of_path(field(trainer, "submodule_name", str) or path)
+    return dict(site=site, layer=field(trainer, "layer", int) if layer is None else layer, model=field(trainer, "lm_name", str),
+                ctx=field(buffer, "ctx_len", int), bos=None, basis="raw", width=field(trainer, "dict_size", int),
+                unseen=["remove_bos"] if field(buffer, "remove_bos", bool) else [])
 
 
 def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
@@ -191,9 +215,9 @@ def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
     """
     factor = 1.0
     if "ae" in t:
-        t, factor, config = t["ae"], t.get("norm_factor") or 1.0, config or {"trainer": t.get("config") or {}}
-    trainer = config.get("trainer", {})
-    name, k = trainer.get("dict_class"), t.get("k", trainer.get("k"))  # the first TopK files hold no k
+        t, factor, config = field(t, "ae", dict), field(t, "norm_factor", float, 1.0), config or {"trainer": t.get("config")}
+    trainer = field(config, "trainer", dict, {})
+    name, k = field(trainer, "dict_class", str), field(t if "k" in t else trainer, "k", int)  # the first TopK files hold no k
     if "r_mag" in t:
         args = dict(rule="gated", W_enc=t["encoder.weight"], b_enc=t["gate_bias"], gain=t["r_mag"].exp(), b_mag=t["mag_bias"],
                     W_dec=t["decoder.weight"].t(), b_dec=t["decoder_bias"], b_in=t["decoder_bias"])
@@ -204,7 +228,7 @@ def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
         if name not in ("AutoEncoderTopK", "BatchTopKSAE"):
             raise UserError(f"TopK or BatchTopK? Their tensors are alike, and config.json beside them says {name or 'nothing'}")
         args = dict(W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(), b_dec=t["b_dec"], b_in=t["b_dec"])
-        args |= dict(rule="topk", k=int(k)) if name == "AutoEncoderTopK" else dict(rule="threshold", threshold=t["threshold"])
+        args |= dict(rule="topk", k=k) if name == "AutoEncoderTopK" else dict(rule="threshold", threshold=t["threshold"])
     else:  # AutoEncoder has one bias at both ends, AutoEncoderNew one after the decoder
         args = dict(rule="threshold", W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(),
                     b_dec=t["bias"] if "bias" in t else t["decoder.bias"], b_in=t.get("bias"), threshold=torch.zeros(()))
@@ -222,7 +246,7 @@ def openai(t: dict, config: dict, beside: dict) -> dict:
     """z = W_enc (x - pre_bias) + latent_bias; where the activation is TopK, x is h less its mean over its standard deviation."""
     args = dict(W_enc=t["encoder.weight"], b_enc=t["latent_bias"], W_dec=t["decoder.weight"].t(), b_dec=t["pre_bias"], b_in=t["pre_bias"])
     if t.get("activation") == "TopK":
-        return args | dict(rule="topk", k=int(t["activation_state_dict"]["k"]), norm="layer_norm")
+        return args | dict(rule="topk", k=field(field(t, "activation_state_dict", dict, {}), "k", int), norm="layer_norm")
     if t.get("activation") == "ReLU":
         return args | dict(rule="threshold", threshold=torch.zeros(()))
     raise UserError(f"activation {t.get('activation')!r} is not supported")
@@ -232,14 +256,14 @@ def mlsae_says(config: dict, path: str, beside: dict) -> dict:
     """One SAE may serve all layers; the repository's name ends in layers-L where it is of one."""
     layer = re.search(r"layers-(\d+)(?![\d-])", path)
     return dict(site="resid_post" if "n_latents" in config else "language model", layer=int(layer[1]) if layer else None, model=None, ctx=None, bos=None, basis="raw",
-                width=config.get("n_latents"))
+                width=field(config, "n_latents", int))
 
 
 def mlsae(t: dict, config: dict, beside: dict) -> dict:
     """OpenAI's TopK without a bias on the latents."""
     W_enc = t["encoder.weight"]
-    return dict(rule="topk", k=int(config["k"]), W_enc=W_enc, b_enc=torch.zeros(len(W_enc)), W_dec=t["decoder.weight"].t(), b_dec=t["pre_encoder_bias"],
-                b_in=t["pre_encoder_bias"], norm="layer_norm" if config.get("standardize", True) else "none")
+    return dict(rule="topk", k=field(config, "k", int), W_enc=W_enc, b_enc=torch.zeros(len(W_enc)), W_dec=t["decoder.weight"].t(), b_dec=t["pre_encoder_bias"],
+                b_in=t["pre_encoder_bias"], norm="layer_norm" if field(config, "standardize", bool, True) else "none")
 
 
 READERS = {"saelens": (saelens_says, saelens), "sparsify": (sparsify_says, sparsify), "openai": (openai_says, openai), "mlsae": (mlsae_says, mlsae),
@@ -321,7 +345,8 @@ def find(spec: str) -> list[dict]:
             if pattern and pattern not in (path, file) and not path.startswith(f"{pattern}/") and not fnmatch.fnmatchcase(path, pattern):
                 continue
             beside = lambda name: os.path.join(folder, name) if os.path.join(folder, name) in files else None
-            found.append(dict(label="/".join(filter(None, (name, path))), path="/".join(filter(None, (whole, path))), format=kind, weights=file,
+            label = printable("/".join(filter(None, (name, path))), "its name")
+            found.append(dict(label=label, path="/".join(filter(None, (whole, path))), format=kind, weights=file,
                               config=config and beside(config), beside=[b for b in map(beside, BESIDE.get(kind, ())) if b], fetch=fetch))
         if not found:
             raise UserError(f"no SAE {f'at {pattern} ' if pattern else ''}in it ({', '.join(FORMATS)} or OpenAI's autoencoders/*.pt)"
@@ -336,38 +361,82 @@ def describe(entry: dict) -> dict:
     """
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
-        return {"format": entry["format"], "unseen": []} | READERS[entry["format"]][0](config, entry["path"], beside)
+        said = {"format": entry["format"], "unseen": []} | READERS[entry["format"]][0](config, entry["path"], beside)
+        for name, kind in (("site", str), ("layer", int), ("model", str), ("ctx", int), ("bos", bool), ("width", int)):
+            field(said, name, kind)
+        for name in ("site", "model"):
+            printable(said[name] or "", name)
+        if said["ctx"] is not None and said["ctx"] < 2:
+            raise UserError(f"ctx is {said['ctx']}, and a sequence has at least 2 tokens")
+        return said
 
 
 def _configuration(entry: dict) -> tuple[dict, dict]:
     if entry["config"] is None and entry["format"] not in ("openai", "dictionary_learning"):
         raise UserError(f"{FORMATS[os.path.basename(entry['weights'])][1]} is missing beside {entry['weights']}")
-    load = lambda path: load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
-    return (load(entry["fetch"](entry["config"])) if entry["config"] else {},
-            {os.path.basename(name): load(entry["fetch"](name)) for name in entry["beside"]})
+
+    def load(name: str) -> dict:
+        path = entry["fetch"](name)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with one_line(os.path.basename(name)):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise UserError(f"{repr(content)[:60]}, where named values belong")
+            return content
+
+    return load(entry["config"]) if entry["config"] else {}, {os.path.basename(name): load(name) for name in entry["beside"]}
+
+
+def read_tensors(path: pathlib.Path) -> dict:
+    """What a weights file holds, by name. Raises UserError: a pickle that wants to run code, or a small file of large tensors.
+
+    torch neither compresses its zips nor asks that a tensor's values are all stored: both would let some KB take all memory.
+    """
+    if path.suffix != ".pt":
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as members:
+            inflated = sum(member.file_size for member in members.infolist())
+        if inflated > path.stat().st_size:
+            raise UserError(f"a zip of {path.stat().st_size} bytes whose members inflate to {inflated}")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a newer pickle protocol
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError("a pickle that is damaged or wants to run code; only tensors and plain values are read") from error
+    if not isinstance(tensors, dict):
+        raise UserError(f"it holds a {type(tensors).__name__}, not tensors by name")
+    levels = [tensors, *(value for value in tensors.values() if isinstance(value, dict))]
+    for name, value in (item for level in levels for item in level.items()):
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_complex() or value.is_quantized:
+                raise UserError(f"{name} is no plain tensor of numbers")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"{name} claims {value.numel()} values, more than are stored")
+    return tensors
 
 
 def read(entry: dict) -> FileSAE:
     """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture that is not supported."""
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
-        path = entry["fetch"](entry["weights"])
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pt" else load_file(path)
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise UserError("a pickle that is damaged or wants to run code; only tensors and plain values are read") from error
-        args = READERS[entry["format"]][1](tensors, config, beside)
+        args = READERS[entry["format"]][1](read_tensors(entry["fetch"](entry["weights"])), config, beside)
         args = {name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()}
-        F, d = args["W_enc"].shape
-        shapes = dict(W_dec=(F, d), b_enc=(F,), b_dec=(d,), b_in=(d,), gain=(F,), b_mag=(F,), W_skip=(d, d))
+        F, d = args["W_enc"].shape if args["W_enc"].ndim == 2 else (0, 0)
+        if not F * d:
+            raise UserError(f"its encoder is {list(args['W_enc'].shape)}, where a matrix belongs")
+        shapes = dict(W_enc=(F, d), W_dec=(F, d), b_enc=(F,), b_dec=(d,), b_in=(d,), gain=(F,), b_mag=(F,), W_skip=(d, d), threshold=(F,))
         for name, tensor in args.items():
             if isinstance(tensor, torch.Tensor):
-                if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+                if tuple(tensor.shape) != shapes[name] and not (name == "threshold" and tensor.shape in ((), (1,))):
                     raise UserError(f"{name} is {list(tensor.shape)}, and W_enc {[F, d]} asks for {list(shapes[name])}")
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{name} holds values that are not finite")
-        if "k" in args and not 1 <= args["k"] <= F:
+        if "k" in args and not 1 <= (args["k"] or 0) <= F:
             raise UserError(f"k = {args['k']} of {F} latents")
+        if args["rule"] == "groupmax" and F % args["k"]:
+            raise UserError(f"k = {args['k']} groups of equal size cannot be made of {F} latents")
         return FileSAE(**args)
 
 
@@ -385,12 +454,13 @@ def sae_fingerprint(sae: FileSAE) -> str:
 
 # ------------------------------------------------------------------------------------------- the basis gate
 def near(model, layer: int, rows: torch.Tensor) -> dict[int, torch.Tensor]:
-    """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it."""
+    """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it. Raises Fault where the hook's are all one."""
     out = {}
     for l in range(max(layer - 1, 0), min(layer + 2, model.config.num_hidden_layers)):
         h = head(model, l, rows)
         norms = torch.linalg.vector_norm(h, dim=-1)
         out[l] = h[~sink_positions(norms, norms[:, 1:].median().item())]
+    must_vary(out[layer], f"layer {layer}")
     return out
 
 

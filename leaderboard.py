@@ -3,7 +3,7 @@ import hashlib
 import json
 import pathlib
 
-from common import as_png, markdown, pyplot
+from common import as_png, markdown, pyplot, signed, span
 
 import numpy as np
 
@@ -59,16 +59,18 @@ def gate(there: dict | None, settings: dict) -> tuple[str | None, str]:
 
 def flag(lo: float, hi: float) -> str:
     """The plain sentence about one SAE: the 95% interval of its Fisher-Euclidean deviation without sink positions."""
+    if not np.isfinite([lo, hi]).all():
+        return "undefined"
     return "R² flatters this SAE" if lo > 0 else "R² underrates it" if hi < 0 else "no difference shown"
 
 
 def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
-    span = lambda row, name: (f"{row[name]:+.2f} [{row[name + '_lo']:+.2f}, {row[name + '_hi']:+.2f}]" if np.isfinite(row[name]) else "undefined")
+    of = lambda row, name: span(row[name], row[f"{name}_lo"], row[f"{name}_hi"])
     chosen = [row for row in board if row["target"] == target and row["stratum"] == stratum]
     chosen.sort(key=lambda row: -np.nan_to_num(row["partial"], nan=-2))
-    return markdown([{"proxy": row["proxy"], "partial Spearman | k": span(row, "partial"), "Spearman": f"{row['spearman']:+.2f}",
-                      "Pearson": f"{row['pearson']:+.2f}", "minus r2": span(row, "diff_r2"), "p_r2": row["p_r2"],
-                      "minus best control": span(row, "diff_control"), "p_ctl": row["p_control"], "transfer gap": span(row, "gamma"),
+    return markdown([{"proxy": row["proxy"], "partial Spearman | k": of(row, "partial"), "Spearman": signed(row["spearman"]),
+                      "Pearson": signed(row["pearson"]), "minus r2": of(row, "diff_r2"), "p_r2": row["p_r2"],
+                      "minus best control": of(row, "diff_control"), "p_ctl": row["p_control"], "transfer gap": of(row, "gamma"),
                       "in range": row["in_range"], "same ranks as": row["same_ranks_as"] or ""} for row in chosen],
                     ["proxy", "partial Spearman | k", "Spearman", "Pearson", "minus r2", "p_r2", "minus best control", "p_ctl",
                      "transfer gap", "in range", "same ranks as"]).replace("Spearman | k", "Spearman given k")

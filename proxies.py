@@ -14,7 +14,7 @@ from tqdm import tqdm
 import kernels
 from common import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
 from errors import Fault
-from sae import TopKSAE, sink_positions
+from sae import TopKSAE, must_vary, sink_positions
 
 DRAWS = 4  # of sampled labels
 VALUE_BITS = 8
@@ -30,7 +30,7 @@ def hook_statistics(model, layer: int, rows: torch.Tensor, batch: int) -> dict:
     """What all SAEs of a hook share: h [S,T,d] on the CPU, its mean, top eigenvector, LayerNorm mean, sinks, norms.
 
     Means and the covariance (mean-centred, over the evaluated positions) in float64 on the CPU.
-    Raises Fault on an activation that is not finite.
+    Raises Fault on an activation that is not finite, or where all are one.
     """
     device = next(model.parameters()).device
     h = torch.cat([head(model, layer, chunk.to(device)).cpu() for chunk in rows.split(batch)])
@@ -40,6 +40,7 @@ def hook_statistics(model, layer: int, rows: torch.Tensor, batch: int) -> dict:
     norms = used.norm(dim=-1)
     sink = sink_positions(norms, norms[:, 1:].median().item())
     flat = used.flatten(0, 1).double()
+    must_vary(flat, f"layer {layer}")
     mean = flat.mean(0)
     top = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors[:, -1]
     calm_mean = flat[~sink.flatten()].mean(0)

@@ -61,12 +61,28 @@ def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> Top
     return TopKSAE(rows.clone(), torch.zeros(d_sae, device=b_dec.device), rows, b_dec.clone(), k)
 
 
+def check_memory(d: int, d_sae: int, device: torch.device) -> None:
+    """Raises UserError where one SAE in training does not fit: weights, gradients and Adam's two moments, 4 bytes each of 2 F d."""
+    needed = 4 * 4 * 2 * d_sae * d
+    cuda = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, and "
+                        f"{device.type if cuda else 'this machine'} has {there / 1e9:,.0f}")
+
+
 # ------------------------------------------------------------------------------------------- activations
 def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
     """[B,T] bool: position 0, and every position whose norm exceeds SINK_FACTOR times the median over positions >= 1."""
     sinks = norms > SINK_FACTOR * median
     sinks[:, 0] = True
     return sinks
+
+
+def must_vary(h: torch.Tensor, where: str) -> None:
+    """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
+    if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
+        raise Fault(f"{where}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to measure")
 
 
 def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0,
@@ -144,9 +160,12 @@ class Training:
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=mean.device.type in ("cpu", "cuda"))
 
     @staticmethod
-    def describe(h: torch.Tensor, sink: torch.Tensor) -> dict:
+    def describe(h: torch.Tensor, sink: torch.Tensor, where: str = "") -> dict:
         """Mean [d], E|h|^2 and variance (about the mean, summed over d) of the raw activations h [n,d] that are no sinks."""
         calm = h[~sink]
+        if not len(calm):
+            raise Fault(f"{where}: nothing but sink positions, all {len(h)} of them")
+        must_vary(calm, where)
         mean = calm.mean(0)
         return {"mean": mean, "square": calm.square().sum(1).mean().item(), "variance": (calm - mean).square().sum(1).mean().item()}
 
@@ -460,7 +479,7 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                 if i not in live:
                     budgets = [*job["trunk"], job["tokens"]]
                     recipe = RECIPES[job["recipe"]]
-                    live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]]), job["d_sae"], job["k"], job["seed"], budgets)]
+                    live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]], hook), job["d_sae"], job["k"], job["seed"], budgets)]
                 what = f"{hook} k={job['k']} seed {job['seed']}"
                 trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
                 for training in sorted(trained, key=lambda training: training.budgets[-1]):  # the longest, whose checkpoint serves all, last

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from common import readable_names
-from errors import UserError, said
+from errors import UserError, brief, said
 
 import torch
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from tqdm import tqdm
 SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside the data
-ELSE = "(there is stdlib; else a local file or folder, or a hub data set)"
+ELSE = " (there is stdlib; else a local file or folder, or a hub data set)"
 PAUSES = (1, 2, 4, 8)  # seconds between attempts at a row that the network does not give
 
 
@@ -95,7 +95,7 @@ def commit_of(data: str) -> tuple[str, str]:
             return name, quiet_datasets().load_dataset_builder(name, revision=revision or None).hash
         except Exception as error:
             if (fault := network_fault(error)) is None or pause is None:
-                raise UserError(f"--data {data}: {said(fault or error)} {ELSE}") from error
+                raise UserError(f"--data {data}: {said(fault or error)}{ELSE}") from error
             time.sleep(pause)
 
 
@@ -141,18 +141,28 @@ def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[in
                     while piece := "".join(lines.readlines(8000)):
                         yield piece
             return
+        if kinds == {"parquet"}:
+            import pyarrow.parquet
+            if rowless := [p for p in files if not pyarrow.parquet.read_metadata(p).num_rows]:
+                raise UserError(f"--data {rowless[0]}: the file holds no rows")
         column = None
         name, _, revision = data.partition("@")
         source = dict(path=kinds.pop(), data_files=[str(p) for p in files]) if files else dict(path=name, revision=revision or None)
-        for row in streamed(data, split, source):
-            if (column := column or text_column(row)) is None:
-                raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
-            if row.get(column) is not None:
-                yield row[column]
+        for number, row in enumerate(streamed(data, split, source)):
+            if column is None:
+                if (column := text_column(row)) is None:
+                    raise UserError(f"--data {data}: no column of text or tokens (columns: {', '.join(row)})")
+                ids = isinstance(row[column], list)
+            value = row.get(column)
+            if value is None:
+                continue
+            if not (isinstance(value, list) and all(type(i) is int for i in value) if ids else isinstance(value, str)):
+                raise UserError(f"--data {data}: {column} is {brief(repr(value))} in row {number}, and {'token ids' if ids else 'text'} before")
+            yield value
     except UserError:
         raise
     except Exception as error:  # the libraries below raise a dozen kinds for "no such data set" and "not readable"
-        raise UserError(f"--data {data}: {said(error)} {ELSE}") from error
+        raise UserError(f"--data {data}: {said(error)}{'' if files else ELSE}") from error
 
 
 def text_column(row: dict) -> str | None:
@@ -169,6 +179,7 @@ def quiet_datasets():
     """The library, which is slow to import and not needed for text files."""
     import datasets
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(50)  # CRITICAL: of what fails, it logs what it raises
     # 20 attempts of their own, each around the six requests of huggingface_hub (24 s), would multiply with ours to an hour
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     return datasets

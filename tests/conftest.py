@@ -1,4 +1,7 @@
 """A GPT-NeoX small enough for float64 truths, and a tokenizer-free data set for it."""
+import subprocess
+import sys
+
 import pytest
 import common  # noqa: F401  before torch, see there
 import torch
@@ -35,3 +38,16 @@ def get_saes(model, tokenizer, jobs, cache):
     """The SAEs of one hook, trained or from the cache."""
     train_missing(model, tokenizer, jobs, cache, jobs[0]["data"])
     return [load_sae(cache_folder(cache, job), torch.device("cpu")) for job in jobs]
+
+
+def measured(code: str, *arguments) -> tuple[list[str], float]:
+    """(lines printed, peak memory in MB) of Python code in a process of its own.
+
+    Not a child of this one, whose own peak Linux would count in: sh is small.
+    """
+    code += "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    ran = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code, *map(str, arguments)], capture_output=True,
+                         text=True, cwd=common.ROOT, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    *lines, peak = ran.stdout.splitlines()
+    return lines, int(peak) / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
+import sae
 import store
 import text
 from common import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
@@ -191,6 +192,42 @@ def test_counts_read_both_ways():
     for bad in ("", "x", "-1", "0", "nan", "10Q"):
         with pytest.raises(UserError):
             common.parse_count(bad)
+
+
+GRID = dict(models="stdlib-s", k="4", tokens="1k", expansion=4, eval_seqs=4, ctx=64)
+NUMBERS = ["--k", "--seeds", "--tokens", "--expansion", "--eval-seqs", "--ctx"]
+
+
+@pytest.mark.parametrize("flag, value, word", [(flag, value, flag) for flag in NUMBERS for value in ("9" * 5000, "-" + "9" * 5000, str(10 ** 30), "x" * 5000)] + [
+    ("--models", "a@" + "9" * 5000, "--models a@999"), ("--models", f"a@{10 ** 30}", "--models a@1000"), ("--models", "x" * 10 ** 5, "--models"),
+    ("--seeds", str(2 ** 32), "at most 4294967295"), ("--tokens", "1e306", "at most"), ("--tokens", "1e300M", "at most"), ("--tokens", "1k," + "9" * 5000, "at most"),
+    ("--k", "4," * 5000 + "x", "whole numbers"), ("--recipe", "x" * 5000, "base, saelens"), ("--device", "x" * 5000, "--device")])
+def test_absurd_arguments_get_one_short_line(flag, value, word):
+    with pytest.raises(UserError) as caught:
+        common.parse_args("", [flag, value], **GRID)
+    line = str(caught.value)
+    assert word in line and flag in line and len(line) < 350 and "\n" not in line
+
+
+def test_the_largest_arguments_are_taken():
+    args = common.parse_args("", ["--seeds", str(2 ** 32 - 1), "--tokens", "1000B", "--expansion", str(10 ** 9)], **GRID)
+    assert (args.seeds, args.tokens, args.expansion, args.ctx) == ([2 ** 32 - 1], [10 ** 12], 10 ** 9, 64)
+    torch.Generator().manual_seed(args.seeds[0] * 1_000_003 + 10 ** 12 // sae.CHUNK)  # how the last piece is drawn
+
+
+@pytest.mark.parametrize("flag", ["--models", "--data", "--split", "--revision", "--sae", "--out", "--cache", "--from", "--verdict"])
+@pytest.mark.parametrize("control", ["\0", "\n", "\t", "\x1b[31m", "\x7f", "\u2028", "\udc80"])
+def test_no_argument_holds_a_control_character(flag, control):
+    with pytest.raises(UserError, match=f"{flag} .*control character") as caught:
+        common.parse_args("", [flag, f"a{control}b"], **GRID)
+    assert control not in str(caught.value)
+
+
+@pytest.mark.parametrize("gap", [math.nan, math.inf, -math.inf, None])
+def test_gaps_have_a_name_in_reports_too(gap):
+    assert common.signed(gap) == common.bounds(gap, 1.0) == common.bounds(0.0, gap) == common.span(gap, gap, gap) == common.span(gap, 0.0, 1.0) == "undefined"
+    assert common.span(0.123, gap, gap) == "+0.12 [undefined]" and common.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
+    assert common.bounds(0.1, 0.24) == "[+0.10, +0.24]" and common.signed(-0.5, 3) == "-0.500"
 
 
 # ------------------------------------------------------------------------------------------------------ diff

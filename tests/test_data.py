@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pathlib
+import subprocess
+import sys
 import types
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
@@ -246,6 +248,53 @@ def test_token_ids_of_another_model_are_refused(tmp_path):
         with pytest.raises(UserError, match=rf"{i}.jsonl: token ids .*{worst}.* 41.*another model") as caught:
             packed(str(tmp_path / f"{i}.jsonl"), "train", 4)
         assert "\n" not in str(caught.value)
+
+
+def damaged(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of 800 rows, spoilt as its name says."""
+    import pyarrow
+    import pyarrow.parquet
+    path, rows = folder / name, [{"text": f"document {i}. " * 20} for i in range(800)]
+    how = path.stem
+    lines = [json.dumps(row) for row in rows]
+    other = {"invalid": '{"text": broken}', "list": '{"text": [1, 2]}', "number": '{"text": 3}', "object": '{"text": {"a": 1}}'}
+    if how in other:
+        path.write_text("\n".join([*lines[:499], *[other[how]] * 100, *lines[599:]]))
+    elif how == "words":
+        path.write_text("\n".join(json.dumps({"tokens": [1, 2] if i < 499 else ["a", "b"]}) for i in range(800)))
+    elif how == "halves":
+        path.write_text("\n".join(json.dumps({"tokens": [1, 2] if i < 499 else [1.5, 2.5]}) for i in range(800)))
+    elif how == "rowless":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows).slice(0, 0), path)
+    elif how == "folder":
+        path.mkdir()
+    else:
+        write(path, rows)
+        good = path.read_bytes()
+        spoil = {"truncated": good[:len(good) // 2], "garbage": bytes(i * i % 251 + 1 for i in range(5000)), "holed": good[:3000] + b"\xff" * 800 + good[3800:]}
+        path.write_bytes(spoil[how])
+    return path
+
+
+DAMAGED = [f"{how}.{kind}" for how in ("truncated", "garbage", "holed") for kind in ("parquet", "arrow", "jsonl")] + [
+    f"{how}.jsonl" for how in ("invalid", "list", "number", "object", "words", "halves")] + ["rowless.parquet", "folder"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_one_line_and_nothing_beside_it(name, tmp_path, capfd):
+    path = damaged(tmp_path, name)
+    with pytest.raises(UserError) as caught:
+        text.heldout_rows(str(path), Letters(), 64, 10 ** 6)
+    line = str(caught.value)
+    assert line.startswith(f"--data {path}: ") and "\n" not in line and len(line) < len(str(path)) + 300 and "BatchSize" not in line
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_file_ends_a_script_in_one_line(tmp_path):
+    path = damaged(tmp_path, "invalid.jsonl")
+    done = subprocess.run([sys.executable, HERE.parent / "expb.py", "--models", "stdlib-s", "--data", path, "--out", tmp_path / "out", "--cache", tmp_path / "cache"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("expb.py: --data") and done.stderr.count("\n") == 1
 
 
 def test_only_hub_data_sets_have_splits(hub, tmp_path):

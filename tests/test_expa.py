@@ -163,7 +163,7 @@ def test_one_seed_gives_no_interval():
     values, meta = planted(np.random.default_rng(0), seeds=1)
     for row in expa.delta_rows(values_for_deltas(values), meta, MODELS, {}, N_SEQ):
         assert np.isfinite(row["delta_r2"]) and np.isnan([row["delta_r2_lo"], row["delta_r2_hi"], row["mismatch_lo"], row["ratio"]]).all()
-        assert expa.span(row, "delta_r2").endswith(" —")
+        assert expa.of(row, "delta_r2").endswith(" [undefined]")
 
 
 def test_ratio_is_fiellers_and_undefined_over_zero():

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -113,7 +114,7 @@ def test_exp_a_opens_the_gate_only_for_the_same_run(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--k", "0"], "--k 0"), (["--k", "8,5000"], "--k 5000"), (["--k", "x"], "whole numbers"), (["--models", "stdlib-s@6"], "layers 0 to 5"),
+    (["--k", "0"], "--k 0"), (["--k", "8,5000"], "--k 5000"), (["--expansion", "1000000000"], "--expansion 1000000000"), (["--k", "x"], "whole numbers"), (["--models", "stdlib-s@6"], "layers 0 to 5"),
     (["--models", "no-such-model"], "stdlib-s"), (["--data", "no-such-data"], "stdlib"), (["--data", "{tmp}/empty.txt"], "empty"),
     (["--eval-seqs", "1000000"], "holds"), (["--device", "cuda"], "--device cuda"), (["--device", "mps"], "--device mps"), (["--tokens", "many"], "many"),
     (["--ctx", "4096"], "--ctx"), (["--from", "{tmp}"], "no finished run"), (["--frobnicate"], "--help"), (["--out", "/proc/none"], "--out"),
@@ -232,6 +233,22 @@ def test_published_grids_are_priced_without_network(tmp_path):
 def test_exp_a_says_what_is_wrong_with_an_argument(tmp_path, arguments, words):
     done = expa(*SMALL_A, *arguments, "--out", tmp_path / "out", "--cache", tmp_path / "cache", check=2)
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, size", [("expa", ["--eval-seqs", "2", "--ctx", "8"]), ("expb", ["--eval-seqs", "2", "--ctx", "8"]),
+                                        ("expc_fisher", ["--eval-seqs", "2", "--ctx", "8"]), ("expc_fisher", ["--eval-seqs", "4", "--ctx", "2"])])
+def test_a_grid_of_next_to_nothing_says_undefined_where_it_is(tmp_path, name, size):
+    """One SAE of a model, two sequences, or nothing but a sink to predict from: it runs, nothing is nan or infinite in words, and nothing warns."""
+    grid = ["--models", "stdlib-s,stdlib-m" if name == "expa" else "stdlib-s", "--k", "2", "--tokens", "1k", *size]
+    done = script(f"{name}.py", *grid, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix in (".md", ".csv", ".json")}
+    for where, text in {**written, "stdout": done.stdout}.items():
+        assert not re.search(r"(?<![\w-])[+-]?(nan|inf|NaN|Infinity|None)(?!\w)", text), where
+    assert "undefined" in written["report.md"] and "Warning" not in done.stderr
+    if name == "expb":
+        sae, = (tmp_path / "cache").iterdir()
+        done = script("expb.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
+        assert "undefined" in done.stdout and not re.search(r"\b(nan|inf)\b", done.stdout + (tmp_path / "audit/report.md").read_text() + (tmp_path / "audit/audit.csv").read_text())
 
 
 def test_rooms_know_only_what_they_may():

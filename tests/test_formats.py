@@ -1,6 +1,9 @@
 """SAEs from other libraries' files: each format against its formula written out densely in float64, and what is refused."""
 import json
 import pickle
+import random as chance
+import shutil
+import zipfile
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ from safetensors.torch import save_file
 import common
 import formats
 from audit import definitions
+from conftest import measured, tiny_model
 from errors import UserError
-from conftest import tiny_model
 from proxies import evaluate, metrics
 
 D, F, K, N = 12, 40, 5, 64
@@ -233,6 +236,10 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
     assert len(labels(tmp_path / "run/layers.2/sae.safetensors")) == 1
     with pytest.raises(UserError, match="no such file"):
         formats.find(str(tmp_path / "run/layers.7"))
+    sparsify(tmp_path / "run/two\nlines")
+    with pytest.raises(UserError, match=r"two\\nlines': a control character") as caught:
+        formats.find(str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -279,6 +286,154 @@ def test_bad_files_are_refused_in_one_line(how, tmp_path, capsys):
     assert str(tmp_path.name) in str(caught.value) and "\n" not in str(caught.value)
     assert (how in str(caught.value)) or how == "truncated"
     assert "code was run" not in capsys.readouterr().out
+
+
+def enlarged(folder, how):
+    """An ae.pt of a few MB at most, whose tensors take half a GB or more."""
+    if how == "repeated":
+        wide = {"encoder.weight": (2 ** 14, 2 ** 13), "encoder.bias": (2 ** 14,), "decoder.weight": (2 ** 13, 2 ** 14), "b_dec": (2 ** 13,)}
+        return dictionary(folder, tensors={name: torch.zeros(1).expand(shape) for name, shape in wide.items()}, k=5)
+    dictionary(folder, tensors={"encoder.weight": torch.zeros(2 ** 27)}, file="whole")
+    with zipfile.ZipFile(folder / "whole") as whole, zipfile.ZipFile(folder / "ae.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        for name in whole.namelist():
+            with whole.open(name) as source, packed.open(name, "w") as member:
+                shutil.copyfileobj(source, member, 2 ** 20)
+    (folder / "whole").unlink()
+    return folder
+
+
+def of_trainer(**trainer):
+    return lambda config: {**config, "trainer": {**config["trainer"], **trainer}}
+
+
+SAID = {  # (how the configuration beside a good SAE is changed, what the one line must name)
+    saelens: [({"metadata": {"hook_name": ["x"]}}, "hook_name"), ({"metadata": {"model_name": 3}}, "model_name"), ({"metadata": 3}, "metadata"),
+              *(({"metadata": {"context_size": ctx}}, "context_size") for ctx in ("many", -5, True, 1e30, [32], 2.5)),
+              ({"metadata": {"context_size": 1}}, "ctx"), ({"metadata": {"context_size": 0}}, "ctx"),
+              ({"metadata": {"model_name": "a\0b"}}, "model"), ({"metadata": {"model_name": "a\nb"}}, "model"),
+              ({"metadata": {"prepend_bos": "yes"}}, "prepend_bos"), ({"metadata": {"model_from_pretrained_kwargs": [1]}}, "model_from_pretrained_kwargs"),
+              ({"metadata": {"exclude_special_tokens": {"a": 1}}}, "exclude_special_tokens"), ({"metadata": {"seqpos_slice": "x"}}, "seqpos_slice"),
+              ({"metadata": {"sae_lens_version": ["6"]}}, "sae_lens_version"), *(({"d_sae": F}, "d_sae") for F in ("40", -1, 1e30, True, [40])),
+              *(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, True, 5.5, {})), ({"architecture": ["topk"]}, "architecture"),
+              ({"activation_fn": 3}, "activation_fn"), ({"k": None, "activation_fn_kwargs": [5]}, "activation_fn_kwargs"),
+              ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input"), ({"rescale_acts_by_decoder_norm": 3}, "rescale_acts_by_decoder_norm"),
+              ({"normalize_activations": ["none"]}, "normalize_activations")],
+    sparsify: [*(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, None)), ({"activation": ["topk"]}, "activation"), ({"num_latents": "40"}, "num_latents"),
+               ({"num_latents": 0, "d_in": "12"}, "d_in"), ({"num_latents": 0, "expansion_factor": [3]}, "expansion_factor"), ({"transcode": "yes"}, "transcode"),
+               ({"activation": "groupmax", "k": 7}, "k = 7")],
+    dictionary: [({"trainer": [1]}, "trainer"), ({"trainer": "x"}, "trainer"), ({"buffer": 3}, "buffer"), ({"buffer": {"ctx_len": "x"}}, "ctx_len"),
+                 ({"buffer": {"remove_bos": "x"}}, "remove_bos"), (of_trainer(dict_class=[1]), "dict_class"), (of_trainer(dict_size="40"), "dict_size"),
+                 (of_trainer(submodule_name=3), "submodule_name"), *((of_trainer(submodule_name="x", layer=layer), "layer") for layer in ("three", 2.5, -1, [1])),
+                 (of_trainer(lm_name=3), "lm_name")],
+    mlsae: [*(({"k": k}, "k") for k in ("5", 0, 1e30)), ({"n_latents": "40"}, "n_latents"), ({"standardize": "yes"}, "standardize")],
+}
+WHOLE = [[], [1], "x", 3, None, True]
+
+
+@pytest.mark.parametrize("write, change, word", [(write, *case) for write, cases in SAID.items() for case in cases]
+                         + [(write, lambda config, whole=whole: whole, "json") for write in SAID for whole in WHOLE])
+def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word, tmp_path):
+    entry, = formats.find(str(write(tmp_path / "layers.1")))
+    path = tmp_path / "layers.1" / entry["config"]
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(change(said) if callable(change) else said | {name: {**said.get(name, {}), **value} if isinstance(value, dict) and name == "metadata"
+                                                                             else value for name, value in change.items()}))
+    with pytest.raises(UserError) as caught:
+        formats.describe(entry)
+        formats.read(entry)
+    line = str(caught.value)
+    assert line.startswith(f"--sae {entry['label']}: ") and word in line and "\n" not in line and len(line) < 400 and "Error" not in line
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    entry, = formats.find(str(saelens(tmp_path / "x", k=5.0, d_sae=40.0, metadata={"sae_lens_version": "6.1", "context_size": 32.0})))
+    assert formats.describe(entry)["ctx"] == 32 and formats.read(entry).k == 5 and isinstance(formats.read(entry).k, int)
+
+
+STRANGE = ["x", "", 0, -1, 2.5, 1e30, 10 ** 30, True, False, None, [], [1], ["x"], {}, {"a": 1}, [[]], "\0", "\ud800", "9" * 5000, float("nan"), float("inf")]
+
+
+def anywhere(config, path=()):
+    """The place of every value of a JSON value."""
+    yield path
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        yield from anywhere(value, (*path, key))
+
+
+def replaced(config, path, value):
+    if not path:
+        return value
+    changed = dict(config) if isinstance(config, dict) else list(config)
+    changed[path[0]] = replaced(config[path[0]], path[1:], value)
+    return changed
+
+
+def survives(folder):
+    """Everything that is found is described and read, or refused in one line."""
+    try:
+        for entry in formats.find(str(folder)):
+            formats.describe(entry)
+            formats.read(entry).reconstruct(H)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600, error
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_value_of_a_configuration_is_a_traceback(case, tmp_path, capfd):
+    write, how, _ = CASES[case]
+    folder, rng = write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how), chance.Random(case)
+    for path in folder.glob("*.json"):
+        good = json.loads(path.read_text())
+        for place in anywhere(good):
+            for value in rng.sample(STRANGE, 6):
+                path.write_text(json.dumps(replaced(good, place, value)))
+                survives(folder)
+        path.write_text(json.dumps(good))
+    assert not any(capfd.readouterr())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_damage_is_a_traceback(case, tmp_path, capfd):
+    write, how, _ = CASES[case]
+    folder, rng = write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how), chance.Random(case)
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        good = path.read_bytes()
+        garbage = rng.randbytes(300)
+        for content in (b"", good[:1], good[:9], good[:len(good) // 2], good[:-1], garbage, good[:50] + garbage + good[350:], good + garbage, b"{}", b"PK\3\4" + garbage,
+                        b"\x80\x02}.", b"\x80\x02]."):
+            path.write_bytes(content)
+            survives(folder)
+        path.unlink()
+        survives(folder)
+        path.mkdir()
+        survives(folder)
+        path.rmdir()
+        path.symlink_to("nowhere")
+        survives(folder)
+        path.unlink()
+        path.write_bytes(good)
+    assert not any(capfd.readouterr())
+
+
+@pytest.mark.parametrize("content", [[1], "x", torch.zeros(3), 7, None, {}, {"ae": 3}, {"ae": {"W_enc": 3}}, {"W_enc": [1]}, {"W_enc": torch.zeros(3)}, {"W_enc": torch.zeros(0, D)},
+                                     {**BATCH, "threshold": torch.zeros(7)}, {**BATCH, "encoder.weight": W_ENC.to_sparse()}, {**BATCH, "k": torch.zeros(3)},
+                                     {**BATCH, "k": "x"}, {**BATCH, "encoder.bias": B_ENC * 1j}, {"ae": BATCH, "norm_factor": "x"}, {"ae": BATCH, "norm_factor": 0.0},
+                                     {"ae": BATCH, "norm_factor": -1.0}, {**BATCH, "encoder.weight": "x"}], ids=lambda content: type(content).__name__)
+def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
+    torch.save(content, dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE") / "ae.pt")
+    entry, = formats.find(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        formats.read(entry)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how, word", [("repeated", "claims 134217728 values, more than are stored"), ("packed", "inflate")])
+def test_a_small_file_is_no_large_one(how, word, tmp_path):
+    folder = enlarged(tmp_path / "resid_post_layer_1", how)
+    assert (folder / "ae.pt").stat().st_size < 4e6
+    said, peak = measured("import formats, sys\ntry: formats.read(formats.find(sys.argv[1])[0])\nexcept formats.UserError as error: print(error)", folder)
+    assert len(said) == 1 and word in said[0] and peak < 600  # reading formats.py takes 220
 
 
 @pytest.mark.parametrize("spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "/tmp/nowhere*/x"])

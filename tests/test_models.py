@@ -1,4 +1,5 @@
 """Any Hugging Face causal language model: split at every block of every family, in bfloat16, from files and a hub of strangers."""
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import fisher
 from common import clean_pass, fingerprint, head, load_model, log_probs, tail
+from conditions import shape_of
+from conftest import measured
 from errors import UserError
 from proxies import evaluate, metrics
 from sae import tied_init
@@ -247,6 +250,17 @@ def only_pickled(folder):
     (folder / "model.safetensors").unlink()
 
 
+def sharded(file=None, **more):
+    """The weights in a shard named in an index; as the index would say by itself, or `file` for all of them, there as a pickle too."""
+    def spoil(folder):
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        torch.save(weights, folder / "weights.bin")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file or "model-00001-of-00001.safetensors"), **more}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return spoil
+
+
 def no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
@@ -257,12 +271,24 @@ def own_code(folder):
     reconfigure(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(folder)
 
 
+def masks_of_a_million_positions(folder):
+    make("gpt_neo", torch.float32).save_pretrained(folder)
+    reconfigure(max_position_embeddings=10 ** 6)(folder)
+
+
 DENSE = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
 BAD = {
     "truncated": (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]), "SafetensorError"),
     "only a header": (lambda folder: (folder / "model.safetensors").write_bytes(b"12345"), "SafetensorError"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "pickled": (only_pickled, "pickled ones, are not read"),
+    "pickled, by an index": (sharded("weights.bin"), r"its index names weights\.bin, and only safetensors beside it are read"),
+    "pickled, in disguise": (sharded("weights.bin/.safetensors"), r"names weights\.bin/\.safetensors"),
+    "elsewhere": (sharded("../good/model.safetensors"), r"names \.\./good/model\.safetensors"),
+    "an index of numbers": (sharded(weight_map={"a": 3}), "names 3"),
+    "an index of nothing": (sharded(weight_map=["a"]), "index"),
+    "other weights by config": (reconfigure(transformers_weights="adapter_model.bin"), "transformers_weights"),
+    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter"),
     "a block missing": (reweigh(lambda w: [w.pop(name) for name in list(w) if ".layers.2." in name]), r"lacks 12 .*layers\.2\.attention"),
     "no unembedding": (reweigh(lambda w: w.pop("embed_out.weight")), "lacks 1 of"),
     "other shape": (reweigh(lambda w: w.update({DENSE: torch.zeros(3, 32)})), rf"{DENSE} is \[3, 32\] in the file and \[48, 32\]"),
@@ -271,6 +297,17 @@ BAD = {
     "unknown family": (reconfigure(model_type="zzz", architectures=["Zzz"]), "zzz"),
     "not text": (reconfigure(model_type="vit", architectures=["ViTModel"]), "ViT"),
     "bad value": (reconfigure(num_hidden_layers="four"), "num_hidden_layers"),
+    "a million blocks": (reconfigure(num_hidden_layers=10 ** 6), "num_hidden_layers is 1e\\+06: more than the 1024"),
+    "endless blocks": (reconfigure(num_hidden_layers=10 ** 30), "num_hidden_layers is 1e\\+30"),
+    "blocks to a float's end": (reconfigure(num_hidden_layers=1e30), "num_hidden_layers is 1e\\+30"),
+    "endless experts": (reconfigure(text={"num_local_experts": 10 ** 9}), "num_local_experts is 1e\\+09"),
+    "endless kinds of attention": (reconfigure(attention_types=[[["global"], 10 ** 9]]), "attention_types is 1e\\+09"),
+    "no blocks": (reconfigure(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "a wide model": (reconfigure(hidden_size=10 ** 5), "by config.json it has 1.6e\\+11 .* hold 3.4e\\+04"),
+    "a long vocabulary": (reconfigure(vocab_size=10 ** 9), "by config.json"),
+    "a wide block": (reconfigure(intermediate_size=10 ** 8), "by config.json"),
+    "a mask of a million positions": (masks_of_a_million_positions, "by config.json"),
+    "a vocabulary without end": (reconfigure(vocab_size=10 ** 30), "Overflow|too large|unpack"),
     "bad json": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "model_type"),
     "own code": (own_code, "custom code"),
@@ -289,6 +326,28 @@ def test_a_bad_folder_gets_one_line(good, tmp_path, spoil, word):
         load_model(str(folder), CPU)
     assert str(caught.value).startswith(f"--models {folder}") and "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(folder))
     assert not (folder / "ran").exists()
+    with contextlib.suppress(UserError):  # --dry-run reads the configuration alone
+        shape_of(str(folder), None)
+
+
+def test_a_size_is_seen_before_its_memory_is_spent(good, tmp_path):
+    """Neither the wide block's 5 GB nor the list of blocks is ever there."""
+    for name, change in (("wide", dict(intermediate_size=10 ** 7)), ("deep", dict(num_hidden_layers=10 ** 7))):
+        shutil.copytree(good, tmp_path / name)
+        reconfigure(**change)(tmp_path / name)
+    code = """import common, conditions, sys, torch
+for read in (lambda path: common.load_model(path, torch.device("cpu")), lambda path: conditions.shape_of(path, None)):
+    for path in sys.argv[1:]:
+        try: read(path)
+        except common.UserError as error: print(error)"""
+    said, peak = measured(code, tmp_path / "wide", tmp_path / "deep")
+    assert len(said) == 3 and peak < 1000  # MB; without a model: 400
+
+
+def test_shards_are_read(good, tmp_path):
+    shutil.copytree(good, tmp_path / "shards")
+    sharded()(tmp_path / "shards")
+    assert fingerprint(load_model(str(tmp_path / "shards"), CPU)[0]) == fingerprint(load_model(str(good), CPU)[0])
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nothing", "a/b/c", "two words", __file__])
@@ -317,17 +376,18 @@ for name, revision in json.loads(sys.argv[1]):
 ASKED = {  # (name, revision): which weights, or a word of the one line
     ("org/good", None): 0, ("org/good", "step8"): 1, ("org/good", "step9"): "404", ("org/none", None): "no repository of the hub",
     ("org/gated", None): "gated on the hub", ("org/broken", None): "500", ("org/weightless", None): "500", ("org/cut", None): "1000 bytes",
-    ("org/pickled", None): "no model.safetensors", ("org/shape", None): "by config.json",
+    ("org/pickled", None): "no model.safetensors", ("org/index", None): "its index names weights.bin", ("org/shape", None): "by config.json",
 }
 
 
 def test_models_come_from_the_hub_by_name_and_revision(good, tmp_path):
     hub = pytest.importorskip("hub")
     repositories = tmp_path / "hub" / "models" / "org"
-    for name in ("good", "good@step8", "gated", "broken", "weightless", "cut", "pickled", "shape"):
+    for name in ("good", "good@step8", "gated", "broken", "weightless", "cut", "pickled", "index", "shape"):
         shutil.copytree(good, repositories / name)
     reweigh(lambda w: w[DENSE].zero_())(repositories / "good@step8")
     only_pickled(repositories / "pickled")
+    sharded("weights.bin")(repositories / "index")
     reweigh(lambda w: w.update({DENSE: w[DENSE][:3].clone()}))(repositories / "shape")
     with hub.serve(tmp_path / "hub") as server:
         server.fail("*org/gated*", status=401, code="GatedRepo")

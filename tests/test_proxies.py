@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import common
+import formats
 import proxies
 from common import head
 from conftest import tiny_model
@@ -195,3 +196,13 @@ def test_sequence_weights_rows():
     w = sequence_weights(7, 20, 0)
     assert w.shape == (23, 7) and (w[0] == 1).all() and (w[1] + w[2] == 1).all() and (w[3:].sum(1) == 7).all()
     assert np.array_equal(w, sequence_weights(7, 20, 0))
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.3])
+def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
+    model = tiny_model(dtype=torch.float32)
+    for name, p in model.named_parameters():
+        p.data.fill_(constant if "embed_in" in name else 0)
+    for measure in (proxies.hook_statistics, lambda model, layer, rows, batch: formats.near(model, layer, rows)):
+        with pytest.raises(common.Fault, match="layer 1: the activations of .* do not vary"):
+            measure(model, 1, hook[1], 6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from common import Fault, UserError
 from conftest import get_saes
 import sae as sae_module
 from sae import SAELensTraining, Training, TopKSAE, activation_chunks, cache_folder, load_sae, save_sae, tied_init, trunk
@@ -306,3 +307,23 @@ def test_cache_names_read_and_stay_inside(tmp_path):
     assert name.parent == tmp_path and name.name.startswith("EleutherAI--pythia-70m-L1-F32-k8-200k-s0-")
     assert cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "../../etc"}).parent == tmp_path
     assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(tmp_path, job("y", 8, 200_000))
+
+
+def test_an_sae_larger_than_the_memory_is_refused_before_it_is_made():
+    sae_module.check_memory(64, 256, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"--expansion 1000000000: .* takes 131,072 GB in training, and this machine has \d"):
+        sae_module.check_memory(64, 64 * 10 ** 9, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("h, sink, word", [
+    (torch.zeros(50, 8), False, "do not vary"), (torch.full((50, 8), 1e-30), False, "do not vary"),
+    (torch.linspace(-3, 5, 8).expand(50, 8) * 7.7, False, "do not vary"), (planted(50)[0], True, "sink positions, all 50"), (planted(1)[0], False, "do not vary")])
+@pytest.mark.parametrize("recipe", [Training, SAELensTraining])
+def test_activations_that_say_nothing_are_one_line(recipe, h, sink, word):
+    with pytest.raises(Fault, match=f"tiny L1: .*{word}"):
+        recipe.describe(h, torch.full((len(h),), sink), "tiny L1")
+
+
+def test_activations_that_vary_little_are_trained_on():
+    h = planted(3000)[0]
+    assert trained(100 + 0.1 * h).steps > 0 and math.isfinite(trained(1e-3 * h).statistics["variance"])
