@@ -421,7 +421,11 @@ def read(entry: dict) -> FileSAE:
     """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture that is not supported."""
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
-        args = READERS[entry["format"]][1](read_tensors(entry["fetch"](entry["weights"])), config, beside)
+        weights = entry["fetch"](entry["weights"])
+        if "files" in beside.get(store.PROVENANCE, {}):  # made here: it says what was written
+            for path in (weights, entry["fetch"](entry["config"])):
+                store.checked(weights.parent / store.PROVENANCE, path.name)
+        args = READERS[entry["format"]][1](read_tensors(weights), config, beside)
         args = {name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()}
         F, d = args["W_enc"].shape if args["W_enc"].ndim == 2 else (0, 0)
         if not F * d:
@@ -523,7 +527,7 @@ def main() -> None:
             if not (folder / "provenance.json").exists():
                 raise UserError(f"{source}: not an SAE trained here (no provenance.json); they lie in outputs/cache/")
             sae = fused(read(find(source)[0]))
-            write_saelens(pathlib.Path(to), sae, json.loads((folder / "provenance.json").read_text()))
+            write_saelens(pathlib.Path(to), sae, store.load(folder / store.PROVENANCE))
             print(f"{to}: cfg.json, sae_weights.safetensors; SAE.load_from_disk({to!r}) reads it")
         case _:
             raise UserError("usage: python formats.py list PATH_OR_ID | export SAE_FOLDER TO")

@@ -61,9 +61,7 @@ def hub(tmp_path_factory):
         config = json.loads(path.read_text())
         config["metadata"] |= settings
         path.write_text(json.dumps(config))
-    lens = folder / "models/org/one-late"
-    shutil.copytree(folder / "models/org/lens", lens)
-    formats.write_saelens(lens, saes[2], {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"})
+    formats.write_saelens(folder / "models/org/one-late", saes[2], {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"})
     x = (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5)
     normed = Training(Training.describe(x, sink), 256, 8, 0, [40_000])
     normed.feed(x, 0, tqdm(disable=True), "")
@@ -251,5 +249,6 @@ def test_the_two_commands_of_formats(hub, tmp_path):
              {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
     assert "load_from_disk" in run("export", "mine", "there").stdout
     assert formats.describe(formats.find(str(tmp_path / "there"))[0])["model"] == "stdlib-s"
+    assert "holds cfg.json and sae_weights.safetensors already" in (twice := run("export", "mine", "there")).stderr and twice.returncode == 2
     bad = run("export", tmp_path / "there", "again")
     assert bad.returncode == 2 and "not an SAE trained here" in bad.stderr

@@ -154,6 +154,17 @@ def test_a_damaged_verdict_opens_no_gate(whole, tmp_path):
     assert "verdict.json: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json", check=2).stderr
 
 
+def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    victim = sorted((tmp_path / "cache").iterdir())[0]
+    for name, harm in (("sae.safetensors", weight), ("cfg.json", other_k)):
+        harm(victim / name)
+        done = zygote.run("expb.py", "--models", "stdlib-s", "--sae", victim, "--eval-seqs", "6", "--ctx", "64", "--out", tmp_path / "out")
+        assert done.returncode == 2 and f"{name}: not as it was written" in done.stderr, done.stderr
+        shutil.rmtree(victim)
+        shutil.copytree(whole / "cache" / victim.name, victim)
+
+
 def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
     """Two kills between writing the one and the other paired rows with another SAE's sums."""
     import store

@@ -17,7 +17,7 @@ import sae
 import text
 from conftest import tiny_model
 from errors import UserError
-from hub import serve
+from hub import commit, serve
 
 import torch
 
@@ -236,6 +236,40 @@ def test_what_cannot_be_had_is_one_line_and_a_no_is_taken_at_once(hub, name, rul
     documents, waited, error = elsewhere(read, name)
     assert not documents and len(waited) == attempts - 1
     assert error.startswith(f"--data {name}: ") and words in error and "\n" not in error and len(error) < 400
+
+
+def test_a_hub_data_set_is_held_to_its_commit(hub):
+    """What is streamed is what was resolved, whatever is pushed meanwhile; a revision can be asked for."""
+    folder = hub.folder / "datasets/org/moving"
+    write(folder / "train.jsonl", [{"text": t} for t in TEXTS[:40]])
+    write(folder.with_name("moving@v1") / "train.jsonl", [{"text": t} for t in TEXTS[50:60]])
+    first, old = (elsewhere(text.find, name) for name in ("org/moving", "org/moving@v1"))
+    assert first == text.Source(f"org/moving@{commit(folder)}", "org/moving", commit(folder)) and old.content == commit(folder.with_name("moving@v1"))
+    assert elsewhere(read, first.data)[0] == TEXTS[:40] and elsewhere(read, old.data)[0] == elsewhere(read, "org/moving@v1")[0] == TEXTS[50:60]
+    write(folder / "train.jsonl", [{"text": t} for t in TEXTS[5:45]])
+    second = elsewhere(text.find, "org/moving")
+    assert second.content == commit(folder) != first.content and elsewhere(read, second.data)[0] == TEXTS[5:45]
+    with pytest.raises(UserError, match="--data org/moving@v2: "):
+        elsewhere(text.find, "org/moving@v2")
+
+
+def test_the_commit_is_asked_for_again_when_the_network_fails(hub):
+    hub.fail("*", times=14, status=500)
+    assert elsewhere(text.find, "org/text-jsonl").name == "org/text-jsonl"
+    hub.fail("*", status=500)
+    with pytest.raises(UserError, match="--data org/text-jsonl: .*500"):
+        elsewhere(text.find, "org/text-jsonl")
+
+
+def test_a_local_text_is_known_by_what_is_in_it(tmp_path):
+    write(tmp_path / "a/t.jsonl", [{"text": t} for t in TEXTS])
+    write(tmp_path / "b/texts/t.jsonl", [{"text": t} for t in TEXTS])
+    one, two = text.find(str(tmp_path / "a/t.jsonl")), text.find(str(tmp_path / "b/texts"))
+    assert (one.name, two.name, one.content == two.content) == ("t.jsonl", "texts", True)
+    write(tmp_path / "b/texts/u.jsonl", [{"text": "more"}])
+    (tmp_path / "a/t.jsonl").write_text((tmp_path / "a/t.jsonl").read_text().replace("0 and", "1 and", 1))
+    assert len({source.content for source in (one, text.find(str(tmp_path / "a/t.jsonl")), text.find(str(tmp_path / "b/texts")))}) == 3
+    assert text.find("stdlib") == text.find("stdlib") and text.find("stdlib").data == "stdlib"
 
 
 def test_words_called_tokens_are_no_token_ids(hub):
