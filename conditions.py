@@ -83,7 +83,7 @@ def chosen_saes(args) -> list[dict]:
 def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     """(settings, hooks): every model and SAE file loaded (on the CPU), every argument checked against it, before anything is written.
 
-    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], d, depth, data, jobs, names, nulls),
+    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], d, depth, source, jobs, names, nulls),
     where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
     """
     files = chosen_saes(args) if args.sae else []
@@ -111,7 +111,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         if rows.max() >= model.config.vocab_size:
             raise UserError(f"--models {name}: its tokenizer gives the id {rows.max()}, and it has {model.config.vocab_size} embeddings")
         hook = dict(name=called[name], layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, d=model.config.hidden_size,
-                    data=source.data)
+                    source=source)
         hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
         several = sum(other[:2] == (name, layer) for other in places) > 1  # SAEs of one place that want other contexts
         hook["nulls"] = [f"{null}-{'bos-' * bos}ctx{ctx}" if several else null for null in NULLS]
@@ -411,7 +411,7 @@ def train(missing: list[tuple], args, device: torch.device) -> None:
             if jobs:
                 if device.type != "cpu":
                     check_parity(hook["model"], hook["layer"], hook["rows"][:2], device)
-                train_missing(hook["model"].to(device), hook["tokenizer"], jobs, args.cache, hook["data"])
+                train_missing(hook["model"].to(device), hook["tokenizer"], jobs, args.cache, hook["source"])
         hook["model"].to("cpu")
 
 

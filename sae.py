@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import kernels
 import store
+import text
 from common import head, readable_count
 from errors import Damaged, Fault, UserError
-from text import train_rows
 
 CHUNK = 250_000  # tokens shuffled together
 SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
@@ -96,7 +96,7 @@ def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens:
     device = next(model.parameters()).device
     kept: list[tuple] = []
     median, waiting, passed = None, 0, 0
-    for rows in train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split):
+    for rows in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split):
         if median is not None and sinks == "keep" and passed + rows.numel() <= first * CHUNK:
             passed += rows.numel()
             continue
@@ -401,8 +401,8 @@ def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
         return None
 
 
-def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, data: str) -> None:
-    """Train the SAEs of one hook that the cache has not, together, from one activation stream of the text `data`.
+def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, source: text.Source) -> None:
+    """Train the SAEs of one hook that the cache has not, together, from one activation stream of the text `source`.
 
     A job is the dict of all that determines an SAE: model, weights (hash of what the model computes), tokenizer (hash), layer, data,
     data_content (hash or commit), split, dtype, ctx, tokens, trunk (the smaller budgets on its way), d_sae, k, seed, recipe, sinks, device,
@@ -426,7 +426,7 @@ def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, data:
             key = (job["recipe"], job["d_sae"], job["k"], job["seed"], *recipe.pace(job["tokens"]), *(job["trunk"] or [job["tokens"]])[:1])
             runs[key] = job, {**runs.get(key, (None, {}))[1], job["tokens"]: folder}
         if runs:
-            train_runs(model, tokenizer, list(runs.values()), next(model.parameters()).device, data)
+            train_runs(model, tokenizer, list(runs.values()), next(model.parameters()).device, source)
     finally:
         for folder in wanted:
             store.release(cache, lock(folder))
@@ -442,7 +442,7 @@ def mended(folder: pathlib.Path, made_by: dict) -> bool:
         return False
 
 
-def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device, data: str) -> None:
+def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device, source: text.Source) -> None:
     """Train [(job of the longest budget, {budget: folder})] to the end, in one pass over the activations of their hook."""
     stream = runs[0][0]
     hook, longest = f"{stream['model']} L{stream['layer']}", max(job["tokens"] for job, _ in runs)
@@ -459,10 +459,15 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
             if folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
                 live[i], position[i] = trainings, saved["chunks"]
         bar.update(min(position[i] * CHUNK, job["tokens"]))
-    chunks = activation_chunks(model, stream["layer"], data, tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
+    chunks = activation_chunks(model, stream["layer"], source.data, tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
                                stream.get("split", "train"))
 
+    def same_text() -> None:
+        if text.stamp(source.data) != source.stamp:
+            raise Fault(f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run again")
+
     def checkpoint() -> None:
+        same_text()
         for i, trainings in live.items():
             job, folders = runs[i]
             state = {"chunks": position[i], "runs": [training.state() for training in trainings]}
@@ -482,6 +487,7 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                     live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]], hook), job["d_sae"], job["k"], job["seed"], budgets)]
                 what = f"{hook} k={job['k']} seed {job['seed']}"
                 trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
+                same_text()
                 for training in sorted(trained, key=lambda training: training.budgets[-1]):  # the longest, whose checkpoint serves all, last
                     if training.step == training.steps and training.budgets[-1] in folders:
                         *before, tokens = training.budgets

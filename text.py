@@ -62,6 +62,14 @@ class Source:
     data: str
     name: str
     content: str
+    stamp: tuple = ()
+
+
+def stamp(data: str) -> tuple:
+    """Of a local text: sizes and times of its files, which tell at no cost that somebody writes to it during a run."""
+    if data == "stdlib" or not os.path.exists(data):
+        return ()
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(data))
 
 
 def find(data: str) -> Source:
@@ -74,7 +82,7 @@ def find(data: str) -> Source:
     if not os.path.exists(data):
         name, commit = commit_of(data)
         return Source(f"{name}@{commit}", name, commit)
-    whole = hashlib.sha256()
+    whole, now = hashlib.sha256(), stamp(data)
     files = local_files(data)
     with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, delay=2, leave=False, desc="hash of the text") as bar:
         for path in files:
@@ -84,7 +92,7 @@ def find(data: str) -> Source:
                     one.update(block)
                     bar.update(len(block))
             whole.update(path.suffix.encode() + one.digest())
-    return Source(data, readable_names([data])[data], whole.hexdigest())
+    return Source(data, readable_names([data])[data], whole.hexdigest(), now)
 
 
 def commit_of(data: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import common  # noqa: F401  before torch, see there
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+import text
 from sae import cache_folder, load_sae, train_missing
 
 
@@ -36,7 +37,7 @@ def rows():
 
 def get_saes(model, tokenizer, jobs, cache):
     """The SAEs of one hook, trained or from the cache."""
-    train_missing(model, tokenizer, jobs, cache, jobs[0]["data"])
+    train_missing(model, tokenizer, jobs, cache, text.find(jobs[0]["data"]))
     return [load_sae(cache_folder(cache, job), torch.device("cpu")) for job in jobs]
 
 

@@ -126,7 +126,7 @@ def job(data: str, tokens: int, **more) -> dict:
 
 def train(data: str, cache: pathlib.Path) -> None:
     jobs = [job(data, 16_000, split="test"), job(data, 9000, seed=1, split="test")]
-    sae.train_missing(tiny_model(dtype=torch.float32), Letters(), jobs, cache, data)
+    sae.train_missing(tiny_model(dtype=torch.float32), Letters(), jobs, cache, text.find(data))
 
 
 # ------------------------------------------------------------------------------------------- what is streamed
@@ -367,7 +367,7 @@ def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(sae, "CHUNK", 1024)
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
     model, jobs = tiny_model(dtype=torch.float32), [job(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)]
-    sae.train_missing(model, Letters(), jobs, tmp_path / "whole", jobs[0]["data"])
+    sae.train_missing(model, Letters(), jobs, tmp_path / "whole", text.find(jobs[0]["data"]))
     whole, calls = sae.head, itertools.count(1)
 
     def head(*args):
@@ -377,7 +377,7 @@ def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sae, "head", head)
     with pytest.raises(KeyboardInterrupt):
-        sae.train_missing(model, Letters(), jobs, tmp_path / "broken", jobs[0]["data"])
+        sae.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
     assert [torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")] == [8, 8]
-    sae.train_missing(model, Letters(), jobs, tmp_path / "broken", jobs[0]["data"])
+    sae.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
     assert contents(tmp_path / "whole") == contents(tmp_path / "broken") and len(contents(tmp_path / "whole")) == 6

@@ -212,7 +212,7 @@ def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
     monkeypatch.setattr(sae_module, "CHUNK", 1000)
     chunks = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, "keep"))
     assert [len(h) for h, _ in chunks] == [1000, 1000, 500]
-    rows = next(sae_module.train_rows(str(text), Words(), 16, 512))
+    rows = next(sae_module.text.train_rows(str(text), Words(), 16, 512))
     expected = sae_module.head(model, 1, rows).flatten(0, 1)
     torch.testing.assert_close(torch.cat([h for h, _ in chunks]), expected[:2500], rtol=1e-4, atol=1e-4)
     assert torch.cat([sink for _, sink in chunks])[::16].all()
@@ -280,6 +280,15 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
     shutil.rmtree(short)
     assert torch.equal(get_saes(model, Words(), jobs, tmp_path)[0].W_dec, first.W_dec)
     assert not (long / "checkpoint.pt").exists()
+
+
+def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkeypatch):
+    from conftest import tiny_model
+    one_step = Training.one_step
+    monkeypatch.setattr(Training, "one_step", lambda self, h: (text.open("a").write("more\n"), one_step(self, h))[1])
+    with pytest.raises(sae_module.Fault, match="text.txt was changed while SAEs were trained"):
+        get_saes(tiny_model(dtype=torch.float32), Words(), [job(text, 2, 2000)], tmp_path / "c")
+    assert not list((tmp_path / "c").rglob("*.safetensors"))
 
 
 def test_an_sae_does_not_depend_on_the_rest_of_the_grid(text, tmp_path):
