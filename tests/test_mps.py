@@ -24,6 +24,7 @@ import common
 import conditions
 import expc_fisher
 import formats
+import text
 from audit import LIBRARIES
 from sae import TRAIN_VERSION
 
@@ -160,15 +161,16 @@ def tiny_rows() -> torch.Tensor:
 
 def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
     """The rows that an experiment has for one hook: parity check, SAEs of both recipes trained, null rows, evaluation, metrics."""
-    text = folder / "text.txt"
-    text.write_text("\n".join(str(i * 7919 % 10007) for i in range(20000)))
+    document = folder / "text.txt"
+    document.write_text("\n".join(str(i * 7919 % 10007) for i in range(20000)))
     tokenizer = lambda document, add_special_tokens: types.SimpleNamespace(input_ids=[ord(c) for c in document])
     tokenizer.eos_token_id = 0
-    jobs = [dict(model="tiny", weights="", layer=1, data=str(text), text="", ctx=16, tokens=1280, trunk=[], d_sae=128, k=k,
+    jobs = [dict(model="tiny", weights="", layer=1, data=str(document), ctx=16, tokens=1280, trunk=[], d_sae=128, k=k,
                  seed=0, recipe=recipe, sinks="drop", device=device.type, version=TRAIN_VERSION)
             for recipe in ("base", "saelens") for k in (2, 4)]
     names = [("x", job["recipe"], 128, job["k"], 0, 1280) for job in jobs]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), jobs=jobs, names=names, nulls=conditions.NULLS, d=32)
+    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), jobs=jobs, names=names, nulls=conditions.NULLS, d=32,
+                source=text.find(str(document)))
     args = types.SimpleNamespace(expansion=4, cache=folder / device.type, save_tokens=True, sinks=["drop"], sae=[])
     conditions.train([(hook, [0, 1, 2, 3], True)], args, device)
     return conditions.run_hook(hook, args, device, [0, 1, 2, 3], True, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study)[0]
