@@ -107,7 +107,8 @@ def test_plain_pytorch_and_another_thread_count_agree_within_tolerance(run, tmp_
 def test_exp_a_opens_the_gate_only_for_the_same_run(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
     settings = json.loads((run[0] / "verdict.json").read_text())["settings"]
-    for leaf, about, gated in (("H1", settings, False), ("H1", settings | {"data": "else"}, True), ("undecided", settings, True)):
+    others = [settings | {key: other} for key, other in (("data", "else"), ("data_content", "else"), ("weights", {"stdlib-s": "else"}))]
+    for leaf, about, gated in (("H1", settings, False), *(("H1", other, True) for other in others), ("undecided", settings, True)):
         (tmp_path / "a.json").write_text(json.dumps({"leaf": leaf, "settings": about}))
         expb("--from", tmp_path / "copy", "--verdict", tmp_path / "a.json")
         assert (json.loads((tmp_path / "copy" / "verdict.json").read_text())["leaf"] == "gated") is gated
