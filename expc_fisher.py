@@ -324,8 +324,12 @@ def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: 
               "step": span(row["step"], row["step_lo"], row["step_hi"]) if row is not verdict["ladder"][0] else ""} for row in verdict["ladder"]]
     flags = [row | {"interval": bounds(lo, hi), "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
              for row, lo, hi in zip(saes, *interval)]
-    measured_shape = lambda row, key: f"{row[key]:.3g} [{row[key + '_lo']:.3g}, {row[key + '_hi']:.3g}]" if np.isfinite(row[key]) else "undefined"
-    shapes = [row | {key: measured_shape(row, key) for key in SHAPE} | {"pr / d": row["pr"] / row["d"]} for row in tables["geometry.csv"]]
+
+    def of(row: dict, key: str) -> str:
+        value, lo, hi = (f"{row[name]:.3g}" if np.isfinite(row[name]) else "undefined" for name in (key, f"{key}_lo", f"{key}_hi"))
+        return value if value == "undefined" else f"{value} [undefined]" if "undefined" in (lo, hi) else f"{value} [{lo}, {hi}]"
+
+    shapes = [row | {key: of(row, key) for key in SHAPE} | {"pr / d": row["pr"] / row["d"]} for row in tables["geometry.csv"]]
     left_none = any(row["trace"] == "undefined" for row in shapes)
     cheap, integral = tables["estimators.csv"], tables["path.csv"]
     text = [

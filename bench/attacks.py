@@ -9,6 +9,7 @@ left behind. A damaged file must be named in one line (exit 2), or set aside and
 Prints a table; exit 1 where anything else happened.
 """
 import collections
+import contextlib
 import os
 import pathlib
 import random
@@ -31,9 +32,10 @@ GRID = ["--tokens", "6k", "--eval-seqs", "6", "--ctx", "32", "--device", "cpu"]
 RUNS = {"expa.py": ["--models", "stdlib-s,stdlib-m", "--k", "2", "--seeds", "0", *GRID, "--tokens", "2k,6k"],
         "expb.py": ["--models", "stdlib-s@1,stdlib-s", "--k", "2,4", *GRID, "--save-tokens"],
         "expc_fisher.py": ["--models", "stdlib-s", "--k", "2,4", *GRID]}
-# small chunks, and a checkpoint after each, so that there is something to kill and to damage
+# small chunks, and a checkpoint after each, so that there is something to kill and to damage; few resamples, for speed
 CHECKPOINTS = """
-import itertools, types, sae
+import itertools, types, expa, expb, expc_fisher, sae
+expa.N_RESAMPLES = expb.N_RESAMPLES = expc_fisher.N_RESAMPLES = 40
 sae.CHUNK = 2048
 sae.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
 """
@@ -97,18 +99,27 @@ def ranks(attack: Attack, rng: random.Random, where: pathlib.Path):
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 4))
     both = rng.random() < 0.5
-    for task in pathlib.Path("/proc").iterdir():
-        if task.name.isdecimal() and process.poll() is None:
-            try:
-                if os.getsid(int(task.name)) == process.pid and (both or b"RANK=1\0" in (task / "environ").read_bytes()):
-                    os.kill(int(task.name), signal.SIGKILL)
-            except OSError:
-                pass
+    for pid in session(process.pid):
+        with contextlib.suppress(OSError):
+            if both or b"RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes():
+                os.kill(pid, signal.SIGKILL)
     process.wait()
+    while session(process.pid):
+        time.sleep(0.01)
     done = attack.go(where)
     wrong = "traceback" if "Traceback" in done.stderr else done.stderr if done.returncode else attack.wrong(where)
     shutil.rmtree(where)
     return f"expb.py on two ranks, {'both' if both else 'one'} killed", wrong
+
+
+def session(leader: int) -> list[int]:
+    """Processes that a torchrun started, itself among them, and that live."""
+    found = []
+    for task in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(task.name)) == leader and (task / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(task.name))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- corruptions
