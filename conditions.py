@@ -131,7 +131,6 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         hooks.append(hook)
     if not files and len({(hook["name"], hook["layer"]) for hook in hooks}) < len(hooks):
         raise UserError("--models: the same model and layer twice (a name without @LAYER means the middle layer)")
-    hooks.sort(key=lambda hook: (hook["name"], hook["layer"], hook["names"]))  # the order of the arguments leaves no trace
     size = {called[name]: sum(p.numel() for p in model.parameters()) for name, (model, *_) in loaded.items()}
     settings = dict(
         script=script, device=device.type, data=source.name, text_sha256=", ".join(sorted({sha256 for _, sha256 in rows_of.values()})),
