@@ -116,11 +116,12 @@ def test_subsampled_rows_are_unbiased_from_p_and_miss_the_mass_when_uniform():
 
 
 def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
-    """1,000 repeats of m = 64 draws: 95% intervals that hold the exact value 93 to 97% of the time."""
+    """1,000 repeats of m = 256 draws: 95% intervals hold the exact value in 95%, within 4 standard errors and
+    the 0.4% that the form's skewness still costs Student's interval (1.2% at m = 64: it falls as 1/m)."""
     model, rows, h, delta, p, J = truth
     exact = dense(p, J, delta, "sequence").sum().item()
     generator = torch.Generator().manual_seed(2)
-    big, m, repeats = 200, 64, 1000
+    big, m, repeats = 200, 256, 1000
     # gradients for every label at every position once: then a draw is a sum of rows
     log_p = log_probs_64(tail(model, LAYER, rows, h))
     u = torch.einsum("btvsd,bsd->btv", J, delta)
@@ -130,7 +131,8 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     form = drawn.sum(1).square().sum(0)  # per sequence, squared after summing over positions; then over sequences
     half = student.ppf(0.975, m - 1) * form.std(1) / m ** 0.5
     cover = ((form.mean(1) - exact).abs() <= half).double().mean().item()
-    assert abs(form.mean().item() / exact - 1) < 0.02 and 0.93 <= cover <= 0.97
+    assert abs(form.mean().item() / exact - 1) < 0.01  # 6 standard errors
+    assert abs(cover - 0.95) < 0.004 + 4 * (0.05 * 0.95 / repeats) ** 0.5
     # and the gradients themselves, as `clean_pass` draws them, are those
     uniforms = torch.rand(big, 2, 5, generator=generator, dtype=h.dtype)
     model32 = model

@@ -112,15 +112,15 @@ def test_bits_do_not_depend_on_threads(N):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-# ----------------------------------------------------------------------------- decode, distortion: within rounding
+# ----------------------------------------------------------------------- decode, distortion: within rounding
 def gamma(n):
     """How far n float32 roundings in a row move a number, relatively, at most (Higham 2002, Lemma 3.1)."""
     return n * 2.0**-24 / (1 - n * 2.0**-24)
 
 
 def product(A, B, bias=torch.zeros(())):
-    """A B + bias in float64, and how far float32 may be from it: a sum of n terms, in any order, with or without
-    fused multiply-add, rounds each of them n times at most (Higham 2002, (3.5)). Zeros round nothing."""
+    """A B + bias in float64, and how far float32 may be from it: a sum of n terms, in any order, fused or
+    not, rounds each of them n times at most (Higham 2002, (3.5)). Zeros round nothing."""
     A, B, bias = A.double(), B.double(), bias.double()
     n = (A != 0).double() @ (B != 0).double() + (bias != 0)
     return A @ B + bias, gamma(n) * (A.abs() @ B.abs() + bias.abs())
@@ -187,8 +187,8 @@ def test_distortion_statistics(device, path, scale):
     truth = torch.stack([(grad * delta).sum(1), (delta**2).sum(1), (y**2).sum(1), (x * y).sum(1), (x**2).sum(1), delta.sum(1), x.sum(1)], 1)
     size = torch.stack([(grad * delta).abs().sum(1), truth[:, 1], truth[:, 2], (x * y).abs().sum(1), truth[:, 4], delta.abs().sum(1), x.abs().sum(1)], 1)
     error, rounding = (stats.double() - truth).abs(), 2.0**-24 * truth.abs()
-    # a term is delta (rounded, in its square twice), a product and d sums, here and in the truth: in float64, or
-    # in float32 on a GPU's plain path; then comes the last rounding, to float32
+    # a term is delta (rounded, in its square twice), a product and d sums, here and in the truth: in float64,
+    # or in float32 on a GPU's plain path; then comes the last rounding, to float32
     wide = 2.0**-24 if (path, device) == ("ref", "cuda") else 2.0**-53
     allowed = rounding + 2 * (d + 3) * wide * size
     assert len(STATS) == 7 and (error <= allowed).all(), dict(zip(STATS, (error / allowed).amax(0).tolist()))
