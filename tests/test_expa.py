@@ -59,9 +59,9 @@ def test_no_gap_at_all_is_h0():
 
 
 def test_h0_is_accepted_wrongly_in_at_most_one_of_twenty():
-    """Delta CE_rec at the margin for one k: the worst case that is not equivalence."""
-    wrong = np.mean([v["h0"] for v in leaves(400, delta=[0.02, 0, 0, 0])])
-    assert 0.01 < wrong <= 0.07
+    """Delta CE_rec at the margin for one k: the worst case that is not equivalence, where 5% is reached."""
+    wrong = np.mean([v["h0"] for v in leaves(800, delta=[0.02, 0, 0, 0])])
+    assert abs(wrong - 0.05) < 4 * (0.05 * 0.95 / 800) ** 0.5  # standard errors
 
 
 def test_h1_is_accepted_wrongly_in_at_most_one_of_twenty():
@@ -108,9 +108,8 @@ def test_what_cannot_be_judged_is_undecided():
         outside = verdict(everything)
         assert outside["leaf"] == leaf and "not transferable" in outside["reason"] and outside["h1"] is None and abs(outside["gamma_r2"]) > 0.03
     # neither equal nor different: the number of seeds that would tell
-    values, _ = planted(rng, seed_sd=0.012, seq_sd=0.001)
-    wide = verdict(everything)
-    assert wide["leaf"] == "undecided" and "seeds in each model would show equality" in wide["reason"]
+    said = [v["reason"] for v in leaves(40, seed_sd=0.012, seq_sd=0.001) if v["leaf"] == "undecided"]
+    assert any("seeds in each model would show equality" in reason for reason in said)  # in half of the 40
 
 
 def test_seeds_needed_by_hand():
@@ -136,8 +135,9 @@ def values_for_deltas(values: dict) -> dict:
 
 @pytest.mark.parametrize("seed_sd, seq_sd", [(0.02, 0.0), (0.0, 0.02), (0.01, 0.01), (0.003, 0.01)])
 def test_intervals_cover_the_truth(seed_sd, seq_sd):
+    """Where sequences alone make the noise, the four k are right or wrong together, and in 96.7%, not 95%."""
     rng, inside = np.random.default_rng(2), []
-    for _ in range(150):
+    for _ in range(600):
         values, meta = planted(rng, delta=0.03, gap=0.05, seed_sd=seed_sd, seq_sd=seq_sd)
         at, w, sources = stats.seed_draws(meta, len(values["r2"]))
         for k in K:
@@ -145,18 +145,18 @@ def test_intervals_cover_the_truth(seed_sd, seq_sd):
             r2 = {m: expa.mean_over(values["r2"][at], w, cell & (meta["model"] == m)) for m in MODELS}
             lo, hi = stats.t_interval(r2["large"] - r2["small"], sources, N_SEQ)
             inside.append(lo <= (0.03 - 0.05) / 0.8 <= hi)
-    assert 0.925 <= np.mean(inside) <= 0.99
+    assert 0.95 - 4 * (0.05 * 0.95 / 600) ** 0.5 < np.mean(inside) < 0.967 + 4 * (0.033 * 0.967 / 600) ** 0.5
 
 
 def test_a_percentile_bootstrap_over_three_seeds_would_not():
     """Why the interval is Student's: resampling three seeds knows nothing of degrees of freedom."""
     rng, inside = np.random.default_rng(3), []
-    for _ in range(400):
+    for _ in range(2000):
         x, y = rng.standard_normal((2, 3))
         draws = [(rng.multinomial(2, [1 / 3] * 3, 400) / 2) @ v for v in (x, y)]
         lo, hi = np.quantile(draws[0] - draws[1], [0.025, 0.975])
         inside.append(lo <= 0 <= hi)
-    assert np.mean(inside) < 0.90
+    assert np.mean(inside) < 0.90  # it is 0.857, 5 standard errors below
 
 
 def test_one_seed_gives_no_interval():

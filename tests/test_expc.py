@@ -70,7 +70,8 @@ def test_estimators_on_a_tiny_model(hook):
         row = table[name, "256 a token"]
         assert abs(row["mean"] - 1) < 4 * row["se"] and row["repeats"] == 50, name
     assert table["diagonal F, rows from p, centred", "256 a token"]["sd"] < table["diagonal F, uniform rows, centred", "256 a token"]["sd"]
-    assert table["diagonal F, rows from p, as proposed, uncentred", "256 a token"]["mean"] > 1.05
+    uncentred = table["diagonal F, rows from p, as proposed, uncentred", "256 a token"]
+    assert uncentred["mean"] > 1 + 4 * uncentred["se"]
     sampled = table["sampled labels (true Fisher)", "1"]
     assert abs(sampled["mean"] - 1) < 4 * sampled["se"]
 
@@ -103,7 +104,7 @@ def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
 
 # --------------------------------------------------------------------------------------------- the flag
 def test_planted_errors_get_their_flag():
-    """Isotropic: rho = 1 within its interval. Along the top eigenvector of G: flatters. Along G's null space: underrates."""
+    """Isotropic: rho = 1. Along the top eigenvector of G: flatters. Along G's null space: underrates."""
     from leaderboard import flag
     model = tiny_model(dtype=torch.float32)
     rows = torch.randint(0, 41, (64, 12), generator=torch.Generator().manual_seed(5))
@@ -122,9 +123,10 @@ def test_planted_errors_get_their_flag():
     said = {}
     for name, result in results.items():
         values = metrics({q: v[None] for q, v in result["sums"].items()}, weights, 16)
-        said[name] = [np.quantile(values[m][3:, 0], [0.025, 0.975]) for m in ("fed_nosink", "rho")]
+        said[name] = [np.quantile(values["fed_nosink"][3:, 0], [0.025, 0.975]), values["rho"][3:, 0]]
     assert flag(*said["top"][0]) == "R² flatters this SAE" and flag(*said["null"][0]) == "R² underrates it"
-    assert said["isotropic"][1][0] < 1 < said["isotropic"][1][1] and said["top"][1][0] > 1 > said["null"][1][1]
+    off = {name: (rho.mean() - 1) / rho.std() for name, (_, rho) in said.items()}  # in standard errors
+    assert abs(off["isotropic"]) < 4 and off["top"] > 4 and off["null"] < -4
 
 
 # -------------------------------------------------------------------------------------------------- C2'
@@ -139,9 +141,9 @@ def conditions(rng, own: float, cells: int = 6, models: int = 3):
 def test_added_value_is_found_and_not_invented():
     rng = np.random.default_rng(0)
     found = [expc_fisher.added_value(*conditions(rng, 1.0), n_draws=500) for _ in range(60)]
-    none = [expc_fisher.added_value(*conditions(rng, 0.0), n_draws=500) for _ in range(300)]
-    assert np.mean([r >= 0.2 and p < 0.05 for r, p in found]) > 0.8
-    assert 0.02 < np.mean([p < 0.05 for _, p in none]) < 0.08
+    none = [expc_fisher.added_value(*conditions(rng, 0.0), n_draws=500) for _ in range(1000)]
+    assert np.mean([r >= 0.2 and p < 0.05 for r, p in found]) > 0.65  # it is 0.865: 5 standard errors of 60
+    assert abs(np.mean([p < 0.05 for _, p in none]) - 0.05) < 4 * (0.05 * 0.95 / 1000) ** 0.5
     gains = [expc_fisher.out_of_cluster_gain(*conditions(rng, own)[:3], conditions(rng, own)[3])[0] for own in (1.0, 0.0) for _ in range(20)]
     assert np.median(gains[:20]) > 0.3 > 0 > np.median(gains[20:]) - 0.02
 
@@ -152,7 +154,7 @@ def test_added_value_is_undefined_where_nothing_is_left():
     x, base, y, meta = conditions(np.random.default_rng(0), 1.0, cells=1)
     assert np.isnan(expc_fisher.out_of_cluster_gain(x, base, y, meta)).all()
     x, base, y, meta = conditions(np.random.default_rng(0), 1.0)
-    assert np.isnan(expc_fisher.added_value(np.where(x > 0, x, np.nan), base, y, meta)).all()
+    assert np.isnan(expc_fisher.added_value(np.r_[np.nan, x[1:]], base, y, meta)).all()
     assert np.isnan(expc_fisher.added_value(base, base, y, meta)).all()
 
 

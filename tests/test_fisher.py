@@ -105,22 +105,24 @@ def test_variance_does_not_see_a_shift_of_all_logits_and_the_uncentred_form_does
 def test_subsampled_rows_are_unbiased_from_p_and_miss_the_mass_when_uniform():
     """A peaked p over 2,000 tokens, 32 rows: what is drawn uniformly hardly ever meets it."""
     generator = torch.Generator().manual_seed(1)
-    p = torch.softmax(6 * torch.randn(2000, generator=generator, dtype=torch.float64), -1)
+    quantiles = torch.special.ndtri((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)
+    p = torch.softmax(6 * quantiles, -1)  # the same whatever the random stream
     u = torch.randn(2000, generator=generator, dtype=torch.float64)
     exact = fisher.variance(p, u).item()
     P, U = p.expand(4000, -1), u.expand(4000, -1)
     from_p = fisher.subsampled_form(P, U, torch.multinomial(p, 4000 * 32, replacement=True, generator=generator).view(4000, 32), True, True)
     uniform = fisher.subsampled_form(P, U, torch.randint(2000, (4000, 32), generator=generator), False, True)
     assert abs(from_p.mean().item() - exact) < 4 * from_p.std().item() / 4000 ** 0.5
-    assert uniform.median() < 0.2 * exact and uniform.std() > 5 * from_p.std()
+    assert uniform.median() < 0.2 * exact and uniform.std() > 2 * from_p.std()  # over u: 0.01 to 0.05, 4.5 to 17
 
 
 def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
-    """1,000 repeats of m = 64 draws: 95% intervals that hold the exact value 93 to 97% of the time."""
+    """1,000 repeats of m = 256 draws: 95% intervals hold the exact value in 95%, within 4 standard errors and
+    the 0.4% that the form's skewness still costs Student's interval (1.2% at m = 64: it falls as 1/m)."""
     model, rows, h, delta, p, J = truth
     exact = dense(p, J, delta, "sequence").sum().item()
     generator = torch.Generator().manual_seed(2)
-    big, m, repeats = 200, 64, 1000
+    big, m, repeats = 200, 256, 1000
     # gradients for every label at every position once: then a draw is a sum of rows
     log_p = log_probs_64(tail(model, LAYER, rows, h))
     u = torch.einsum("btvsd,bsd->btv", J, delta)
@@ -130,7 +132,8 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     form = drawn.sum(1).square().sum(0)  # per sequence, squared after summing over positions; then over sequences
     half = student.ppf(0.975, m - 1) * form.std(1) / m ** 0.5
     cover = ((form.mean(1) - exact).abs() <= half).double().mean().item()
-    assert abs(form.mean().item() / exact - 1) < 0.02 and 0.93 <= cover <= 0.97
+    assert abs(form.mean().item() / exact - 1) < 0.01  # 6 standard errors
+    assert abs(cover - 0.95) < 0.004 + 4 * (0.05 * 0.95 / repeats) ** 0.5
     # and the gradients themselves, as `clean_pass` draws them, are those
     uniforms = torch.rand(big, 2, 5, generator=generator, dtype=h.dtype)
     model32 = model

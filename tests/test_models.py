@@ -182,9 +182,13 @@ def test_fingerprints_are_of_the_bytes():
     assert half.dtype == torch.bfloat16 and fingerprint(half) == fingerprint(model.bfloat16()) != whole.hexdigest()[:16]
 
 
-MEASURED = {  # of stdlib-s in bfloat16 against float32, 8 x 64 tokens: up to 1.5 times load_model's table, which has six hooks' worst
+# stdlib-s in bfloat16 against float32, 8 x 64 tokens: up to 1.5 times load_model's table, which has six
+# hooks' worst. The weights' rounding, the same everywhere, takes up to half of it; instruction sets (SSE4 to
+# AVX-512, oneDNN's bfloat16 or not) move that by less than 0.25. swd_sampled: 5 standard errors between two
+# samples of 4 labels x 8 sequences, squares of relative variance 2.
+MEASURED = {
     "r2": (0, 0.005), "r2_nosink": (0, 0.005), "cosine": (0, 0.0015), "ce_orig": (0, 0.004), "ce_recon": (0, 0.05), "dce": (0, 0.05),
-    "ce_rec": (0, 0.015), "kl": (0.03, 0), "swd_tok": (0.1, 0), "gd_abs": (0.05, 0), "swd_seq": (0.6, 0), "swd_sampled": (1.0, 0),
+    "ce_rec": (0, 0.015), "kl": (0.03, 0), "swd_tok": (0.1, 0), "gd_abs": (0.05, 0), "swd_seq": (0.6, 0), "swd_sampled": (1.77, 0),
     "sequence": (0.05, 0), "same": (0.05, 0), "g": (0.003, 0),
 }
 

@@ -103,7 +103,7 @@ def test_everything_against_dense_float64(hook):
     }
     for name, value in expected.items():
         assert m[name] == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
-    assert m["r2"] < 0.99 and m["ce_rec"] < 0.999  # nothing above was trivially equal
+    assert min(abs(m["r2"] - 1), abs(m["ce_rec"] - 1)) > 1e-3  # nothing above was trivially equal
 
 
 def test_metrics_do_not_depend_on_the_batch(hook):
@@ -126,16 +126,18 @@ def test_half_of_sampled_swd_is_kl_for_small_errors(hook, monkeypatch):
     monkeypatch.setattr(proxies, "DRAWS", 400)
     noise = torch.randn(hook[3].shape, generator=torch.Generator().manual_seed(7))
     m = point(hook, lambda h, mean: h + 0.01 * noise)
-    assert 0.5 * m["swd_sampled"] == pytest.approx(m["kl"], rel=0.12)
+    # squares of sums over tokens, of nearly normal numbers: relative variance 2, over 400 draws x 6 sequences
+    assert 0.5 * m["swd_sampled"] == pytest.approx(m["kl"], rel=5 * (2 / 2400) ** 0.5)
 
 
 def test_isotropic_error_has_rho_one(hook, monkeypatch):
     monkeypatch.setattr(proxies, "DRAWS", 8)
     model, _, layer, _ = hook
-    rows = torch.randint(0, 41, (60, 12), generator=torch.Generator().manual_seed(8))
+    rows = torch.randint(0, 41, (240, 12), generator=torch.Generator().manual_seed(8))
     h = head(model, layer, rows)[:, :-1].flatten(0, 1)
     noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(9))
-    assert point((model, rows, layer, h), lambda h, mean: h + 0.1 * noise, batch=60)["rho"] == pytest.approx(1, abs=0.15)
+    rho = point((model, rows, layer, h), lambda h, mean: h + 0.1 * noise, batch=240)["rho"]
+    assert rho == pytest.approx(1, abs=0.13)  # 5 standard deviations over noise and rows
 
 
 def test_a_planted_sink_owns_r2_and_not_r2_nosink(hook, monkeypatch):
@@ -179,7 +181,7 @@ def test_weights_are_the_same_as_repeating_sequences(hook):
 def test_index_bits_of_independent_latents_are_their_entropy():
     rng = np.random.default_rng(0)
     rate = np.array([0.5, 0.1, 0.01, 0.0])
-    n_seq, per_seq = 400, 50
+    n_seq, per_seq = 10_000, 50  # 0.01 is nine standard errors (delta method)
     fired = np.stack([rng.binomial(n_seq // 2 * per_seq, rate) for _ in range(2)]).astype(float)
     entropy = -sum(p * math.log2(p) + (1 - p) * math.log2(1 - p) for p in rate if p)
     assert index_bits(fired, n_seq, per_seq) == pytest.approx(entropy, rel=0.01)
