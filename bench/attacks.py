@@ -1,6 +1,6 @@
 """Kill runs at every step that the disk would see and at random moments; damage every kind of file that is read again.
 
-    python bench/attacks.py kills 200 [SEED]           # over the three scripts, and two ranks under torchrun
+    python bench/attacks.py kills 200 [SEED]           # over the three scripts, and two ranks under torchrun (`ranks 30`: these alone)
     python bench/attacks.py corruptions 300 [SEED]
     python bench/attacks.py pairs 8                    # two runs in one --out at the same time
 
@@ -68,6 +68,12 @@ class Attack:
 
 
 # ---------------------------------------------------------------------------------------------------- kills
+def only_ranks(n: int, rng: random.Random, folder: pathlib.Path):
+    attack = Attack("expb.py", folder / "expb.py")
+    for _ in range(n):
+        yield ranks(attack, rng, folder / "again")
+
+
 def kills(n: int, rng: random.Random, folder: pathlib.Path):
     attacks = [Attack(script, folder / script) for script in RUNS]
     for i in range(n):
@@ -93,18 +99,17 @@ def ranks(attack: Attack, rng: random.Random, where: pathlib.Path):
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script),
                *RUNS["expb.py"], "--out", str(where / "out"), "--cache", str(where / "cache")]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not list((where / "cache").glob("*/provenance.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 4))
     both = rng.random() < 0.5
-    for pid in session(process.pid):
-        with contextlib.suppress(OSError):
-            if both or b"RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+    for pid, rank in running(script).items():
+        if both or rank == "1":
+            os.kill(pid, signal.SIGKILL)
     process.wait()
-    while session(process.pid):
+    while running(script):
         time.sleep(0.01)
     done = attack.go(where)
     wrong = "traceback" if "Traceback" in done.stderr else done.stderr if done.returncode else attack.wrong(where)
@@ -112,13 +117,13 @@ def ranks(attack: Attack, rng: random.Random, where: pathlib.Path):
     return f"expb.py on two ranks, {'both' if both else 'one'} killed", wrong
 
 
-def session(leader: int) -> list[int]:
-    """Processes that a torchrun started, itself among them, and that live."""
-    found = []
+def running(script: pathlib.Path) -> dict[int, str]:
+    """{process: its rank, "" for torchrun} of what runs this script."""
+    found = {}
     for task in pathlib.Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if os.getsid(int(task.name)) == leader and (task / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append(int(task.name))
+        with contextlib.suppress(OSError):
+            if task.name.isdecimal() and str(script).encode() in (task / "cmdline").read_bytes():  # a dead one has none
+                found[int(task.name)] = dict(pair.partition("=")[::2] for pair in (task / "environ").read_text().split("\0")).get("RANK", "")
     return found
 
 
@@ -209,7 +214,7 @@ def main() -> None:
     what, n, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
     counted, bad = collections.Counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        for i, (kind, wrong) in enumerate({"kills": kills, "corruptions": corruptions, "pairs": pairs}[what](n, random.Random(seed), pathlib.Path(folder))):
+        for i, (kind, wrong) in enumerate({"kills": kills, "ranks": only_ranks, "corruptions": corruptions, "pairs": pairs}[what](n, random.Random(seed), pathlib.Path(folder))):
             counted[kind] += 1
             if wrong:
                 bad.append((kind, wrong))

@@ -354,7 +354,7 @@ def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_
         hub.heal()
         hub.fail("*test-00002-of*", times=answered)
         hub.fail("*test-00002-of*", after=50)
-        with pytest.raises(UserError, match="--data org/runs: .*row 120"):
+        with pytest.raises(UserError, match="--data org/runs@.*row 120"):
             elsewhere(train, "org/runs", tmp_path / "broken")
         saved.append(sorted(torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")))
     assert saved == [[4, 4], [13]]
