@@ -107,7 +107,8 @@ def ranks(attack: Attack, rng: random.Random, where: pathlib.Path):
     both = rng.random() < 0.5
     for pid, rank in running(script).items():
         if both or rank == "1":
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.wait()
     while running(script):
         time.sleep(0.01)
