@@ -28,7 +28,7 @@ import torch
 
 import kernels
 from errors import Fault, UserError, brief, one_line, printable, said
-from store import cell, read_table
+from store import cell, read_table, reading
 
 ROOT = pathlib.Path(__file__).resolve().parent
 EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
@@ -635,17 +635,27 @@ DIFF_TOLERANCE = {"exact": (0.0, 0.0), "default": (0.05, 1e-3)}
 EXACT = LABELS | {"n_seq", "n_tok", "n_sink", "n_cells", "n_clusters"}
 
 
+def settings_of(folder: pathlib.Path) -> dict:
+    """Of the run behind a verdict; {} without one. Raises UserError."""
+    if not (folder / "verdict.json").exists():
+        return {}
+    with reading(folder / "verdict.json"):
+        return dict(json.loads((folder / "verdict.json").read_text(encoding="utf-8"))["settings"])
+
+
 def diff(a: pathlib.Path, b: pathlib.Path) -> int:
     """Compare the tables of two output folders; print what differs most; 1 above tolerance, else 0. Raises UserError."""
     for folder in (a, b):
         if not (folder / "conditions.csv").exists():
             raise UserError(f"{folder}: no conditions.csv, so not a results folder")
-    first, second = ((json.loads((f / "verdict.json").read_text(encoding="utf-8"))["settings"] if (f / "verdict.json").exists() else {}) for f in (a, b))
+    first, second = map(settings_of, (a, b))
     for key in sorted({*first, *second}):
         if first.get(key) != second.get(key):
             print(f"settings differ: {key}: {first.get(key)} | {second.get(key)}")
     above = 0
-    left, right = read_table(a / "conditions.csv"), read_table(b / "conditions.csv")
+    left, right = (read_table(folder / "conditions.csv") for folder in (a, b))
+    if not (left and right):
+        raise UserError(f"{b if left else a}: conditions.csv holds no conditions")
     columns = [c for c in left[0] if c in right[0]]
     keys = [c for c in columns if c in LABELS]
     there = {tuple(row[c] for c in keys): row for row in right}
@@ -660,6 +670,8 @@ def diff(a: pathlib.Path, b: pathlib.Path) -> int:
             p, q = x[column], y[column]
             if p == q or (p != p and q != q):
                 continue
+            if isinstance(p, str) or isinstance(q, str):
+                raise UserError(f"{column} is {p} in one folder and {q} in the other")
             allowed = relative * max(abs(p), abs(q)) + floor
             share = abs(p - q) / allowed if allowed and p == p and q == q else math.inf
             worst = max(worst, (share, column, x), key=lambda item: item[0])

@@ -122,7 +122,8 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
             if args.k[-1] > args.expansion * hook["d"]:
                 raise UserError(f"--k {args.k[-1]}: more than the {args.expansion * hook['d']} latents of an SAE at {args.expansion}x on {name}")
             check_memory(hook["d"], args.expansion * hook["d"], device)
-            stream = dict(model=hook["name"], **hashes, dtype=args.dtype, layer=hook["layer"], data=source.name, data_content=source.content,
+            # called by its own name, whatever other models the command names: the same SAE in every grid
+            stream = dict(model=readable_names([name])[name], **hashes, dtype=args.dtype, layer=hook["layer"], data=source.name, data_content=source.content,
                           split=args.split, ctx=args.ctx, device=device.type, version=TRAIN_VERSION)
             hook["jobs"] = [stream | dict(tokens=tokens, trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed,
                                           recipe=recipe, sinks=sinks)
@@ -131,6 +132,8 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         hooks.append(hook)
     if not files and len({(hook["name"], hook["layer"]) for hook in hooks}) < len(hooks):
         raise UserError("--models: the same model and layer twice (a name without @LAYER means the middle layer)")
+    if text.stamp(source.data) != source.stamp:
+        raise UserError(f"--data {args.data} is being changed: run again when it is still")
     size = {called[name]: sum(p.numel() for p in model.parameters()) for name, (model, *_) in loaded.items()}
     settings = dict(
         script=script, device=device.type, data=source.name, text_sha256=", ".join(sorted({sha256 for _, sha256 in rows_of.values()})),
@@ -161,7 +164,8 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
         F, d = sae.W_enc.shape
         if d != hook["d"]:
             raise UserError(f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}")
-        said = entry["said"] | {"basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"],
+        model = entry["said"]["model"]  # where it lay on somebody's machine is nobody's business
+        said = entry["said"] | {"model": model and (os.path.basename(model) if os.path.isabs(model) else model), "basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"],
                                 "fingerprint": formats.sae_fingerprint(sae)}
         readings = [math.nan] if args.basis else list(formats.check_basis(sae, said, entry["label"], hook["layer"], activations).values())
         sae.centred = said["basis"] == "centred"
@@ -450,15 +454,18 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     store.writable(out, "--out")
     store.claim(out)
     record = out / RUN
+    try:
+        listed = store.written(record)
+    except Damaged as why:
+        raise UserError(f"{why}: use another --out, or move that folder away") from why
+    if theirs := [name for name in RESULT_FILES if name not in listed and os.path.lexists(out / name)]:
+        raise UserError(f"--out {out} holds {', '.join(theirs)}, which no run.json lists: use another --out, or move them away")
     if fresh:
         for part in parts(out):
             discard(part)
         store.remove(record)
     store.settle(record)
-    there = check_data(record)
-    if theirs := [name for name in RESULT_FILES if not there and os.path.lexists(out / name)]:
-        raise UserError(f"--out {out} holds {', '.join(theirs)}, which no run.json lists: use another --out, or move them away")
-    before = there.get("settings", settings)
+    before = check_data(record).get("settings", settings)
     if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
         both = lambda key: (before.get(key), settings.get(key))
         only = lambda a, b: ({k: v for k, v in a.items() if b.get(k) != v}, {k: v for k, v in b.items() if a.get(k) != v})
@@ -511,7 +518,7 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     store.settle(record)
     check_data(record)
     missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
-    if missing or about["seconds"] is None:
+    if missing or about.get("seconds") is None:
         raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")
     return out, settings
 
@@ -606,7 +613,7 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     seen = lambda column: ", ".join(sorted({str(row[column]) for row in rows}))
     lines = ["## Settings", "", f"Evaluation: {sizes}, positions 0..T-2; sink positions (dropped in `_nosink`): "
             f"position 0 and norms above 10 medians, {seen('n_sink')} of {seen('n_tok')} per hook.", "",
-            f"Evaluation text SHA-256 {settings['text_sha256']}" + (f", the standard library of Python {settings['python']}" if settings["data"] == "stdlib" else "") + ".", "",
+            f"Evaluation text SHA-256 {settings['text_sha256']}" + (f", the standard library of Python {settings['python']}" if settings["python"] else "") + ".", "",
             "```", json.dumps(settings, indent=1, sort_keys=True), "```", ""]
     if settings["device"] != "cpu":
         lines += [f"Computed on {settings['device']}, where a second run need not be the same to the byte: compare with `python common.py diff`.", ""]

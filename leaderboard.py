@@ -25,9 +25,12 @@ def read_verdict(path: pathlib.Path | None) -> dict | None:
 
     Raises UserError: not there, not a verdict of Exp-A, or not as its run.json says that it was written.
     """
-    if path is None and not EXP_A.exists():
-        return None
-    path = path or EXP_A
+    if path is None:
+        try:
+            return read_verdict(EXP_A) if EXP_A.exists() else None
+        except UserError as why:  # which nobody asked for
+            print(f"{why}: taken for no verdict")
+            return None
     try:
         raw = path.read_bytes()
         verdict = json.loads(raw)
@@ -38,8 +41,9 @@ def read_verdict(path: pathlib.Path | None) -> dict | None:
         raise UserError(f"--verdict {path}: not a verdict of expa.py") from error
     if not known:
         raise UserError(f"--verdict {path}: not a verdict of expa.py")
-    if path.name in store.written(path.parent / store.RUN):
-        store.checked(path.parent / store.RUN, path.name)
+    record = path.parent / store.RUN
+    if path.name in store.written(record):
+        store.checked(record, path.name)
     return verdict | {"sha256": hashlib.sha256(raw).hexdigest()}
 
 
@@ -51,7 +55,7 @@ def gate(there: dict | None, settings: dict) -> tuple[str | None, str]:
     if there is None:
         return None, "no Exp-A verdict yet"
     about = there["settings"] | {"recipe": there["settings"].get("recipe", [])[:1]}
-    differing = [key for key in ("models", "weights", "data", "data_content", "recipe") if about.get(key) != settings.get(key)]
+    differing = [key for key in ("models", "weights", "tokenizers", "data", "data_content", "split", "recipe") if about.get(key) != settings.get(key)]
     if differing:
         return None, f"Exp-A's verdict is about other {', '.join(differing)}"
     return there["leaf"], f"Exp-A says {there['leaf']} (sha256 {there['sha256'][:12]})"

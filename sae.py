@@ -371,16 +371,21 @@ def is_whole(folder: pathlib.Path, made_by: dict) -> bool:
     """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was written."""
     record = folder / store.PROVENANCE
     there = store.load(record)
-    if other := [key for key in made_by if there and there.get(key) != made_by[key]]:
+    if other := [key for key in identity(made_by) if there and there.get(key) != made_by[key]]:
         raise Damaged(f"{record}: says another {', '.join(other)} than the SAE that is asked for")
     if there.get("coming") or WEIGHTS not in there.get("files", {}) or not os.path.lexists(folder / WEIGHTS):
         return False
     return all(store.checked(record, name) for name in (WEIGHTS, "cfg.json"))
 
 
+def identity(made_by: dict) -> dict:
+    """What determines an SAE, of a job: how its text is called does not, what is in it does."""
+    return {key: value for key, value in made_by.items() if key != "data"}
+
+
 def cache_folder(cache: pathlib.Path, made_by: dict) -> pathlib.Path:
     """A name to read and a short hash of everything that determined the SAE."""
-    short = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
+    short = hashlib.sha256(json.dumps(identity(made_by), sort_keys=True).encode()).hexdigest()[:8]
     model = pathlib.Path(made_by["model"].replace("/", "--").lstrip(".-")).name[:100]  # a file name has 255 bytes at most
     name = "{}-L{layer}-F{d_sae}-k{k}-{}-s{seed}-{}".format(model, readable_count(made_by["tokens"]), short, **made_by)
     return cache / name
@@ -412,7 +417,12 @@ def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, sourc
     wanted = {cache_folder(cache, job): job for job in jobs}
     lock = lambda folder: f".{folder.name}{store.LOCK}"
     with contextlib.suppress(Damaged):
-        if all(is_whole(folder, job) and not (cache / lock(folder)).exists() for folder, job in wanted.items()):
+        if all(is_whole(folder, job) for folder, job in wanted.items()):
+            for folder in wanted:  # a lock that a killed run left; where it cannot be had, it is in nobody's way
+                with contextlib.suppress(UserError, Fault):
+                    if (cache / lock(folder)).exists():
+                        store.claim(cache, lock(folder))
+                        store.release(cache, lock(folder))
             return
     store.writable(cache, "--cache")
     try:
@@ -462,12 +472,7 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
     chunks = activation_chunks(model, stream["layer"], source.data, tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
                                stream.get("split", "train"))
 
-    def same_text() -> None:
-        if text.stamp(source.data) != source.stamp:
-            raise Fault(f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run again")
-
     def checkpoint() -> None:
-        same_text()
         for i, trainings in live.items():
             job, folders = runs[i]
             state = {"chunks": position[i], "runs": [training.state() for training in trainings]}
@@ -476,6 +481,8 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
     saved_at, cost = time.monotonic(), 0.0
     try:
         for number, (h, sink) in enumerate(chunks, min(position)):
+            if text.stamp(source.data) != source.stamp:
+                raise Fault(f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run again")
             if not torch.isfinite(h).all():
                 raise Fault(f"{hook}: an activation is not finite in chunk {number} of the training text")
             for i, (job, folders) in enumerate(runs):
@@ -487,7 +494,6 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                     live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]], hook), job["d_sae"], job["k"], job["seed"], budgets)]
                 what = f"{hook} k={job['k']} seed {job['seed']}"
                 trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
-                same_text()
                 for training in sorted(trained, key=lambda training: training.budgets[-1]):  # the longest, whose checkpoint serves all, last
                     if training.step == training.steps and training.budgets[-1] in folders:
                         *before, tokens = training.budgets

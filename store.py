@@ -3,7 +3,7 @@
 A folder that a run writes has a record (`run.json` of results, `provenance.json` of a cached SAE) with the SHA-256 of every
 file that the run put there. `put` changes several files as one: the new ones are written beside the old, the record says
 that they are coming, then they take their places. Killed at any moment, the next `settle` finds all of the old files or all
-of the new ones. What is not in the record is somebody else's, and is neither read, overwritten nor removed.
+of the new ones. What is not in the record is somebody else's: it is not removed, and renamed before its name is taken.
 """
 import atexit
 import contextlib
@@ -19,6 +19,7 @@ import pathlib
 import pickle
 import socket
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
@@ -40,8 +41,10 @@ def reading(path: pathlib.Path) -> Iterator[None]:
     """A file that cannot be read, or not understood, is one line."""
     try:
         yield
-    except OSError as error:
-        raise Damaged(f"{path}: {error.strerror or error}") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise Damaged(f"{path}: {error.strerror}") from error
+    except OSError as error:  # not to be read by this user, or not now: nobody's damage
+        raise UserError(f"{path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise Damaged(f"{path}: damaged ({type(error).__name__})") from error
 
@@ -113,16 +116,19 @@ def _digest(content: dict) -> str:
 
 
 def load(record: pathlib.Path) -> dict:
-    """What a record holds; {} where there is none. Raises Damaged: unreadable, edited, or not one of ours."""
+    """What a record holds; {} where there is none. Raises Damaged: edited, not one of ours, or about files elsewhere."""
     if not os.path.lexists(record):
         return {}
     with reading(record):
         content = json.loads(record.read_text(encoding="utf-8"))
         check = content.pop("check", None)
-    if check is None:
-        raise Damaged(f"{record}: not a record of this program, or one of an older version: use another folder")
-    if check != _digest(content):
-        raise Damaged(f"{record}: damaged, or edited by hand: use another folder, or move this one away")
+        if check is None:
+            raise Damaged(f"{record}: not a record of this program, or one of an older version")
+        if check != _digest(content):
+            raise Damaged(f"{record}: damaged, or edited by hand")
+        for name in {**content.get("files", {}), **content.get("coming", {})}:
+            if name in ("", "..", record.name) or name != pathlib.PurePath(name).name:
+                raise Damaged(f"{record}: names a file that is not beside it")
     return content
 
 
@@ -143,10 +149,11 @@ def put(record: pathlib.Path, contents: dict[str, Content | None], **facts) -> N
             for name, content in contents.items():
                 path = record.parent / name
                 coming[name] = None if content is None else sha256(_write_beside(path, content))
+            _write_record(record, now | facts | {"files": now.get("files", {}), "coming": coming})
         except BaseException:
-            _clear(record.parent)
+            if load(record) == now:  # nothing was promised
+                _clear(record.parent)
             raise
-        _write_record(record, now | facts | {"files": now.get("files", {}), "coming": coming})
         _move_in(record)
 
 
@@ -168,6 +175,8 @@ def _move_in(record: pathlib.Path) -> None:
             if os.path.lexists(path) and not _is(path, files.get(name)):
                 print(f"{path} was changed by someone else: kept as {set_aside(path, 'kept').name}")
             os.replace(temporary, path) if digest else path.unlink(missing_ok=True)
+        elif not _is(path, digest):  # neither there nor to come: a copy that left hidden files behind
+            continue
         files = {key: value for key, value in (files | {name: digest}).items() if value}
     _sync(record.parent)
     _write_record(record, now | {"files": dict(sorted(files.items()))})
@@ -180,7 +189,8 @@ def _is(path: pathlib.Path, digest: str | None) -> bool:
 def _clear(folder: pathlib.Path) -> None:
     """Remove what a killed write left half done."""
     for path in folder.glob(f".*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def checked(record: pathlib.Path, name: str) -> pathlib.Path:
@@ -214,9 +224,7 @@ def writable(folder: pathlib.Path, flag: str) -> None:
     """Raises UserError before any work is done for a folder that cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / UNFINISHED
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: not writable ({error.strerror})") from error
 
@@ -229,12 +237,12 @@ def claim(folder: pathlib.Path, name: str = LOCK, wait: Callable[[str], object] 
 
     Another holder: wait(who) is called and its end awaited, or, without `wait`, UserError names it.
     """
-    with _writing(folder):
+    path = folder.resolve() / name
+    if path in _held:
+        return
+    with _writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder.resolve() / name
-        if path in _held:
-            return
-        lock = filelock.FileLock(path)
+        lock = filelock.FileLock(path, mode=0o666)  # a colleague may find it where a killed run left it
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:

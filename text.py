@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import re
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-pa
 LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside the data
 ELSE = " (there is stdlib; else a local file or folder, or a hub data set)"
-PAUSES = (1, 2, 4, 8)  # seconds between attempts at a row that the network does not give
+PAUSES = (1, 2, 4, 8)  # seconds between attempts at what the network does not give
 
 
 def digest(text: str) -> bytes:
@@ -98,9 +99,14 @@ def find(data: str) -> Source:
 def commit_of(data: str) -> tuple[str, str]:
     """(name, commit) of a hub data set. Raises UserError."""
     name, _, revision = data.partition("@")
+    if not name or os.path.exists(name):
+        raise UserError(f"--data {data}: only hub data sets have revisions, NAME@REVISION")
     for pause in (*PAUSES, None):
         try:
-            return name, quiet_datasets().load_dataset_builder(name, revision=revision or None).hash
+            commit = quiet_datasets().load_dataset_builder(name, revision=revision or None).hash
+            if not re.fullmatch("[0-9a-f]{40}", str(commit)):
+                raise UserError(f"it has no commit ({commit})")
+            return name, commit
         except Exception as error:
             if (fault := network_fault(error)) is None or pause is None:
                 raise UserError(f"--data {data}: {said(fault or error)}{ELSE}") from error

@@ -239,5 +239,12 @@ def test_diff_sees_what_is_above_tolerance(tmp_path, capsys):
     status = {name: common.diff(tmp_path / "a", tmp_path / name) for name in "abcde"}
     assert status == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1}
     assert "worst: ce_rec of m 2: 0.4 | 0.6" in capsys.readouterr().out
-    with pytest.raises(UserError):
-        common.diff(tmp_path / "a", tmp_path / "nothing")
+    store.write(tmp_path / "empty/conditions.csv", b"")
+    store.write(tmp_path / "text/conditions.csv", (tmp_path / "a/conditions.csv").read_bytes().replace(b"0.5", b"half"))
+    for name in ("nothing", "empty", "text"):
+        with pytest.raises(UserError):
+            common.diff(tmp_path / "a", tmp_path / name)
+    for content in (b"{}", b"garbage", b'{"settings": 3}'):
+        store.write(tmp_path / "b/verdict.json", content)
+        with pytest.raises(UserError, match="b/verdict.json: damaged"):
+            common.diff(tmp_path / "a", tmp_path / "b")

@@ -251,6 +251,9 @@ def test_a_hub_data_set_is_held_to_its_commit(hub):
     assert second.content == commit(folder) != first.content and elsewhere(read, second.data)[0] == TEXTS[5:45]
     with pytest.raises(UserError, match="--data org/moving@v2: "):
         elsewhere(text.find, "org/moving@v2")
+    for name in ("@v1", f"{HERE}@v1"):  # a local path would be known by its time stamps only
+        with pytest.raises(UserError, match=f"--data {name}: only hub data sets have revisions"):
+            text.find(name)
 
 
 def test_the_commit_is_asked_for_again_when_the_network_fails(hub):

@@ -104,6 +104,14 @@ def test_plain_pytorch_and_another_thread_count_agree_within_tolerance(run, tmp_
     assert done.returncode == 0 and "within tolerance" in done.stdout, done.stdout
 
 
+def test_an_old_verdict_that_nobody_named_is_none(run, tmp_path, monkeypatch, capsys):
+    import leaderboard
+    (tmp_path / "run.json").write_text('{"settings": {}}')  # of the version before
+    (tmp_path / "verdict.json").write_text(json.dumps({"leaf": "H1", "settings": {}}))
+    monkeypatch.setattr(leaderboard, "EXP_A", tmp_path / "verdict.json")
+    assert leaderboard.read_verdict(None) is None and "taken for no verdict" in capsys.readouterr().out
+
+
 def test_exp_a_opens_the_gate_only_for_the_same_run(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
     settings = json.loads((run[0] / "verdict.json").read_text())["settings"]

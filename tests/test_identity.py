@@ -129,6 +129,17 @@ def test_results_do_not_say_where_things_lie(tmp_path, model):
     assert len(saes(tmp_path / "cache")) == 1 and all(path.read_bytes() == content for path, content in before.items() if path.name == "conditions.csv")
 
 
+def test_other_models_of_a_grid_are_no_part_of_an_sae(tmp_path, model):
+    """Nor is how the text is called."""
+    other = pathlib.Path(shutil.copytree(model, tmp_path / "b/model"))
+    data = write(tmp_path / "d.jsonl", train=1)
+    script("expb.py", "--models", model, *GRID, "--data", data, "--out", tmp_path / "1", "--cache", tmp_path / "cache")
+    data = data.rename(tmp_path / "e.jsonl")
+    script("expb.py", "--models", f"{model},{other}@2", *GRID, "--data", data, "--out", tmp_path / "2", "--cache", tmp_path / "cache")
+    assert len(saes(tmp_path / "cache")) == 2
+    assert {row["model"] for row in read_table(tmp_path / "2/conditions.csv")} == {"a/model", "b/model"}
+
+
 def test_paths_of_one_name_are_told_apart(tmp_path):
     for name in ("x/model", "y/model", "y/other"):
         (tmp_path / name).mkdir(parents=True)

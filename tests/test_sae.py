@@ -285,6 +285,7 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
 def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkeypatch):
     from conftest import tiny_model
     one_step = Training.one_step
+    monkeypatch.setattr(sae_module, "CHUNK", 1024)
     monkeypatch.setattr(Training, "one_step", lambda self, h: (text.open("a").write("more\n"), one_step(self, h))[1])
     with pytest.raises(sae_module.Fault, match="text.txt was changed while SAEs were trained"):
         get_saes(tiny_model(dtype=torch.float32), Words(), [job(text, 2, 2000)], tmp_path / "c")
@@ -315,7 +316,8 @@ def test_cache_names_read_and_stay_inside(tmp_path):
     name = cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "EleutherAI/pythia-70m"})
     assert name.parent == tmp_path and name.name.startswith("EleutherAI--pythia-70m-L1-F32-k8-200k-s0-")
     assert cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "../../etc"}).parent == tmp_path
-    assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(tmp_path, job("y", 8, 200_000))
+    assert cache_folder(tmp_path, job("x", 8, 200_000)) == cache_folder(tmp_path, job("y", 8, 200_000))  # the same text by another name
+    assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(tmp_path, job("x", 8, 200_000) | {"data_content": "else"})
 
 
 def test_an_sae_larger_than_the_memory_is_refused_before_it_is_made():

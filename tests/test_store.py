@@ -149,6 +149,46 @@ def test_fresh_removes_what_runs_wrote_and_nothing_else(tmp_path):
     store.release(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../mine", "{tmp}/mine", "..", "", "run.json", "below/mine"])
+@pytest.mark.parametrize("where", ["files", "coming"])
+def test_a_record_speaks_of_its_own_folder_only(tmp_path, where, name):
+    """Results are shared: a stranger's record must not have --fresh, or a mere resume, reach for other files."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    name = name.replace("{tmp}", str(tmp_path))
+    store._write_record(tmp_path / "out" / RECORD, {"files": {}, "coming": {}, where: {name: store.sha256(tmp_path / "mine")}})
+    before = contents(tmp_path)
+    for act in (store.load, store.settle, store.remove, store.written):
+        with pytest.raises(Damaged, match="not beside it"):
+            act(tmp_path / "out" / RECORD)
+    assert contents(tmp_path) == before
+
+
+def test_a_copy_without_hidden_files_is_still_the_old_results(tmp_path, monkeypatch):
+    store.put(tmp_path / RECORD, {"a.csv": b"old"})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store, "_move_in", lambda record: (_ for _ in ()).throw(Killed))
+        store.put(tmp_path / RECORD, {"a.csv": b"new"})
+    store._beside(tmp_path / "a.csv").unlink()
+    store.settle(tmp_path / RECORD)
+    assert store.checked(tmp_path / RECORD, "a.csv").read_bytes() == b"old"
+
+
+def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """A colleague's file without permission, a network file system that is away: nothing to set aside."""
+    store.put(tmp_path / RECORD, {"a.csv": b"old"})
+    monkeypatch.setattr(store, "sha256", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match="a.csv: Permission denied") as caught:
+        store.checked(tmp_path / RECORD, "a.csv")
+    assert not isinstance(caught.value, Damaged)
+
+
+def test_probes_of_two_processes_do_not_meet(tmp_path):
+    probe = f"import store, pathlib\nfor _ in range(300): store.writable(pathlib.Path({str(tmp_path)!r}), '--cache')"
+    both = [subprocess.Popen([sys.executable, "-c", probe], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[1] for process in both] == ["", ""] and not contents(tmp_path)
+
+
 def test_a_folder_with_results_that_nobody_lists_is_refused(tmp_path):
     (tmp_path / "report.md").write_text("mine")
     for fresh in (False, True):
@@ -160,6 +200,13 @@ def test_a_folder_with_results_that_nobody_lists_is_refused(tmp_path):
             open_output(tmp_path, {}, fresh)
     assert (tmp_path / "report.md").read_text() == "mine"
     store.release(tmp_path)
+    store.put(tmp_path / "out" / RECORD, {"conditions.csv": b"1"}, settings={})
+    (tmp_path / "out/deltas.csv").write_text("mine")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="deltas.csv, which no run.json lists"):
+        open_output(tmp_path / "out", {}, fresh=True)
+    assert contents(tmp_path / "out").items() >= before.items()  # refused before anything is removed
+    store.release(tmp_path / "out")
 
 
 @pytest.mark.parametrize("made", ["file", "link", "folder"])
