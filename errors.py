@@ -1,4 +1,4 @@
-"""What goes wrong and is said in one line: the two kinds, and what a library's own errors become."""
+"""What goes wrong and is said in one line: bad input and faults, and what a library's own errors become."""
 import contextlib
 import re
 import textwrap

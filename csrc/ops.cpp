@@ -2,7 +2,8 @@
 // Everything goes through the LibTorch stable ABI, so one build serves every torch from 2.10 on.
 //
 // Results depend neither on the host nor on the number of threads: work is cut by shape alone, each output number is summed by
-// one thread in a fixed order, and no flag lets the compiler reorder floating point.
+// one thread in a fixed order, and no flag lets the compiler reorder floating point. One exception: topk_encode's pre-activations
+// are the library's GEMM, whose last bits are its own (MKL's AVX2 and COMPATIBLE kernels move them by the number of threads).
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
