@@ -455,6 +455,7 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     store.claim(out)
     record = out / RUN
     try:
+        store.settle(record)
         listed = store.written(record)
     except Damaged as why:
         raise UserError(f"{why}: use another --out, or move that folder away") from why
@@ -464,7 +465,6 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
         for part in parts(out):
             discard(part)
         store.remove(record)
-    store.settle(record)
     before = check_data(record).get("settings", settings)
     if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
         both = lambda key: (before.get(key), settings.get(key))

@@ -209,6 +209,26 @@ def test_a_folder_with_results_that_nobody_lists_is_refused(tmp_path):
     store.release(tmp_path / "out")
 
 
+def test_a_run_killed_at_any_step_of_its_first_results_goes_on(tmp_path, monkeypatch):
+    for moment in range(60):
+        out = tmp_path / str(moment)
+        open_output(out, {"k": [1]}, fresh=False)
+        try:
+            with monkeypatch.context() as patch:
+                kill_at(patch, moment)
+                store.put(out / RECORD, {"conditions.csv": b"1", "sequences.npz": b"2"})
+            finished = True
+        except Killed:
+            finished = False
+        store.release(out)
+        open_output(out, {"k": [1]}, fresh=False)
+        assert store.written(out / RECORD) in ([], ["conditions.csv", "sequences.npz"])
+        store.release(out)
+        if finished:
+            break
+    assert finished and moment > 8
+
+
 @pytest.mark.parametrize("made", ["file", "link", "folder"])
 def test_a_rank_folder_that_is_none_is_left_alone(tmp_path, made):
     (tmp_path / "else").mkdir()
