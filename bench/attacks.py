@@ -48,15 +48,15 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 class Attack:
     """A script's unbroken run, and folders for one attack after the other."""
 
-    def __init__(self, script: str, folder: pathlib.Path):
-        self.script, self.whole = script, folder / "whole"
+    def __init__(self, script: str, folder: pathlib.Path, setup: str = CHECKPOINTS):
+        self.script, self.whole, self.setup = script, folder / "whole", setup
         done = self.go(self.whole, kill=10 ** 6)
         assert done.returncode == 0, done.stderr
         self.steps = int(done.stderr.split()[-2])  # that the disk sees
         self.truth = {name: contents(self.whole / name) for name in ("out", "cache")}
 
     def go(self, where: pathlib.Path, **how) -> subprocess.CompletedProcess:
-        return zygote.run(self.script, *RUNS[self.script], "--out", where / "out", "--cache", where / "cache", setup=CHECKPOINTS, **how)
+        return zygote.run(self.script, *RUNS[self.script], "--out", where / "out", "--cache", where / "cache", setup=self.setup, **how)
 
     def wrong(self, where: pathlib.Path, kept=()) -> str:
         """What differs from the unbroken run: nothing, it should be. kept: prefixes of names that may be there besides."""
@@ -195,7 +195,7 @@ def corruptions(n: int, rng: random.Random, folder: pathlib.Path):
 
 # ---------------------------------------------------------------------------------------------------- pairs
 def pairs(n: int, rng: random.Random, folder: pathlib.Path):
-    attack = Attack("expb.py", folder / "expb.py")
+    attack = Attack("expb.py", folder / "expb.py", setup="")
     for _ in range(n):
         where = folder / "again"
         command = [sys.executable, str(ROOT / "expb.py"), *RUNS["expb.py"], "--out", str(where / "out"), "--cache", str(where / "cache")]
