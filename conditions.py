@@ -164,8 +164,10 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
         F, d = sae.W_enc.shape
         if d != hook["d"]:
             raise UserError(f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}")
-        model = entry["said"]["model"]  # where it lay on somebody's machine is nobody's business
-        said = entry["said"] | {"model": model and (os.path.basename(model) if os.path.isabs(model) else model), "basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"],
+        model = entry["said"]["model"]
+        if model and os.path.isabs(model):  # where it lay on somebody's machine is nobody's business
+            model = os.path.basename(model)
+        said = entry["said"] | {"model": model, "basis": args.basis or entry["said"]["basis"], "ctx": entry["ctx"], "bos": entry["bos"],
                                 "fingerprint": formats.sae_fingerprint(sae)}
         readings = [math.nan] if args.basis else list(formats.check_basis(sae, said, entry["label"], hook["layer"], activations).values())
         sae.centred = said["basis"] == "centred"

@@ -106,7 +106,7 @@ def unused(path: pathlib.Path, word: str) -> pathlib.Path:
 
 
 def set_aside(path: pathlib.Path, word: str) -> pathlib.Path:
-    """Rename to a name that nothing has, and say which."""
+    """Rename to a name that nothing has, which is returned."""
     return path.rename(unused(path, word))
 
 
@@ -194,7 +194,10 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def checked(record: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of a file that is to be read again, its bytes the ones that were put there. Raises Damaged."""
+    """The path of a file that is to be read again, its bytes the ones that were put there.
+
+    Raises Damaged, and UserError where it may not be read.
+    """
     path, content = record.parent / name, load(record)
     wanted = {content.get("files", {}).get(name), content.get("coming", {}).get(name)} - {None}
     if not wanted:

@@ -32,13 +32,9 @@ GRID = ["--tokens", "6k", "--eval-seqs", "6", "--ctx", "32", "--device", "cpu"]
 RUNS = {"expa.py": ["--models", "stdlib-s,stdlib-m", "--k", "2", "--seeds", "0", *GRID, "--tokens", "2k,6k"],
         "expb.py": ["--models", "stdlib-s@1,stdlib-s", "--k", "2,4", *GRID, "--save-tokens"],
         "expc_fisher.py": ["--models", "stdlib-s", "--k", "2,4", *GRID]}
-# small chunks, and a checkpoint after each, so that there is something to kill and to damage; few resamples, for speed
-CHECKPOINTS = """
-import itertools, types, expa, expb, expc_fisher, sae
+CHECKPOINTS = zygote.CHECKPOINTS + """import expa, expb, expc_fisher
 expa.N_RESAMPLES = expb.N_RESAMPLES = expc_fisher.N_RESAMPLES = 40
-sae.CHUNK = 2048
-sae.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
-"""
+"""  # few, for speed
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

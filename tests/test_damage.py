@@ -13,15 +13,10 @@ from store import unused
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GRID = ["--models", "stdlib-s", "--k", "2,4", "--tokens", "6k", "--eval-seqs", "6", "--ctx", "64", "--save-tokens"]
-CHECKPOINTS = """
-import itertools, types, sae
-sae.CHUNK = 2048
-sae.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
-"""
 
 
 def expb(folder, *arguments, check=0, **how):
-    done = zygote.run("expb.py", *GRID, "--out", folder / "out", "--cache", folder / "cache", *arguments, setup=CHECKPOINTS, **how)
+    done = zygote.run("expb.py", *GRID, "--out", folder / "out", "--cache", folder / "cache", *arguments, setup=zygote.CHECKPOINTS, **how)
     assert done.returncode == check, done.stderr[-2000:]
     return done
 

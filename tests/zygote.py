@@ -15,6 +15,13 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = ((os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir"), (pathlib.Path, "rmdir"))
 
+# for `setup`: small chunks, and a checkpoint after each, so that there is something to kill and to damage
+CHECKPOINTS = """
+import itertools, types, sae
+sae.CHUNK = 2048
+sae.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
+"""
+
 
 def run(script: str, *arguments, kill: int | None = None, after: float | None = None, setup: str = "") -> subprocess.CompletedProcess:
     """kill: at this step; after: so many seconds from the start; setup: what the process executes before the script."""
