@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save
 
 import zygote
-from store import unused
+from store import LOCK, unused
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GRID = ["--models", "stdlib-s", "--k", "2,4", "--tokens", "6k", "--eval-seqs", "6", "--ctx", "64", "--save-tokens"]
@@ -175,6 +175,7 @@ def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
 def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
     """A colleague's cache: nothing to train, so nothing to write."""
     shutil.copytree(whole / "cache", tmp_path / "cache")
+    (tmp_path / "cache" / f".{next((tmp_path / 'cache').iterdir()).name}{LOCK}").touch()  # of a run that was killed, or trains another
     before = contents(tmp_path / "cache")
     setpriv = shutil.which("setpriv")
     if sys.platform != "linux" or not setpriv:
@@ -190,7 +191,7 @@ def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
         done = run("--out", tmp_path / "new", *more)
         assert done.returncode == 2 and words in done.stderr and "not writable (Permission denied)" in done.stderr, done.stderr
         assert len([line for line in done.stderr.splitlines() if line.startswith("expb.py")]) == 1 and "Traceback" not in done.stderr
-    victim = next((tmp_path / "cache").iterdir())
+    victim = next(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     (victim / "sae.safetensors").chmod(0)
     done = run("--out", tmp_path / "unreadable")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "Permission denied" in done.stderr, done.stderr

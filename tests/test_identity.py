@@ -129,6 +129,19 @@ def test_results_do_not_say_where_things_lie(tmp_path, model):
     assert len(saes(tmp_path / "cache")) == 1 and all(path.read_bytes() == content for path, content in before.items() if path.name == "conditions.csv")
 
 
+def test_nor_do_they_where_an_sae_says_so_itself(tmp_path, model):
+    """SAELens writes the path of a local model into an SAE's configuration."""
+    script("expb.py", "--models", model, *GRID, "--out", tmp_path / "1", "--cache", tmp_path / "cache")
+    script("formats.py", "export", next((tmp_path / "cache").iterdir()), tmp_path / "lens")
+    config = json.loads((tmp_path / "lens/cfg.json").read_text())
+    config["metadata"]["model_name"] = str(model)
+    (tmp_path / "lens/cfg.json").write_text(json.dumps(config))
+    script("expb.py", "--models", f"{model}@3", "--sae", tmp_path / "lens", *GRID[4:], "--out", tmp_path / "2")
+    for path in (tmp_path / "2").iterdir():
+        assert path.name == "run.json" or str(tmp_path).encode() not in path.read_bytes(), path
+    assert read_table(tmp_path / "2/audit.csv")[0]["trained_on"] == "model"
+
+
 def test_other_models_of_a_grid_are_no_part_of_an_sae(tmp_path, model):
     """Nor is how the text is called."""
     other = pathlib.Path(shutil.copytree(model, tmp_path / "b/model"))
