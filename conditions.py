@@ -28,7 +28,7 @@ import store
 import text
 from audit import r2_by_library
 from errors import Damaged, Fault, UserError, one_line
-from proxies import VALUE_BITS, evaluate, hook_statistics, index_bits, metrics, sequence_weights
+from proxies import VALUE_BITS, document_weights, evaluate, hook_statistics, index_bits, metrics
 from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, check_memory, load_sae, tied_init, train_missing, trunk
 from store import RUN, read_table
 
@@ -83,8 +83,8 @@ def chosen_saes(args) -> list[dict]:
 def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     """(settings, hooks): every model and SAE file loaded (on the CPU), every argument checked against it, before anything is written.
 
-    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], d, depth, source, jobs, names, nulls),
-    where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
+    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], document [S], d, depth, last (block?),
+    source, jobs, names, nulls), where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
     """
     files = chosen_saes(args) if args.sae else []
     source = text.find(args.data)
@@ -107,11 +107,12 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         if (name, ctx, bos) not in rows_of:
             first = (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id) if bos else None
             rows_of[name, ctx, bos] = text.heldout_rows(source.data, tokenizer, ctx, args.eval_seqs, args.split, first)
-        rows, _ = rows_of[name, ctx, bos]
+        held = rows_of[name, ctx, bos]
+        rows = held.rows
         if rows.max() >= model.config.vocab_size:
             raise UserError(f"--models {name}: its tokenizer gives the id {rows.max()}, and it has {model.config.vocab_size} embeddings")
-        hook = dict(name=called[name], layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, d=model.config.hidden_size,
-                    source=source)
+        hook = dict(name=called[name], layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, document=held.document,
+                    d=model.config.hidden_size, source=source, last=pick_layer(model, name, layer) == model.config.num_hidden_layers - 1)
         hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
         several = sum(other[:2] == (name, layer) for other in places) > 1  # SAEs of one place that want other contexts
         hook["nulls"] = [f"{null}-{'bos-' * bos}ctx{ctx}" if several else null for null in NULLS]
@@ -136,9 +137,11 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         raise UserError(f"--data {args.data} is being changed: run again when it is still")
     size = {called[name]: sum(p.numel() for p in model.parameters()) for name, (model, *_) in loaded.items()}
     settings = dict(
-        script=script, device=device.type, data=source.name, text_sha256=", ".join(sorted({sha256 for _, sha256 in rows_of.values()})),
+        script=script, device=device.type, data=source.name, text_sha256=", ".join(sorted({held.sha256 for held in rows_of.values()})),
+        documents=sorted({int(held.document.max()) + 1 for held in rows_of.values()}), cut=text.is_cut(source.data),
         python=platform.python_version() if args.data == "stdlib" else None,
         models=sorted(size, key=lambda name: (size[name], name)), hooks={f"{h['name']}@{h['layer']}": h["depth"] for h in hooks},
+        last_blocks=sorted({f"{h['name']}@{h['layer']}" for h in hooks if h["last"]}),
         weights={called[name]: hashes["weights"] for name, (*_, hashes) in loaded.items()},
         tokenizers={called[name]: hashes["tokenizer"] for name, (*_, hashes) in loaded.items()},
         k=args.k, seeds=args.seeds, tokens=args.tokens, expansion=args.expansion, recipe=args.recipe, sinks=args.sinks,
@@ -321,7 +324,7 @@ def run_hook(hook: dict, args, device: torch.device, which: list[int], with_null
     batch = eval_batch(model, ctx, device)
     shared = hook_statistics(model, hook["layer"], hook["rows"], batch)
     results = evaluate(model, hook["layer"], hook["rows"], reconstructions, batch, keep_tokens=args.save_tokens, what=f"{hook['name']} L{hook['layer']}",
-                       terms=terms, shared=shared)
+                       terms=terms, shared=shared, document=hook["document"])
     tables = study(hook, trained, device) if study and with_nulls else {}
     definitions = r2_by_library(shared, reconstructions, device) if args.sae else {}
     model.to("cpu")
@@ -336,13 +339,14 @@ def run_hook(hook: dict, args, device: torch.device, which: list[int], with_null
         fired = results[name]["fired"]
         if not isinstance(fired, int):
             row["alive"] = float((fired.sum(0) > 0).double().mean())
-            row["bits_idx"] = index_bits(fired.numpy(), n_seq, ctx - 1)
+            row["bits_idx"] = index_bits(fired.numpy(), np.bincount(hook["document"] % 2, minlength=2) * (ctx - 1))
             row["bits"] = row["bits_idx"] + VALUE_BITS * row["l0"]
         if args.sae:
             job = hook["jobs"][which[i]] if i < len(which) else {}
             row |= definitions[name] | {column: job.get(column, np.nan) for column in ("fvu_as_said", "fvu_otherwise")}
         rows.append(row)
     sums["d"] = np.full(len(names), hook["d"])
+    sums["document"] = np.tile(hook["document"], (len(names), 1))
     tokens = {f"{hook['name']}@{hook['layer']}/" + "-".join(map(str, name)) + f"/{q}": v
               for name in names for q, v in results[name]["tokens"].items()}
     return rows, sums, tokens, tables
@@ -389,8 +393,11 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
     gather(args.out, settings)
     if lost := sum(len(which) + with_nulls for _, which, with_nulls in not_measured(hooks, args.out)):
         raise Fault(f"{lost} of the results are not in {args.out}: do all ranks write to the same --out?")
-    store.put(args.out / RUN, {}, ranks=ranks.WORLD, seconds=round(time.time() - start, 1))
-    return args.out, settings
+    passes = set(store.load(args.out / RUN).get("one_pass", []))
+    for folder in [] if args.sae else [cache_folder(args.cache, job) for hook in hooks for job in hook["jobs"]]:
+        passes |= {store.load(folder / store.PROVENANCE).get("one_pass")} - {None}
+    store.put(args.out / RUN, {}, ranks=ranks.WORLD, seconds=round(time.time() - start, 1), one_pass=sorted(passes))
+    return finished_run(args.out, script)
 
 
 def not_measured(hooks: list[dict], out: pathlib.Path) -> list[tuple]:
@@ -522,7 +529,7 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
     if missing or about.get("seconds") is None:
         raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")
-    return out, settings
+    return out, settings | ({"one_pass": about["one_pass"]} if about.get("one_pass") else {})
 
 
 def add_results(out: pathlib.Path, settings: dict, rows: list[dict], sums: dict, tokens: dict, tables: dict) -> None:
@@ -586,13 +593,20 @@ def gather(out: pathlib.Path, settings: dict) -> None:
 def measured(out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=None) -> tuple[list[dict], list[dict], dict, dict, dict]:
     """(null rows, rows of the C SAEs, {metric: [W,C]}, meta {name: [C]}, sums {quantity: [C,S]}) of a finished folder.
 
-    W: all sequences, the even, the odd, and `n_resamples` resamples of them, shared by all conditions (as `stats` wants them).
+    W: all documents, the even, the odd, and `n_resamples` resamples of them, shared by all conditions (as `stats` wants them): of one text
+    drawn for models of different tokenizers, document i is the same.
     """
     rows, sums = load_results(out)
-    d = sums.pop("d")
-    with np.errstate(invalid="ignore"):
-        weights = sequence_weights(settings["eval_seqs"], n_resamples, seed=0)
-        values = metrics(sums, weights, d) | (own_metrics(sums, weights) if own_metrics else {})
+    d, document = sums.pop("d"), sums.pop("document")
+    by_document = document_weights(int(document.max()) + 1, n_resamples, seed=0)
+    patterns, which = np.unique(document, axis=0, return_inverse=True)  # of sequences: one where all models share a tokenizer
+    values = {}
+    for i, pattern in enumerate(patterns):
+        mine, weights = np.flatnonzero(which.ravel() == i), by_document[:, pattern]
+        part = {q: v[mine] for q, v in sums.items()}
+        with np.errstate(invalid="ignore"):
+            for name, value in (metrics(part, weights, d[mine]) | (own_metrics(part, weights) if own_metrics else {})).items():
+                values.setdefault(name, np.empty((len(weights), len(rows))))[:, mine] = value
     trained = np.array([row["recipe"] != "null" for row in rows])
     saes = [row for row, keep in zip(rows, trained) if keep]
     meta = {name: np.array([row[name] for row in saes]) for name in ("model", "layer", "sae", "recipe", "k", "tokens", "seed")}
@@ -609,13 +623,26 @@ def rows_hash(out: pathlib.Path) -> str:
     return hashlib.sha256((out / "conditions.csv").read_bytes() + (out / "sequences.npz").read_bytes()).hexdigest()
 
 
+def marked(rows: list[dict], settings: dict) -> list[dict]:
+    """Rows to show, the hook of a model's last block marked: no attention follows it."""
+    return [row | {"layer": f"{row['layer']} last" if f"{row['model']}@{row['layer']}" in settings["last_blocks"] else row["layer"]} for row in rows]
+
+
+def behind(settings: dict) -> str:
+    """What intervals over the evaluation text count, in words."""
+    n = " or ".join(map(str, settings["documents"]))
+    return f"{n} pieces of few documents, held out by piece, so that intervals are about this text" if settings["cut"] else f"{n} documents"
+
+
 def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     """The report's last section, in Markdown lines."""
     sizes = " and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sorted({(row["n_seq"], row["n_tok"] // row["n_seq"] + 1) for row in rows}))
     seen = lambda column: ", ".join(sorted({str(row[column]) for row in rows}))
-    lines = ["## Settings", "", f"Evaluation: {sizes}, positions 0..T-2; sink positions (dropped in `_nosink`): "
-            f"position 0 and norms above 10 medians, {seen('n_sink')} of {seen('n_tok')} per hook.", "",
+    lines = ["## Settings", "", f"Evaluation: {sizes}, drawn across the held-out side from {behind(settings)}, which is what the intervals count; "
+             f"positions 0..T-2; sink positions (dropped in `_nosink`): position 0 and norms above 10 medians, {seen('n_sink')} of {seen('n_tok')} per hook.", "",
             f"Evaluation text SHA-256 {settings['text_sha256']}" + (f", the standard library of Python {settings['python']}" if settings["python"] else "") + ".", "",
+             *(f"The training side holds {n:,} tokens: larger budgets repeat it.\n" for n in settings.get("one_pass", [])),
+             *(f"{hook}: the last block, so no attention follows it.\n" for hook in settings["last_blocks"]),
             "```", json.dumps(settings, indent=1, sort_keys=True), "```", ""]
     if settings["device"] != "cpu":
         lines += [f"Computed on {settings['device']}, where a second run need not be the same to the byte: compare with `python common.py diff`.", ""]

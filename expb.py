@@ -8,8 +8,8 @@
 
 Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by CE_rec better than R^2, and better than
 the best Euclidean control. TopK SAEs are trained over models x layers x k, their reconstructions patched in, and every
-proxy and the cross-entropy measured on the same held-out tokens. Decided by partial Spearman given k, a proxy-swap
-permutation over cells, and the transfer gap across scale.
+proxy and the cross-entropy measured on the same held-out tokens. Decided by partial Spearman given k, the error
+of dCE predicted for a hook that was left out, tests that count hooks, and the transfer gap across scale.
 """
 import pathlib
 
@@ -20,14 +20,14 @@ import numpy as np
 import audit
 import stats
 import store
-from conditions import about_the_run, measured, rows_hash, run
-from leaderboard import LEADERBOARD, flag, gate, leaderboard_plot, leaderboard_table, read_verdict
+from conditions import about_the_run, behind, marked, measured, rows_hash, run
+from leaderboard import LEADERBOARD, MAGNITUDE, flag, gate, how_to_read, leaderboard_plot, leaderboard_table, read_verdict
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
 from store import plain, read_table
 
-# 3 models x 2 layers x 6 k = 36 cells: cells, not seeds, are what the permutation test and the bootstrap count
-GRID = dict(models="stdlib-s@3,stdlib-s@5,stdlib-m@3,stdlib-m@5,stdlib-l@3,stdlib-l@5", k="4,8,16,24,32,48", tokens="100k",
-            expansion=4, eval_seqs=48, ctx=256)
+# 3 models x 6 layers = 18 hooks: hooks, not k and not seeds, are what the tests and the bootstrap count
+GRID = dict(models=",".join(f"stdlib-{size}@{layer}" for size in "sml" for layer in range(6)), k="4,12,32", tokens="100k", expansion=4,
+            eval_seqs=48, ctx=256)
 N_RESAMPLES = 2000
 
 
@@ -42,11 +42,11 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for target_name, target in targets.items():
-        board += stats.leaderboard(scores, target, meta, settings["models"], target_name=target_name, controls=EUCLIDEAN_CONTROLS,
-                                   n_resamples=N_RESAMPLES)
+        board += stats.leaderboard(scores, target, values[MAGNITUDE[target_name]], meta, settings["models"], target_name=target_name,
+                                   controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
     leaf, gate_text = gate(exp_a, settings)
-    verdict = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], meta, settings["models"],
-                               controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
+    verdict = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], values["dce"], meta,
+                               settings["models"], controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     verdict = plain(verdict | {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)})
     fed = values["fed_nosink"]
     interval = np.percentile(fed[3:], [2.5, 97.5], axis=0)
@@ -66,26 +66,19 @@ def sentence(verdict: dict) -> str:
         "rejected": "SWD is not shown to predict CE_rec better than the best Euclidean control.",
         "not-transferable": "SWD ranks better than the best control, but the models' ranges of the proxy hardly meet, so whether it "
                             "transfers across scale cannot be judged.",
-        "undecided": "This grid cannot decide: fewer than 6 cells, or an undefined statistic.",
-    }[leaf]
+        stats.CANNOT: "No data of this grid could have shown SWD to be better than the best Euclidean control: there is too little left to gain.",
+        "undecided": "This grid cannot decide.",
+    }[leaf] + f" ({verdict['reason']}.)"
     return f"H2: {leaf}. {text}" if verdict["leaf"] != "gated" else f"H2: gated ({verdict['gate_text']}). Ungated it would read: {leaf}. {text}"
 
 
 # ------------------------------------------------------------------------------------------ report, plots
 def report(nulls, mine, interval, board, verdict: dict, settings: dict, audited: list[str]) -> bytes:
-    number = lambda v, digits=2: "undefined" if v is None else f"{v:.{digits}f}"
     text = [
         "# Exp-B: which proxy predicts patched cross-entropy?", "", *audited, f"**{sentence(verdict)}**", "",
         "![R² and SWD against CE_rec](swd_r2.png)", "",
         "## Leaderboard, all conditions, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
-        "Larger is better for every proxy. Partial Spearman given k (and budget) is the primary statistic. Intervals: 95%, cells resampled "
-        "within each model together with the evaluation sequences; the differences to the best control are on half of the sequences, the "
-        "control being chosen on the other half. p: proxy-swap permutation over cells. Transfer gap: CE_rec of the largest model minus what "
-        "the smallest model's curve says at that value of the proxy, averaged with the reverse.", "",
-        "![leaderboard](leaderboard.png)", "",
-        f"Noise ceiling of the target: rho_max {number(verdict['rho_max'], 3)}. Smallest difference to the best control that this grid could have "
-        f"shown (80% power): {number(verdict['smallest_detectable'])}. With the (model, layer) as the cluster instead of the cell: "
-        f"p {number(verdict['p_control_by_layer'], 3)} against the control, {number(verdict['p_r2_by_layer'], 3)} against R².", "",
+        *how_to_read(verdict, behind(settings)), "![leaderboard](leaderboard.png)", "",
         "## Target KL", "", leaderboard_table(board, "kl", "pooled"), "",
     ]
     for model in settings["models"]:
@@ -93,11 +86,11 @@ def report(nulls, mine, interval, board, verdict: dict, settings: dict, audited:
     shown = ["model", "layer", "k", "seed", "tokens", "r2", "r2_nosink", "cosine", "swd_tok", "ce_rec", "frac_zero", "kl", "alive", "bits", "rho",
              "fed", "fed_nosink", "interval", "flag"]
     flags = [row | {"interval": bounds(lo, hi), "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
-             for row, lo, hi in zip(mine, *interval)]
+             for row, lo, hi in zip(marked(mine, settings), *interval)]
     text += ["## Every SAE", "", markdown(flags, shown), "",
              "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; the interval and the flag "
              "are of fed without sink positions. rho: how much more the model cares about the error's direction than about a random one.", "",
-             "## Null rows (never in a correlation)", "", markdown(nulls, ["model", "layer", "sae", "r2", "cosine", "swd_tok", "dce", "ce_rec", "kl"]), "",
+             "## Null rows (never in a correlation)", "", markdown(marked(nulls, settings), ["model", "layer", "sae", "r2", "cosine", "swd_tok", "dce", "ce_rec", "kl"]), "",
              "`undefined`: the identity has no error, so fed and rho are 0/0; a reconstruction without a code has no alive, l0 and bits.", "",
              "![every proxy](proxies.png)", "",
              *about_the_run(mine, settings)]

@@ -21,12 +21,14 @@ from scipy.linalg import eigh
 import fisher
 import stats
 import store
-from conditions import KEY, about_the_run, eval_batch, measured, rows_hash, run
-from leaderboard import LEADERBOARD, flag, gate, leaderboard_plot, leaderboard_table, read_verdict
+from conditions import KEY, about_the_run, behind, eval_batch, marked, measured, rows_hash, run
+from leaderboard import LEADERBOARD, MAGNITUDE, flag, gate, how_to_read, leaderboard_plot, leaderboard_table, read_verdict
 from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, hook_statistics, oriented
 from store import plain, read_table
 
-GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,24,32,48", tokens="100k", expansion=4, eval_seqs=24, ctx=256)
+# 9 hooks: three depths of each model; what is measured once per hook is most of the cost
+GRID = dict(models=",".join(f"stdlib-{size}@{layer}" for size in "sml" for layer in (1, 3, 5)), k="4,12,32", tokens="100k", expansion=4, eval_seqs=24,
+            ctx=256)
 N_RESAMPLES = 2000
 FISHER = ("fisher_seq", "fisher_tok", "fisher_same", "half_var")
 ALPHAS = (0.1, 0.3, 1.0)  # how far along delta the quadratic model is checked
@@ -188,51 +190,41 @@ def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- analysis
-def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_draws: int = 10_000) -> tuple[float, float]:
-    """C2': partial Spearman of x with y given base, k and budget, and its p by permutation within (k, budget). x, base, y [C].
+def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict) -> tuple[float, float]:
+    """C2': partial Spearman of x with y given base, k and budget, and its p by sign flips over hooks. x, base, y [C].
 
-    Seeds of a cell are averaged first. Freedman and Lane 1983: what y has beyond the rest is permuted. Two-sided. The cells of
-    one k are models (and layers): where a model's cells move together the test is too bold (type-I error at 3 models x 6 k, 300
-    simulated runs: .07 when they do not, .12 at a correlation of .5, .31 at .9).
+    What y has beyond the rest changes its sign in whole hooks (Freedman and Lane 1983, with the wild bootstrap's signs instead of a
+    permutation, since SAEs of a hook move together). Two-sided. nan below 6 hooks.
     """
     if not np.isfinite([x, base, y]).all():
         return np.nan, np.nan
-    cells = list(dict.fromkeys(meta["cell"]))
-    where = [np.flatnonzero(meta["cell"] == c) for c in cells]
-    x, base, y = (stats.rankdata([v[i].mean() for i in where]) for v in (x, base, y))
-    stratum = np.array([f"{meta['k'][i[0]]}-{meta['tokens'][i[0]]}" for i in where])
-    Z = np.column_stack([stratum[:, None] == np.unique(stratum), base]).astype(float)
+    ids, (x, base, y) = stats.cluster_ids(meta), map(stats.rankdata, (x, base, y))
+    Z = np.column_stack([stats.given(meta), base])
     residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
     rx, ry = residual @ x, residual @ y
-    if len(cells) < stats.MIN_CLUSTERS or min(rx @ rx, ry @ ry) < 1e-9 or len(Z) - np.linalg.matrix_rank(Z) < 2:
+    if ids.max() + 1 < stats.MIN_CLUSTERS or min(rx @ rx, ry @ ry) < 1e-9 or len(Z) - np.linalg.matrix_rank(Z) < 2:
         return np.nan, np.nan
-    rng, permuted = np.random.default_rng(0), np.tile(ry, (n_draws, 1))
-    for name in np.unique(stratum):
-        at = np.flatnonzero(stratum == name)
-        permuted[1:, at] = rng.permuted(permuted[1:, at], axis=1)
-    e = permuted @ residual
+    e = (stats.sign_patterns(ids.max() + 1)[:, ids] * ry) @ residual
     r = e @ rx / np.sqrt((e * e).sum(1) * (rx @ rx))
-    return float(r[0]), float(np.mean(np.abs(r) >= abs(r[0]) - 1e-9))
+    return float(r[0]), stats.p_value(r)
 
 
-def out_of_cluster_gain(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_resamples: int = 2000) -> tuple[float, float, float]:
-    """How much less of y's variance is left when x joins base, k and budget in a linear model, each cell predicted by the others.
+def out_of_hook_gain(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_resamples: int = 2000) -> tuple[float, float, float]:
+    """How much less of y's variance is left when x joins base, k and budget in a linear model, each hook predicted by the others.
 
-    (share, lo, hi), cells resampled. nan where leaving a cell out leaves the larger model without a degree of freedom.
+    (share, lo, hi), hooks resampled. nan below 6 hooks, or where leaving one out leaves the larger model without a degree of freedom.
     """
-    Z = np.column_stack([stats.given(meta), base])
-    cells = np.unique(meta["cell"])
-    errors = []
+    Z, ids = np.column_stack([stats.given(meta), base]), stats.cluster_ids(meta)
+    G, errors = ids.max() + 1, []
     for design in (Z, np.column_stack([Z, x])):
         e = np.empty(len(y))
-        for c in cells:
-            out = meta["cell"] == c
-            if len(cells) < stats.MIN_CLUSTERS or np.linalg.matrix_rank(design[~out]) < design.shape[1] or (~out).sum() <= design.shape[1]:
+        for hook in range(G):
+            out = ids == hook
+            if G < stats.MIN_CLUSTERS or np.linalg.matrix_rank(design[~out]) < design.shape[1] or (~out).sum() <= design.shape[1]:
                 return np.nan, np.nan, np.nan
             e[out] = y[out] - design[out] @ np.linalg.lstsq(design[~out], y[~out], rcond=None)[0]
-        errors.append(np.array([(e[meta["cell"] == c] ** 2).sum() for c in cells]))
-    w = np.random.default_rng(0).multinomial(len(cells), np.full(len(cells), 1 / len(cells)), n_resamples)
-    w = np.vstack([np.ones(len(cells)), w])
+        errors.append(np.bincount(ids, e ** 2))
+    w = np.vstack([np.ones(G), np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), n_resamples)])
     gain = 1 - (w @ errors[1]) / (w @ errors[0])
     return float(gain[0]), *stats.interval(gain[1:])
 
@@ -283,12 +275,12 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for name, target in targets.items():
-        board += stats.leaderboard(scores, target, meta, settings["models"], target_name=name, controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
+        board += stats.leaderboard(scores, target, values[MAGNITUDE[name]], meta, settings["models"], target_name=name, controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
     leaf, gate_text = gate(exp_a, settings)
-    h2 = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], meta, settings["models"],
+    h2 = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], values["dce"], meta, settings["models"],
                           controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     added, p = added_value(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
-    gain = out_of_cluster_gain(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
+    gain = out_of_hook_gain(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
     open_gate = h2["leaf"] == "supported"
     ungated = "undecided" if np.isnan(added) else "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
     rungs = ladder(values, meta)
@@ -323,7 +315,7 @@ def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: 
     rungs = [{"rung": row["rung"], "what joins": row["what joins"], "partial Spearman": signed(row["rho"]),
               "step": span(row["step"], row["step_lo"], row["step_hi"]) if row is not verdict["ladder"][0] else ""} for row in verdict["ladder"]]
     flags = [row | {"interval": bounds(lo, hi), "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
-             for row, lo, hi in zip(saes, *interval)]
+             for row, lo, hi in zip(marked(saes, settings), *interval)]
 
     def of(row: dict, key: str) -> str:
         value, lo, hi = (f"{row[name]:.3g}" if np.isfinite(row[name]) else "undefined" for name in (key, f"{key}_lo", f"{key}_hi"))
@@ -334,13 +326,13 @@ def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: 
     cheap, integral = tables["estimators.csv"], tables["path.csv"]
     text = [
         "# Exp-C: does the pullback Fisher add anything beyond SWD?", "", f"**{sentence(verdict)}**", "",
-        f"Beside it, descriptive: a linear model of CE_rec on k and SWD, each cell predicted from the others, leaves "
-        f"{span(gain['value'], gain['lo'], gain['hi'])} less variance with the Fisher form in it (1 = all of it; negative: it predicts worse; cells resampled). p permutes what CE_rec has beyond "
-        "SWD among the models of one k, as if a model's cells did not move together; where they do, it is too small.", "",
+        f"p: what CE_rec has beyond SWD changes its sign in whole hooks, {verdict['h2']['n_clusters']} of them. Beside it, descriptive: a linear model of CE_rec on k and SWD, each "
+        f"hook predicted from the others, leaves {span(gain['value'], gain['lo'], gain['hi'])} less variance with the Fisher form in it (1 = all of it; negative: it "
+        "predicts worse; hooks resampled).", "",
         "![calibration](calibration.png)", "", "## Leaderboard, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
         "fisher_seq: δᵀGδ with all positions moved together, exact (half of it is KL for small δ); fisher_tok: each position's δ alone on all it reaches, from "
-        f"{DRAWS} draws of sampled labels; fisher_same: on its own prediction only, exact; half_var: ½Var_p of the real logit change. The rest, and how to read "
-        "the columns: Exp-B's report.", "", "![leaderboard](leaderboard.png)", "",
+        f"{DRAWS} draws of sampled labels; fisher_same: on its own prediction only, exact; half_var: ½Var_p of the real logit change.", "",
+        *how_to_read(verdict["h2"], behind(settings)), "![leaderboard](leaderboard.png)", "",
         "## The ladder from ‖δ‖² to ΔCE", "", markdown(rungs, list(rungs[0])), "",
         "Partial Spearman with ΔCE given k; steps with 95% intervals as in the leaderboard. "
         + (f"The largest step that the interval shows is at {verdict['lost_at']}: there the rank correlation changes." if verdict["lost_at"]
@@ -364,7 +356,7 @@ def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: 
                                              "locality_1", "radius", "rho", "fed", "fed_nosink", "interval", "flag"]), "",
         "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; interval and flag: of fed without sinks. rho: how much "
         "more the model cares about the error's direction than about a random one.", "",
-        "## Null rows (never in a correlation)", "", markdown(nulls, ["model", "layer", "sae", "r2", "fisher_seq", "fisher_same", "kl", "ce_rec", "rho"]), "",
+        "## Null rows (never in a correlation)", "", markdown(marked(nulls, settings), ["model", "layer", "sae", "r2", "fisher_seq", "fisher_same", "kl", "ce_rec", "rho"]), "",
         "`undefined`: the identity has no error, so rho is 0/0.", "",
         *about_the_run(saes, settings)]
     return "\n".join(text).encode()

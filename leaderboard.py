@@ -13,9 +13,10 @@ from proxies import EUCLIDEAN_CONTROLS
 
 LEADERBOARD = ("proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pearson_hi,spearman,spearman_lo,spearman_hi,partial,partial_lo,"
                "partial_hi,diff_r2,diff_r2_lo,diff_r2_hi,p_r2,diff_control,diff_control_lo,diff_control_hi,p_control,gamma,gamma_lo,"
-               "gamma_hi,in_range,same_ranks_as").split(",")
+               "gamma_hi,in_range,same_ranks_as,loho,loho_bias,diff_loho_control,p_loho").split(",")
 
 
+MAGNITUDE = {"ce_rec": "dce", "kl": "kl"}  # target -> the distortion whose size `loho` predicts
 EXP_A = pathlib.Path("outputs/expa/verdict.json")
 LEAVES = {"undertrained", "H0", "H1", "H0+H1", "N", "undecided"}
 
@@ -72,12 +73,27 @@ def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
     of = lambda row, name: span(row[name], row[f"{name}_lo"], row[f"{name}_hi"])
     chosen = [row for row in board if row["target"] == target and row["stratum"] == stratum]
     chosen.sort(key=lambda row: -np.nan_to_num(row["partial"], nan=-2))
-    return markdown([{"proxy": row["proxy"], "partial Spearman | k": of(row, "partial"), "Spearman": signed(row["spearman"]),
-                      "Pearson": signed(row["pearson"]), "minus r2": of(row, "diff_r2"), "p_r2": row["p_r2"],
-                      "minus best control": of(row, "diff_control"), "p_ctl": row["p_control"], "transfer gap": of(row, "gamma"),
-                      "in range": row["in_range"], "same ranks as": row["same_ranks_as"] or ""} for row in chosen],
-                    ["proxy", "partial Spearman | k", "Spearman", "Pearson", "minus r2", "p_r2", "minus best control", "p_ctl",
-                     "transfer gap", "in range", "same ranks as"]).replace("Spearman | k", "Spearman given k")
+    table = [{"proxy": row["proxy"], "partial Spearman": of(row, "partial"), "Spearman": signed(row["spearman"]), "Pearson": signed(row["pearson"]),
+              "minus r2": of(row, "diff_r2"), "p_r2": row["p_r2"], "minus best control": of(row, "diff_control"), "p_ctl": row["p_control"],
+              "loho": row["loho"], "bias": signed(row["loho_bias"]), "loho gain": signed(row["diff_loho_control"], 3), "p_loho": row["p_loho"],
+              "transfer gap": of(row, "gamma"), "in range": row["in_range"], "same ranks as": row["same_ranks_as"] or ""} for row in chosen]
+    return markdown(table, list(table[0]))
+
+
+def how_to_read(verdict: dict, behind: str) -> list[str]:
+    """Under a leaderboard: what its columns are and what its intervals count. behind: the documents."""
+    number = lambda v, digits=2: "undefined" if v is None else f"{v:.{digits}f}"
+    return [
+        "Larger is better for every proxy. Two primary statistics. **Partial Spearman** given k (and budget): the order of SAEs of one k. **loho**, leave one hook "
+        "out: root mean square error of log10 dCE (of log10 KL, for the target KL) predicted from the proxy by a quadratic fitted on all other hooks, so 0.1 is a quarter "
+        "too much or too little; bias: its mean; loho gain: how much smaller than the best control's. Both compare with the best Euclidean control, chosen on half of the "
+        "documents and tested on the other half.", "",
+        f"What counts as independent is the hook, a (model, layer): {verdict['n_clusters']} of them. Intervals: 95%, hooks resampled within each model (none below "
+        f"{verdict['min_hooks']} in one) together with {behind}; p_r2, p_ctl: the proxies trade places in whole hooks; p_loho: signs flipped over hooks. The "
+        "p are the tests; an interval of a difference may hold 0 beside a small p, and then neither is to be leaned on. Transfer gap: CE_rec of the largest model minus "
+        "what the smallest model's curve says at that value of the proxy, averaged with the reverse; depths resampled.", "",
+        f"Noise ceiling of the target: rho_max {number(verdict['rho_max'], 3)}. The best control leaves {number(verdict['room'])} to gain in partial Spearman; this grid "
+        f"could have shown a gain of {number(verdict['smallest_detectable'])} (80% power), and the claim is about {verdict['min_difference']:.2f}.", ""]
 
 
 def leaderboard_plot(board: list[dict]) -> bytes:
@@ -90,6 +106,6 @@ def leaderboard_plot(board: list[dict]) -> bytes:
         axis.plot([row["partial_lo"], row["partial_hi"]], [y, y], color=kind)
         axis.plot(row["partial"], y, "o", color=kind)
     axis.set_yticks(range(len(pooled)), [row["proxy"] for row in pooled])
-    axis.set_xlabel("partial Spearman with CE_rec given k, 95% interval\n(orange: gradient-weighted; blue: Euclidean controls)")
+    axis.set_xlabel("partial Spearman with CE_rec given k, 95% interval over hooks\n(orange: gradient-weighted; blue: Euclidean controls)")
     axis.grid(alpha=0.3, axis="x")
     return as_png(figure)

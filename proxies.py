@@ -58,16 +58,18 @@ def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> t
 
 
 def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, torch.nn.Module | Callable], batch: int, seed: int = 0,
-             keep_tokens: bool = False, what: str = "", terms: Callable | None = None, shared: dict | None = None) -> dict[str, dict]:
-    """{name: {"sums": {quantity: [S] float64}, "fired": [2,F] counts in even and odd sequences, "tokens": {..} if kept}}.
+             keep_tokens: bool = False, what: str = "", terms: Callable | None = None, shared: dict | None = None,
+             document: np.ndarray | None = None) -> dict[str, dict]:
+    """{name: {"sums": {quantity: [S] float64}, "fired": [2,F] counts in the halves, "tokens": {..} if kept}}.
 
     A reconstruction is a TopKSAE, another SAE (`formats.FileSAE`), or a function (h [N,d], mean [d]) -> h_hat [N,d]. The clean forward, g
     and its sampled twins are computed once per batch for all of them. An experiment's own quantities [B,T-1] come from
     terms(model, layer, x, h, delta, p, log_p, log_q), where delta [B,T,d] is 0 at the last position, which is not patched. Per-token values
     are formed in float32 on the model's device, summed in float64 on the CPU. shared: `hook_statistics`, where they are known. Raises Fault on a
-    loss that is not finite.
+    loss that is not finite. document [S], default one a sequence: the halves are its even and odd numbers.
     """
     device = next(model.parameters()).device
+    half = (np.arange(len(rows)) if document is None else document) % 2
     shared = shared or hook_statistics(model, layer, rows, batch)
     uniforms = torch.rand(len(rows), DRAWS, rows.shape[1] - 1, generator=torch.Generator().manual_seed(seed))
     out = {name: {"sums": [], "fired": 0, "tokens": []} for name in reconstructions}
@@ -145,8 +147,8 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, t
                 if values is not None:
                     fired = torch.zeros(2, reconstruction.W_dec.shape[0] + 1, dtype=torch.float64)
                     slots = torch.where(values > 0, indices, reconstruction.W_dec.shape[0]).cpu().view(B, -1)
-                    for i in range(B):  # even and odd sequences of the whole set
-                        fired[(start + i) % 2] += torch.bincount(slots[i], minlength=fired.shape[1])
+                    for i in range(B):
+                        fired[half[start + i]] += torch.bincount(slots[i], minlength=fired.shape[1])
                     out[name]["fired"] = out[name]["fired"] + fired[:, :-1]
                 if keep_tokens:
                     out[name]["tokens"].append({quantity: v.float().numpy() for quantity, v in t.items()})
@@ -160,16 +162,16 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, t
     return out
 
 
-def index_bits(fired: np.ndarray, n_seq: int, per_seq: int) -> float:
-    """Bits per token that name the active latents: each latent coded as a Bernoulli of its own rate.
+def index_bits(fired: np.ndarray, n_tok: np.ndarray) -> float:
+    """Bits per token that name the active latents: each latent coded as a Bernoulli of its own rate. nan without two halves.
 
-    The rates of the even sequences (add one half) code the odd ones and the other way round, so that no rate is fitted to
-    what it codes. fired [2,F] counts in n_seq sequences of per_seq tokens. (A code for indices that fire alone or together
-    alike: an upper bound on their entropy.)
+    The rates of one half of the documents (add one half) code the other and the other way round, so that no rate is fitted to
+    what it codes. fired [2,F] counts in n_tok [2] tokens. (A code for indices that fire alone or together alike: an upper bound on
+    their entropy.)
     """
-    n = np.array([[(n_seq + 1) // 2], [n_seq // 2]]) * per_seq
-    rate = (fired + 0.5) / (n + 1)
-    coded = fired[::-1] / n[::-1]
+    n = np.asarray(n_tok)[:, None]
+    with np.errstate(invalid="ignore"):
+        rate, coded = (fired + 0.5) / (n + 1), fired[::-1] / n[::-1]
     return float(-(coded * np.log2(rate) + (1 - coded) * np.log2(1 - rate)).sum(1).mean())
 
 
@@ -216,8 +218,12 @@ def oriented(name: str, value: np.ndarray) -> np.ndarray:
         return -np.log10(1 - value if name.startswith("r2") or name == "cosine" else value)
 
 
-def sequence_weights(n_seq: int, n_resamples: int, seed: int) -> np.ndarray:
-    """[3 + n_resamples, S]: all sequences, the even ones, the odd ones, and bootstrap resamples (how often each is drawn)."""
-    even = np.arange(n_seq) % 2 == 0
-    draws = np.random.default_rng(seed).multinomial(n_seq, np.full(n_seq, 1 / n_seq), size=n_resamples)
-    return np.vstack([np.ones(n_seq), even, ~even, draws]).astype(float)
+def document_weights(n_documents: int, n_resamples: int, seed: int) -> np.ndarray:
+    """[3 + n_resamples, D]: all documents, the even ones, the odd ones, and bootstrap resamples (how often each is drawn).
+
+    What the sequences of a document have in common is drawn with it: rows taken as independent gave nominal 95% intervals that covered
+    40 to 80% (bench/RESULTS.md). Column `document[s]` weighs sequence s.
+    """
+    even = np.arange(n_documents) % 2 == 0
+    draws = np.random.default_rng(seed).multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n_resamples)
+    return np.vstack([np.ones(n_documents), even, ~even, draws]).astype(float)

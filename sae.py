@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors.torch import load_file, save
@@ -86,17 +86,17 @@ def must_vary(h: torch.Tensor, where: str) -> None:
 
 
 def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0,
-                      split: str = "train") -> Iterator[tuple]:
+                      split: str = "train", once: Callable[[int], None] = lambda tokens: None) -> Iterator[tuple]:
     """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of every sequence.
 
     sinks="drop" leaves sink positions out of the stream (and does not count them). `first` chunks are passed over, without
     the model where that can be: how many positions are sinks only the model knows. The tokenizer runs again: how many
-    tokens a document has only it knows.
+    tokens a document has only it knows. once: see `text.train_rows`.
     """
     device = next(model.parameters()).device
     kept: list[tuple] = []
     median, waiting, passed = None, 0, 0
-    for rows in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split):
+    for rows in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split, once):
         if median is not None and sinks == "keep" and passed + rows.numel() <= first * CHUNK:
             passed += rows.numel()
             continue
@@ -349,14 +349,15 @@ def trunk(recipe: str, tokens: int, budgets: list[int]) -> list[int]:
 WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.pt"
 
 
-def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: dict) -> None:
-    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what determined it. Raises Fault."""
+def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: dict, **seen) -> None:
+    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what determined it, and what else was
+    seen. Raises Fault."""
     d_sae, d = sae.W_dec.shape
     tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     config = {"activation": "topk", "d_in": d, "expansion_factor": d_sae // d, "k": sae.k, "multi_topk": False,
               "normalize_decoder": True, "num_latents": d_sae, "skip_connection": False, "transcode": False}
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    store.put(folder / store.PROVENANCE, {"cfg.json": store.as_json(config), WEIGHTS: weights, CHECKPOINT: None}, **made_by)
+    store.put(folder / store.PROVENANCE, {"cfg.json": store.as_json(config), WEIGHTS: weights, CHECKPOINT: None}, **made_by, **seen)
 
 
 def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
@@ -469,8 +470,14 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
             if folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
                 live[i], position[i] = trainings, saved["chunks"]
         bar.update(min(position[i] * CHUNK, job["tokens"]))
+    one_pass: list[int] = []  # tokens in it, once the stream begins again
+
+    def once(tokens: int) -> None:
+        one_pass.append(tokens)
+        tqdm.write(f"{hook}: the training side of {source.name} holds {tokens:,} tokens; from here it repeats")
+
     chunks = activation_chunks(model, stream["layer"], source.data, tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
-                               stream.get("split", "train"))
+                               stream.get("split", "train"), once)
 
     def checkpoint() -> None:
         for i, trainings in live.items():
@@ -497,7 +504,8 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                 for training in sorted(trained, key=lambda training: training.budgets[-1]):  # the longest, whose checkpoint serves all, last
                     if training.step == training.steps and training.budgets[-1] in folders:
                         *before, tokens = training.budgets
-                        save_sae(folders[tokens], training.finished(), job | {"tokens": tokens, "trunk": before})
+                        passes = {"one_pass": one_pass[0]} if one_pass and one_pass[0] < tokens else {}
+                        save_sae(folders[tokens], training.finished(), job | {"tokens": tokens, "trunk": before}, **passes)
                 position[i] = number + 1
                 if position[i] * CHUNK < job["tokens"]:
                     live[i] = [training for training in trained if training.step < training.steps]

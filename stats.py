@@ -1,20 +1,23 @@
 """Which cheap proxy of SAE quality predicts patched CE? Rank correlations given k, with intervals and tests that know
 what is independent of what.
 
-Arrays. C conditions. A proxy, larger = better, and the target are both [W, C]: row 0 from all evaluation sequences,
-row 1 from half A of them, row 2 from half B, rows 3.. from bootstrap resamples of the sequences, each shared by all
+Arrays. C conditions. A proxy, larger = better, and the target are both [W, C]: row 0 from all evaluation documents,
+row 1 from half A of them, row 2 from half B, rows 3.. from bootstrap resamples of the documents, each shared by all
 conditions. `meta` maps model, depth, layer, k, tokens (budget), seed and cell (the condition without seed) to arrays
 over C.
 
-Units. Seeds of one cell are near-duplicates and never count as independent: a cluster is a cell, a stratum is a model
-(2 or 3 models are fixed effects; nothing here generalises over models). Undefined is nan, in verdicts None.
+Units. What SAEs of one hook, a (model, layer), have in common moves all of them: what a proxy has beyond k and CE_rec
+correlates by up to .9 within a hook. So the cluster is the hook, whatever k and seeds it carries; a test over cells
+rejected a true null in a third of simulated grids (bench/levels.py). A stratum is a model (2 or 3 models are fixed
+effects; nothing here generalises over models). Undefined is nan, in verdicts None.
 """
 import numpy as np
 from scipy.stats import norm, rankdata, t as student
 
 R2, SWD = "r2", "swd_tok"
 ALPHA = 0.05
-MIN_CLUSTERS = 6        # below, 2^G swap patterns cannot reach p < .05 two-sided
+MIN_CLUSTERS = 6        # hooks: below, 2^G swap patterns cannot reach p < .05 two-sided
+MIN_HOOKS = 3           # of a model: fewer do not say how much its hooks differ
 MAX_EXACT = 14          # all 2^G swap patterns up to here, Monte Carlo above
 MIN_DIFFERENCE = 0.10   # H2 (a): partial Spearman, SWD minus control
 MAX_GAMMA_RATIO = 0.5   # H2 (b): |gamma of SWD| over |gamma of control|
@@ -96,35 +99,45 @@ def partial_spearman(x, y, meta):
 
 
 # ---------------------------------------------------------------------------------------------- cluster bootstrap
-def cluster_ids(meta: dict, by=("model", "cell")) -> np.ndarray:
-    """[C] integers, one per distinct combination of the named columns; the default is the cell."""
+HOOK = ("model", "layer")
+
+
+def cluster_ids(meta: dict, by=HOOK) -> np.ndarray:
+    """[C] integers, one per distinct combination of the named columns; the default is the hook."""
     return np.unique(["\t".join(map(str, row)) for row in zip(*(meta[name] for name in by))], return_inverse=True)[1]
 
 
-def bootstrap_weights(meta: dict, n_resamples: int, seed: int, clusters=("model", "cell"), stratum="model"):
-    """[3 + n_resamples, C] weights of the conditions: three rows of ones for the estimates, then the bootstrap.
+def _rao_wu(rng, n: int, n_resamples: int, least: int) -> np.ndarray:
+    """[n_resamples, n] weights: n - 1 of n units drawn with replacement, times n / (n - 1) (Rao & Wu 1988), since plain
+    resampling understates the standard error by sqrt((n - 1) / n). Fewer than `least` say too little about their
+    variance: nan, and so are the intervals they enter."""
+    if n < least:
+        return np.full((n_resamples, n), np.nan)
+    return rng.multinomial(n - 1, np.full(n, 1 / n), n_resamples) * (n / (n - 1))
 
-    Each stratum draws n_h - 1 of its n_h clusters with replacement, times n_h / (n_h - 1) (Rao & Wu 1988): plain
-    resampling understates the standard error by sqrt((n_h - 1) / n_h). A stratum of one cluster says nothing about its
-    variance, so its weights are nan and so are the intervals it enters.
-    """
+
+def bootstrap_weights(meta: dict, n_resamples: int, seed: int, clusters=HOOK, stratum="model", least: int = MIN_HOOKS):
+    """[3 + n_resamples, C] weights of the conditions: three rows of ones for the estimates, then the clusters of each
+    stratum resampled."""
     rng, ids, strata = np.random.default_rng(seed), cluster_ids(meta, clusters), np.asarray(meta[stratum])
     w = np.ones((3 + n_resamples, len(ids)))
     for name in np.unique(strata):
         _, inside = np.unique(ids[strata == name], return_inverse=True)
-        n = inside.max() + 1
-        times = rng.multinomial(n - 1, np.full(n, 1 / n), n_resamples)
-        w[3:, strata == name] = times[:, inside] * (n / (n - 1) if n > 1 else np.nan)
+        w[3:, strata == name] = _rao_wu(rng, inside.max() + 1, n_resamples, least)[:, inside]
     return w
 
 
-def gamma_weights(meta: dict, n_resamples: int, seed: int) -> np.ndarray:
-    """The same for the transfer gap: within a depth, a draw takes a (k, budget) in every model or in none.
+def depth_weights(meta: dict, models: list, n_resamples: int, seed: int) -> np.ndarray:
+    """[3 + n_resamples, D] weights of the depths that `transfer_gap` averages over: a depth is a pair of hooks, and drawn
+    whole. Drawing hooks model by model would leave most of them without a partner."""
+    D = len(shared_depths(meta, models))
+    return np.vstack([np.ones((3, D)), _rao_wu(np.random.default_rng(seed), D, n_resamples, MIN_HOOKS)])
 
-    The k grid is chosen, not sampled. Drawing cells model by model would calibrate on other k than are predicted, and
-    the clamped fit would turn that into a gap: standard errors 2 to 9 times too large in simulation, not 0.9 to 1.3.
-    """
-    return bootstrap_weights(meta, n_resamples, seed, clusters=("depth", "k", "tokens"), stratum="depth")
+
+def shared_depths(meta: dict, models: list) -> list:
+    """The depths that the smallest and the largest model both have; none where they are one model."""
+    depths = [set(np.asarray(meta["depth"])[np.asarray(meta["model"]) == m]) for m in (models[0], models[-1])]
+    return sorted(depths[0] & depths[1]) if models[0] != models[-1] else []
 
 
 def _rows(W: int, n_resamples: int) -> np.ndarray:
@@ -151,8 +164,8 @@ def _with_interval(key: str, estimate, draws, fisher: bool = False) -> dict:
 
 
 def partial_draws(x, y, meta: dict, n_resamples: int, seed: int = 0) -> np.ndarray:
-    """Partial Spearman [3 + n_resamples] of x with y, both [W, C], under the leaderboard's bootstrap: cells within models,
-    nested with the sequence resamples. Rows 1 and 2 are not the halves but repeat the estimate."""
+    """Partial Spearman [3 + n_resamples] of x with y, both [W, C], under the leaderboard's bootstrap: hooks within models,
+    nested with the documents' resamples. Rows 1 and 2 are not the halves but repeat the estimate."""
     rows = np.r_[0, 0, 0, _rows(len(x), n_resamples)[3:]]
     design = _design(bootstrap_weights(meta, n_resamples, seed), given(meta))
     return _dot(*(_unit(_midrank(v[rows], design[0]), design) for v in (x, y)))
@@ -212,37 +225,102 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, sources: dict
     return float(n / d), float((b - root) / a), float((b + root) / a)
 
 
-# ---------------------------------------------------------------------------------------------- swap test
+# ---------------------------------------------------------------------------------------------- tests over hooks
+def sign_patterns(G: int, n_draws: int = 10_000, seed: int = 0) -> np.ndarray:
+    """[R, G] of +1 and -1, the first row all +1 (the observed pattern, so that p is never 0): all 2^G up to G = MAX_EXACT,
+    above that `n_draws` random ones."""
+    if G <= MAX_EXACT:
+        return 1.0 - 2.0 * (np.arange(2**G)[:, None] >> np.arange(G) & 1)
+    signs = np.random.default_rng(seed).choice([1.0, -1.0], (n_draws, G))
+    signs[0] = 1.0
+    return signs
+
+
+def p_value(stat: np.ndarray) -> float:
+    """Share of patterns at least as extreme as the first, two-sided; a pattern without a value counts as extreme."""
+    return float(np.mean(~(np.abs(stat) < abs(stat[0]) - 1e-9)))
+
+
 def swap_test(a, b, y, meta: dict, *, clusters=None, n_draws: int = 10_000, seed: int = 0):
     """Does proxy a predict y better than proxy b? a [C] or [P, C], b and y [C] -> difference of partial Spearman, p.
 
-    Both proxies are ranked, then trade places in whole clusters (default: cells); two-sided. All 2^G patterns up to
-    G = 14, above that `n_draws` random ones, the observed one among them, so p is never 0. nan below 6 clusters.
+    Both proxies are ranked, then trade places in whole clusters (default: hooks), and are ranked again: without that the
+    test rejects twice too often where proxies correlate at .95. `sign_patterns`, two-sided; p is nan below 6 clusters.
     """
     ids = cluster_ids(meta) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     G, Z = ids.max() + 1, given(meta)
-    if G <= MAX_EXACT:
-        signs = 1.0 - 2.0 * (np.arange(2**G)[:, None] >> np.arange(G) & 1)
-    else:
-        signs = np.random.default_rng(seed).choice([1.0, -1.0], (n_draws, G))
-        signs[0] = 1.0  # the observed pattern
+    swapped = sign_patterns(G, n_draws, seed)[:, ids] < 0 if G >= MIN_CLUSTERS else np.zeros((1, len(ids)), bool)
     residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
     single, a = np.ndim(a) == 1, np.atleast_2d(a)
     diff, p = np.full(len(a), np.nan), np.full(len(a), np.nan)
     design = _design(np.ones((1, len(ids))), Z)
-    uy, rb = _unit(_midrank(np.atleast_2d(y), design[0]), design)[0], rankdata(b)
-    for i, ra in enumerate(rankdata(a, axis=1)):
-        # swapped: a = mid + half @ signs, b = mid - half @ signs, so both correlations are ratios of forms in signs
-        mid, half = residual @ (ra + rb) / 2, residual * ((ra - rb) / 2) @ np.eye(G)[ids]
-        even, odd = uy @ mid, signs @ (half.T @ uy)
-        length2, tilt = mid @ mid + ((signs @ (half.T @ half)) * signs).sum(1), 2 * signs @ (half.T @ mid)
+    uy = _unit(_midrank(np.atleast_2d(y), design[0]), design)[0]
+
+    def correlation(places):
+        e = _midrank_places(places) @ residual
         with np.errstate(invalid="ignore", divide="ignore"):
-            stat = (even + odd) / np.sqrt(length2 + tilt) - (even - odd) / np.sqrt(length2 - tilt)
-        if min(length2[0] + tilt[0], length2[0] - tilt[0]) > 1e-9 and np.isfinite(stat[0]):
+            return np.where((e * e).sum(1) > 1e-9, e @ uy / np.sqrt((e * e).sum(1)), np.nan)
+
+    for i, values in enumerate(a):
+        if not (np.isfinite(values).all() and np.isfinite(b).all()):
+            continue
+        ra, rb = _places(values), _places(b)
+        stat = correlation(np.where(swapped, rb, ra)) - correlation(np.where(swapped, ra, rb))
+        if np.isfinite(stat[0]):
             diff[i] = stat[0]
             if G >= MIN_CLUSTERS:
-                p[i] = np.mean(~(np.abs(stat) < abs(stat[0]) - 1e-9))  # a pattern without a value counts as extreme
+                p[i] = p_value(stat)
     return (float(diff[0]), float(p[0])) if single else (diff, p)
+
+
+def _places(x) -> np.ndarray:
+    """Twice the midrank [C], a whole number."""
+    return np.rint(2 * rankdata(x)).astype(np.intp)
+
+
+def _midrank_places(places: np.ndarray) -> np.ndarray:
+    """Midranks, up to a constant, of whole numbers [R, C] between 0 and 2 C, by counting."""
+    R, C = places.shape
+    bins = 2 * C + 1
+    flat = places + bins * np.arange(R)[:, None]
+    count = np.bincount(flat.ravel(), minlength=R * bins).reshape(R, bins)
+    return np.take_along_axis(np.cumsum(count, 1) - count / 2, places, axis=1)
+
+
+def flip_test(d: np.ndarray, n_draws: int = 10_000, seed: int = 0) -> float:
+    """p that the mean of d [G], one value per hook, is 0: its signs flipped. nan below 6 hooks, or where one is undefined."""
+    if len(d) < MIN_CLUSTERS or not np.isfinite(d).all():
+        return np.nan
+    return p_value(sign_patterns(len(d), n_draws, seed) @ d / max(np.abs(d).sum(), 1e-300))
+
+
+def loho_errors(x, magnitude, meta: dict) -> np.ndarray:
+    """Leave-one-hook-out errors [C]: log10 of a distortion (dCE, KL) predicted from a proxy's score x [C], minus what it is.
+
+    A quadratic in x, fitted on all hooks but one, predicts that one's conditions: does the proxy say *how much* is lost, in a
+    model and a layer that it was not calibrated on? nan (all) where a distortion is not positive, a score not finite, or
+    leaving a hook out leaves fewer than three values of x.
+    """
+    ids = cluster_ids(meta)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        y, x = np.log10(magnitude), np.asarray(x, float)
+    errors = np.full(len(y), np.nan)
+    if not (np.isfinite(y).all() and np.isfinite(x).all()):
+        return errors
+    x = (x - x.mean()) / (x.std() or 1.0)
+    design = np.stack([np.ones_like(x), x, x * x], 1)
+    for h in range(ids.max() + 1):
+        rest = ids != h
+        if len(np.unique(x[rest])) < 3:
+            return np.full(len(y), np.nan)
+        errors[~rest] = design[~rest] @ np.linalg.lstsq(design[rest], y[rest], rcond=None)[0] - y[~rest]
+    return errors
+
+
+def _by_hook(v: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Mean of v [C] within each hook present, [G]: every hook counts once, however many SAEs it has."""
+    hooks, inside = np.unique(ids, return_inverse=True)
+    return np.bincount(inside, v) / np.bincount(inside)
 
 
 # ---------------------------------------------------------------------------------------------- transfer across scale
@@ -271,24 +349,26 @@ def isotonic_predict(x, y, w, new):
         return np.where((w > 0).any(1, keepdims=True), f_lo + t * (f_hi - f_lo), np.nan)
 
 
-def transfer_gap(x, y, meta: dict, models: list, w=None, judged=None):
+def transfer_gap(x, y, meta: dict, models: list, w=None, judged=None, depths=None):
     """Gamma [R], in units of y, and in_range [R]: does a proxy calibrated on the smallest model hold on the largest?
 
     x, y [R, C]. At each depth both models have: fit y on x in the smaller one, mean of y - fit(x) over the larger one's
-    conditions; minus the same with the models swapped, halved. Mean over depths. Positive: the larger model's y is
-    better than its x says. in_range: fraction of the larger model's x inside the smaller one's range. nan without two
-    models. judged [C]: the conditions that the means are over (default all); all of them calibrate.
+    conditions; minus the same with the models swapped, halved. Mean over depths, weighted by depths [R, D] (default: all
+    once). Positive: the larger model's y is better than its x says. in_range: fraction of the larger model's x inside the
+    smaller one's range. nan without two models. w [R, C] weighs the conditions; judged [C]: those that the means are over
+    (default all); all of them calibrate.
     """
     x, y = np.atleast_2d(x, y)
     w = np.ones(x.shape) if w is None else w
     judged = np.ones(x.shape[1], bool) if judged is None else judged
     model, depth = np.asarray(meta["model"]), np.asarray(meta["depth"])
-    gaps, inside, defined = [], [], np.ones(len(x), bool)
-    for d in np.unique(depth):
+    gaps, inside, defined, kept = [], [], np.ones(len(x), bool), []
+    for i, d in enumerate(shared_depths(meta, models)):
         s, l = (np.flatnonzero((model == m) & (depth == d)) for m in (models[0], models[-1]))
         s_judged, l_judged = s[judged[s]], l[judged[l]]
-        if models[0] == models[-1] or not len(s_judged) or not len(l_judged):
+        if not len(s_judged) or not len(l_judged):
             continue
+        kept.append(i)
         with np.errstate(invalid="ignore", divide="ignore"):
             up, down = (
                 (w[:, b] * (y[:, b] - isotonic_predict(x[:, a], y[:, a], w[:, a], x[:, b]))).sum(1) / w[:, b].sum(1)
@@ -299,7 +379,9 @@ def transfer_gap(x, y, meta: dict, models: list, w=None, judged=None):
         defined &= np.isfinite((x + y + w)[:, np.r_[s, l]]).all(1)
     if not gaps:
         return np.full(len(x), np.nan), np.full(len(x), np.nan)
-    return np.where(defined, np.mean(gaps, axis=0), np.nan), np.where(defined, np.mean(inside, axis=0), np.nan)
+    weights = np.ones((len(x), len(gaps))) if depths is None else depths[:, kept]
+    mean = lambda parts: np.where(defined, (np.array(parts).T * weights).sum(1) / weights.sum(1), np.nan)
+    return mean(gaps), mean(inside)
 
 
 # ---------------------------------------------------------------------------------------------- leaderboard
@@ -314,19 +396,30 @@ def best_control(scores: dict, target, meta: dict, controls: list):
     return _best({name: partial_spearman(scores[name][1], target[1], meta) for name in controls if name in scores})
 
 
-def leaderboard(scores: dict, target, meta: dict, models: list, *, target_name: str, controls: list,
+def best_by_loho(scores: dict, magnitude, meta: dict, controls: list):
+    """The control with the smallest leave-one-hook-out error on half A, to be tested on half B; None when none is defined."""
+    ids = cluster_ids(meta)
+    return _best({name: _by_hook(loho_errors(scores[name][1], magnitude[1], meta) ** 2, ids).mean() for name in controls if name in scores}, sign=-1)
+
+
+def leaderboard(scores: dict, target, magnitude, meta: dict, models: list, *, target_name: str, controls: list,
                 n_resamples: int = 2000, seed: int = 0) -> list[dict]:
     """One row per proxy in each stratum: all conditions pooled, then each model alone. `models`: smallest to largest.
 
-    Intervals: cluster bootstrap (of gamma: `gamma_weights`) nested with the shared sequence resamples.
-    diff_r2, p_r2: on all sequences. r2 against itself is 0 with p = 1, as is every row of the same ranks.
+    Intervals: bootstrap over hooks (of gamma: over depths), nested with the shared resamples of the documents.
+    diff_r2, p_r2: on all documents. r2 against itself is 0 with p = 1, as is every row of the same ranks.
     diff_control, p_control: control chosen in that stratum on half A, everything computed on half B, whose interval
-    resamples clusters only (there is no sequence resample within a half). The chosen control itself: 0 with p = 1.
+    resamples hooks only (there is no resample within a half). The chosen control itself: 0 with p = 1.
+    loho, loho_bias: root mean square and mean of `loho_errors` of magnitude [W, C], the distortion behind the target, on all
+    documents; in a model's rows its own hooks, predicted from all others. diff_loho_control, p_loho: how much smaller the
+    error is than the best control's, chosen (pooled) and tested on halves like diff_control; signs flipped over hooks.
     gamma, in_range: pooled only.
     same_ranks_as: the first earlier proxy that ranks the conditions identically; such a row adds no test to a count.
     """
     rows, table = _rows(len(target), n_resamples), []
-    weights, paired = bootstrap_weights(meta, n_resamples, seed), gamma_weights(meta, n_resamples, seed)
+    weights, depths = bootstrap_weights(meta, n_resamples, seed), depth_weights(meta, models, n_resamples, seed)
+    hooks, loho_control = cluster_ids(meta), best_by_loho(scores, magnitude, meta, controls)
+    missed = {name: [loho_errors(s[half], magnitude[half], meta) for half in (0, 2)] for name, s in scores.items()}
     for stratum in ("pooled", *models):
         keep = np.flatnonzero((np.asarray(meta["model"]) == stratum) | (stratum == "pooled"))
         if not len(keep):
@@ -347,10 +440,10 @@ def leaderboard(scores: dict, target, meta: dict, models: list, *, target_name: 
         nothing = np.full(len(x), np.nan), np.full(len(x), np.nan)
         vs_r2 = swap_test(stacked[:, 0], x[R2][0], y[0], part, seed=seed) if R2 in x else nothing
         vs_control = swap_test(stacked[:, 2], x[control][2], y[2], part, seed=seed) if control else nothing
+        by_hook = lambda name, half, power: _by_hook(missed[name][half][keep] ** power, hooks[keep])
 
-        n_clusters = int(cluster_ids(part).max()) + 1
         for i, (name, s) in enumerate(x.items()):
-            row = dict(proxy=name, target=target_name, stratum=stratum, n_cells=n_clusters, n_clusters=n_clusters)
+            row = dict(proxy=name, target=target_name, stratum=stratum, n_cells=len(np.unique(part["cell"])), n_clusters=len(np.unique(hooks[keep])))
             for key in ("pearson", "spearman", "partial"):
                 row |= _with_interval(key, r[name][key][0], r[name][key][3:], fisher=True)
             for key, (diff, p), base, kind in (("r2", vs_r2, R2, "partial"),
@@ -359,10 +452,15 @@ def leaderboard(scores: dict, target, meta: dict, models: list, *, target_name: 
                 row |= _with_interval(f"diff_{key}", diff[i], draws) | {f"p_{key}": float(p[i])}
             gamma, inside = np.full(4, np.nan), np.full(1, np.nan)
             if stratum == "pooled":
-                gamma, inside = transfer_gap(s[rows], y[rows], part, models, paired)
+                gamma, inside = transfer_gap(s[rows], y[rows], part, models, depths=depths)
             row |= _with_interval("gamma", gamma[0], gamma[3:]) | {"in_range": float(inside[0])}
             twin = next((p for p in order if np.array_equal(order[p], order[name])), name)
-            table.append(row | {"same_ranks_as": "" if twin == name else twin})
+            row |= {"same_ranks_as": "" if twin == name else twin}
+            row |= dict(loho=float(np.sqrt(by_hook(name, 0, 2).mean())), loho_bias=float(by_hook(name, 0, 1).mean()), diff_loho_control=np.nan, p_loho=np.nan)
+            if loho_control:
+                mine, theirs = by_hook(name, 1, 2), by_hook(loho_control, 1, 2)
+                row |= dict(diff_loho_control=float(np.sqrt(theirs.mean()) - np.sqrt(mine.mean())), p_loho=flip_test(theirs - mine, seed=seed))
+            table.append(row)
     return table
 
 
@@ -392,60 +490,72 @@ def smallest_detectable(scores: dict, target, meta: dict, *, controls: list, pro
 
 
 # ---------------------------------------------------------------------------------------------- verdict
-def verdict_h2(rows: list[dict], scores: dict, target, meta: dict, models: list, *, controls: list, gate: str | None,
+CANNOT = "cannot be shown here"
+
+
+def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, models: list, *, controls: list, gate: str | None,
                proxy: str = SWD, n_resamples: int = 2000, seed: int = 0) -> dict:
     """The pre-registered verdict on H2, "a sensitivity-weighted proxy predicts CE better", and every number it used.
 
-    `rows` are the leaderboard's, `gate` the leaf of Exp-A or None. Two claims, each against a control chosen on half A
-    and tested on half B: (a) partial Spearman higher by >= 0.10, swap p < .05; (b) |gamma| at most half the smallest
-    |gamma| of a control, 95% interval of |gamma_control| - |gamma_proxy| above 0. The first leaf that applies:
+    `rows` are the leaderboard's, `gate` the leaf of Exp-A or None. Three claims, each against a control chosen on half A and
+    tested on half B: (a) partial Spearman higher by >= 0.10, swap p < .05; (b) |gamma| at most half the smallest |gamma| of a
+    control, 95% interval of |gamma_control| - |gamma_proxy| above 0; (c) the second primary statistic, the leave-one-hook-out error
+    of log10 dCE, smaller. Order within k is one question and magnitude another: H2 is supported only where both point the
+    same way. The first leaf that applies:
 
-      undecided         fewer than 6 clusters, or (a) undefined
-      beats-r2-only     not (a), but both its conditions hold against r2, on all sequences
-      rejected          not (a), nor against r2; `smallest_detectable` says whether 0.10 could have been shown
-      undecided         (a), but gamma is undefined (one model, or no depth in common): (b) was not put to the test
-      not-transferable  (a), but under half the larger model's values are in range, of the proxy or the control of (b)
-      supported         (a) and (b)
-      rejected          (a), not (b): better ranks that do not carry over across scale are not what H2 claims
+      undecided             fewer than 6 hooks, or (a) undefined
+      undecided             (a) holds and the leave-one-hook-out error is not smaller, or (a) does not and it is (p < .05)
+      beats-r2-only         not (a), but both its conditions hold against r2, on all documents
+      cannot be shown here  not (a), the proxy is not shown to rank worse, and the control leaves less room (1 - its partial Spearman)
+                            than the margin or than `smallest_detectable`: no data of this grid could have said otherwise
+      rejected              not (a), nor against r2
+      undecided             (a), but gamma is undefined (one model, or no depth in common): (b) was not put to the test
+      not-transferable      (a), but under half the larger model's values are in range, of the proxy or the control of (b)
+      supported             (a), (b) and (c)
+      rejected              (a), not (b): better ranks that do not carry over across scale are not what H2 claims
 
     An Exp-A leaf that adjudicated nothing (undecided, undertrained) gates as None does. in_range is the leaderboard's,
-    on all sequences. p_*_by_layer: the swap tests with clusters = (model, layer), whose cells share activations; shown,
-    not decisive, None below 6 of them.
+    on all documents.
     """
     pooled = [row for row in rows if row["stratum"] == "pooled"]
     row = {r["proxy"]: r for r in pooled}
     mine, control_a = row[proxy], best_control(scores, target, meta, controls)
-
-    layers = cluster_ids(meta, ("model", "layer"))
-    by_layer = {f"p_{key}_by_layer": np.nan for key in ("r2", "control")}
-    for key, base, half in (("r2", R2, 0), ("control", control_a, 2)):
-        if base in scores:
-            by_layer[f"p_{key}_by_layer"] = swap_test(scores[proxy][half], scores[base][half], target[half], meta,
-                                                      clusters=layers, seed=seed)[1]
+    room = 1 - partial_spearman(scores[control_a][2], target[2], meta) if control_a else np.nan
+    detectable = smallest_detectable(scores, target, meta, controls=controls, proxy=proxy, n_resamples=n_resamples, seed=seed)
 
     half_a = {c: abs(transfer_gap(scores[c][1], target[1], meta, models)[0][0]) for c in controls if c in scores}
-    control_b, w = _best(half_a, sign=-1), gamma_weights(meta, n_resamples, seed)
+    control_b, depths = _best(half_a, sign=-1), depth_weights(meta, models, n_resamples, seed)
     g_mine, g_control, inside_mine, inside_control = np.full(4, np.nan), np.full(4, np.nan), np.nan, np.nan
     if control_b:
-        half_b = {p: np.broadcast_to(scores[p][2], w.shape) for p in (proxy, control_b)}  # one value under every draw
-        y_b = np.broadcast_to(target[2], w.shape)
-        g_mine, g_control = (transfer_gap(half_b[p], y_b, meta, models, w)[0] for p in (proxy, control_b))
+        shape = (len(depths), target.shape[1])
+        half_b = {p: np.broadcast_to(scores[p][2], shape) for p in (proxy, control_b)}  # one value under every draw
+        y_b = np.broadcast_to(target[2], shape)
+        g_mine, g_control = (transfer_gap(half_b[p], y_b, meta, models, depths=depths)[0] for p in (proxy, control_b))
         inside_mine, inside_control = mine["in_range"], row[control_b]["in_range"]
     gain = np.abs(g_control) - np.abs(g_mine)
     gain_lo, gain_hi = interval(gain[3:])
 
     a_holds = mine["diff_control"] >= MIN_DIFFERENCE and mine["p_control"] < ALPHA
     a_holds_r2 = mine["diff_r2"] >= MIN_DIFFERENCE and mine["p_r2"] < ALPHA
+    worse = mine["diff_control"] < 0 and mine["p_control"] < ALPHA
+    better_loho = mine["diff_loho_control"] > 0 and mine["p_loho"] < ALPHA
     b_judged = min(inside_mine, inside_control) >= MIN_IN_RANGE
     b_holds = b_judged and abs(g_mine[0]) <= MAX_GAMMA_RATIO * abs(g_control[0]) and gain_lo > 0
+    no_room = [f"the margin of {MIN_DIFFERENCE:.2f}"] * (room < MIN_DIFFERENCE) + [f"the {detectable:.2f} that it could have shown"] * (room < detectable)
     if mine["n_clusters"] < MIN_CLUSTERS:
-        leaf, why = "undecided", f"{mine['n_clusters']} clusters, {MIN_CLUSTERS} needed"
+        leaf, why = "undecided", f"{mine['n_clusters']} hooks, {MIN_CLUSTERS} needed"
     elif np.isnan(mine["p_control"]):
         leaf, why = "undecided", "the difference to the best control is undefined"
+    elif a_holds and not mine["diff_loho_control"] > 0:
+        leaf, why = "undecided", f"the two statistics disagree: it ranks better than {control_a}, and does not predict the size of dCE better"
+    elif not a_holds and better_loho:
+        leaf, why = "undecided", f"the two statistics disagree: it predicts the size of dCE better, and is not shown to rank better than {control_a}"
     elif not a_holds and a_holds_r2:
         leaf, why = "beats-r2-only", f"ranks better than r2, not shown to rank better than {control_a}"
+    elif not a_holds and not worse and no_room:
+        leaf, why = CANNOT, f"{control_a} leaves {room:.2f} to gain in partial Spearman, less than {' and '.join(no_room)}"
     elif not a_holds:
-        leaf, why = "rejected", f"not shown to rank better than {control_a}, nor than r2"
+        leaf, why = "rejected", f"ranks worse than {control_a}" if worse else f"not shown to rank better than {control_a}, nor than r2"
     elif np.isnan(g_mine[0]) or np.isnan(g_control[0]):
         leaf, why = "undecided", "ranks better, transfer across scale undefined on this grid"
     elif not b_judged:
@@ -456,19 +566,17 @@ def verdict_h2(rows: list[dict], scores: dict, target, meta: dict, models: list,
         leaf, why = "rejected", f"ranks better than {control_a}, not shown to transfer better than {control_b}"
 
     out = dict(leaf=leaf if gate in ADJUDICATED else "gated", leaf_if_ungated=leaf, reason=why, gate=gate)
-    out |= dict(proxy=proxy, target=mine["target"], n_conditions=len(layers), n_cells=mine["n_cells"],
-                n_clusters=mine["n_clusters"], n_layer_clusters=layers.max() + 1, n_proxies=len(pooled),
-                n_proxies_distinct=sum(r["same_ranks_as"] == "" for r in pooled))
-    out |= dict(a_control=control_a, a_holds=a_holds, a_holds_vs_r2=a_holds_r2)
+    out |= dict(proxy=proxy, target=mine["target"], n_conditions=target.shape[1], n_cells=mine["n_cells"], n_clusters=mine["n_clusters"],
+                n_proxies=len(pooled), n_proxies_distinct=sum(r["same_ranks_as"] == "" for r in pooled))
+    out |= dict(a_control=control_a, a_holds=a_holds, a_holds_vs_r2=a_holds_r2, room=room, smallest_detectable=detectable)
     out |= {key + end: mine[key + end] for key in ("partial", "diff_control", "diff_r2") for end in ("", "_lo", "_hi")}
-    out |= dict(p_control=mine["p_control"], p_r2=mine["p_r2"], **by_layer)
+    out |= dict(p_control=mine["p_control"], p_r2=mine["p_r2"])
+    out |= dict(loho_control=best_by_loho(scores, magnitude, meta, controls)) | {key: mine[key] for key in ("loho", "loho_bias", "diff_loho_control", "p_loho")}
     out |= dict(b_control=control_b, b_judged=b_judged, b_holds=b_holds, gamma_proxy=g_mine[0],
                 gamma_control=g_control[0], gamma_gain=gain[0], gamma_gain_lo=gain_lo, gamma_gain_hi=gain_hi,
                 in_range_proxy=inside_mine, in_range_control=inside_control)
     out |= noise_ceiling(target, meta)
-    out |= dict(smallest_detectable=smallest_detectable(scores, target, meta, controls=controls, proxy=proxy,
-                                                        n_resamples=n_resamples, seed=seed))
-    out |= dict(n_resamples=n_resamples, seed=seed, alpha=ALPHA, min_clusters=MIN_CLUSTERS,
+    out |= dict(n_resamples=n_resamples, seed=seed, alpha=ALPHA, min_clusters=MIN_CLUSTERS, min_hooks=MIN_HOOKS,
                 min_difference=MIN_DIFFERENCE, max_gamma_ratio=MAX_GAMMA_RATIO, min_in_range=MIN_IN_RANGE)
     return {key: _jsonable(value) for key, value in out.items()}
 

@@ -1,17 +1,23 @@
 """Text: documents, which of them are held out, and rows of tokens packed from them. A side is "train" or "heldout"."""
 import dataclasses
+import functools
 import hashlib
+import heapq
+import io
 import itertools
+import math
 import os
 import pathlib
 import re
 import sysconfig
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 
 from common import readable_names
 from errors import UserError, brief, said
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,22 +28,55 @@ ELSE = " (there is stdlib; else a local file or folder, or a hub data set)"
 PAUSES = (1, 2, 4, 8)  # seconds between attempts at what the network does not give
 
 
+WINDOW = 8         # words, or token ids, in a row: what two documents share when one was made from the other
+NEAR = 0.2         # a held-out file of the standard library that shares more of its windows with the training side goes there
+FEW = 100          # a local text of fewer documents is cut into pieces, so that its tenth is more than a handful
+PIECE = 8_000      # characters of a piece (of token ids a quarter)
+PER_DOCUMENT = 4   # evaluation rows from one document at most
+POOL = 8           # of a stream's held-out side: documents, and characters a token, for each row that is drawn from them
+
+
 def digest(text: str) -> bytes:
     """A hash that every machine and Python agrees on (`hash` is salted per process)."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
-def in_heldout(name: str) -> bool:
-    """One document in ten is held out."""
+def one_in_ten(name: str) -> bool:
     return digest(name)[0] % 10 == 0
 
 
-def stdlib_documents(side: str) -> list[tuple[str, str]]:
-    """(name, text) of the running Python's own library: its modules, and each pydoc topic as a document.
+def windows(document: str | list[int]) -> np.ndarray:
+    """Hashes [n] (uint64) of every run of WINDOW words, in lower case and without what stands between them, or of token ids.
 
-    Whole files go to one side by `in_heldout`, in the order of their names' hashes, so that
-    any stretch of the stream is a mixture. Tests, idlelib and installed packages are left out, and so is
-    `_sysconfigdata*`, which says how one machine built its Python.
+    A shorter document is one window. (Rolling polynomial over CRC-32 of the words, then mixed: for equality only.)
+    """
+    words = document
+    if isinstance(document, str):
+        text = document.lower().encode(errors="surrogatepass")
+        words = list(map(zlib.crc32, re.findall(rb"[0-9a-z_\x80-\xff]+", text) or [text]))
+    words = np.array(words, dtype=np.uint64)
+    length = min(WINDOW, len(words))
+    total = np.zeros(len(words) - length + 1, np.uint64)
+    for i in range(length):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + words[i:len(words) - length + 1 + i]
+    total ^= total >> np.uint64(29)
+    return total * np.uint64(0xBF58476D1CE4E5B9)
+
+
+def in_heldout(document: str | list[int]) -> bool:
+    """One document in ten is held out, by the least of its windows' hashes: two that share a part J of their windows (Jaccard)
+    have the same least one with probability J (Broder 1997), and so stand on one side, whatever the order and the budget."""
+    return one_in_ten(str(windows(document).min()))
+
+
+@functools.cache
+def stdlib_sides() -> dict[str, list[tuple[str, str]]]:
+    """{side: [(name, text)]} of the running Python's own library: its modules, and each pydoc topic as a document.
+
+    One file in ten is held out, by its name's hash; of these, files that share more than NEAR of their windows with the training side are
+    near-duplicates of something there, and join it (the held-out side only shrinks: nothing on it was seen by the embedded models, which
+    were trained on the other nine tenths). In the order of their names' hashes, so that any stretch of the stream is a mixture. Tests,
+    idlelib and installed packages are left out, and so is `_sysconfigdata*`, which says how one machine built its Python.
     Raises UserError where the library has no source files (a zipped Python).
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -53,7 +92,21 @@ def stdlib_documents(side: str) -> list[tuple[str, str]]:
         raise UserError(f"--data stdlib: this Python keeps no source files under {root}")
     from pydoc_data.topics import topics
     texts |= {f"pydoc_data/topics/{name}": text for name, text in topics.items()}
-    return [(name, texts[name]) for name in sorted(texts, key=digest) if in_heldout(name) == (side == "heldout")]
+    names = sorted(texts, key=digest)
+    held = {name: windows(texts[name]) for name in names if one_in_ten(name)}
+    new = [name for name in names if name not in held]
+    shared = {name: np.zeros(len(w), bool) for name, w in held.items()}
+    while new:  # what joins the training side may have near-duplicates of its own
+        seen = np.unique(np.concatenate([held.pop(name) if name in held else windows(texts[name]) for name in new]))
+        for name, w in held.items():
+            shared[name] |= seen[np.minimum(np.searchsorted(seen, w), len(seen) - 1)] == w
+        new = [name for name in held if shared[name].mean() > NEAR]
+    return {side: [(name, texts[name]) for name in names if (name in held) == (side == "heldout")] for side in ("train", "heldout")}
+
+
+def stdlib_documents(side: str) -> list[tuple[str, str]]:
+    """(name, text) of one side of `stdlib_sides`."""
+    return stdlib_sides()[side]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +169,45 @@ def commit_of(data: str) -> tuple[str, str]:
 def documents(data: str, side: str, split: str = "train") -> Iterator[str | list[int]]:
     """Documents of one side, as text, or as token ids where the data set is tokenised.
 
-    `stdlib` is sided by file; anything else by a hash of the document itself, so that a repeated document never stands on
-    both sides, whatever the budget; of a tokenised data set a row is a document. A .txt file is cut at line ends into pieces
-    of about 8,000 characters. Hub data sets and large files are streamed; `split` is the data set's own. Raises UserError.
+    `stdlib` is sided by file, anything else by the content of a document (`in_heldout`); of a tokenised data set a row is a document, and
+    of text a file or a row. Fewer than FEW of them in a local text are cut into pieces, which are then the documents. Hub data sets
+    and large files are streamed; `split` is the data set's own. Raises UserError.
     """
     if split != "train" and (data == "stdlib" or pathlib.Path(data).exists()):
         raise UserError(f"--split {split}: only hub data sets have splits, --data {data} is all train")
     if data == "stdlib":
         everything = (text for _, text in stdlib_documents(side))
     else:
-        everything = (d for d in foreign_documents(data, split) if len(d) and in_heldout(str(d)) == (side == "heldout"))
+        everything = (d for d in foreign_documents(data, split) if len(d) and in_heldout(d) == (side == "heldout"))
     yield from everything
+
+
+def is_cut(data: str) -> bool:
+    """Is this a local text of so few documents that pieces of them stand on the two sides? Raises UserError."""
+    if data == "stdlib" or not os.path.exists(data):
+        return False
+    files = local_files(data)
+    if files[0].suffix == ".txt":
+        return len(files) < FEW
+    return len(list(itertools.islice(raw_documents(data), FEW))) < FEW
+
+
+def pieces(file: io.TextIOBase) -> Iterator[str]:
+    """A text in pieces of PIECE characters, each up to the end of its line where that is not far."""
+    while piece := file.read(PIECE):
+        yield piece if piece.endswith("\n") else piece + file.readline(PIECE)
+
+
+def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:
+    """`raw_documents`, cut where they are few."""
+    cut = is_cut(data)
+    for document in raw_documents(data, split):
+        if not cut:
+            yield document
+        elif isinstance(document, list):
+            yield from (document[i:i + PIECE // 4] for i in range(0, len(document), PIECE // 4))
+        else:
+            yield from pieces(io.StringIO(document))
 
 
 def local_files(data: str) -> list[pathlib.Path]:
@@ -140,7 +221,8 @@ def local_files(data: str) -> list[pathlib.Path]:
     return files
 
 
-def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:
+def raw_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:
+    """What a local text or a hub data set holds: files, or rows. Raises UserError."""
     files = local_files(data) if os.path.exists(data) else []
     kinds = {LOCAL_FORMATS[p.suffix] for p in files}
     for p in files:
@@ -151,9 +233,8 @@ def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[in
     try:
         if kinds == {"text"}:
             for p in files:
-                with p.open(encoding="utf-8") as lines:
-                    while piece := "".join(lines.readlines(8000)):
-                        yield piece
+                with p.open(encoding="utf-8") as file:
+                    yield from pieces(file) if len(files) < FEW else [file.read()]  # a single file may be larger than memory
             return
         if kinds == {"parquet"}:
             import pyarrow.parquet
@@ -234,50 +315,101 @@ def network_fault(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def packed_rows(data: str, side: str, tokenizer, ctx: int, seen: "hashlib._Hash | None" = None, split: str = "train") -> Iterator[torch.Tensor]:
+def as_ids(document: str | list[int], tokenizer, data: str) -> list[int]:
+    """Token ids, ended by the end-of-text token; those of a tokenised data set as they are. Raises UserError for ids of another tokenizer."""
+    if isinstance(document, str):
+        return [*tokenizer(document, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    if 0 <= min(document) and max(document) < len(tokenizer):  # the model's own table may be padded beyond
+        return document
+    raise UserError(f"--data {data}: token ids {min(document)} to {max(document)}, but the tokenizer has {len(tokenizer)}: "
+                    "it was tokenised for another model")
+
+
+def packed_rows(data: str, side: str, tokenizer, ctx: int, split: str = "train") -> Iterator[torch.Tensor]:
     """One pass of rows [ctx] (int64): documents joined by the end-of-text token and cut, no padding, no BOS, as Pythia was trained.
 
-    Rows of token ids come packed already: they are cut anew, and nothing is put between them. `seen`, a hash object, is fed
-    every document used.
+    Rows of token ids come packed already: they are cut anew, and nothing is put between them.
     """
     carry: list[int] = []
     for document in documents(data, side, split):
-        if seen is not None:
-            seen.update(str(document).encode(errors="surrogatepass"))
-        if isinstance(document, str):
-            carry += [*tokenizer(document, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        elif 0 <= min(document) and max(document) < len(tokenizer):  # the model's own table may be padded beyond
-            carry += document
-        else:
-            raise UserError(f"--data {data}: token ids {min(document)} to {max(document)}, but the tokenizer has {len(tokenizer)}: "
-                            "it was tokenised for another model")
+        carry += as_ids(document, tokenizer, data)
         for start in range(0, len(carry) - ctx + 1, ctx):
             yield torch.tensor(carry[start:start + ctx])
         carry = carry[len(carry) // ctx * ctx:]
 
 
-def heldout_rows(data: str, tokenizer, ctx: int, n: int, split: str = "train", bos: int | None = None) -> tuple[torch.Tensor, str]:
-    """([n,ctx] evaluation rows, SHA-256 of the documents they came from). Raises UserError if the held-out side is shorter.
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """rows [S,ctx] (int64); document [S]: the number of the one that each comes from, the unit of every bootstrap; sha256: of the
+    documents that were drawn."""
+    rows: torch.Tensor
+    document: np.ndarray
+    sha256: str
 
-    With `bos` every row begins with that token and holds ctx - 1 of text.
+
+def drawn(data: str, split: str, seed: int, n: int, ctx: int) -> list:
+    """Held-out documents in the order of a race in which each runs as fast as it is long (Efraimidis & Spirakis 2006), so that any first
+    few are drawn without replacement in proportion to length. Only the first that n rows can need are kept.
+
+    The whole held-out side takes part, of a hub data set the first POOL n documents of it.
     """
-    seen = hashlib.sha256()
+    pool, size, known, endless = [], 0, set(), data != "stdlib" and not os.path.exists(data)
+    for document in documents(data, "heldout", split):
+        name = digest(f"{seed} {digest(str(document)).hex()}")
+        if name in known:  # a second copy is no second document
+            continue
+        known.add(name)
+        key = -math.log1p(-int.from_bytes(name[:6]) / 2 ** 48) / len(document)
+        heapq.heappush(pool, (-key, name, document))
+        size += len(document)
+        enough = lambda rest, length: rest >= POOL * n and length >= POOL * n * ctx
+        if endless and enough(len(pool), size):
+            break
+        while enough(len(pool) - 1, size - len(pool[0][2])):
+            size -= len(heapq.heappop(pool)[2])
+    return [document for *_, document in sorted(pool, key=lambda entry: (-entry[0], entry[1]))]
+
+
+def heldout_rows(data: str, tokenizer, ctx: int, n: int, split: str = "train", bos: int | None = None, seed: int = 0) -> HeldOut:
+    """n evaluation rows, drawn by a seed across the held-out side, at most PER_DOCUMENT of one document.
+
+    One of each document in the order of `drawn`, then a second of each, and so on: windows that do not overlap, at a place of the seed's choice.
+    Documents shorter than a row are joined until they fill one, and count as one. With `bos` every row begins with that token
+    and holds ctx - 1 of text. Raises UserError where the held-out side gives fewer.
+    """
     start = [] if bos is None else [bos]
-    rows = [torch.tensor(start + row.tolist())
-            for row in itertools.islice(packed_rows(data, "heldout", tokenizer, ctx - len(start), seen, split), n)]
+    length, used, carry = ctx - len(start), hashlib.sha256(), []
+    rounds: list[list[tuple]] = [[] for _ in range(PER_DOCUMENT)]  # of (document, row)
+    for document in drawn(data, split, seed, n, ctx):
+        if len(rounds[0]) == n:
+            break
+        used.update(digest(str(document)))
+        ids = as_ids(document, tokenizer, data)
+        if len(ids) < length:
+            carry += ids
+            if len(carry) < length:
+                continue
+            ids, carry = carry[:length], []
+        places = np.random.default_rng([seed, *digest(str(document))[:8]])
+        phase = places.integers(len(ids) % length + 1)
+        for into, i in zip(rounds, places.permutation(len(ids) // length)):
+            into.append((len(rounds[0]) - (into is not rounds[0]), ids[phase + i * length:phase + (i + 1) * length]))
+    rows = sorted(itertools.islice(itertools.chain(*rounds), n), key=lambda entry: entry[0])
     if len(rows) < n:
-        raise UserError(f"--eval-seqs {n}: the held-out side of {data} holds {len(rows)} sequences of {ctx} tokens"
-                        + (" (too short for one sequence)" if not rows else ""))
-    return torch.stack(rows), seen.hexdigest()
+        raise UserError(f"--eval-seqs {n}: the held-out side of {data} gives {len(rows)} sequences of {ctx} tokens, at most {PER_DOCUMENT} "
+                        "of a document" + (" (too short for one sequence)" if not rows else ""))
+    return HeldOut(torch.tensor([start + row for _, row in rows]), np.array([document for document, _ in rows]), used.hexdigest())
 
 
-def train_rows(data: str, tokenizer, ctx: int, batch: int, split: str = "train") -> Iterator[torch.Tensor]:
-    """Batches [batch,ctx] of the training side, pass after pass without end."""
-    while True:
+def train_rows(data: str, tokenizer, ctx: int, batch: int, split: str = "train", once: Callable[[int], None] = lambda tokens: None) -> Iterator[torch.Tensor]:
+    """Batches [batch,ctx] of the training side, pass after pass without end; once(tokens in a pass) is called where the second begins."""
+    for number in itertools.count():
+        given = 0
         rows = packed_rows(data, "train", tokenizer, ctx, split=split)
-        first = next(rows, None)
-        if first is None:
-            raise UserError(f"--data {data}: the training side is too short for one sequence of {ctx} tokens")
-        rows = itertools.chain([first], rows)
         while chunk := list(itertools.islice(rows, batch)):
+            given += len(chunk) * ctx
             yield torch.stack(chunk)
+        if not given:
+            raise UserError(f"--data {data}: the training side is too short for one sequence of {ctx} tokens")
+        if not number:
+            once(given)
