@@ -42,13 +42,15 @@ THRESHOLDS = dict(
     alive=0.80,             # G0: this fraction of latents alive in both models ...
     alive_gap=0.10,         # ... or no more than this between them
     converged=0.02,         # G0: CE_rec moved less than this since the budget before
-    se=0.01,                # G0: standard error of Delta CE_rec over evaluation sequences
+    se=0.01,                # G0: standard error of Delta CE_rec over evaluation documents
     margin=0.02,            # H0: 90% interval of Delta CE_rec inside +- this, for every k
     gamma=0.03,             # H1: |transfer gap of R^2| at least this, its 95% interval without 0 ...
     same_sign=0.75,         # ... and of one sign for this share of k
     normalisation=0.5,      # N: a sink-free Euclidean score has less than this share of R^2's gap
     in_range=stats.MIN_IN_RANGE,  # a transfer gap mostly outside the fitted range is not judged
+    improved=0.5,           # more patches than this that *improve* CE: nothing is lost that CE_rec could measure
 )
+SINK_FREE = ("r2_nosink", "r2_ln", "nmse_tok", "cosine")  # may decide N; r2_defl1 breaks where the top direction is badly rebuilt
 KSTAR = (0.85, 0.90)
 MIN_BUDGETS = 5  # for a power law
 
@@ -90,7 +92,7 @@ def mismatch(r2_small, r2_large, ce_small, ce_large, n_resamples: int = 2000) ->
     return float(apart.mean()), *((np.nan, np.nan) if not lo < hi else (float(lo), float(hi)))
 
 
-def delta_rows(values: dict, meta: dict, models: list, arm: dict, n_seq: int) -> list[dict]:
+def delta_rows(values: dict, meta: dict, models: list, arm: dict, n_doc: int) -> list[dict]:
     """deltas.csv of one arm: larger minus smaller at every depth that both have, per k and budget."""
     at, w, sources = stats.seed_draws(meta, len(values["r2"]))
     draws = {m: values[m][at] for m in DELTAS + MORE_DELTAS}
@@ -102,32 +104,32 @@ def delta_rows(values: dict, meta: dict, models: list, arm: dict, n_seq: int) ->
             if not len(s) or not len(l):
                 continue
             s, l = (x[np.argsort(meta["seed"][x])] for x in (s, l))
-            pair = {name: sources[name] for name in (small, large, "sequences")}
+            pair = {name: sources[name] for name in (small, large, "documents")}
             delta = {m: mean_over(draws[m], w, l) - mean_over(draws[m], w, s) for m in draws}
             row = dict(small=small, large=large, depth=depth, **arm, k=int(k), tokens=int(tokens), n_seeds=min(len(s), len(l)))
             for m in draws:
-                row[f"delta_{m}"], (row[f"delta_{m}_lo"], row[f"delta_{m}_hi"]) = delta[m][0], stats.t_interval(delta[m], pair, n_seq)
+                row[f"delta_{m}"], (row[f"delta_{m}_lo"], row[f"delta_{m}_hi"]) = delta[m][0], stats.t_interval(delta[m], pair, n_doc)
             r2, ce = values["r2"][0], values["ce_rec"][0]
             row["mismatch"], row["mismatch_lo"], row["mismatch_hi"] = mismatch(r2[s], r2[l], ce[s], ce[l])
             row["mismatch_published"] = float(np.mean((r2[l] > r2[s]) & (ce[l] < ce[s]))) if len(s) == len(l) else np.nan
-            row["ratio"], row["ratio_lo"], row["ratio_hi"] = stats.ratio_interval(delta["r2"], delta["ce_rec"], pair, n_seq)
+            row["ratio"], row["ratio_lo"], row["ratio_hi"] = stats.ratio_interval(delta["r2"], delta["ce_rec"], pair, n_doc)
             rows.append(row)
     return rows
 
 
 # ---------------------------------------------------------------------------------------------- the tree
-def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq: int) -> dict:
+def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_doc: int) -> dict:
     """The pre-registered verdict on H0 and H1 between the smallest and the largest model, and every number it used.
 
     values {metric: [W,C]} as `conditions.measured` gives them, alive [C]. The first leaf that applies:
 
-      undecided     one model; no depth in common; no budget with 3 seeds in both; no budget before B*
+      undecided     one model; no depth in common; no budget with 3 seeds in both; no budget before B*; most patches improve CE
       undertrained  a gate of G0 is shut at B*: alive latents, CE_rec still moving, evaluation too noisy
-      N             H1, but the best sink-free Euclidean score (chosen on half the sequences) has under half the gap on the other half
+      N             H1, but the best sink-free Euclidean score (chosen on half the documents) has under half the gap on the other half
       H0+H1, H0, H1
       undecided     neither
 
-    Where most of the larger model's R^2 lie outside the smaller one's range, R^2 is not transferable: h1 is None, not judged.
+    H0 is about a gap that goes: it is not given where no smaller budget shows one (|Delta CE_rec| of the margin or more, 95% interval without 0). Where most of the larger model's R^2 lie outside the smaller one's range, R^2 is not transferable: h1 is None, not judged.
     """
     t, small, large = THRESHOLDS, models[0], models[-1]
     depths = [d for d in np.unique(meta["depth"]) if {small, large} <= set(meta["model"][meta["depth"] == d])]
@@ -159,43 +161,55 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
         a = [float(alive[where(depth, k, last, m)].mean()) for m in (small, large)]
         moved = [float((mean_over(ce, w, where(depth, k, last, m)) - mean_over(ce, w, where(depth, k, before, m)))[0]) for m in (small, large)]
         delta = mean_over(ce, w, where(depth, k, last, large)) - mean_over(ce, w, where(depth, k, last, small))
-        se = float(delta[sources["sequences"]].std(ddof=1))
-        seed_variance = float(stats.spread(delta[None], {m: sources[m] for m in (small, large)}, n_seq)[0][0, 0])
-        lo, hi = stats.t_interval(delta, sources, n_seq, level=0.90)
+        se = float(delta[sources["documents"]].std(ddof=1))
+        seed_variance = float(stats.spread(delta[None], {m: sources[m] for m in (small, large)}, n_doc)[0][0, 0])
+        lo, hi = stats.t_interval(delta, sources, n_doc, level=0.90)
         g0["alive"] &= min(a) >= t["alive"] or abs(a[0] - a[1]) <= t["alive_gap"]
         g0["converged"] &= max(map(abs, moved)) < t["converged"]
         g0["precise"] &= se < t["se"]
         table.append(dict(depth=str(depth), k=int(k), alive_small=a[0], alive_large=a[1], moved_small=moved[0], moved_large=moved[1],
                           se=se, seed_variance=seed_variance, delta_ce_rec=float(delta[0]), lo90=lo, hi90=hi))
 
+    # is there anything lost, and was there ever a gap?
+    at_last = meta["tokens"] == last
+    improved = float(np.mean(values["ce_rec"][0][at_last] > 1))
+    gaps = []
+    for tokens, (depth, k) in itertools.product(budgets[budgets < last], cells):
+        delta = mean_over(ce, w, where(depth, k, tokens, large)) - mean_over(ce, w, where(depth, k, tokens, small))
+        lo, hi = stats.t_interval(delta, sources, n_doc)
+        gaps.append(abs(delta[0]) >= t["margin"] and (lo > 0 or hi < 0))
+
     # C1: H0, equivalence for every k; H1, the gap of R^2 across scale
     scores = {m: oriented(m, values[m]) for m in ("r2", *EUCLIDEAN_CONTROLS)}
-    at_last = meta["tokens"] == last
 
-    def gap(name, half):  # on the even or odd sequences, or all: (gap, in range)
+    def gap(name, half):  # on the even or odd documents, or all: (gap, in range)
         g, inside = stats.transfer_gap(scores[name][half], values["ce_rec"][half], meta, models, judged=at_last)
         return float(g[0]), float(inside[0])
 
     draws, inside = stats.transfer_gap(scores["r2"][at], ce, meta, models, w, judged=at_last)
     gamma, inside = float(draws[0]), float(inside[0])
-    lo, hi = stats.t_interval(draws, sources, n_seq)
+    lo, hi = stats.t_interval(draws, sources, n_doc)
     for row, (depth, k) in zip(table, cells):
         cell = at_last & (meta["k"] == k) & (meta["depth"] == depth)
         row["gamma_r2"] = float(stats.transfer_gap(scores["r2"][0], values["ce_rec"][0], meta, models, judged=cell)[0][0])
     same = float(np.mean([np.sign(row["gamma_r2"]) == np.sign(gamma) for row in table]))
-    h0 = all(-t["margin"] < row["lo90"] and row["hi90"] < t["margin"] for row in table)
+    equal = all(-t["margin"] < row["lo90"] and row["hi90"] < t["margin"] for row in table)
+    h0 = equal and any(gaps)
     h1 = bool(abs(gamma) >= t["gamma"] and (lo > 0 or hi < 0) and same >= t["same_sign"]) if inside >= t["in_range"] else None
 
     # C1b: does a sink-free Euclidean score show the gap too?
-    half_a = {c: gap(c, 1) for c in EUCLIDEAN_CONTROLS}
+    half_a = {c: gap(c, 1) for c in SINK_FREE}
     judged = {c: abs(g) for c, (g, inside_c) in half_a.items() if inside_c >= t["in_range"]}
     control = min(judged, key=judged.get) if judged else None
     gap_control, gap_r2 = (gap(control, 2)[0] if control else np.nan), gap("r2", 2)[0]
     normalised_away = bool(abs(gap_control) < t["normalisation"] * abs(gap_r2))
 
-    out |= dict(previous_budget=int(before), g0={key: bool(v) for key, v in g0.items()}, cells=table, h0=h0, h1=h1, gamma_r2=gamma, gamma_r2_lo=lo,
+    out |= dict(previous_budget=int(before), g0={key: bool(v) for key, v in g0.items()}, cells=table, improved=improved, equal=equal,
+                gap_before=bool(any(gaps)), h0=h0, h1=h1, gamma_r2=gamma, gamma_r2_lo=lo,
                 gamma_r2_hi=hi, same_sign=same, in_range=inside, control=control, gamma_control_half_b=gap_control, gamma_r2_half_b=gap_r2,
                 normalised_away=normalised_away, gamma_controls={c: gap(c, 0)[0] for c in EUCLIDEAN_CONTROLS})
+    if improved > t["improved"]:
+        return stop("undecided", f"{percent(improved)} of the patches improve CE, so CE_rec does not say what an SAE loses: is this text far from the models'?")
     shut = {"alive": "too few latents are alive, and not equally few", "precise": "the evaluation set is too small",
             "converged": f"CE_rec still moves by {t['converged']} or more between the last two budgets"}
     if not all(g0.values()):
@@ -206,6 +220,8 @@ def adjudicate(values: dict, alive: np.ndarray, meta: dict, models: list, n_seq:
     if h0 or h1:
         reasons = ["CE_rec is equal within the margin for every k"] * h0 + ["R² does not mean the same in both models"] * bool(h1)
         return stop("+".join(["H0"] * h0 + ["H1"] * bool(h1)), " and ".join(reasons) + unjudged)
+    if equal:
+        return stop("undecided", "CE_rec is equal within the margin at every budget: there never was a gap that could go, and no transfer gap of R² is shown" + unjudged)
     return stop("undecided", "neither equal CE_rec nor a transfer gap of R² is shown" + unjudged + n_needed(table, t["margin"], seeds(last)))
 
 
@@ -217,7 +233,7 @@ def n_needed(table: list[dict], margin: float, n: int) -> str:
         if abs(row["delta_ce_rec"]) >= margin:
             return ""
         if room <= 0:
-            return "; equality would take more evaluation sequences, whatever the seeds"
+            return "; equality would take more evaluation documents, whatever the seeds"
         seeds.append(int(np.ceil(n * row["seed_variance"] / room)))
     return f"; about {max(seeds)} seeds in each model would show equality if the means stay" if max(seeds) > n else ""
 
@@ -257,8 +273,8 @@ def power_law(tokens: np.ndarray, ce: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def curves(values: dict, meta: dict, arm: dict) -> tuple[list[dict], list[dict]]:
     """k* of every model, depth and budget, and the power law over budgets of every model, depth and k: values with bootstrap intervals."""
-    w = stats.bootstrap_weights(meta, N_RESAMPLES, 0, clusters=("model", "seed"), stratum="model")
-    ce = values["ce_rec"][:len(w)]  # resample r of the sequences with resample r of the seeds
+    w = stats.bootstrap_weights(meta, N_RESAMPLES, 0, clusters=("model", "seed"), stratum="model", least=2)
+    ce = values["ce_rec"][:len(w)]  # resample r of the documents with resample r of the seeds
     k, budgets = np.unique(meta["k"]), np.unique(meta["tokens"])
     taxes, laws = [], []
     for model, depth in sorted(set(zip(meta["model"], meta["depth"]))):
@@ -282,14 +298,14 @@ def curves(values: dict, meta: dict, arm: dict) -> tuple[list[dict], list[dict]]
 def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
     """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv and sequences.npz."""
     _, saes, values, meta, _ = measured(out, settings, N_RESAMPLES)
-    alive, n_seq, models = np.array([row["alive"] for row in saes]), settings["eval_seqs"], settings["models"]
+    alive, n_doc, models = np.array([row["alive"] for row in saes]), min(settings["documents"]), settings["models"]
     deltas, verdicts, taxes, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
         arm = dict(recipe=recipe, sinks=sinks)
         mine = (meta["recipe"] == recipe) & (meta["sae"] == sae_name(settings["expansion"], sinks))
         part, part_meta = {m: v[:, mine] for m, v in values.items()}, {name: v[mine] for name, v in meta.items()}
-        deltas += delta_rows(part, part_meta, models, arm, n_seq)
-        verdicts.append(arm | adjudicate(part, alive[mine], part_meta, models, n_seq))
+        deltas += delta_rows(part, part_meta, models, arm, n_doc)
+        verdicts.append(arm | adjudicate(part, alive[mine], part_meta, models, n_doc))
         more_taxes, more_laws = curves(part, part_meta, arm)
         taxes, laws = taxes + more_taxes, laws + more_laws
     kstar = [{key: v for key, v in row.items() if key != "draws"} | dict(zip(("value", "lo", "hi"), k_star_words(row))) for row in taxes]
@@ -376,14 +392,15 @@ def verdict_lines(verdict: dict) -> list[str]:
         "## The tree", "",
         f"At B* = {readable_count(verdict['budget'])} tokens, {verdict['small']} / {verdict['large']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}:", "",
         f"- G0: alive ≥ {t['alive']:.0%} in both or within {t['alive_gap']:.0%}: {g0['alive']}; CE_rec moved < {t['converged']} since "
-        f"{readable_count(verdict['previous_budget'])}: {g0['converged']}; SE of ΔCE_rec over sequences < {t['se']}: {g0['precise']}.",
-        f"- H0: 90% interval of ΔCE_rec inside ±{t['margin']} for every k: {answer(verdict['h0'])}.",
+        f"{readable_count(verdict['previous_budget'])}: {g0['converged']}; SE of ΔCE_rec over documents < {t['se']}: {g0['precise']}.",
+        f"- H0: 90% interval of ΔCE_rec inside ±{t['margin']} for every k: {answer(verdict['equal'])}; a gap at a smaller budget that could go (95% interval without 0, "
+        f"{t['margin']} or more): {answer(verdict['gap_before'])}. Patches that improve CE: {percent(verdict['improved'])}.",
         f"- H1: transfer gap Γ of R² at least {t['gamma']} in size, interval without 0, one sign for {t['same_sign']:.0%} of k: {answer(verdict['h1'])}. "
         f"Γ = {of(verdict, 'gamma_r2')}, {percent(verdict['same_sign'])} of one sign, {percent(verdict['in_range'])} of the larger model's R² in the smaller "
         f"one's range ({t['in_range']:.0%} needed to be judged).",
-        f"- N: |Γ| of the best sink-free Euclidean score under {t['normalisation']:.0%} of R²'s, on the half of the sequences it was not chosen on: "
+        f"- N: |Γ| of the best sink-free Euclidean score under {t['normalisation']:.0%} of R²'s, on the half of the documents it was not chosen on: "
         f"{answer(verdict['normalised_away'])}. {verdict['control'] or 'none in range'}: {number(verdict['gamma_control_half_b'])}, R²: "
-        f"{number(verdict['gamma_r2_half_b'])}. On all sequences: " + ", ".join(f"{c} {number(g)}" for c, g in verdict["gamma_controls"].items()) + ".", "",
+        f"{number(verdict['gamma_r2_half_b'])}. On all documents: " + ", ".join(f"{c} {number(g)}" for c, g in verdict["gamma_controls"].items()) + ".", "",
         markdown(cells, list(cells[0])), "",
         "Γ is in units of CE_rec: what the larger model has above what the smaller one's curve of CE_rec over R² says, averaged with the reverse.", ""]
 
@@ -430,7 +447,7 @@ def tax_lines(taxes: list[dict], verdict: dict) -> list[str]:
         rows.append({c: row[c] for c in ("model", "depth", "recipe", "sinks")}
                     | {"tokens": readable_count(row["tokens"]), "CE_rec": row["target"], "k*": value, "95%": ends(lo, hi), "tax": tax})
     return ["## k*, the smallest k that reaches a CE_rec", "", markdown(rows, list(rows[0])), "",
-            "Linear between grid points; tax: the largest model's k* over the smallest's. Bootstrap over seeds and sequences.", ""]
+            "Linear between grid points; tax: the largest model's k* over the smallest's. Bootstrap over seeds and documents.", ""]
 
 
 def law_lines(laws: list[dict]) -> list[str]:
@@ -439,7 +456,7 @@ def law_lines(laws: list[dict]) -> list[str]:
     if not known:
         return [f"CE_rec at infinite tokens: {missing}", ""]
     table = [{c: row[c] for c in ("model", "depth", "recipe", "sinks", "k")} | {"CE_rec at infinity": of(row, "limit"), "b": row["exponent"]} for row in known]
-    return ["CE_rec = limit − a · tokens^−b, least squares; bootstrap over seeds and sequences:", "", markdown(table, list(table[0])), ""] + \
+    return ["CE_rec = limit − a · tokens^−b, least squares; bootstrap over seeds and documents:", "", markdown(table, list(table[0])), ""] + \
         ([f"{len(laws) - len(known)} other curves: {missing}", ""] if len(known) < len(laws) else [])
 
 
@@ -485,7 +502,7 @@ def report(saes, deltas, verdict: dict, taxes, laws, pictures: list[str], correl
             "![deltas](deltas.png)", "",
             f"## Deltas: {verdict['large']} minus {verdict['small']}, recipe {verdict['recipe']}, sinks {verdict['sinks']}", "",
             delta_table(mine), "",
-            "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation sequences (bootstrap) together; "
+            "Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and evaluation documents (bootstrap) together; "
             "undefined where one seed leaves none. Mismatch: ΔR² and ΔCE_rec differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on "
             "seeds of the same index. A mismatch that all pairs agree on has no bootstrap interval. ΔR²/ΔCE_rec: Fieller; undefined where the "
             "denominator's interval holds 0.", "",

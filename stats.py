@@ -142,7 +142,7 @@ def shared_depths(meta: dict, models: list) -> list:
 
 def _rows(W: int, n_resamples: int) -> np.ndarray:
     """The row of scores and target behind each row of weights: draw r takes sequence resample r (from the first again
-    when they run out; all sequences when there is none)."""
+    when they run out; all documents when there is none)."""
     return np.r_[0, 1, 2, 3 + np.arange(n_resamples) % (W - 3) if W > 3 else np.zeros(n_resamples, int)]
 
 
@@ -171,7 +171,7 @@ def partial_draws(x, y, meta: dict, n_resamples: int, seed: int = 0) -> np.ndarr
     return _dot(*(_unit(_midrank(v[rows], design[0]), design) for v in (x, y)))
 
 
-# ---------------------------------------------------------------------------------------------- seeds and sequences
+# ---------------------------------------------------------------------------------------------- seeds and documents
 def seed_draws(meta: dict, W: int) -> tuple[np.ndarray, np.ndarray, dict]:
     """Where seeds are replicates: rows [R] of scores, weights [R, C] of conditions, {source of variation: its rows}.
 
@@ -185,40 +185,40 @@ def seed_draws(meta: dict, W: int) -> tuple[np.ndarray, np.ndarray, dict]:
         w[i, (model == m) & (seed == s)] = 0
     names = np.array(["", *(m for m, _ in left_out)])
     sources = {str(m): np.flatnonzero(names == m) for m in np.unique(model)}
-    return np.r_[np.zeros(1 + len(left_out), int), 3:W], w, sources | {"sequences": np.arange(1 + len(left_out), len(w))}
+    return np.r_[np.zeros(1 + len(left_out), int), 3:W], w, sources | {"documents": np.arange(1 + len(left_out), len(w))}
 
 
-def spread(draws: np.ndarray, sources: dict, n_seq: int) -> tuple[np.ndarray, float]:
+def spread(draws: np.ndarray, sources: dict, n_doc: int) -> tuple[np.ndarray, float]:
     """Covariance [q, q] of q statistics [q, R], and the Satterthwaite degrees of freedom of the last one's variance.
 
-    Per model the jackknife over its seeds (exact for a mean: s^2 / n), plus the bootstrap over sequences. Seeds enter the
+    Per model the jackknife over its seeds (exact for a mean: s^2 / n), plus the bootstrap over documents. Seeds enter the
     latter through the mean, so what seed and sequence do together is counted twice: on the safe side. nan with one seed.
     """
     total, weight = np.zeros((len(draws), len(draws))), 0.0
     for name, rows in sources.items():
         n = len(rows)
-        if name != "sequences" and n < 2:
+        if name != "documents" and n < 2:
             return np.full_like(total, np.nan), np.nan
-        part = np.atleast_2d(np.cov(draws[:, rows])) * (1 if name == "sequences" else (n - 1) ** 2 / n)
+        part = np.atleast_2d(np.cov(draws[:, rows])) * (1 if name == "documents" else (n - 1) ** 2 / n)
         total += part
-        weight += part[-1, -1] ** 2 / (n_seq - 1 if name == "sequences" else n - 1)
+        weight += part[-1, -1] ** 2 / (n_doc - 1 if name == "documents" else n - 1)
     return total, total[-1, -1] ** 2 / weight if weight > 0 else np.nan
 
 
-def t_interval(draws: np.ndarray, sources: dict, n_seq: int, level: float = 1 - ALPHA) -> tuple[float, float]:
-    """Student interval around draws[0] over seeds and sequences. With three seeds a percentile bootstrap, which knows
+def t_interval(draws: np.ndarray, sources: dict, n_doc: int, level: float = 1 - ALPHA) -> tuple[float, float]:
+    """Student interval around draws[0] over seeds and documents. With three seeds a percentile bootstrap, which knows
     no degrees of freedom, would cover 95% some 85% of the time. nan with one seed."""
-    variance, df = spread(draws[None], sources, n_seq)
+    variance, df = spread(draws[None], sources, n_doc)
     half = student.ppf((1 + level) / 2, df) * np.sqrt(variance[0, 0])
     return float(draws[0] - half), float(draws[0] + half)
 
 
-def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, sources: dict, n_seq: int) -> tuple[float, float, float]:
+def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, sources: dict, n_doc: int) -> tuple[float, float, float]:
     """(ratio, lo, hi) by Fieller 1954; all nan where the denominator's own interval holds zero, or has none."""
-    lo, hi = t_interval(denominator, sources, n_seq)
+    lo, hi = t_interval(denominator, sources, n_doc)
     if not (lo > 0 or hi < 0):
         return np.nan, np.nan, np.nan
-    v, df = spread(np.stack([numerator, denominator]), sources, n_seq)
+    v, df = spread(np.stack([numerator, denominator]), sources, n_doc)
     t2, n, d = student.ppf(1 - ALPHA / 2, df) ** 2, numerator[0], denominator[0]
     a, b, c = d * d - t2 * v[1, 1], n * d - t2 * v[0, 1], n * n - t2 * v[0, 0]
     root = np.sqrt(max(b * b - a * c, 0.0))  # a > 0, since the denominator is not zero; b^2 - ac >= 0 follows
@@ -465,9 +465,9 @@ def leaderboard(scores: dict, target, magnitude, meta: dict, models: list, *, ta
 
 
 def noise_ceiling(target, meta: dict) -> dict:
-    """How well the evaluation sequences know the target: `split_half` = partial Spearman of half A with half B,
+    """How well the evaluation documents know the target: `split_half` = partial Spearman of half A with half B,
     `reliability` of both together (Spearman-Brown), `rho_max` = sqrt(reliability), the most a noise-free proxy can
-    reach (Spearman 1904). A proxy measured on the same sequences shares their noise and may pass it."""
+    reach (Spearman 1904). A proxy measured on the same documents shares their noise and may pass it."""
     split = partial_spearman(target[1], target[2], meta)
     reliability = 2 * split / (1 + split) if split > -1 else np.nan
     rho_max = float(np.sqrt(reliability)) if reliability >= 0 else np.nan

@@ -9,7 +9,7 @@ import expa
 import stats
 from proxies import EUCLIDEAN_CONTROLS
 
-MODELS, K, BUDGETS, SEEDS, N_SEQ = ["small", "large"], [4, 8, 16, 32], [10, 30], 3, 40
+MODELS, K, BUDGETS, SEEDS, N_DOC = ["small", "large"], [4, 8, 16, 32], [3, 10, 30], 3, 40
 
 
 def grid(seeds=SEEDS, budgets=BUDGETS) -> dict:
@@ -18,14 +18,14 @@ def grid(seeds=SEEDS, budgets=BUDGETS) -> dict:
     return meta | {"depth": np.full(len(cells), "0.50")}
 
 
-def planted(rng, delta=0.0, gap=0.0, control_gap=None, moved=0.0, seed_sd=0.003, seq_sd=0.002, n_resamples=100, seeds=SEEDS):
+def planted(rng, delta=0.0, gap=0.0, control_gap=None, moved=0.0, before=-0.06, seed_sd=0.003, seq_sd=0.002, n_resamples=100, seeds=SEEDS):
     """(values, meta) with CE_rec of the larger model `delta` (a number or one per k) above the smaller one's, and its R^2 such
-    that the smaller model's curve is `gap` in CE_rec below it; `control_gap` the same for the sink-free scores.
+    that the smaller model's curve is `gap` in CE_rec below it; `control_gap` the same for the sink-free scores. At the first of three budgets the larger model's is `before` above.
     """
     meta = grid(seeds)
     C, large = len(meta["k"]), meta["model"] == "large"
     at_k = np.log2(meta["k"]) - 2  # 0 1 2 3
-    ce = 0.75 + 0.05 * at_k - moved * (meta["tokens"] == BUDGETS[0]) + large * np.broadcast_to(delta, 4)[at_k.astype(int)]
+    ce = 0.75 + 0.05 * at_k - moved * (meta["tokens"] == BUDGETS[1]) + large * before * (meta["tokens"] == BUDGETS[0]) + large * np.broadcast_to(delta, 4)[at_k.astype(int)]
     # the common curve: CE_rec = 0.2 + 0.8 R^2; the larger model lies `gap` above it
     score = lambda g: (ce - 0.2 - large * g) / 0.8
     truth = {"ce_rec": ce, "r2": score(gap)} | {c: score(gap if control_gap is None else control_gap) for c in EUCLIDEAN_CONTROLS}
@@ -44,7 +44,7 @@ def leaves(n: int, alive=0.9, **how) -> list[dict]:
     out = []
     for _ in range(n):
         values, meta = planted(rng, **how)
-        out.append(expa.adjudicate(values, np.broadcast_to(alive, len(meta["k"])), meta, MODELS, N_SEQ))
+        out.append(expa.adjudicate(values, np.broadcast_to(alive, len(meta["k"])), meta, MODELS, N_DOC))
     return out
 
 
@@ -56,6 +56,30 @@ def share(verdicts: list[dict], leaf: str) -> float:
 def test_no_gap_at_all_is_h0():
     verdicts = leaves(100)
     assert share(verdicts, "H0") > 0.9 and share(verdicts, "H1") == share(verdicts, "H0+H1") == share(verdicts, "N") == 0
+
+
+def test_a_gap_that_never_was_cannot_go():
+    verdicts = leaves(60, before=0.0)
+    assert share(verdicts, "undecided") > 0.9 and all(v["equal"] for v in verdicts if "there never was a gap" in v["reason"])
+    assert share(leaves(60, before=0.0, gap=0.06), "H1") > 0.85  # what does not go may still be there
+
+
+def test_patches_that_improve_ce_decide_nothing():
+    """A text far from the models': CE_rec above 1 in most SAEs, whatever the gaps say."""
+    rng = np.random.default_rng(0)
+    for gap in (0.0, 0.06):
+        values, meta = planted(rng, gap=gap)
+        values["ce_rec"] = values["ce_rec"] + 0.3
+        verdict = expa.adjudicate(values, np.full(len(meta["k"]), 0.9), meta, MODELS, N_DOC)
+        assert verdict["leaf"] == "undecided" and "improve CE" in verdict["reason"] and verdict["improved"] > 0.5
+
+
+def test_r2_defl1_decides_nothing():
+    rng = np.random.default_rng(0)
+    values, meta = planted(rng, gap=0.06, control_gap=0.055, delta=0.05)
+    values["r2_defl1"] = planted(rng, gap=0.0, delta=0.05)[0]["r2_defl1"]
+    verdict = expa.adjudicate(values, np.full(len(meta["k"]), 0.9), meta, MODELS, N_DOC)
+    assert verdict["leaf"] == "H1" and "r2_defl1" in verdict["gamma_controls"] and verdict["control"] != "r2_defl1"
 
 
 def test_h0_is_accepted_wrongly_in_at_most_one_of_twenty():
@@ -79,7 +103,7 @@ def test_a_gap_is_found():
 
 def test_a_gap_of_normalisation_is_called_that():
     verdicts = leaves(60, gap=0.06, control_gap=0.0, delta=0.05)
-    assert share(verdicts, "N") > 0.9 and {v["control"] for v in verdicts} <= set(EUCLIDEAN_CONTROLS)
+    assert share(verdicts, "N") > 0.9 and {v["control"] for v in verdicts} <= set(expa.SINK_FREE)
     assert share(leaves(60, gap=0.06, control_gap=0.055, delta=0.05), "N") < 0.1
 
 
@@ -96,7 +120,7 @@ def test_what_cannot_be_judged_is_undecided():
     rng = np.random.default_rng(0)
     values, meta = planted(rng)
     verdict = lambda keep, models=MODELS, **change: expa.adjudicate({m: v[:, keep] for m, v in values.items()}, np.full(keep.sum(), 0.9),
-                                                                  {name: v[keep] for name, v in (meta | change).items()}, models, N_SEQ)
+                                                                  {name: v[keep] for name, v in (meta | change).items()}, models, N_DOC)
     everything = np.ones(len(meta["k"]), bool)
     for said, args in (("one model", (meta["model"] == "small", ["small"])), ("3 seeds", (meta["seed"] < 2,)), ("no budget before", (meta["tokens"] == 30,))):
         assert verdict(*args)["leaf"] == "undecided" and said in verdict(*args)["reason"]
@@ -115,7 +139,7 @@ def test_what_cannot_be_judged_is_undecided():
 def test_seeds_needed_by_hand():
     row = dict(delta_ce_rec=0.01, seed_variance=4e-4, se=0.002)  # (0.01 / 1.645)^2 - 0.002^2 = 3.2955e-5; 3 x 4e-4 / that = 36.4
     assert "about 37 seeds" in expa.n_needed([row], 0.02, 3) and "about 73 seeds" in expa.n_needed([row], 0.02, 6)
-    assert "more evaluation sequences" in expa.n_needed([row | {"se": 0.007}], 0.02, 3) and expa.n_needed([row | {"delta_ce_rec": 0.03}], 0.02, 3) == ""
+    assert "more evaluation documents" in expa.n_needed([row | {"se": 0.007}], 0.02, 3) and expa.n_needed([row | {"delta_ce_rec": 0.03}], 0.02, 3) == ""
 
 
 # ----------------------------------------------------------------------------------------------- intervals
@@ -123,7 +147,7 @@ def test_the_interval_of_a_delta_is_students():
     """No sequence noise: Welch's t interval of the two models' seeds, exactly."""
     rng = np.random.default_rng(1)
     values, meta = planted(rng, seq_sd=0.0)
-    row = next(r for r in expa.delta_rows(values_for_deltas(values), meta, MODELS, {}, N_SEQ) if r["k"] == 8 and r["tokens"] == 30)
+    row = next(r for r in expa.delta_rows(values_for_deltas(values), meta, MODELS, {}, N_DOC) if r["k"] == 8 and r["tokens"] == 30)
     cell = (meta["k"] == 8) & (meta["tokens"] == 30)
     welch = ttest_ind(*(values["r2"][0, cell & (meta["model"] == m)] for m in ("large", "small")), equal_var=False).confidence_interval(0.95)
     assert (row["delta_r2_lo"], row["delta_r2_hi"]) == pytest.approx((welch.low, welch.high))
@@ -143,7 +167,7 @@ def test_intervals_cover_the_truth(seed_sd, seq_sd):
         for k in K:
             cell = (meta["k"] == k) & (meta["tokens"] == 30)
             r2 = {m: expa.mean_over(values["r2"][at], w, cell & (meta["model"] == m)) for m in MODELS}
-            lo, hi = stats.t_interval(r2["large"] - r2["small"], sources, N_SEQ)
+            lo, hi = stats.t_interval(r2["large"] - r2["small"], sources, N_DOC)
             inside.append(lo <= (0.03 - 0.05) / 0.8 <= hi)
     assert 0.95 - 4 * (0.05 * 0.95 / 600) ** 0.5 < np.mean(inside) < 0.967 + 4 * (0.033 * 0.967 / 600) ** 0.5
 
@@ -161,14 +185,14 @@ def test_a_percentile_bootstrap_over_three_seeds_would_not():
 
 def test_one_seed_gives_no_interval():
     values, meta = planted(np.random.default_rng(0), seeds=1)
-    for row in expa.delta_rows(values_for_deltas(values), meta, MODELS, {}, N_SEQ):
+    for row in expa.delta_rows(values_for_deltas(values), meta, MODELS, {}, N_DOC):
         assert np.isfinite(row["delta_r2"]) and np.isnan([row["delta_r2_lo"], row["delta_r2_hi"], row["mismatch_lo"], row["ratio"]]).all()
         assert expa.of(row, "delta_r2").endswith(" [undefined]")
 
 
 def test_ratio_is_fiellers_and_undefined_over_zero():
     rng = np.random.default_rng(4)
-    sources = {"a": np.arange(1, 4), "sequences": np.arange(4, 4004)}
+    sources = {"a": np.arange(1, 4), "documents": np.arange(4, 4004)}
     draw = lambda mean, sd, noise: np.r_[mean, np.full(3, mean), mean + sd * noise]
     shared, own = rng.standard_normal((2, 4000))
     ratio, lo, hi = stats.ratio_interval(draw(6, 1, shared), draw(10, 2, 0.6 * shared + 0.8 * own), sources, 10 ** 6)
@@ -185,8 +209,8 @@ def test_mismatch_on_cases_done_by_hand():
     assert expa.mismatch([.5], [.6], [.8], [.9]) == (0.0, pytest.approx(np.nan, nan_ok=True), pytest.approx(np.nan, nan_ok=True))
     rate, lo, hi = expa.mismatch([.5, .5, .5], [.6, .6, .6], [.8, .8, .8], [.9, .7, .8])  # agree, differ, tie
     assert rate == pytest.approx(0.5) and 0 <= lo < 0.5 < hi <= 1
-    values, meta = planted(np.random.default_rng(0), delta=-0.04, gap=-0.08, seed_sd=0.001, seq_sd=0.0)  # R^2 up, CE_rec down
-    for row in expa.delta_rows(values_for_deltas(values), meta, MODELS, {}, N_SEQ):
+    values, meta = planted(np.random.default_rng(0), delta=-0.04, gap=-0.08, before=0.0, seed_sd=0.001, seq_sd=0.0)  # R^2 up, CE_rec down
+    for row in expa.delta_rows(values_for_deltas(values), meta, MODELS, {}, N_DOC):
         assert row["mismatch"] == 1 and row["mismatch_published"] == 1 and row["delta_r2"] == pytest.approx(0.05, abs=0.01)
 
 
