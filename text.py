@@ -50,10 +50,11 @@ def windows(document: str | list[int]) -> np.ndarray:
 
     A shorter document is one window. (Rolling polynomial over CRC-32 of the words, then mixed: for equality only.)
     """
-    words = document
     if isinstance(document, str):
         text = document.lower().encode(errors="surrogatepass")
         words = list(map(zlib.crc32, re.findall(rb"[0-9a-z_\x80-\xff]+", text) or [text]))
+    else:
+        words = [i % 2 ** 64 for i in document]  # what is no id is said later
     words = np.array(words, dtype=np.uint64)
     length = min(WINDOW, len(words))
     total = np.zeros(len(words) - length + 1, np.uint64)
@@ -195,7 +196,7 @@ def is_cut(data: str) -> bool:
 def pieces(file: io.TextIOBase) -> Iterator[str]:
     """A text in pieces of PIECE characters, each up to the end of its line where that is not far."""
     while piece := file.read(PIECE):
-        yield piece if piece.endswith("\n") else piece + file.readline(PIECE)
+        yield piece if piece.endswith("\n") else piece + file.readline(PIECE // 8)
 
 
 def foreign_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:

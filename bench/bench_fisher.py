@@ -23,7 +23,7 @@ if name in PYTHIA:
     x = torch.randint(model.config.vocab_size, (2, ctx), generator=torch.Generator().manual_seed(0))
 else:
     model, tokenizer = load_model(name, torch.device("cpu"))
-    x = heldout_rows("stdlib", tokenizer, ctx, eval_batch(model, ctx, torch.device("cpu")))[0]
+    x = heldout_rows("stdlib", tokenizer, ctx, eval_batch(model, ctx, torch.device("cpu"))).rows
 layer = model.config.num_hidden_layers // 2
 h = head(model, layer, x)
 delta = 0.3 * h.std() * torch.randn(h.shape, generator=torch.Generator().manual_seed(0))

@@ -248,7 +248,7 @@ def main() -> None:
     model, tokenizer = load_model(MODEL, torch.device("cpu"))
     chunks = activation_chunks(model, LAYER, "stdlib", tokenizer, CTX, args.tokens, "keep")
     h, sink = (torch.cat(parts) for parts in zip(*chunks))
-    rows, _ = heldout_rows("stdlib", tokenizer, CTX, EVAL_SEQS)
+    rows = heldout_rows("stdlib", tokenizer, CTX, EVAL_SEQS).rows
     held = torch.cat([head(model, LAYER, part) for part in rows.split(BATCH)])[:, :-1]
     norms = held.norm(dim=-1)
     held_sink = sink_positions(norms, norms[:, 1:].median().item()).flatten()

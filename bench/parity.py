@@ -29,7 +29,7 @@ MODEL, LAYER, CTX, TOKENS, F, K = "stdlib-s", 3, 128, 40_000, 512, 16
 torch.set_num_threads(1)
 model, tokenizer = load_model(MODEL, torch.device("cpu"))
 h = torch.cat([h for h, _ in activation_chunks(model, LAYER, "stdlib", tokenizer, CTX, TOKENS, "keep")])
-rows, _ = heldout_rows("stdlib", tokenizer, CTX, 16)
+rows = heldout_rows("stdlib", tokenizer, CTX, 16).rows
 held = head(model, LAYER, rows)[:, :-1].flatten(0, 1)
 table = []
 with tempfile.TemporaryDirectory() as folder:

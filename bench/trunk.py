@@ -29,7 +29,7 @@ if args.batch:
     Training.pace = staticmethod(lambda tokens: (args.batch, 1.0))
 model, tokenizer = load_model(args.model, torch.device("cpu"))
 chunks = list(activation_chunks(model, layer, "stdlib", tokenizer, 256, budgets[-1], "keep"))
-held = head(model, layer, heldout_rows("stdlib", tokenizer, 256, 48)[0]).flatten(0, 1)
+held = head(model, layer, heldout_rows("stdlib", tokenizer, 256, 48).rows).flatten(0, 1)
 sst = (held - held.mean(0)).square().sum()
 
 

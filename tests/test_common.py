@@ -177,7 +177,7 @@ def test_rows_are_documents_joined_by_the_end_mark(tmp_path):
     assert len(rows["heldout"]) > 0
 
 
-@pytest.mark.parametrize("name, content, word", [("e.txt", b"", "empty"), ("b.txt", b"abc\0\1\2", "binary"), ("s.txt", b"short", "holds 0 sequences"),
+@pytest.mark.parametrize("name, content, word", [("e.txt", b"", "empty"), ("b.txt", b"abc\0\1\2", "binary"), ("s.txt", b"short", "gives 0 sequences"),
                                                  ("x.pdf", b"x", "needs files"), ("l.txt", b"\xff\xfe\xfa" * 9, "decode"), ("j.jsonl", b"{", "--data")])
 def test_bad_data_gets_one_line(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)

@@ -8,7 +8,7 @@ import fisher
 import stats
 from common import clean_pass, head, load_model, tail
 from conftest import log_probs_64, tiny_model
-from proxies import evaluate, metrics, sequence_weights
+from proxies import document_weights, evaluate, metrics
 from sae import tied_init
 
 
@@ -16,7 +16,7 @@ def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embe
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from text import heldout_rows
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
-    x = heldout_rows("stdlib", tokenizer, 64, 2)[0]
+    x = heldout_rows("stdlib", tokenizer, 64, 2).rows
     exact = model.double()
     h = head(exact, 3, x)
     delta = 0.5 * h.std() * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(0))
@@ -119,7 +119,7 @@ def test_planted_errors_get_their_flag():
               "top": lambda x, mean: x + 0.1 * torch.randn(len(x), 1, generator=noise) * top,
               "null": lambda x, mean: x + 0.1 * torch.randn(len(x), 1, generator=noise) * null}
     results = evaluate(model, 1, rows, errors, 64)
-    weights = sequence_weights(64, 1000, 0)
+    weights = document_weights(64, 1000, 0)
     said = {}
     for name, result in results.items():
         values = metrics({q: v[None] for q, v in result["sums"].items()}, weights, 16)

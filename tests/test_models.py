@@ -197,7 +197,7 @@ MEASURED = {
 def both_dtypes():
     """{dtype: measurements} of one SAE, a few steps from its start on the float32 model, on the same tokens."""
     single, tokenizer = load_model("stdlib-s", CPU)
-    rows, layer = heldout_rows("stdlib", tokenizer, 64, 8)[0], 3
+    rows, layer = heldout_rows("stdlib", tokenizer, 64, 8).rows, 3
     h = head(single, layer, rows).flatten(0, 1)
     sae = tied_init(h.shape[1], 8 * h.shape[1], 16, 0, h.mean(0))
     optimiser = torch.optim.Adam(sae.parameters(), lr=1e-3)
