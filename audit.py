@@ -2,14 +2,14 @@
 
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model.
 """
-from common import bounds, markdown
+from common import markdown
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from formats import hub_name
-from leaderboard import flag
+from leaderboard import FLAG_COLUMNS, FLAG_TEXT
 
 # What libraries call R^2, explained variance or 1 - FVU. `r2` itself is SAELens' since 6.30 (and the only one of them for which
 # predicting the mean is 0, a constant error costs, and neither batches nor single tokens matter).
@@ -59,17 +59,17 @@ def definitions(h: torch.Tensor, h_hat: torch.Tensor, keep: torch.Tensor) -> dic
 COLUMNS = (["sae", "model", "layer", "format", "trained_on", "basis", "fvu_as_said", "fvu_otherwise", "ctx", "bos", "d_sae", "k", "l0", "alive"]
            + [f"{name}{end}" for name in ("r2", *LIBRARIES) for end in ("", "_nosink")]
            + ["nmse_tok", "cosine", "ce_orig", "ce_recon", "dce", "ce_rec", "ce_rec_sinkclean", "frac_zero", "frac_mean", "kl", "swd_tok", "swd_seq",
-              "swd_sampled", "rho", "fed", "fed_nosink", "fed_nosink_lo", "fed_nosink_hi", "flag"])
+              "swd_sampled", "rho", "fed", "fed_nosink", "fed_nosink_lo", "fed_nosink_hi", "flag", "fed_iso_nosink", "fed_excess", "fed_excess_lo",
+              "fed_excess_hi", "kl_swd_ratio", "kl_swd_ratio_lo", "kl_swd_ratio_hi"])
 
 
-def audit_rows(saes: list[dict], fed: np.ndarray, settings: dict) -> list[dict]:
-    """Of audit.csv, sorted by model, layer and name. fed [W,C]: `fed_nosink` under resampled sequences."""
+def audit_rows(saes: list[dict], values: dict, settings: dict) -> list[dict]:
+    """Of audit.csv, sorted by model, layer and name. saes: rows as `leaderboard.flagged` gives them; values {metric: [W,C]}."""
     rows = []
-    for row, (lo, hi) in zip(saes, np.percentile(fed, [2.5, 97.5], axis=0).T):
+    for row, (lo, hi) in zip(saes, np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0).T):
         said = settings["saes"][row["sae"]]
         rows.append(row | {name: said[name] for name in ("format", "basis", "ctx", "bos", "unseen")} | {
-            "trained_on": hub_name(said["model"]) if said["model"] else "not said", "k": row["k"] or "none", "fed_nosink_lo": lo, "fed_nosink_hi": hi,
-            "flag": flag(lo, hi)})
+            "trained_on": hub_name(said["model"]) if said["model"] else "not said", "k": row["k"] or "none", "fed_nosink_lo": lo, "fed_nosink_hi": hi})
     return rows
 
 
@@ -89,9 +89,8 @@ def warnings(rows: list[dict]) -> list[str]:
 
 def headline(rows: list[dict]) -> str:
     """One line per SAE, best CE_rec first."""
-    lines = [row | {"interval": bounds(row["fed_nosink_lo"], row["fed_nosink_hi"])} for row in sorted(rows, key=lambda row: -row["ce_rec"])]
-    return markdown(lines, ["sae", "layer", "k", "l0", "r2", "r2_nosink", "cosine", "ce_rec", "frac_zero", "frac_mean", "swd_tok", "fed_nosink",
-                            "interval", "flag"])
+    return markdown(sorted(rows, key=lambda row: -row["ce_rec"]),
+                    ["sae", "layer", "k", "l0", "r2", "r2_nosink", "cosine", "ce_rec", "frac_zero", "frac_mean", "swd_tok", *FLAG_COLUMNS])
 
 
 def audit_report(rows: list[dict]) -> list[str]:
@@ -99,8 +98,7 @@ def audit_report(rows: list[dict]) -> list[str]:
     ranked = sorted(rows, key=lambda row: -row["ce_rec"])
     text = ["## Can its R² be trusted?", ""] + [f"- **{line}**" for line in warnings(ranked)] + [""]
     text += [headline(rows), "",
-             "The flag: the 95% interval (sequences resampled) of fed without sink positions, the log of how much larger the error is in Fisher than in "
-             "Euclidean geometry, relative to the activations. frac_zero and frac_mean are ablation-normalised (what other libraries call loss or CE recovered), ce_rec "
+             FLAG_TEXT, "", "frac_zero and frac_mean are ablation-normalised (what other libraries call loss or CE recovered), ce_rec "
              "= 2 - L_recon/L_orig is not. All columns: audit.csv.", "",
              "## One reconstruction, every library's R²", "",
              markdown(ranked, ["sae", "r2", *LIBRARIES]), "", markdown([{**row, "r2": row["r2_nosink"], **{n: row[f"{n}_nosink"] for n in LIBRARIES},

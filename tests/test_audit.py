@@ -13,6 +13,7 @@ from tqdm import tqdm
 import formats
 from common import head, load_model
 from hub import serve
+from leaderboard import flag
 from sae import Training, activation_chunks, save_sae
 from store import read_table
 from text import packed_rows
@@ -106,8 +107,8 @@ def test_the_headline_command(audit, hub):
     assert "left out" in done.stdout and f"{SAES}/layers.2 (layer 2)" in done.stdout and f"{SAES}/layers.3.mlp (mlp, not resid_post)" in done.stdout
     row, = read_table(out / "audit.csv")
     assert (row["sae"], row["model"], row["layer"], row["format"], row["basis"], row["k"], row["l0"]) == (f"{SAES}/layers.3", MODEL, 3, "sparsify", "raw", 8, 8)
-    assert row["flag"] in ("R² flatters this SAE", "R² underrates it", "no difference shown")
-    assert row["fed_nosink_lo"] < row["fed_nosink"] < row["fed_nosink_hi"]
+    assert row["flag"] == flag(row["fed_excess_lo"], row["fed_excess_hi"], row["kl_swd_ratio"]) != "undefined"
+    assert row["fed_nosink_lo"] < row["fed_nosink"] < row["fed_nosink_hi"] and row["fed_excess_lo"] < row["fed_excess"] < row["fed_excess_hi"]
     assert 0 < row["r2"] < row["r2_overcomplete"] and row["r2"] < row["r2_dictionary_learning"] and row["ce_rec"] == pytest.approx(2 - row["ce_recon"] / row["ce_orig"], abs=1e-5)
     assert row["fvu_as_said"] < row["fvu_otherwise"] * 1.05
     report = (out / "report.md").read_text()
