@@ -443,7 +443,7 @@ def shares(missing: list[tuple]) -> list[tuple]:
 
 
 # --------------------------------------------------------------------------------------------- the folder
-DERIVED = ("verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv")  # and pictures: made again from the others
+DERIVED = ("verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv", "pairs.csv")  # and pictures: made again from the others
 RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", *DERIVED)
 
 

@@ -32,8 +32,8 @@ N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, list[dict]]:
-    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv where SAEs are from files: (verdict, rows of the audit).
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, list[dict], list[dict]]:
+    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv and pairs.csv where SAEs are from files: (verdict, rows of both).
 
     A pure function of conditions.csv, sequences.npz and the gate.
     """
@@ -49,11 +49,13 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
                                controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     verdict = plain(verdict | {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)})
     mine = flagged(mine, values)
-    audited = audit.audit_rows(mine, values, settings) if "saes" in settings else []
+    audited, pairs = (make(mine, values, settings) if "saes" in settings else [] for make in (audit.audit_rows, audit.pairs))
     files = {"leaderboard.csv": store.as_csv(board, LEADERBOARD), "verdict.json": store.as_json(verdict), **plots(mine, board, settings),
-             "report.md": report(nulls, mine, board, verdict, settings, audit.audit_report(audited) if audited else [])}
-    store.put(out / store.RUN, files | ({"audit.csv": store.as_csv(audited, audit.COLUMNS)} if audited else {}))
-    return verdict, audited
+             "report.md": report(nulls, mine, board, verdict, settings, audit.audit_report(audited, pairs, settings) if audited else [])}
+    if audited:
+        files |= {"audit.csv": store.as_csv(audited, audit.COLUMNS), "pairs.csv": store.as_csv(pairs, audit.PAIRS)}
+    store.put(out / store.RUN, files)
+    return verdict, audited, pairs
 
 
 def sentence(verdict: dict) -> str:
@@ -141,9 +143,9 @@ def main() -> None:
     if (done := run(args, "expb")) is None:
         return
     out, settings = done
-    verdict, audited = analyse(out, settings, exp_a)
+    verdict, audited, pairs = analyse(out, settings, exp_a)
     if "saes" in settings:
-        print("\n".join([audit.headline(audited), *audit.warnings(audited)]))
+        print("\n".join([audit.headline(audited), *audit.warnings(audited), "", *audit.pair_sentences(pairs), *audit.pair_lines(pairs)]))
     else:
         print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")

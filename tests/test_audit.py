@@ -157,6 +157,10 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     assert (bos["ctx"], bos["bos"], rows["org/lens"]["ctx"], rows["org/lens"]["bos"]) == (48, "True", 64, "False") and bos["ce_orig"] != one["ce_orig"]
     report = (tmp_path / "out/report.md").read_text()
     assert "48 tokens after a BOS" in report
+    pairs = {(row["sae_a"], row["sae_b"]): row for row in read_table(tmp_path / "out/pairs.csv")}
+    assert len(pairs) == 6 * 5 // 2  # lens-bos was measured on other tokens
+    assert all(row["kind"] == "neither" for names, row in pairs.items() if set(names) <= {f"{SAES}/layers.3", "org/lens"} or all("TopK_" in name for name in names) and not any("Batch" in name for name in names))
+    assert "org/lens-bos" not in {name for names in pairs for name in names}
     conditions = read_table(tmp_path / "out/conditions.csv")
     assert {row["n_tok"] for row in conditions} == {8 * 63, 8 * 47} and len(conditions) == 7 + 8
 

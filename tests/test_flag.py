@@ -69,6 +69,7 @@ def rotation(d: int, seed: int) -> torch.Tensor:
 KNOWN = {
     "top8": (FLATTERS, lambda sigma, of_g: -0.5 * of_g[:, -8:] @ of_g[:, -8:].T),
     "low32": (UNDERRATES, lambda sigma, of_g: -0.3 * of_g[:, :32] @ of_g[:, :32].T),
+    "low32-larger": (UNDERRATES, lambda sigma, of_g: -0.42 * of_g[:, :32] @ of_g[:, :32].T),  # a lower R² than top8's, and a higher CE_rec
     "isotropic": (NO_DIFFERENCE, lambda sigma, of_g: 0.3 * (sigma.trace() / 64).sqrt() * rotation(64, 1) @ torch.linalg.inv(torch.linalg.cholesky(sigma))),
     "rotated": (NO_DIFFERENCE, lambda sigma, of_g: 0.3 * rotation(64, 2)),
     "exact": ("undefined", lambda sigma, of_g: torch.zeros(64, 64, dtype=torch.float64)),  # up to rounding
@@ -105,6 +106,32 @@ def test_known_errors_through_the_command(audited):
         assert says in report and says in printed
     for column in FLAG_COLUMNS:
         assert f"| {column} " in report
+
+
+def test_the_pairs_of_a_run(audited):
+    """Two errors planted so that R² orders them against CE_rec, and one of them with half of its own error; each row again from the sequences."""
+    out, printed = audited
+    found = {frozenset(row[f"sae_{end}"].rpartition("/")[2] for end in "ab"): row for row in read_table(out / "pairs.csv")}
+    n = len(KNOWN)
+    assert len(found) == n * (n - 1) // 2
+    assert found[frozenset(("top8", "low32-larger"))]["kind"] == "inverts" and found[frozenset(("low32", "low32-larger"))]["kind"] == "orders"
+    assert found[frozenset(("low32", "shrunk"))]["kind"] == "orders"
+    row = found[frozenset(("top8", "low32-larger"))]
+    assert row["sae_a"].endswith("top8") and row["delta_r2_lo"] > 0 > row["delta_ce_rec_hi"]
+    assert row["delta_ce_rec"] == pytest.approx(row["ce_rec_a"] - row["ce_rec_b"], abs=2e-6)
+    rows, sums = load_results(out)
+    a, b = ([at["sae"] for at in rows].index(row[f"sae_{end}"]) for end in "ab")
+    ratio = lambda at, w: 2 - (w @ sums["ce_recon"][at]) / (w @ sums["ce_orig"][at])
+    draws = np.random.default_rng(5).multinomial(SEQS, np.full(SEQS, 1 / SEQS), 4000).astype(float)
+    width = np.subtract(*np.percentile(ratio(a, draws) - ratio(b, draws), [97.5, 2.5]))
+    assert row["delta_ce_rec_hi"] - row["delta_ce_rec_lo"] == pytest.approx(width, rel=0.15)
+    report = (out / "report.md").read_text()
+    inverted = sum(row["kind"] == "inverts" for row in found.values())
+    first = f"Of the {len(found)} pairs of SAEs that can be compared (same model, layer and tokens), R² orders"
+    assert first in printed and first in report[:250] and f", inverts {inverted}, and in" in printed
+    assert "- inverted: " in printed and f"{0.05 * len(found):g} would be expected" in report and f"{SEQS} sequences" in report
+    for audit_row in read_table(out / "audit.csv"):
+        assert audit_row["ce_rec_lo"] <= audit_row["ce_rec"] <= audit_row["ce_rec_hi"]
 
 
 def test_the_null_row_of_a_run_holds_zero(audited):
