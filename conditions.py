@@ -35,7 +35,7 @@ from store import RUN, read_table
 KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
 METRICS = ["r2", "r2_nosink", "r2_defl1", "r2_ln", "nmse", "nmse_tok", "mse", "cosine", "relerr", "swd_tok", "swd_seq", "swd_sampled",
            "gd_mean", "gd_abs", "ce_orig", "ce_recon", "dce", "ce_rec", "ce_rec_sinkclean", "ce_zero", "ce_mean", "frac_zero", "frac_mean",
-           "kl", "alive", "l0", "bits_idx", "bits", "fed", "fed_nosink", "rho"]
+           "kl", "alive", "l0", "bits_idx", "bits", "fed", "fed_nosink", "rho", "fed_iso_nosink", "fed_excess"]
 COLUMNS = KEY + ["n_seq", "n_tok", "n_sink"] + METRICS
 NULLS = ("null-identity", "null-mean", "null-random", "null-gaussian")
 
@@ -450,7 +450,7 @@ def shares(missing: list[tuple]) -> list[tuple]:
 
 
 # --------------------------------------------------------------------------------------------- the folder
-DERIVED = ("verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv")  # and pictures: made again from the others
+DERIVED = ("verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv", "pairs.csv")  # and pictures: made again from the others
 RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", *DERIVED)
 
 

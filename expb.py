@@ -13,7 +13,7 @@ of dCE predicted for a hook that was left out, tests that count hooks, and the t
 """
 import pathlib
 
-from common import as_png, bounds, markdown, model_colours, parse_args, pyplot, readable_count, run_script
+from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script
 
 import numpy as np
 
@@ -21,7 +21,8 @@ import audit
 import stats
 import store
 from conditions import about_the_run, behind, marked, measured, rows_hash, run
-from leaderboard import LEADERBOARD, MAGNITUDE, flag, gate, how_to_read, leaderboard_plot, leaderboard_table, read_verdict
+from leaderboard import (FLAG_COLUMNS, FLAG_TEXT, LEADERBOARD, MAGNITUDE, flagged, gate, how_to_read, leaderboard_plot, leaderboard_table,
+                         read_verdict)
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
 from store import plain, read_table
 
@@ -32,8 +33,8 @@ N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, list[dict]]:
-    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv where SAEs are from files: (verdict, rows of the audit).
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, list[dict], list[dict]]:
+    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv and pairs.csv where SAEs are from files: (verdict, rows of both).
 
     A pure function of conditions.csv, sequences.npz and the gate.
     """
@@ -48,13 +49,14 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
     verdict = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], values["dce"], meta,
                                settings["models"], controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     verdict = plain(verdict | {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)})
-    fed = values["fed_nosink"]
-    interval = np.percentile(fed[3:], [2.5, 97.5], axis=0)
-    audited = audit.audit_rows(mine, fed[3:], settings) if "saes" in settings else []
+    mine = flagged(mine, values)
+    audited, pairs = (make(mine, values, settings) if "saes" in settings else [] for make in (audit.audit_rows, audit.pairs))
     files = {"leaderboard.csv": store.as_csv(board, LEADERBOARD), "verdict.json": store.as_json(verdict), **plots(mine, board, settings),
-             "report.md": report(nulls, mine, interval, board, verdict, settings, audit.audit_report(audited) if audited else [])}
-    store.put(out / store.RUN, files | ({"audit.csv": store.as_csv(audited, audit.COLUMNS)} if audited else {}))
-    return verdict, audited
+             "report.md": report(nulls, mine, board, verdict, settings, audit.audit_report(audited, pairs, settings) if audited else [])}
+    if audited:
+        files |= {"audit.csv": store.as_csv(audited, audit.COLUMNS), "pairs.csv": store.as_csv(pairs, audit.PAIRS)}
+    store.put(out / store.RUN, files)
+    return verdict, audited, pairs
 
 
 def sentence(verdict: dict) -> str:
@@ -73,7 +75,7 @@ def sentence(verdict: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def report(nulls, mine, interval, board, verdict: dict, settings: dict, audited: list[str]) -> bytes:
+def report(nulls, mine, board, verdict: dict, settings: dict, audited: list[str]) -> bytes:
     text = [
         "# Exp-B: which proxy predicts patched cross-entropy?", "", *audited, f"**{sentence(verdict)}**", "",
         "![R² and SWD against CE_rec](swd_r2.png)", "",
@@ -83,15 +85,15 @@ def report(nulls, mine, interval, board, verdict: dict, settings: dict, audited:
     ]
     for model in settings["models"]:
         text += [f"## Within {model}", "", leaderboard_table(board, "ce_rec", model), ""]
-    shown = ["model", "layer", "k", "seed", "tokens", "r2", "r2_nosink", "cosine", "swd_tok", "ce_rec", "frac_zero", "kl", "alive", "bits", "rho",
-             "fed", "fed_nosink", "interval", "flag"]
-    flags = [row | {"interval": bounds(lo, hi), "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
-             for row, lo, hi in zip(marked(mine, settings), *interval)]
+    shown = ["model", "layer", "k", "seed", "tokens", "r2", "r2_nosink", "cosine", "swd_tok", "ce_rec", "frac_zero", "kl", "alive", "bits",
+             "fed", *FLAG_COLUMNS]
+    flags = [row | {"tokens": readable_count(row["tokens"]), "k": row["k"] or "none"} for row in marked(mine, settings)]
     text += ["## Every SAE", "", markdown(flags, shown), "",
-             "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; the interval and the flag "
-             "are of fed without sink positions. rho: how much more the model cares about the error's direction than about a random one.", "",
-             "## Null rows (never in a correlation)", "", markdown(marked(nulls, settings), ["model", "layer", "sae", "r2", "cosine", "swd_tok", "dce", "ce_rec", "kl"]), "",
-             "`undefined`: the identity has no error, so fed and rho are 0/0; a reconstruction without a code has no alive, l0 and bits.", "",
+             FLAG_TEXT, "",
+             "## Null rows (never in a correlation)", "",
+             markdown(marked(nulls, settings), ["model", "layer", "sae", "r2", "cosine", "swd_tok", "dce", "ce_rec", "kl", "rho", "fed_nosink", "fed_iso_nosink", "fed_excess"]), "",
+             "null-gaussian is a drawn isotropic error, as long at every token as the error of the hook's middle SAE: its fed_excess is 0 but for chance. "
+             "`undefined`: the identity has no error, so fed, rho and the excess are 0/0; a reconstruction without a code has no alive, l0 and bits.", "",
              "![every proxy](proxies.png)", "",
              *about_the_run(mine, settings)]
     return "\n".join(text).encode()
@@ -135,9 +137,9 @@ def main() -> None:
     if (done := run(args, "expb")) is None:
         return
     out, settings = done
-    verdict, audited = analyse(out, settings, exp_a)
+    verdict, audited, pairs = analyse(out, settings, exp_a)
     if "saes" in settings:
-        print("\n".join([audit.headline(audited), *audit.warnings(audited)]))
+        print("\n".join([audit.headline(audited), *audit.warnings(audited), "", *audit.pair_sentences(pairs), *audit.pair_lines(pairs)]))
     else:
         print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")

@@ -11,7 +11,7 @@ quadratic form is only believed inside its radius, so it is calibrated: against 
 import itertools
 import pathlib
 
-from common import (as_png, bounds, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, pyplot,
+from common import (as_png, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, pyplot,
                     readable_count, run_script, signed, span, tail)
 
 import numpy as np
@@ -22,7 +22,8 @@ import fisher
 import stats
 import store
 from conditions import KEY, about_the_run, behind, eval_batch, marked, measured, rows_hash, run
-from leaderboard import LEADERBOARD, MAGNITUDE, flag, gate, how_to_read, leaderboard_plot, leaderboard_table, read_verdict
+from leaderboard import (FLAG_COLUMNS, FLAG_TEXT, LEADERBOARD, MAGNITUDE, flagged, gate, how_to_read, leaderboard_plot, leaderboard_table,
+                         read_verdict)
 from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, hook_statistics, oriented
 from store import plain, read_table
 
@@ -293,9 +294,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
                    thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS), settings=settings, rows_sha256=rows_hash(out))
     verdict = plain(verdict)
     tables = {name: read_table(store.checked(out / store.RUN, name)) for name in TABLES} | {"calibration": calibration(sums, meta)}
-    interval = np.percentile(values["fed_nosink"][3:], [2.5, 97.5], axis=0)
     store.put(out / store.RUN, {"leaderboard.csv": store.as_csv(board, LEADERBOARD), "verdict.json": store.as_json(verdict),
-                                "report.md": report(nulls, saes, interval, board, verdict, tables, settings), **plots(sums, meta, board, settings)})
+                                "report.md": report(nulls, flagged(saes, values), board, verdict, tables, settings), **plots(sums, meta, board, settings)})
     return verdict
 
 
@@ -310,12 +310,11 @@ def sentence(verdict: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: dict) -> bytes:
+def report(nulls, saes, board, verdict: dict, tables: dict, settings: dict) -> bytes:
     gain, table = verdict["gain"], tables["calibration"]
     rungs = [{"rung": row["rung"], "what joins": row["what joins"], "partial Spearman": signed(row["rho"]),
               "step": span(row["step"], row["step_lo"], row["step_hi"]) if row is not verdict["ladder"][0] else ""} for row in verdict["ladder"]]
-    flags = [row | {"interval": bounds(lo, hi), "flag": flag(lo, hi), "tokens": readable_count(row["tokens"]), "radius": radius(row)}
-             for row, lo, hi in zip(marked(saes, settings), *interval)]
+    flags = [row | {"tokens": readable_count(row["tokens"]), "radius": radius(row)} for row in marked(saes, settings)]
 
     def of(row: dict, key: str) -> str:
         value, lo, hi = (f"{row[name]:.3g}" if np.isfinite(row[name]) else "undefined" for name in (key, f"{key}_lo", f"{key}_hi"))
@@ -353,11 +352,11 @@ def report(nulls, saes, interval, board, verdict: dict, tables: dict, settings: 
         "## ΔCE as an integral along h → ĥ", "", markdown(integral, list(integral[0])), "",
         "The upper anchor of any gradient proxy: nodes of Gauss-Legendre until the integral of g·δ is the measured ΔCE (nats per token); 0 nodes: first order at h.", "",
         "## Every SAE", "", markdown(flags, ["model", "layer", "sae", "recipe", "k", "seed", "tokens", "r2", "swd_tok", "fisher_seq", "fisher_tok", "fisher_same", "kl", "ce_rec", "locality_0.1",
-                                             "locality_1", "radius", "rho", "fed", "fed_nosink", "interval", "flag"]), "",
-        "fed = log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations; interval and flag: of fed without sinks. rho: how much "
-        "more the model cares about the error's direction than about a random one.", "",
-        "## Null rows (never in a correlation)", "", markdown(marked(nulls, settings), ["model", "layer", "sae", "r2", "fisher_seq", "fisher_same", "kl", "ce_rec", "rho"]), "",
-        "`undefined`: the identity has no error, so rho is 0/0.", "",
+                                             "locality_1", "radius", "fed", *FLAG_COLUMNS]), "",
+        FLAG_TEXT, "",
+        "## Null rows (never in a correlation)", "", markdown(marked(nulls, settings), ["model", "layer", "sae", "r2", "fisher_seq", "fisher_same", "kl", "ce_rec", "rho", "fed_nosink", "fed_iso_nosink",
+                         "fed_excess"]), "",
+        "`undefined`: the identity has no error, so fed, rho and the excess are 0/0.", "",
         *about_the_run(saes, settings)]
     return "\n".join(text).encode()
 

@@ -134,7 +134,9 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, t
                     "ce_sinkclean": per_token(cross_entropy(patched(calm_hat), x)),
                     "l0": per_token((values > 0).sum(1)) if values is not None else torch.full((B, T - 1), math.nan, dtype=torch.float64),
                 }
-                t["fisher_nosink"] = t["fisher"] * keep
+                # what an error as long as this one, in a random direction at every token, is expected to have: no direction is drawn
+                t["fisher_iso"] = t["g_sq"] * t["sse"] / d
+                t |= {f"{form}_nosink": t[form] * keep for form in ("fisher", "fisher_iso")}
                 if terms is not None:
                     whole = torch.cat([delta.view(B, T - 1, d), torch.zeros_like(h[:, -1:])], 1)
                     t |= {quantity: per_token(v) for quantity, v in terms(model, layer, x, h, whole, p, log_p, log_q).items()}
@@ -180,6 +182,8 @@ def metrics(sums: dict[str, np.ndarray], weights: np.ndarray, d: int | np.ndarra
     """Every metric under every re-weighting: sums {quantity: [C,S]} of C conditions, weights [W,S] -> {metric: [W,C]}.
 
     R^2 keeps the one mean of the whole set. CE_rec is a ratio of sums, never a mean of ratios. d [C] = d_model.
+    fed_iso_nosink is what fed_nosink is expected to be for an isotropic error, as long as this one at every token; fed_excess is
+    fed_nosink minus it, from the same sampled labels: the log of rho, weighted by where the error is long, without sinks.
     """
     total = {q: weights @ v.T for q, v in sums.items()}
     square = lambda v: weights @ np.square(v).T
@@ -202,6 +206,8 @@ def metrics(sums: dict[str, np.ndarray], weights: np.ndarray, d: int | np.ndarra
             "fed": np.log((total["fisher"] / total["fisher_h"]) / (total["sse"] / total["sst"])),
             "fed_nosink": np.log((total["fisher_nosink"] / total["fisher_h_nosink"]) / (total["sse_nosink"] / total["sst_nosink"])),
             "rho": (total["fisher"] / total["sse"]) / (total["g_sq"] / (n * d)),
+            "fed_iso_nosink": np.log((total["fisher_iso_nosink"] / total["fisher_h_nosink"]) / (total["sse_nosink"] / total["sst_nosink"])),
+            "fed_excess": np.log(total["fisher_nosink"] / total["fisher_iso_nosink"]),
         }
 
 

@@ -31,7 +31,7 @@ from errors import Damaged, Fault, UserError
 RUN, PROVENANCE = "run.json", "provenance.json"  # the records
 UNFINISHED = ".unfinished-tg"  # no file of a user's ends so
 LOCK = ".transport-geometry.lock"
-NAMES = {"model", "sae", "recipe"}  # columns that stay text: a folder may be called 16
+NAMES = {"model", "sae", "sae_a", "sae_b", "recipe"}  # columns that stay text: a folder may be called 16
 Content = bytes | Callable[[io.BufferedWriter], object]  # of a file: the bytes, or what writes them
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import formats
 from common import head, load_model
 from hub import serve
+from leaderboard import flag
 from sae import Training, activation_chunks, save_sae
 from store import read_table
 from text import packed_rows
@@ -106,8 +107,8 @@ def test_the_headline_command(audit, hub):
     assert "left out" in done.stdout and f"{SAES}/layers.2 (layer 2)" in done.stdout and f"{SAES}/layers.3.mlp (mlp, not resid_post)" in done.stdout
     row, = read_table(out / "audit.csv")
     assert (row["sae"], row["model"], row["layer"], row["format"], row["basis"], row["k"], row["l0"]) == (f"{SAES}/layers.3", MODEL, 3, "sparsify", "raw", 8, 8)
-    assert row["flag"] in ("R² flatters this SAE", "R² underrates it", "no difference shown")
-    assert row["fed_nosink_lo"] < row["fed_nosink"] < row["fed_nosink_hi"]
+    assert row["flag"] == flag(row["fed_excess_lo"], row["fed_excess_hi"], row["kl_swd_ratio"]) != "undefined"
+    assert row["fed_nosink_lo"] < row["fed_nosink"] < row["fed_nosink_hi"] and row["fed_excess_lo"] < row["fed_excess"] < row["fed_excess_hi"]
     assert 0 < row["r2"] < row["r2_overcomplete"] and row["r2"] < row["r2_dictionary_learning"] and row["ce_rec"] == pytest.approx(2 - row["ce_recon"] / row["ce_orig"], abs=1e-5)
     assert row["fvu_as_said"] < row["fvu_otherwise"] * 1.05
     report = (out / "report.md").read_text()
@@ -156,6 +157,10 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     assert (bos["ctx"], bos["bos"], rows["org/lens"]["ctx"], rows["org/lens"]["bos"]) == (48, "True", 64, "False") and bos["ce_orig"] != one["ce_orig"]
     report = (tmp_path / "out/report.md").read_text()
     assert "48 tokens after a BOS" in report
+    pairs = {(row["sae_a"], row["sae_b"]): row for row in read_table(tmp_path / "out/pairs.csv")}
+    assert len(pairs) == 6 * 5 // 2  # lens-bos was measured on other tokens
+    assert all(row["kind"] == "neither" for names, row in pairs.items() if set(names) <= {f"{SAES}/layers.3", "org/lens"} or all("TopK_" in name for name in names) and not any("Batch" in name for name in names))
+    assert "org/lens-bos" not in {name for names in pairs for name in names}
     conditions = read_table(tmp_path / "out/conditions.csv")
     assert {row["n_tok"] for row in conditions} == {8 * 63, 8 * 47} and len(conditions) == 7 + 8
 

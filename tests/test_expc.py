@@ -123,8 +123,9 @@ def test_planted_errors_get_their_flag():
     said = {}
     for name, result in results.items():
         values = metrics({q: v[None] for q, v in result["sums"].items()}, weights, 16)
-        said[name] = [np.quantile(values["fed_nosink"][3:, 0], [0.025, 0.975]), values["rho"][3:, 0]]
-    assert flag(*said["top"][0]) == "R² flatters this SAE" and flag(*said["null"][0]) == "R² underrates it"
+        said[name] = [np.quantile(values["fed_excess"][3:, 0], [0.025, 0.975]), values["rho"][3:, 0]]
+    assert flag(*said["top"][0], 1) == "R² flatters this SAE" and flag(*said["null"][0], 1) == "R² underrates it"
+    assert flag(*said["isotropic"][0], 1) == "no difference shown"
     off = {name: (rho.mean() - 1) / rho.std() for name, (_, rho) in said.items()}  # in standard errors
     assert abs(off["isotropic"]) < 4 and off["top"] > 4 and off["null"] < -4
 
