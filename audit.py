@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from formats import hub_name
-from leaderboard import FLAG_COLUMNS, FLAG_TEXT, NO_WIDTH
+from leaderboard import FLAG_COLUMNS, FLAG_TEXT, NO_WIDTH, behind
 from stats import isotonic_predict
 
 # What libraries call R^2, explained variance or 1 - FVU. `r2` itself is SAELens' since 6.30 (and the only one of them for which
@@ -151,11 +151,6 @@ def residuals(saes: list[dict], values: dict, settings: dict) -> np.ndarray:
     return out
 
 
-def evidence(settings: dict) -> str:
-    """What the intervals stand on."""
-    return f"{settings['eval_seqs']} sequences"
-
-
 def clearness(row: dict) -> float:
     """How far a pair's differences lie from 0, in half widths of their intervals; of an inverted pair, the less clear of the two."""
     of = lambda m: abs(row[f"delta_{m}"]) / max(row[f"delta_{m}_hi"] - row[f"delta_{m}_lo"], NO_WIDTH) * 2
@@ -214,7 +209,7 @@ def pair_report(found: list[dict], settings: dict) -> list[str]:
         table = [dict(zip(PAIRS, hook)) | {"pairs": len(rows)} | counted(rows) for hook, rows in hooks.items()]
         text += [markdown(table, [*PAIRS[:4], "pairs", *KINDS]), ""]
     return text + [
-        f"Differences: the SAE of higher R² minus the other; 95% intervals, both SAEs under the same resamples of {evidence(settings)}. Every interval "
+        f"Differences: the SAE of higher R² minus the other; 95% intervals, both SAEs under the same resamples of {behind(settings)}. Every interval "
         f"is for its pair alone: among {len(found)} pairs that did not differ at all, {0.05 * len(found):.4g} would be expected to be shown to differ by "
         "chance, in R² and again in CE_rec. All pairs: pairs.csv.", ""]
 

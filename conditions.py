@@ -28,6 +28,7 @@ import store
 import text
 from audit import r2_by_library
 from errors import Damaged, Fault, UserError, one_line
+from leaderboard import behind
 from proxies import VALUE_BITS, document_weights, evaluate, hook_statistics, index_bits, metrics
 from sae import CHUNK, RECIPES, TRAIN_VERSION, cache_folder, check_memory, load_sae, tied_init, train_missing, trunk
 from store import RUN, read_table
@@ -626,12 +627,6 @@ def rows_hash(out: pathlib.Path) -> str:
 def marked(rows: list[dict], settings: dict) -> list[dict]:
     """Rows to show, the hook of a model's last block marked: no attention follows it."""
     return [row | {"layer": f"{row['layer']} last" if f"{row['model']}@{row['layer']}" in settings["last_blocks"] else row["layer"]} for row in rows]
-
-
-def behind(settings: dict) -> str:
-    """What intervals over the evaluation text count, in words."""
-    n = " or ".join(map(str, settings["documents"]))
-    return f"{n} pieces of few documents, held out by piece, so that intervals are about this text" if settings["cut"] else f"{n} documents"
 
 
 def about_the_run(rows: list[dict], settings: dict) -> list[str]:

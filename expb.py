@@ -20,7 +20,7 @@ import numpy as np
 import audit
 import stats
 import store
-from conditions import about_the_run, behind, marked, measured, rows_hash, run
+from conditions import about_the_run, marked, measured, rows_hash, run
 from leaderboard import (FLAG_COLUMNS, FLAG_TEXT, LEADERBOARD, MAGNITUDE, flagged, gate, how_to_read, leaderboard_plot, leaderboard_table,
                          read_verdict)
 from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
@@ -28,7 +28,7 @@ from store import plain, read_table
 
 # 3 models x 6 layers = 18 hooks: hooks, not k and not seeds, are what the tests and the bootstrap count
 GRID = dict(models=",".join(f"stdlib-{size}@{layer}" for size in "sml" for layer in range(6)), k="4,12,32", tokens="100k", expansion=4,
-            eval_seqs=48, ctx=256)
+            eval_seqs=40, ctx=256)
 N_RESAMPLES = 2000
 
 
@@ -80,7 +80,7 @@ def report(nulls, mine, board, verdict: dict, settings: dict, audited: list[str]
         "# Exp-B: which proxy predicts patched cross-entropy?", "", *audited, f"**{sentence(verdict)}**", "",
         "![R² and SWD against CE_rec](swd_r2.png)", "",
         "## Leaderboard, all conditions, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
-        *how_to_read(verdict, behind(settings)), "![leaderboard](leaderboard.png)", "",
+        *how_to_read(verdict, settings), "![leaderboard](leaderboard.png)", "",
         "## Target KL", "", leaderboard_table(board, "kl", "pooled"), "",
     ]
     for model in settings["models"]:

@@ -21,7 +21,7 @@ from scipy.linalg import eigh
 import fisher
 import stats
 import store
-from conditions import KEY, about_the_run, behind, eval_batch, marked, measured, rows_hash, run
+from conditions import KEY, about_the_run, eval_batch, marked, measured, rows_hash, run
 from leaderboard import (FLAG_COLUMNS, FLAG_TEXT, LEADERBOARD, MAGNITUDE, flagged, gate, how_to_read, leaderboard_plot, leaderboard_table,
                          read_verdict)
 from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, hook_statistics, oriented
@@ -331,7 +331,7 @@ def report(nulls, saes, board, verdict: dict, tables: dict, settings: dict) -> b
         "![calibration](calibration.png)", "", "## Leaderboard, target CE_rec", "", leaderboard_table(board, "ce_rec", "pooled"), "",
         "fisher_seq: δᵀGδ with all positions moved together, exact (half of it is KL for small δ); fisher_tok: each position's δ alone on all it reaches, from "
         f"{DRAWS} draws of sampled labels; fisher_same: on its own prediction only, exact; half_var: ½Var_p of the real logit change.", "",
-        *how_to_read(verdict["h2"], behind(settings)), "![leaderboard](leaderboard.png)", "",
+        *how_to_read(verdict["h2"], settings), "![leaderboard](leaderboard.png)", "",
         "## The ladder from ‖δ‖² to ΔCE", "", markdown(rungs, list(rungs[0])), "",
         "Partial Spearman with ΔCE given k; steps with 95% intervals as in the leaderboard. "
         + (f"The largest step that the interval shows is at {verdict['lost_at']}: there the rank correlation changes." if verdict["lost_at"]

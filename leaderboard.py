@@ -123,8 +123,14 @@ def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
     return markdown(table, list(table[0]))
 
 
-def how_to_read(verdict: dict, behind: str) -> list[str]:
-    """Under a leaderboard: what its columns are and what its intervals count. behind: the documents."""
+def behind(settings: dict) -> str:
+    """What intervals over the evaluation text count, in words."""
+    n = " or ".join(map(str, settings["documents"]))
+    return f"{n} pieces of few documents, held out by piece, so that intervals are about this text" if settings["cut"] else f"{n} documents"
+
+
+def how_to_read(verdict: dict, settings: dict) -> list[str]:
+    """Under a leaderboard: what its columns are and what its intervals count."""
     number = lambda v, digits=2: "undefined" if v is None else f"{v:.{digits}f}"
     return [
         "Larger is better for every proxy. Two primary statistics. **Partial Spearman** given k (and budget): the order of SAEs of one k. **loho**, leave one hook "
@@ -132,7 +138,7 @@ def how_to_read(verdict: dict, behind: str) -> list[str]:
         "too much or too little; bias: its mean; loho gain: how much smaller than the best control's. Both compare with the best Euclidean control, chosen on half of the "
         "documents and tested on the other half.", "",
         f"What counts as independent is the hook, a (model, layer): {verdict['n_clusters']} of them. Intervals: 95%, hooks resampled within each model (none below "
-        f"{verdict['min_hooks']} in one) together with {behind}; p_r2, p_ctl: the proxies trade places in whole hooks; p_loho: signs flipped over hooks. The "
+        f"{verdict['min_hooks']} in one) together with {behind(settings)}; p_r2, p_ctl: the proxies trade places in whole hooks; p_loho: signs flipped over hooks. The "
         "p are the tests; an interval of a difference may hold 0 beside a small p, and then neither is to be leaned on. Transfer gap: CE_rec of the largest model minus "
         "what the smallest model's curve says at that value of the proxy, averaged with the reverse; depths resampled.", "",
         f"Noise ceiling of the target: rho_max {number(verdict['rho_max'], 3)}. The best control leaves {number(verdict['room'])} to gain in partial Spearman; this grid "

@@ -103,7 +103,8 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, t
         with torch.no_grad():
             common["ce_orig"] = per_token(cross_entropy(log_p, x))
             common["ce_zero"] = per_token(cross_entropy(patched(torch.zeros_like(h_flat)), x))
-            common["ce_mean"] = per_token(cross_entropy(patched(shared["mean"].expand(len(h_flat), d)), x))
+            log_mean = patched(shared["mean"].expand(len(h_flat), d))
+            common["ce_mean"] = per_token(cross_entropy(log_mean, x))
             for name, reconstruction in reconstructions.items():
                 values = None
                 if isinstance(reconstruction, TopKSAE):
@@ -119,7 +120,8 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, t
                 delta = h_hat - h_flat
                 s = {column: per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
                 sampled = [per_token((gy * delta).sum(1)) for gy in g_sampled]
-                log_q = patched(h_hat)
+                # nothing lost and everything lost (null rows) are runs that have been made
+                log_q = log_p if h_hat is h_flat else log_mean if h_hat.data_ptr() == shared["mean"].data_ptr() else patched(h_hat)
                 calm_hat = torch.where(sink.to(device).view(-1, 1), h_flat, h_hat)
                 t = common | {
                     "sse": s["delta_sq"], "sse_nosink": s["delta_sq"] * keep,
@@ -131,7 +133,7 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, t
                     "gd": s["g_delta"], "gd_sq": s["g_delta"].square(), "gd_abs": s["g_delta"].abs(),
                     "fisher": torch.stack([v.square() for v in sampled]).mean(0),
                     "ce_recon": per_token(cross_entropy(log_q, x)), "kl": per_token(kl_divergence(p, log_p, log_q)),
-                    "ce_sinkclean": per_token(cross_entropy(patched(calm_hat), x)),
+                    "ce_sinkclean": per_token(cross_entropy(log_p if h_hat is h_flat else patched(calm_hat), x)),
                     "l0": per_token((values > 0).sum(1)) if values is not None else torch.full((B, T - 1), math.nan, dtype=torch.float64),
                 }
                 # what an error as long as this one, in a random direction at every token, is expected to have: no direction is drawn
