@@ -26,7 +26,7 @@ from errors import Damaged, Fault, UserError
 
 CHUNK = 250_000  # tokens shuffled together
 SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
-TRAIN_VERSION = 2  # bump when training mathematics changes: older cached SAEs are then left alone
+TRAIN_VERSION = 3  # bump when training mathematics changes: older cached SAEs are then left alone
 
 
 class TopKSAE(torch.nn.Module):
@@ -130,9 +130,10 @@ class Training:
     with the parallel part of their gradient removed, AuxK with coefficient 1/32 on latents silent for 10% of the budget.
     Scale and mean leave sink positions out.
 
-    Below 10M tokens the rate grows as sqrt(10M / tokens), at most fivefold: few steps at the long run's rate leave the SAE
-    where it began. Measured on stdlib-l layer 3, 200k tokens, held-out R^2 (alive) at 1x, 3x, 5x, 10x: k=8 .669 (.88), .748
-    (.83), .768 (.83), .762 (.59); k=32 .755 (1.00), .827 (1.00), .848 (.99), .862 (.89).
+    The rate goes with the root of the tokens per step, five times Gao et al.'s at 256 and twenty times at 4096: a larger batch is
+    there to be followed further, and at one rate for all most of what it could give is lost. A rate that falls as budgets
+    grow made longer runs worse. Measured on stdlib-s layer 3, held-out R^2 at 1M and 3M tokens: F=256, k=8 .811 and .814, at
+    fivefold throughout .806 and .809; F=2048, k=32 .938 and .957. bench/RESULTS.md, "More tokens".
 
     The trunk. Budgets of equal batch and rate differ in nothing until the first decays, so one run at constant rate serves
     them: where budget B starts to decay, a copy branches off and ends at B. Between branches the trunk is the run of the next
@@ -171,8 +172,9 @@ class Training:
 
     @staticmethod
     def pace(tokens: int) -> tuple[int, float]:
-        """(tokens per step, factor on the rate) of a budget."""
-        return min(max(tokens // 1000, 256), 4096, tokens), min(max(math.sqrt(1e7 / tokens), 1.0), 5.0)
+        """(tokens per step, factor on the rate) of a budget. Neither ever falls with it; from 4,096,000 tokens on both stay."""
+        batch = min(max(tokens // 1000, 256), 4096, tokens)
+        return batch, 5 * math.sqrt(batch / 256)
 
     # ------------------------------------------------------------------ what happens when
     def aim(self, budgets: list[int]) -> None:

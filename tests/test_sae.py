@@ -119,8 +119,8 @@ def test_latents_are_dead_after_a_tenth_of_the_run():
 def test_the_rate_warms_up_stays_and_decays():
     h, _ = planted(1_000)
     training = start(h, d_sae=2 ** 12, budgets=[10 ** 6])
-    assert training.batch == 1000 and training.steps == 1000 and training.lr == pytest.approx(4e-4 * math.sqrt(10))
-    for tokens, boost in ((1000, 5), (10 ** 5, 5), (10 ** 7, 1), (10 ** 8, 1)):
+    assert training.batch == 1000 and training.steps == 1000 and training.lr == pytest.approx(4e-4 * 5 * math.sqrt(1000 / 256))
+    for tokens, boost in ((1000, 5), (10 ** 5, 5), (10 ** 7, 20), (10 ** 8, 20)):
         assert start(h, d_sae=2 ** 12, budgets=[tokens]).lr == pytest.approx(4e-4 * boost)
     rates = []
     for training.step in range(1000):
