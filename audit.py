@@ -174,9 +174,10 @@ def pair_sentences(found: list[dict]) -> list[str]:
     many = lambda number: f"{number} pair{'s' * (number != 1)}"
 
     def told(n: dict) -> str:
-        return (f"R² orders {n['orders']} as CE_rec does, inverts {n['inverts']}, and in {n['claims']} claims a difference that CE_rec does not show; "
-                f"in {n['misses']} CE_rec shows one that R² does not, in {n['neither']} neither does"
-                + (f", and {n['undefined']} have no interval" if n["undefined"] else "") + ".")
+        rest = [f"in {n['misses']} CE_rec shows one that R² does not"] * bool(n["misses"]) + [f"in {n['neither']} neither does"] * bool(n["neither"])
+        rest += [f"{n['undefined']} have no interval"] * bool(n["undefined"])
+        return (f"R² orders {n['orders']} as CE_rec does, inverts {n['inverts']}, and in {n['claims']} claims a difference that CE_rec does not show"
+                + f"; {', '.join(rest)}" * bool(rest) + ".")
 
     text = [f"Of the {many(len(found))} of SAEs that can be compared (same model, layer and tokens), {told(n)}"]
     if len(near) < len(found):
@@ -199,9 +200,11 @@ def pair_lines(found: list[dict]) -> list[str]:
 
 def pair_report(found: list[dict], settings: dict) -> list[str]:
     """The report's first lines, in Markdown."""
-    text = [f"**{' '.join(pair_sentences(found))}**", "", *pair_lines(found), ""]
+    text = [f"**{' '.join(pair_sentences(found))}**", ""]
     if not found:
-        return text[:2]
+        return text
+    if lines := pair_lines(found):
+        text += [*lines, ""]
     hooks = {}
     for row in found:
         hooks.setdefault(tuple(row[c] for c in PAIRS[:4]), []).append(row)

@@ -23,7 +23,7 @@ LEAVES = {"undertrained", "H0", "H1", "H0+H1", "N", "undecided"}
 
 # The least excess that is worth a flag: a quarter more, or less, Fisher energy than an isotropic error of the same lengths.
 # An interval over text does not know that one fixed direction, drawn at random, is not the average direction: the errors of
-# three embedded SAEs (k = 16, d = 64 and 96), each turned by 24 random rotations, had an excess of SD .016 to .025, at most
+# three embedded SAEs (k = 16, d = 64 and 128), each turned by 24 random rotations, had an excess of SD .016 to .025, at most
 # .082 (24 sequences of 128 tokens; of it, .006 to .014 is the rotation itself, and the rest the text). In a stream where the
 # model hears few directions it grows as sqrt(2 (1/PR(G) - 1/d) (1/PR(delta) - 1/d)): .09 at PR 5 and 50.
 MIN_EFFECT = math.log(1.25)
