@@ -504,10 +504,12 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
     same way. The first leaf that applies:
 
       undecided             fewer than 6 hooks, or (a) undefined
-      undecided             (a) holds and the leave-one-hook-out error is not smaller, or (a) does not and it is (p < .05)
+      undecided             (a) holds and the leave-one-hook-out error is not smaller, or undefined, or (a) does not and it is (p < .05)
       beats-r2-only         not (a), but both its conditions hold against r2, on all documents
       cannot be shown here  not (a), the proxy is not shown to rank worse, and the control leaves less room (1 - its partial Spearman)
-                            than the margin or than `smallest_detectable`: no data of this grid could have said otherwise
+                            than the margin, or so little that the target itself in the proxy's place would have p_perfect >= .05:
+                            no proxy could have passed here. (`smallest_detectable` does not say that: it knows this proxy's noise,
+                            and the better a proxy, the smaller the difference that shows.)
       rejected              not (a), nor against r2
       undecided             (a), but gamma is undefined (one model, or no depth in common): (b) was not put to the test
       not-transferable      (a), but under half the larger model's values are in range, of the proxy or the control of (b)
@@ -521,6 +523,7 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
     row = {r["proxy"]: r for r in pooled}
     mine, control_a = row[proxy], best_control(scores, target, meta, controls)
     room = 1 - partial_spearman(scores[control_a][2], target[2], meta) if control_a else np.nan
+    p_perfect = swap_test(target[2], scores[control_a][2], target[2], meta, seed=seed)[1] if control_a else np.nan
     detectable = smallest_detectable(scores, target, meta, controls=controls, proxy=proxy, n_resamples=n_resamples, seed=seed)
 
     half_a = {c: abs(transfer_gap(scores[c][1], target[1], meta, models)[0][0]) for c in controls if c in scores}
@@ -541,11 +544,13 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
     better_loho = mine["diff_loho_control"] > 0 and mine["p_loho"] < ALPHA
     b_judged = min(inside_mine, inside_control) >= MIN_IN_RANGE
     b_holds = b_judged and abs(g_mine[0]) <= MAX_GAMMA_RATIO * abs(g_control[0]) and gain_lo > 0
-    no_room = [f"the margin of {MIN_DIFFERENCE:.2f}"] * (room < MIN_DIFFERENCE) + [f"the {detectable:.2f} that it could have shown"] * (room < detectable)
+    no_room = [f"the margin of {MIN_DIFFERENCE:.2f}"] * (room < MIN_DIFFERENCE) + [f"what this grid can show: for the target itself p would be {p_perfect:.2f}"] * (p_perfect >= ALPHA)
     if mine["n_clusters"] < MIN_CLUSTERS:
         leaf, why = "undecided", f"{mine['n_clusters']} hooks, {MIN_CLUSTERS} needed"
     elif np.isnan(mine["p_control"]):
         leaf, why = "undecided", "the difference to the best control is undefined"
+    elif a_holds and np.isnan(mine["diff_loho_control"]):
+        leaf, why = "undecided", f"ranks better than {control_a}, and how well it predicts the size of dCE is undefined (a dCE that is not positive has no logarithm)"
     elif a_holds and not mine["diff_loho_control"] > 0:
         leaf, why = "undecided", f"the two statistics disagree: it ranks better than {control_a}, and does not predict the size of dCE better"
     elif not a_holds and better_loho:
@@ -568,7 +573,7 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
     out = dict(leaf=leaf if gate in ADJUDICATED else "gated", leaf_if_ungated=leaf, reason=why, gate=gate)
     out |= dict(proxy=proxy, target=mine["target"], n_conditions=target.shape[1], n_cells=mine["n_cells"], n_clusters=mine["n_clusters"],
                 n_proxies=len(pooled), n_proxies_distinct=sum(r["same_ranks_as"] == "" for r in pooled))
-    out |= dict(a_control=control_a, a_holds=a_holds, a_holds_vs_r2=a_holds_r2, room=room, smallest_detectable=detectable)
+    out |= dict(a_control=control_a, a_holds=a_holds, a_holds_vs_r2=a_holds_r2, room=room, p_perfect=p_perfect, smallest_detectable=detectable)
     out |= {key + end: mine[key + end] for key in ("partial", "diff_control", "diff_r2") for end in ("", "_lo", "_hi")}
     out |= dict(p_control=mine["p_control"], p_r2=mine["p_r2"])
     out |= dict(loho_control=best_by_loho(scores, magnitude, meta, controls)) | {key: mine[key] for key in ("loho", "loho_bias", "diff_loho_control", "p_loho")}
