@@ -506,10 +506,9 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
       undecided             fewer than 6 hooks, or (a) undefined
       undecided             (a) holds and the leave-one-hook-out error is not smaller, or undefined, or (a) does not and it is (p < .05)
       beats-r2-only         not (a), but both its conditions hold against r2, on all documents
-      cannot be shown here  not (a), the proxy is not shown to rank worse, and the control leaves less room (1 - its partial Spearman)
-                            than the margin, or so little that the target itself in the proxy's place would have p_perfect >= .05:
-                            no proxy could have passed here. (`smallest_detectable` does not say that: it knows this proxy's noise,
-                            and the better a proxy, the smaller the difference that shows.)
+      cannot be shown here  not (a), and the control leaves less room (1 - its partial Spearman) than the margin, or so little that the
+                            target itself in the proxy's place would have p_perfect >= .05: no proxy could have passed here; or less than
+                            `smallest_detectable`, unless the proxy is shown to rank worse
       rejected              not (a), nor against r2
       undecided             (a), but gamma is undefined (one model, or no depth in common): (b) was not put to the test
       not-transferable      (a), but under half the larger model's values are in range, of the proxy or the control of (b)
@@ -544,7 +543,9 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
     better_loho = mine["diff_loho_control"] > 0 and mine["p_loho"] < ALPHA
     b_judged = min(inside_mine, inside_control) >= MIN_IN_RANGE
     b_holds = b_judged and abs(g_mine[0]) <= MAX_GAMMA_RATIO * abs(g_control[0]) and gain_lo > 0
-    no_room = [f"the margin of {MIN_DIFFERENCE:.2f}"] * (room < MIN_DIFFERENCE) + [f"what this grid can show: for the target itself p would be {p_perfect:.2f}"] * (p_perfect >= ALPHA)
+    no_room = [f"the margin of {MIN_DIFFERENCE:.2f}"] * (room < MIN_DIFFERENCE)
+    no_room += [f"what could show here (p would be {p_perfect:.2f} for CE_rec itself)"] * (p_perfect >= ALPHA)
+    no_room += [f"the {detectable:.2f} that shows here in four of five cases"] * (room < detectable and not worse)
     if mine["n_clusters"] < MIN_CLUSTERS:
         leaf, why = "undecided", f"{mine['n_clusters']} hooks, {MIN_CLUSTERS} needed"
     elif np.isnan(mine["p_control"]):
@@ -557,8 +558,8 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
         leaf, why = "undecided", f"the two statistics disagree: it predicts the size of dCE better, and is not shown to rank better than {control_a}"
     elif not a_holds and a_holds_r2:
         leaf, why = "beats-r2-only", f"ranks better than r2, not shown to rank better than {control_a}"
-    elif not a_holds and not worse and no_room:
-        leaf, why = CANNOT, f"{control_a} leaves {room:.2f} to gain in partial Spearman, less than {' and '.join(no_room)}"
+    elif not a_holds and no_room:
+        leaf, why = CANNOT, f"{control_a} leaves {room:.2f} to gain in partial Spearman, less than {' and '.join(no_room)}" + "; and it ranks worse" * worse
     elif not a_holds:
         leaf, why = "rejected", f"ranks worse than {control_a}" if worse else f"not shown to rank better than {control_a}, nor than r2"
     elif np.isnan(g_mine[0]) or np.isnan(g_control[0]):
