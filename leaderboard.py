@@ -24,8 +24,8 @@ LEAVES = {"undertrained", "H0", "H1", "H0+H1", "N", "undecided"}
 # The least excess that is worth a flag: a quarter more, or less, Fisher energy than an isotropic error of the same lengths.
 # An interval over text does not know that one fixed direction, drawn at random, is not the average direction: the errors of
 # three embedded SAEs (k = 16, d = 64 and 128), each turned by 24 random rotations, had an excess of SD .016 to .025, at most
-# .082 (24 sequences of 128 tokens; of it, .006 to .014 is the rotation itself, and the rest the text). In a stream where the
-# model hears few directions it grows as sqrt(2 (1/PR(G) - 1/d) (1/PR(delta) - 1/d)): .09 at PR 5 and 50.
+# .082 (24 sequences of 128 tokens). On endless text sqrt(2 (1/PR(G) - 1/d) (1/PR(delta) - 1/d)) would be left of it: .006 to
+# .014 there, and .09 in a stream of which the model hears few directions (PR 5 and 50, d large).
 MIN_EFFECT = math.log(1.25)
 FIRST_ORDER = (0.5, 2.0)  # 2 KL / swd_sampled, 1 for a small error: inside these the quadratic form is believed
 KL_FLOOR = 1e-6           # nats a token: less is lost in float32, and its ratio to anything means nothing
