@@ -28,7 +28,7 @@ from store import plain, read_table
 
 # 3 models x 6 layers = 18 hooks: hooks, not k and not seeds, are what the tests and the bootstrap count
 GRID = dict(models=",".join(f"stdlib-{size}@{layer}" for size in "sml" for layer in range(6)), k="4,12,32", tokens="100k", expansion=4,
-            eval_seqs=40, ctx=256)
+            eval_seqs=32, ctx=256)
 N_RESAMPLES = 2000
 
 

@@ -544,7 +544,7 @@ def verdict_h2(rows: list[dict], scores: dict, target, magnitude, meta: dict, mo
     b_judged = min(inside_mine, inside_control) >= MIN_IN_RANGE
     b_holds = b_judged and abs(g_mine[0]) <= MAX_GAMMA_RATIO * abs(g_control[0]) and gain_lo > 0
     no_room = [f"the margin of {MIN_DIFFERENCE:.2f}"] * (room < MIN_DIFFERENCE)
-    no_room += [f"what could show here (p would be {p_perfect:.2f} for CE_rec itself)"] * (p_perfect >= ALPHA)
+    no_room += [f"what could show here (p would be {p_perfect:.2f} for the target itself)"] * (p_perfect >= ALPHA)
     no_room += [f"the {detectable:.2f} that shows here in four of five cases"] * (room < detectable and not worse)
     if mine["n_clusters"] < MIN_CLUSTERS:
         leaf, why = "undecided", f"{mine['n_clusters']} hooks, {MIN_CLUSTERS} needed"

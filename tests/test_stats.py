@@ -642,26 +642,37 @@ def test_beats_r2_only(few_patterns):
     assert leaf == "beats-r2-only" and all(not v["a_holds"] and v["p_r2"] < 0.05 for v in verdicts)
 
 
-def test_worse_is_rejected_whatever_room_there_is(few_patterns):
-    for control, low, high in ((0.05, 0.0, 0.1), (0.25, 0.1, 0.6)):
+def test_worse_is_rejected_where_better_was_possible(few_patterns):
+    """Where it was not, the word was fixed before the data: they are told beside it."""
+    for control, word, low, high in ((0.05, stats.CANNOT, 0.0, 0.1), (0.25, "rejected", 0.1, 0.6)):
         leaf, verdicts = leaves(lambda seed, control=control: study(seed, sd=0.25, swd=2.0, control=control), 6)
-        assert leaf == "rejected" and not any(v["a_holds_vs_r2"] for v in verdicts)
+        assert leaf == word and not any(v["a_holds_vs_r2"] for v in verdicts)
         worse = [v for v in verdicts if "ranks worse" in v["reason"]]
         assert len(worse) >= 4 and all(v["diff_control"] < 0 and v["p_control"] < 0.05 for v in worse)
         assert low < np.median([v["room"] for v in worse]) < high
 
 
 def test_no_room_is_said_and_not_called_rejected(few_patterns):
-    """Controls at a partial Spearman of .95 and more leave less than the margin: nothing could have been shown. SWD is as
-    good: in 1 of 20 studies it seems worse, which is an answer."""
+    """Controls at a partial Spearman of .95 and more leave less than the margin: nothing could have been shown. SWD is as good."""
     leaf, verdicts = leaves(lambda seed: study(seed, swd=0.1, control=0.1), 12)
     assert leaf == stats.CANNOT and all(v["room"] < 0.1 and "margin of 0.10" in v["reason"] for v in verdicts)
 
 
 def test_a_study_with_room_is_not_said_to_have_none(few_patterns):
-    """Two equally bad proxies leave .3 and more; a perfect one would have passed, so that SWD does not is an answer."""
-    leaf, verdicts = leaves(lambda seed: study(seed, sd=0.25, swd=0.4, control=0.4))
-    assert leaf == "rejected" and all(v["room"] >= 0.1 and v["p_perfect"] < 0.05 for v in verdicts)
+    """Proxies that are wrong alike leave .3 and more, and little noise between them: that SWD is not better is an answer."""
+    def make(seed):
+        scores, y, magnitude, meta, models = study(seed, sd=0.25, control=0.4)
+        rng = np.random.default_rng(200 + seed)
+        return {p: scores["r2"] + noise(meta, rng, 0.05) for p in scores}, y, magnitude, meta, models
+
+    leaf, verdicts = leaves(make)
+    assert leaf == "rejected" and all(v["room"] >= max(0.1, v["smallest_detectable"]) and v["p_perfect"] < 0.05 for v in verdicts)
+
+    def independent(seed):  # as wrong, each in its own way: the difference that would show is more than there is
+        return study(seed, sd=0.25, swd=0.4, control=0.4)
+
+    leaf, verdicts = leaves(independent)
+    assert leaf == stats.CANNOT and all(0.1 <= v["room"] < v["smallest_detectable"] and "four of five cases" in v["reason"] for v in verdicts)
 
 
 def test_a_grid_too_small_for_the_room_says_so():
