@@ -5,12 +5,23 @@
 Shapes: B sequences, T positions, N = B*(T-1) evaluated tokens, d = d_model, V = vocabulary.
 """
 import os
+import platform
 
 # Before torch loads OpenMP: threads that wait asleep. Spinning at the end of every small operation costs ten times the
 # work itself as soon as anything else runs on the machine. Hence scripts import common before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if os.environ.get("RANK", "0") != "0":
     os.environ.setdefault("TQDM_DISABLE", "1")  # under torchrun one rank draws bars
+
+# What numerical libraries read when they are loaded. Left alone, each picks code by the processor's maker and generation, and
+# the last bits differ from machine to machine. ANY_X86=1 ties them to code that every x86-64 processor with AVX2 runs alike:
+# the same bytes everywhere, at 1.6 times the CPU time (bench/RESULTS.md). numpy calls AVX-512 by other names in other
+# versions, and passes over those that it does not know.
+ANY_X86 = os.environ.get("ANY_X86") == "1" and platform.machine() in ("x86_64", "AMD64")
+FIXED_CODE = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OPENBLAS_CORETYPE": "Haswell",
+              "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL"}
+if ANY_X86:
+    os.environ.update(FIXED_CODE)
 
 import argparse
 import contextlib

@@ -11,10 +11,11 @@ import pathlib
 import platform
 import re
 import socket
+import subprocess
 import sys
 import time
 
-from common import (EMBEDDED, check_parity, load_model, markdown, model_hash, pick_device, pick_layer, read_config, readable_count,
+from common import (ANY_X86, FIXED_CODE, EMBEDDED, check_parity, load_model, markdown, model_hash, pick_device, pick_layer, read_config, readable_count,
                     readable_names, tokenizer_hash)
 
 import numpy as np
@@ -124,7 +125,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
             check_memory(hook["d"], args.expansion * hook["d"], device)
             # called by its own name, whatever other models the command names: the same SAE in every grid
             stream = dict(model=readable_names([name])[name], **hashes, dtype=args.dtype, layer=hook["layer"], data=source.name, data_content=source.content,
-                          split=args.split, ctx=args.ctx, device=device.type, version=TRAIN_VERSION)
+                          split=args.split, ctx=args.ctx, device=device.type, version=TRAIN_VERSION, **any_x86(device))
             hook["jobs"] = [stream | dict(tokens=tokens, trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed,
                                           recipe=recipe, sinks=sinks)
                             for sinks in args.sinks for recipe in args.recipe for tokens in args.tokens for k in args.k for seed in args.seeds]
@@ -150,7 +151,12 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         settings["data_content"] = source.content
     settings |= {name: value for name, value in (("revision", args.revision), ("split", args.split), ("dtype", args.dtype))
                  if value not in (None, "train", "float32")}  # what is not the default
-    return settings, hooks
+    return settings | any_x86(device), hooks
+
+
+def any_x86(device: torch.device) -> dict:
+    """A setting of runs, and of SAEs in the cache, whose bytes are the same on every x86-64 processor; {} otherwise."""
+    return {"instructions": "any x86-64"} if ANY_X86 and device.type == "cpu" else {}
 
 
 def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list[dict]:
@@ -478,7 +484,26 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     import transformers
     versions = {m.__name__: m.__version__ for m in (torch, np, scipy, transformers)}
     store.put(record, {}, settings=settings, paths=paths or {}, command=sys.argv, python=platform.python_version(), platform=platform.platform(),
-              host=socket.gethostname(), versions=versions, threads=torch.get_num_threads(), kernels=kernels.describe(), seconds=None)
+              host=socket.gethostname(), versions=versions, threads=torch.get_num_threads(), kernels=kernels.describe(), seconds=None,
+              processor=processor(), instructions=instructions())
+
+
+def processor() -> str:
+    """The processor's name, as the system says it."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            said = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10)
+            return said.stdout.strip() or platform.processor()
+        for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instructions() -> dict:
+    """What torch's own kernels use of the processor, and the variables in force that choose code in it and its libraries."""
+    names = (*FIXED_CODE, "ANY_X86", "KERNELS", "MKL_ENABLE_INSTRUCTIONS", "GLIBC_TUNABLES", "LD_PRELOAD")
+    return {"torch": torch.backends.cpu.get_cpu_capability()} | {name: os.environ[name] for name in names if name in os.environ}
 
 
 def check_data(record: pathlib.Path) -> dict:
@@ -522,6 +547,12 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
     if missing or about.get("seconds") is None:
         raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")
+    there = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # one that is no verdict is set aside when the new one comes
+        there = json.loads((out / "verdict.json").read_text(encoding="utf-8")).get("rows_sha256")
+    if there not in (None, rows_hash(out)):
+        raise UserError(f"--from {out}: verdict.json is about other rows (SHA-256 {str(there)[:12]}, these have {rows_hash(out)[:12]}); "
+                        "move it away, and it is made anew")
     return out, settings
 
 
