@@ -1,16 +1,27 @@
 """What every experiment shares: arguments, language models split at the hook, tables and figures.
 
-    python common.py diff A B      # compare two output folders within the tolerances of DIFF_TOLERANCE; exit 1 above them
+    python common.py diff A B      # are two results folders one run? identical, same SAEs, reproduced (exit 0) or different (1)
 
 Shapes: B sequences, T positions, N = B*(T-1) evaluated tokens, d = d_model, V = vocabulary.
 """
 import os
+import platform
 
 # Before torch loads OpenMP: threads that wait asleep. Spinning at the end of every small operation costs ten times the
 # work itself as soon as anything else runs on the machine. Hence scripts import common before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if os.environ.get("RANK", "0") != "0":
     os.environ.setdefault("TQDM_DISABLE", "1")  # under torchrun one rank draws bars
+
+# What numerical libraries read when they are loaded. Left alone, each picks code by the processor's maker and generation, and
+# the last bits differ from machine to machine. ANY_X86=1 ties them to code that every x86-64 processor with AVX2 runs alike:
+# the same bytes everywhere, at 1.6 times the CPU time (bench/RESULTS.md). numpy calls AVX-512 by other names in other
+# versions, and passes over those that it does not know.
+ANY_X86 = os.environ.get("ANY_X86") == "1" and platform.machine() in ("x86_64", "AMD64")
+FIXED_CODE = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OPENBLAS_CORETYPE": "Haswell",
+              "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL"}
+if ANY_X86:
+    os.environ.update(FIXED_CODE)
 
 import argparse
 import contextlib
@@ -28,7 +39,7 @@ import torch
 
 import kernels
 from errors import Fault, UserError, brief, one_line, printable, said
-from store import cell, read_table, reading
+from store import cell
 
 ROOT = pathlib.Path(__file__).resolve().parent
 EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
@@ -627,67 +638,12 @@ def as_png(figure) -> bytes:
     return image.getvalue()
 
 
-# ----------------------------------------------------------------------------------------------------- diff
-LABELS = {"model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"}
-# What two backends may differ by, relative to the larger of the value and the floor: an SAE trained in float32 amplifies the
-# last bit of every sum, so a column that depends on training is compared with room for that.
-DIFF_TOLERANCE = {"exact": (0.0, 0.0), "default": (0.05, 1e-3), "fed_excess": (0.0, 0.05)}  # a log that is about 0: of a number within 5%
-EXACT = LABELS | {"n_seq", "n_tok", "n_sink", "n_cells", "n_clusters"}
-
-
-def settings_of(folder: pathlib.Path) -> dict:
-    """Of the run behind a verdict; {} without one. Raises UserError."""
-    if not (folder / "verdict.json").exists():
-        return {}
-    with reading(folder / "verdict.json"):
-        return dict(json.loads((folder / "verdict.json").read_text(encoding="utf-8"))["settings"])
-
-
-def diff(a: pathlib.Path, b: pathlib.Path) -> int:
-    """Compare the tables of two output folders; print what differs most; 1 above tolerance, else 0. Raises UserError."""
-    for folder in (a, b):
-        if not (folder / "conditions.csv").exists():
-            raise UserError(f"{folder}: no conditions.csv, so not a results folder")
-    first, second = map(settings_of, (a, b))
-    for key in sorted({*first, *second}):
-        if first.get(key) != second.get(key):
-            print(f"settings differ: {key}: {first.get(key)} | {second.get(key)}")
-    above = 0
-    left, right = (read_table(folder / "conditions.csv") for folder in (a, b))
-    if not (left and right):
-        raise UserError(f"{b if left else a}: conditions.csv holds no conditions")
-    columns = [c for c in left[0] if c in right[0]]
-    keys = [c for c in columns if c in LABELS]
-    there = {tuple(row[c] for c in keys): row for row in right}
-    pairs = [(row, there[key]) for row in left if (key := tuple(row[c] for c in keys)) in there]
-    if len(pairs) < max(len(left), len(right)):
-        print(f"conditions: {len(left)} | {len(right)}, of which {len(pairs)} in both")
-        above = 1
-    worst = (0.0, "", {})
-    for column in (c for c in columns if c not in LABELS):
-        relative, floor = DIFF_TOLERANCE["exact" if column in EXACT else column if column in DIFF_TOLERANCE else "default"]
-        for x, y in pairs:
-            p, q = x[column], y[column]
-            if p == q or (p != p and q != q):
-                continue
-            if isinstance(p, str) or isinstance(q, str):
-                raise UserError(f"{column} is {p} in one folder and {q} in the other")
-            allowed = relative * max(abs(p), abs(q)) + floor
-            share = abs(p - q) / allowed if allowed and p == p and q == q else math.inf
-            worst = max(worst, (share, column, x), key=lambda item: item[0])
-    share, column, row = worst
-    if column:
-        other = next(y for x, y in pairs if x is row)
-        condition = " ".join(str(row[c]) for c in keys)
-        print(f"worst: {column} of {condition}: {cell(row[column])} | {cell(other[column])}, {share:.2g} of the tolerance")
-    print(f"{len(pairs)} conditions, {len(columns)} columns: " + ("ABOVE TOLERANCE" if above or share > 1 else "within tolerance"))
-    return int(above or share > 1)
-
-
+# -------------------------------------------------------------------------------------------------- command
 def main() -> None:
     if len(sys.argv) != 4 or sys.argv[1] != "diff":
         raise UserError("usage: python common.py diff FOLDER FOLDER")
-    sys.exit(diff(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])))
+    import rerun
+    sys.exit(rerun.diff(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import pathlib
 import platform
 import re
 import socket
+import subprocess
 import sys
 import time
 
-from common import (EMBEDDED, check_parity, load_model, markdown, model_hash, pick_device, pick_layer, read_config, readable_count,
+from common import (ANY_X86, FIXED_CODE, EMBEDDED, check_parity, load_model, markdown, model_hash, pick_device, pick_layer, read_config, readable_count,
                     readable_names, tokenizer_hash)
 
 import numpy as np
@@ -126,7 +127,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
             check_memory(hook["d"], args.expansion * hook["d"], device)
             # called by its own name, whatever other models the command names: the same SAE in every grid
             stream = dict(model=readable_names([name])[name], **hashes, dtype=args.dtype, layer=hook["layer"], data=source.name, data_content=source.content,
-                          split=args.split, ctx=args.ctx, device=device.type, version=TRAIN_VERSION)
+                          split=args.split, ctx=args.ctx, device=device.type, version=TRAIN_VERSION, **any_x86(device))
             hook["jobs"] = [stream | dict(tokens=tokens, trunk=trunk(recipe, tokens, args.tokens), d_sae=args.expansion * hook["d"], k=k, seed=seed,
                                           recipe=recipe, sinks=sinks)
                             for sinks in args.sinks for recipe in args.recipe for tokens in args.tokens for k in args.k for seed in args.seeds]
@@ -154,7 +155,12 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         settings["data_content"] = source.content
     settings |= {name: value for name, value in (("revision", args.revision), ("split", args.split), ("dtype", args.dtype))
                  if value not in (None, "train", "float32")}  # what is not the default
-    return settings, hooks
+    return settings | any_x86(device), hooks
+
+
+def any_x86(device: torch.device) -> dict:
+    """A setting of runs, and of SAEs in the cache, whose bytes are the same on every x86-64 processor; {} otherwise."""
+    return {"instructions": "any x86-64"} if ANY_X86 and device.type == "cpu" else {}
 
 
 def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list[dict]:
@@ -361,7 +367,9 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
     if (args.from_dir or args.dry_run) and ranks.RANK:
         return None
     if args.from_dir:
-        return finished_run(args.from_dir, script)
+        done = finished_run(args.from_dir, script)
+        check_verdict(args.from_dir)
+        return done
     if args.dry_run:
         return dry_run(args, more_passes)
     device = pick_device(args.device)
@@ -486,7 +494,26 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     import transformers
     versions = {m.__name__: m.__version__ for m in (torch, np, scipy, transformers)}
     store.put(record, {}, settings=settings, paths=paths or {}, command=sys.argv, python=platform.python_version(), platform=platform.platform(),
-              host=socket.gethostname(), versions=versions, threads=torch.get_num_threads(), kernels=kernels.describe(), seconds=None)
+              host=socket.gethostname(), versions=versions, threads=torch.get_num_threads(), kernels=kernels.describe(), seconds=None,
+              processor=processor(), instructions=instructions())
+
+
+def processor() -> str:
+    """The processor's name, as the system says it."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            said = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10)
+            return said.stdout.strip() or platform.processor()
+        for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instructions() -> dict:
+    """What torch's own kernels use of the processor, and the variables in force that choose code in it and its libraries."""
+    names = (*FIXED_CODE, "ANY_X86", "KERNELS", "MKL_ENABLE_INSTRUCTIONS", "GLIBC_TUNABLES", "LD_PRELOAD")
+    return {"torch": torch.backends.cpu.get_cpu_capability()} | {name: os.environ[name] for name in names if name in os.environ}
 
 
 def check_data(record: pathlib.Path) -> dict:
@@ -531,6 +558,16 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     if missing or about.get("seconds") is None:
         raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")
     return out, settings | ({"one_pass": about["one_pass"]} if about.get("one_pass") else {})
+
+
+def check_verdict(out: pathlib.Path) -> None:
+    """Raises UserError where the folder's verdict is about other rows than it holds: it would be overwritten by one about these."""
+    there = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # one that is no verdict is set aside when the new one comes
+        there = json.loads((out / "verdict.json").read_text(encoding="utf-8")).get("rows_sha256")
+    if there not in (None, rows_hash(out)):
+        raise UserError(f"--from {out}: verdict.json is about other rows (SHA-256 {str(there)[:12]}, these have {rows_hash(out)[:12]}); "
+                        "move it away, and it is made anew")
 
 
 def add_results(out: pathlib.Path, settings: dict, rows: list[dict], sums: dict, tokens: dict, tables: dict) -> None:

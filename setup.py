@@ -55,7 +55,7 @@ if torch:
 
 setup(
     name="transport-geometry", version="0.1.0", python_requires=">=3.11",
-    py_modules=["errors", "store", "common", "text", "sae", "proxies", "formats", "audit", "ranks", "conditions", "stats", "leaderboard", "fisher", "kernels", "expa", "expb", "expc_fisher"],
+    py_modules=["errors", "store", "common", "text", "sae", "proxies", "formats", "audit", "ranks", "conditions", "stats", "leaderboard", "rerun", "fisher", "kernels", "expa", "expb", "expc_fisher"],
     install_requires=["torch>=2.10", "numpy>=1.26", "scipy>=1.11", "transformers>=4.50", "datasets>=3", "tokenizers>=0.20",
                       "safetensors>=0.4", "huggingface_hub>=0.25", "tqdm>=4.60", "matplotlib>=3.8",
                       "filelock>=3.16"],

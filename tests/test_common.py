@@ -1,4 +1,4 @@
-"""Text, the split model, gradients and KL against truths computed another way; output folders and the diff."""
+"""Text, the split model, gradients and KL against truths computed another way; arguments."""
 import itertools
 import json
 import math
@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import sae
-import store
 import text
 from common import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
 from conftest import tiny_model
@@ -228,23 +227,3 @@ def test_gaps_have_a_name_in_reports_too(gap):
     assert common.signed(gap) == common.bounds(gap, 1.0) == common.bounds(0.0, gap) == common.span(gap, gap, gap) == common.span(gap, 0.0, 1.0) == "undefined"
     assert common.span(0.123, gap, gap) == "+0.12 [undefined]" and common.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
     assert common.bounds(0.1, 0.24) == "[+0.10, +0.24]" and common.signed(-0.5, 3) == "-0.500"
-
-
-# ------------------------------------------------------------------------------------------------------ diff
-def test_diff_sees_what_is_above_tolerance(tmp_path, capsys):
-    columns = ["model", "k", "n_tok", "r2", "ce_rec"]
-    base = [{"model": "m", "k": k, "n_tok": 10, "r2": 0.5, "ce_rec": 0.4} for k in (1, 2)]
-    for name, change in (("a", {}), ("b", {"r2": 0.5 + 1e-5}), ("c", {"ce_rec": 0.6}), ("d", {"n_tok": 11}), ("e", {"r2": math.nan})):
-        store.write(tmp_path / name / "conditions.csv", store.as_csv([base[0], base[1] | change], columns))
-    status = {name: common.diff(tmp_path / "a", tmp_path / name) for name in "abcde"}
-    assert status == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1}
-    assert "worst: ce_rec of m 2: 0.4 | 0.6" in capsys.readouterr().out
-    store.write(tmp_path / "empty/conditions.csv", b"")
-    store.write(tmp_path / "text/conditions.csv", (tmp_path / "a/conditions.csv").read_bytes().replace(b"0.5", b"half"))
-    for name in ("nothing", "empty", "text"):
-        with pytest.raises(UserError):
-            common.diff(tmp_path / "a", tmp_path / name)
-    for content in (b"{}", b"garbage", b'{"settings": 3}'):
-        store.write(tmp_path / "b/verdict.json", content)
-        with pytest.raises(UserError, match="b/verdict.json: damaged"):
-            common.diff(tmp_path / "a", tmp_path / "b")

@@ -1,6 +1,7 @@
 """What is read back is checked: a damaged SAE or checkpoint is set aside and made again, damaged results are one line."""
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,17 @@ def test_an_edited_number_is_no_result(whole, tmp_path):
     row = next(line for line in table.splitlines() if ",base," in line)
     (tmp_path / "out/conditions.csv").write_text(table.replace(row.split(",")[11], "0.99"))
     assert "conditions.csv: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+
+
+def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
+    """Its hash was put in, and never asked for again."""
+    shutil.copytree(whole / "out", tmp_path / "out")
+    verdict = tmp_path / "out/verdict.json"
+    verdict.write_text(re.sub(r'("rows_sha256": ")[0-9a-f]{64}', r"\g<1>" + "0" * 64, verdict.read_text()))
+    assert "verdict.json is about other rows (SHA-256 000000000000" in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+    verdict.unlink()
+    expb(tmp_path, "--from", tmp_path / "out")
+    assert (tmp_path / "out/verdict.json").read_bytes() == (whole / "out/verdict.json").read_bytes()
 
 
 def test_a_damaged_verdict_opens_no_gate(whole, tmp_path):

@@ -1,14 +1,18 @@
 """What determines an SAE decides its name, and what determines a result decides whether its folder may go on."""
 import json
+import os
 import pathlib
+import platform
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 import zygote
-from common import readable_names
+from common import FIXED_CODE, readable_names
 from store import read_table
 from text import in_heldout
 
@@ -52,6 +56,20 @@ def model(tmp_path):
     """A copy of stdlib-s that may be changed."""
     shutil.copytree(ROOT / "demo/stdlib-s", tmp_path / "a/model", symlinks=False)
     return tmp_path / "a/model"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86-64")
+def test_code_fixed_for_every_processor_is_a_setting_and_names_its_saes(tmp_path):
+    """Read when libraries are imported, so in a process of its own; run.json says what was in force, and on which processor."""
+    for value in ("0", "1"):
+        done = subprocess.run([sys.executable, str(ROOT / "expb.py"), "--models", "stdlib-s", *GRID, "--device", "cpu", "--out", tmp_path / value,
+                               "--cache", tmp_path / "cache"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "ANY_X86": value})
+        assert done.returncode == 0, done.stderr[-2000:]
+    plain, fixed = (json.loads((tmp_path / value / "run.json").read_text()) for value in ("0", "1"))
+    assert plain["processor"] == fixed["processor"] != "" and plain["instructions"]["torch"]
+    assert fixed["instructions"] == {"torch": "AVX2", "ANY_X86": "1", **FIXED_CODE}
+    assert fixed["settings"] == plain["settings"] | {"instructions": "any x86-64"} and "instructions" not in plain["settings"]
+    assert len(saes(tmp_path / "cache")) == 2
 
 
 def test_another_training_text_is_another_sae(tmp_path):
