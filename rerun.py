@@ -407,6 +407,9 @@ def trained_anew(a: Run, b: Run, pairs: list[tuple], columns: list[str], by_cond
     strange = sorted({x[0].get("model") for _, x, _ in pairs} - set(about["models"]))
     if strange:
         lines.append(f"the SDs were measured on {', '.join(about['models'])}, not on {some(strange)}: take the z-scores as a guide")
+    budgets = {x[0].get("tokens", 0) for _, x, _ in pairs} - {0}
+    if elsewhere := sorted(t for t in budgets if not any(0.5 <= t / there <= 2 for there in {t for c in free for t, _ in known[c].sd})):
+        lines.append(f"the SDs were measured at other budgets than {', '.join(map(str, elsewhere))} tokens: take the z-scores as a guide")
     one_each = [(label, x[:1], y[:1]) for label, x, y in pairs]
     if by_condition and (edited := edited_rows(pairs, free)):
         reasons.append(some(edited, 1))

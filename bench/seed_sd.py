@@ -2,6 +2,7 @@
 
     python expb.py --seeds 0,1,2,3,4 --out outputs/seeds && python bench/seed_sd.py outputs/seeds
     python bench/seed_sd.py outputs/seed0 outputs/seed1 ...        # or a folder for each; then their tables are compared, too
+    python bench/seed_sd.py outputs/seeds outputs/expa             # grids may differ: SDs are kept per budget and k
     python bench/seed_sd.py FOLDER ... --out DIRECTORY             # where to write; outputs/reference unless said
 
 Writes seed_sd.csv (column, scale, tokens, k, sd, df, together) and seed_sd.json beside it: where the SDs come from, and how often
@@ -39,13 +40,23 @@ def scale_of(column: str, values: np.ndarray) -> str:
     return "plain" if column.startswith(PLAIN) or not (values > 0).all() else "log"
 
 
-def cells_of(rows: list[dict], column: str) -> dict[tuple, dict]:
-    """{(tokens, k, the rest of a cell): {seed: value}} of trained SAEs, where the column is a number for every seed."""
-    found = {}
-    for row in rows:
-        if row["recipe"] != "null":
-            rest = tuple(row[c] for c in rerun.LABELS if c not in ("tokens", "k", "seed"))
-            found.setdefault((row["tokens"], row["k"], *rest), {})[row["seed"]] = row[column]
+def grouped(runs: list[rerun.Run]) -> list[list[rerun.Run]]:
+    """Runs that differ in their seeds alone together."""
+    groups = []
+    for run in runs:
+        group = next((group for group in groups if not rerun.other_settings(group[0].settings, run.settings)[0]), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(run)
+    return groups
+
+
+def cells_of(groups: list[list[rerun.Run]], column: str) -> dict[tuple, dict]:
+    """{(tokens, k, group, the rest of a cell): {seed: value}} of trained SAEs, where the column is a number for every seed."""
+    found, rest = {}, [c for c in rerun.LABELS if c not in ("tokens", "k", "seed")]
+    for number, group in enumerate(groups):
+        for row in (row for run in group for row in run.rows if row["recipe"] != "null" and column in row):
+            found.setdefault((row["tokens"], row["k"], number, *(row[c] for c in rest)), {})[row["seed"]] = row[column]
     return {key: there for key, there in found.items() if len(there) > 1 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in there.values())}
 
 
@@ -66,14 +77,16 @@ def spread_of(column: str, cells: dict[tuple, dict]) -> rerun.Spread:
 
 
 def z_between(column: str, cells: dict[tuple, dict], spread: rerun.Spread | None = None) -> dict[tuple, dict]:
-    """{pair of seeds: {cell: z}} in SDs of `spread`, or of the other seeds, where there are at least two others."""
-    out = {}
+    """{pair of seeds: {cell: z}} in SDs of `spread`; without it, of the other seeds, where there are two others, and else of all."""
+    out, whole = {}, spread or spread_of(column, cells)
     for i, j in itertools.combinations(sorted({seed for there in cells.values() for seed in there}), 2):
-        others = {key: {s: v for s, v in there.items() if s not in (i, j)} for key, there in cells.items()}
-        judge = spread or spread_of(column, others if min(map(len, others.values())) > 1 else cells)
-        if any(judge.sd.values()):
-            out[i, j] = {key: judge.z(judge.on_scale(there[j]) - judge.on_scale(there[i]), key[:2])
-                         for key, there in cells.items() if i in there and j in there and judge.sd[key[:2]]}
+        left = {key: {seed: v for seed, v in there.items() if seed not in (i, j)} for key, there in cells.items()}
+        left = {key: there for key, there in left.items() if len(there) > 1}
+        others = spread_of(column, left) if left and not spread else whole
+        judge = {place: others if others.sd.get(place) else whole for place in whole.sd if whole.sd[place]}
+        z = {key: judge[key[:2]].z(whole.on_scale(there[j]) - whole.on_scale(there[i]), key[:2])
+             for key, there in cells.items() if i in there and j in there and key[:2] in judge}
+        out |= {(i, j): z} if z else {}
     return out
 
 
@@ -99,13 +112,13 @@ def main() -> None:
             raise UserError(f"{run.folder}: no run.json, so no run to measure by")
         if edited := rerun.not_as_written(run):
             raise UserError(edited[0])
-        if other := rerun.other_settings(runs[0].settings, run.settings)[0]:
-            raise UserError(f"{run.folder} and {runs[0].folder} are runs of {', '.join(other)}")
-    rows = list({tuple(row[c] for c in rerun.LABELS): row for run in runs for row in run.rows}.values())
-    columns = [c for c in rerun.number_columns(rows, rows) if c not in rerun.EXACT]
+        if not run.settings.get("tokens"):
+            raise UserError(f"{run.folder}: SAEs that nobody trained there")
+    groups = grouped(runs)
+    columns = [c for c in dict.fromkeys(c for run in runs for c in run.rows[0]) if c not in rerun.EXACT and c not in rerun.LABELS]
     table, shown, beyond, largest = [], [], {}, 0.0
     for column in columns:
-        cells = cells_of(rows, column)
+        cells = cells_of(groups, column)
         if not cells:
             continue
         spread = spread_of(column, cells)
@@ -124,14 +137,16 @@ def main() -> None:
         raise UserError(f"{', '.join(map(str, args.folders))}: no cell with two seeds")
     # of conditions, with two more counted than were seen, so that none is not taken for never
     share = (sum(beyond.values()) + 2) / (len(beyond) + 4)
-    settings = runs[0].settings
-    seeds, cells = sorted({row["seed"] for row in rows if row["recipe"] != "null"}), len({key for _, key in beyond})
+    every = lambda name: sorted({value for run in runs for value in run.settings[name]})
+    seeds, cells = sorted({seed for pair, _ in beyond for seed in pair}), len({key for _, key in beyond})
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    processor = runs[0].record.get("processor") or runs[0].record.get("platform")
-    said = (f"{len(seeds)} seeds of {cells} cells, {settings['script']}.py, tokens {', '.join(map(str, settings['tokens']))}, k {', '.join(map(str, settings['k']))}, "
-            f"{processor}")
-    about = dict(said=said, models=settings["models"], hooks=sorted(settings["hooks"]), seeds=seeds, cells=cells, conditions_beyond_3=share, pairs=len(beyond),
-                 largest_z=largest, processor=processor, versions=runs[0].record["versions"], commit=commit, settings=settings, tables=tables_between(runs))
+    processor = ", ".join(dict.fromkeys(run.record.get("processor") or run.record.get("platform") for run in runs))
+    scripts = ", ".join(dict.fromkeys(f"{run.settings['script']}.py" for run in runs))
+    said = (f"{len(seeds)} seeds of {cells} cells, {scripts}, tokens {', '.join(map(str, every('tokens')))}, "
+            f"k {', '.join(map(str, every('k')))}, {processor}")
+    about = dict(said=said, models=every("models"), hooks=every("hooks"), tokens=every("tokens"), k=every("k"), seeds=seeds, cells=cells,
+                 conditions_beyond_3=share, pairs=len(beyond), largest_z=largest, processor=processor, versions=runs[0].record["versions"], commit=commit,
+                 settings=[group[0].settings for group in groups], tables=[row for group in groups for row in tables_between(group)])
     args.out.mkdir(parents=True, exist_ok=True)
     store.write(args.out / "seed_sd.csv", store.as_csv(table, list(table[0])))
     store.write(args.out / "seed_sd.json", store.as_json(store.plain(about)))
