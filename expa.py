@@ -26,7 +26,7 @@ from proxies import EUCLIDEAN_CONTROLS, oriented
 from sae import RECIPES
 from store import plain
 
-GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="10k,30k,100k", seeds="0,1,2", expansion=4, eval_seqs=32, ctx=256)
+GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="10k,30k,100k", seeds="0,1,2", expansion=4, eval_seqs=40, ctx=256)
 N_RESAMPLES = 1000
 DELTAS = ["r2", "r2_nosink", "r2_defl1", "cosine", "ce_rec", "dce", "frac_zero"]
 MORE_DELTAS = ["ce_rec_sinkclean", "frac_mean"]
