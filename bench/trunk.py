@@ -22,11 +22,11 @@ parser.add_argument("budgets")
 parser.add_argument("--model", default="stdlib-s")
 parser.add_argument("--k", default="4,16")
 parser.add_argument("--seeds", type=int, default=6)
-parser.add_argument("--batch", type=int, help="tokens per step, at the rate of a long run")
+parser.add_argument("--batch", type=int, help="tokens per step, instead of the recipe's own")
 args = parser.parse_args()
 budgets, layer, expansion = [parse_count(b) for b in args.budgets.split(",")], 3, 4
 if args.batch:
-    Training.pace = staticmethod(lambda tokens: (args.batch, 1.0))
+    Training.pace = staticmethod(lambda tokens: (args.batch, 5 * (args.batch / 256) ** 0.5))  # the recipe's rate for it
 model, tokenizer = load_model(args.model, torch.device("cpu"))
 chunks = list(activation_chunks(model, layer, "stdlib", tokenizer, 256, budgets[-1], "keep"))
 held = head(model, layer, heldout_rows("stdlib", tokenizer, 256, 48).rows).flatten(0, 1)

@@ -130,6 +130,27 @@ def test_the_rate_warms_up_stays_and_decays():
         assert start(h, budgets=[tokens]).batch == batch
 
 
+def test_the_rate_never_falls_as_budgets_grow():
+    budgets = [round(10 ** (i / 8)) for i in range(72)]
+    batches, factors = zip(*map(Training.pace, budgets))
+    assert list(batches) == sorted(batches) and list(factors) == sorted(factors)
+    assert all(factor ** 2 / batch == pytest.approx(25 / 256) for batch, factor in zip(batches, factors))
+    assert {Training.pace(b) for b in budgets if b >= Training.TRUNK_FROM} == {(4096, 20.0)}  # one pace, so that budgets can share a trunk
+
+
+def test_more_tokens_do_not_make_a_worse_sae():
+    """A dense planted dictionary with noise, over and over. At a rate that falls as sqrt(10M / tokens) it went from .835 to .830."""
+    h, _ = planted(252_000, latents=256, active=12)
+    h += 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
+    held, h, scores = h[:2_000], h[2_000:], []
+    for tokens in (250_000, 1_000_000):
+        training = start(h, d_sae=128, k=12, budgets=[tokens])
+        for first in range(0, tokens, len(h)):
+            training.feed(h, first, BAR, "test")
+        scores.append(r2(training.finished(), held))
+    assert scores[1] > scores[0] + 0.01
+
+
 def test_a_loss_that_is_not_finite_stops_with_one_line():
     h, _ = planted(1_000)
     training = start(h)
