@@ -246,7 +246,7 @@ def p_value(stat: np.ndarray, stretch: float = 1.0) -> float:
 def one_spent(G: int) -> float:
     """sqrt(G / (G - 1)) for G hooks, as in CR1 (Cameron, Gelbach & Miller 2008): where each proxy was first put on its own
     scale, by ranks or by a fit, one of G is spent, and patterns of what is left vary too little. Without it 9 hooks reject a
-    true null in 8 to 12% of data sets rather than 4 to 9% (bench/RESULTS.md)."""
+    true null in 8 to 12% of data sets rather than 4 to 6% (bench/RESULTS.md)."""
     return (G / (G - 1)) ** 0.5
 
 
