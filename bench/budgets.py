@@ -34,7 +34,7 @@ own_pace = Training.pace
 class Hook:
     """The residual stream after block LAYER: a pass of training activations, and held-out sequences twice 48.
 
-    The first 48, as the experiments take them, are nine files; the others lie evenly over all held-out files.
+    The first 48, as the experiments take them, are eight files; the others lie evenly over all held-out files.
     """
 
     def __init__(self, name: str, file):
