@@ -137,7 +137,7 @@ def report() -> None:
                 axis.plot(list(scores), means, marker=".", color=colours[model[::-1]], lw=width ** 0.5 / 30, ls={4: ":", 8: "--"}.get(k, "-"),
                           label=f"{model[::-1]} {width}, {k}")
         if axis:
-            axis.set(xscale="log", xlabel="training tokens", ylabel=f"held-out {title}")
+            axis.set(xscale="log", xlabel="training tokens", ylabel=f"held-out {title}", ylim=(0.3, 1))
         print(f"{title}:\n", markdown(rows, list(rows[0])), "", sep="\n")
     axes[1].legend(fontsize=6, ncols=2, title="model width, k", title_fontsize=6)
     (HERE / "budgets.png").write_bytes(as_png(figure))
