@@ -134,7 +134,7 @@ def report() -> None:
                 readable_count(b): f"{s.mean():.4f}" + (f" ± {s.std(ddof=1):.4f} ({len(s)})" if len(s) > 1 else "") for b, s in scores.items()}
             rows.append(line | {"worst step": f"{np.diff(means).min():+.4f}" if len(means) > 1 else ""})
             if axis:
-                axis.plot(list(scores), means, marker=".", color=colours[model[::-1]], lw=width ** 0.5 / 30, ls={4: ":", 8: "--"}.get(k, "-"),
+                axis.plot(list(scores), means, marker=".", color=colours[model[::-1]], lw=0.3 + width ** 0.5 / 50, ls={4: ":", 8: "--"}.get(k, "-"),
                           label=f"{model[::-1]} {width}, {k}")
         if axis:
             axis.set(xscale="log", xlabel="training tokens", ylabel=f"held-out {title}", ylim=(0.3, 1))
