@@ -34,7 +34,7 @@ own_pace = Training.pace
 class Hook:
     """The residual stream after block LAYER: a pass of training activations, and held-out sequences twice 48.
 
-    The first 48, as the experiments take them, are nine files; the others lie evenly over all held-out files.
+    The first 48, as the experiments take them, are eight files; the others lie evenly over all held-out files.
     """
 
     def __init__(self, name: str, file):
@@ -134,10 +134,10 @@ def report() -> None:
                 readable_count(b): f"{s.mean():.4f}" + (f" ± {s.std(ddof=1):.4f} ({len(s)})" if len(s) > 1 else "") for b, s in scores.items()}
             rows.append(line | {"worst step": f"{np.diff(means).min():+.4f}" if len(means) > 1 else ""})
             if axis:
-                axis.plot(list(scores), means, marker=".", color=colours[model[::-1]], lw=width ** 0.5 / 30, ls={4: ":", 8: "--"}.get(k, "-"),
+                axis.plot(list(scores), means, marker=".", color=colours[model[::-1]], lw=0.3 + width ** 0.5 / 50, ls={4: ":", 8: "--"}.get(k, "-"),
                           label=f"{model[::-1]} {width}, {k}")
         if axis:
-            axis.set(xscale="log", xlabel="training tokens", ylabel=f"held-out {title}")
+            axis.set(xscale="log", xlabel="training tokens", ylabel=f"held-out {title}", ylim=(0.3, 1))
         print(f"{title}:\n", markdown(rows, list(rows[0])), "", sep="\n")
     axes[1].legend(fontsize=6, ncols=2, title="model width, k", title_fontsize=6)
     (HERE / "budgets.png").write_bytes(as_png(figure))
