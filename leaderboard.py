@@ -142,7 +142,9 @@ def how_to_read(verdict: dict, settings: dict) -> list[str]:
         "p are the tests; an interval of a difference may hold 0 beside a small p, and then neither is to be leaned on. Transfer gap: CE_rec of the largest model minus "
         "what the smallest model's curve says at that value of the proxy, averaged with the reverse; depths resampled.", "",
         f"Noise ceiling of the target: rho_max {number(verdict['rho_max'], 3)}. The best control leaves {number(verdict['room'])} to gain in partial Spearman; this grid "
-        f"could have shown a gain of {number(verdict['smallest_detectable'])} (80% power), and the claim is about {verdict['min_difference']:.2f}.", ""]
+        f"could have shown SWD a gain of {number(verdict['smallest_detectable'])} (80% power, at SWD's own noise), and the claim is about {verdict['min_difference']:.2f}. Hooks count "
+        "as independent given the model; where those of one model share what a proxy gets wrong, p < .05 comes up more often than it says (14 in 100 where half is "
+        "shared: bench/RESULTS.md), so that a p between .01 and .05 speaks about these models only.", ""]
 
 
 def leaderboard_plot(board: list[dict]) -> bytes:
