@@ -14,7 +14,7 @@ from common import clean_pass, head, load_model
 from conditions import load_results
 from conftest import tiny_model
 from leaderboard import FLAG_COLUMNS, MIN_EFFECT, NO_WIDTH, flag
-from proxies import evaluate, metrics, sequence_weights
+from proxies import document_weights, evaluate, metrics
 from sae import Training, activation_chunks
 from store import read_table
 
@@ -139,7 +139,7 @@ def test_the_null_row_of_a_run_holds_zero(audited):
     rows, sums = load_results(audited[0])
     d = sums.pop("d")
     with np.errstate(invalid="ignore"):
-        excess = metrics(sums, sequence_weights(SEQS, 1000, 0), d)["fed_excess"]
+        excess = metrics(sums, document_weights(SEQS, 1000, 0), d)["fed_excess"]
     at = {row["sae"]: i for i, row in enumerate(rows)}
     lo, hi = np.percentile(excess[3:, at["null-gaussian"]], [2.5, 97.5])
     assert lo < 0 < hi
@@ -160,7 +160,7 @@ def test_a_trained_error_turned_at_random_is_no_difference(hook):
 
     turned = {f"turned {seed}": lambda x, mean, Q=rotation(64, seed).float(): x + error(x) @ Q for seed in range(10, 14)}
     results = evaluate(model, LAYER, rows, {"drawn anew": anew, **turned}, 16)
-    weights = sequence_weights(SEQS, 1000, 0)
+    weights = document_weights(SEQS, 1000, 0)
     for name, result in results.items():
         values = {metric: v[:, 0] for metric, v in metrics({q: v[None] for q, v in result["sums"].items()}, weights, 64).items()}
         lo, hi = np.percentile(values["fed_excess"][3:], [2.5, 97.5])
