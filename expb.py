@@ -1,6 +1,6 @@
 """Exp-B: which cheap proxy of an SAE's quality predicts what its patch does to cross-entropy?
 
-    python expb.py                                   # embedded models, five CPU-minutes
+    python expb.py                                   # embedded models, six CPU-minutes
     python expb.py --device mps
     python expb.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --data NeelNanda/pile-small-tokenized-2b --tokens 10M
     python expb.py --models EleutherAI/pythia-70m@3 --sae EleutherAI/sae-pythia-70m-32k      # SAEs that exist: can their R^2 be trusted?

@@ -16,7 +16,7 @@ from hub import serve
 from leaderboard import flag
 from sae import Training, activation_chunks, save_sae
 from store import read_table
-from text import packed_rows
+from text import heldout_rows, packed_rows
 
 import torch
 
@@ -125,7 +125,7 @@ def test_numbers_are_those_of_the_sae_on_the_held_out_rows(audit, hub):
     row, = read_table(audit[0] / "audit.csv")
     folder = hub.folder
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
-    rows = torch.stack([r for _, r in zip(range(8), packed_rows(str(folder / f"datasets/{DATA}/data"), "heldout", tokenizer, 64))])
+    rows = heldout_rows(str(folder / f"datasets/{DATA}/data"), tokenizer, 64, 8).rows
     h = head(model, 3, rows)[:, :-1].flatten(0, 1).double()
     sae = formats.read(formats.find(str(folder / f"models/{SAES}/layers.3"))[0])
     delta = sae.reconstruct(h.float())[2].double() - h
