@@ -26,8 +26,6 @@ LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": 
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside the data
 ELSE = " (there is stdlib; else a local file or folder, or a hub data set)"
 PAUSES = (1, 2, 4, 8)  # seconds between attempts at what the network does not give
-
-
 WINDOW = 8         # words, or token ids, in a row: what two documents share when one was made from the other
 NEAR = 0.2         # a held-out file of the standard library that shares more of its windows with the training side goes there
 FEW = 100          # a local text of fewer documents is cut into pieces, so that its tenth is more than a handful
@@ -392,9 +390,9 @@ def heldout_rows(data: str, tokenizer, ctx: int, n: int, split: str = "train", b
                 continue
             ids, carry = carry[:length], []
         places = np.random.default_rng([seed, *digest(str(document))[:8]])
-        phase = places.integers(len(ids) % length + 1)
+        phase, number = places.integers(len(ids) % length + 1), len(rounds[0])
         for into, i in zip(rounds, places.permutation(len(ids) // length)):
-            into.append((len(rounds[0]) - (into is not rounds[0]), ids[phase + i * length:phase + (i + 1) * length]))
+            into.append((number, ids[phase + i * length:phase + (i + 1) * length]))
     rows = sorted(itertools.islice(itertools.chain(*rounds), n), key=lambda entry: entry[0])
     if len(rows) < n:
         raise UserError(f"--eval-seqs {n}: the held-out side of {data} gives {len(rows)} sequences of {ctx} tokens, at most {PER_DOCUMENT} "

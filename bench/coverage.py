@@ -4,8 +4,8 @@
 
 The text: Python files of the packages installed beside this one (the embedded models and the SAEs know the standard library only).
 SAEs of one hook are measured once on `--pool` documents of it, a few rows of each; their values over all of them are the truth. Then, again and
-again, 48 rows are taken and their intervals formed: as the program does (48 documents, a row of each, documents resampled; 24 documents,
-two rows of each, documents resampled), and as it did (documents in a row until 48 rows are full, rows resampled).
+again, rows are taken and their intervals formed: as the program does (24, 32 or 40 documents, as Exp-C, B and A take by default, a row of each; 24 documents,
+two rows of each; documents resampled), and as it did (documents in a row until 48 rows are full, rows resampled).
 """
 import argparse
 import json
@@ -21,13 +21,13 @@ from conditions import eval_batch
 from proxies import document_weights, evaluate, metrics
 from sae import load_sae
 
-CPU, CTX, ROWS, PER_DOCUMENT = torch.device("cpu"), 256, 48, 16
+CPU, CTX, PER_DOCUMENT = torch.device("cpu"), 256, 10
 SHOWN = ("r2", "cosine", "nmse_tok", "swd_tok", "dce", "ce_rec", "fed_nosink", "fed_excess")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("saes", nargs=2, type=pathlib.Path, help="two SAEs of one hook, as a run leaves them in its cache")
-parser.add_argument("--pool", type=int, default=800, help="documents")
-parser.add_argument("--draws", type=int, default=1000, help="samples of 48 rows, for each way of taking them")
+parser.add_argument("--pool", type=int, default=400, help="documents")
+parser.add_argument("--draws", type=int, default=1000, help="samples, for each way of taking them")
 args = parser.parse_args()
 made_by = json.loads((args.saes[0] / "provenance.json").read_text())
 model, tokenizer = load_model(made_by["model"], CPU)
@@ -58,37 +58,38 @@ def values(weights: np.ndarray, chosen: np.ndarray) -> dict:
     return {name: m[name][:, 0] for name in SHOWN} | {f"difference in {name}": m[name][:, 1] - m[name][:, 0] for name in ("r2", "ce_rec")}
 
 
-first = np.searchsorted(document, np.arange(args.pool))
-length = np.bincount(document)
-every = np.arange(len(rows))
-# the population of each way: documents count once, or as long as they are (16 rows at most)
-once = values(np.ones((1, args.pool)), first)
-whole = values(np.ones((1, len(rows))), every)
-long = np.flatnonzero(length >= 2)
-twice = np.concatenate([first[long], first[long] + 1])
-pair = values(np.ones((1, len(twice))), twice)
+rng = np.random.default_rng(1)
+places = [rng.permutation(np.flatnonzero(document == number))[:2] for number in range(args.pool)]  # two of each, at random
+everywhere = {1: np.array([p[0] for p in places]), 2: np.array([p for p in places if len(p) == 2])}
 
 
-def one_of_each(rng):
-    chosen = rng.choice(args.pool, ROWS, replace=False)
-    return first[chosen], document_weights(ROWS, 1000, int(rng.integers(2 ** 31)))[3:], once
+def documents_of(n: int, each: int):
+    """n documents, `each` rows of every one: (rows, weights [1000, rows], the population's values)."""
+    there = everywhere[each].reshape(-1, each)
+    truth = values(np.ones((1, there.size)), there.ravel())
+
+    def take(rng):
+        chosen = there[rng.choice(len(there), n, replace=False)]
+        return chosen.ravel(), document_weights(n, 1000, int(rng.integers(2 ** 31)))[3:].repeat(each, axis=1), truth
+
+    return take
 
 
-def two_of_each(rng):
-    chosen = rng.choice(long, ROWS // 2, replace=False)
-    w = document_weights(ROWS // 2, 1000, int(rng.integers(2 ** 31)))[3:]
-    return np.concatenate([first[chosen], first[chosen] + 1]), np.hstack([w, w]), pair
+def in_a_row(n: int):
+    truth = values(np.ones((1, len(rows))), np.arange(len(rows)))
+
+    def take(rng):
+        start = rng.integers(len(rows) - n)
+        return np.arange(start, start + n), document_weights(n, 1000, int(rng.integers(2 ** 31)))[3:], truth
+
+    return take
 
 
-def in_a_row(rng):
-    start = rng.integers(len(rows) - ROWS)
-    return every[start:start + ROWS], document_weights(ROWS, 1000, int(rng.integers(2 ** 31)))[3:], whole
-
-
-WAYS = {"48 documents, a row of each": one_of_each, "24 documents, two rows of each": two_of_each, "48 rows in a row, rows resampled": in_a_row}
-table = {name: {"": name} for name in once}
+WAYS = {"24 documents": documents_of(24, 1), "32 documents": documents_of(32, 1), "40 documents": documents_of(40, 1),
+        "24 documents, two rows of each": documents_of(24, 2), "48 rows in a row, rows resampled": in_a_row(48)}
+table = {name: {"": name} for name in (*SHOWN, "difference in r2", "difference in ce_rec")}
 for way, take in WAYS.items():
-    rng, inside = np.random.default_rng(1), {name: 0 for name in once}
+    rng, inside = np.random.default_rng(2), dict.fromkeys(table, 0)
     for _ in range(args.draws):
         chosen, weights, truth = take(rng)
         for name, v in values(weights, chosen).items():

@@ -125,7 +125,7 @@ def test_exp_a_opens_the_gate_only_for_the_same_run(run, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--k", "0"], "--k 0"), (["--k", "8,5000"], "--k 5000"), (["--expansion", "1000000000"], "--expansion 1000000000"), (["--k", "x"], "whole numbers"), (["--models", "stdlib-s@6"], "layers 0 to 5"),
     (["--models", "no-such-model"], "stdlib-s"), (["--data", "no-such-data"], "stdlib"), (["--data", "{tmp}/empty.txt"], "empty"),
-    (["--eval-seqs", "1000000"], "holds"), (["--device", "cuda"], "--device cuda"), (["--device", "mps"], "--device mps"), (["--tokens", "many"], "many"),
+    (["--eval-seqs", "1000000"], "gives"), (["--device", "cuda"], "--device cuda"), (["--device", "mps"], "--device mps"), (["--tokens", "many"], "many"),
     (["--ctx", "4096"], "--ctx"), (["--from", "{tmp}"], "no finished run"), (["--frobnicate"], "--help"), (["--out", "/proc/none"], "--out"),
     (["--models", "stdlib-s,stdlib-s@3"], "twice"), (["--k", "3"], "other settings"), (["--out", ""], "empty path"), (["--cache", ""], "empty path"),
     (["--verdict", "{tmp}/none.json"], "--verdict"), (["--verdict", "{tmp}/empty.txt"], "not a verdict"), (["--verdict", "{tmp}"], "--verdict"),

@@ -150,7 +150,7 @@ def test_a_trained_error_turned_at_random_is_no_difference(hook):
     """One rotation for all tokens, a new direction for each, and the null row's way: at the same hook, as long as the SAE's own error."""
     model, sae, mean, *_ = hook
     tokenizer = load_model("stdlib-s", torch.device("cpu"))[1]
-    rows = text.heldout_rows("stdlib", tokenizer, CTX, SEQS)[0]
+    rows = text.heldout_rows("stdlib", tokenizer, CTX, SEQS).rows
     noise = torch.Generator().manual_seed(3)
     error = lambda x: sae.reconstruct(x)[2] - x
 
