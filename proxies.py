@@ -121,7 +121,8 @@ def evaluate(model, layer: int, rows: torch.Tensor, reconstructions: dict[str, t
                 s = {column: per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
                 sampled = [per_token((gy * delta).sum(1)) for gy in g_sampled]
                 # nothing lost and everything lost (null rows) are runs that have been made
-                log_q = log_p if h_hat is h_flat else log_mean if h_hat.data_ptr() == shared["mean"].data_ptr() else patched(h_hat)
+                all_mean = h_hat.stride(0) == 0 and torch.equal(h_hat[0], shared["mean"])
+                log_q = log_p if h_hat is h_flat else log_mean if all_mean else patched(h_hat)
                 calm_hat = torch.where(sink.to(device).view(-1, 1), h_flat, h_hat)
                 t = common | {
                     "sse": s["delta_sq"], "sse_nosink": s["delta_sq"] * keep,

@@ -169,7 +169,7 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
                  seed=0, recipe=recipe, sinks="drop", device=device.type, version=TRAIN_VERSION)
             for recipe in ("base", "saelens") for k in (2, 4)]
     names = [("x", job["recipe"], 128, job["k"], 0, 1280) for job in jobs]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), jobs=jobs, names=names, nulls=conditions.NULLS, d=32,
+    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=conditions.NULLS, d=32,
                 source=text.find(str(document)))
     args = types.SimpleNamespace(expansion=4, cache=folder / device.type, save_tokens=True, sinks=["drop"], sae=[])
     conditions.train([(hook, [0, 1, 2, 3], True)], args, device)
@@ -189,7 +189,7 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
         jobs += [entry | dict(said={"basis": "centred"}, typical_k=4, mean=random(32), fvu_as_said=0.5, fvu_otherwise=0.6, d_sae=64, k=4) for entry in formats.find(str(folder / kind))]
     names = [(job["label"], "saelens", 64, 4, 0, 0) for job in jobs]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), rows=tiny_rows(), jobs=jobs, names=names, nulls=conditions.NULLS, d=32)
+    hook = dict(name="tiny", layer=1, model=tiny_model(), rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=conditions.NULLS, d=32)
     return conditions.run_hook(hook, types.SimpleNamespace(save_tokens=False, sae=["x"]), device, [0, 1, 2], True)[0]
 
 

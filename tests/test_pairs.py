@@ -16,7 +16,7 @@ def planted(r2, ce_rec, noise=0.0, shared=0.1, l0=None, places=None, resamples=4
         values[name] = np.vstack([np.tile(point, (3, 1)), point + moved])
     places = places or [("m", 3, 64, False)] * C
     rows = [dict(sae=f"sae{i}", model=p[0], layer=p[1], l0=16.0 if l0 is None else l0[i], r2=r2[i], ce_rec=ce_rec[i]) for i, p in enumerate(places)]
-    settings = {"eval_seqs": 48, "saes": {row["sae"]: {"ctx": p[2], "bos": p[3]} for row, p in zip(rows, places)}}
+    settings = {"documents": [48], "cut": False, "saes": {row["sae"]: {"ctx": p[2], "bos": p[3]} for row, p in zip(rows, places)}}
     return rows, values, settings
 
 
@@ -71,7 +71,7 @@ def test_what_is_said():
     assert lines[0].startswith("- inverted: sae7 over sae0: R² +0.100 [") and "(L0 128 and 1)" in lines[0]
     assert len(lines) == 11 and lines[-1] == "- and 18 more in pairs.csv"
     report = "\n".join(pair_report(found, settings))
-    assert "1.4 would be expected" in report and "48 sequences" in report and report.startswith("**Of the 28 pairs")
+    assert "1.4 would be expected" in report and "48 documents" in report and report.startswith("**Of the 28 pairs")
     rows, values, settings = planted(r2=[0.80, 0.90, 0.85], ce_rec=[0.90, 0.90, 0.95], noise=0.001, l0=[10, 15, 32])
     found = pairs(rows, values, settings)
     assert counted(found) == {"orders": 1, "inverts": 1, "claims": 1, "misses": 0, "neither": 0, "undefined": 0}
