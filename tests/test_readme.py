@@ -102,7 +102,7 @@ def what_exp_a_says() -> list[str]:
             first, second, last = (rows[k, b] for b in budgets)
             cells.append(f"{minus(float(first[name]))} → {minus(float(second[name]))} → {of(last, name, 3)}")
         text.append(f"| {k} | {cells[0]} | {cells[1]} |")
-    text.append(f"the transfer gap of R² is {of_verdict(long, 'gamma_r2')}")
+    text.append(f"the transfer gap of R² is {of_verdict(long, 'gamma_r2')} where the tree asks for {long['thresholds']['gamma']}.")
     text.append(f"`{long['control']}` has {minus(long['gamma_control_half_b'], 3)} where R² has {minus(long['gamma_r2_half_b'], 3)}")
     worst = max(abs(float(row["delta_r2"]) - float(row["delta_r2_nosink"])) for row in rows.values())
     text.append(f"ΔR² without them is the same to {worst:.3f}")
