@@ -1,7 +1,7 @@
 """The audit: for SAEs that others trained, what R^2 says of every pair; one row each, with every library's R^2 under its name; the flag.
 
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model; C SAEs, W re-weightings of the
-sequences, of which row 0 is all of them and rows 3.. are resamples (`conditions.measured`).
+documents, of which row 0 is all of them and rows 3.. are resamples (`conditions.measured`).
 """
 import itertools
 
@@ -136,7 +136,7 @@ def residuals(saes: list[dict], values: dict, settings: dict) -> np.ndarray:
     """[C,3]: CE_rec less what R^2 lets expect, and the ends of its 95% interval: the increasing curve through the *other* SAEs, at its R^2.
 
     nan with fewer than CURVE_OF others on the same tokens, and at an R^2 beyond all of theirs: a curve held flat there would call the
-    best SAE of every hook better than its R^2. The interval is over sequences; the other SAEs are as they are.
+    best SAE of every hook better than its R^2. The interval is over documents; the other SAEs are as they are.
     """
     out = np.full((len(saes), 3), np.nan)
     for members in comparable(saes, settings).values():

@@ -70,13 +70,13 @@ def study(hook: dict, sae: torch.nn.Module, device: torch.device) -> dict:
     name, condition = {"model": hook["name"], "layer": layer}, dict(zip(KEY[2:], hook["names"][len(hook["names"]) // 2]))
     which = name | {key: condition[key] for key in ("recipe", "k", "seed", "tokens")}
     few = rows[:batch].to(device)
-    return {"geometry.csv": [name | row for row in geometry(model, layer, rows, batch)],
+    return {"geometry.csv": [name | row for row in geometry(model, layer, rows, batch, hook["document"])],
             "estimators.csv": [which | row for row in estimators(model, layer, few, sae)],
             "path.csv": [which | row for row in path(model, layer, few, sae)]}
 
 
-def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
-    """G and the activations' covariance Sigma, over all positions and without sinks: one row each, intervals over sequences.
+def geometry(model, layer: int, rows: torch.Tensor, batch: int, document: np.ndarray) -> list[dict]:
+    """G and the activations' covariance Sigma, over all positions and without sinks: one row each, intervals over documents [S].
 
     G = E_t[G_t], the all-downstream block averaged over positions, from gradients with sampled labels: E[g_y g_y^T] (d x d, float64).
     """
@@ -84,7 +84,7 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
     uniforms = torch.rand(len(rows), draws, rows.shape[1] - 1, generator=torch.Generator().manual_seed(1))
     shared = hook_statistics(model, layer, rows, batch)
     h_all, sink, d = shared["h"], shared["sink"], shared["h"].shape[-1]
-    blocks = min(len(rows), 24)  # of sequences: what the bootstrap draws, so that d x d sums stay few
+    blocks = min(int(document.max()) + 1, 24)  # of documents: what the bootstrap draws, so that d x d sums stay few
     sums = {sinks: dict(n=np.zeros(blocks), first=np.zeros((blocks, d)), second=np.zeros((blocks, d, d)), gram=np.zeros((blocks, d, d))) for sinks in ("in", "out")}
     for start in range(0, len(rows), batch):
         x = rows[start:start + batch].to(device)
@@ -92,7 +92,7 @@ def geometry(model, layer: int, rows: torch.Tensor, batch: int) -> list[dict]:
         g = torch.stack([gradient[:, :-1].cpu() for gradient in gradients], 1).double()  # [B,m,T-1,d]
         for i in range(len(x)):
             for sinks, keep in (("in", torch.ones_like(sink[0])), ("out", ~sink[start + i])):
-                into, at = sums[sinks], (start + i) % blocks
+                into, at = sums[sinks], document[start + i] % blocks
                 h, gi = h_all[start + i, :-1][keep].double(), g[i][:, keep].flatten(0, 1)
                 into["n"][at] += len(h)
                 into["first"][at] += h.sum(0).numpy()
@@ -143,7 +143,7 @@ def estimators(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
     draws = fisher.sampled_form(gradients, delta)[1].sum(1).cpu().numpy()
     add("sampled labels (true Fisher)", "1", draws)
     add("sampled labels (true Fisher)", f"{DRAWS}", draws.reshape(-1, DRAWS).mean(1))
-    add("the data's labels (empirical Fisher, swd_seq)", "1", [fisher.sampled_form([g], delta)[1].sum().item()])
+    add("the data's labels (swd_seq)", "1", [fisher.sampled_form([g], delta)[1].sum().item()])
     return rows
 
 
@@ -343,11 +343,11 @@ def report(nulls, saes, board, verdict: dict, tables: dict, settings: dict) -> b
         "## The shape of G", "", markdown(shapes, ["model", "layer", "sinks", *SHAPE[:2], "pr / d", *SHAPE[2:]]), "",
         "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G (pr / d = 1 for an isotropic one), pr_sigma of the covariance; "
         "overlap_r: mean squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the covariance, below 1 = the model "
-        "cares less for the directions in which h varies most. Intervals over sequences." + (" `undefined`: no positions are left without the sinks." if left_none else ""), "",
+        "cares less for the directions in which h varies most. Intervals over documents." + (" `undefined`: no positions are left without the sinks." if left_none else ""), "",
         "## Cheaper estimators of δᵀGδ", "", markdown(cheap, list(cheap[0])), "",
         "Of one SAE of each hook on a few sequences, over the exact form; sd of one estimate, se of the mean. A mean further from 1 than its se explains is bias: the uncentred "
         "diagonal F adds (E_p u)², and is not even defined up to a shift of all logits. Rows drawn uniformly meet p's mass less often than rows drawn from p: their sd. "
-        "A row of the Jacobian is a backward pass of its own for every token, a set of sampled labels one for all of them; the data's labels make the empirical Fisher, "
+        "A row of the Jacobian is a backward pass of its own for every token, a set of sampled labels one for all of them; the data's labels are "
         "one draw that cannot be repeated.", "",
         "## ΔCE as an integral along h → ĥ", "", markdown(integral, list(integral[0])), "",
         "The upper anchor of any gradient proxy: nodes of Gauss-Legendre until the integral of g·δ is the measured ΔCE (nats per token); 0 nodes: first order at h.", "",

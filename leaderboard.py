@@ -108,7 +108,7 @@ FLAG_TEXT = (
     f"less (below {-MIN_EFFECT:+.2f}) R² underrates it. The flag is withheld where first order, on which it stands, is off by more than a "
     f"factor of two: where 2 KL / swd_sampled, 1 for a small error, lies outside {FIRST_ORDER[0]:g} to {FIRST_ORDER[1]:g}.\n\n"
     "fed: the log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations. isotropic fed: what "
-    "fed_nosink would be for the isotropic error. excess: fed_nosink minus it, from the same sampled labels. Intervals: sequences "
+    "fed_nosink would be for the isotropic error. excess: fed_nosink minus it, from the same sampled labels. Intervals: documents "
     "resampled. rho: the excess not as a log, over all positions, and not weighted by where the error is long.")
 
 

@@ -14,6 +14,7 @@ import site
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import text
 from common import load_model, markdown
@@ -21,7 +22,7 @@ from conditions import eval_batch
 from proxies import document_weights, evaluate, metrics
 from sae import load_sae
 
-CPU, CTX, PER_DOCUMENT = torch.device("cpu"), 256, 10
+CPU, CTX, PER_DOCUMENT, STRANGE = torch.device("cpu"), 256, 6, 8
 SHOWN = ("r2", "cosine", "nmse_tok", "swd_tok", "dce", "ce_rec", "fed_nosink", "fed_excess")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,44 +59,48 @@ def values(weights: np.ndarray, chosen: np.ndarray) -> dict:
     return {name: m[name][:, 0] for name in SHOWN} | {f"difference in {name}": m[name][:, 1] - m[name][:, 0] for name in ("r2", "ce_rec")}
 
 
-rng = np.random.default_rng(1)
-places = [rng.permutation(np.flatnonzero(document == number))[:2] for number in range(args.pool)]  # two of each, at random
-everywhere = {1: np.array([p[0] for p in places]), 2: np.array([p for p in places if len(p) == 2])}
+def coverage(kept: np.ndarray) -> str:
+    """The table over the documents `kept`, in Markdown."""
+    numbers = np.unique(document[kept])
+    rng = np.random.default_rng(1)
+    places = [rng.permutation(np.flatnonzero(document == number))[:2] for number in numbers]  # two of each, at random
+    everywhere = {1: np.array([p[0] for p in places]), 2: np.array([p for p in places if len(p) == 2])}
+    in_order = np.flatnonzero(np.isin(document, numbers))
+
+    def documents_of(n: int, each: int):
+        """n documents, `each` rows of every one: a function that takes (rows, weights [1000, rows]), and the population's values."""
+        there = everywhere[each].reshape(-1, each)
+
+        def take(rng):
+            chosen = there[rng.choice(len(there), n, replace=False)]
+            return chosen.ravel(), document_weights(n, 1000, int(rng.integers(2 ** 31)))[3:].repeat(each, axis=1)
+
+        return take, values(np.ones((1, there.size)), there.ravel())
+
+    def in_a_row(n: int):
+        def take(rng):
+            start = rng.integers(len(in_order) - n)
+            return in_order[start:start + n], document_weights(n, 1000, int(rng.integers(2 ** 31)))[3:]
+
+        return take, values(np.ones((1, len(in_order))), in_order)
+
+    ways = {"24 documents": documents_of(24, 1), "32 documents": documents_of(32, 1), "40 documents": documents_of(40, 1),
+            "24 documents, two rows of each": documents_of(24, 2), "48 rows in a row, rows resampled": in_a_row(48)}
+    names = (*SHOWN, "difference in r2", "difference in ce_rec")
+    table = {name: {"": name} for name in names}
+    for way, (take, truth) in tqdm(ways.items(), leave=False):
+        rng, inside = np.random.default_rng(2), dict.fromkeys(names, 0)
+        for _ in range(args.draws):
+            chosen, weights = take(rng)
+            for name, v in values(weights, chosen).items():
+                lo, hi = np.quantile(v, [0.025, 0.975])
+                inside[name] += lo <= truth[name][0] <= hi
+        for name, hits in inside.items():
+            table[name][way] = f"{hits / args.draws:.1%}"
+    return markdown(list(table.values()), ["", *ways])
 
 
-def documents_of(n: int, each: int):
-    """n documents, `each` rows of every one: (rows, weights [1000, rows], the population's values)."""
-    there = everywhere[each].reshape(-1, each)
-    truth = values(np.ones((1, there.size)), there.ravel())
-
-    def take(rng):
-        chosen = there[rng.choice(len(there), n, replace=False)]
-        return chosen.ravel(), document_weights(n, 1000, int(rng.integers(2 ** 31)))[3:].repeat(each, axis=1), truth
-
-    return take
-
-
-def in_a_row(n: int):
-    truth = values(np.ones((1, len(rows))), np.arange(len(rows)))
-
-    def take(rng):
-        start = rng.integers(len(rows) - n)
-        return np.arange(start, start + n), document_weights(n, 1000, int(rng.integers(2 ** 31)))[3:], truth
-
-    return take
-
-
-WAYS = {"24 documents": documents_of(24, 1), "32 documents": documents_of(32, 1), "40 documents": documents_of(40, 1),
-        "24 documents, two rows of each": documents_of(24, 2), "48 rows in a row, rows resampled": in_a_row(48)}
-table = {name: {"": name} for name in (*SHOWN, "difference in r2", "difference in ce_rec")}
-for way, take in WAYS.items():
-    rng, inside = np.random.default_rng(2), dict.fromkeys(table, 0)
-    for _ in range(args.draws):
-        chosen, weights, truth = take(rng)
-        for name, v in values(weights, chosen).items():
-            lo, hi = np.quantile(v, [0.025, 0.975])
-            inside[name] += lo <= truth[name][0] <= hi
-    for name, hits in inside.items():
-        table[name][way] = f"{hits / args.draws:.1%}"
 print(f"{made_by['model']} block {made_by['layer']}: {', '.join(saes)}; {args.pool} documents, {len(rows)} rows of {CTX}; {args.draws} draws")
-print(markdown(list(table.values()), ["", *WAYS]))
+clean = sums["ce_orig"][0] / sums["n"][0]
+strange = np.isin(document, document[clean > STRANGE])
+print(f"{coverage(~strange)}\n\nWith the {len(np.unique(document[strange]))} documents that have a row of clean CE above {STRANGE} nats (tables of data):\n\n{coverage(clean > 0)}")

@@ -97,7 +97,7 @@ def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
             unit[:, t, i] = 1
             trace += fisher.sequence_form(model, 1, rows, h, unit, p).sum().item()
     single = tiny_model(dtype=torch.float32)
-    shapes = {row["sinks"]: row for row in expc_fisher.geometry(single, 1, rows.repeat(8, 1), 4)}
+    shapes = {row["sinks"]: row for row in expc_fisher.geometry(single, 1, rows.repeat(8, 1), 4, np.arange(8 * len(rows)))}
     assert shapes["in"]["trace"] == pytest.approx(trace / (rows.shape[1] - 1) / len(rows), rel=0.06)
     assert shapes["in"]["top1_lo"] <= shapes["in"]["top1"] <= shapes["in"]["top1_hi"]
 
