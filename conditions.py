@@ -85,8 +85,8 @@ def chosen_saes(args) -> list[dict]:
 def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     """(settings, hooks): every model and SAE file loaded (on the CPU), every argument checked against it, before anything is written.
 
-    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], document [S], d, depth, last (block?),
-    source, jobs, names, nulls), where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
+    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T], document [S], d, depth, source, jobs,
+    names, nulls), where names[i] is how condition i is called (KEY without model and layer), and jobs[i] what trains or finds its SAE.
     """
     files = chosen_saes(args) if args.sae else []
     source = text.find(args.data)
@@ -114,7 +114,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         if rows.max() >= model.config.vocab_size:
             raise UserError(f"--models {name}: its tokenizer gives the id {rows.max()}, and it has {model.config.vocab_size} embeddings")
         hook = dict(name=called[name], layer=pick_layer(model, name, layer), model=model, tokenizer=tokenizer, rows=rows, document=held.document,
-                    d=model.config.hidden_size, source=source, last=pick_layer(model, name, layer) == model.config.num_hidden_layers - 1)
+                    d=model.config.hidden_size, source=source)
         hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
         several = sum(other[:2] == (name, layer) for other in places) > 1  # SAEs of one place that want other contexts
         hook["nulls"] = [f"{null}-{'bos-' * bos}ctx{ctx}" if several else null for null in NULLS]
@@ -143,7 +143,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
         documents=sorted({int(held.document.max()) + 1 for held in rows_of.values()}), cut=text.is_cut(source.data),
         python=platform.python_version() if args.data == "stdlib" else None,
         models=sorted(size, key=lambda name: (size[name], name)), hooks={f"{h['name']}@{h['layer']}": h["depth"] for h in hooks},
-        last_blocks=sorted({f"{h['name']}@{h['layer']}" for h in hooks if h["last"]}),
+        last_blocks=sorted({f"{h['name']}@{h['layer']}" for h in hooks if h["layer"] == h["model"].config.num_hidden_layers - 1}),
         weights={called[name]: hashes["weights"] for name, (*_, hashes) in loaded.items()},
         tokenizers={called[name]: hashes["tokenizer"] for name, (*_, hashes) in loaded.items()},
         k=args.k, seeds=args.seeds, tokens=args.tokens, expansion=args.expansion, recipe=args.recipe, sinks=args.sinks,
@@ -406,7 +406,7 @@ def run(args, script: str, terms=None, own_metrics=None, study=None, more_passes
     for folder in [] if args.sae else [cache_folder(args.cache, job) for hook in hooks for job in hook["jobs"]]:
         passes |= {store.load(folder / store.PROVENANCE).get("one_pass")} - {None}
     store.put(args.out / RUN, {}, ranks=ranks.WORLD, seconds=round(time.time() - start, 1), one_pass=sorted(passes))
-    return finished_run(args.out, script)
+    return args.out, with_passes(settings, sorted(passes))
 
 
 def not_measured(hooks: list[dict], out: pathlib.Path) -> list[tuple]:
@@ -557,7 +557,12 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
     if missing or about.get("seconds") is None:
         raise UserError(f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)")
-    return out, settings | ({"one_pass": about["one_pass"]} if about.get("one_pass") else {})
+    return out, with_passes(settings, about.get("one_pass"))
+
+
+def with_passes(settings: dict, one_pass: list[int] | None) -> dict:
+    """Settings for the report, with the tokens that a training text holds where budgets repeat it: known only after training."""
+    return settings | ({"one_pass": one_pass} if one_pass else {})
 
 
 def check_verdict(out: pathlib.Path) -> None:
