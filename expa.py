@@ -14,17 +14,18 @@ Delta = larger model minus smaller. The tree below was fixed before any result; 
 import itertools
 import pathlib
 
-from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script, signed, span
+from common import parse_args, run_script
+from transport_geometry import stats, store
+from transport_geometry.errors import UserError
+from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.grid import sae_name
+from transport_geometry.metrics import EUCLIDEAN_CONTROLS, METRICS, oriented
+from transport_geometry.results import about_the_run, measured, rows_hash
+from transport_geometry.run import run
+from transport_geometry.tables import as_csv, as_json, markdown, plain, readable_count, signed, span
+from transport_geometry.train import RECIPES
 
 import numpy as np
-
-import stats
-import store
-from conditions import METRICS, about_the_run, measured, rows_hash, run, sae_name
-from errors import UserError
-from proxies import EUCLIDEAN_CONTROLS, oriented
-from sae import RECIPES
-from store import plain
 
 GRID = dict(models="stdlib-s,stdlib-m,stdlib-l", k="4,8,16,32", tokens="10k,30k,100k", seeds="0,1,2", expansion=4, eval_seqs=40, ctx=256)
 N_RESAMPLES = 1000
@@ -312,7 +313,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
     verdict = plain(verdicts[0] | dict(other_arms=verdicts[1:], kstar=kstar, power_law=laws, settings=settings, rows_sha256=rows_hash(out)))
     pictures = plots(saes, headline(deltas, verdict), verdict, settings)
     text = report(saes, deltas, verdict, taxes, laws, sorted(pictures), seed_correlation(values, meta, models), settings)
-    store.put(out / store.RUN, {"deltas.csv": store.as_csv(deltas, COLUMNS), "verdict.json": store.as_json(verdict), "report.md": text} | pictures)
+    store.put(out / store.RUN, {"deltas.csv": as_csv(deltas, COLUMNS), "verdict.json": as_json(verdict), "report.md": text} | pictures)
     return verdict, deltas
 
 

@@ -13,18 +13,25 @@ of dCE predicted for a hook that was left out, tests that count hooks, and the t
 """
 import pathlib
 
-from common import as_png, markdown, model_colours, parse_args, pyplot, readable_count, run_script
+from common import parse_args, run_script
+from transport_geometry import audit, leaderboard, store
+from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
+from transport_geometry.leaderboard import (
+    LEADERBOARD,
+    MAGNITUDE,
+    gate,
+    how_to_read,
+    leaderboard_plot,
+    leaderboard_table,
+    read_verdict,
+)
+from transport_geometry.metrics import EUCLIDEAN_CONTROLS, PROXIES, oriented
+from transport_geometry.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.run import run
+from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, readable_count
 
 import numpy as np
-
-import audit
-import stats
-import store
-from conditions import about_the_run, marked, measured, rows_hash, run
-from leaderboard import (FLAG_COLUMNS, FLAG_TEXT, LEADERBOARD, MAGNITUDE, flagged, gate, how_to_read, leaderboard_plot, leaderboard_table,
-                         read_verdict)
-from proxies import EUCLIDEAN_CONTROLS, PROXIES, oriented
-from store import plain, read_table
 
 # 3 models x 6 layers = 18 hooks: hooks, not k and not seeds, are what the tests and the bootstrap count
 GRID = dict(models=",".join(f"stdlib-{size}@{layer}" for size in "sml" for layer in range(6)), k="4,12,32", tokens="100k", expansion=4,
@@ -43,18 +50,18 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for target_name, target in targets.items():
-        board += stats.leaderboard(scores, target, values[MAGNITUDE[target_name]], meta, settings["models"], target_name=target_name,
+        board += leaderboard.leaderboard(scores, target, values[MAGNITUDE[target_name]], meta, settings["models"], target_name=target_name,
                                    controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
     leaf, gate_text = gate(exp_a, settings)
-    verdict = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], values["dce"], meta,
+    verdict = leaderboard.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], values["dce"], meta,
                                settings["models"], controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     verdict = plain(verdict | {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)})
     mine = flagged(mine, values)
     audited, pairs = (make(mine, values, settings) if "saes" in settings else [] for make in (audit.audit_rows, audit.pairs))
-    files = {"leaderboard.csv": store.as_csv(board, LEADERBOARD), "verdict.json": store.as_json(verdict), **plots(mine, board, settings),
+    files = {"leaderboard.csv": as_csv(board, LEADERBOARD), "verdict.json": as_json(verdict), **plots(mine, board, settings),
              "report.md": report(nulls, mine, board, verdict, settings, audit.audit_report(audited, pairs, settings) if audited else [])}
     if audited:
-        files |= {"audit.csv": store.as_csv(audited, audit.COLUMNS), "pairs.csv": store.as_csv(pairs, audit.PAIRS)}
+        files |= {"audit.csv": as_csv(audited, audit.COLUMNS), "pairs.csv": as_csv(pairs, audit.PAIRS)}
     store.put(out / store.RUN, files)
     return verdict, audited, pairs
 
@@ -68,7 +75,7 @@ def sentence(verdict: dict) -> str:
         "rejected": "SWD is not shown to predict CE_rec better than the best Euclidean control.",
         "not-transferable": "SWD ranks better than the best control, but the models' ranges of the proxy hardly meet, so whether it "
                             "transfers across scale cannot be judged.",
-        stats.CANNOT: "No data of this grid could have shown SWD to be better than the best Euclidean control: there is too little left to gain.",
+        leaderboard.CANNOT: "No data of this grid could have shown SWD to be better than the best Euclidean control: there is too little left to gain.",
         "undecided": "This grid cannot decide.",
     }[leaf] + f" ({verdict['reason']}.)"
     return f"H2: {leaf}. {text}" if verdict["leaf"] != "gated" else f"H2: gated ({verdict['gate_text']}). Ungated it would read: {leaf}. {text}"

@@ -11,21 +11,39 @@ quadratic form is only believed inside its radius, so it is calibrated: against 
 import itertools
 import pathlib
 
-from common import (as_png, clean_pass, cross_entropy, head, kl_divergence, log_probs, markdown, model_colours, parse_args, pyplot,
-                    readable_count, run_script, signed, span, tail)
+from common import parse_args, run_script
+from transport_geometry import fisher, leaderboard, stats, store
+from transport_geometry.evaluate import DRAWS, hook_statistics
+from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
+from transport_geometry.grid import KEY
+from transport_geometry.leaderboard import (
+    LEADERBOARD,
+    MAGNITUDE,
+    gate,
+    how_to_read,
+    leaderboard_plot,
+    leaderboard_table,
+    read_verdict,
+)
+from transport_geometry.lm import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from transport_geometry.metrics import EUCLIDEAN_CONTROLS, PROXIES, oriented
+from transport_geometry.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.run import eval_batch, run
+from transport_geometry.tables import (
+    as_csv,
+    as_json,
+    markdown,
+    plain,
+    read_table,
+    readable_count,
+    signed,
+    span,
+)
 
 import numpy as np
 import torch
 from scipy.linalg import eigh
-
-import fisher
-import stats
-import store
-from conditions import KEY, about_the_run, eval_batch, marked, measured, rows_hash, run
-from leaderboard import (FLAG_COLUMNS, FLAG_TEXT, LEADERBOARD, MAGNITUDE, flagged, gate, how_to_read, leaderboard_plot, leaderboard_table,
-                         read_verdict)
-from proxies import DRAWS, EUCLIDEAN_CONTROLS, PROXIES, hook_statistics, oriented
-from store import plain, read_table
 
 # 9 hooks: three depths of each model; what is measured once per hook is most of the cost
 GRID = dict(models=",".join(f"stdlib-{size}@{layer}" for size in "sml" for layer in (1, 3, 5)), k="4,12,32", tokens="100k", expansion=4, eval_seqs=24,
@@ -276,9 +294,9 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for name, target in targets.items():
-        board += stats.leaderboard(scores, target, values[MAGNITUDE[name]], meta, settings["models"], target_name=name, controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
+        board += leaderboard.leaderboard(scores, target, values[MAGNITUDE[name]], meta, settings["models"], target_name=name, controls=EUCLIDEAN_CONTROLS, n_resamples=N_RESAMPLES)
     leaf, gate_text = gate(exp_a, settings)
-    h2 = stats.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], values["dce"], meta, settings["models"],
+    h2 = leaderboard.verdict_h2([row for row in board if row["target"] == "ce_rec"], scores, targets["ce_rec"], values["dce"], meta, settings["models"],
                           controls=EUCLIDEAN_CONTROLS, gate=leaf, n_resamples=N_RESAMPLES)
     added, p = added_value(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
     gain = out_of_hook_gain(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
@@ -294,7 +312,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
                    thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS), settings=settings, rows_sha256=rows_hash(out))
     verdict = plain(verdict)
     tables = {name: read_table(store.checked(out / store.RUN, name)) for name in TABLES} | {"calibration": calibration(sums, meta)}
-    store.put(out / store.RUN, {"leaderboard.csv": store.as_csv(board, LEADERBOARD), "verdict.json": store.as_json(verdict),
+    store.put(out / store.RUN, {"leaderboard.csv": as_csv(board, LEADERBOARD), "verdict.json": as_json(verdict),
                                 "report.md": report(nulls, flagged(saes, values), board, verdict, tables, settings), **plots(sums, meta, board, settings)})
     return verdict
 

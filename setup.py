@@ -8,7 +8,7 @@ import pathlib
 import sys
 import sysconfig
 
-from setuptools import Extension, setup
+from setuptools import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.append(sysconfig.get_path("purelib"))  # pip's build isolation hides the environment's own torch: look for it there
@@ -31,7 +31,7 @@ if torch:
     common = ["-O3", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
     flags = [*common, f'-DBUILD_DEVICES="{devices}"', f'-DBUILD_SOURCE="{source}"']
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    extensions = [make("_kernels", ["csrc/ops.cpp"] + ["csrc/ops_cuda.cu"] * cuda, include_dirs=[pybind11.get_include()],
+    extensions = [make("transport_geometry._kernels", ["csrc/ops.cpp"] + ["csrc/ops_cuda.cu"] * cuda, include_dirs=[pybind11.get_include()],
                        depends=[f"csrc/{p.name}" for p in sources],
                        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false", *common[2:], "-DUSE_CUDA"]})]
 
@@ -39,7 +39,7 @@ if torch:
         """Without a working compiler the install goes on: kernels.py then runs plain PyTorch and shows the note left here."""
 
         def run(self):
-            note = pathlib.Path(self.get_ext_fullpath("_kernels")).parent / "_kernels_not_built.txt"
+            note = pathlib.Path(self.get_ext_fullpath("transport_geometry._kernels")).parent / "_kernels_not_built.txt"
             note.unlink(missing_ok=True)
             try:
                 super().run()
@@ -55,7 +55,7 @@ if torch:
 
 setup(
     name="transport-geometry", version="0.1.0", python_requires=">=3.11",
-    py_modules=["errors", "store", "common", "text", "sae", "proxies", "formats", "audit", "ranks", "conditions", "stats", "leaderboard", "rerun", "fisher", "kernels", "expa", "expb", "expc_fisher"],
+    packages=["transport_geometry"],
     install_requires=["torch>=2.10", "numpy>=1.26", "scipy>=1.11", "transformers>=4.50", "datasets>=3", "tokenizers>=0.20",
                       "safetensors>=0.4", "huggingface_hub>=0.25", "tqdm>=4.60", "matplotlib>=3.8",
                       "filelock>=3.16"],

@@ -23,10 +23,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from common import markdown  # noqa: E402
-import conditions  # noqa: E402
-import store  # noqa: E402
 import zygote  # noqa: E402
+from transport_geometry import results, store
+from transport_geometry.tables import markdown, read_npz
 
 GRID = ["--tokens", "6k", "--eval-seqs", "6", "--ctx", "32", "--device", "cpu"]
 RUNS = {"expa.py": ["--models", "stdlib-s,stdlib-m", "--k", "2", "--seeds", "0", *GRID, "--tokens", "2k,6k"],
@@ -152,8 +151,8 @@ def corruptions(n: int, rng: random.Random, folder: pathlib.Path):
             steps += 3
     parts = folder / "parts"  # and one whose second rank's share was not gathered yet
     shutil.copytree(attacks["expb.py"].whole, parts)
-    settings, (rows, sums) = store.load(parts / "out/run.json")["settings"], conditions.load_results(parts / "out")
-    conditions.add_results(parts / "out/.rank1", settings, rows, sums, store.read_npz(parts / "out/tokens.npz"), {})
+    settings, (rows, sums) = store.load(parts / "out/run.json")["settings"], results.load_results(parts / "out")
+    results.add_results(parts / "out/.rank1", settings, rows, sums, read_npz(parts / "out/tokens.npz"), {})
     for i in range(n):
         attack, where = attacks[list(RUNS)[i % 3]], folder / "again"
         state = rng.choice(("results", "results", "cache", "checkpoint", "parts", "verdict"))

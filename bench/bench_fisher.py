@@ -8,13 +8,14 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from common import head, load_model, log_probs, tail
+from transport_geometry import fisher
+from transport_geometry.cost import PYTHIA, shape_of
+from transport_geometry.lm import head, log_probs, tail
+from transport_geometry.models import load_model
+from transport_geometry.run import eval_batch
+from transport_geometry.text import heldout_rows
 
 import torch
-
-import fisher
-from conditions import PYTHIA, eval_batch, shape_of
-from text import heldout_rows
 
 name, ctx = (sys.argv[1:] + ["stdlib-l"])[0], 256
 if name in PYTHIA:

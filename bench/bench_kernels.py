@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as functional
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import kernels
+from transport_geometry import kernels
 
 
 def composition(h, W_enc, b_enc, W_dec, b_dec, g, k):

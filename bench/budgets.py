@@ -15,14 +15,18 @@ import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from common import as_png, cross_entropy, head, load_model, log_probs, markdown, model_colours, parse_count, pyplot, readable_count, tail
+from common import parse_count
+from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.lm import cross_entropy, head, log_probs, tail
+from transport_geometry.models import load_model
+from transport_geometry.sae import sink_positions
+from transport_geometry.tables import markdown, readable_count
+from transport_geometry.text import packed_rows
+from transport_geometry.train import CHUNK, Training
 
 import numpy as np
 import torch
 from tqdm import tqdm
-
-from sae import CHUNK, Training, sink_positions
-from text import packed_rows
 
 HERE, LAYER, CTX = pathlib.Path(__file__).resolve().parent, 3, 256
 KEY = {"model": str, "width": int, "k": int, "tokens": int, "seed": int, "batch": int, "factor": float}

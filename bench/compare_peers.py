@@ -29,24 +29,34 @@ os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # with triton installed it fails on
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from common import parse_count, parse_ints
+from transport_geometry import kernels
+from transport_geometry.evaluate import evaluate
+from transport_geometry.lm import head
+from transport_geometry.metrics import metrics
+from transport_geometry.models import load_model
+from transport_geometry.sae import TopKSAE, save_sae, sink_positions
+from transport_geometry.tables import readable_count
+from transport_geometry.text import heldout_rows
+from transport_geometry.train import CHUNK, Training, activation_chunks
+
 import numpy as np
 import torch
-from sae_lens import TopKSAE as LensSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import TopKSAE as LensSAE
+from sae_lens import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.evals import (EvalConfig, get_downstream_reconstruction_metrics, get_sparsity_and_variance_metrics,
-                            run_evals)
+from sae_lens.evals import (
+    EvalConfig,
+    get_downstream_reconstruction_metrics,
+    get_sparsity_and_variance_metrics,
+    run_evals,
+)
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
 from tqdm import tqdm
-
-import kernels
-from common import head, load_model, parse_count, parse_ints, readable_count
-from proxies import evaluate, metrics
-from sae import CHUNK, TopKSAE, Training, activation_chunks, save_sae, sink_positions
-from text import heldout_rows
 
 MODEL, LAYER, CTX, EXPANSION = "stdlib-l", 3, 256, 8
 EVAL_SEQS, PARITY_SEQS, BATCH = 48, 16, 8  # sequences

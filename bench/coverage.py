@@ -12,15 +12,18 @@ import json
 import pathlib
 import site
 
+from transport_geometry import text
+from transport_geometry.evaluate import evaluate
+from transport_geometry.metrics import metrics
+from transport_geometry.models import load_model
+from transport_geometry.run import eval_batch
+from transport_geometry.sae import load_sae
+from transport_geometry.stats import document_weights
+from transport_geometry.tables import markdown
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-import text
-from common import load_model, markdown
-from conditions import eval_batch
-from proxies import document_weights, evaluate, metrics
-from sae import load_sae
 
 CPU, CTX, PER_DOCUMENT, STRANGE = torch.device("cpu"), 256, 6, 8
 SHOWN = ("r2", "cosine", "nmse_tok", "swd_tok", "dce", "ce_rec", "fed_nosink", "fed_excess")

@@ -10,11 +10,11 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import numpy as np
-
 import expc_fisher
-import stats
-from common import markdown
+from transport_geometry import stats
+from transport_geometry.tables import markdown
+
+import numpy as np
 
 N = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
 GRIDS = {"18 hooks x 3 k": (3, 6, 3), "9 hooks x 3 k": (3, 3, 3)}  # models, layers of each, k: Exp-B, Exp-C

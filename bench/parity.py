@@ -13,16 +13,18 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from common import head, load_model, markdown  # noqa: E402
+import peers  # noqa: E402
+from transport_geometry import formats
+from transport_geometry.evaluate import evaluate
+from transport_geometry.lm import head
+from transport_geometry.metrics import metrics
+from transport_geometry.models import load_model
+from transport_geometry.tables import markdown
+from transport_geometry.text import heldout_rows
+from transport_geometry.train import activation_chunks
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-
-import formats  # noqa: E402
-import peers  # noqa: E402
-from proxies import evaluate, metrics  # noqa: E402
-from sae import activation_chunks  # noqa: E402
-from text import heldout_rows  # noqa: E402
 
 MODEL, LAYER, CTX, TOKENS, F, K = "stdlib-s", 3, 128, 40_000, 512, 16
 

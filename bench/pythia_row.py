@@ -29,17 +29,16 @@ hub = server.__enter__()
 atexit.register(server.__exit__, None, None, None)
 os.environ.update(hub.environment(FOLDER / "hf"))  # the clients read it when they are imported
 
-import common  # noqa: E402  before torch
+import common
+import expb  # noqa: E402
+from transport_geometry import evaluate as evaluation
+from transport_geometry import grid, train
+from transport_geometry import run as running
+from transport_geometry.text import packed_rows, stdlib_documents
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-
-import conditions  # noqa: E402
-import expb  # noqa: E402
-import proxies  # noqa: E402
-import sae  # noqa: E402
-from text import packed_rows, stdlib_documents  # noqa: E402
 
 MODEL, DATA = "EleutherAI/pythia-70m", "NeelNanda/pile-small-tokenized-2b"
 
@@ -84,14 +83,14 @@ def timed(module, name: str, what: str) -> None:
 
 
 make_hub(FOLDER / "hub")
-timed(sae, "head", "training: language model")
+timed(train, "head", "training: language model")
 for name in ("head", "tail", "clean_pass"):
-    timed(proxies, name, "evaluation: language model")
-step, trained = sae.Training.one_step, collections.Counter()
-sae.Training.one_step = lambda self, h: trained.update({self.sae.k: len(h)}) or step(self, h)
-timed(conditions, "train", "training")
-timed(conditions, "run_hook", "evaluation")
-timed(conditions, "plan", "loading, held-out rows")
+    timed(evaluation, name, "evaluation: language model")
+step, trained = train.Training.one_step, collections.Counter()
+train.Training.one_step = lambda self, h: trained.update({self.sae.k: len(h)}) or step(self, h)
+timed(running, "train", "training")
+timed(running, "run_hook", "evaluation")
+timed(running, "plan", "loading, held-out rows")
 sys.argv = ["expb.py", "--preset", "fast3", "--models", MODEL, "--device", "cpu", "--out", str(FOLDER / "out"), "--cache", str(FOLDER / "cache"), *sys.argv[1:]]
 args = common.parse_args("", **expb.GRID)
 start = time.perf_counter()
@@ -106,4 +105,4 @@ for what, seconds in sorted(spent.items()):
     print(f"{what:28s} {seconds:8.1f} s  {seconds / wall:5.1%}")
 print(f"training: {sum(trained.values())} SAE-tokens, {sum(trained.values()) / spent['training']:.0f} a second ({len(args.k)} SAEs on one stream)")
 if spent["evaluation"]:
-    print(f"evaluation: {args.eval_seqs * (args.ctx - 1) / spent['evaluation']:.0f} tokens/s for {len(args.k)} SAEs and {len(conditions.NULLS)} null rows")
+    print(f"evaluation: {args.eval_seqs * (args.ctx - 1) / spent['evaluation']:.0f} tokens/s for {len(args.k)} SAEs and {len(grid.NULLS)} null rows")

@@ -20,13 +20,12 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import markdown, run_script
+from common import run_script
+from transport_geometry import rerun, store
+from transport_geometry.errors import UserError
+from transport_geometry.tables import as_csv, as_json, markdown, plain
 
 import numpy as np
-
-import rerun
-import store
-from errors import UserError
 
 LOG_OF_1_MINUS = ("r2", "cosine", "ce_rec", "frac_")  # how these begin: 1 is perfect, and the distance to it is a distortion
 PLAIN = ("gd_mean", "fed", "alive", "delta")
@@ -148,8 +147,8 @@ def main() -> None:
                  conditions_beyond_3=share, pairs=len(beyond), largest_z=largest, processor=processor, versions=runs[0].record["versions"], commit=commit,
                  settings=[group[0].settings for group in groups], tables=[row for group in groups for row in tables_between(group)])
     args.out.mkdir(parents=True, exist_ok=True)
-    store.write(args.out / "seed_sd.csv", store.as_csv(table, list(table[0])))
-    store.write(args.out / "seed_sd.json", store.as_json(store.plain(about)))
+    store.write(args.out / "seed_sd.csv", as_csv(table, list(table[0])))
+    store.write(args.out / "seed_sd.json", as_json(plain(about)))
     print(markdown(shown, list(shown[0])))
     if about["tables"]:
         print("\n" + markdown(about["tables"], list(about["tables"][0])))

@@ -8,14 +8,16 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from common import head, load_model, markdown, parse_count, readable_count
+from common import parse_count
+from transport_geometry.lm import head
+from transport_geometry.models import load_model
+from transport_geometry.tables import markdown, readable_count
+from transport_geometry.text import heldout_rows
+from transport_geometry.train import CHUNK, Training, activation_chunks
 
 import numpy as np
 import torch
 from tqdm import tqdm
-
-from sae import CHUNK, Training, activation_chunks
-from text import heldout_rows
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("budgets")

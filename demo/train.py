@@ -15,15 +15,15 @@ import math
 import pathlib
 import platform
 
+from transport_geometry import store
+from transport_geometry.models import load_model
+from transport_geometry.text import stdlib_documents
+
 import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-import store
-from common import load_model
-from text import stdlib_documents
 
 HERE = pathlib.Path(__file__).resolve().parent
 WIDTHS = {"stdlib-s": 64, "stdlib-m": 128, "stdlib-l": 256}

@@ -2,13 +2,14 @@
 import subprocess
 import sys
 
+import common
+from transport_geometry import text
+from transport_geometry.sae import cache_folder, load_sae
+from transport_geometry.train import train_missing
+
 import pytest
-import common  # noqa: F401  before torch, see there
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-import text
-from sae import cache_folder, load_sae, train_missing
 
 
 def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dtype=torch.float64):

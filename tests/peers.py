@@ -17,8 +17,19 @@ from dictionary_learning.trainers.jumprelu import JumpReluTrainer  # noqa: E402
 from dictionary_learning.trainers.standard import StandardTrainer  # noqa: E402
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer  # noqa: E402
 from dictionary_learning.training import trainSAE  # noqa: E402
-from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, GatedTrainingSAE, GatedTrainingSAEConfig, JumpReLUTrainingSAE  # noqa: E402
-from sae_lens import JumpReLUTrainingSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
+from sae_lens import (  # noqa: E402  # noqa: E402
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig  # noqa: E402
 from sae_lens.saes.sae import SAEMetadata  # noqa: E402
 from sae_lens.training.activation_scaler import ActivationScaler  # noqa: E402

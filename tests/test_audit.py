@@ -6,19 +6,20 @@ import shutil
 import subprocess
 import sys
 
+from hub import serve
+from transport_geometry import formats
+from transport_geometry.flag import flag
+from transport_geometry.lm import head
+from transport_geometry.models import load_model
+from transport_geometry.sae import save_sae
+from transport_geometry.tables import read_table
+from transport_geometry.text import heldout_rows, packed_rows
+from transport_geometry.train import Training, activation_chunks
+
 import pytest
+import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-
-import formats
-from common import head, load_model
-from hub import serve
-from leaderboard import flag
-from sae import Training, activation_chunks, save_sae
-from store import read_table
-from text import heldout_rows, packed_rows
-
-import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL, DATA, SAES = "EleutherAI/pythia-70m", "NeelNanda/pile-small-tokenized-2b", "EleutherAI/sae-pythia-70m-32k"

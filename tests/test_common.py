@@ -4,16 +4,14 @@ import json
 import math
 import types
 
+import common
+from transport_geometry import tables, text, train
+from transport_geometry.errors import UserError
+from transport_geometry.lm import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import common
-import sae
-import text
-from common import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
-from conftest import tiny_model
-from errors import UserError
 
 
 # ---------------------------------------------------------------------------------------------- model split
@@ -187,7 +185,7 @@ def test_bad_data_gets_one_line(tmp_path, name, content, word):
 
 def test_counts_read_both_ways():
     assert [common.parse_count(t) for t in ("300000", "300k", "10M", "1.5M", "2B")] == [300000, 300000, 10 ** 7, 1500000, 2 * 10 ** 9]
-    assert [common.readable_count(n) for n in (300000, 10 ** 7, 1500000, 77)] == ["300k", "10M", "1500k", "77"]
+    assert [tables.readable_count(n) for n in (300000, 10 ** 7, 1500000, 77)] == ["300k", "10M", "1500k", "77"]
     for bad in ("", "x", "-1", "0", "nan", "10Q"):
         with pytest.raises(UserError):
             common.parse_count(bad)
@@ -211,7 +209,7 @@ def test_absurd_arguments_get_one_short_line(flag, value, word):
 def test_the_largest_arguments_are_taken():
     args = common.parse_args("", ["--seeds", str(2 ** 32 - 1), "--tokens", "1000B", "--expansion", str(10 ** 9)], **GRID)
     assert (args.seeds, args.tokens, args.expansion, args.ctx) == ([2 ** 32 - 1], [10 ** 12], 10 ** 9, 64)
-    torch.Generator().manual_seed(args.seeds[0] * 1_000_003 + 10 ** 12 // sae.CHUNK)  # how the last piece is drawn
+    torch.Generator().manual_seed(args.seeds[0] * 1_000_003 + 10 ** 12 // train.CHUNK)  # how the last piece is drawn
 
 
 @pytest.mark.parametrize("flag", ["--models", "--data", "--split", "--revision", "--sae", "--out", "--cache", "--from", "--verdict"])
@@ -224,6 +222,6 @@ def test_no_argument_holds_a_control_character(flag, control):
 
 @pytest.mark.parametrize("gap", [math.nan, math.inf, -math.inf, None])
 def test_gaps_have_a_name_in_reports_too(gap):
-    assert common.signed(gap) == common.bounds(gap, 1.0) == common.bounds(0.0, gap) == common.span(gap, gap, gap) == common.span(gap, 0.0, 1.0) == "undefined"
-    assert common.span(0.123, gap, gap) == "+0.12 [undefined]" and common.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
-    assert common.bounds(0.1, 0.24) == "[+0.10, +0.24]" and common.signed(-0.5, 3) == "-0.500"
+    assert tables.signed(gap) == tables.bounds(gap, 1.0) == tables.bounds(0.0, gap) == tables.span(gap, gap, gap) == tables.span(gap, 0.0, 1.0) == "undefined"
+    assert tables.span(0.123, gap, gap) == "+0.12 [undefined]" and tables.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
+    assert tables.bounds(0.1, 0.24) == "[+0.10, +0.24]" and tables.signed(-0.5, 3) == "-0.500"

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import zygote
+from transport_geometry.store import LOCK, unused
+from transport_geometry.tables import as_npz, read_npz
+
 import pytest
 from safetensors.torch import load_file, save
-
-import zygote
-from store import LOCK, unused
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GRID = ["--models", "stdlib-s", "--k", "2,4", "--tokens", "6k", "--eval-seqs", "6", "--ctx", "64", "--save-tokens"]
@@ -97,9 +98,9 @@ def test_a_checkpoint_runs_no_code(whole, half, tmp_path):
     """Even one whose checksum somebody made right."""
     import pickle
 
-    import torch
+    from transport_geometry import store
 
-    import store
+    import torch
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     checkpoint = next(tmp_path.rglob("checkpoint.pt"))
     code = pickle.dumps(Code(str(tmp_path / "ran")))
@@ -153,7 +154,7 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
 
 
 def test_a_damaged_verdict_opens_no_gate(whole, tmp_path):
-    import store
+    from transport_geometry import store
     store.put(tmp_path / "expa/run.json", {"verdict.json": json.dumps({"leaf": "undertrained", "settings": {}}).encode()})
     shutil.copytree(whole / "out", tmp_path / "out")
     expb(tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json")
@@ -174,12 +175,12 @@ def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
 
 def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
     """Two kills between writing the one and the other paired rows with another SAE's sums."""
-    import store
-    from conditions import load_results
-    from errors import Damaged
+    from transport_geometry import store
+    from transport_geometry.errors import Damaged
+    from transport_geometry.results import load_results
     shutil.copytree(whole / "out", tmp_path / "out")
-    sums = store.read_npz(tmp_path / "out/sequences.npz")
-    store.put(tmp_path / "out/run.json", {"sequences.npz": store.as_npz({name: value[::-1] for name, value in sums.items()})})
+    sums = read_npz(tmp_path / "out/sequences.npz")
+    store.put(tmp_path / "out/run.json", {"sequences.npz": as_npz({name: value[::-1] for name, value in sums.items()})})
     with pytest.raises(Damaged, match="other conditions"):
         load_results(tmp_path / "out")
 

@@ -12,15 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from unittest import mock
 
+from conftest import tiny_model
+from hub import commit, serve
+from transport_geometry import lm, sae, text, train
+from transport_geometry.errors import UserError
+
 import numpy as np
 import pytest
-
-import sae
-import text
-from conftest import tiny_model
-from errors import UserError
-from hub import commit, serve
-
 import torch
 
 HERE = pathlib.Path(__file__).parent
@@ -98,7 +96,7 @@ def hurry() -> None:
     huggingface_hub.hf_file_system.HfFileSystemFile.DEFAULT_BLOCK_SIZE = 4096
     datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
     text.time = types.SimpleNamespace(sleep=WAITED.append)
-    sae.CHUNK = 1024
+    train.CHUNK = 1024
 
 
 def elsewhere(function, *args):
@@ -128,7 +126,7 @@ def job(data: str, tokens: int, **more) -> dict:
 
 def train(data: str, cache: pathlib.Path) -> None:
     jobs = [job(data, 16_000, split="test"), job(data, 9000, seed=1, split="test")]
-    sae.train_missing(tiny_model(dtype=torch.float32), Letters(), jobs, cache, text.find(data))
+    train.train_missing(tiny_model(dtype=torch.float32), Letters(), jobs, cache, text.find(data))
 
 
 # ------------------------------------------------------------------------------------------- what is streamed
@@ -283,7 +281,7 @@ def test_held_out_files_of_the_standard_library_are_not_in_the_training_text():
 def test_a_budget_beyond_the_text_says_that_it_repeats(tmp_path, capsys):
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
     model, jobs = tiny_model(dtype=torch.float32), [job(str(tmp_path / "t.jsonl"), tokens) for tokens in (1000, 20_000)]
-    sae.train_missing(model, Letters(), jobs, tmp_path / "cache", text.find(jobs[0]["data"]))
+    train.train_missing(model, Letters(), jobs, tmp_path / "cache", text.find(jobs[0]["data"]))
     one_pass = len(expected(TEXTS, "train", 16))
     assert 1000 < one_pass < 20_000 and f"holds {one_pass:,} tokens; from here it repeats" in "".join(capsys.readouterr())
     records = [json.loads((sae.cache_folder(tmp_path / "cache", one) / "provenance.json").read_text()) for one in jobs]
@@ -470,8 +468,8 @@ def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(sae, "CHUNK", 1024)
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
     model, jobs = tiny_model(dtype=torch.float32), [job(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)]
-    sae.train_missing(model, Letters(), jobs, tmp_path / "whole", text.find(jobs[0]["data"]))
-    whole, calls = sae.head, itertools.count(1)
+    train.train_missing(model, Letters(), jobs, tmp_path / "whole", text.find(jobs[0]["data"]))
+    whole, calls = lm.head, itertools.count(1)
 
     def head(*args):
         if next(calls) == 3:
@@ -480,7 +478,7 @@ def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sae, "head", head)
     with pytest.raises(KeyboardInterrupt):
-        sae.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
+        train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
     assert [torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")] == [8, 8]
-    sae.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
+    train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
     assert contents(tmp_path / "whole") == contents(tmp_path / "broken") and len(contents(tmp_path / "whole")) == 6

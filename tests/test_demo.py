@@ -1,15 +1,13 @@
 """The embedded models: what their folders promise, and a training run that survives an interruption."""
-import json
 import pathlib
 import re
 import sys
 
+from transport_geometry import lm, models, text
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import common
-import text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
@@ -17,7 +15,7 @@ import train as demo  # noqa: E402
 
 
 def test_folders_load_the_ordinary_way_in_float32():
-    for name, folder in common.EMBEDDED.items():
+    for name, folder in models.EMBEDDED.items():
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert model.dtype == torch.float32 and model.config.hidden_size == demo.WIDTHS[name]
         text = "def forward(self, x):\n    return x  # naïve\n"
@@ -29,10 +27,10 @@ def test_held_out_loss_falls_with_scale():
     """On every eighth row of the held-out text of the Python at hand; differences paired by row, far outside their noise."""
     losses = []
     for name in demo.WIDTHS:
-        model, tokenizer = common.load_model(name, torch.device("cpu"))
+        model, tokenizer = models.load_model(name, torch.device("cpu"))
         rows = torch.stack(list(text.packed_rows("stdlib", "heldout", tokenizer, 256))[::8])
         with torch.no_grad():
-            losses.append(common.cross_entropy(common.log_probs(model(rows).logits), rows).mean(1).double())
+            losses.append(lm.cross_entropy(lm.log_probs(model(rows).logits), rows).mean(1).double())
     for small, large in zip(losses, losses[1:]):
         gap = small - large
         assert gap.mean() > 5 * gap.std() / len(gap) ** 0.5

@@ -1,13 +1,13 @@
 """Exp-A's statistics on planted truths: intervals over seeds and sequences, the tree and its error rates, mismatch, k*, power law."""
 import itertools
 
+import expa
+from transport_geometry import stats
+from transport_geometry.metrics import EUCLIDEAN_CONTROLS
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_ind
-
-import expa
-import stats
-from proxies import EUCLIDEAN_CONTROLS
 
 MODELS, K, BUDGETS, SEEDS, N_DOC = ["small", "large"], [4, 8, 16, 32], [3, 10, 30], 3, 40
 

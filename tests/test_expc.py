@@ -1,20 +1,23 @@
 """Exp-C's statistics and studies on planted truths; the forward-mode passes on an embedded model."""
+import expc_fisher
+from conftest import log_probs_64, tiny_model
+from transport_geometry import fisher, stats
+from transport_geometry.evaluate import evaluate
+from transport_geometry.lm import clean_pass, head, tail
+from transport_geometry.metrics import metrics
+from transport_geometry.models import load_model
+from transport_geometry.sae import tied_init
+from transport_geometry.stats import document_weights
+
 import numpy as np
 import pytest
 import torch
 
-import expc_fisher
-import fisher
-import stats
-from common import clean_pass, head, load_model, tail
-from conftest import log_probs_64, tiny_model
-from proxies import document_weights, evaluate, metrics
-from sae import tied_init
-
 
 def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embedded_model():
+    from transport_geometry.text import heldout_rows
+
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from text import heldout_rows
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     x = heldout_rows("stdlib", tokenizer, 64, 2).rows
     exact = model.double()
@@ -105,7 +108,7 @@ def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
 # --------------------------------------------------------------------------------------------- the flag
 def test_planted_errors_get_their_flag():
     """Isotropic: rho = 1. Along the top eigenvector of G: flatters. Along G's null space: underrates."""
-    from leaderboard import flag
+    from transport_geometry.flag import flag
     model = tiny_model(dtype=torch.float32)
     rows = torch.randint(0, 41, (64, 12), generator=torch.Generator().manual_seed(5))
     h = head(model, 1, rows)

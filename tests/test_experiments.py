@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 import zygote
-from store import read_table
+from transport_geometry.tables import read_table
+
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ["--models", "stdlib-s@1,stdlib-s@3,stdlib-m@3", "--k", "2,4,8", "--tokens", "10k", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64"]
@@ -105,7 +105,7 @@ def test_plain_pytorch_and_another_thread_count_are_no_other_run(run, tmp_path):
 
 
 def test_an_old_verdict_that_nobody_named_is_none(run, tmp_path, monkeypatch, capsys):
-    import leaderboard
+    from transport_geometry import leaderboard
     (tmp_path / "run.json").write_text('{"settings": {}}')  # of the version before
     (tmp_path / "verdict.json").write_text(json.dumps({"leaf": "H1", "settings": {}}))
     monkeypatch.setattr(leaderboard, "EXP_A", tmp_path / "verdict.json")

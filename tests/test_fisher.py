@@ -1,12 +1,12 @@
 """Fisher quadratic forms against dense Jacobians in float64, their invariances, and the estimators' bias and intervals."""
+from conftest import log_probs_64, tiny_model
+from transport_geometry import fisher
+from transport_geometry.lm import clean_pass, head, tail
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import t as student
-
-import fisher
-from common import clean_pass, head, tail
-from conftest import log_probs_64, tiny_model
 
 LAYER = 1
 

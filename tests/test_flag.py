@@ -2,21 +2,24 @@
 import json
 import math
 
+import zygote
+from conftest import tiny_model
+from transport_geometry import text
+from transport_geometry.evaluate import evaluate
+from transport_geometry.flag import FLAG_COLUMNS, MIN_EFFECT, NO_WIDTH, flag
+from transport_geometry.lm import clean_pass, head
+from transport_geometry.metrics import metrics
+from transport_geometry.models import load_model
+from transport_geometry.results import load_results
+from transport_geometry.stats import document_weights
+from transport_geometry.tables import read_table
+from transport_geometry.train import Training, activation_chunks
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-
-import text
-import zygote
-from common import clean_pass, head, load_model
-from conditions import load_results
-from conftest import tiny_model
-from leaderboard import FLAG_COLUMNS, MIN_EFFECT, NO_WIDTH, flag
-from proxies import document_weights, evaluate, metrics
-from sae import Training, activation_chunks
-from store import read_table
 
 LAYER, CTX, SEQS = 3, 64, 48
 FLATTERS, UNDERRATES, NO_DIFFERENCE, WITHHELD = (

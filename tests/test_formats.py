@@ -5,16 +5,16 @@ import random as chance
 import shutil
 import zipfile
 
+from conftest import measured, tiny_model
+from transport_geometry import formats, lm
+from transport_geometry.errors import UserError
+from transport_geometry.evaluate import evaluate
+from transport_geometry.libraries import definitions
+from transport_geometry.metrics import metrics
+
 import pytest
 import torch
 from safetensors.torch import save_file
-
-import common
-import formats
-from audit import definitions
-from conftest import measured, tiny_model
-from errors import UserError
-from proxies import evaluate, metrics
 
 D, F, K, N = 12, 40, 5, 64
 
@@ -503,7 +503,7 @@ def test_gate_refuses_the_block_after_its_own(gate):
 def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
     model, rows, near = gate
     assert list(near) == [0, 1, 2]
-    assert torch.equal(near[1], common.head(model, 1, rows)[:, 1:].flatten(0, 1))  # no position is ten medians long here
+    assert torch.equal(near[1], lm.head(model, 1, rows)[:, 1:].flatten(0, 1))  # no position is ten medians long here
 
 
 # ----------------------------------------------------------------------------------------------- the same metrics
@@ -524,7 +524,7 @@ def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
     model, d, F = tiny_model(dtype=torch.float32), 16, 40
     sae = formats.FileSAE(rule="threshold", W_enc=random(F, d), b_enc=torch.zeros(F), W_dec=random(F, d), b_dec=torch.zeros(d), threshold=torch.tensor(0.5))
     result = evaluate(model, 1, rows, {"x": sae}, 2)["x"]
-    dense = common.head(model, 1, rows)[:, :-1] @ random(F, d).t()
+    dense = lm.head(model, 1, rows)[:, :-1] @ random(F, d).t()
     assert (result["sums"]["l0"] == (dense > 0.5).sum((1, 2)).numpy()).all()
     assert (result["fired"].sum(0) == (dense > 0.5).sum((0, 1))).all()
 

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 
+import zygote
+from common import FIXED_CODE
+from transport_geometry.models import readable_names
+from transport_geometry.tables import read_table
+from transport_geometry.text import in_heldout
+
 import numpy as np
 import pytest
-
-import zygote
-from common import FIXED_CODE, readable_names
-from store import read_table
-from text import in_heldout
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GRID = ["--k", "4", "--tokens", "10k", "--eval-seqs", "6", "--ctx", "64"]

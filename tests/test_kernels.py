@@ -2,13 +2,14 @@
 import subprocess
 import sys
 
+from transport_geometry import kernels
+from transport_geometry.kernels import STATS, gradient_weighted_distortion, sparse_decode, topk_encode
+
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import kernels
-from kernels import STATS, gradient_weighted_distortion, sparse_decode, topk_encode
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
     not (torch.cuda.is_available() and kernels.BUILT and "cuda" in kernels._module.devices), reason="no GPU, or built without CUDA"))

@@ -8,21 +8,23 @@ import shutil
 import subprocess
 import sys
 
+import common
+from conftest import measured
+from transport_geometry import fisher, lm, models
+from transport_geometry.cost import shape_of
+from transport_geometry.errors import UserError
+from transport_geometry.evaluate import evaluate
+from transport_geometry.lm import clean_pass, head, tail
+from transport_geometry.metrics import metrics
+from transport_geometry.models import fingerprint, load_model
+from transport_geometry.sae import tied_init
+from transport_geometry.text import heldout_rows
+
 import numpy as np
 import pytest
-import common
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-
-import fisher
-from common import clean_pass, fingerprint, head, load_model, log_probs, tail
-from conditions import shape_of
-from conftest import measured
-from errors import UserError
-from proxies import evaluate, metrics
-from sae import tied_init
-from text import heldout_rows
 
 CPU = torch.device("cpu")
 SIZE = dict(vocab_size=61, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
@@ -50,7 +52,7 @@ def make(family: str, dtype=torch.float64, **more):
 
 def add_tokenizer(folder: pathlib.Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(common.EMBEDDED["stdlib-s"] / name, folder)
+        shutil.copy(models.EMBEDDED["stdlib-s"] / name, folder)
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def rows():
 def replaced(model, layer, rows, h):
     """Logits of a full forward in which block `layer` puts out h."""
     swap = lambda module, inputs, output: (h, *output[1:]) if isinstance(output, tuple) else h
-    with common.blocks(model)[layer].register_forward_hook(swap, prepend=True):
+    with lm.blocks(model)[layer].register_forward_hook(swap, prepend=True):
         return model(rows, use_cache=False).logits
 
 
@@ -75,7 +77,7 @@ def moved(h):
 def test_split_at_every_block(family, layer, rows):
     model = make(family)
     seen = []
-    with common.blocks(model)[layer].register_forward_hook(lambda module, inputs, output: seen.append(output)):
+    with lm.blocks(model)[layer].register_forward_hook(lambda module, inputs, output: seen.append(output)):
         whole = model(rows, use_cache=False).logits
     h = head(model, layer, rows)
     assert torch.equal(h, seen[0][0] if isinstance(seen[0], tuple) else seen[0])

@@ -9,24 +9,20 @@ import pathlib
 import re
 import types
 
+import expc_fisher
+from transport_geometry import errors, formats, grid, lm, metrics, run, text
+from transport_geometry.libraries import LIBRARIES
+from transport_geometry.train import TRAIN_VERSION
+
 import numpy as np
 import pytest
 import torch
 import torchgen
 import transformers
+from safetensors.torch import save_file
 from torch._C import DispatchKey, _current_autograd_node, _dispatch_has_kernel_for_dispatch_key
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-
-from safetensors.torch import save_file
-
-import common
-import conditions
-import expc_fisher
-import formats
-import text
-from audit import LIBRARIES
-from sae import TRAIN_VERSION
 
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")  # without an index torch would ask the MPS runtime for one
 WIDE = {torch.float64, torch.complex128}
@@ -169,11 +165,11 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
                  seed=0, recipe=recipe, sinks="drop", device=device.type, version=TRAIN_VERSION)
             for recipe in ("base", "saelens") for k in (2, 4)]
     names = [("x", job["recipe"], 128, job["k"], 0, 1280) for job in jobs]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=conditions.NULLS, d=32,
+    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=grid.NULLS, d=32,
                 source=text.find(str(document)))
     args = types.SimpleNamespace(expansion=4, cache=folder / device.type, save_tokens=True, sinks=["drop"], sae=[])
-    conditions.train([(hook, [0, 1, 2, 3], True)], args, device)
-    return conditions.run_hook(hook, args, device, [0, 1, 2, 3], True, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study)[0]
+    run.train([(hook, [0, 1, 2, 3], True)], args, device)
+    return run.run_hook(hook, args, device, [0, 1, 2, 3], True, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study)[0]
 
 
 def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
@@ -189,15 +185,15 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
         jobs += [entry | dict(said={"basis": "centred"}, typical_k=4, mean=random(32), fvu_as_said=0.5, fvu_otherwise=0.6, d_sae=64, k=4) for entry in formats.find(str(folder / kind))]
     names = [(job["label"], "saelens", 64, 4, 0, 0) for job in jobs]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=conditions.NULLS, d=32)
-    return conditions.run_hook(hook, types.SimpleNamespace(save_tokens=False, sae=["x"]), device, [0, 1, 2], True)[0]
+    hook = dict(name="tiny", layer=1, model=tiny_model(), rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=grid.NULLS, d=32)
+    return run.run_hook(hook, types.SimpleNamespace(save_tokens=False, sae=["x"]), device, [0, 1, 2], True)[0]
 
 
 def test_saes_from_files(tmp_path):
     with PretendMps():
         there = files(tmp_path, MPS)
     for a, b in zip(there, files(tmp_path, CPU), strict=True):
-        numbers = [m for m in (*conditions.METRICS, *LIBRARIES) if not (a["sae"] == "null-gaussian" and m in LIBRARIES)]
+        numbers = [m for m in (*metrics.METRICS, *LIBRARIES) if not (a["sae"] == "null-gaussian" and m in LIBRARIES)]
         np.testing.assert_allclose([a[m] for m in numbers], [b[m] for m in numbers], rtol=1e-3, atol=1e-5)
 
 
@@ -209,15 +205,15 @@ def test_whole_pipeline(tmp_path):
             "aten::addcdiv_"} <= guard.ran  # encode, sparse backward, sampled labels, g and Adam were on the device
     here = one_hook(tmp_path, CPU)
     for a, b in zip(there, here, strict=True):
-        assert [a[c] for c in conditions.KEY] == [b[c] for c in conditions.KEY]
-        np.testing.assert_allclose([a[m] for m in conditions.METRICS], [b[m] for m in conditions.METRICS], rtol=1e-3, atol=1e-5)
+        assert [a[c] for c in grid.KEY] == [b[c] for c in grid.KEY]
+        np.testing.assert_allclose([a[m] for m in metrics.METRICS], [b[m] for m in metrics.METRICS], rtol=1e-3, atol=1e-5)
 
 
 def test_large_vocabulary():
     """Pythia's 50,304 tokens: g must not come from dot products that an M1 or M2 gets wrong."""
     with PretendMps():
         model, rows = tiny_model(vocab=50304).to(MPS), tiny_rows().to(MPS)
-        common.clean_pass(model, 1, rows, common.head(model, 1, rows))
+        lm.clean_pass(model, 1, rows, lm.head(model, 1, rows))
 
 
 WRONG = {  # a block before the hook, one after it, and one that is wrong only in its gradient
@@ -231,7 +227,7 @@ def test_parity_check(what):
     model, (layer, wrong) = tiny_model(), WRONG[what]
     mistake = lambda module, inputs, y: wrong(y) if y.device.type == "mps" else None
     with PretendMps():
-        common.check_parity(model, 1, tiny_rows(), MPS)
+        lm.check_parity(model, 1, tiny_rows(), MPS)
         model.gpt_neox.layers[layer].mlp.register_forward_hook(mistake)
-        with pytest.raises(common.Fault, match=f"on {what} at layer 1"):
-            common.check_parity(model, 1, tiny_rows(), MPS)
+        with pytest.raises(errors.Fault, match=f"on {what} at layer 1"):
+            lm.check_parity(model, 1, tiny_rows(), MPS)

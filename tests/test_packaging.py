@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tomllib
 
-import pytest
+from transport_geometry import kernels
 
-import kernels
+import pytest
 
 ROOT = kernels.HERE
 

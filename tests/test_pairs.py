@@ -1,10 +1,20 @@
 """What is said of pairs of SAEs, on planted numbers."""
+from transport_geometry import audit
+from transport_geometry.audit import (
+    PAIRS,
+    comparable,
+    counted,
+    kind,
+    pair_lines,
+    pair_report,
+    pair_sentences,
+    pairs,
+    residuals,
+)
+from transport_geometry.tables import as_csv
+
 import numpy as np
 import pytest
-
-import audit
-from audit import PAIRS, comparable, counted, kind, pair_lines, pair_report, pair_sentences, pairs, residuals
-from store import as_csv
 
 
 def planted(r2, ce_rec, noise=0.0, shared=0.1, l0=None, places=None, resamples=400):

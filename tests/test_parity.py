@@ -1,17 +1,19 @@
 """Recipe `saelens` against SAELens itself, and files that SAELens, sparsify and dictionary_learning write. Needs the extra: pip install -e '.[test,parity]' -c constraints.txt"""
 import dataclasses
 
+from transport_geometry import formats
+from transport_geometry.train import SAELensTraining
+
 import pytest
 import torch
 from tqdm import tqdm
 
-import formats
-from sae import SAELensTraining
-
 for library in ("sae_lens", "sparsify", "dictionary_learning"):
     pytest.importorskip(library, reason="the extra [parity] is not installed")
 import peers  # noqa: E402
-from sae_lens import TopKSAE as LensSAE, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
+
+from sae_lens import TopKSAE as LensSAE  # noqa: E402
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
 from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
 

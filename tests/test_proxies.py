@@ -1,17 +1,19 @@
 """Every metric against a dense float64 computation, hand cases, and the invariances that its definition promises."""
 import math
 
+from conftest import tiny_model
+from transport_geometry import evaluate as evaluation
+from transport_geometry import formats, lm, sae
+from transport_geometry.errors import Fault
+from transport_geometry.evaluate import evaluate
+from transport_geometry.lm import head
+from transport_geometry.metrics import index_bits, metrics, oriented
+from transport_geometry.sae import tied_init
+from transport_geometry.stats import document_weights
+
 import numpy as np
 import pytest
 import torch
-
-import common
-import formats
-import proxies
-from common import head
-from conftest import tiny_model
-from proxies import document_weights, evaluate, index_bits, metrics, oriented
-from sae import tied_init
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_everything_against_dense_float64(hook):
     whole = head(exact, layer, rows)
     B, T, d = whole.shape
     x = whole.clone().requires_grad_()
-    logits = common.tail(exact, layer, rows, x)[:, :-1]
+    logits = lm.tail(exact, layer, rows, x)[:, :-1]
     ce = -torch.log_softmax(logits, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
     g = torch.autograd.grad(ce.sum(), x)[0][:, :-1]
     h = whole[:, :-1]
@@ -85,11 +87,11 @@ def test_everything_against_dense_float64(hook):
     off = lambda v: v - (v @ u)[..., None] * u
     ln = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     sq = lambda v: v.square().sum(-1)
-    patched = common.tail(exact, layer, rows, torch.cat([h_hat, whole[:, -1:]], 1))[:, :-1]
+    patched = lm.tail(exact, layer, rows, torch.cat([h_hat, whole[:, -1:]], 1))[:, :-1]
     log_q, log_p = torch.log_softmax(patched, -1), torch.log_softmax(logits, -1)
     recon = -log_q.gather(-1, rows[:, 1:, None]).squeeze(-1)
     keep_sink = torch.where(sink[..., None], h, h_hat)
-    clean = common.tail(exact, layer, rows, torch.cat([keep_sink, whole[:, -1:]], 1))[:, :-1]
+    clean = lm.tail(exact, layer, rows, torch.cat([keep_sink, whole[:, -1:]], 1))[:, :-1]
     sinkclean = -torch.log_softmax(clean, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
     expected = {
         "r2": 1 - sq(delta).sum() / sq(centred).sum(), "r2_nosink": 1 - sq(delta)[~sink].sum() / sq(calm)[~sink].sum(),
@@ -123,7 +125,7 @@ def test_swd_is_quadratic_in_the_error_and_g_is_not_in_it_twice(hook):
 
 def test_half_of_sampled_swd_is_kl_for_small_errors(hook, monkeypatch):
     """E_y (sum_t g_y.delta)^2 / token = 2 KL / token + O(delta^3): the unit that swd_sampled carries."""
-    monkeypatch.setattr(proxies, "DRAWS", 400)
+    monkeypatch.setattr(evaluation, "DRAWS", 400)
     noise = torch.randn(hook[3].shape, generator=torch.Generator().manual_seed(7))
     m = point(hook, lambda h, mean: h + 0.01 * noise)
     # squares of sums over tokens, of nearly normal numbers: relative variance 2, over 400 draws x 6 sequences
@@ -131,7 +133,7 @@ def test_half_of_sampled_swd_is_kl_for_small_errors(hook, monkeypatch):
 
 
 def test_isotropic_error_has_rho_one(hook, monkeypatch):
-    monkeypatch.setattr(proxies, "DRAWS", 8)
+    monkeypatch.setattr(evaluation, "DRAWS", 8)
     model, _, layer, _ = hook
     rows = torch.randint(0, 41, (240, 12), generator=torch.Generator().manual_seed(8))
     h = head(model, layer, rows)[:, :-1].flatten(0, 1)
@@ -143,14 +145,14 @@ def test_isotropic_error_has_rho_one(hook, monkeypatch):
 def test_a_planted_sink_owns_r2_and_not_r2_nosink(hook, monkeypatch):
     """One position of norm 100x: reconstructing it alone gives a high R^2 and an r2_nosink of zero."""
     model, rows, layer, _ = hook
-    plain = proxies.head
+    plain = lm.head
 
     def with_sink(*args):
         h = plain(*args).clone()
         h[:, 0] *= 100
         return h
 
-    monkeypatch.setattr(proxies, "head", with_sink)
+    monkeypatch.setattr(evaluation, "head", with_sink)
 
     def only_the_sink(h, mean):
         calm = h.norm(dim=1) < h.norm(dim=1).max() / 10
@@ -164,7 +166,7 @@ def test_sinks_are_position_zero_and_ten_medians():
     norms = torch.ones(2, 5)
     norms[1, 3] = 10.5
     norms[0, 4] = 9.5
-    assert proxies.sink_positions(norms, 1.0).nonzero().tolist() == [[0, 0], [1, 0], [1, 3]]
+    assert sae.sink_positions(norms, 1.0).nonzero().tolist() == [[0, 0], [1, 0], [1, 3]]
 
 
 def test_weights_are_the_same_as_repeating_sequences(hook):
@@ -219,6 +221,6 @@ def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
     model = tiny_model(dtype=torch.float32)
     for name, p in model.named_parameters():
         p.data.fill_(constant if "embed_in" in name else 0)
-    for measure in (proxies.hook_statistics, lambda model, layer, rows, batch: formats.near(model, layer, rows)):
-        with pytest.raises(common.Fault, match="layer 1: the activations of .* do not vary"):
+    for measure in (evaluate.hook_statistics, lambda model, layer, rows, batch: formats.near(model, layer, rows)):
+        with pytest.raises(Fault, match="layer 1: the activations of .* do not vary"):
             measure(model, 1, hook[1], 6)

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 
+from transport_geometry import ranks
+from transport_geometry.results import COLUMNS, add_results, gather, load_results
+
 import numpy as np
 import pytest
-
-import ranks
-from conditions import COLUMNS, add_results, gather, load_results
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ["--models", "stdlib-s@1,stdlib-s@3,stdlib-m@3", "--k", "2,4,8", "--tokens", "10k", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64", "--device", "cpu"]

@@ -5,10 +5,10 @@ import json
 import pathlib
 import re
 
+from transport_geometry.tables import signed, span
+
 import numpy as np
 import pytest
-
-from common import signed, span
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs/reference"

@@ -6,14 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import zygote
+from transport_geometry import rerun, store
+from transport_geometry.errors import UserError
+from transport_geometry.tables import as_csv, as_json, read_table
+
 import numpy as np
 import pytest
-
-import rerun
-import store
-import zygote
-from errors import UserError
-from store import read_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SD = {"r2": 0.02, "nmse": 0.02, "dce": 0.06, "gd_mean": 0.01, "kl": 0.03, "alive": 0.004, "ce_orig": 0.0}
@@ -42,8 +41,8 @@ def saes(seed: int | None, shift: dict | None = None, times: float = 1.0) -> lis
 
 def folder(path: pathlib.Path, rows, settings=None, board=BOARD, leaf="rejected", **verdict) -> rerun.Run:
     settings = SETTINGS | (settings or {})
-    files = {"conditions.csv": store.as_csv(rows, list(rows[0])), "leaderboard.csv": store.as_csv(board, list(board[0])),
-             "verdict.json": store.as_json({"leaf": leaf, "settings": settings, "partial": 0.5, "partial_lo": 0.3, "partial_hi": 0.7} | verdict)}
+    files = {"conditions.csv": as_csv(rows, list(rows[0])), "leaderboard.csv": as_csv(board, list(board[0])),
+             "verdict.json": as_json({"leaf": leaf, "settings": settings, "partial": 0.5, "partial_lo": 0.3, "partial_hi": 0.7} | verdict)}
     store.put(path / "run.json", files, settings=settings)
     return rerun.read(path)
 

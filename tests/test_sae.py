@@ -4,14 +4,16 @@ import json
 import math
 import shutil
 
+from conftest import get_saes
+from transport_geometry import train as trainer
+from transport_geometry.errors import Fault, UserError
+from transport_geometry.lm import head
+from transport_geometry.sae import TopKSAE, cache_folder, load_sae, save_sae, tied_init
+from transport_geometry.train import SAELensTraining, Training, activation_chunks, trunk
+
 import pytest
 import torch
 from tqdm import tqdm
-
-from common import Fault, UserError
-from conftest import get_saes
-import sae as sae_module
-from sae import SAELensTraining, Training, TopKSAE, activation_chunks, cache_folder, load_sae, save_sae, tied_init, trunk
 
 
 def planted(n: int, d: int = 32, latents: int = 64, active: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line():
     h, _ = planted(1_000)
     training = start(h)
     h[::2] = math.nan
-    with pytest.raises(sae_module.Fault, match="stdlib-x k=3: the loss is not finite at step 3"):
+    with pytest.raises(Fault, match="stdlib-x k=3: the loss is not finite at step 3"):
         training.feed(h, 0, BAR, "stdlib-x k=3")
 
 
@@ -230,11 +232,11 @@ def text(tmp_path):
 def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
     from conftest import tiny_model
     model = tiny_model(dtype=torch.float32)
-    monkeypatch.setattr(sae_module, "CHUNK", 1000)
+    monkeypatch.setattr(trainer, "CHUNK", 1000)
     chunks = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, "keep"))
     assert [len(h) for h, _ in chunks] == [1000, 1000, 500]
-    rows = next(sae_module.text.train_rows(str(text), Words(), 16, 512))
-    expected = sae_module.head(model, 1, rows).flatten(0, 1)
+    rows = next(trainer.text.train_rows(str(text), Words(), 16, 512))
+    expected = head(model, 1, rows).flatten(0, 1)
     torch.testing.assert_close(torch.cat([h for h, _ in chunks]), expected[:2500], rtol=1e-4, atol=1e-4)
     assert torch.cat([sink for _, sink in chunks])[::16].all()
     dropped = torch.cat([h for h, _ in activation_chunks(model, 1, str(text), Words(), 16, 2500, "drop")])
@@ -252,9 +254,9 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
     """Stopped at several steps, inside branches too, in both recipes; every file the same, byte for byte."""
     from conftest import tiny_model
     model = tiny_model(dtype=torch.float32)
-    monkeypatch.setattr(sae_module, "CHUNK", 1024)
+    monkeypatch.setattr(trainer, "CHUNK", 1024)
     ticks = itertools.count(step=100.0)  # a checkpoint after every chunk
-    monkeypatch.setattr(sae_module.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(ticks))
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
     jobs = [job(text, 2, 4000), job(text, 4, 4000), job(text, 2, 1500, seed=1)]
     for recipe in ("base", "saelens"):  # the decay of 3500 spans two chunks
@@ -285,8 +287,8 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
     """Someone deletes an SAE whose budget an interrupted run is past."""
     from conftest import tiny_model
     model = tiny_model(dtype=torch.float32)
-    monkeypatch.setattr(sae_module, "CHUNK", 1024)
-    monkeypatch.setattr(sae_module.time, "monotonic", lambda ticks=itertools.count(step=100.0): next(ticks))
+    monkeypatch.setattr(trainer, "CHUNK", 1024)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda ticks=itertools.count(step=100.0): next(ticks))
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
     jobs = [job(text, 4, tokens, trunk=before, recipe="saelens") for tokens, before in ((1200, []), (5000, [1200]))]
     short, long = (cache_folder(tmp_path, j) for j in jobs)
@@ -306,9 +308,9 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
 def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkeypatch):
     from conftest import tiny_model
     one_step = Training.one_step
-    monkeypatch.setattr(sae_module, "CHUNK", 1024)
+    monkeypatch.setattr(trainer, "CHUNK", 1024)
     monkeypatch.setattr(Training, "one_step", lambda self, h: (text.open("a").write("more\n"), one_step(self, h))[1])
-    with pytest.raises(sae_module.Fault, match="text.txt was changed while SAEs were trained"):
+    with pytest.raises(Fault, match="text.txt was changed while SAEs were trained"):
         get_saes(tiny_model(dtype=torch.float32), Words(), [job(text, 2, 2000)], tmp_path / "c")
     assert not list((tmp_path / "c").rglob("*.safetensors"))
 
@@ -342,9 +344,9 @@ def test_cache_names_read_and_stay_inside(tmp_path):
 
 
 def test_an_sae_larger_than_the_memory_is_refused_before_it_is_made():
-    sae_module.check_memory(64, 256, torch.device("cpu"))
+    trainer.check_memory(64, 256, torch.device("cpu"))
     with pytest.raises(UserError, match=r"--expansion 1000000000: .* takes 131,072 GB in training, and this machine has \d"):
-        sae_module.check_memory(64, 64 * 10 ** 9, torch.device("cpu"))
+        trainer.check_memory(64, 64 * 10 ** 9, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("h, sink, word", [

@@ -4,14 +4,14 @@ import csv
 import io
 import json
 
+from transport_geometry import leaderboard, stats
+
 import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import stats
 
 CONTROLS = ["r2_nosink", "r2_ln", "cosine"]
 MODELS = ("small", "medium", "large")
@@ -68,7 +68,7 @@ def by_hook(v, meta):
 
 def board(data, n_resamples=200, seed=0):
     scores, y, magnitude, meta, models = data
-    return stats.leaderboard(scores, y, magnitude, meta, models, target_name="ce_rec", controls=CONTROLS,
+    return leaderboard.leaderboard(scores, y, magnitude, meta, models, target_name="ce_rec", controls=CONTROLS,
                              n_resamples=n_resamples, seed=seed)
 
 
@@ -374,7 +374,7 @@ def test_loho_columns_by_hand():
         return e
 
     best = min(CONTROLS, key=lambda c: (errors(c, 1) ** 2).mean())
-    assert stats.best_by_loho(scores, magnitude, meta, CONTROLS) == best
+    assert leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS) == best
     for row in board((scores, y, magnitude, meta, models), 20):
         inside = (meta["model"] == row["stratum"]) | (row["stratum"] == "pooled")
         e, mine, theirs = (errors(name, i)[inside] for name, i in ((row["proxy"], 0), (row["proxy"], 2), (best, 2)))
@@ -487,7 +487,7 @@ def test_leaderboard(few_patterns):
     assert (r2["diff_r2"], r2["diff_r2_lo"], r2["diff_r2_hi"], r2["p_r2"]) == (0, 0, 0, 1)
 
     best = max(CONTROLS, key=lambda c: stats.partial_spearman(scores[c][1], y[1], meta))  # on half A
-    assert stats.best_control(scores, y, meta, CONTROLS) == best
+    assert leaderboard.best_control(scores, y, meta, CONTROLS) == best
     assert rows[best, "pooled"]["diff_control"] == 0 and rows[best, "pooled"]["p_control"] == 1
     on_b = [stats.partial_spearman(scores[p][2], y[2], meta) for p in ("swd_tok", best)]
     assert swd["diff_control"] == pytest.approx(on_b[0] - on_b[1])
@@ -558,7 +558,7 @@ def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
         for seed in range(8):
             scores, y, _, meta, _ = study(seed, meta=grid(**of_grid), control=1.0, swd=1.0, n_resamples=0)
             many = lambda v: np.repeat(v, repeats, axis=-1)
-            found.append(stats.smallest_detectable({p: many(s) for p, s in scores.items()}, many(y), {key: many(v) for key, v in meta.items()},
+            found.append(leaderboard.smallest_detectable({p: many(s) for p, s in scores.items()}, many(y), {key: many(v) for key, v in meta.items()},
                                                    controls=CONTROLS, n_resamples=500))
         return np.mean(found)
 
@@ -569,7 +569,7 @@ def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
 # ---------------------------------------------------------------------------------------------- verdict
 def decide(data, gate="H1", n_resamples=100):
     scores, y, magnitude, meta, models = data
-    verdict = stats.verdict_h2(board(data, n_resamples), scores, y, magnitude, meta, models, controls=CONTROLS, gate=gate,
+    verdict = leaderboard.verdict_h2(board(data, n_resamples), scores, y, magnitude, meta, models, controls=CONTROLS, gate=gate,
                                n_resamples=n_resamples)
     assert json.loads(json.dumps(verdict, allow_nan=False)) == verdict
     return verdict
@@ -648,7 +648,7 @@ def test_beats_r2_only(few_patterns):
 
 def test_worse_is_rejected_where_better_was_possible(few_patterns):
     """Where it was not, the word was fixed before the data: they are told beside it."""
-    for control, word, low, high in ((0.05, stats.CANNOT, 0.0, 0.1), (0.25, "rejected", 0.1, 0.6)):
+    for control, word, low, high in ((0.05, leaderboard.CANNOT, 0.0, 0.1), (0.25, "rejected", 0.1, 0.6)):
         leaf, verdicts = leaves(lambda seed, control=control: study(seed, sd=0.25, swd=2.0, control=control), 6)
         assert leaf == word and not any(v["a_holds_vs_r2"] for v in verdicts)
         worse = [v for v in verdicts if "ranks worse" in v["reason"]]
@@ -659,7 +659,7 @@ def test_worse_is_rejected_where_better_was_possible(few_patterns):
 def test_no_room_is_said_and_not_called_rejected(few_patterns):
     """Controls at a partial Spearman of .95 and more leave less than the margin: nothing could have been shown. SWD is as good."""
     leaf, verdicts = leaves(lambda seed: study(seed, swd=0.1, control=0.1), 12)
-    assert leaf == stats.CANNOT and all(v["room"] < 0.1 and "margin of 0.10" in v["reason"] for v in verdicts)
+    assert leaf == leaderboard.CANNOT and all(v["room"] < 0.1 and "margin of 0.10" in v["reason"] for v in verdicts)
 
 
 def test_a_study_with_room_is_not_said_to_have_none(few_patterns):
@@ -676,7 +676,7 @@ def test_a_study_with_room_is_not_said_to_have_none(few_patterns):
         return study(seed, sd=0.25, swd=0.4, control=0.4)
 
     leaf, verdicts = leaves(independent)
-    assert leaf == stats.CANNOT and all(0.1 <= v["room"] < v["smallest_detectable"] and "four of five cases" in v["reason"] for v in verdicts)
+    assert leaf == leaderboard.CANNOT and all(0.1 <= v["room"] < v["smallest_detectable"] and "four of five cases" in v["reason"] for v in verdicts)
 
 
 def test_a_grid_too_small_for_the_room_says_so():
@@ -686,7 +686,7 @@ def test_a_grid_too_small_for_the_room_says_so():
         scores, y, _, meta, _ = data = study(seed, meta=SIX, swd=0.2, control=0.2, sd=0.5)
         v = decide(data)
         assert v["p_perfect"] == stats.swap_test(y[2], scores[v["a_control"]][2], y[2], meta)[1]
-        if v["leaf"] == stats.CANNOT:
+        if v["leaf"] == leaderboard.CANNOT:
             said.append(v["room"] >= 0.1)
             assert v["room"] < 0.1 or (v["p_perfect"] >= 0.05 and "for the target itself" in v["reason"])
         elif v["leaf"] == "rejected" and "worse" not in v["reason"]:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 
+from transport_geometry import store
+from transport_geometry.errors import Damaged, Fault, UserError
+from transport_geometry.results import open_output
+from transport_geometry.tables import as_csv, as_json, as_npz, plain, read_npz, read_table
+
 import numpy as np
 import pytest
-
-import store
-from conditions import open_output
-from errors import Damaged, Fault, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = store.RUN
@@ -235,7 +236,7 @@ def test_a_rank_folder_that_is_none_is_left_alone(tmp_path, made):
     (tmp_path / "else/mine").write_text("mine")
     {"file": lambda path: path.write_text("mine"), "link": lambda path: path.symlink_to(tmp_path / "else"),
      "folder": lambda path: (path.mkdir(), (path / "mine").write_text("mine"))}[made](tmp_path / ".rank0")
-    from conditions import gather
+    from transport_geometry.results import gather
     with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
         gather(tmp_path, {})
     with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
@@ -245,12 +246,13 @@ def test_a_rank_folder_that_is_none_is_left_alone(tmp_path, made):
 
 
 def test_the_umask_decides_who_reads(tmp_path):
+    from transport_geometry.sae import save_sae, tied_init
+
     import torch
-    from sae import save_sae, tied_init
     before = os.umask(0o022)
     try:
         save_sae(tmp_path / "sae", tied_init(4, 8, 2, 0, torch.zeros(4)), {"k": 2})
-        store.put(tmp_path / RECORD, {"c.npz": store.as_npz({"x": np.ones(3)})})
+        store.put(tmp_path / RECORD, {"c.npz": as_npz({"x": np.ones(3)})})
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()} == {0o644}
@@ -328,24 +330,24 @@ def test_who_waits_goes_on_when_the_other_ends(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ formats
 def test_numbers_have_one_format_and_gaps_a_name(tmp_path):
-    store.write(tmp_path / "t.csv", store.as_csv([{"a": 1 / 3, "b": np.nan, "c": 7, "d": None, "e": "x"}], list("abcde")))
+    store.write(tmp_path / "t.csv", as_csv([{"a": 1 / 3, "b": np.nan, "c": 7, "d": None, "e": "x"}], list("abcde")))
     assert (tmp_path / "t.csv").read_text() == "a,b,c,d,e\n0.333333,undefined,7,undefined,x\n"
-    row = store.read_table(tmp_path / "t.csv")[0]
+    row = read_table(tmp_path / "t.csv")[0]
     assert row["a"] == 0.333333 and np.isnan(row["b"]) and row["c"] == 7 and row["e"] == "x"
 
 
 def test_arrays_come_back_and_pickles_do_not(tmp_path):
-    store.write(tmp_path / "t.npz", store.as_npz({"x": np.arange(3), "name": np.array(["a", "ö"])}))
-    back = store.read_npz(tmp_path / "t.npz")
+    store.write(tmp_path / "t.npz", as_npz({"x": np.arange(3), "name": np.array(["a", "ö"])}))
+    back = read_npz(tmp_path / "t.npz")
     assert back["x"].tolist() == [0, 1, 2] and back["name"].tolist() == ["a", "ö"]
     np.savez(tmp_path / "p.npz", x=np.array([print], dtype=object))
     for name, content in (("p.npz", None), ("e.npz", b""), ("g.npz", b"PK garbage"), ("h.npz", (tmp_path / "t.npz").read_bytes()[:80])):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(Damaged):
-            store.read_npz(tmp_path / name)
+            read_npz(tmp_path / name)
 
 
 def test_json_is_plain(tmp_path):
-    content = store.plain({"a": np.float64(1.5), "b": [np.int64(2), np.nan], "c": (None, "x")})
-    assert json.loads(store.as_json(content)) == {"a": 1.5, "b": [2, None], "c": [None, "x"]}
+    content = plain({"a": np.float64(1.5), "b": [np.int64(2), np.nan], "c": (None, "x")})
+    assert json.loads(as_json(content)) == {"a": 1.5, "b": [2, None], "c": [None, "x"]}

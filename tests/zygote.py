@@ -50,14 +50,15 @@ def _server():
 
 def serve() -> None:
     import common
+    import expa
+    import expb
+    import expc_fisher
+    from transport_geometry import formats
+
     import datasets  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import scipy.stats  # noqa: F401
     import transformers  # noqa: F401
-    import expa
-    import expb
-    import expc_fisher
-    import formats
     mains = {"expa.py": expa.main, "expb.py": expb.main, "expc_fisher.py": expc_fisher.main, "formats.py": formats.main, "common.py": common.main}
     for line in sys.stdin:
         command = json.loads(line)

@@ -8,12 +8,10 @@ import datetime
 import os
 from collections.abc import Sequence
 
-import common  # noqa: F401  before torch, see there
+from transport_geometry.errors import UserError
 
 import numpy as np
 import torch
-
-from errors import UserError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

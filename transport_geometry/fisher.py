@@ -12,13 +12,13 @@ Shapes: B sequences, T positions, V = vocabulary, m = draws. Forms are per predi
 import contextlib
 from collections.abc import Callable
 
+from transport_geometry.errors import UserError
+from transport_geometry.lm import tail
+
 import torch
 import transformers
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from common import tail
-from errors import UserError
 
 
 # ------------------------------------------------------------------------------------------ pushing forward

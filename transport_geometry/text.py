@@ -14,8 +14,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 
-from common import readable_names
-from errors import UserError, brief, said
+from transport_geometry.errors import UserError, brief, said
+from transport_geometry.models import readable_names
 
 import numpy as np
 import torch

@@ -1,64 +1,33 @@
-"""TopK sparse autoencoders: the model, its training from one activation stream, and the cache of trained ones.
-
-Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
-"""
+"""TODO train."""
 import contextlib
 import copy
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
 
+from transport_geometry import kernels, store, text
+from transport_geometry.errors import Damaged, Fault, UserError, reading
+from transport_geometry.lm import head
+from transport_geometry.sae import (
+    CHECKPOINT,
+    TopKSAE,
+    cache_folder,
+    is_whole,
+    must_vary,
+    save_sae,
+    sink_positions,
+    tied_init,
+)
+
 import torch
-from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-import kernels
-import store
-import text
-from common import head, readable_count
-from errors import Damaged, Fault, UserError
-
 CHUNK = 250_000  # tokens shuffled together
-SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
 TRAIN_VERSION = 3  # bump when training mathematics changes: older cached SAEs are then left alone
-
-
-class TopKSAE(torch.nn.Module):
-    """z = TopK(W_enc (h - b_dec) + b_enc), h_hat = z W_dec + b_dec, for raw activations h [N,d].
-
-    W_enc, W_dec [F,d]; b_enc [F]; b_dec [d].
-    """
-
-    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, k: int):
-        super().__init__()
-        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (torch.nn.Parameter(t) for t in (W_enc, b_enc, W_dec, b_dec))
-        self.k = k
-
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """values [N,k] >= 0, indices [N,k] ascending."""
-        return kernels.topk_encode(h - self.b_dec, self.W_enc, self.b_enc, self.k)
-
-    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """h_hat [N,d]."""
-        return kernels.sparse_decode(values, indices, self.W_dec, self.b_dec)
-
-    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(values, indices, h_hat)."""
-        values, indices = self.encode(h)
-        return values, indices, self.decode(values, indices)
-
-
-def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> TopKSAE:
-    """Decoder rows of unit norm in random directions, the encoder their copy (drawn on the CPU: the same on every device)."""
-    rows = torch.randn(d_sae, d, generator=torch.Generator().manual_seed(seed))
-    rows = (rows / rows.norm(dim=1, keepdim=True)).to(b_dec.device)
-    return TopKSAE(rows.clone(), torch.zeros(d_sae, device=b_dec.device), rows, b_dec.clone(), k)
 
 
 def check_memory(d: int, d_sae: int, device: torch.device) -> None:
@@ -69,20 +38,6 @@ def check_memory(d: int, d_sae: int, device: torch.device) -> None:
     if needed > there:
         raise UserError(f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, and "
                         f"{device.type if cuda else 'this machine'} has {there / 1e9:,.0f}")
-
-
-# ------------------------------------------------------------------------------------------- activations
-def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
-    """[B,T] bool: position 0, and every position whose norm exceeds SINK_FACTOR times the median over positions >= 1."""
-    sinks = norms > SINK_FACTOR * median
-    sinks[:, 0] = True
-    return sinks
-
-
-def must_vary(h: torch.Tensor, where: str) -> None:
-    """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
-    if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
-        raise Fault(f"{where}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to measure")
 
 
 def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0,
@@ -347,60 +302,13 @@ def trunk(recipe: str, tokens: int, budgets: list[int]) -> list[int]:
     return [b for b in budgets if RECIPES[recipe].TRUNK_FROM <= b < tokens and pace(b) == pace(tokens)]
 
 
-# ------------------------------------------------------------------------------------------------- cache
-WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.pt"
-
-
-def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: dict, **seen) -> None:
-    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what determined it, and what else was
-    seen. Raises Fault."""
-    d_sae, d = sae.W_dec.shape
-    tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    config = {"activation": "topk", "d_in": d, "expansion_factor": d_sae // d, "k": sae.k, "multi_topk": False,
-              "normalize_decoder": True, "num_latents": d_sae, "skip_connection": False, "transcode": False}
-    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    store.put(folder / store.PROVENANCE, {"cfg.json": store.as_json(config), WEIGHTS: weights, CHECKPOINT: None}, **made_by, **seen)
-
-
-def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
-    """Raises Damaged."""
-    record = folder / store.PROVENANCE
-    t = load_file(store.checked(record, WEIGHTS))
-    k = json.loads(store.checked(record, "cfg.json").read_text(encoding="utf-8"))["k"]
-    return TopKSAE(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], k).requires_grad_(False).to(device)
-
-
-def is_whole(folder: pathlib.Path, made_by: dict) -> bool:
-    """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was written."""
-    record = folder / store.PROVENANCE
-    there = store.load(record)
-    if other := [key for key in identity(made_by) if there and there.get(key) != made_by[key]]:
-        raise Damaged(f"{record}: says another {', '.join(other)} than the SAE that is asked for")
-    if there.get("coming") or WEIGHTS not in there.get("files", {}) or not os.path.lexists(folder / WEIGHTS):
-        return False
-    return all(store.checked(record, name) for name in (WEIGHTS, "cfg.json"))
-
-
-def identity(made_by: dict) -> dict:
-    """What determines an SAE, of a job: how its text is called does not, what is in it does."""
-    return {key: value for key, value in made_by.items() if key != "data"}
-
-
-def cache_folder(cache: pathlib.Path, made_by: dict) -> pathlib.Path:
-    """A name to read and a short hash of everything that determined the SAE."""
-    short = hashlib.sha256(json.dumps(identity(made_by), sort_keys=True).encode()).hexdigest()[:8]
-    model = pathlib.Path(made_by["model"].replace("/", "--").lstrip(".-")).name[:100]  # a file name has 255 bytes at most
-    name = "{}-L{layer}-F{d_sae}-k{k}-{}-s{seed}-{}".format(model, readable_count(made_by["tokens"]), short, **made_by)
-    return cache / name
-
-
 def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
     """What an interrupted training left. A damaged one is set aside, and said. Raises Damaged for a damaged record."""
     record, path = folder / store.PROVENANCE, folder / CHECKPOINT
     if CHECKPOINT not in store.written(record):
         return None
     try:
-        with store.reading(store.checked(record, CHECKPOINT)):
+        with reading(store.checked(record, CHECKPOINT)):
             return torch.load(path, map_location=device, weights_only=True)
     except Damaged as why:
         aside = f", set aside as {store.set_aside(path, 'damaged').name}" if path.exists() else ""

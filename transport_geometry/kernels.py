@@ -10,8 +10,10 @@ as well. Neither holds an [N,F] array. A wrong argument is a ValueError; an inde
 in the rows it reaches on CUDA, never a read out of bounds.
 """
 import hashlib
+import importlib
 import os
-import pathlib
+
+from transport_geometry import PACKAGE, ROOT
 
 import torch
 
@@ -20,26 +22,25 @@ OPS = ("topk_encode", "sparse_decode", "gradient_weighted_distortion", "scatter_
 TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
 MAX_K_CUDA = 2048  # the CUDA selection sorts 2k keys in shared memory
 
-HERE = pathlib.Path(__file__).resolve().parent
 
 
 def _source_hash() -> str:
     """Names and bytes of csrc, hashed as setup.py does it."""
-    files = sorted(p for p in (HERE / "csrc").glob("*") if p.suffix in (".cpp", ".cu", ".h"))
+    files = sorted(p for p in (ROOT / "csrc").glob("*") if p.suffix in (".cpp", ".cu", ".h"))
     return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12] if files else ""
 
 
 def _load():
     """-> (extension module or None, why not). Import torch first: the extension links against it."""
     try:
-        import _kernels
+        module = importlib.import_module("transport_geometry._kernels")
     except ImportError as error:
-        if getattr(error, "name", "") != "_kernels":  # it is there and does not load: say what the loader said
+        if error.name != "transport_geometry._kernels":  # it is there and does not load: say what the loader said
             return None, f"_kernels does not load: {error}"
-        note = HERE / "_kernels_not_built.txt"
+        note = PACKAGE / "_kernels_not_built.txt"
         return None, note.read_text(encoding="utf-8").strip() if note.is_file() else "not compiled: pip install -e . -c constraints.txt"
     missing = [op for op in OPS if not hasattr(torch.ops.tg, op)]
-    return (None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall") if missing else (_kernels, "")
+    return (None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall") if missing else (module, "")
 
 
 _module, WHY_NOT = _load()

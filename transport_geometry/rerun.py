@@ -15,14 +15,15 @@ import pathlib
 import re
 from dataclasses import dataclass
 
+from transport_geometry import ROOT, store
+from transport_geometry.errors import UserError, reading
+from transport_geometry.store import RUN
+from transport_geometry.tables import cell, read_table
+
 import numpy as np
 import scipy.stats
 
-import store
-from errors import UserError
-from store import RUN, cell, read_table
-
-SEED_SD = pathlib.Path(__file__).resolve().parent / "outputs/reference/seed_sd.csv"
+SEED_SD = ROOT / "outputs/reference/seed_sd.csv"
 LABELS = ("model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens")
 EXACT = {"n_seq", "n_tok", "n_sink", "n_cells", "n_clusters"}
 KEYS = {"leaderboard.csv": ("proxy", "target", "stratum"), "deltas.csv": ("small", "large", "depth", "recipe", "sinks", "k", "tokens")}
@@ -130,7 +131,7 @@ def read(folder: pathlib.Path) -> Run:
         raise UserError(f"{folder}: no conditions.csv, so not a results folder")
     record, verdict = store.load(folder / RUN), {}
     if (folder / "verdict.json").exists():
-        with store.reading(folder / "verdict.json"):
+        with reading(folder / "verdict.json"):
             verdict = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
             dict(verdict["settings"])
     rows = read_table(folder / "conditions.csv")
@@ -148,11 +149,11 @@ def seed_spreads(path: pathlib.Path = SEED_SD) -> tuple[dict[str, Spread], dict]
     if not (path.is_file() and about.is_file()):
         raise UserError(f"{path}: not there, so *reproduced* and *different* cannot be told apart (python bench/seed_sd.py makes it)")
     found = {}
-    with store.reading(path):
+    with reading(path):
         for row in read_table(path):
             there = found.setdefault(row["column"], Spread(row["scale"], {}, {}, row["together"]))
             there.sd[row["tokens"], row["k"]], there.df[row["tokens"], row["k"]] = row["sd"], row["df"]
-    with store.reading(about):
+    with reading(about):
         return found, json.loads(about.read_text(encoding="utf-8"))
 
 

@@ -7,48 +7,27 @@ of the new ones. What is not in the record is somebody else's: it is not removed
 """
 import atexit
 import contextlib
-import csv
-import functools
 import hashlib
-import io
 import itertools
 import json
-import math
 import os
 import pathlib
-import pickle
 import socket
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 
-import filelock
-import numpy as np
+from transport_geometry.errors import Damaged, Fault, UserError, reading
+from transport_geometry.tables import Content, as_json
 
-from errors import Damaged, Fault, UserError
+import filelock
 
 RUN, PROVENANCE = "run.json", "provenance.json"  # the records
 UNFINISHED = ".unfinished-tg"  # no file of a user's ends so
 LOCK = ".transport-geometry.lock"
-NAMES = {"model", "sae", "sae_a", "sae_b", "recipe"}  # columns that stay text: a folder may be called 16
-Content = bytes | Callable[[io.BufferedWriter], object]  # of a file: the bytes, or what writes them
 
 
 # ------------------------------------------------------------------------------------------------- one file
-@contextlib.contextmanager
-def reading(path: pathlib.Path) -> Iterator[None]:
-    """A file that cannot be read, or not understood, is one line."""
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Damaged(f"{path}: {error.strerror}") from error
-    except OSError as error:  # not to be read by this user, or not now: nobody's damage
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise Damaged(f"{path}: damaged ({type(error).__name__})") from error
-
-
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
     """A disk that is full or gone is one line. (torch and safetensors call it a RuntimeError.)"""
@@ -270,54 +249,3 @@ def release(folder: pathlib.Path | None = None, name: str = LOCK) -> None:
         if lock := _held.pop(path, None):
             path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has no name, and opens it anew
             lock.release()
-
-
-# -------------------------------------------------------------------------------------- formats: one of each
-def cell(value) -> str:
-    """One number format for every table; what is not a number says so."""
-    if value is None or (isinstance(value, (float, np.floating)) and not math.isfinite(value)):
-        return "undefined"
-    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
-
-
-def as_csv(rows: list[dict], columns: list[str]) -> bytes:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows([cell(row[c]) for c in columns] for row in rows)
-    return text.getvalue().encode()
-
-
-def read_table(path: pathlib.Path) -> list[dict]:
-    """Rows of a table with numbers as int or float, names as text; `undefined` is nan. Raises Damaged."""
-    def value(text):
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(text)
-        return math.nan if text == "undefined" else text
-    with reading(path), path.open(newline="", encoding="utf-8") as file:
-        return [{name: text if name in NAMES else value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
-def plain(value):
-    """For JSON: plain Python, null for nan."""
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def as_json(content: dict) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def as_npz(arrays: dict[str, np.ndarray]) -> Content:
-    return functools.partial(np.savez_compressed, **dict(sorted(arrays.items())))
-
-
-def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Raises Damaged."""
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        return dict(file)

@@ -1,8 +1,13 @@
 """What goes wrong and is said in one line: bad input and faults, and what a library's own errors become."""
 import contextlib
+import os
+import pathlib
+import pickle
 import re
+import sys
 import textwrap
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
@@ -41,6 +46,19 @@ def one_line(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {said(error)}") from error
 
 
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """A file that cannot be read, or not understood, is one line."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise Damaged(f"{path}: {error.strerror}") from error
+    except OSError as error:  # not to be read by this user, or not now: nobody's damage
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise Damaged(f"{path}: damaged ({type(error).__name__})") from error
+
+
 def brief(text: str, most: int = 60) -> str:
     """`text`, or its beginning and how long it is."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
@@ -53,3 +71,24 @@ def printable(text: str, what: str) -> str:
     if len(text) > 1000:
         raise UserError(f"{what} {brief(text)}: too long for a name")
     return text
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what nobody foresaw."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a locale without R² is no reason to stop
+    name = pathlib.Path(sys.argv[0]).name + (f", rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "")
+    try:
+        main()
+    except UserError as error:
+        status, message = 2, str(error)
+    except Fault as error:
+        status, message = 1, str(error)
+    except OSError as error:  # a folder that went away, a disk that is full
+        status, message = 1, said(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted; the same command goes on from here"
+    else:
+        return
+    print(f"{name}:", *message.split(), file=sys.stderr)
+    sys.exit(status)

@@ -18,15 +18,15 @@ import sys
 import warnings
 import zipfile
 
-from common import fingerprint, head, markdown, run_script
+from transport_geometry import kernels, store
+from transport_geometry.errors import UserError, one_line, printable, run_script
+from transport_geometry.lm import head
+from transport_geometry.models import fingerprint
+from transport_geometry.sae import TopKSAE, must_vary, sink_positions
+from transport_geometry.tables import as_json, markdown
 
 import torch
 from safetensors.torch import load_file, save
-
-import kernels
-import store
-from errors import UserError, one_line, printable
-from sae import TopKSAE, must_vary, sink_positions
 
 # the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one of OpenAI's
 FORMATS = {"sae_weights.safetensors": ("saelens", "cfg.json"), "sae.safetensors": ("sparsify", "cfg.json"),
@@ -507,7 +507,7 @@ def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: dict) -> None:
     tensors = dict(W_enc=sae.W_enc.t(), b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
     if theirs := [name for name in ("cfg.json", "sae_weights.safetensors") if os.path.lexists(folder / name)]:
         raise UserError(f"{folder} holds {' and '.join(theirs)} already: export to another folder")
-    store.write(folder / "cfg.json", store.as_json(config))
+    store.write(folder / "cfg.json", as_json(config))
     store.write(folder / "sae_weights.safetensors", save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
