@@ -1,7 +1,8 @@
 """What every experiment's command line shares: the flags and the published grids, and how a script ends.
 
-    python common.py diff A B      # are two results folders one run? identical, same SAEs, reproduced (exit 0) or different (1)
+python common.py diff A B      # are two results folders one run? identical, same SAEs, reproduced (exit 0) or different (1)
 """
+
 import argparse
 import pathlib
 import sys
@@ -11,15 +12,26 @@ from transport_geometry.errors import UserError, brief, printable, run_script
 from transport_geometry.tables import readable_count
 
 PRESETS = {  # the published grids, all on pythia and the Pile at 32x (published numbers: README)
-    "fast2": dict(models="EleutherAI/pythia-70m@1,EleutherAI/pythia-70m@3,EleutherAI/pythia-70m@5,EleutherAI/pythia-410m@4,"
-                         "EleutherAI/pythia-410m@12,EleutherAI/pythia-410m@20", k="8,16,32,64,128,256", tokens="10M", seeds="0"),
-    "fast3": dict(models="EleutherAI/pythia-70m,EleutherAI/pythia-160m,EleutherAI/pythia-410m", k="8,16,32,64", tokens="10M",
-                  seeds="0"),
-    "phase2": dict(models="EleutherAI/pythia-70m,EleutherAI/pythia-410m", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"),
+    "fast2": dict(
+        models="EleutherAI/pythia-70m@1,EleutherAI/pythia-70m@3,EleutherAI/pythia-70m@5,EleutherAI/pythia-410m@4,"
+        "EleutherAI/pythia-410m@12,EleutherAI/pythia-410m@20",
+        k="8,16,32,64,128,256",
+        tokens="10M",
+        seeds="0",
+    ),
+    "fast3": dict(
+        models="EleutherAI/pythia-70m,EleutherAI/pythia-160m,EleutherAI/pythia-410m",
+        k="8,16,32,64",
+        tokens="10M",
+        seeds="0",
+    ),
+    "phase2": dict(
+        models="EleutherAI/pythia-70m,EleutherAI/pythia-410m", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"
+    ),
 }
-# of each number on the command line: far above what can be computed, and below what overflows (torch seeds a piece of a run
-# by seed x 1000003 + its number, in 63 bits)
-MOST = dict(k=10 ** 6, seeds=2 ** 32 - 1, tokens=10 ** 12, expansion=10 ** 9, eval_seqs=10 ** 6, ctx=2 ** 20)
+# of each number on the command line: far above what can be computed, and below what overflows (torch seeds a
+# piece of a run by seed x 1000003 + its number, in 63 bits)
+MOST = dict(k=10**6, seeds=2**32 - 1, tokens=10**12, expansion=10**9, eval_seqs=10**6, ctx=2**20)
 PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
 
 
@@ -30,7 +42,9 @@ def parse_count(text: str) -> int:
     try:
         count = float(text if scale == 1 else text[:-1]) * scale
     except ValueError:
-        raise UserError(f"--tokens {brief(text)} is not a number of tokens: write 300000, 300k or 10M") from None
+        raise UserError(
+            f"--tokens {brief(text)} is not a number of tokens: write 300000, 300k or 10M"
+        ) from None
     if not count >= 1:
         raise UserError(f"--tokens {brief(text)} is not a positive number of tokens")
     if count > MOST["tokens"]:
@@ -62,34 +76,80 @@ class _OneLineParser(argparse.ArgumentParser):
 def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     """The flags that mean the same in every script; `defaults` are the script's own grid.
 
-    Returns models as [(name, layer or None)] (none: the files of --sae name it), k, seeds, tokens as sorted lists of int, recipe, sinks and sae
-    as lists. Raises UserError.
+    Returns models as [(name, layer or None)] (none: the files of --sae name it), k, seeds, tokens as sorted
+    lists of int, recipe, sinks and sae as lists. Raises UserError.
     """
     parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     grid = parser.add_argument_group("the grid")
-    grid.add_argument("--models", metavar="NAME[@LAYER],...", help="embedded name, local folder or hub id; layer: the middle one")
-    grid.add_argument("--revision", help="of the models, where they come from the hub: a branch, tag or commit")
-    grid.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the language model; sums are in float32 or better")
-    grid.add_argument("--data", help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set")
+    grid.add_argument(
+        "--models",
+        metavar="NAME[@LAYER],...",
+        help="embedded name, local folder or hub id; layer: the middle one",
+    )
+    grid.add_argument(
+        "--revision", help="of the models, where they come from the hub: a branch, tag or commit"
+    )
+    grid.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the language model; sums are in float32 or better",
+    )
+    grid.add_argument(
+        "--data", help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set"
+    )
     grid.add_argument("--split", help="of the data set: train")
-    grid.add_argument("--sae", metavar="PATH_OR_ID,...", help="SAEs to evaluate instead of training some: local, or hub id with sub-path or pattern")
-    grid.add_argument("--basis", choices=["raw", "centred"], help="of the activations that --sae were trained on, against what their files say")
+    grid.add_argument(
+        "--sae",
+        metavar="PATH_OR_ID,...",
+        help="SAEs to evaluate instead of training some: local, or hub id with sub-path or pattern",
+    )
+    grid.add_argument(
+        "--basis",
+        choices=["raw", "centred"],
+        help="of the activations that --sae were trained on, against what their files say",
+    )
     grid.add_argument("--k", help="active latents, e.g. 8,16,32")
     grid.add_argument("--seeds", help="e.g. 0,1,2")
     grid.add_argument("--tokens", help="SAE training budgets, e.g. 300k,10M")
     grid.add_argument("--expansion", help="SAE width = expansion x d_model")
-    grid.add_argument("--recipe", help="how SAEs are trained: base, saelens, or both, the first being the one the verdict is about")
+    grid.add_argument(
+        "--recipe",
+        help="how SAEs are trained: base, saelens, or both, the first being the one the verdict is about",
+    )
     grid.add_argument("--sinks", help="sink positions in SAE training: keep, drop, or both")
     grid.add_argument("--eval-seqs", help="held-out sequences")
     grid.add_argument("--ctx", help="tokens per sequence")
-    grid.add_argument("--preset", choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it")
+    grid.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="a published grid on Pythia and the Pile; other flags override it",
+    )
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--out", type=parse_path, default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem, help="results folder")
+    add(
+        "--out",
+        type=parse_path,
+        default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem,
+        help="results folder",
+    )
     add("--cache", type=parse_path, default=pathlib.Path("outputs/cache"), help="trained SAEs")
-    add("--fresh", action="store_true", help="start the results folder over (what a run wrote there goes, and nothing else)")
-    add("--from", dest="from_dir", type=parse_path, help="recompute tables, verdict and plots of a finished folder; no model")
-    add("--verdict", type=parse_path, help="Exp-A's verdict, which opens the gate: outputs/expa/verdict.json, where there is one")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start the results folder over (what a run wrote there goes, and nothing else)",
+    )
+    add(
+        "--from",
+        dest="from_dir",
+        type=parse_path,
+        help="recompute tables, verdict and plots of a finished folder; no model",
+    )
+    add(
+        "--verdict",
+        type=parse_path,
+        help="Exp-A's verdict, which opens the gate: outputs/expa/verdict.json, where there is one",
+    )
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
     args = parser.parse_args(argv)
@@ -101,7 +161,15 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
         defaults = defaults | {"models": None, "k": "1", "seeds": "0", "tokens": "1", "expansion": 1}
     elif args.basis:
         raise UserError("--basis is about the SAEs of --sae")
-    for name, value in {"data": "stdlib", "split": "train", "recipe": "base", "sinks": "keep", "seeds": "0", **defaults, **preset}.items():
+    for name, value in {
+        "data": "stdlib",
+        "split": "train",
+        "recipe": "base",
+        "sinks": "keep",
+        "seeds": "0",
+        **defaults,
+        **preset,
+    }.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.models = parse_models(args.models) if args.models else []

@@ -1,7 +1,8 @@
 """What the exact Fisher form of one SAE costs beside its patched forward: CPU time, one thread, interleaved.
 
-    OMP_NUM_THREADS=1 python bench/bench_fisher.py [stdlib-l | EleutherAI/pythia-70m]      # the latter: its shape, random weights
+OMP_NUM_THREADS=1 python bench/bench_fisher.py [stdlib-l | EleutherAI/pythia-70m]      # the latter: its shape, random weights
 """
+
 import pathlib
 import statistics
 import sys
@@ -30,9 +31,11 @@ h = head(model, layer, x)
 delta = 0.3 * h.std() * torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     p = log_probs(tail(model, layer, x, h)).exp()
-    jobs = {"patched forward": lambda: log_probs(tail(model, layer, x, h + delta)),
-            "sequence form": lambda: fisher.sequence_form(model, layer, x, h, delta, p),
-            "same form": lambda: fisher.same_form(model, layer, x, h, delta, p)}
+    jobs = {
+        "patched forward": lambda: log_probs(tail(model, layer, x, h + delta)),
+        "sequence form": lambda: fisher.sequence_form(model, layer, x, h, delta, p),
+        "same form": lambda: fisher.same_form(model, layer, x, h, delta, p),
+    }
     times = {job: [] for job in jobs}
     for _ in range(15):
         for job, f in jobs.items():
@@ -41,4 +44,6 @@ with torch.no_grad():
             times[job].append(time.process_time() - start)
 base = statistics.median(times["patched forward"])
 for job, values in times.items():
-    print(f"{name} layer {layer}, {tuple(h.shape)}: {job:16} {statistics.median(values) * 1e3:7.1f} ms, {statistics.median(values) / base:.2f} x the patched forward")
+    print(
+        f"{name} layer {layer}, {tuple(h.shape)}: {job:16} {statistics.median(values) * 1e3:7.1f} ms, {statistics.median(values) / base:.2f} x the patched forward"
+    )

@@ -3,8 +3,10 @@
     python bench/bench_kernels.py                            d=512 F=16384 N=4096 k=32
     python bench/bench_kernels.py --device cuda --n 50
 
-All candidates take turns, n rounds; the figures are medians, and the ratios are of medians within this one process.
+All candidates take turns, n rounds; the figures are medians, and the ratios are of medians within this one
+process.
 """
+
 import argparse
 import pathlib
 import statistics
@@ -19,7 +21,10 @@ from transport_geometry import kernels
 
 
 def composition(h, W_enc, b_enc, W_dec, b_dec, g, k):
-    """The same results from PyTorch's own operations: a dense encode, torch.topk, embedding_bag; a dense code in the backward."""
+    """The same results from PyTorch's own operations: a dense encode, torch.topk, embedding_bag; a dense code
+    in the backward.
+    """
+
     def encode(h, W_enc, b_enc):
         return (h @ W_enc.T + b_enc).relu().topk(k, dim=1)
 
@@ -29,19 +34,32 @@ def composition(h, W_enc, b_enc, W_dec, b_dec, g, k):
     def distortion(values, indices):
         h_hat = decode(values, indices, W_dec, b_dec)
         delta = h_hat - h
-        return torch.stack([(g * delta).sum(1), delta.square().sum(1), h_hat.square().sum(1), (h * h_hat).sum(1),
-                            h.square().sum(1), delta.sum(1), h.sum(1)], 1), h_hat
+        return torch.stack(
+            [
+                (g * delta).sum(1),
+                delta.square().sum(1),
+                h_hat.square().sum(1),
+                (h * h_hat).sum(1),
+                h.square().sum(1),
+                delta.sum(1),
+                h.sum(1),
+            ],
+            1,
+        ), h_hat
 
     def step(leaves):
         h_, W_enc_, b_enc_, W_dec_, b_dec_ = leaves
         values, indices = encode(h_, W_enc_, b_enc_)
         Z = torch.zeros(len(h_), len(W_enc_), device=h_.device).scatter(1, indices, values)
         return torch.autograd.grad((Z @ W_dec_ + b_dec_ - h_).square().mean(), leaves[1:])
+
     return encode, decode, distortion, step
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("d", 512), ("F", 16384), ("N", 4096), ("k", 32), ("n", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
@@ -60,11 +78,19 @@ def main():
 
     pairs = {  # name: (ours, PyTorch's)
         "encode": (lambda: kernels.topk_encode(h, W_enc, b_enc, a.k), lambda: encode(h, W_enc, b_enc)),
-        "decode": (lambda: kernels.sparse_decode(values, indices, W_dec, b_dec), lambda: decode(values, indices, W_dec, b_dec)),
-        "distortion": (lambda: kernels.gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, True), lambda: distortion(values, indices)),
+        "decode": (
+            lambda: kernels.sparse_decode(values, indices, W_dec, b_dec),
+            lambda: decode(values, indices, W_dec, b_dec),
+        ),
+        "distortion": (
+            lambda: kernels.gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, True),
+            lambda: distortion(values, indices),
+        ),
         "step": (our_step, lambda: step(leaves)),
     }
-    candidates = {"gemm": lambda: h @ W_enc.T} | {f"{who} {name}": f for name, both in pairs.items() for who, f in zip(("ours", "torch"), both)}
+    candidates = {"gemm": lambda: h @ W_enc.T} | {
+        f"{who} {name}": f for name, both in pairs.items() for who, f in zip(("ours", "torch"), both)
+    }
     seconds = {name: [] for name in candidates}
     for _ in range(a.n + 1):  # the first round warms up
         for name, run in candidates.items():
@@ -77,12 +103,16 @@ def main():
             seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(s[1:]) for name, s in seconds.items()}
     where = torch.cuda.get_device_name() if a.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{kernels.describe()}; {a.device} ({where}), d={a.d} F={a.F} N={a.N} k={a.k}, median of {a.n} interleaved")
+    print(
+        f"{kernels.describe()}; {a.device} ({where}), d={a.d} F={a.F} N={a.N} k={a.k}, median of {a.n} interleaved"
+    )
     print(f"bare encode GEMM {1e3 * median['gemm']:.1f} ms")
     print(f"{'':12}{'ours ms':>10}{'torch ms':>10}{'ours/torch':>12}{'ours/gemm':>11}")
     for name in pairs:
         ours, theirs = median[f"ours {name}"], median[f"torch {name}"]
-        print(f"{name:12}{1e3 * ours:10.1f}{1e3 * theirs:10.1f}{ours / theirs:12.3f}{ours / median['gemm']:11.3f}")
+        print(
+            f"{name:12}{1e3 * ours:10.1f}{1e3 * theirs:10.1f}{ours / theirs:12.3f}{ours / median['gemm']:11.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Do more tokens make a better SAE? Held-out R^2 and CE_rec over budgets, in recipe `base` or at other factors on its rate.
+"""Do more tokens make a better SAE? Held-out R^2 and CE_rec over budgets, in recipe `base` or at other
+factors on its rate.
 
     python bench/budgets.py --widths 256,2048 --k 4,8,32 --tokens 100k,300k,1M,3M,10M --seeds 3
     python bench/budgets.py --model stdlib-l --widths 1024 --tokens 1M --factors 2.5,5,10 --batch 1000   # a sweep
     python bench/budgets.py --tokens ""                         # table and curve of what bench/budgets.csv holds
 
-One row per SAE is added to bench/budgets.csv, and what is there is not trained again. Factors multiply 2e-4 sqrt(2^14 / width).
-The activations of one pass over the text lie in a file (3.3 GB for stdlib-l); budgets beyond it repeat them, as every run does.
+One row per SAE is added to bench/budgets.csv, and what is there is not trained again. Factors multiply 2e-4
+sqrt(2^14 / width). The activations of one pass over the text lie in a file (3.3 GB for stdlib-l); budgets
+beyond it repeat them, as every run does.
 """
+
 import argparse
 import csv
 import pathlib
@@ -30,7 +33,10 @@ from tqdm import tqdm
 
 HERE, LAYER, CTX = pathlib.Path(__file__).resolve().parent, 3, 256
 KEY = {"model": str, "width": int, "k": int, "tokens": int, "seed": int, "batch": int, "factor": float}
-COLUMNS = {**KEY, **dict.fromkeys(("r2", "ce_rec", "r2_first", "ce_rec_first", "r2_train", "alive", "cpu_s"), float)}
+COLUMNS = {
+    **KEY,
+    **dict.fromkeys(("r2", "ce_rec", "r2_first", "ce_rec_first", "r2_train", "alive", "cpu_s"), float),
+}
 TABLE = HERE / "budgets.csv"
 own_pace = Training.pace
 
@@ -38,7 +44,8 @@ own_pace = Training.pace
 class Hook:
     """The residual stream after block LAYER: a pass of training activations, and held-out sequences twice 48.
 
-    The first 48, as the experiments take them, are eight files; the others lie evenly over all held-out files.
+    The first 48, as the experiments take them, are eight files; the others lie evenly over all held-out
+    files.
     """
 
     def __init__(self, name: str, file):
@@ -47,30 +54,48 @@ class Hook:
         d = self.model.config.hidden_size
         self.h = torch.from_file(file.name, shared=True, size=rows.numel() * d).view(-1, d)
         for i in tqdm(range(0, len(rows), 16), desc=f"activations of {name}", leave=False):
-            h = head(self.model, LAYER, rows[i:i + 16])
+            h = head(self.model, LAYER, rows[i : i + 16])
             if i == 0:
                 norms = torch.linalg.vector_norm(h, dim=-1)
-                sink, self.median = sink_positions(norms, norms[:, 1:].median().item()), norms[:, 1:].median().item()
-            self.h[i * CTX:(i + len(h)) * CTX] = h.flatten(0, 1)
+                sink, self.median = (
+                    sink_positions(norms, norms[:, 1:].median().item()),
+                    norms[:, 1:].median().item(),
+                )
+            self.h[i * CTX : (i + len(h)) * CTX] = h.flatten(0, 1)
         everything = torch.stack(list(packed_rows("stdlib", "heldout", tokenizer, CTX)))
         spread = everything[torch.arange(48) * len(everything) // 48]
-        self.held = [(rows, h, self.loss(rows, h)) for rows in (spread, everything[:48]) for h in [head(self.model, LAYER, rows)]]
+        self.held = [
+            (rows, h, self.loss(rows, h))
+            for rows in (spread, everything[:48])
+            for h in [head(self.model, LAYER, rows)]
+        ]
 
     def stream(self, start: int, end: int) -> torch.Tensor:
         """Tokens start..end of the text over and over, [n,d]."""
         first, n = start % len(self.h), end - start
-        return self.h[first:first + n] if first + n <= len(self.h) else torch.cat([self.h[first:], self.h[:first + n - len(self.h)]])
+        return (
+            self.h[first : first + n]
+            if first + n <= len(self.h)
+            else torch.cat([self.h[first:], self.h[: first + n - len(self.h)]])
+        )
 
     @torch.no_grad()
     def loss(self, rows: torch.Tensor, h: torch.Tensor) -> float:
         """CE of sequences with h [B,T,d] at the hook."""
-        return sum(cross_entropy(log_probs(tail(self.model, LAYER, r, x)), r).sum().item() for r, x in zip(rows.split(8), h.split(8)))
+        return sum(
+            cross_entropy(log_probs(tail(self.model, LAYER, r, x)), r).sum().item()
+            for r, x in zip(rows.split(8), h.split(8))
+        )
 
     @torch.no_grad()
     def measure(self, sae) -> dict:
         def fit(h):
             values, indices, h_hat = sae.reconstruct(h)
-            return 1 - ((h_hat - h).square().sum() / (h - h.mean(0)).square().sum()).item(), h_hat, len(indices[values > 0].unique()) / len(sae.W_dec)
+            return (
+                1 - ((h_hat - h).square().sum() / (h - h.mean(0)).square().sum()).item(),
+                h_hat,
+                len(indices[values > 0].unique()) / len(sae.W_dec),
+            )
 
         found = {"r2_train": fit(self.h[:3_000_000:250])[0]}
         for name, (rows, h, clean) in zip(("_first", ""), self.held[::-1]):
@@ -81,10 +106,15 @@ class Hook:
     def train(self, width: int, k: int, tokens: int, seed: int, bar: tqdm):
         first = self.stream(0, min(CHUNK, tokens))
         norms = torch.nn.functional.pad(torch.linalg.vector_norm(first, dim=-1), (0, -len(first) % CTX))
-        sink = sink_positions(norms.view(-1, CTX), self.median).flatten()[:len(first)]
+        sink = sink_positions(norms.view(-1, CTX), self.median).flatten()[: len(first)]
         training = Training(Training.describe(first, sink), width, k, seed, [tokens])
         for start in range(0, tokens, CHUNK):
-            training.feed(self.stream(start, min(start + CHUNK, tokens)), start, bar, f"F={width} k={k} {readable_count(tokens)}")
+            training.feed(
+                self.stream(start, min(start + CHUNK, tokens)),
+                start,
+                bar,
+                f"F={width} k={k} {readable_count(tokens)}",
+            )
         return training.finished()
 
 
@@ -99,8 +129,12 @@ def run(args) -> None:
     for tokens in map(parse_count, filter(None, args.tokens.split(","))):
         batch, factor = own_pace(tokens)
         for factor in map(float, args.factors.split(",")) if args.factors else [round(factor, 3)]:
-            jobs += [(args.model, width, k, tokens, seed, args.batch or batch, factor) for seed in range(args.seeds)
-                     for width in map(int, args.widths.split(",")) for k in map(int, args.k.split(","))]
+            jobs += [
+                (args.model, width, k, tokens, seed, args.batch or batch, factor)
+                for seed in range(args.seeds)
+                for width in map(int, args.widths.split(","))
+                for k in map(int, args.k.split(","))
+            ]
     jobs = [job for job in jobs if job not in there]
     if not jobs:
         return
@@ -119,12 +153,15 @@ def run(args) -> None:
 
 
 def report() -> None:
-    """Tables and curve of the SAEs at the recipe's own pace: mean ± SD over seeds, and the worst step from a budget to the next."""
+    """Tables and curve of the SAEs at the recipe's own pace: mean ± SD over seeds, and the worst step from a
+    budget to the next.
+    """
     groups: dict[tuple, dict[int, list]] = {}
     for row in read():
         batch, factor = own_pace(row["tokens"])
         if (row["batch"], row["factor"]) == (batch, round(factor, 3)):
-            cells = groups.setdefault((row["model"][::-1], row["width"], row["k"]), {})  # stdlib-l before stdlib-s
+            # stdlib-l before stdlib-s
+            cells = groups.setdefault((row["model"][::-1], row["width"], row["k"]), {})
             cells.setdefault(row["tokens"], []).append(row)
     budgets = sorted({tokens for cells in groups.values() for tokens in cells})
     colours = model_colours(sorted({model[::-1] for model, *_ in groups}, reverse=True))
@@ -134,12 +171,26 @@ def report() -> None:
         for (model, width, k), cells in sorted(groups.items()):
             scores = {b: np.array([row[name] for row in cells[b]]) for b in budgets if b in cells}
             means = [s.mean() for s in scores.values()]
-            line = {"model": model[::-1], "F": width, "k": k} | {readable_count(b): "" for b in budgets} | {
-                readable_count(b): f"{s.mean():.4f}" + (f" ± {s.std(ddof=1):.4f} ({len(s)})" if len(s) > 1 else "") for b, s in scores.items()}
+            line = (
+                {"model": model[::-1], "F": width, "k": k}
+                | {readable_count(b): "" for b in budgets}
+                | {
+                    readable_count(b): f"{s.mean():.4f}"
+                    + (f" ± {s.std(ddof=1):.4f} ({len(s)})" if len(s) > 1 else "")
+                    for b, s in scores.items()
+                }
+            )
             rows.append(line | {"worst step": f"{np.diff(means).min():+.4f}" if len(means) > 1 else ""})
             if axis:
-                axis.plot(list(scores), means, marker=".", color=colours[model[::-1]], lw=0.3 + width ** 0.5 / 50, ls={4: ":", 8: "--"}.get(k, "-"),
-                          label=f"{model[::-1]} {width}, {k}")
+                axis.plot(
+                    list(scores),
+                    means,
+                    marker=".",
+                    color=colours[model[::-1]],
+                    lw=0.3 + width**0.5 / 50,
+                    ls={4: ":", 8: "--"}.get(k, "-"),
+                    label=f"{model[::-1]} {width}, {k}",
+                )
         if axis:
             axis.set(xscale="log", xlabel="training tokens", ylabel=f"held-out {title}", ylim=(0.3, 1))
         print(f"{title}:\n", markdown(rows, list(rows[0])), "", sep="\n")

@@ -2,9 +2,10 @@
 
     python bench/levels.py [n]    # n data sets per cell, default 1000; prints Markdown tables
 
-The target is a k effect, a model effect and what the SAEs of a hook share, .9 of the rest; a proxy is the target plus noise that
-correlates by ICC within a hook, and by c with the other proxy's.
+The target is a k effect, a model effect and what the SAEs of a hook share, .9 of the rest; a proxy is the
+target plus noise that correlates by ICC within a hook, and by c with the other proxy's.
 """
+
 import itertools
 import pathlib
 import sys
@@ -28,15 +29,27 @@ rng = np.random.default_rng(0)
 
 
 def grid(models: int, layers: int, ks: int) -> dict:
-    model, layer, k = (v.ravel() for v in np.meshgrid(range(models), range(layers), 4 * 2.8 ** np.arange(ks), indexing="ij"))
-    return {"model": model, "layer": layer, "k": k, "tokens": np.zeros(len(k)), "hook": model * layers + layer}
+    model, layer, k = (
+        v.ravel() for v in np.meshgrid(range(models), range(layers), 4 * 2.8 ** np.arange(ks), indexing="ij")
+    )
+    return {
+        "model": model,
+        "layer": layer,
+        "k": k,
+        "tokens": np.zeros(len(k)),
+        "hook": model * layers + layer,
+    }
 
 
 def draw(meta: dict, icc: float, shared: float = 0.0) -> np.ndarray:
-    """Normal noise [C] that correlates by `icc` within a hook; of what is left of 1, `shared` is one number per model."""
+    """Normal noise [C] that correlates by `icc` within a hook; of what is left of 1, `shared` is one number
+    per model.
+    """
     within = lambda ids: rng.standard_normal(ids.max() + 1)[ids]
     own = rng.standard_normal(len(meta["k"]))
-    return shared**0.5 * within(meta["model"]) + (1 - shared) ** 0.5 * (icc**0.5 * within(meta["hook"]) + (1 - icc) ** 0.5 * own)
+    return shared**0.5 * within(meta["model"]) + (1 - shared) ** 0.5 * (
+        icc**0.5 * within(meta["hook"]) + (1 - icc) ** 0.5 * own
+    )
 
 
 def target(meta: dict) -> np.ndarray:
@@ -84,9 +97,14 @@ def level() -> None:
     rows = []
     for (name, shape), icc, c in itertools.product((GRIDS | OLD).items(), (0, 0.5, 0.9), (0, 0.8, 0.95)):
         meta, cells = grid(*shape), np.arange(np.prod(shape))
-        p = [(p_swap(*data, meta), p_loho(*data, meta), p_swap(*data, meta, cells)) for data in (pair(meta, icc, c) for _ in range(N))]
+        p = [
+            (p_swap(*data, meta), p_loho(*data, meta), p_swap(*data, meta, cells))
+            for data in (pair(meta, icc, c) for _ in range(N))
+        ]
         swap, loho, by_cells = map(share, zip(*p))
-        rows.append({"grid": name, "ICC": icc, "c": c, "swap, hooks": swap, "loho": loho, "swap, cells": by_cells})
+        rows.append(
+            {"grid": name, "ICC": icc, "c": c, "swap, hooks": swap, "loho": loho, "swap, cells": by_cells}
+        )
     show("Two proxies equally good: p < .05, percent.", rows)
 
 
@@ -105,7 +123,10 @@ def level_models() -> None:
     rows = []
     for (name, shape), shared in itertools.product(GRIDS.items(), (0, 0.1, 0.3, 0.5)):
         meta = grid(*shape)
-        p = [(p_swap(*data, meta), p_loho(*data, meta)) for data in (pair(meta, 0.9, 0.8, shared) for _ in range(N))]
+        p = [
+            (p_swap(*data, meta), p_loho(*data, meta))
+            for data in (pair(meta, 0.9, 0.8, shared) for _ in range(N))
+        ]
         swap, loho = map(share, zip(*p))
         added = share([p_added(meta, 0.9, shared) for _ in range(2 * N)])
         rows.append({"grid": name, "shared in a model": shared, "swap": swap, "loho": loho, "C2'": added})
@@ -134,7 +155,10 @@ def power() -> None:
                     row[key] = "no room"
                     continue
                 noise = noise_of(control + gain), noise_of(control)
-                data = [stats.swap_test(a, b, y, meta) for y, a, b in (pair(meta, 0.9, c, noise=noise) for _ in range(n))]
+                data = [
+                    stats.swap_test(a, b, y, meta)
+                    for y, a, b in (pair(meta, 0.9, c, noise=noise) for _ in range(n))
+                ]
                 differences, p = map(np.array, zip(*data))
                 found.append((differences.mean(), np.mean((p < stats.ALPHA) & (differences > 0))))
                 row[key] = f"{100 * found[-1][1]:.0f} ({differences.mean():.2f})"
@@ -155,7 +179,9 @@ def coverage() -> None:
             meta, hits, bias = grid(*shape), 0, []
             for i in range(N):
                 y = target(meta)
-                draws = stats.partial_draws((y + NOISE * draw(meta, icc))[None], y[None], meta, RESAMPLES, seed=i)
+                draws = stats.partial_draws(
+                    (y + NOISE * draw(meta, icc))[None], y[None], meta, RESAMPLES, seed=i
+                )
                 lo, hi = stats.interval(draws[3:], fisher=True)
                 hits, bias = hits + (lo <= truth <= hi), [*bias, draws[0] - truth]
             row |= {f"{name}, covered": percent(hits / N, N), f"{name}, bias": f"{np.mean(bias):+.3f}"}

@@ -1,8 +1,10 @@
-"""Is an SAE that branches off a shared trunk as good as one trained by itself? Held-out R^2 and alive fraction, paired by seed.
+"""Is an SAE that branches off a shared trunk as good as one trained by itself? Held-out R^2 and alive
+fraction, paired by seed.
 
     python bench/trunk.py 156250,781250 --batch 64   # the numbers of steps of 10M and 50M tokens
     python bench/trunk.py 25k,80k,250k               # the recipe's own batch and rate for these budgets
 """
+
 import argparse
 import pathlib
 import sys
@@ -28,7 +30,8 @@ parser.add_argument("--batch", type=int, help="tokens per step, instead of the r
 args = parser.parse_args()
 budgets, layer, expansion = [parse_count(b) for b in args.budgets.split(",")], 3, 4
 if args.batch:
-    Training.pace = staticmethod(lambda tokens: (args.batch, 5 * (args.batch / 256) ** 0.5))  # the recipe's rate for it
+    # the recipe's rate for it
+    Training.pace = staticmethod(lambda tokens: (args.batch, 5 * (args.batch / 256) ** 0.5))
 model, tokenizer = load_model(args.model, torch.device("cpu"))
 chunks = list(activation_chunks(model, layer, "stdlib", tokenizer, 256, budgets[-1], "keep"))
 held = head(model, layer, heldout_rows("stdlib", tokenizer, 256, 48).rows).flatten(0, 1)
@@ -38,13 +41,19 @@ sst = (held - held.mean(0)).square().sum()
 def measure(training):
     sae = training.finished()
     values, indices = sae.encode(held)
-    return 1 - ((sae.decode(values, indices) - held).square().sum() / sst).item(), len(indices[values > 0].unique()) / len(sae.W_dec)
+    return 1 - ((sae.decode(values, indices) - held).square().sum() / sst).item(), len(
+        indices[values > 0].unique()
+    ) / len(sae.W_dec)
 
 
 def train(k, seed, budgets):
     """{budget: (R^2, alive)} of one run and its branches."""
     first = budgets[0]
-    runs = [Training(Training.describe(*(x[:first] for x in chunks[0])), expansion * held.shape[1], k, seed, budgets)]
+    runs = [
+        Training(
+            Training.describe(*(x[:first] for x in chunks[0])), expansion * held.shape[1], k, seed, budgets
+        )
+    ]
     for number, (h, _) in enumerate(chunks):
         runs = [run for training in runs for run in training.feed(h, number * CHUNK, tqdm(disable=True), "")]
     return {run.budgets[-1]: measure(run) for run in runs}
@@ -61,7 +70,18 @@ for k in map(int, args.k.split(",")):
     for before, b in zip(budgets, budgets[1:]):
         s, a = np.array(shared[b]).T, np.array(alone[b]).T
         difference = (s - a)[0]
-        rows.append({"k": k, "tokens": readable_count(b), "R2 branch": s[0].mean(), "R2 alone": a[0].mean(), "difference": difference.mean(),
-                     "its SE": difference.std(ddof=1) / len(difference) ** 0.5, "seed SD": a[0].std(ddof=1), "since last budget": a[0].mean() - np.mean(shared[before], 0)[0],
-                     "alive branch": s[1].mean(), "alive alone": a[1].mean()})
+        rows.append(
+            {
+                "k": k,
+                "tokens": readable_count(b),
+                "R2 branch": s[0].mean(),
+                "R2 alone": a[0].mean(),
+                "difference": difference.mean(),
+                "its SE": difference.std(ddof=1) / len(difference) ** 0.5,
+                "seed SD": a[0].std(ddof=1),
+                "since last budget": a[0].mean() - np.mean(shared[before], 0)[0],
+                "alive branch": s[1].mean(),
+                "alive alone": a[1].mean(),
+            }
+        )
 print(markdown(rows, list(rows[0])))

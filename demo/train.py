@@ -3,11 +3,13 @@
     python demo/train.py tokenizer     # byte-level BPE of 2,048 pieces: demo/tokenizer.json
     python demo/train.py stdlib-l      # a GPT-NeoX model into demo/stdlib-l, with its card
 
-Three widths of one architecture (6 blocks, heads of 32, d = 64, 128, 256) see the same batches in the same order: scale
-is the only difference. Hidden matrices are trained by Muon and the rest by AdamW, both torch.optim's own, at a constant
-rate and then down to zero. A checkpoint every 50 steps under demo/checkpoints/ lets an interrupted run go on; run on to a
-larger --steps before the decay begins, and the constant part is shared.
+Three widths of one architecture (6 blocks, heads of 32, d = 64, 128, 256) see the same batches in the same
+order: scale is the only difference. Hidden matrices are trained by Muon and the rest by AdamW, both
+torch.optim's own, at a constant rate and then down to zero. A checkpoint every 50 steps under
+demo/checkpoints/ lets an interrupted run go on; run on to a larger --steps before the decay begins, and the
+constant part is shared.
 """
+
 import argparse
 import functools
 import json
@@ -34,8 +36,12 @@ CHECKPOINT_EVERY = 50
 
 def train_tokenizer() -> None:
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator((text for _, text in stdlib_documents("train")), vocab_size=VOCAB, special_tokens=[EOT],
-                            show_progress=False)
+    bpe.train_from_iterator(
+        (text for _, text in stdlib_documents("train")),
+        vocab_size=VOCAB,
+        special_tokens=[EOT],
+        show_progress=False,
+    )
     bpe.save(str(HERE / "tokenizer.json"))
 
 
@@ -50,21 +56,36 @@ def token_stream(split: str) -> tuple[np.ndarray, int]:
 def build(name: str) -> GPTNeoXForCausalLM:
     d = WIDTHS[name]
     torch.manual_seed(0)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=d, num_hidden_layers=6, num_attention_heads=d // 32, intermediate_size=4 * d,
-        max_position_embeddings=CTX, rotary_pct=0.25, hidden_act="gelu", use_parallel_residual=True,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, dtype="float32"))
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCAB,
+            hidden_size=d,
+            num_hidden_layers=6,
+            num_attention_heads=d // 32,
+            intermediate_size=4 * d,
+            max_position_embeddings=CTX,
+            rotary_pct=0.25,
+            hidden_act="gelu",
+            use_parallel_residual=True,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            dtype="float32",
+        )
+    )
 
 
 def batch_at(step: int, stream: torch.Tensor) -> torch.Tensor:
-    """Row starts are a pure function of the step, so a continued run reads what an unbroken one would have read."""
+    """Row starts are a pure function of the step, so a continued run reads what an unbroken one would have
+    read.
+    """
     rows_per_epoch = (len(stream) - CTX) // CTX
     steps_per_epoch = rows_per_epoch // BATCH
     epoch, i = divmod(step, steps_per_epoch)
     rng = np.random.default_rng([1, epoch])
     offset = int(rng.integers(CTX))  # every epoch cuts the stream at other places
-    rows = rng.permutation(rows_per_epoch)[i * BATCH:(i + 1) * BATCH]
-    return torch.stack([stream[offset + r * CTX: offset + (r + 1) * CTX] for r in rows.tolist()])
+    rows = rng.permutation(rows_per_epoch)[i * BATCH : (i + 1) * BATCH]
+    return torch.stack([stream[offset + r * CTX : offset + (r + 1) * CTX] for r in rows.tolist()])
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -77,8 +98,10 @@ def train(name: str, steps: int, device: str) -> GPTNeoXForCausalLM:
     model = build(name).to(device).train()
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     other = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
-    optimisers = [torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.01, momentum=0.95),
-                  torch.optim.AdamW(other, lr=ADAM_LR, weight_decay=0.01, betas=(0.9, 0.95))]
+    optimisers = [
+        torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(other, lr=ADAM_LR, weight_decay=0.01, betas=(0.9, 0.95)),
+    ]
     checkpoint, start = HERE / "checkpoints" / f"{name}.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
@@ -100,21 +123,31 @@ def train(name: str, steps: int, device: str) -> GPTNeoXForCausalLM:
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0:
-            state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "optimisers": [o.state_dict() for o in optimisers],
+                "step": step + 1,
+            }
             store.write(checkpoint, functools.partial(torch.save, state))
     return model.eval()
 
 
 @torch.no_grad()
 def nats_per_token(model: GPTNeoXForCausalLM, device: str) -> np.ndarray:
-    """Held-out CE of every row of CTX tokens, [rows]; all positions that have a target, the first ones too."""
+    """Held-out CE of every row of CTX tokens, [rows]; all positions that have a target, the first ones
+    too.
+    """
     ids = torch.from_numpy(token_stream("heldout")[0])
-    rows = ids[:len(ids) // CTX * CTX].view(-1, CTX)
+    rows = ids[: len(ids) // CTX * CTX].view(-1, CTX)
     out = []
     for chunk in rows.split(16):
         chunk = chunk.to(device)
         logits = model(chunk).logits[:, :-1].float()
-        out.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), chunk[:, 1:], reduction="none").mean(1).cpu())
+        out.append(
+            torch.nn.functional.cross_entropy(logits.transpose(1, 2), chunk[:, 1:], reduction="none")
+            .mean(1)
+            .cpu()
+        )
     return torch.cat(out).double().numpy()
 
 
@@ -126,21 +159,28 @@ def unigram_nats() -> float:
 
 
 def export(name: str, model: GPTNeoXForCausalLM) -> None:
-    """The ordinary Hugging Face folder. Weights are rounded to float16 (half the bytes to commit), and the configuration
-    says float32, so that what loads computes in float32."""
+    """The ordinary Hugging Face folder. Weights are rounded to float16 (half the bytes to commit), and the
+    configuration says float32, so that what loads computes in float32.
+    """
     folder = HERE / name
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    PreTrainedTokenizerFast(tokenizer_file=str(HERE / "tokenizer.json"), bos_token=EOT, eos_token=EOT, unk_token=EOT,
-                            model_max_length=CTX).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(HERE / "tokenizer.json"),
+        bos_token=EOT,
+        eos_token=EOT,
+        unk_token=EOT,
+        model_max_length=CTX,
+    ).save_pretrained(folder)
 
 
 def write_card(name: str, steps: int, device: str) -> None:
     """Measure the exported model on the held-out files and say what it is."""
     stream, train_bytes = token_stream("train")
     held, held_bytes = token_stream("heldout")
-    bits = len(held) / held_bytes / math.log(2)  # nats per token -> bits per byte; end marks counted as tokens, not as bytes
+    # nats per token -> bits per byte; end marks counted as tokens, not as bytes
+    bits = len(held) / held_bytes / math.log(2)
     rows = nats_per_token(load_model(name, torch.device(device))[0], device)
     untrained = nats_per_token(build(name).to(device).eval(), device).mean() * bits
     d, tokens = WIDTHS[name], steps * BATCH * CTX
@@ -163,7 +203,9 @@ Made by `python demo/train.py {name} --steps {steps}`.
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["tokenizer", *WIDTHS])
     parser.add_argument("--steps", type=int, default=585)
     parser.add_argument("--device", default="cpu")

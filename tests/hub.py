@@ -6,8 +6,10 @@
         subprocess.run(script, env=hub.environment(tmp_path))      # the clients read HF_ENDPOINT when they are imported
         assert "/api/models/org/name/revision/main" in hub.requests
 
-A folder NAME@REV is revision REV of NAME; NAME itself is `main`. Commits are hashes of the content, and are revisions too.
+A folder NAME@REV is revision REV of NAME; NAME itself is `main`. Commits are hashes of the content, and are
+revisions too.
 """
+
 import contextlib
 import fnmatch
 import functools
@@ -31,13 +33,24 @@ class Hub:
     def __init__(self, folder: pathlib.Path):
         self.folder, self.requests, self.rules, self.lock = pathlib.Path(folder), [], [], threading.Lock()
 
-    def fail(self, pattern: str, status: int | None = None, after: int | None = None, times: int | None = None, code: str | None = None,
-             delay: float = 0.0) -> None:
-        """Paths that match the pattern (of fnmatch) get `status` (with X-Error-Code `code`), or are cut `after` bytes of their body.
+    def fail(
+        self,
+        pattern: str,
+        status: int | None = None,
+        after: int | None = None,
+        times: int | None = None,
+        code: str | None = None,
+        delay: float = 0.0,
+    ) -> None:
+        """Paths that match the pattern (of fnmatch) get `status` (with X-Error-Code `code`), or are cut
+        `after` bytes of their body.
 
-        Only the first `times` such requests, or all. `delay` seconds pass before the answer. An earlier rule goes first.
+        Only the first `times` such requests, or all. `delay` seconds pass before the answer. An earlier rule
+        goes first.
         """
-        self.rules.append(dict(pattern=pattern, status=status, after=after, times=times, code=code, delay=delay))
+        self.rules.append(
+            dict(pattern=pattern, status=status, after=after, times=times, code=code, delay=delay)
+        )
 
     def heal(self) -> None:
         self.rules.clear()
@@ -52,18 +65,36 @@ class Hub:
         return {}
 
     def environment(self, cache: pathlib.Path) -> dict[str, str]:
-        """The environment of a subprocess whose clients know this hub only, and keep what they load under `cache`."""
-        mine = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))}
-        return mine | {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
-                       "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5",
-                       "HF_HUB_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        """The environment of a subprocess whose clients know this hub only, and keep what they load under
+        `cache`.
+        """
+        mine = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))
+        }
+        return mine | {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
 
     # ------------------------------------------------------------------ repositories
     def root(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
         """The folder of a revision, given by name or commit; None if there is none."""
         folder = self.folder / kind / name
         for root in (folder, *folder.parent.glob(f"{folder.name}@*")):
-            if root.is_dir() and revision in ("main" if root == folder else urllib.parse.unquote(root.name.partition("@")[2]), commit(root)):
+            if root.is_dir() and revision in (
+                "main" if root == folder else urllib.parse.unquote(root.name.partition("@")[2]),
+                commit(root),
+            ):
                 return root
         return None
 
@@ -88,7 +119,11 @@ def files(root: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def commit(root: pathlib.Path) -> str:
-    return hashlib.sha1("".join(f"{root.name} {name} {entry(name, path)['oid']}\n" for name, path in files(root).items()).encode()).hexdigest()
+    return hashlib.sha1(
+        "".join(
+            f"{root.name} {name} {entry(name, path)['oid']}\n" for name, path in files(root).items()
+        ).encode()
+    ).hexdigest()
 
 
 def entry(name: str, path: pathlib.Path) -> dict:
@@ -110,19 +145,37 @@ def tree(root: pathlib.Path, below: str, recursive: bool) -> list[dict]:
     for name, path in files(root).items():
         if below and not name.startswith(below + "/"):
             continue
-        parts = name[len(below) + 1 if below else 0:].split("/")
+        parts = name[len(below) + 1 if below else 0 :].split("/")
         for i in range(1, len(parts) if recursive else min(len(parts), 2)):
             folder = "/".join([*([below] if below else []), *parts[:i]])
-            entries[folder] = {"type": "directory", "oid": hashlib.sha1(folder.encode()).hexdigest(), "size": 0, "path": folder}
+            entries[folder] = {
+                "type": "directory",
+                "oid": hashlib.sha1(folder.encode()).hexdigest(),
+                "size": 0,
+                "path": folder,
+            }
         if recursive or len(parts) == 1:
             entries[name] = entry(name, path)
     return list(entries.values())
 
 
 def description(kind: str, name: str, root: pathlib.Path) -> dict:
-    return {"_id": "0" * 24, "id": name, "sha": commit(root), "private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0,
-            "likes": 0, "author": name.partition("/")[0], "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z",
-            "siblings": [{"rfilename": file} for file in files(root)], **({"modelId": name} if kind == "models" else {})}
+    return {
+        "_id": "0" * 24,
+        "id": name,
+        "sha": commit(root),
+        "private": False,
+        "gated": False,
+        "disabled": False,
+        "tags": [],
+        "downloads": 0,
+        "likes": 0,
+        "author": name.partition("/")[0],
+        "lastModified": "2024-01-01T00:00:00.000Z",
+        "createdAt": "2024-01-01T00:00:00.000Z",
+        "siblings": [{"rfilename": file} for file in files(root)],
+        **({"modelId": name} if kind == "models" else {}),
+    }
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -139,7 +192,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         raw, _, query = self.path.partition("?")
         self.query = dict(urllib.parse.parse_qsl(query))
-        parts = [urllib.parse.unquote(part) for part in raw.strip("/").split("/")]  # a quoted revision holds slashes
+        # a quoted revision holds slashes
+        parts = [urllib.parse.unquote(part) for part in raw.strip("/").split("/")]
         self.fault = self.hub.rule("/" + "/".join(parts))
         time.sleep(self.fault.get("delay", 0))
         if status := self.fault.get("status"):
@@ -170,15 +224,30 @@ class Answer(http.server.BaseHTTPRequestHandler):
             wanted = [wanted] if isinstance(wanted, str) else wanted
             return self.json([e for e in tree(root, "", True) if e["path"] in wanted])
         if what == "refs":
-            branches = {"main": root} | {urllib.parse.unquote(r.name.partition("@")[2]): r for r in root.parent.glob(f"{root.name}@*")}
-            return self.json({"branches": [{"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit(r)} for branch, r in branches.items()],
-                              "converts": [], "tags": []})
+            branches = {"main": root} | {
+                urllib.parse.unquote(r.name.partition("@")[2]): r for r in root.parent.glob(f"{root.name}@*")
+            }
+            return self.json(
+                {
+                    "branches": [
+                        {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit(r)}
+                        for branch, r in branches.items()
+                    ],
+                    "converts": [],
+                    "tags": [],
+                }
+            )
         self.refuse(404, "")
 
     def revision(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
         root = self.hub.root(kind, name, revision)
-        if root is None and self.hub.root(kind, name, "main") is None and not list((self.hub.folder / kind).glob(f"{name}@*")):
-            self.refuse(401, "RepoNotFound")  # what the hub tells those without a token, who might be missing a private one
+        if (
+            root is None
+            and self.hub.root(kind, name, "main") is None
+            and not list((self.hub.folder / kind).glob(f"{name}@*"))
+        ):
+            # what the hub tells those without a token, who might be missing a private one
+            self.refuse(401, "RepoNotFound")
         elif root is None:
             self.refuse(404, "RevisionNotFound")
         return root
@@ -191,7 +260,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", head)
         told = entry(file, path)
         etag = '"' + told.get("lfs", told)["oid"] + '"'
-        head |= {"ETag": etag, "Accept-Ranges": "bytes", "Content-Type": mimetypes.guess_type(file)[0] or "application/octet-stream"}
+        head |= {
+            "ETag": etag,
+            "Accept-Ranges": "bytes",
+            "Content-Type": mimetypes.guess_type(file)[0] or "application/octet-stream",
+        }
         head |= {"X-Linked-ETag": etag, "X-Linked-Size": str(told["size"])} if "lfs" in told else {}
         start, stop = 0, told["size"]
         if asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
@@ -210,16 +283,26 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, code: str, head: dict[str, str] = {}):
-        said = {"RepoNotFound": "Repository not found", "GatedRepo": "Access to this repository is restricted"}.get(code, code or "Sorry")
-        self.send(status, json.dumps({"error": said}).encode(), head | {"X-Error-Message": said, **({"X-Error-Code": code} if code else {})})
+        said = {
+            "RepoNotFound": "Repository not found",
+            "GatedRepo": "Access to this repository is restricted",
+        }.get(code, code or "Sorry")
+        self.send(
+            status,
+            json.dumps({"error": said}).encode(),
+            head | {"X-Error-Message": said, **({"X-Error-Code": code} if code else {})},
+        )
 
     def send(self, status: int, body: bytes, head: dict[str, str]):
         self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | head | {"Content-Length": str(len(body))}).items():
+        for name, value in (
+            {"Content-Type": "application/json"} | head | {"Content-Length": str(len(body))}
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         after = self.fault.get("after")
         if self.command != "HEAD":
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that has seen enough hangs up
+            # a client that has seen enough hangs up
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.wfile.write(body[:after])
         self.close_connection |= after is not None

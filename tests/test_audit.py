@@ -1,4 +1,7 @@
-"""Existing SAEs, from a hub to the audit table: the script as its users run it, the real clients, a hub on the loopback."""
+"""Existing SAEs, from a hub to the audit table: the script as its users run it, the real clients, a hub on
+the loopback.
+"""
+
 import json
 import pathlib
 import re
@@ -22,28 +25,60 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODEL, DATA, SAES = "EleutherAI/pythia-70m", "NeelNanda/pile-small-tokenized-2b", "EleutherAI/sae-pythia-70m-32k"
+MODEL, DATA, SAES = (
+    "EleutherAI/pythia-70m",
+    "NeelNanda/pile-small-tokenized-2b",
+    "EleutherAI/sae-pythia-70m-32k",
+)
 
 
 def dictionary_learning(folder, sae, layer, **more):
     folder.mkdir(parents=True)
-    torch.save({"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "decoder.weight": sae.W_dec.t(), "b_dec": sae.b_dec, "k": torch.tensor(sae.k),
-                "threshold": torch.tensor(more.pop("threshold", -1.0))}, folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoderTopK", "lm_name": MODEL, "layer": layer,
-                                                                "submodule_name": f"resid_post_layer_{layer}", **more}, "buffer": {"ctx_len": 128}}))
+    torch.save(
+        {
+            "encoder.weight": sae.W_enc,
+            "encoder.bias": sae.b_enc,
+            "decoder.weight": sae.W_dec.t(),
+            "b_dec": sae.b_dec,
+            "k": torch.tensor(sae.k),
+            "threshold": torch.tensor(more.pop("threshold", -1.0)),
+        },
+        folder / "ae.pt",
+    )
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "trainer": {
+                    "dict_class": "AutoEncoderTopK",
+                    "lm_name": MODEL,
+                    "layer": layer,
+                    "submodule_name": f"resid_post_layer_{layer}",
+                    **more,
+                },
+                "buffer": {"ctx_len": 128},
+            }
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """stdlib-s under pythia-70m's name, its training text as ids, and one SAE of its block 3 in every format."""
+    """stdlib-s under pythia-70m's name, its training text as ids, and one SAE of its block 3 in every
+    format.
+    """
     import pyarrow
     import pyarrow.parquet
+
     folder = tmp_path_factory.mktemp("hub")
     shutil.copytree(ROOT / "demo/stdlib-s", folder / f"models/{MODEL}")
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
-    rows = [{"tokens": row.tolist()} for _, row in zip(range(150), packed_rows("stdlib", "train", tokenizer, 512))]
+    rows = [
+        {"tokens": row.tolist()} for _, row in zip(range(150), packed_rows("stdlib", "train", tokenizer, 512))
+    ]
     (folder / f"datasets/{DATA}/data").mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"datasets/{DATA}/data/train-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), folder / f"datasets/{DATA}/data/train-00000-of-00001.parquet"
+    )
     saes = {}
     for layer in (2, 3):
         h, sink = next(activation_chunks(model, layer, "stdlib", tokenizer, 128, 40_000, "keep"))
@@ -56,29 +91,70 @@ def hub(tmp_path_factory):
     (folder / f"models/{SAES}/config.json").write_text("{}")
     sae = saes[3]
     dictionary_learning(folder / "models/org/bench/TopK_pythia-70m/resid_post_layer_3/trainer_0", sae, 3)
-    dictionary_learning(folder / "models/org/bench/BatchTopK_pythia-70m/resid_post_layer_3/trainer_0", sae, 3, dict_class="BatchTopKSAE", threshold=1.0)
+    dictionary_learning(
+        folder / "models/org/bench/BatchTopK_pythia-70m/resid_post_layer_3/trainer_0",
+        sae,
+        3,
+        dict_class="BatchTopKSAE",
+        threshold=1.0,
+    )
     for name, settings in (("lens", {}), ("lens-bos", {"prepend_bos": True, "context_size": 48})):
-        formats.write_saelens(folder / f"models/org/{name}", sae, {"model": "pythia-70m", "layer": 3, "ctx": 128, "data": "the Pile"})
+        formats.write_saelens(
+            folder / f"models/org/{name}",
+            sae,
+            {"model": "pythia-70m", "layer": 3, "ctx": 128, "data": "the Pile"},
+        )
         path = folder / f"models/org/{name}/cfg.json"
         config = json.loads(path.read_text())
         config["metadata"] |= settings
         path.write_text(json.dumps(config))
-    formats.write_saelens(folder / "models/org/one-late", saes[2], {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"})
+    formats.write_saelens(
+        folder / "models/org/one-late",
+        saes[2],
+        {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"},
+    )
     x = (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5)
     normed = Training(Training.describe(x, sink), 256, 8, 0, [40_000])
     normed.feed(x, 0, tqdm(disable=True), "")
     unit = normed.finished()
     (folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3").mkdir(parents=True)
-    (folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3/config.json").write_text(json.dumps({"n_inputs": 64, "n_latents": 256, "k": 8}))
-    save_file({"encoder.weight": unit.W_enc.data, "decoder.weight": unit.W_dec.t().contiguous(), "pre_encoder_bias": unit.b_dec.data},
-              folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3/model.safetensors")
+    (folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3/config.json").write_text(
+        json.dumps({"n_inputs": 64, "n_latents": 256, "k": 8})
+    )
+    save_file(
+        {
+            "encoder.weight": unit.W_enc.data,
+            "decoder.weight": unit.W_dec.t().contiguous(),
+            "pre_encoder_bias": unit.b_dec.data,
+        },
+        folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3/model.safetensors",
+    )
     (folder / "models/org/openai/resid_post_mlp/autoencoders").mkdir(parents=True)
-    torch.save({"encoder.weight": unit.W_enc.data, "decoder.weight": unit.W_dec.data.t(), "pre_bias": unit.b_dec.data, "latent_bias": unit.b_enc.data,
-                "activation": "TopK", "activation_state_dict": {"k": 8}}, folder / "models/org/openai/resid_post_mlp/autoencoders/3.pt")
+    torch.save(
+        {
+            "encoder.weight": unit.W_enc.data,
+            "decoder.weight": unit.W_dec.data.t(),
+            "pre_bias": unit.b_dec.data,
+            "latent_bias": unit.b_enc.data,
+            "activation": "TopK",
+            "activation_state_dict": {"k": 8},
+        },
+        folder / "models/org/openai/resid_post_mlp/autoencoders/3.pt",
+    )
     (folder / "models/org/wide/layers.3").mkdir(parents=True)
     wide = torch.randn(512, 32)
-    save_file({"encoder.weight": wide, "encoder.bias": torch.zeros(512), "W_dec": wide.clone(), "b_dec": torch.zeros(32)}, folder / "models/org/wide/layers.3/sae.safetensors")
-    (folder / "models/org/wide/layers.3/cfg.json").write_text(json.dumps({"k": 4, "d_in": 32, "num_latents": 512}))
+    save_file(
+        {
+            "encoder.weight": wide,
+            "encoder.bias": torch.zeros(512),
+            "W_dec": wide.clone(),
+            "b_dec": torch.zeros(32),
+        },
+        folder / "models/org/wide/layers.3/sae.safetensors",
+    )
+    (folder / "models/org/wide/layers.3/cfg.json").write_text(
+        json.dumps({"k": 4, "d_in": 32, "num_latents": 512})
+    )
     with serve(folder) as server:
         server.cache = tmp_path_factory.mktemp("hf")
         yield server
@@ -91,8 +167,30 @@ def healed(hub):
 
 
 def expb(hub, out, sae, *more, models=f"{MODEL}@3", check=0, cache=None):
-    command = [sys.executable, str(ROOT / "expb.py"), "--sae", sae, "--data", DATA, "--eval-seqs", "8", "--ctx", "64", "--device", "cpu", "--out", str(out), *more]
-    done = subprocess.run(command + (["--models", models] if models else []), capture_output=True, text=True, cwd=ROOT, env=hub.environment(cache or hub.cache))
+    command = [
+        sys.executable,
+        str(ROOT / "expb.py"),
+        "--sae",
+        sae,
+        "--data",
+        DATA,
+        "--eval-seqs",
+        "8",
+        "--ctx",
+        "64",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *more,
+    ]
+    done = subprocess.run(
+        command + (["--models", models] if models else []),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=hub.environment(cache or hub.cache),
+    )
     assert done.returncode == check, done.stderr[-2000:]
     return done
 
@@ -105,32 +203,62 @@ def audit(hub, tmp_path_factory):
 
 def test_the_headline_command(audit, hub):
     out, done = audit
-    assert "left out" in done.stdout and f"{SAES}/layers.2 (layer 2)" in done.stdout and f"{SAES}/layers.3.mlp (mlp, not resid_post)" in done.stdout
-    row, = read_table(out / "audit.csv")
-    assert (row["sae"], row["model"], row["layer"], row["format"], row["basis"], row["k"], row["l0"]) == (f"{SAES}/layers.3", MODEL, 3, "sparsify", "raw", 8, 8)
+    assert (
+        "left out" in done.stdout
+        and f"{SAES}/layers.2 (layer 2)" in done.stdout
+        and f"{SAES}/layers.3.mlp (mlp, not resid_post)" in done.stdout
+    )
+    (row,) = read_table(out / "audit.csv")
+    assert (row["sae"], row["model"], row["layer"], row["format"], row["basis"], row["k"], row["l0"]) == (
+        f"{SAES}/layers.3",
+        MODEL,
+        3,
+        "sparsify",
+        "raw",
+        8,
+        8,
+    )
     assert row["flag"] == flag(row["fed_excess_lo"], row["fed_excess_hi"], row["kl_swd_ratio"]) != "undefined"
-    assert row["fed_nosink_lo"] < row["fed_nosink"] < row["fed_nosink_hi"] and row["fed_excess_lo"] < row["fed_excess"] < row["fed_excess_hi"]
-    assert 0 < row["r2"] < row["r2_overcomplete"] and row["r2"] < row["r2_dictionary_learning"] and row["ce_rec"] == pytest.approx(2 - row["ce_recon"] / row["ce_orig"], abs=1e-5)
+    assert (
+        row["fed_nosink_lo"] < row["fed_nosink"] < row["fed_nosink_hi"]
+        and row["fed_excess_lo"] < row["fed_excess"] < row["fed_excess_hi"]
+    )
+    assert (
+        0 < row["r2"] < row["r2_overcomplete"]
+        and row["r2"] < row["r2_dictionary_learning"]
+        and row["ce_rec"] == pytest.approx(2 - row["ce_recon"] / row["ce_orig"], abs=1e-5)
+    )
     assert row["fvu_as_said"] < row["fvu_otherwise"] * 1.05
     report = (out / "report.md").read_text()
-    assert "Can its R² be trusted?" in report and row["flag"] in report and row["flag"] in done.stdout and "undecided" in report and "8 sequences of 64 tokens" in report
+    assert (
+        "Can its R² be trusted?" in report
+        and row["flag"] in report
+        and row["flag"] in done.stdout
+        and "undecided" in report
+        and "8 sequences of 64 tokens" in report
+    )
     verdict = json.loads((out / "verdict.json").read_text())
     assert "undecided" in (verdict["leaf"], verdict.get("leaf_if_ungated"))
     nulls = {r["sae"]: r for r in read_table(out / "conditions.csv") if r["recipe"] == "null"}
     assert set(nulls) == {"null-identity", "null-mean", "null-random", "null-gaussian"}
-    assert nulls["null-mean"]["r2_dictionary_learning"] == pytest.approx(0, abs=1e-6) and nulls["null-mean"]["r2_overcomplete"] > 0.1
+    assert (
+        nulls["null-mean"]["r2_dictionary_learning"] == pytest.approx(0, abs=1e-6)
+        and nulls["null-mean"]["r2_overcomplete"] > 0.1
+    )
 
 
 def test_numbers_are_those_of_the_sae_on_the_held_out_rows(audit, hub):
     """R^2 again, from the model, the data and the file, by the definition."""
-    row, = read_table(audit[0] / "audit.csv")
+    (row,) = read_table(audit[0] / "audit.csv")
     folder = hub.folder
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     rows = heldout_rows(str(folder / f"datasets/{DATA}/data"), tokenizer, 64, 8).rows
     h = head(model, 3, rows)[:, :-1].flatten(0, 1).double()
     sae = formats.read(formats.find(str(folder / f"models/{SAES}/layers.3"))[0])
     delta = sae.reconstruct(h.float())[2].double() - h
-    assert row["r2"] == pytest.approx((1 - delta.square().sum() / (h - h.mean(0)).square().sum()).item(), abs=2e-6)
+    assert row["r2"] == pytest.approx(
+        (1 - delta.square().sum() / (h - h.mean(0)).square().sum()).item(), abs=2e-6
+    )
 
 
 def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
@@ -143,7 +271,9 @@ def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
 
 
 def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
-    """The same weights as sparsify, dictionary_learning and SAELens write them; the others through their own forward."""
+    """The same weights as sparsify, dictionary_learning and SAELens write them; the others through their own
+    forward.
+    """
     saes = f"{SAES}/layers.3,org/bench/TopK*,org/bench/BatchTopK*,org/lens,org/lens-bos,org/sae-pythia-70m-deduped-x64-k32-layers-3,org/openai"
     done = expb(hub, tmp_path / "out", saes)
     rows = {row["sae"]: row for row in read_table(tmp_path / "out/audit.csv")}
@@ -155,12 +285,23 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     batch = rows["org/bench/BatchTopK_pythia-70m/resid_post_layer_3/trainer_0"]
     assert batch["k"] == "none" and batch["l0"] != 8
     bos = rows["org/lens-bos"]
-    assert (bos["ctx"], bos["bos"], rows["org/lens"]["ctx"], rows["org/lens"]["bos"]) == (48, "True", 64, "False") and bos["ce_orig"] != one["ce_orig"]
+    assert (bos["ctx"], bos["bos"], rows["org/lens"]["ctx"], rows["org/lens"]["bos"]) == (
+        48,
+        "True",
+        64,
+        "False",
+    ) and bos["ce_orig"] != one["ce_orig"]
     report = (tmp_path / "out/report.md").read_text()
     assert "48 tokens after a BOS" in report
     pairs = {(row["sae_a"], row["sae_b"]): row for row in read_table(tmp_path / "out/pairs.csv")}
     assert len(pairs) == 6 * 5 // 2  # lens-bos was measured on other tokens
-    assert all(row["kind"] == "neither" for names, row in pairs.items() if set(names) <= {f"{SAES}/layers.3", "org/lens"} or all("TopK_" in name for name in names) and not any("Batch" in name for name in names))
+    assert all(
+        row["kind"] == "neither"
+        for names, row in pairs.items()
+        if set(names) <= {f"{SAES}/layers.3", "org/lens"}
+        or all("TopK_" in name for name in names)
+        and not any("Batch" in name for name in names)
+    )
     assert "org/lens-bos" not in {name for names in pairs for name in names}
     conditions = read_table(tmp_path / "out/conditions.csv")
     assert {row["n_tok"] for row in conditions} == {8 * 63, 8 * 47} and len(conditions) == 7 + 8
@@ -177,21 +318,46 @@ def test_an_edited_configuration_is_another_sae(hub, tmp_path):
 
 def test_exp_c_takes_them_too_and_says_what_is_odd(hub, tmp_path):
     """A threshold SAE, and one whose files name another model, by the number of a folder."""
-    shutil.copytree(hub.folder / "models/org/bench/BatchTopK_pythia-70m/resid_post_layer_3/trainer_0", tmp_path / "16")
+    shutil.copytree(
+        hub.folder / "models/org/bench/BatchTopK_pythia-70m/resid_post_layer_3/trainer_0", tmp_path / "16"
+    )
     config = json.loads((tmp_path / "16/config.json").read_text())
     config["trainer"]["lm_name"] += "-deduped"
     (tmp_path / "16/config.json").write_text(json.dumps(config))
-    command = ["--sae", "16", "--models", "stdlib-s", "--eval-seqs", "4", "--ctx", "32", "--device", "cpu", "--out", "out"]
+    command = [
+        "--sae",
+        "16",
+        "--models",
+        "stdlib-s",
+        "--eval-seqs",
+        "4",
+        "--ctx",
+        "32",
+        "--device",
+        "cpu",
+        "--out",
+        "out",
+    ]
     for script in ("expc_fisher.py", "expb.py"):
-        done = subprocess.run([sys.executable, str(ROOT / script), *command, "--fresh"], capture_output=True, text=True, cwd=tmp_path, env=hub.environment(hub.cache))
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *command, "--fresh"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=hub.environment(hub.cache),
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-    row, = read_table(tmp_path / "out/audit.csv")
-    assert row["sae"] == "16" and row["trained_on"] == f"{MODEL}-deduped" and f"16: its files say {MODEL}-deduped; measured on stdlib-s" in done.stdout
+    (row,) = read_table(tmp_path / "out/audit.csv")
+    assert (
+        row["sae"] == "16"
+        and row["trained_on"] == f"{MODEL}-deduped"
+        and f"16: its files say {MODEL}-deduped; measured on stdlib-s" in done.stdout
+    )
 
 
 def test_the_files_name_the_model_and_the_layer(hub, tmp_path):
     expb(hub, tmp_path / "out", "org/lens", models=None)
-    row, = read_table(tmp_path / "out/audit.csv")
+    (row,) = read_table(tmp_path / "out/audit.csv")
     assert (row["model"], row["layer"]) == (MODEL, 3)
 
 
@@ -210,10 +376,15 @@ def test_an_sae_one_block_late_is_refused_with_both_numbers(hub, tmp_path):
 
 
 WRONG = {  # --sae -> what the hub does, what must be said
-    "org/nope": (None, "no repository of the hub"), "org/bench": (dict(pattern="/api/models/org/bench*", status=401, code="GatedRepo"), "gated"),
-    "org/openai": (dict(pattern="/api/models/org/openai*", status=500), "500"), "org/lens": (dict(pattern="*/sae_weights.safetensors", after=1000), "org/lens"),
-    "org/wide": (None, "reads 32 dimensions, and EleutherAI/pythia-70m has 64"), f"{SAES}/layers.5": (None, "no SAE at layers.5"),
-    f"{SAES}/layers.3.mlp": (None, "none of its 1 SAEs"), "org/lens-bos@nowhere": (None, "Revision Not Found")}
+    "org/nope": (None, "no repository of the hub"),
+    "org/bench": (dict(pattern="/api/models/org/bench*", status=401, code="GatedRepo"), "gated"),
+    "org/openai": (dict(pattern="/api/models/org/openai*", status=500), "500"),
+    "org/lens": (dict(pattern="*/sae_weights.safetensors", after=1000), "org/lens"),
+    "org/wide": (None, "reads 32 dimensions, and EleutherAI/pythia-70m has 64"),
+    f"{SAES}/layers.5": (None, "no SAE at layers.5"),
+    f"{SAES}/layers.3.mlp": (None, "none of its 1 SAEs"),
+    "org/lens-bos@nowhere": (None, "Revision Not Found"),
+}
 
 
 def test_what_a_hub_can_do_wrong_is_one_line(hub, tmp_path):
@@ -232,29 +403,56 @@ for sae in {list(WRONG)!r}:
     except SystemExit as end:
         print("status", end.code, file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment(tmp_path / "hf"))
-    lines = [line.rpartition("\r")[2] for line in done.stderr.splitlines() if "expb.py: " in line or line.startswith("status")]
-    assert done.returncode == 0 and "Traceback" not in done.stderr and len(lines) == 2 * len(WRONG), done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment(tmp_path / "hf")
+    )
+    lines = [
+        line.rpartition("\r")[2]
+        for line in done.stderr.splitlines()
+        if "expb.py: " in line or line.startswith("status")
+    ]
+    assert done.returncode == 0 and "Traceback" not in done.stderr and len(lines) == 2 * len(WRONG), (
+        done.stderr[-2000:]
+    )
     for (sae, (_, says)), line, status in zip(WRONG.items(), lines[::2], lines[1::2]):
         assert says in line and sae.split("@")[0] in line and status == "status 2", line
     assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / "hf").rglob("snapshots/**/sae_weights.safetensors"))  # nothing half-written that looks whole
+    # nothing half-written that looks whole
+    assert not list((tmp_path / "hf").rglob("snapshots/**/sae_weights.safetensors"))
 
 
 def test_dry_run_lists_them_and_downloads_no_weights(hub, tmp_path):
     done = expb(hub, tmp_path / "out", SAES, "--dry-run", models=MODEL, cache=tmp_path / "hf")
-    assert f"{SAES}/layers.2" in done.stdout and f"{SAES}/layers.3" in done.stdout and "TFLOP" in done.stdout and "256" in done.stdout
+    assert (
+        f"{SAES}/layers.2" in done.stdout
+        and f"{SAES}/layers.3" in done.stdout
+        and "TFLOP" in done.stdout
+        and "256" in done.stdout
+    )
     assert not (tmp_path / "out").exists() and not any(path.endswith("safetensors") for path in hub.requests)
 
 
 def test_the_two_commands_of_formats(hub, tmp_path):
-    run = lambda *a: subprocess.run([sys.executable, str(ROOT / "formats.py"), *map(str, a)], capture_output=True, text=True, cwd=tmp_path, env=hub.environment(hub.cache))
+    run = lambda *a: subprocess.run(
+        [sys.executable, str(ROOT / "formats.py"), *map(str, a)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=hub.environment(hub.cache),
+    )
     listed = run("list", SAES).stdout
     assert "layers.3.mlp" in listed and "resid_post" in listed
-    save_sae(tmp_path / "mine", formats.fused(formats.read(formats.find(str(hub.folder / f"models/{SAES}/layers.3"))[0])),
-             {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
+    save_sae(
+        tmp_path / "mine",
+        formats.fused(formats.read(formats.find(str(hub.folder / f"models/{SAES}/layers.3"))[0])),
+        {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"},
+    )
     assert "load_from_disk" in run("export", "mine", "there").stdout
     assert formats.describe(formats.find(str(tmp_path / "there"))[0])["model"] == "stdlib-s"
-    assert "holds cfg.json and sae_weights.safetensors already" in (twice := run("export", "mine", "there")).stderr and twice.returncode == 2
+    assert (
+        "holds cfg.json and sae_weights.safetensors already"
+        in (twice := run("export", "mine", "there")).stderr
+        and twice.returncode == 2
+    )
     bad = run("export", tmp_path / "there", "again")
     assert bad.returncode == 2 and "not an SAE trained here" in bad.stderr

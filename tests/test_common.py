@@ -1,4 +1,5 @@
 """Text, the split model, gradients and KL against truths computed another way; arguments."""
+
 import itertools
 import json
 import math
@@ -75,7 +76,7 @@ def test_g_against_central_differences(tiny, rows, layer, exact):
 def test_g_is_of_the_sum_so_batches_do_not_matter(tiny, rows, exact):
     h = head(tiny, 1, rows)
     _, (g,) = clean_pass(tiny, 1, rows, h)
-    one_by_one = [clean_pass(tiny, 1, rows[i:i + 1], h[i:i + 1])[1][0] for i in range(len(rows))]
+    one_by_one = [clean_pass(tiny, 1, rows[i : i + 1], h[i : i + 1])[1][0] for i in range(len(rows))]
     torch.testing.assert_close(g, torch.cat(one_by_one), rtol=1e-10, atol=1e-12)
 
 
@@ -106,7 +107,9 @@ def test_g_of_the_last_layer_in_closed_form(tiny, rows, exact):
     centred = x - x.mean(-1, keepdim=True)
     std = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
     unit = centred / std
-    expected = (upstream - upstream.mean(-1, keepdim=True) - unit * (upstream * unit).mean(-1, keepdim=True)) / std
+    expected = (
+        upstream - upstream.mean(-1, keepdim=True) - unit * (upstream * unit).mean(-1, keepdim=True)
+    ) / std
     torch.testing.assert_close(g[:, :-1], expected, rtol=1e-9, atol=1e-12)
 
 
@@ -118,16 +121,28 @@ def test_sampled_labels_give_the_true_fisher(tiny, rows, exact):
         logits, change = torch.func.jvp(lambda x: tail(tiny, 1, rows, x)[:, :-1], (h,), (delta,))
     p = torch.softmax(logits, -1)
     exact_form = (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum((-1, -2))
-    draws = torch.cat([torch.stack([(g * delta).sum((-1, -2)).square() for g in
-                                    clean_pass(tiny, 1, rows, h, torch.rand(50, 3, 11, generator=torch.Generator().manual_seed(i)))[1][1:]])
-                       for i in range(12)])
+    draws = torch.cat(
+        [
+            torch.stack(
+                [
+                    (g * delta).sum((-1, -2)).square()
+                    for g in clean_pass(
+                        tiny, 1, rows, h, torch.rand(50, 3, 11, generator=torch.Generator().manual_seed(i))
+                    )[1][1:]
+                ]
+            )
+            for i in range(12)
+        ]
+    )
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - exact_form).abs() < 4 * error).all() and (error < 0.2 * exact_form).all()
 
 
 def test_drawn_labels_follow_p(tiny, rows):
     h = head(tiny, 2, rows)
-    log_p, gradients = clean_pass(tiny, 2, rows, h, torch.tensor([0.0, 1 - 2 ** -24]).view(2, 1, 1).expand(2, 3, 11))
+    log_p, gradients = clean_pass(
+        tiny, 2, rows, h, torch.tensor([0.0, 1 - 2**-24]).view(2, 1, 1).expand(2, 3, 11)
+    )
     assert all(torch.isfinite(g).all() for g in gradients)  # both ends of [0, 1) are labels
 
 
@@ -136,7 +151,12 @@ def test_drawn_labels_follow_p(tiny, rows):
 def test_kl_is_right_at_every_size(size):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 7, 500, generator=generator, dtype=torch.float64)
-    log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(logits + size * torch.randn(logits.shape, generator=generator, dtype=torch.float64), -1)
+    log_p, log_q = (
+        torch.log_softmax(logits, -1),
+        torch.log_softmax(
+            logits + size * torch.randn(logits.shape, generator=generator, dtype=torch.float64), -1
+        ),
+    )
     truth = (log_p.exp() * (log_p - log_q)).sum(-1)
     kl = lambda a, b: kl_divergence(a.exp(), a, b)
     ours = kl(log_p.float(), log_q.float()).double()
@@ -156,6 +176,7 @@ def test_held_out_files_are_disjoint_and_a_tenth():
 
 class Letters:
     """A tokenizer of one letter each."""
+
     eos_token_id = 0
 
     def __call__(self, text, add_special_tokens=False):
@@ -166,16 +187,28 @@ def test_rows_are_documents_joined_by_the_end_mark(tmp_path):
     path = tmp_path / "d.jsonl"
     texts = [f"document number {i} " * 3 for i in range(60)]
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    rows = {split: torch.cat(list(text.packed_rows(str(path), split, Letters(), 10))) for split in ("train", "heldout")}
+    rows = {
+        split: torch.cat(list(text.packed_rows(str(path), split, Letters(), 10)))
+        for split in ("train", "heldout")
+    }
     for split, stream in rows.items():
         mine = [t for t in texts if text.in_heldout(t) == (split == "heldout")]
         whole = list(itertools.chain.from_iterable([ord(c) % 40 + 1 for c in t] + [0] for t in mine))
-        assert stream.tolist() == whole[:len(whole) // 10 * 10]
+        assert stream.tolist() == whole[: len(whole) // 10 * 10]
     assert len(rows["heldout"]) > 0
 
 
-@pytest.mark.parametrize("name, content, word", [("e.txt", b"", "empty"), ("b.txt", b"abc\0\1\2", "binary"), ("s.txt", b"short", "gives 0 sequences"),
-                                                 ("x.pdf", b"x", "needs files"), ("l.txt", b"\xff\xfe\xfa" * 9, "decode"), ("j.jsonl", b"{", "--data")])
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("e.txt", b"", "empty"),
+        ("b.txt", b"abc\0\1\2", "binary"),
+        ("s.txt", b"short", "gives 0 sequences"),
+        ("x.pdf", b"x", "needs files"),
+        ("l.txt", b"\xff\xfe\xfa" * 9, "decode"),
+        ("j.jsonl", b"{", "--data"),
+    ],
+)
 def test_bad_data_gets_one_line(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=word) as caught:
@@ -184,8 +217,14 @@ def test_bad_data_gets_one_line(tmp_path, name, content, word):
 
 
 def test_counts_read_both_ways():
-    assert [common.parse_count(t) for t in ("300000", "300k", "10M", "1.5M", "2B")] == [300000, 300000, 10 ** 7, 1500000, 2 * 10 ** 9]
-    assert [tables.readable_count(n) for n in (300000, 10 ** 7, 1500000, 77)] == ["300k", "10M", "1500k", "77"]
+    assert [common.parse_count(t) for t in ("300000", "300k", "10M", "1.5M", "2B")] == [
+        300000,
+        300000,
+        10**7,
+        1500000,
+        2 * 10**9,
+    ]
+    assert [tables.readable_count(n) for n in (300000, 10**7, 1500000, 77)] == ["300k", "10M", "1500k", "77"]
     for bad in ("", "x", "-1", "0", "nan", "10Q"):
         with pytest.raises(UserError):
             common.parse_count(bad)
@@ -195,10 +234,26 @@ GRID = dict(models="stdlib-s", k="4", tokens="1k", expansion=4, eval_seqs=4, ctx
 NUMBERS = ["--k", "--seeds", "--tokens", "--expansion", "--eval-seqs", "--ctx"]
 
 
-@pytest.mark.parametrize("flag, value, word", [(flag, value, flag) for flag in NUMBERS for value in ("9" * 5000, "-" + "9" * 5000, str(10 ** 30), "x" * 5000)] + [
-    ("--models", "a@" + "9" * 5000, "--models a@999"), ("--models", f"a@{10 ** 30}", "--models a@1000"), ("--models", "x" * 10 ** 5, "--models"),
-    ("--seeds", str(2 ** 32), "at most 4294967295"), ("--tokens", "1e306", "at most"), ("--tokens", "1e300M", "at most"), ("--tokens", "1k," + "9" * 5000, "at most"),
-    ("--k", "4," * 5000 + "x", "whole numbers"), ("--recipe", "x" * 5000, "base, saelens"), ("--device", "x" * 5000, "--device")])
+@pytest.mark.parametrize(
+    "flag, value, word",
+    [
+        (flag, value, flag)
+        for flag in NUMBERS
+        for value in ("9" * 5000, "-" + "9" * 5000, str(10**30), "x" * 5000)
+    ]
+    + [
+        ("--models", "a@" + "9" * 5000, "--models a@999"),
+        ("--models", f"a@{10**30}", "--models a@1000"),
+        ("--models", "x" * 10**5, "--models"),
+        ("--seeds", str(2**32), "at most 4294967295"),
+        ("--tokens", "1e306", "at most"),
+        ("--tokens", "1e300M", "at most"),
+        ("--tokens", "1k," + "9" * 5000, "at most"),
+        ("--k", "4," * 5000 + "x", "whole numbers"),
+        ("--recipe", "x" * 5000, "base, saelens"),
+        ("--device", "x" * 5000, "--device"),
+    ],
+)
 def test_absurd_arguments_get_one_short_line(flag, value, word):
     with pytest.raises(UserError) as caught:
         common.parse_args("", [flag, value], **GRID)
@@ -207,12 +262,18 @@ def test_absurd_arguments_get_one_short_line(flag, value, word):
 
 
 def test_the_largest_arguments_are_taken():
-    args = common.parse_args("", ["--seeds", str(2 ** 32 - 1), "--tokens", "1000B", "--expansion", str(10 ** 9)], **GRID)
-    assert (args.seeds, args.tokens, args.expansion, args.ctx) == ([2 ** 32 - 1], [10 ** 12], 10 ** 9, 64)
-    torch.Generator().manual_seed(args.seeds[0] * 1_000_003 + 10 ** 12 // train.CHUNK)  # how the last piece is drawn
+    args = common.parse_args(
+        "", ["--seeds", str(2**32 - 1), "--tokens", "1000B", "--expansion", str(10**9)], **GRID
+    )
+    assert (args.seeds, args.tokens, args.expansion, args.ctx) == ([2**32 - 1], [10**12], 10**9, 64)
+    # how the last piece is drawn
+    torch.Generator().manual_seed(args.seeds[0] * 1_000_003 + 10**12 // train.CHUNK)
 
 
-@pytest.mark.parametrize("flag", ["--models", "--data", "--split", "--revision", "--sae", "--out", "--cache", "--from", "--verdict"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--models", "--data", "--split", "--revision", "--sae", "--out", "--cache", "--from", "--verdict"],
+)
 @pytest.mark.parametrize("control", ["\0", "\n", "\t", "\x1b[31m", "\x7f", "\u2028", "\udc80"])
 def test_no_argument_holds_a_control_character(flag, control):
     with pytest.raises(UserError, match=f"{flag} .*control character") as caught:
@@ -222,6 +283,16 @@ def test_no_argument_holds_a_control_character(flag, control):
 
 @pytest.mark.parametrize("gap", [math.nan, math.inf, -math.inf, None])
 def test_gaps_have_a_name_in_reports_too(gap):
-    assert tables.signed(gap) == tables.bounds(gap, 1.0) == tables.bounds(0.0, gap) == tables.span(gap, gap, gap) == tables.span(gap, 0.0, 1.0) == "undefined"
-    assert tables.span(0.123, gap, gap) == "+0.12 [undefined]" and tables.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
+    assert (
+        tables.signed(gap)
+        == tables.bounds(gap, 1.0)
+        == tables.bounds(0.0, gap)
+        == tables.span(gap, gap, gap)
+        == tables.span(gap, 0.0, 1.0)
+        == "undefined"
+    )
+    assert (
+        tables.span(0.123, gap, gap) == "+0.12 [undefined]"
+        and tables.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
+    )
     assert tables.bounds(0.1, 0.24) == "[+0.10, +0.24]" and tables.signed(-0.5, 3) == "-0.500"

@@ -1,4 +1,7 @@
-"""What is read back is checked: a damaged SAE or checkpoint is set aside and made again, damaged results are one line."""
+"""What is read back is checked: a damaged SAE or checkpoint is set aside and made again, damaged results are
+one line.
+"""
+
 import json
 import pathlib
 import re
@@ -14,17 +17,43 @@ import pytest
 from safetensors.torch import load_file, save
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-GRID = ["--models", "stdlib-s", "--k", "2,4", "--tokens", "6k", "--eval-seqs", "6", "--ctx", "64", "--save-tokens"]
+GRID = [
+    "--models",
+    "stdlib-s",
+    "--k",
+    "2,4",
+    "--tokens",
+    "6k",
+    "--eval-seqs",
+    "6",
+    "--ctx",
+    "64",
+    "--save-tokens",
+]
 
 
 def expb(folder, *arguments, check=0, **how):
-    done = zygote.run("expb.py", *GRID, "--out", folder / "out", "--cache", folder / "cache", *arguments, setup=zygote.CHECKPOINTS, **how)
+    done = zygote.run(
+        "expb.py",
+        *GRID,
+        "--out",
+        folder / "out",
+        "--cache",
+        folder / "cache",
+        *arguments,
+        setup=zygote.CHECKPOINTS,
+        **how,
+    )
     assert done.returncode == check, done.stderr[-2000:]
     return done
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "run.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +95,17 @@ def to_folder(path: pathlib.Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("name, harm", [("sae.safetensors", weight), ("sae.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
-                                        ("cfg.json", other_k), ("cfg.json", pathlib.Path.unlink), ("provenance.json", lambda path: flip(path, 0.5)),
-                                        ("provenance.json", lambda path: path.write_bytes(b""))])
+@pytest.mark.parametrize(
+    "name, harm",
+    [
+        ("sae.safetensors", weight),
+        ("sae.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+        ("cfg.json", other_k),
+        ("cfg.json", pathlib.Path.unlink),
+        ("provenance.json", lambda path: flip(path, 0.5)),
+        ("provenance.json", lambda path: path.write_bytes(b"")),
+    ],
+)
 def test_a_damaged_sae_is_set_aside_and_made_again(whole, tmp_path, name, harm):
     shutil.copytree(whole / "cache", tmp_path / "cache")
     victim = sorted((tmp_path / "cache").iterdir())[0]
@@ -82,7 +119,15 @@ def test_a_damaged_sae_is_set_aside_and_made_again(whole, tmp_path, name, harm):
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize("harm", [lambda path: flip(path, 0.6), lambda path: flip(path, 0.05), lambda path: path.write_bytes(b""), to_folder])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: flip(path, 0.6),
+        lambda path: flip(path, 0.05),
+        lambda path: path.write_bytes(b""),
+        to_folder,
+    ],
+)
 def test_a_damaged_checkpoint_is_set_aside_and_training_starts_anew(whole, half, tmp_path, harm):
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     checkpoint = next(tmp_path.rglob("checkpoint.pt"))
@@ -101,6 +146,7 @@ def test_a_checkpoint_runs_no_code(whole, half, tmp_path):
     from transport_geometry import store
 
     import torch
+
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     checkpoint = next(tmp_path.rglob("checkpoint.pt"))
     code = pickle.dumps(Code(str(tmp_path / "ran")))
@@ -121,7 +167,9 @@ class Code:
 
 
 @pytest.mark.parametrize("name", ["conditions.csv", "sequences.npz", "tokens.npz", "run.json"])
-@pytest.mark.parametrize("harm", [lambda path: flip(path, 0.7), lambda path: path.write_bytes(path.read_bytes()[:-200]), to_folder])
+@pytest.mark.parametrize(
+    "harm", [lambda path: flip(path, 0.7), lambda path: path.write_bytes(path.read_bytes()[:-200]), to_folder]
+)
 def test_damaged_results_are_one_line(whole, tmp_path, name, harm):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "out" / name
@@ -139,7 +187,9 @@ def test_an_edited_number_is_no_result(whole, tmp_path):
     table = (tmp_path / "out/conditions.csv").read_text()
     row = next(line for line in table.splitlines() if ",base," in line)
     (tmp_path / "out/conditions.csv").write_text(table.replace(row.split(",")[11], "0.99"))
-    assert "conditions.csv: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+    assert (
+        "conditions.csv: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+    )
 
 
 def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
@@ -147,7 +197,10 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
     verdict = tmp_path / "out/verdict.json"
     verdict.write_text(re.sub(r'("rows_sha256": ")[0-9a-f]{64}', r"\g<1>" + "0" * 64, verdict.read_text()))
-    assert "verdict.json is about other rows (SHA-256 000000000000" in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+    assert (
+        "verdict.json is about other rows (SHA-256 000000000000"
+        in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+    )
     verdict.unlink()
     expb(tmp_path, "--from", tmp_path / "out")
     assert (tmp_path / "out/verdict.json").read_bytes() == (whole / "out/verdict.json").read_bytes()
@@ -155,11 +208,20 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
 
 def test_a_damaged_verdict_opens_no_gate(whole, tmp_path):
     from transport_geometry import store
-    store.put(tmp_path / "expa/run.json", {"verdict.json": json.dumps({"leaf": "undertrained", "settings": {}}).encode()})
+
+    store.put(
+        tmp_path / "expa/run.json",
+        {"verdict.json": json.dumps({"leaf": "undertrained", "settings": {}}).encode()},
+    )
     shutil.copytree(whole / "out", tmp_path / "out")
     expb(tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json")
     (tmp_path / "expa/verdict.json").write_text(json.dumps({"leaf": "H1", "settings": {}}))
-    assert "verdict.json: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json", check=2).stderr
+    assert (
+        "verdict.json: not as it was written"
+        in expb(
+            tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json", check=2
+        ).stderr
+    )
 
 
 def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
@@ -167,7 +229,19 @@ def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
     victim = sorted((tmp_path / "cache").iterdir())[0]
     for name, harm in (("sae.safetensors", weight), ("cfg.json", other_k)):
         harm(victim / name)
-        done = zygote.run("expb.py", "--models", "stdlib-s", "--sae", victim, "--eval-seqs", "6", "--ctx", "64", "--out", tmp_path / "out")
+        done = zygote.run(
+            "expb.py",
+            "--models",
+            "stdlib-s",
+            "--sae",
+            victim,
+            "--eval-seqs",
+            "6",
+            "--ctx",
+            "64",
+            "--out",
+            tmp_path / "out",
+        )
         assert done.returncode == 2 and f"{name}: not as it was written" in done.stderr, done.stderr
         shutil.rmtree(victim)
         shutil.copytree(whole / "cache" / victim.name, victim)
@@ -178,9 +252,13 @@ def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
     from transport_geometry import store
     from transport_geometry.errors import Damaged
     from transport_geometry.results import load_results
+
     shutil.copytree(whole / "out", tmp_path / "out")
     sums = read_npz(tmp_path / "out/sequences.npz")
-    store.put(tmp_path / "out/run.json", {"sequences.npz": as_npz({name: value[::-1] for name, value in sums.items()})})
+    store.put(
+        tmp_path / "out/run.json",
+        {"sequences.npz": as_npz({name: value[::-1] for name, value in sums.items()})},
+    )
     with pytest.raises(Damaged, match="other conditions"):
         load_results(tmp_path / "out")
 
@@ -188,7 +266,8 @@ def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
 def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
     """A colleague's cache: nothing to train, so nothing to write."""
     shutil.copytree(whole / "cache", tmp_path / "cache")
-    (tmp_path / "cache" / f".{next((tmp_path / 'cache').iterdir()).name}{LOCK}").touch()  # of a run that was killed, or trains another
+    # of a run that was killed, or trains another
+    (tmp_path / "cache" / f".{next((tmp_path / 'cache').iterdir()).name}{LOCK}").touch()
     before = contents(tmp_path / "cache")
     setpriv = shutil.which("setpriv")
     if sys.platform != "linux" or not setpriv:
@@ -197,32 +276,60 @@ def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
     command = [*bound, sys.executable, ROOT / "expb.py", *GRID, "--cache", tmp_path / "cache"]
     for path in [*(tmp_path / "cache").rglob("*"), tmp_path / "cache"]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    run = lambda *more: subprocess.run([*map(str, [*command, *more])], capture_output=True, text=True, cwd=ROOT)
+    run = lambda *more: subprocess.run(
+        [*map(str, [*command, *more])], capture_output=True, text=True, cwd=ROOT
+    )
     assert (done := run("--out", tmp_path / "out")).returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(whole / "out") and contents(tmp_path / "cache") == before
     for more, words in ((["--seeds", "1"], "--cache"), (["--out", tmp_path / "cache/out"], "--out")):
         done = run("--out", tmp_path / "new", *more)
-        assert done.returncode == 2 and words in done.stderr and "not writable (Permission denied)" in done.stderr, done.stderr
-        assert len([line for line in done.stderr.splitlines() if line.startswith("expb.py")]) == 1 and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 2
+            and words in done.stderr
+            and "not writable (Permission denied)" in done.stderr
+        ), done.stderr
+        assert (
+            len([line for line in done.stderr.splitlines() if line.startswith("expb.py")]) == 1
+            and "Traceback" not in done.stderr
+        )
     victim = next(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     (victim / "sae.safetensors").chmod(0)
     done = run("--out", tmp_path / "unreadable")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "Permission denied" in done.stderr, done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Permission denied" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_a_cache_that_goes_away_is_one_line(whole, tmp_path):
     shutil.copytree(whole / "cache", tmp_path / "cache")
-    gone = "import conditions, shutil, sys\nload = conditions.load\n" \
+    gone = (
+        "import conditions, shutil, sys\nload = conditions.load\n"
         "def vanish(*a): shutil.rmtree(sys.argv[sys.argv.index('--cache') + 1], ignore_errors=True); return load(*a)\nconditions.load = vanish"
+    )
     done = zygote.run("expb.py", *GRID, "--out", tmp_path / "out", "--cache", tmp_path / "cache", setup=gone)
     last = done.stderr.replace("\r", "\n").splitlines()
-    assert done.returncode == 2 and sum(line.startswith("expb.py: ") for line in last) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and sum(line.startswith("expb.py: ") for line in last) == 1
+        and "Traceback" not in done.stderr
+    ), done.stderr
 
 
 def test_a_locale_without_our_letters(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
-    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(ROOT / "expb.py"), "--from", str(tmp_path / "out")], capture_output=True, env=environment, cwd=ROOT)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "LC_ALL": "POSIX",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "expb.py"), "--from", str(tmp_path / "out")],
+        capture_output=True,
+        env=environment,
+        cwd=ROOT,
+    )
     assert done.returncode == 0 and b"---" in done.stdout, done.stderr.decode(errors="replace")[-2000:]
     assert contents(tmp_path / "out") == contents(whole / "out")
 
@@ -231,4 +338,7 @@ def test_names_that_nothing_has(tmp_path):
     assert unused(tmp_path / "a.csv", "kept").name == "a.kept.csv"
     (tmp_path / "a.kept.csv").symlink_to("nowhere")
     (tmp_path / "b.c").mkdir()
-    assert unused(tmp_path / "a.csv", "kept").name == "a.kept-2.csv" and unused(tmp_path / "b.c", "kept").name == "b.c.kept"
+    assert (
+        unused(tmp_path / "a.csv", "kept").name == "a.kept-2.csv"
+        and unused(tmp_path / "b.c", "kept").name == "b.c.kept"
+    )

@@ -1,4 +1,7 @@
-"""Real text: local files, and data sets streamed by the real client from a hub on the loopback that can be told to fail."""
+"""Real text: local files, and data sets streamed by the real client from a hub on the loopback that can be
+told to fail.
+"""
+
 import itertools
 import json
 import multiprocessing
@@ -26,6 +29,7 @@ HERE = pathlib.Path(__file__).parent
 
 class Letters:
     """A tokenizer of one letter each, 41 tokens in all."""
+
     eos_token_id = 0
 
     def __len__(self):
@@ -43,22 +47,31 @@ LONG = [[(i + j * j) % 41 for j in range(1000)] for i in range(300)]  # a file o
 def write(path: pathlib.Path, rows: list[dict]) -> None:
     import pyarrow
     import pyarrow.parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=40, compression="none", use_dictionary=False)
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), path, row_group_size=40, compression="none", use_dictionary=False
+        )
     else:
         table = pyarrow.Table.from_pylist(rows)
-        with (pyarrow.ipc.new_stream if path.stem == "stream" else pyarrow.ipc.new_file)(path, table.schema) as file:
+        with (pyarrow.ipc.new_stream if path.stem == "stream" else pyarrow.ipc.new_file)(
+            path, table.schema
+        ) as file:
             file.write_table(table, max_chunksize=40)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    data = {"text.jsonl": [{"text": t} for t in TEXTS], "text.parquet": [{"id": i, "title": "x", "text": t} for i, t in enumerate(TEXTS)],
-            "ids.jsonl": [{"tokens": ids} for ids in IDS], "ids.parquet": [{"input_ids": ids} for ids in IDS]}
+    data = {
+        "text.jsonl": [{"text": t} for t in TEXTS],
+        "text.parquet": [{"id": i, "title": "x", "text": t} for i, t in enumerate(TEXTS)],
+        "ids.jsonl": [{"tokens": ids} for ids in IDS],
+        "ids.parquet": [{"input_ids": ids} for ids in IDS],
+    }
     for name, rows in data.items():
         stem, _, kind = name.partition(".")
         for i, (start, stop) in enumerate(((0, 110), (110, 147), (147, 300))):  # three shards
@@ -68,7 +81,9 @@ def server(tmp_path_factory):
     write(folder / "datasets/org/pixels/train.parquet", [{"image": [1.5], "label": 3}] * 9)
     write(folder / "datasets/org/words/train.jsonl", [{"tokens": t.split(), "sentence": t} for t in TEXTS])
     with serve(folder) as hub:
-        environment = hub.environment(tmp_path_factory.mktemp("cache")) | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+        environment = hub.environment(tmp_path_factory.mktemp("cache")) | {
+            "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"
+        }
         multiprocessing.get_context("forkserver").set_forkserver_preload(["test_data", "datasets"])
         with mock.patch.dict(os.environ, environment, clear=True):
             forkserver.ensure_running()
@@ -91,16 +106,21 @@ def hurry() -> None:
     import datasets
     import huggingface_hub.hf_file_system
     import huggingface_hub.utils._http
+
     assert huggingface_hub.constants.ENDPOINT.startswith("http://127.0.0.1")  # never the true one
     huggingface_hub.utils._http.time = types.SimpleNamespace(sleep=lambda seconds: None)
     huggingface_hub.hf_file_system.HfFileSystemFile.DEFAULT_BLOCK_SIZE = 4096
-    datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = (
+        datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL
+    ) = 0
     text.time = types.SimpleNamespace(sleep=WAITED.append)
     train.CHUNK = 1024
 
 
 def elsewhere(function, *args):
-    """function(*args) in a process whose clients know the test's hub: they read its address when they are imported."""
+    """function(*args) in a process whose clients know the test's hub: they read its address when they are
+    imported.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), hurry) as pool:
         return pool.submit(function, *args).result(60)
 
@@ -120,8 +140,26 @@ def read(data: str) -> tuple[list, list, str | None]:
 
 
 def job(data: str, tokens: int, **more) -> dict:
-    return dict(model="tiny", weights="w", layer=1, data=data, text="t", ctx=16, tokens=tokens, trunk=[], d_sae=32, k=4, seed=0, recipe="base",
-                sinks="keep", device="cpu", version=1) | more
+    return (
+        dict(
+            model="tiny",
+            weights="w",
+            layer=1,
+            data=data,
+            text="t",
+            ctx=16,
+            tokens=tokens,
+            trunk=[],
+            d_sae=32,
+            k=4,
+            seed=0,
+            recipe="base",
+            sinks="keep",
+            device="cpu",
+            version=1,
+        )
+        | more
+    )
 
 
 def train(data: str, cache: pathlib.Path) -> None:
@@ -133,7 +171,7 @@ def train(data: str, cache: pathlib.Path) -> None:
 def expected(rows: list, side: str, ctx: int) -> list[int]:
     mine = [row for row in rows if text.in_heldout(row) == (side == "heldout")]
     whole = [i for row in mine for i in ([*Letters()(row).input_ids, 0] if isinstance(row, str) else row)]
-    return whole[:len(whole) // ctx * ctx]
+    return whole[: len(whole) // ctx * ctx]
 
 
 @pytest.mark.parametrize("name", ["text-jsonl", "text-parquet", "ids-jsonl", "ids-parquet"])
@@ -163,17 +201,24 @@ def test_a_text_file_is_cut_at_line_ends_and_wholly_used(tmp_path):
 
 def test_a_folder_that_datasets_saved_is_data(tmp_path):
     import datasets
+
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     assert packed(str(tmp_path / "saved"), "train", 16) == expected(TEXTS, "train", 16)
 
 
 def test_a_row_without_text_is_passed_over_and_its_other_columns_too(tmp_path):
-    write(tmp_path / "t.jsonl", [{"text": t if i % 3 else None, "source": "web"} for i, t in enumerate(TEXTS)])
-    assert list(text.foreign_documents(str(tmp_path / "t.jsonl"))) == [t for i, t in enumerate(TEXTS) if i % 3]
+    write(
+        tmp_path / "t.jsonl", [{"text": t if i % 3 else None, "source": "web"} for i, t in enumerate(TEXTS)]
+    )
+    assert list(text.foreign_documents(str(tmp_path / "t.jsonl"))) == [
+        t for i, t in enumerate(TEXTS) if i % 3
+    ]
 
 
 def test_sides_share_no_document_however_often_it_is_repeated(hub, tmp_path):
-    write(hub.folder / "datasets/org/echo/train.jsonl", [{"text": TEXTS[i % 100 * (i % 3)]} for i in range(300)])
+    write(
+        hub.folder / "datasets/org/echo/train.jsonl", [{"text": TEXTS[i % 100 * (i % 3)]} for i in range(300)]
+    )
     train, held = (elsewhere(sided, "org/echo", side) for side in ("train", "heldout"))
     assert not set(train) & set(held) and len(train) + len(held) == 300 and 0 < len(held) < 100
 
@@ -184,15 +229,25 @@ def sided(data: str, side: str) -> list[str]:
 
 def test_bos_begins_every_row(tmp_path):
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
-    plain, held = text.heldout_rows(str(tmp_path), Letters(), 9, 20), text.heldout_rows(str(tmp_path), Letters(), 10, 20, bos=40)
-    assert held.rows.shape == (20, 10) and (held.rows[:, 0] == 40).all() and torch.equal(held.rows[:, 1:], plain.rows)
+    plain, held = (
+        text.heldout_rows(str(tmp_path), Letters(), 9, 20),
+        text.heldout_rows(str(tmp_path), Letters(), 10, 20, bos=40),
+    )
+    assert (
+        held.rows.shape == (20, 10)
+        and (held.rows[:, 0] == 40).all()
+        and torch.equal(held.rows[:, 1:], plain.rows)
+    )
     assert held.sha256 == plain.sha256 and (held.document == plain.document).all()
 
 
 # ------------------------------------------------------------------------------------------- what is drawn to be measured
 def essays(n: int, words: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
-    return [" ".join("".join(rng.choices("etaoinshr", k=rng.randint(2, 6))) for _ in range(words)) for _ in range(n)]
+    return [
+        " ".join("".join(rng.choices("etaoinshr", k=rng.randint(2, 6))) for _ in range(words))
+        for _ in range(n)
+    ]
 
 
 def test_rows_are_drawn_across_the_held_out_side_a_few_of_each_document(tmp_path):
@@ -201,14 +256,22 @@ def test_rows_are_drawn_across_the_held_out_side_a_few_of_each_document(tmp_path
     held = [t for t in texts if text.in_heldout(t)]
     ids = {i: Letters()(t).input_ids for i, t in enumerate(held)}
     found = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, len(held))
-    source = [next(i for i, whole in ids.items() if " ".join(map(str, row)) in " ".join(map(str, whole))) for row in found.rows[:, :15].tolist()]
-    assert sorted(source) == sorted(ids) and len(set(found.document)) == len(held)  # one of each, not the first few documents
+    source = [
+        next(i for i, whole in ids.items() if " ".join(map(str, row)) in " ".join(map(str, whole)))
+        for row in found.rows[:, :15].tolist()
+    ]
+    # one of each, not the first few documents
+    assert sorted(source) == sorted(ids) and len(set(found.document)) == len(held)
     more = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, 3 * len(held))
-    assert (np.bincount(more.document) == 3).all() and len({tuple(row) for row in more.rows.tolist()}) == 3 * len(held)
+    assert (np.bincount(more.document) == 3).all() and len(
+        {tuple(row) for row in more.rows.tolist()}
+    ) == 3 * len(held)
     other = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, len(held), seed=1)
     assert {tuple(row) for row in other.rows.tolist()} != {tuple(row) for row in found.rows.tolist()}
-    with pytest.raises(UserError, match=f"gives {4 * len(held)} sequences of 16 tokens, at most 4 of a document"):
-        text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, 10 ** 4)
+    with pytest.raises(
+        UserError, match=f"gives {4 * len(held)} sequences of 16 tokens, at most 4 of a document"
+    ):
+        text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, 10**4)
 
 
 def test_a_document_is_drawn_in_proportion_to_its_length(tmp_path):
@@ -230,7 +293,8 @@ def test_a_document_is_drawn_in_proportion_to_its_length(tmp_path):
 def test_short_documents_are_joined_and_count_as_one(tmp_path):
     write(tmp_path / "t.jsonl", [{"text": t} for t in essays(900, 2)])
     found = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 32, 10)
-    assert (found.document == np.arange(10)).all() and (found.rows == 0).any(1).all()  # an end of text in each
+    # an end of text in each
+    assert (found.document == np.arange(10)).all() and (found.rows == 0).any(1).all()
 
 
 @pytest.mark.parametrize("name", ["one.txt", "one.jsonl", "ids.jsonl", "line.txt"])
@@ -241,10 +305,17 @@ def test_a_text_of_few_documents_is_cut_and_held_out_by_piece(tmp_path, name):
     if name.endswith("txt"):
         (tmp_path / name).write_text(whole)
     else:
-        write(tmp_path / name, [{"text": whole} if name == "one.jsonl" else {"tokens": Letters()(whole).input_ids}])
+        write(
+            tmp_path / name,
+            [{"text": whole} if name == "one.jsonl" else {"tokens": Letters()(whole).input_ids}],
+        )
     pieces = list(text.foreign_documents(str(tmp_path / name)))
     joined = sum(pieces, []) if name.startswith("ids") else "".join(pieces)
-    assert text.is_cut(str(tmp_path / name)) and joined == (Letters()(whole).input_ids if name.startswith("ids") else whole) and len(pieces) > 25
+    assert (
+        text.is_cut(str(tmp_path / name))
+        and joined == (Letters()(whole).input_ids if name.startswith("ids") else whole)
+        and len(pieces) > 25
+    )
     sides = [list(text.documents(str(tmp_path / name), side)) for side in ("train", "heldout")]
     assert len(sides[0]) > len(sides[1]) > 0 and len(sides[0]) + len(sides[1]) == len(pieces)
     found = text.heldout_rows(str(tmp_path / name), Letters(), 64, 2 * len(sides[1]))
@@ -254,11 +325,17 @@ def test_a_text_of_few_documents_is_cut_and_held_out_by_piece(tmp_path, name):
 def test_many_documents_stay_whole(tmp_path):
     for i, t in enumerate(essays(120, 3000)):
         (tmp_path / f"{i}.txt").write_text(t)
-    assert not text.is_cut(str(tmp_path)) and len(list(text.foreign_documents(str(tmp_path)))) == 120 and not text.is_cut("stdlib")
+    assert (
+        not text.is_cut(str(tmp_path))
+        and len(list(text.foreign_documents(str(tmp_path)))) == 120
+        and not text.is_cut("stdlib")
+    )
 
 
 def test_near_duplicates_stand_on_one_side():
-    """Every tenth word of ten in a hundred changed: seven in ten windows are left (Jaccard .5); sides differ in .18 x (1 - J), by hash .18."""
+    """Every tenth word of ten in a hundred changed: seven in ten windows are left (Jaccard .5); sides differ
+    in .18 x (1 - J), by hash .18.
+    """
     rng, apart, by_hash, n = random.Random(3), 0, 0, 1500
     for one in essays(n, 100, 4):
         words = one.split()
@@ -280,11 +357,19 @@ def test_held_out_files_of_the_standard_library_are_not_in_the_training_text():
 
 def test_a_budget_beyond_the_text_says_that_it_repeats(tmp_path, capsys):
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
-    model, jobs = tiny_model(dtype=torch.float32), [job(str(tmp_path / "t.jsonl"), tokens) for tokens in (1000, 20_000)]
+    model, jobs = (
+        tiny_model(dtype=torch.float32),
+        [job(str(tmp_path / "t.jsonl"), tokens) for tokens in (1000, 20_000)],
+    )
     train.train_missing(model, Letters(), jobs, tmp_path / "cache", text.find(jobs[0]["data"]))
     one_pass = len(expected(TEXTS, "train", 16))
-    assert 1000 < one_pass < 20_000 and f"holds {one_pass:,} tokens; from here it repeats" in "".join(capsys.readouterr())
-    records = [json.loads((sae.cache_folder(tmp_path / "cache", one) / "provenance.json").read_text()) for one in jobs]
+    assert 1000 < one_pass < 20_000 and f"holds {one_pass:,} tokens; from here it repeats" in "".join(
+        capsys.readouterr()
+    )
+    records = [
+        json.loads((sae.cache_folder(tmp_path / "cache", one) / "provenance.json").read_text())
+        for one in jobs
+    ]
     assert "one_pass" not in records[0] and records[1]["one_pass"] == one_pass
 
 
@@ -292,8 +377,17 @@ def test_a_budget_beyond_the_text_says_that_it_repeats(tmp_path, capsys):
 ROWS = {"text-jsonl": TEXTS, "text-parquet": TEXTS, "ids-parquet": IDS, "long": LONG}
 
 
-@pytest.mark.parametrize("name, file, answered", [("text-jsonl", "00000-of", 1), ("text-jsonl", "00002-of", 0), ("ids-parquet", "00001-of", 0),
-                                                  ("text-parquet", "00002-of", 0), ("long", "stream", 3), ("long", "stream", 7)])
+@pytest.mark.parametrize(
+    "name, file, answered",
+    [
+        ("text-jsonl", "00000-of", 1),
+        ("text-jsonl", "00002-of", 0),
+        ("ids-parquet", "00001-of", 0),
+        ("text-parquet", "00002-of", 0),
+        ("long", "stream", 3),
+        ("long", "stream", 7),
+    ],
+)
 @pytest.mark.parametrize("fault", [dict(after=100), dict(status=500), dict(status=504)])
 def test_a_stream_goes_on_at_the_row_where_it_broke(hub, name, file, answered, fault):
     hub.fail(f"*{file}*", times=answered)
@@ -302,13 +396,21 @@ def test_a_stream_goes_on_at_the_row_where_it_broke(hub, name, file, answered, f
     assert error is None and documents == ROWS[name] and waited == [1, 2]
 
 
-@pytest.mark.parametrize("name, file, answered, row", [("text-jsonl", "00002-of", 0, 147), ("ids-parquet", "00001-of", 0, 110), ("long", "stream", 5, 120)])
+@pytest.mark.parametrize(
+    "name, file, answered, row",
+    [("text-jsonl", "00002-of", 0, 147), ("ids-parquet", "00001-of", 0, 110), ("long", "stream", 5, 120)],
+)
 def test_a_network_that_stays_away_is_one_line_with_the_row(hub, name, file, answered, row):
     hub.fail(f"*{file}*", times=answered)
     hub.fail(f"*{file}*", after=100)
     documents, waited, error = elsewhere(read, f"org/{name}")
     assert documents == ROWS[name][:row] and waited == list(text.PAUSES)
-    assert error.startswith(f"--data org/{name}: ") and f"row {row}" in error and "closed connection" in error and "\n" not in error
+    assert (
+        error.startswith(f"--data org/{name}: ")
+        and f"row {row}" in error
+        and "closed connection" in error
+        and "\n" not in error
+    )
     assert sum(file in path for path in hub.requests) <= answered + 40
 
 
@@ -319,15 +421,19 @@ def test_every_row_that_comes_makes_the_count_begin_anew(hub):
     assert error is None and documents == TEXTS and waited == 2 * list(text.PAUSES)
 
 
-@pytest.mark.parametrize("name, rule, words, attempts", [
-    ("org/nothing", {}, "doesn't exist on the Hub", 1),
-    ("org/text-jsonl", dict(pattern="/datasets/*/resolve/*", status=401, code="GatedRepo"), "gated", 1),
-    ("org/text-jsonl", dict(pattern="*/train-*", status=401, code="GatedRepo"), "gated", 1),
-    ("org/text-jsonl", dict(pattern="*/train-*", status=404, code="EntryNotFound"), "404", 1),
-    ("org/text-jsonl", dict(pattern="*/train-*", status=403), "403", 1),
-    ("org/text-jsonl", dict(pattern="*", status=500), "500", 5),
-    ("org/text-jsonl", dict(pattern="/api/*", status=503), "503", 5),
-    ("org/pixels", {}, r"no column of text or tokens (columns: image, label)", 1)])
+@pytest.mark.parametrize(
+    "name, rule, words, attempts",
+    [
+        ("org/nothing", {}, "doesn't exist on the Hub", 1),
+        ("org/text-jsonl", dict(pattern="/datasets/*/resolve/*", status=401, code="GatedRepo"), "gated", 1),
+        ("org/text-jsonl", dict(pattern="*/train-*", status=401, code="GatedRepo"), "gated", 1),
+        ("org/text-jsonl", dict(pattern="*/train-*", status=404, code="EntryNotFound"), "404", 1),
+        ("org/text-jsonl", dict(pattern="*/train-*", status=403), "403", 1),
+        ("org/text-jsonl", dict(pattern="*", status=500), "500", 5),
+        ("org/text-jsonl", dict(pattern="/api/*", status=503), "503", 5),
+        ("org/pixels", {}, r"no column of text or tokens (columns: image, label)", 1),
+    ],
+)
 def test_what_cannot_be_had_is_one_line_and_a_no_is_taken_at_once(hub, name, rule, words, attempts):
     if rule:
         hub.fail(**rule)
@@ -342,11 +448,18 @@ def test_a_hub_data_set_is_held_to_its_commit(hub):
     write(folder / "train.jsonl", [{"text": t} for t in TEXTS[:40]])
     write(folder.with_name("moving@v1") / "train.jsonl", [{"text": t} for t in TEXTS[50:60]])
     first, old = (elsewhere(text.find, name) for name in ("org/moving", "org/moving@v1"))
-    assert first == text.Source(f"org/moving@{commit(folder)}", "org/moving", commit(folder)) and old.content == commit(folder.with_name("moving@v1"))
-    assert elsewhere(read, first.data)[0] == TEXTS[:40] and elsewhere(read, old.data)[0] == elsewhere(read, "org/moving@v1")[0] == TEXTS[50:60]
+    assert first == text.Source(
+        f"org/moving@{commit(folder)}", "org/moving", commit(folder)
+    ) and old.content == commit(folder.with_name("moving@v1"))
+    assert (
+        elsewhere(read, first.data)[0] == TEXTS[:40]
+        and elsewhere(read, old.data)[0] == elsewhere(read, "org/moving@v1")[0] == TEXTS[50:60]
+    )
     write(folder / "train.jsonl", [{"text": t} for t in TEXTS[5:45]])
     second = elsewhere(text.find, "org/moving")
-    assert second.content == commit(folder) != first.content and elsewhere(read, second.data)[0] == TEXTS[5:45]
+    assert (
+        second.content == commit(folder) != first.content and elsewhere(read, second.data)[0] == TEXTS[5:45]
+    )
     with pytest.raises(UserError, match="--data org/moving@v2: "):
         elsewhere(text.find, "org/moving@v2")
     for name in ("@v1", f"{HERE}@v1"):  # a local path would be known by its time stamps only
@@ -369,7 +482,19 @@ def test_a_local_text_is_known_by_what_is_in_it(tmp_path):
     assert (one.name, two.name, one.content == two.content) == ("t.jsonl", "texts", True)
     write(tmp_path / "b/texts/u.jsonl", [{"text": "more"}])
     (tmp_path / "a/t.jsonl").write_text((tmp_path / "a/t.jsonl").read_text().replace("0 and", "1 and", 1))
-    assert len({source.content for source in (one, text.find(str(tmp_path / "a/t.jsonl")), text.find(str(tmp_path / "b/texts")))}) == 3
+    assert (
+        len(
+            {
+                source.content
+                for source in (
+                    one,
+                    text.find(str(tmp_path / "a/t.jsonl")),
+                    text.find(str(tmp_path / "b/texts")),
+                )
+            }
+        )
+        == 3
+    )
     assert text.find("stdlib") == text.find("stdlib") and text.find("stdlib").data == "stdlib"
 
 
@@ -379,7 +504,10 @@ def test_words_called_tokens_are_no_token_ids(hub):
 
 def test_token_ids_of_another_model_are_refused(tmp_path):
     for i, worst in enumerate((41, -1)):
-        write(tmp_path / f"{i}.jsonl", [{"input_ids": [0, 40]}] * 9 + [{"input_ids": [1, worst, 2, j]} for j in range(40)])
+        write(
+            tmp_path / f"{i}.jsonl",
+            [{"input_ids": [0, 40]}] * 9 + [{"input_ids": [1, worst, 2, j]} for j in range(40)],
+        )
         with pytest.raises(UserError, match=rf"{i}.jsonl: token ids .*{worst}.* 41.*another model") as caught:
             packed(str(tmp_path / f"{i}.jsonl"), "train", 4)
         assert "\n" not in str(caught.value)
@@ -389,16 +517,26 @@ def damaged(folder: pathlib.Path, name: str) -> pathlib.Path:
     """A file of 800 rows, spoilt as its name says."""
     import pyarrow
     import pyarrow.parquet
+
     path, rows = folder / name, [{"text": f"document {i}. " * 20} for i in range(800)]
     how = path.stem
     lines = [json.dumps(row) for row in rows]
-    other = {"invalid": '{"text": broken}', "list": '{"text": [1, 2]}', "number": '{"text": 3}', "object": '{"text": {"a": 1}}'}
+    other = {
+        "invalid": '{"text": broken}',
+        "list": '{"text": [1, 2]}',
+        "number": '{"text": 3}',
+        "object": '{"text": {"a": 1}}',
+    }
     if how in other:
         path.write_text("\n".join([*lines[:499], *[other[how]] * 100, *lines[599:]]))
     elif how == "words":
-        path.write_text("\n".join(json.dumps({"tokens": [1, 2] if i < 499 else ["a", "b"]}) for i in range(800)))
+        path.write_text(
+            "\n".join(json.dumps({"tokens": [1, 2] if i < 499 else ["a", "b"]}) for i in range(800))
+        )
     elif how == "halves":
-        path.write_text("\n".join(json.dumps({"tokens": [1, 2] if i < 499 else [1.5, 2.5]}) for i in range(800)))
+        path.write_text(
+            "\n".join(json.dumps({"tokens": [1, 2] if i < 499 else [1.5, 2.5]}) for i in range(800))
+        )
     elif how == "rowless":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows).slice(0, 0), path)
     elif how == "folder":
@@ -406,29 +544,55 @@ def damaged(folder: pathlib.Path, name: str) -> pathlib.Path:
     else:
         write(path, rows)
         good = path.read_bytes()
-        spoil = {"truncated": good[:len(good) // 2], "garbage": bytes(i * i % 251 + 1 for i in range(5000)), "holed": good[:3000] + b"\xff" * 800 + good[3800:]}
+        spoil = {
+            "truncated": good[: len(good) // 2],
+            "garbage": bytes(i * i % 251 + 1 for i in range(5000)),
+            "holed": good[:3000] + b"\xff" * 800 + good[3800:],
+        }
         path.write_bytes(spoil[how])
     return path
 
 
-DAMAGED = [f"{how}.{kind}" for how in ("truncated", "garbage", "holed") for kind in ("parquet", "arrow", "jsonl")] + [
-    f"{how}.jsonl" for how in ("invalid", "list", "number", "object", "words", "halves")] + ["rowless.parquet", "folder"]
+DAMAGED = (
+    [f"{how}.{kind}" for how in ("truncated", "garbage", "holed") for kind in ("parquet", "arrow", "jsonl")]
+    + [f"{how}.jsonl" for how in ("invalid", "list", "number", "object", "words", "halves")]
+    + ["rowless.parquet", "folder"]
+)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_one_line_and_nothing_beside_it(name, tmp_path, capfd):
     path = damaged(tmp_path, name)
     with pytest.raises(UserError) as caught:
-        text.heldout_rows(str(path), Letters(), 64, 10 ** 6)
+        text.heldout_rows(str(path), Letters(), 64, 10**6)
     line = str(caught.value)
-    assert line.startswith(f"--data {path}: ") and "\n" not in line and len(line) < len(str(path)) + 300 and "BatchSize" not in line
+    assert (
+        line.startswith(f"--data {path}: ")
+        and "\n" not in line
+        and len(line) < len(str(path)) + 300
+        and "BatchSize" not in line
+    )
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_damaged_file_ends_a_script_in_one_line(tmp_path):
     path = damaged(tmp_path, "invalid.jsonl")
-    done = subprocess.run([sys.executable, HERE.parent / "expb.py", "--models", "stdlib-s", "--data", path, "--out", tmp_path / "out", "--cache", tmp_path / "cache"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            HERE.parent / "expb.py",
+            "--models",
+            "stdlib-s",
+            "--data",
+            path,
+            "--out",
+            tmp_path / "out",
+            "--cache",
+            tmp_path / "cache",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.startswith("expb.py: --data") and done.stderr.count("\n") == 1
 
 
@@ -443,12 +607,17 @@ def test_only_hub_data_sets_have_splits(hub, tmp_path):
 
 # ------------------------------------------------------------------------------------------- what is trained on it
 def contents(folder: pathlib.Path) -> dict:
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_path):
     for i in range(3):
-        write(hub.folder / f"datasets/org/runs/data/test-0000{i}-of-00003.jsonl", [{"text": t} for t in TEXTS[60 * i:60 * i + 60]])
+        write(
+            hub.folder / f"datasets/org/runs/data/test-0000{i}-of-00003.jsonl",
+            [{"text": t} for t in TEXTS[60 * i : 60 * i + 60]],
+        )
     elsewhere(train, "org/runs", tmp_path / "whole")
     saved = []
     for answered in (0, 1):  # the third shard is lost on the first pass over the text, then on the second
@@ -457,17 +626,25 @@ def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_
         hub.fail("*test-00002-of*", after=50)
         with pytest.raises(UserError, match="--data org/runs@.*row 120"):
             elsewhere(train, "org/runs", tmp_path / "broken")
-        saved.append(sorted(torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")))
+        saved.append(
+            sorted(torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt"))
+        )
     assert saved == [[4, 4], [12]]
     hub.heal()
     elsewhere(train, "org/runs", tmp_path / "broken")
-    assert contents(tmp_path / "whole") == contents(tmp_path / "broken") and len(contents(tmp_path / "whole")) == 6
+    assert (
+        contents(tmp_path / "whole") == contents(tmp_path / "broken")
+        and len(contents(tmp_path / "whole")) == 6
+    )
 
 
 def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(sae, "CHUNK", 1024)
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
-    model, jobs = tiny_model(dtype=torch.float32), [job(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)]
+    model, jobs = (
+        tiny_model(dtype=torch.float32),
+        [job(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)],
+    )
     train.train_missing(model, Letters(), jobs, tmp_path / "whole", text.find(jobs[0]["data"]))
     whole, calls = lm.head, itertools.count(1)
 
@@ -481,4 +658,7 @@ def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
         train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
     assert [torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")] == [8, 8]
     train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
-    assert contents(tmp_path / "whole") == contents(tmp_path / "broken") and len(contents(tmp_path / "whole")) == 6
+    assert (
+        contents(tmp_path / "whole") == contents(tmp_path / "broken")
+        and len(contents(tmp_path / "whole")) == 6
+    )

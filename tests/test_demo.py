@@ -1,4 +1,5 @@
 """The embedded models: what their folders promise, and a training run that survives an interruption."""
+
 import pathlib
 import re
 import sys
@@ -20,11 +21,20 @@ def test_folders_load_the_ordinary_way_in_float32():
         assert model.dtype == torch.float32 and model.config.hidden_size == demo.WIDTHS[name]
         text = "def forward(self, x):\n    return x  # naïve\n"
         assert tokenizer.decode(tokenizer(text).input_ids) == text and tokenizer.eos_token_id == 0
-    assert sum(p.stat().st_size for p in (ROOT / "demo").rglob("*") if p.is_file() and "checkpoints" not in p.parts) < 25e6
+    assert (
+        sum(
+            p.stat().st_size
+            for p in (ROOT / "demo").rglob("*")
+            if p.is_file() and "checkpoints" not in p.parts
+        )
+        < 25e6
+    )
 
 
 def test_held_out_loss_falls_with_scale():
-    """On every eighth row of the held-out text of the Python at hand; differences paired by row, far outside their noise."""
+    """On every eighth row of the held-out text of the Python at hand; differences paired by row, far outside
+    their noise.
+    """
     losses = []
     for name in demo.WIDTHS:
         model, tokenizer = models.load_model(name, torch.device("cpu"))
@@ -40,8 +50,10 @@ def test_cards_say_what_was_measured():
     bits = []
     for name in demo.WIDTHS:
         card = (ROOT / "demo" / name / "README.md").read_text()
-        mine, untrained, unigram = (float(re.search(pattern, card).group(1)) for pattern in
-                                    (r"\*\*([\d.]+)\*\* ±", r"untrained \| ([\d.]+)", r"frequencies \| ([\d.]+)"))
+        mine, untrained, unigram = (
+            float(re.search(pattern, card).group(1))
+            for pattern in (r"\*\*([\d.]+)\*\* ±", r"untrained \| ([\d.]+)", r"frequencies \| ([\d.]+)")
+        )
         assert mine < unigram < untrained and f"python demo/train.py {name}" in card
         bits.append(mine)
     assert bits == sorted(bits, reverse=True) and bits[-1] <= 1.4
@@ -74,5 +86,9 @@ def test_an_interrupted_training_run_ends_as_the_unbroken_one(tmp_path, monkeypa
 
 def test_the_rate_ends_at_zero_and_shares_its_trunk():
     rates = [demo.learning_rate(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(1 / demo.WARMUP) and rates[demo.WARMUP] == rates[59] == 1 and rates[80] == pytest.approx(0.5)
+    assert (
+        rates[0] == pytest.approx(1 / demo.WARMUP)
+        and rates[demo.WARMUP] == rates[59] == 1
+        and rates[80] == pytest.approx(0.5)
+    )
     assert 0 < rates[-1] < 0.03 and all(demo.learning_rate(step, 200) == rates[step] for step in range(60))

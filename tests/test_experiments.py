@@ -1,4 +1,7 @@
-"""The scripts as their users run them: a small grid on the embedded models, twice; resumed; with bad arguments."""
+"""The scripts as their users run them: a small grid on the embedded models, twice; resumed; with bad
+arguments.
+"""
+
 import json
 import os
 import pathlib
@@ -16,16 +19,49 @@ from transport_geometry.tables import read_table
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SMALL = ["--models", "stdlib-s@1,stdlib-s@3,stdlib-m@3", "--k", "2,4,8", "--tokens", "10k", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64"]
-SMALL_A = ["--models", "stdlib-s,stdlib-m", "--k", "2,4,8", "--tokens", "3k,10k", "--seeds", "0,1,2", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64"]
+SMALL = [
+    "--models",
+    "stdlib-s@1,stdlib-s@3,stdlib-m@3",
+    "--k",
+    "2,4,8",
+    "--tokens",
+    "10k",
+    "--expansion",
+    "4",
+    "--eval-seqs",
+    "8",
+    "--ctx",
+    "64",
+]
+SMALL_A = [
+    "--models",
+    "stdlib-s,stdlib-m",
+    "--k",
+    "2,4,8",
+    "--tokens",
+    "3k,10k",
+    "--seeds",
+    "0,1,2",
+    "--expansion",
+    "4",
+    "--eval-seqs",
+    "8",
+    "--ctx",
+    "64",
+]
 
 
 def script(name, *arguments, env=None, check=0):
     if env is None:
         done = zygote.run(name, *arguments)
     else:  # read when libraries are imported
-        done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, **env})
+        done = subprocess.run(
+            [sys.executable, str(ROOT / name), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **env},
+        )
     assert done.returncode == check, done.stderr[-2000:]
     return done
 
@@ -52,10 +88,21 @@ def run(tmp_path_factory):
 
 def test_what_a_run_leaves_behind(run):
     out, cache, printed = run
-    assert sorted(p.name for p in out.iterdir()) == ["conditions.csv", "leaderboard.csv", "leaderboard.png", "proxies.png", "report.md", "run.json",
-                                                     "sequences.npz", "swd_r2.png", "verdict.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "conditions.csv",
+        "leaderboard.csv",
+        "leaderboard.png",
+        "proxies.png",
+        "report.md",
+        "run.json",
+        "sequences.npz",
+        "swd_r2.png",
+        "verdict.json",
+    ]
     rows = read_table(out / "conditions.csv")
-    assert len(rows) == 3 * (3 + 4) and ",".join(rows[0]).startswith("model,layer,sae,recipe,d_sae,k,seed,tokens,n_seq,n_tok,n_sink,r2,r2_nosink")
+    assert len(rows) == 3 * (3 + 4) and ",".join(rows[0]).startswith(
+        "model,layer,sae,recipe,d_sae,k,seed,tokens,n_seq,n_tok,n_sink,r2,r2_nosink"
+    )
     assert rows == sorted(rows, key=lambda r: list(r.values())[:8])
     by_name = {(r["model"], r["layer"], r["sae"], r["k"]): r for r in rows}
     for r in rows:
@@ -64,9 +111,19 @@ def test_what_a_run_leaves_behind(run):
         if r["sae"] == "null-mean":
             assert abs(r["r2"]) < 1e-5 and r["ce_recon"] == r["ce_mean"]
         if r["recipe"] == "base":
-            assert r["k"] >= r["l0"] > 0 and 0 < r["alive"] <= 1 and r["bits"] == pytest.approx(r["bits_idx"] + 8 * r["l0"], rel=1e-4)
-            assert r["dce"] == pytest.approx(r["ce_recon"] - r["ce_orig"], abs=1e-4) and r["ce_rec"] == pytest.approx(2 - r["ce_recon"] / r["ce_orig"], abs=1e-4)
-    assert by_name["stdlib-s", 3, "topk-x4", 8]["r2"] > by_name["stdlib-s", 3, "topk-x4", 2]["r2"] > by_name["stdlib-s", 3, "null-mean", 0]["r2"]
+            assert (
+                r["k"] >= r["l0"] > 0
+                and 0 < r["alive"] <= 1
+                and r["bits"] == pytest.approx(r["bits_idx"] + 8 * r["l0"], rel=1e-4)
+            )
+            assert r["dce"] == pytest.approx(r["ce_recon"] - r["ce_orig"], abs=1e-4) and r[
+                "ce_rec"
+            ] == pytest.approx(2 - r["ce_recon"] / r["ce_orig"], abs=1e-4)
+    assert (
+        by_name["stdlib-s", 3, "topk-x4", 8]["r2"]
+        > by_name["stdlib-s", 3, "topk-x4", 2]["r2"]
+        > by_name["stdlib-s", 3, "null-mean", 0]["r2"]
+    )
     verdict = json.loads((out / "verdict.json").read_text())
     assert verdict["leaf"] == "gated" and "H2: gated" in printed and verdict["settings"]["k"] == [2, 4, 8]
     report = (out / "report.md").read_text()
@@ -87,10 +144,22 @@ def test_tables_come_again_without_a_model(run, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_result(run, tmp_path):
-    command = [sys.executable, str(ROOT / "expb.py"), *SMALL, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        str(ROOT / "expb.py"),
+        *SMALL,
+        "--out",
+        str(tmp_path / "out"),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
-    while len(list((tmp_path / "cache").glob("*/sae.safetensors"))) < 4 and process.poll() is None and time.time() < deadline:
+    while (
+        len(list((tmp_path / "cache").glob("*/sae.safetensors"))) < 4
+        and process.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -99,13 +168,29 @@ def test_a_killed_run_goes_on_to_the_same_result(run, tmp_path):
 
 
 def test_plain_pytorch_and_another_thread_count_are_no_other_run(run, tmp_path):
-    expb(*SMALL, "--out", tmp_path / "ref", "--cache", tmp_path / "cache", env={"KERNELS": "ref", "OMP_NUM_THREADS": "1"})
-    done = subprocess.run([sys.executable, str(ROOT / "common.py"), "diff", str(run[0]), str(tmp_path / "ref")], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].split(":")[0] in ("identical", "same SAEs", "reproduced"), done.stdout
+    expb(
+        *SMALL,
+        "--out",
+        tmp_path / "ref",
+        "--cache",
+        tmp_path / "cache",
+        env={"KERNELS": "ref", "OMP_NUM_THREADS": "1"},
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "common.py"), "diff", str(run[0]), str(tmp_path / "ref")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].split(":")[0] in (
+        "identical",
+        "same SAEs",
+        "reproduced",
+    ), done.stdout
 
 
 def test_an_old_verdict_that_nobody_named_is_none(run, tmp_path, monkeypatch, capsys):
     from transport_geometry import leaderboard
+
     (tmp_path / "run.json").write_text('{"settings": {}}')  # of the version before
     (tmp_path / "verdict.json").write_text(json.dumps({"leaf": "H1", "settings": {}}))
     monkeypatch.setattr(leaderboard, "EXP_A", tmp_path / "verdict.json")
@@ -115,24 +200,59 @@ def test_an_old_verdict_that_nobody_named_is_none(run, tmp_path, monkeypatch, ca
 def test_exp_a_opens_the_gate_only_for_the_same_run(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
     settings = json.loads((run[0] / "verdict.json").read_text())["settings"]
-    others = [settings | {key: other} for key, other in (("data", "else"), ("data_content", "else"), ("weights", {"stdlib-s": "else"}))]
-    for leaf, about, gated in (("H1", settings, False), *(("H1", other, True) for other in others), ("undecided", settings, True)):
+    others = [
+        settings | {key: other}
+        for key, other in (("data", "else"), ("data_content", "else"), ("weights", {"stdlib-s": "else"}))
+    ]
+    for leaf, about, gated in (
+        ("H1", settings, False),
+        *(("H1", other, True) for other in others),
+        ("undecided", settings, True),
+    ):
         (tmp_path / "a.json").write_text(json.dumps({"leaf": leaf, "settings": about}))
         expb("--from", tmp_path / "copy", "--verdict", tmp_path / "a.json")
         assert (json.loads((tmp_path / "copy" / "verdict.json").read_text())["leaf"] == "gated") is gated
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--k", "0"], "--k 0"), (["--k", "8,5000"], "--k 5000"), (["--expansion", "1000000000"], "--expansion 1000000000"), (["--k", "x"], "whole numbers"), (["--models", "stdlib-s@6"], "layers 0 to 5"),
-    (["--models", "no-such-model"], "stdlib-s"), (["--data", "no-such-data"], "stdlib"), (["--data", "{tmp}/empty.txt"], "empty"),
-    (["--eval-seqs", "1000000"], "gives"), (["--device", "cuda"], "--device cuda"), (["--device", "mps"], "--device mps"), (["--tokens", "many"], "many"),
-    (["--ctx", "4096"], "--ctx"), (["--from", "{tmp}"], "no finished run"), (["--frobnicate"], "--help"), (["--out", "/proc/none"], "--out"),
-    (["--models", "stdlib-s,stdlib-s@3"], "twice"), (["--k", "3"], "other settings"), (["--out", ""], "empty path"), (["--cache", ""], "empty path"),
-    (["--verdict", "{tmp}/none.json"], "--verdict"), (["--verdict", "{tmp}/empty.txt"], "not a verdict"), (["--verdict", "{tmp}"], "--verdict"),
-    (["--seeds", "1", "--cache", "{tmp}/empty.txt", "--out", "{tmp}/new"], "--cache"), (["--seeds", "1", "--cache", "/proc/none", "--out", "{tmp}/new"], "--cache")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--k", "0"], "--k 0"),
+        (["--k", "8,5000"], "--k 5000"),
+        (["--expansion", "1000000000"], "--expansion 1000000000"),
+        (["--k", "x"], "whole numbers"),
+        (["--models", "stdlib-s@6"], "layers 0 to 5"),
+        (["--models", "no-such-model"], "stdlib-s"),
+        (["--data", "no-such-data"], "stdlib"),
+        (["--data", "{tmp}/empty.txt"], "empty"),
+        (["--eval-seqs", "1000000"], "gives"),
+        (["--device", "cuda"], "--device cuda"),
+        (["--device", "mps"], "--device mps"),
+        (["--tokens", "many"], "many"),
+        (["--ctx", "4096"], "--ctx"),
+        (["--from", "{tmp}"], "no finished run"),
+        (["--frobnicate"], "--help"),
+        (["--out", "/proc/none"], "--out"),
+        (["--models", "stdlib-s,stdlib-s@3"], "twice"),
+        (["--k", "3"], "other settings"),
+        (["--out", ""], "empty path"),
+        (["--cache", ""], "empty path"),
+        (["--verdict", "{tmp}/none.json"], "--verdict"),
+        (["--verdict", "{tmp}/empty.txt"], "not a verdict"),
+        (["--verdict", "{tmp}"], "--verdict"),
+        (["--seeds", "1", "--cache", "{tmp}/empty.txt", "--out", "{tmp}/new"], "--cache"),
+        (["--seeds", "1", "--cache", "/proc/none", "--out", "{tmp}/new"], "--cache"),
+    ],
+)
 def test_bad_arguments_get_one_line_and_status_2(run, tmp_path, arguments, words):
     import torch
-    if arguments[0] == "--device" and getattr(torch, arguments[1] if arguments[1] == "cuda" else "backends").__dict__.get("is_available", lambda: False)():
+
+    if (
+        arguments[0] == "--device"
+        and getattr(torch, arguments[1] if arguments[1] == "cuda" else "backends").__dict__.get(
+            "is_available", lambda: False
+        )()
+    ):
         pytest.skip("this machine has the device")
     (tmp_path / "empty.txt").touch()
     shutil.copytree(run[0], tmp_path / "out")
@@ -160,31 +280,67 @@ def run_a(tmp_path_factory):
 
 def test_what_exp_a_leaves_behind(run_a):
     out, _, printed = run_a
-    assert sorted(p.name for p in out.iterdir()) == ["conditions.csv", "deltas.csv", "deltas.png", "learning.png", "mismatch.png", "report.md",
-                                                     "run.json", "sequences.npz", "verdict.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "conditions.csv",
+        "deltas.csv",
+        "deltas.png",
+        "learning.png",
+        "mismatch.png",
+        "report.md",
+        "run.json",
+        "sequences.npz",
+        "verdict.json",
+    ]
     rows, deltas = read_table(out / "conditions.csv"), read_table(out / "deltas.csv")
     assert ",".join(deltas[0]).startswith(
         "small,large,depth,recipe,sinks,k,tokens,n_seeds,delta_r2,delta_r2_lo,delta_r2_hi,delta_r2_nosink,delta_r2_nosink_lo,delta_r2_nosink_hi,delta_r2_defl1,"
         "delta_r2_defl1_lo,delta_r2_defl1_hi,delta_cosine,delta_cosine_lo,delta_cosine_hi,delta_ce_rec,delta_ce_rec_lo,delta_ce_rec_hi,delta_dce,delta_dce_lo,"
-        "delta_dce_hi,delta_frac_zero,delta_frac_zero_lo,delta_frac_zero_hi,mismatch,mismatch_lo,mismatch_hi,mismatch_published,ratio,ratio_lo,ratio_hi")
+        "delta_dce_hi,delta_frac_zero,delta_frac_zero_lo,delta_frac_zero_hi,mismatch,mismatch_lo,mismatch_hi,mismatch_published,ratio,ratio_lo,ratio_hi"
+    )
     assert len(rows) == 2 * (3 * 2 * 3 + 4) and len(deltas) == 3 * 2
     for row in deltas:
-        mean = lambda model, metric: sum(r[metric] for r in rows if r["model"] == model and r["k"] == row["k"] and r["tokens"] == row["tokens"]) / 3
+        mean = lambda model, metric: (
+            sum(
+                r[metric]
+                for r in rows
+                if r["model"] == model and r["k"] == row["k"] and r["tokens"] == row["tokens"]
+            )
+            / 3
+        )
         for metric in ("r2", "ce_rec", "frac_zero"):
-            assert row[f"delta_{metric}"] == pytest.approx(mean("stdlib-m", metric) - mean("stdlib-s", metric), abs=1e-5)
+            assert row[f"delta_{metric}"] == pytest.approx(
+                mean("stdlib-m", metric) - mean("stdlib-s", metric), abs=1e-5
+            )
             assert row[f"delta_{metric}_lo"] < row[f"delta_{metric}"] < row[f"delta_{metric}_hi"]
         assert row["n_seeds"] == 3 and (row["small"], row["large"]) == ("stdlib-s", "stdlib-m")
     verdict = json.loads((out / "verdict.json").read_text())
-    assert verdict["leaf"] == "undertrained" and verdict["thresholds"]["margin"] == 0.02 and verdict["budget"] == 10_000 and len(verdict["cells"]) == 3
+    assert (
+        verdict["leaf"] == "undertrained"
+        and verdict["thresholds"]["margin"] == 0.02
+        and verdict["budget"] == 10_000
+        and len(verdict["cells"]) == 3
+    )
     assert "H0/H1: undertrained" in printed and "H0/H1: undertrained" in (out / "report.md").read_text()
 
 
 def test_exp_a_killed_three_times_ends_as_the_unbroken_run(run_a, tmp_path):
-    command = [sys.executable, str(ROOT / "expa.py"), *SMALL_A, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        str(ROOT / "expa.py"),
+        *SMALL_A,
+        "--out",
+        str(tmp_path / "out"),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     trained = lambda: len(list((tmp_path / "cache").glob("*/sae.safetensors")))
     rng = random.Random(time.time_ns())
     for _ in range(3):  # at a random moment after the run has got further than the last
-        process, before, deadline = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), trained(), time.time() + 120
+        process, before, deadline = (
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+            trained(),
+            time.time() + 120,
+        )
         while trained() == before < 36 and process.poll() is None and time.time() < deadline:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 3))
@@ -200,13 +356,33 @@ def test_exp_a_again_without_a_model_and_in_both_recipes(run_a, tmp_path):
         (tmp_path / "copy" / name).unlink()
     expa("--from", tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(run_a[0])
-    expa(*SMALL_A, "--recipe", "base,saelens", "--sinks", "keep,drop", "--k", "2,8", "--tokens", "3k,9k", "--out", tmp_path / "arms", "--cache", run_a[1])
+    expa(
+        *SMALL_A,
+        "--recipe",
+        "base,saelens",
+        "--sinks",
+        "keep,drop",
+        "--k",
+        "2,8",
+        "--tokens",
+        "3k,9k",
+        "--out",
+        tmp_path / "arms",
+        "--cache",
+        run_a[1],
+    )
     deltas = read_table(tmp_path / "arms" / "deltas.csv")
-    assert {(r["recipe"], r["sinks"]) for r in deltas} == {(a, b) for a in ("base", "saelens") for b in ("keep", "drop")} and len(deltas) == 4 * 4
+    assert {(r["recipe"], r["sinks"]) for r in deltas} == {
+        (a, b) for a in ("base", "saelens") for b in ("keep", "drop")
+    } and len(deltas) == 4 * 4
     verdict = json.loads((tmp_path / "arms" / "verdict.json").read_text())
     assert (verdict["recipe"], verdict["sinks"]) == ("base", "keep") and len(verdict["other_arms"]) == 3
     assert "Trainer and sinks as confounds" in (tmp_path / "arms" / "report.md").read_text()
-    r2 = {(r["sae"], r["recipe"], r["seed"]): r["r2"] for r in read_table(tmp_path / "arms" / "conditions.csv") if r["k"] == 8 and r["tokens"] == 9000 and r["model"] == "stdlib-m"}
+    r2 = {
+        (r["sae"], r["recipe"], r["seed"]): r["r2"]
+        for r in read_table(tmp_path / "arms" / "conditions.csv")
+        if r["k"] == 8 and r["tokens"] == 9000 and r["model"] == "stdlib-m"
+    }
     assert len(r2) == len(set(r2.values())) == 4 * 3
 
 
@@ -215,7 +391,10 @@ def test_a_folder_of_another_script_or_half_a_run_is_refused(run_a, run, tmp_pat
     shutil.copytree(run_a[0], tmp_path / "half")
     lines = (tmp_path / "half" / "conditions.csv").read_text().splitlines(keepends=True)
     (tmp_path / "half" / "conditions.csv").write_text("".join(lines[:23]))
-    for arguments in (("--from", tmp_path / "half"), (*SMALL_A, "--out", tmp_path / "half", "--cache", run_a[1])):
+    for arguments in (
+        ("--from", tmp_path / "half"),
+        (*SMALL_A, "--out", tmp_path / "half", "--cache", run_a[1]),
+    ):
         assert "conditions.csv: not as it was written" in expa(*arguments, check=2).stderr
 
 
@@ -231,43 +410,100 @@ def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, 
 
 def test_published_grids_are_priced_without_network(tmp_path):
     for name in ("phase2", "fast2", "fast3"):
-        done = expa("--preset", name, "--dry-run", "--out", tmp_path / "out", "--cache", tmp_path / "cache", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
+        done = expa(
+            "--preset",
+            name,
+            "--dry-run",
+            "--out",
+            tmp_path / "out",
+            "--cache",
+            tmp_path / "cache",
+            env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        )
         for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "hours", "32x"):
             assert word in done.stdout, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [(["--recipe", "gao"], "base, saelens"), (["--sinks", "no"], "keep, drop"), (["--seeds", "-1"], "--seeds"),
-                                              (["--tokens", "1k,0"], "positive"), (["--k", "8,9999"], "--k 9999")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--recipe", "gao"], "base, saelens"),
+        (["--sinks", "no"], "keep, drop"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--tokens", "1k,0"], "positive"),
+        (["--k", "8,9999"], "--k 9999"),
+    ],
+)
 def test_exp_a_says_what_is_wrong_with_an_argument(tmp_path, arguments, words):
     done = expa(*SMALL_A, *arguments, "--out", tmp_path / "out", "--cache", tmp_path / "cache", check=2)
-    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert (
+        words in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
-@pytest.mark.parametrize("name, size", [("expa", ["--eval-seqs", "2", "--ctx", "8"]), ("expb", ["--eval-seqs", "2", "--ctx", "8"]),
-                                        ("expc_fisher", ["--eval-seqs", "2", "--ctx", "8"]), ("expc_fisher", ["--eval-seqs", "4", "--ctx", "2"])])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("expa", ["--eval-seqs", "2", "--ctx", "8"]),
+        ("expb", ["--eval-seqs", "2", "--ctx", "8"]),
+        ("expc_fisher", ["--eval-seqs", "2", "--ctx", "8"]),
+        ("expc_fisher", ["--eval-seqs", "4", "--ctx", "2"]),
+    ],
+)
 def test_a_grid_of_next_to_nothing_says_undefined_where_it_is(tmp_path, name, size):
-    """One SAE of a model, two sequences, or nothing but a sink to predict from: it runs, nothing is nan or infinite in words, and nothing warns."""
-    grid = ["--models", "stdlib-s,stdlib-m" if name == "expa" else "stdlib-s", "--k", "2", "--tokens", "1k", *size]
+    """One SAE of a model, two sequences, or nothing but a sink to predict from: it runs, nothing is nan or
+    infinite in words, and nothing warns.
+    """
+    grid = [
+        "--models",
+        "stdlib-s,stdlib-m" if name == "expa" else "stdlib-s",
+        "--k",
+        "2",
+        "--tokens",
+        "1k",
+        *size,
+    ]
     done = script(f"{name}.py", *grid, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
-    written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix in (".md", ".csv", ".json")}
+    written = {
+        path.name: path.read_text()
+        for path in (tmp_path / "out").iterdir()
+        if path.suffix in (".md", ".csv", ".json")
+    }
     for where, text in {**written, "stdout": done.stdout}.items():
         assert not re.search(r"(?<![\w-])[+-]?(nan|inf|NaN|Infinity|None)(?!\w)", text), where
     assert "undefined" in written["report.md"] and "Warning" not in done.stderr
     if name == "expb":
-        sae, = (tmp_path / "cache").iterdir()
+        (sae,) = (tmp_path / "cache").iterdir()
         done = script("expb.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
-        assert "undefined" in done.stdout and not re.search(r"\b(nan|inf)\b", done.stdout + (tmp_path / "audit/report.md").read_text() + (tmp_path / "audit/audit.csv").read_text())
+        assert "undefined" in done.stdout and not re.search(
+            r"\b(nan|inf)\b",
+            done.stdout
+            + (tmp_path / "audit/report.md").read_text()
+            + (tmp_path / "audit/audit.csv").read_text(),
+        )
 
 
 def test_rooms_know_only_what_they_may():
     """kernels knows torch alone, common no experiment, and no experiment another."""
     import ast
+
     names = {p.stem for p in ROOT.glob("*.py")} - {"setup"}
     experiments = {n for n in names if n.startswith("exp")}
     for path in ROOT.glob("*.py"):
-        imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module.split(".")[0] for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module}
+        imported = {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        imported |= {
+            node.module.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+        }
         assert not imported & (experiments - {path.stem}), path.name
         if path.stem in ("kernels", "stats"):
             assert not imported & names, path.name
@@ -275,17 +511,53 @@ def test_rooms_know_only_what_they_may():
 
 # ------------------------------------------------------------------------------------------------- Exp-C
 def test_exp_c_whole_killed_and_without_a_model(tmp_path):
-    small = ["--models", "stdlib-s,stdlib-m@2,stdlib-m", "--k", "2,8", "--tokens", "3k", "--eval-seqs", "8", "--ctx", "64"]
-    command = [sys.executable, str(ROOT / "expc_fisher.py"), *small, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
-    process, deadline = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 120
-    while not (tmp_path / "out" / "conditions.csv").exists() and process.poll() is None and time.time() < deadline:
+    small = [
+        "--models",
+        "stdlib-s,stdlib-m@2,stdlib-m",
+        "--k",
+        "2,8",
+        "--tokens",
+        "3k",
+        "--eval-seqs",
+        "8",
+        "--ctx",
+        "64",
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "expc_fisher.py"),
+        *small,
+        "--out",
+        str(tmp_path / "out"),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    process, deadline = (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+        time.time() + 120,
+    )
+    while (
+        not (tmp_path / "out" / "conditions.csv").exists()
+        and process.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.02)  # one hook of three is done
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = script("expc_fisher.py", *small, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
     whole = contents(tmp_path / "out")
-    assert list(whole) == ["calibration.png", "conditions.csv", "estimators.csv", "geometry.csv", "leaderboard.csv", "leaderboard.png", "path.csv", "report.md",
-                           "sequences.npz", "verdict.json"]
+    assert list(whole) == [
+        "calibration.png",
+        "conditions.csv",
+        "estimators.csv",
+        "geometry.csv",
+        "leaderboard.csv",
+        "leaderboard.png",
+        "path.csv",
+        "report.md",
+        "sequences.npz",
+        "verdict.json",
+    ]
     script("expc_fisher.py", *small, "--out", tmp_path / "again", "--cache", tmp_path / "other")
     assert contents(tmp_path / "again") == whole
     for name in ("leaderboard.csv", "verdict.json", "report.md", "calibration.png"):
@@ -293,13 +565,31 @@ def test_exp_c_whole_killed_and_without_a_model(tmp_path):
     script("expc_fisher.py", "--from", tmp_path / "again")
     assert contents(tmp_path / "again") == whole
     rows = read_table(tmp_path / "out" / "conditions.csv")
-    assert list(rows[0])[-8:] == ["fisher_seq", "fisher_tok", "fisher_same", "half_var", "delta_sq", "locality_0.1", "locality_0.3", "locality_1"]
+    assert list(rows[0])[-8:] == [
+        "fisher_seq",
+        "fisher_tok",
+        "fisher_same",
+        "half_var",
+        "delta_sq",
+        "locality_0.1",
+        "locality_0.3",
+        "locality_1",
+    ]
     for row in rows:
         if row["sae"] == "null-identity":
             assert row["fisher_seq"] == row["fisher_same"] == 0
         elif row["recipe"] == "base":
             assert row["locality_0.1"] == pytest.approx(1, abs=0.25) and row["fisher_seq"] > 0
-    assert {(r["model"], r["layer"]) for r in read_table(tmp_path / "out" / "geometry.csv")} == {("stdlib-s", 3), ("stdlib-m", 2), ("stdlib-m", 3)}
+    assert {(r["model"], r["layer"]) for r in read_table(tmp_path / "out" / "geometry.csv")} == {
+        ("stdlib-s", 3),
+        ("stdlib-m", 2),
+        ("stdlib-m", 3),
+    }
     board = read_table(tmp_path / "out" / "leaderboard.csv")
-    assert {"fisher_seq", "fisher_tok", "fisher_same", "half_var", "swd_tok", "r2"} <= {r["proxy"] for r in board}
-    assert "H2': gated" in done.stdout and json.loads((tmp_path / "out" / "verdict.json").read_text())["leaf"] == "gated"
+    assert {"fisher_seq", "fisher_tok", "fisher_same", "half_var", "swd_tok", "r2"} <= {
+        r["proxy"] for r in board
+    }
+    assert (
+        "H2': gated" in done.stdout
+        and json.loads((tmp_path / "out" / "verdict.json").read_text())["leaf"] == "gated"
+    )

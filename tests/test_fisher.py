@@ -1,4 +1,7 @@
-"""Fisher quadratic forms against dense Jacobians in float64, their invariances, and the estimators' bias and intervals."""
+"""Fisher quadratic forms against dense Jacobians in float64, their invariances, and the estimators' bias and
+intervals.
+"""
+
 from conftest import log_probs_64, tiny_model
 from transport_geometry import fisher
 from transport_geometry.lm import clean_pass, head, tail
@@ -14,13 +17,20 @@ LAYER = 1
 def dense_truth(model) -> tuple:
     """(model, rows [2,6], h, delta, p, J [B,T-1,V,T,d]) in float64."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     rows = torch.randint(0, 17, (2, 6), generator=torch.Generator().manual_seed(3))
     h = head(model, LAYER, rows)
     delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
     delta[:, -1] = 0
     with sdpa_kernel(SDPBackend.MATH):
-        J = torch.stack([torch.autograd.functional.jacobian(lambda x: tail(model, LAYER, rows[b:b + 1], x)[0, :-1], h[b:b + 1])[:, :, 0]
-                         for b in range(len(rows))])
+        J = torch.stack(
+            [
+                torch.autograd.functional.jacobian(
+                    lambda x: tail(model, LAYER, rows[b : b + 1], x)[0, :-1], h[b : b + 1]
+                )[:, :, 0]
+                for b in range(len(rows))
+            ]
+        )
     p = log_probs_64(tail(model, LAYER, rows, h)).exp()
     return model, rows, h, delta, p, J
 
@@ -31,7 +41,9 @@ def truth():
 
 
 def dense(p, J, delta, which):
-    """delta^T G delta by the dense J: per predicted position for sequence and same, per sequence for token."""
+    """delta^T G delta by the dense J: per predicted position for sequence and same, per sequence for
+    token.
+    """
     F = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
     if which == "sequence":
         u = torch.einsum("btvsd,bsd->btv", J, delta)
@@ -43,13 +55,18 @@ def dense(p, J, delta, which):
 
 def test_sequence_form_is_the_dense_one(truth):
     model, rows, h, delta, p, J = truth
-    torch.testing.assert_close(fisher.sequence_form(model, LAYER, rows, h, delta, p), dense(p, J, delta, "sequence"), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        fisher.sequence_form(model, LAYER, rows, h, delta, p),
+        dense(p, J, delta, "sequence"),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def test_same_form_is_the_dense_one(truth):
     model, rows, h, delta, p, J = truth
     same = fisher.same_form(model, LAYER, rows, h, delta, p)
-    torch.testing.assert_close(same, dense(p, J, delta, "same")[:, :same.shape[1]], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(same, dense(p, J, delta, "same")[:, : same.shape[1]], rtol=1e-10, atol=1e-12)
     assert model.config._attn_implementation == "sdpa"
     with fisher.self_position(model):  # values unchanged
         torch.testing.assert_close(tail(model, LAYER, rows, h)[:, :-1], tail(model, LAYER, rows, h)[:, :-1])
@@ -64,19 +81,28 @@ def test_token_form_averages_to_the_dense_one_over_all_signs(truth):
     signs = torch.cat([patterns, torch.ones(32, 1, dtype=patterns.dtype)], 1)[:, None].expand(32, 2, 6)
     mean = fisher.token_form(model, LAYER, rows, h, delta, p, signs).sum(-1).mean(0)
     torch.testing.assert_close(mean, dense(p, J, delta, "token"), rtol=1e-10, atol=1e-12)
-    assert (dense(p, J, delta, "token") - dense(p, J, delta, "sequence").sum(1)).abs().max() > 1e-3  # the blocks differ
+    # the blocks differ
+    assert (dense(p, J, delta, "token") - dense(p, J, delta, "sequence").sum(1)).abs().max() > 1e-3
 
 
 def test_two_backward_passes_give_what_forward_mode_gives(truth):
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     model, rows, h, delta, p, J = truth
     f = lambda x: tail(model, LAYER, rows, x)[:, :-1]
     with sdpa_kernel(SDPBackend.MATH):
         twice = fisher.push_forward_twice(f, h, delta)
     u = fisher.push_forward(model, LAYER, rows, h, delta)
     torch.testing.assert_close(u, twice, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(u, (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)).detach() / 2e-5, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(fisher.push_forward(model.float(), LAYER, rows, h.float(), delta.float()), u.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        u, (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)).detach() / 2e-5, rtol=1e-6, atol=1e-8
+    )
+    torch.testing.assert_close(
+        fisher.push_forward(model.float(), LAYER, rows, h.float(), delta.float()),
+        u.float(),
+        rtol=1e-3,
+        atol=1e-4,
+    )
     model.double()
 
 
@@ -84,7 +110,10 @@ def test_the_all_ones_direction_is_null(truth):
     """GPT-NeoX reads the residual stream through LayerNorms only: adding a constant to h changes nothing."""
     model, rows, h, delta, p, J = truth
     ones = torch.randn(h.shape[:2], dtype=h.dtype)[..., None].expand(h.shape).contiguous()
-    assert fisher.sequence_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20 and fisher.same_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20
+    assert (
+        fisher.sequence_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20
+        and fisher.same_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20
+    )
 
 
 def test_variance_does_not_see_a_shift_of_all_logits_and_the_uncentred_form_does():
@@ -97,7 +126,9 @@ def test_variance_does_not_see_a_shift_of_all_logits_and_the_uncentred_form_does
     B = torch.diag_embed(p.sqrt()) - p[..., None] * p.sqrt()[:, None]
     torch.testing.assert_close(F, B @ B.mT)
     everything = torch.arange(30).expand(5, 30)
-    torch.testing.assert_close(fisher.subsampled_form(p, u + 10, everything, importance=False, centred=True), fisher.variance(p, u))
+    torch.testing.assert_close(
+        fisher.subsampled_form(p, u + 10, everything, importance=False, centred=True), fisher.variance(p, u)
+    )
     uncentred = fisher.subsampled_form(p, u + 10, everything, importance=False, centred=False)
     torch.testing.assert_close(uncentred, fisher.variance(p, u) + (p * (u + 10)).sum(-1) ** 2)
 
@@ -110,10 +141,17 @@ def test_subsampled_rows_are_unbiased_from_p_and_miss_the_mass_when_uniform():
     u = torch.randn(2000, generator=generator, dtype=torch.float64)
     exact = fisher.variance(p, u).item()
     P, U = p.expand(4000, -1), u.expand(4000, -1)
-    from_p = fisher.subsampled_form(P, U, torch.multinomial(p, 4000 * 32, replacement=True, generator=generator).view(4000, 32), True, True)
+    from_p = fisher.subsampled_form(
+        P,
+        U,
+        torch.multinomial(p, 4000 * 32, replacement=True, generator=generator).view(4000, 32),
+        True,
+        True,
+    )
     uniform = fisher.subsampled_form(P, U, torch.randint(2000, (4000, 32), generator=generator), False, True)
-    assert abs(from_p.mean().item() - exact) < 4 * from_p.std().item() / 4000 ** 0.5
-    assert uniform.median() < 0.2 * exact and uniform.std() > 2 * from_p.std()  # over u: 0.01 to 0.05, 4.5 to 17
+    assert abs(from_p.mean().item() - exact) < 4 * from_p.std().item() / 4000**0.5
+    # over u: 0.01 to 0.05, 4.5 to 17
+    assert uniform.median() < 0.2 * exact and uniform.std() > 2 * from_p.std()
 
 
 def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
@@ -126,11 +164,13 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     # gradients for every label at every position once: then a draw is a sum of rows
     log_p = log_probs_64(tail(model, LAYER, rows, h))
     u = torch.einsum("btvsd,bsd->btv", J, delta)
-    gd = torch.einsum("btv,btv->bt", p, u)[..., None] - u  # g_y.delta = E_p u - u_y, for each predicted position
+    # g_y.delta = E_p u - u_y, for each predicted position
+    gd = torch.einsum("btv,btv->bt", p, u)[..., None] - u
     labels = torch.multinomial(p.reshape(-1, p.shape[-1]), m * repeats, replacement=True, generator=generator)
     drawn = gd.reshape(-1, gd.shape[-1]).gather(1, labels).view(*gd.shape[:2], repeats, m)
-    form = drawn.sum(1).square().sum(0)  # per sequence, squared after summing over positions; then over sequences
-    half = student.ppf(0.975, m - 1) * form.std(1) / m ** 0.5
+    # per sequence, squared after summing over positions; then over sequences
+    form = drawn.sum(1).square().sum(0)
+    half = student.ppf(0.975, m - 1) * form.std(1) / m**0.5
     cover = ((form.mean(1) - exact).abs() <= half).double().mean().item()
     assert abs(form.mean().item() / exact - 1) < 0.01  # 6 standard errors
     assert abs(cover - 0.95) < 0.004 + 4 * (0.05 * 0.95 / repeats) ** 0.5
@@ -139,21 +179,56 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     model32 = model
     _, (_, *gradients) = clean_pass(model32, LAYER, rows, h, uniforms)
     token, sequence = fisher.sampled_form(gradients, delta)
-    assert abs(sequence.sum(1).mean().item() - exact) < 4 * sequence.sum(1).std().item() / big ** 0.5
+    assert abs(sequence.sum(1).mean().item() - exact) < 4 * sequence.sum(1).std().item() / big**0.5
     per_token = dense(p, J, delta, "token").sum().item()
-    assert abs(token.sum((1, 2)).mean().item() - per_token) < 4 * token.sum((1, 2)).std().item() / big ** 0.5
+    assert abs(token.sum((1, 2)).mean().item() - per_token) < 4 * token.sum((1, 2)).std().item() / big**0.5
 
 
 def other_families():
     import transformers
+
     torch.manual_seed(0)
-    common = dict(vocab_size=17, hidden_size=8, num_hidden_layers=3, num_attention_heads=4, intermediate_size=16, max_position_embeddings=32, initializer_range=0.3)
+    common = dict(
+        vocab_size=17,
+        hidden_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
     yield "llama", transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=2))
     yield "qwen2", transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, num_key_value_heads=2))
-    yield "gpt2", transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=17, n_embd=8, n_layer=3, n_head=4, n_positions=32, initializer_range=0.3,
-                                                                      resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-    yield "gemma2", transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**common, num_key_value_heads=2, head_dim=4, sliding_window=3, query_pre_attn_scalar=4,
-                                                                             final_logit_softcapping=2.0, attn_logit_softcapping=None))
+    yield (
+        "gpt2",
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=17,
+                n_embd=8,
+                n_layer=3,
+                n_head=4,
+                n_positions=32,
+                initializer_range=0.3,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+            )
+        ),
+    )
+    yield (
+        "gemma2",
+        transformers.Gemma2ForCausalLM(
+            transformers.Gemma2Config(
+                **common,
+                num_key_value_heads=2,
+                head_dim=4,
+                sliding_window=3,
+                query_pre_attn_scalar=4,
+                final_logit_softcapping=2.0,
+                attn_logit_softcapping=None,
+            )
+        ),
+    )
 
 
 @pytest.mark.parametrize("name, model", list(other_families()), ids=lambda x: x if isinstance(x, str) else "")
@@ -162,4 +237,9 @@ def test_forms_on_other_families(name, model):
     model, rows, h, delta, p, J = dense_truth(model.double().eval().requires_grad_(False))
     exact = 1e-5 if name in ("llama", "qwen2", "gemma2") else 1e-10  # their norms compute in float32
     for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
-        torch.testing.assert_close(form(model, LAYER, rows, h, delta, p), dense(p, J, delta, which)[:, :5], rtol=exact, atol=exact * 1e-2)
+        torch.testing.assert_close(
+            form(model, LAYER, rows, h, delta, p),
+            dense(p, J, delta, which)[:, :5],
+            rtol=exact,
+            atol=exact * 1e-2,
+        )

@@ -1,4 +1,7 @@
-"""The flag of one SAE, on errors whose answer is known: planted in SAE files that go through --sae, and given to `evaluate` as they are."""
+"""The flag of one SAE, on errors whose answer is known: planted in SAE files that go through --sae, and given
+to `evaluate` as they are.
+"""
+
 import json
 import math
 
@@ -23,35 +26,70 @@ from tqdm import tqdm
 
 LAYER, CTX, SEQS = 3, 64, 48
 FLATTERS, UNDERRATES, NO_DIFFERENCE, WITHHELD = (
-    "R² flatters this SAE", "R² underrates it", "no difference shown", "withheld: first order does not hold here")
+    "R² flatters this SAE",
+    "R² underrates it",
+    "no difference shown",
+    "withheld: first order does not hold here",
+)
 
 
 def test_the_flag_is_a_function_of_three_numbers():
     e, inf = MIN_EFFECT, math.inf
     for lo, hi, ratio, says in (
-            (e + 0.01, 1, 1, FLATTERS), (e - 0.01, 1, 1, NO_DIFFERENCE), (0.01, e - 0.01, 1, NO_DIFFERENCE), (-1, -e - 0.01, 1, UNDERRATES),
-            (-1, -e + 0.01, 1, NO_DIFFERENCE), (-1, 1, 1, NO_DIFFERENCE), (1, 2, 0.5, FLATTERS), (1, 2, 2.0, FLATTERS), (1, 2, 0.49, WITHHELD),
-            (-2, -1, 2.01, WITHHELD), (0, 0.1, 7, WITHHELD), (1, 1, 1, "undefined"), (1, 1 + NO_WIDTH / 2, 1, "undefined"),
-            (math.nan, 1, 1, "undefined"), (1, inf, 1, "undefined"), (1, 2, math.nan, "undefined"), (1, 2, inf, "undefined")):
+        (e + 0.01, 1, 1, FLATTERS),
+        (e - 0.01, 1, 1, NO_DIFFERENCE),
+        (0.01, e - 0.01, 1, NO_DIFFERENCE),
+        (-1, -e - 0.01, 1, UNDERRATES),
+        (-1, -e + 0.01, 1, NO_DIFFERENCE),
+        (-1, 1, 1, NO_DIFFERENCE),
+        (1, 2, 0.5, FLATTERS),
+        (1, 2, 2.0, FLATTERS),
+        (1, 2, 0.49, WITHHELD),
+        (-2, -1, 2.01, WITHHELD),
+        (0, 0.1, 7, WITHHELD),
+        (1, 1, 1, "undefined"),
+        (1, 1 + NO_WIDTH / 2, 1, "undefined"),
+        (math.nan, 1, 1, "undefined"),
+        (1, inf, 1, "undefined"),
+        (1, 2, math.nan, "undefined"),
+        (1, 2, inf, "undefined"),
+    ):
         assert flag(lo, hi, ratio) == says, (lo, hi, ratio)
 
 
 # ---------------------------------------------------------------------------------------------- the files
 def write_affine(folder, W: torch.Tensor, mean: torch.Tensor) -> None:
-    """h_hat = mean + W (h - mean) as a ReLU SAE in SAELens' format: each dimension has a latent for either sign. W [d,d], mean [d]."""
+    """h_hat = mean + W (h - mean) as a ReLU SAE in SAELens' format: each dimension has a latent for either
+    sign. W [d,d], mean [d].
+    """
     folder.mkdir(parents=True)
     d = len(mean)
     both = torch.cat([torch.eye(d), -torch.eye(d)])
     tensors = dict(W_enc=both.t(), b_enc=torch.zeros(2 * d), W_dec=both @ W.t().float(), b_dec=mean)
-    meta = dict(sae_lens_version="6.54.12", model_name="stdlib-s", hook_name=f"blocks.{LAYER}.hook_resid_post", context_size=CTX, prepend_bos=False)
-    config = dict(architecture="standard", d_in=d, d_sae=2 * d, apply_b_dec_to_input=True, normalize_activations="none", metadata=meta)
+    meta = dict(
+        sae_lens_version="6.54.12",
+        model_name="stdlib-s",
+        hook_name=f"blocks.{LAYER}.hook_resid_post",
+        context_size=CTX,
+        prepend_bos=False,
+    )
+    config = dict(
+        architecture="standard",
+        d_in=d,
+        d_sae=2 * d,
+        apply_b_dec_to_input=True,
+        normalize_activations="none",
+        metadata=meta,
+    )
     (folder / "cfg.json").write_text(json.dumps(config))
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "sae_weights.safetensors")
 
 
 @pytest.fixture(scope="module")
 def hook():
-    """stdlib-s at block 3, from training text: model, an SAE, h's mean [d] and covariance [d,d], eigenvectors of G [d,d], ascending."""
+    """stdlib-s at block 3, from training text: model, an SAE, h's mean [d] and covariance [d,d], eigenvectors
+    of G [d,d], ascending.
+    """
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     h, sink = next(activation_chunks(model, LAYER, "stdlib", tokenizer, 128, 40_000, "keep"))
     training = Training(Training.describe(h, sink), 256, 16, 0, [40_000])
@@ -61,19 +99,36 @@ def hook():
     _, (_, *gradients) = clean_pass(model, LAYER, rows, head(model, LAYER, rows), uniforms)
     G = sum(torch.einsum("btd,bte->de", g, g).double() for g in gradients)
     centred = (h - h.mean(0)).double()
-    return model, training.finished(), h.mean(0), centred.T @ centred / len(h), torch.linalg.eigh(G).eigenvectors
+    return (
+        model,
+        training.finished(),
+        h.mean(0),
+        centred.T @ centred / len(h),
+        torch.linalg.eigh(G).eigenvectors,
+    )
 
 
 def rotation(d: int, seed: int) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+    return torch.linalg.qr(
+        torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    )[0]
 
 
 # name -> (what is said, the error's matrix from h - mean, given Sigma and the eigenvectors of G)
 KNOWN = {
     "top8": (FLATTERS, lambda sigma, of_g: -0.5 * of_g[:, -8:] @ of_g[:, -8:].T),
     "low32": (UNDERRATES, lambda sigma, of_g: -0.3 * of_g[:, :32] @ of_g[:, :32].T),
-    "low32-larger": (UNDERRATES, lambda sigma, of_g: -0.42 * of_g[:, :32] @ of_g[:, :32].T),  # a lower R² than top8's, and a higher CE_rec
-    "isotropic": (NO_DIFFERENCE, lambda sigma, of_g: 0.3 * (sigma.trace() / 64).sqrt() * rotation(64, 1) @ torch.linalg.inv(torch.linalg.cholesky(sigma))),
+    # a lower R² than top8's, and a higher CE_rec
+    "low32-larger": (UNDERRATES, lambda sigma, of_g: -0.42 * of_g[:, :32] @ of_g[:, :32].T),
+    "isotropic": (
+        NO_DIFFERENCE,
+        lambda sigma, of_g: (
+            0.3
+            * (sigma.trace() / 64).sqrt()
+            * rotation(64, 1)
+            @ torch.linalg.inv(torch.linalg.cholesky(sigma))
+        ),
+    ),
     "rotated": (NO_DIFFERENCE, lambda sigma, of_g: 0.3 * rotation(64, 2)),
     "exact": ("undefined", lambda sigma, of_g: torch.zeros(64, 64, dtype=torch.float64)),  # up to rounding
     "shrunk": (WITHHELD, lambda sigma, of_g: -0.7 * torch.eye(64, dtype=torch.float64)),
@@ -87,8 +142,21 @@ def audited(hook, tmp_path_factory):
     folder = tmp_path_factory.mktemp("known")
     for name, (_, error) in KNOWN.items():
         write_affine(folder / "saes" / name, torch.eye(64, dtype=torch.float64) + error(sigma, of_g), mean)
-    done = zygote.run("expb.py", "--sae", folder / "saes", "--eval-seqs", SEQS, "--ctx", CTX, "--device", "cpu", "--basis", "raw",
-                      "--out", folder / "out")
+    done = zygote.run(
+        "expb.py",
+        "--sae",
+        folder / "saes",
+        "--eval-seqs",
+        SEQS,
+        "--ctx",
+        CTX,
+        "--device",
+        "cpu",
+        "--basis",
+        "raw",
+        "--out",
+        folder / "out",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "out", done.stdout
 
@@ -97,8 +165,11 @@ def test_known_errors_through_the_command(audited):
     out, printed = audited
     rows = {row["sae"].rpartition("/")[2]: row for row in read_table(out / "audit.csv")}
     exact = rows.pop("exact")
-    assert math.isnan(exact["kl_swd_ratio"]) and math.isnan(exact["flag"])  # as `read_table` reads `undefined`
-    assert {name: row["flag"] for name, row in rows.items()} == {name: says for name, (says, _) in KNOWN.items() if name != "exact"}
+    # as `read_table` reads `undefined`
+    assert math.isnan(exact["kl_swd_ratio"]) and math.isnan(exact["flag"])
+    assert {name: row["flag"] for name, row in rows.items()} == {
+        name: says for name, (says, _) in KNOWN.items() if name != "exact"
+    }
     for row in rows.values():  # what stands beside it
         assert row["fed_excess"] == pytest.approx(row["fed_nosink"] - row["fed_iso_nosink"], abs=2e-5)
         assert row["kl_swd_ratio"] == pytest.approx(2 * row["kl"] / row["swd_sampled"], rel=1e-4)
@@ -112,12 +183,20 @@ def test_known_errors_through_the_command(audited):
 
 
 def test_the_pairs_of_a_run(audited):
-    """Two errors planted so that R² orders them against CE_rec, and one of them with half of its own error; each row again from the sequences."""
+    """Two errors planted so that R² orders them against CE_rec, and one of them with half of its own error;
+    each row again from the sequences.
+    """
     out, printed = audited
-    found = {frozenset(row[f"sae_{end}"].rpartition("/")[2] for end in "ab"): row for row in read_table(out / "pairs.csv")}
+    found = {
+        frozenset(row[f"sae_{end}"].rpartition("/")[2] for end in "ab"): row
+        for row in read_table(out / "pairs.csv")
+    }
     n = len(KNOWN)
     assert len(found) == n * (n - 1) // 2
-    assert found[frozenset(("top8", "low32-larger"))]["kind"] == "inverts" and found[frozenset(("low32", "low32-larger"))]["kind"] == "orders"
+    assert (
+        found[frozenset(("top8", "low32-larger"))]["kind"] == "inverts"
+        and found[frozenset(("low32", "low32-larger"))]["kind"] == "orders"
+    )
     assert found[frozenset(("low32", "shrunk"))]["kind"] == "orders"
     row = found[frozenset(("top8", "low32-larger"))]
     assert row["sae_a"].endswith("top8") and row["delta_r2_lo"] > 0 > row["delta_ce_rec_hi"]
@@ -130,9 +209,15 @@ def test_the_pairs_of_a_run(audited):
     assert row["delta_ce_rec_hi"] - row["delta_ce_rec_lo"] == pytest.approx(width, rel=0.15)
     report = (out / "report.md").read_text()
     inverted = sum(row["kind"] == "inverts" for row in found.values())
-    first = f"Of the {len(found)} pairs of SAEs that can be compared (same model, layer and tokens), R² orders"
+    first = (
+        f"Of the {len(found)} pairs of SAEs that can be compared (same model, layer and tokens), R² orders"
+    )
     assert first in printed and first in report[:250] and f", inverts {inverted}, and in" in printed
-    assert "- inverted: " in printed and f"{0.05 * len(found):g} would be expected" in report and f"{SEQS} sequences" in report
+    assert (
+        "- inverted: " in printed
+        and f"{0.05 * len(found):g} would be expected" in report
+        and f"{SEQS} sequences" in report
+    )
     for audit_row in read_table(out / "audit.csv"):
         assert audit_row["ce_rec_lo"] <= audit_row["ce_rec"] <= audit_row["ce_rec_hi"]
 
@@ -150,7 +235,9 @@ def test_the_null_row_of_a_run_holds_zero(audited):
 
 
 def test_a_trained_error_turned_at_random_is_no_difference(hook):
-    """One rotation for all tokens, a new direction for each, and the null row's way: at the same hook, as long as the SAE's own error."""
+    """One rotation for all tokens, a new direction for each, and the null row's way: at the same hook, as
+    long as the SAE's own error.
+    """
     model, sae, mean, *_ = hook
     tokenizer = load_model("stdlib-s", torch.device("cpu"))[1]
     rows = text.heldout_rows("stdlib", tokenizer, CTX, SEQS).rows
@@ -161,11 +248,17 @@ def test_a_trained_error_turned_at_random_is_no_difference(hook):
         direction = torch.randn(x.shape, generator=noise)
         return x + direction * (error(x).norm(dim=1) / direction.norm(dim=1))[:, None]
 
-    turned = {f"turned {seed}": lambda x, mean, Q=rotation(64, seed).float(): x + error(x) @ Q for seed in range(10, 14)}
+    turned = {
+        f"turned {seed}": lambda x, mean, Q=rotation(64, seed).float(): x + error(x) @ Q
+        for seed in range(10, 14)
+    }
     results = evaluate(model, LAYER, rows, {"drawn anew": anew, **turned}, 16)
     weights = document_weights(SEQS, 1000, 0)
     for name, result in results.items():
-        values = {metric: v[:, 0] for metric, v in metrics({q: v[None] for q, v in result["sums"].items()}, weights, 64).items()}
+        values = {
+            metric: v[:, 0]
+            for metric, v in metrics({q: v[None] for q, v in result["sums"].items()}, weights, 64).items()
+        }
         lo, hi = np.percentile(values["fed_excess"][3:], [2.5, 97.5])
         assert flag(lo, hi, 2 * values["kl"][0] / values["swd_sampled"][0]) == NO_DIFFERENCE, (name, lo, hi)
         assert abs(values["fed_excess"][0]) < MIN_EFFECT / 2, name
@@ -174,7 +267,9 @@ def test_a_trained_error_turned_at_random_is_no_difference(hook):
 
 
 def test_isotropic_energy_is_the_mean_over_directions():
-    """fisher_iso, which draws none, against the mean over the d axes of the error's own length: exact, for the axes sum to the trace."""
+    """fisher_iso, which draws none, against the mean over the d axes of the error's own length: exact, for
+    the axes sum to the trace.
+    """
     model = tiny_model(dtype=torch.float32)
     rows = torch.randint(0, 41, (6, 12), generator=torch.Generator().manual_seed(5))
     length = lambda x: 0.1 * x.norm(dim=1, keepdim=True)  # another one at every token

@@ -1,4 +1,7 @@
-"""SAEs from other libraries' files: each format against its formula written out densely in float64, and what is refused."""
+"""SAEs from other libraries' files: each format against its formula written out densely in float64, and what
+is refused.
+"""
+
 import json
 import pickle
 import random as chance
@@ -40,13 +43,16 @@ def truth(x, code, b_in=B_DEC, b_dec=B_DEC, W_enc=W_ENC, W_dec=W_DEC, b_enc=B_EN
 
 def gated(x):
     u = (x - B_DEC.double()) @ W_ENC.double()
-    return ((u + B_ENC.double() > 0) * (u * R_MAG.double().exp() + B_MAG.double()).relu()) @ W_DEC.double() + B_DEC.double()
+    return (
+        (u + B_ENC.double() > 0) * (u * R_MAG.double().exp() + B_MAG.double()).relu()
+    ) @ W_DEC.double() + B_DEC.double()
 
 
 def layer_normed(f):
     def of(x):
         mean, sd = x.mean(1, keepdim=True), x.std(1, keepdim=True)
         return f((x - mean) / (sd + 1e-5)) * sd + mean
+
     return of
 
 
@@ -73,107 +79,299 @@ WHITE["inverse_matrix"] = WHITE["matrix"].double().inverse().float().contiguous(
 def saelens(folder, architecture="topk", tensors=None, beside=(), **config):
     tensors = tensors or {"W_enc": W_ENC, "W_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC}
     folder.mkdir(parents=True)
-    meta = {"sae_lens_version": "6.54.12", "hook_name": "blocks.1.hook_resid_post", "model_name": "m", "prepend_bos": True, "context_size": 32}
+    meta = {
+        "sae_lens_version": "6.54.12",
+        "hook_name": "blocks.1.hook_resid_post",
+        "model_name": "m",
+        "prepend_bos": True,
+        "context_size": 32,
+    }
     config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": K, "metadata": meta, **config}
     (folder / "cfg.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
     save_file(tensors, folder / "sae_weights.safetensors")
     for name, content in dict(beside).items():
-        save_file(content, folder / name) if name.endswith("safetensors") else (folder / name).write_text(json.dumps(content))
+        save_file(content, folder / name) if name.endswith("safetensors") else (folder / name).write_text(
+            json.dumps(content)
+        )
     return folder
 
 
 def sparsify(folder, **config):
     extra = {"W_skip": config.pop("W_skip")} if "W_skip" in config else {}
     folder.mkdir(parents=True)
-    (folder / "cfg.json").write_text(json.dumps({"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": K, "d_in": D, "transcode": False, **config}))
-    save_file({"encoder.weight": W_ENC.t().contiguous(), "encoder.bias": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC, **extra}, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(
+        json.dumps(
+            {
+                "activation": "topk",
+                "expansion_factor": 32,
+                "num_latents": 0,
+                "k": K,
+                "d_in": D,
+                "transcode": False,
+                **config,
+            }
+        )
+    )
+    save_file(
+        {
+            "encoder.weight": W_ENC.t().contiguous(),
+            "encoder.bias": B_ENC,
+            "W_dec": W_DEC,
+            "b_dec": B_DEC,
+            **extra,
+        },
+        folder / "sae.safetensors",
+    )
     return folder
 
 
 def dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", **trainer):
     folder.mkdir(parents=True)
-    tensors = tensors or {"encoder.weight": W_ENC.t().contiguous(), "encoder.bias": B_ENC, "decoder.weight": W_DEC.t().contiguous(), "b_dec": B_DEC,
-                          "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+    tensors = tensors or {
+        "encoder.weight": W_ENC.t().contiguous(),
+        "encoder.bias": B_ENC,
+        "decoder.weight": W_DEC.t().contiguous(),
+        "b_dec": B_DEC,
+        "k": torch.tensor(K, dtype=torch.int),
+        "threshold": torch.tensor(-1.0),
+    }
     torch.save(tensors, folder / file)
     if name:
-        (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": name, "lm_name": "org/m", "layer": 1, "submodule_name": "resid_post_layer_1",
-                                                                    "dict_size": F, **trainer}, "buffer": {"ctx_len": 32}}))
+        (folder / "config.json").write_text(
+            json.dumps(
+                {
+                    "trainer": {
+                        "dict_class": name,
+                        "lm_name": "org/m",
+                        "layer": 1,
+                        "submodule_name": "resid_post_layer_1",
+                        "dict_size": F,
+                        **trainer,
+                    },
+                    "buffer": {"ctx_len": 32},
+                }
+            )
+        )
     return folder
 
 
-PLAIN = {"encoder.weight": W_ENC.t().contiguous(), "encoder.bias": B_ENC, "decoder.weight": W_DEC.t().contiguous()}
+PLAIN = {
+    "encoder.weight": W_ENC.t().contiguous(),
+    "encoder.bias": B_ENC,
+    "decoder.weight": W_DEC.t().contiguous(),
+}
 LENS = {"W_enc": W_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
 BATCH = {**PLAIN, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(1.5)}
 
 
 def openai(folder, **state):
     (folder / "resid_post_mlp/autoencoders").mkdir(parents=True)
-    torch.save({"pre_bias": B_DEC, "encoder.weight": W_ENC.t(), "latent_bias": B_ENC, "decoder.weight": W_DEC.t(), "stats_last_nonzero": torch.zeros(F), **state},
-               folder / "resid_post_mlp/autoencoders/1.pt")
+    torch.save(
+        {
+            "pre_bias": B_DEC,
+            "encoder.weight": W_ENC.t(),
+            "latent_bias": B_ENC,
+            "decoder.weight": W_DEC.t(),
+            "stats_last_nonzero": torch.zeros(F),
+            **state,
+        },
+        folder / "resid_post_mlp/autoencoders/1.pt",
+    )
     return folder
 
 
 def mlsae(folder, **config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"n_inputs": D, "n_latents": F, "k": K, **config}))
-    save_file({"encoder.weight": W_ENC.t().contiguous(), "decoder.weight": W_DEC.t().contiguous(), "pre_encoder_bias": B_DEC, "last_nonzero": torch.zeros(F)},
-              folder / "model.safetensors")
+    save_file(
+        {
+            "encoder.weight": W_ENC.t().contiguous(),
+            "decoder.weight": W_DEC.t().contiguous(),
+            "pre_encoder_bias": B_DEC,
+            "last_nonzero": torch.zeros(F),
+        },
+        folder / "model.safetensors",
+    )
     return folder
 
 
-V5 = dict(architecture=None, metadata=None, k=None, hook_point="blocks.1.hook_resid_post", model_name="m", sae_lens_version="3.20.0")
+V5 = dict(
+    architecture=None,
+    metadata=None,
+    k=None,
+    hook_point="blocks.1.hook_resid_post",
+    model_name="m",
+    sae_lens_version="3.20.0",
+)
 CASES = {
     "saelens topk": (saelens, {}, lambda x: truth(x, relu_top)),
-    "saelens topk, no b_dec at the input": (saelens, dict(apply_b_dec_to_input=False), lambda x: truth(x, relu_top, b_in=torch.zeros(D))),
+    "saelens topk, no b_dec at the input": (
+        saelens,
+        dict(apply_b_dec_to_input=False),
+        lambda x: truth(x, relu_top, b_in=torch.zeros(D)),
+    ),
     "saelens topk, rescaled": (saelens, dict(rescale_acts_by_decoder_norm=True), rescaled),
-    "saelens topk, layer_norm": (saelens, dict(normalize_activations="layer_norm"), layer_normed(lambda x: truth(x, relu_top))),
-    "saelens topk, constant norm": (saelens, dict(normalize_activations="constant_norm_rescale"),
-                                    lambda x: truth(x * D ** 0.5 / x.norm(dim=1, keepdim=True), relu_top) * x.norm(dim=1, keepdim=True) / D ** 0.5),
-    "saelens topk checkpoint, scaled": (saelens, dict(normalize_activations="expected_average_only_in", beside={"activation_scaler.json": {"scaling_factor": 0.3}}),
-                                        lambda x: truth(0.3 * x, relu_top) / 0.3),
+    "saelens topk, layer_norm": (
+        saelens,
+        dict(normalize_activations="layer_norm"),
+        layer_normed(lambda x: truth(x, relu_top)),
+    ),
+    "saelens topk, constant norm": (
+        saelens,
+        dict(normalize_activations="constant_norm_rescale"),
+        lambda x: (
+            truth(x * D**0.5 / x.norm(dim=1, keepdim=True), relu_top) * x.norm(dim=1, keepdim=True) / D**0.5
+        ),
+    ),
+    "saelens topk checkpoint, scaled": (
+        saelens,
+        dict(
+            normalize_activations="expected_average_only_in",
+            beside={"activation_scaler.json": {"scaling_factor": 0.3}},
+        ),
+        lambda x: truth(0.3 * x, relu_top) / 0.3,
+    ),
     "saelens topk checkpoint, whitened": (
-        saelens, dict(normalize_activations="covariance_whitening", rescale_acts_by_decoder_norm=True, beside={"activation_whitening.safetensors": WHITE}),
-        lambda x: rescaled((x - WHITE["mean"].double()) @ WHITE["matrix"].double()) @ WHITE["inverse_matrix"].double() + WHITE["mean"].double()),
-    "saelens jumprelu": (saelens, dict(architecture="jumprelu", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}), lambda x: truth(x, jump)),
+        saelens,
+        dict(
+            normalize_activations="covariance_whitening",
+            rescale_acts_by_decoder_norm=True,
+            beside={"activation_whitening.safetensors": WHITE},
+        ),
+        lambda x: (
+            rescaled((x - WHITE["mean"].double()) @ WHITE["matrix"].double())
+            @ WHITE["inverse_matrix"].double()
+            + WHITE["mean"].double()
+        ),
+    ),
+    "saelens jumprelu": (
+        saelens,
+        dict(architecture="jumprelu", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}),
+        lambda x: truth(x, jump),
+    ),
     "saelens jumprelu, scaled": (
-        saelens, dict(architecture="jumprelu", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}, normalize_activations="expected_average_only_in",
-                      beside={"activation_scaler.json": {"scaling_factor": 0.3}}), lambda x: truth(0.3 * x, jump) / 0.3),
-    "saelens batchtopk checkpoint": (saelens, dict(architecture="batchtopk", tensors={**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()}),
-                                     lambda x: truth(x, lambda z: z * (z > 2))),
+        saelens,
+        dict(
+            architecture="jumprelu",
+            tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD},
+            normalize_activations="expected_average_only_in",
+            beside={"activation_scaler.json": {"scaling_factor": 0.3}},
+        ),
+        lambda x: truth(0.3 * x, jump) / 0.3,
+    ),
+    "saelens batchtopk checkpoint": (
+        saelens,
+        dict(
+            architecture="batchtopk",
+            tensors={**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()},
+        ),
+        lambda x: truth(x, lambda z: z * (z > 2)),
+    ),
     "saelens standard": (saelens, dict(architecture="standard"), lambda x: truth(x, torch.relu)),
-    "saelens gated": (saelens, dict(architecture="gated", tensors={**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}), gated),
-    "saelens 5 topk": (saelens, dict(**V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations=False), lambda x: truth(x, relu_top)),
-    "saelens 5 standard": (saelens, dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False), lambda x: truth(x, torch.relu, b_in=torch.zeros(D))),
-    "saelens 5 topk by its other name": (saelens, dict(**V5, activation_fn="topk", activation_fn_kwargs={"k": K}), lambda x: truth(x, relu_top)),
+    "saelens gated": (
+        saelens,
+        dict(architecture="gated", tensors={**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}),
+        gated,
+    ),
+    "saelens 5 topk": (
+        saelens,
+        dict(**V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations=False),
+        lambda x: truth(x, relu_top),
+    ),
+    "saelens 5 standard": (
+        saelens,
+        dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False),
+        lambda x: truth(x, torch.relu, b_in=torch.zeros(D)),
+    ),
+    "saelens 5 topk by its other name": (
+        saelens,
+        dict(**V5, activation_fn="topk", activation_fn_kwargs={"k": K}),
+        lambda x: truth(x, relu_top),
+    ),
     "sparsify": (sparsify, {}, lambda x: truth(x, relu_top)),
     "sparsify groupmax": (sparsify, dict(activation="groupmax"), lambda x: truth(x, groupmax)),
-    "sparsify skip": (sparsify, dict(skip_connection=True, W_skip=random(D, D, seed=3)), lambda x: truth(x, relu_top) + x @ random(D, D, seed=3).double().t()),
+    "sparsify skip": (
+        sparsify,
+        dict(skip_connection=True, W_skip=random(D, D, seed=3)),
+        lambda x: truth(x, relu_top) + x @ random(D, D, seed=3).double().t(),
+    ),
     "dictionary_learning TopK": (dictionary, {}, lambda x: truth(x, relu_top)),
-    "dictionary_learning TopK, early": (dictionary, dict(tensors={**PLAIN, "b_dec": B_DEC}, k=K), lambda x: truth(x, relu_top)),
-    "dictionary_learning BatchTopK": (dictionary, dict(name="BatchTopKSAE", tensors=BATCH), lambda x: truth(x, lambda z: z * (z > 1.5))),
-    "dictionary_learning standard": (dictionary, dict(name="AutoEncoder", tensors={**PLAIN, "bias": B_DEC}), lambda x: truth(x, torch.relu)),
-    "dictionary_learning AutoEncoderNew": (dictionary, dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
-                                           lambda x: truth(x, torch.relu, b_in=torch.zeros(D))),
-    "dictionary_learning gated": (dictionary, dict(name="GatedAutoEncoder", tensors={
-        "encoder.weight": PLAIN["encoder.weight"], "decoder.weight": PLAIN["decoder.weight"], "decoder_bias": B_DEC, "r_mag": R_MAG, "gate_bias": B_ENC,
-        "mag_bias": B_MAG}), gated),
-    "dictionary_learning JumpReLU": (dictionary, dict(name="JumpReluAutoEncoder", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}),
-                                     lambda x: truth(x, jump, b_in=torch.zeros(D))),
-    "dictionary_learning Matryoshka": (dictionary, dict(name="MatryoshkaBatchTopKSAE", tensors={**LENS, "b_enc": B_ENC, "threshold": torch.tensor(1.5), "k": torch.tensor(K)}),
-                                       lambda x: truth(x, lambda z: z * (z > 1.5))),
-    "dictionary_learning mid-run, scaled": (dictionary, dict(name="BatchTopKSAE", tensors={"ae": BATCH, "step": 9, "norm_factor": 2.5}),
-                                            lambda x: truth(x / 2.5, lambda z: z * (z > 1.5)) * 2.5),
-    "openai topk": (openai, dict(activation="TopK", activation_state_dict={"k": K, "postact_fn": "ReLU"}), layer_normed(lambda x: truth(x, relu_top))),
-    "openai relu": (openai, dict(activation="ReLU", activation_state_dict={}), lambda x: truth(x, torch.relu)),
+    "dictionary_learning TopK, early": (
+        dictionary,
+        dict(tensors={**PLAIN, "b_dec": B_DEC}, k=K),
+        lambda x: truth(x, relu_top),
+    ),
+    "dictionary_learning BatchTopK": (
+        dictionary,
+        dict(name="BatchTopKSAE", tensors=BATCH),
+        lambda x: truth(x, lambda z: z * (z > 1.5)),
+    ),
+    "dictionary_learning standard": (
+        dictionary,
+        dict(name="AutoEncoder", tensors={**PLAIN, "bias": B_DEC}),
+        lambda x: truth(x, torch.relu),
+    ),
+    "dictionary_learning AutoEncoderNew": (
+        dictionary,
+        dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
+        lambda x: truth(x, torch.relu, b_in=torch.zeros(D)),
+    ),
+    "dictionary_learning gated": (
+        dictionary,
+        dict(
+            name="GatedAutoEncoder",
+            tensors={
+                "encoder.weight": PLAIN["encoder.weight"],
+                "decoder.weight": PLAIN["decoder.weight"],
+                "decoder_bias": B_DEC,
+                "r_mag": R_MAG,
+                "gate_bias": B_ENC,
+                "mag_bias": B_MAG,
+            },
+        ),
+        gated,
+    ),
+    "dictionary_learning JumpReLU": (
+        dictionary,
+        dict(name="JumpReluAutoEncoder", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}),
+        lambda x: truth(x, jump, b_in=torch.zeros(D)),
+    ),
+    "dictionary_learning Matryoshka": (
+        dictionary,
+        dict(
+            name="MatryoshkaBatchTopKSAE",
+            tensors={**LENS, "b_enc": B_ENC, "threshold": torch.tensor(1.5), "k": torch.tensor(K)},
+        ),
+        lambda x: truth(x, lambda z: z * (z > 1.5)),
+    ),
+    "dictionary_learning mid-run, scaled": (
+        dictionary,
+        dict(name="BatchTopKSAE", tensors={"ae": BATCH, "step": 9, "norm_factor": 2.5}),
+        lambda x: truth(x / 2.5, lambda z: z * (z > 1.5)) * 2.5,
+    ),
+    "openai topk": (
+        openai,
+        dict(activation="TopK", activation_state_dict={"k": K, "postact_fn": "ReLU"}),
+        layer_normed(lambda x: truth(x, relu_top)),
+    ),
+    "openai relu": (
+        openai,
+        dict(activation="ReLU", activation_state_dict={}),
+        lambda x: truth(x, torch.relu),
+    ),
     "mlsae": (mlsae, {}, layer_normed(lambda x: truth(x, relu_top, b_enc=torch.zeros(F)))),
-    "mlsae, not standardised": (mlsae, dict(standardize=False), lambda x: truth(x, relu_top, b_enc=torch.zeros(F))),
+    "mlsae, not standardised": (
+        mlsae,
+        dict(standardize=False),
+        lambda x: truth(x, relu_top, b_enc=torch.zeros(F)),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_format_is_its_formula(case, tmp_path):
     write, how, dense = CASES[case]
-    entry, = formats.find(str(write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how)))
+    (entry,) = formats.find(str(write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how)))
     sae = formats.read(entry)
     values, indices, h_hat = sae.reconstruct(H)
     expected = dense(H.double())
@@ -182,9 +380,15 @@ def test_a_format_is_its_formula(case, tmp_path):
     for row, index in zip(values, indices):  # a code names a latent once
         assert len(index[row > 0].unique()) == (row > 0).sum()
     said = formats.describe(entry)
-    assert said["layer"] == 1 and said["site"] == "resid_post" and said["format"] == case.split()[0].rstrip(",")
+    assert (
+        said["layer"] == 1 and said["site"] == "resid_post" and said["format"] == case.split()[0].rstrip(",")
+    )
     fused = formats.fused(sae)
-    assert torch.equal(fused.reconstruct(H)[2], h_hat) if type(fused) is type(sae) else (fused.reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
+    assert (
+        torch.equal(fused.reconstruct(H)[2], h_hat)
+        if type(fused) is type(sae)
+        else (fused.reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
+    )
 
 
 def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
@@ -196,41 +400,98 @@ def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
     assert isinstance(formats.fused(sae), formats.FileSAE)
 
 
-@pytest.mark.parametrize("name, hook", [
-    ("blocks.3.hook_resid_post", ("resid_post", 3)), ("blocks.3.hook_resid_pre", ("resid_post", 2)), ("blocks.0.hook_resid_pre", ("resid_pre", 0)),
-    ("blocks.3.hook_mlp_out", ("mlp_out", 3)), ("blocks.3.attn.hook_z", ("blocks.3.attn.hook_z", None)), ("", (None, None))])
+@pytest.mark.parametrize(
+    "name, hook",
+    [
+        ("blocks.3.hook_resid_post", ("resid_post", 3)),
+        ("blocks.3.hook_resid_pre", ("resid_post", 2)),
+        ("blocks.0.hook_resid_pre", ("resid_pre", 0)),
+        ("blocks.3.hook_mlp_out", ("mlp_out", 3)),
+        ("blocks.3.attn.hook_z", ("blocks.3.attn.hook_z", None)),
+        ("", (None, None)),
+    ],
+)
 def test_transformerlens_names(name, hook):
     assert formats.hook_of_lens(name) == hook
 
 
-@pytest.mark.parametrize("path, hook", [
-    ("EleutherAI/sae-pythia-70m-32k/layers.3", ("resid_post", 3)), ("org/x/layers.3/seed0", ("resid_post", 3)), ("org/x/layers.3.mlp", ("mlp", 3)),
-    ("org/gpt2/h.11", ("resid_post", 11)), ("saes/resid_post_layer_4/trainer_7", ("resid_post", 4)), ("x/mlp_out_layer5", ("mlp_out", 5)),
-    ("x/blocks.3.hook_resid_post", ("resid_post", 3)), ("org/multilayers.x/run12", (None, None)), ("x/resid_out_layer3/10_32768", ("resid_post", 3)),
-    ("layers.5/run/layers.3", ("resid_post", 3)), ("x/model.layers.3.mlp", ("mlp", 3))])
+@pytest.mark.parametrize(
+    "path, hook",
+    [
+        ("EleutherAI/sae-pythia-70m-32k/layers.3", ("resid_post", 3)),
+        ("org/x/layers.3/seed0", ("resid_post", 3)),
+        ("org/x/layers.3.mlp", ("mlp", 3)),
+        ("org/gpt2/h.11", ("resid_post", 11)),
+        ("saes/resid_post_layer_4/trainer_7", ("resid_post", 4)),
+        ("x/mlp_out_layer5", ("mlp_out", 5)),
+        ("x/blocks.3.hook_resid_post", ("resid_post", 3)),
+        ("org/multilayers.x/run12", (None, None)),
+        ("x/resid_out_layer3/10_32768", ("resid_post", 3)),
+        ("layers.5/run/layers.3", ("resid_post", 3)),
+        ("x/model.layers.3.mlp", ("mlp", 3)),
+    ],
+)
 def test_hook_names_in_paths(path, hook):
     assert formats.hook_of_path(path) == hook
 
 
 def test_what_files_say_is_read(tmp_path):
     said = formats.describe(formats.find(str(saelens(tmp_path / "a")))[0])
-    assert said == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "m", "ctx": 32, "bos": True, "basis": "raw", "width": F, "unseen": []}
-    some = saelens(tmp_path / "c", metadata={"sae_lens_version": "6.1", "exclude_special_tokens": True, "seqpos_slice": [1, None]})
-    assert formats.describe(formats.find(str(some))[0])["unseen"] == ["exclude_special_tokens", "seqpos_slice"]
-    old = saelens(tmp_path / "b", **V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, model_from_pretrained_kwargs={"center_writing_weights": True})
-    said = formats.describe(formats.find(str(old))[0])  # version 5 puts a BOS in front unless it says otherwise
+    assert said == {
+        "format": "saelens",
+        "site": "resid_post",
+        "layer": 1,
+        "model": "m",
+        "ctx": 32,
+        "bos": True,
+        "basis": "raw",
+        "width": F,
+        "unseen": [],
+    }
+    some = saelens(
+        tmp_path / "c",
+        metadata={"sae_lens_version": "6.1", "exclude_special_tokens": True, "seqpos_slice": [1, None]},
+    )
+    assert formats.describe(formats.find(str(some))[0])["unseen"] == [
+        "exclude_special_tokens",
+        "seqpos_slice",
+    ]
+    old = saelens(
+        tmp_path / "b",
+        **V5,
+        activation_fn_str="topk",
+        activation_fn_kwargs={"k": K},
+        model_from_pretrained_kwargs={"center_writing_weights": True},
+    )
+    # version 5 puts a BOS in front unless it says otherwise
+    said = formats.describe(formats.find(str(old))[0])
     assert said["basis"] == "centred" and said["bos"] is True and said["layer"] == 1
     assert formats.describe(formats.find(str(sparsify(tmp_path / "layers.4.mlp")))[0])["site"] == "mlp"
-    assert formats.describe(formats.find(str(sparsify(tmp_path / "layers.5", transcode=True)))[0])["site"] == "transcoder"
-    assert formats.describe(formats.find(str(mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")))[0])["layer"] == 2
+    assert (
+        formats.describe(formats.find(str(sparsify(tmp_path / "layers.5", transcode=True)))[0])["site"]
+        == "transcoder"
+    )
+    assert (
+        formats.describe(formats.find(str(mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")))[0])[
+            "layer"
+        ]
+        == 2
+    )
 
 
 def test_a_folder_of_many_and_a_pattern(tmp_path):
     for name in ("layers.1", "layers.2", "layers.2.mlp"):
         sparsify(tmp_path / "run" / name)
     dictionary(tmp_path / "run/resid_post_layer_1/trainer_0")
-    labels = lambda spec: [entry["label"].removeprefix(tmp_path.name + "/") for entry in formats.find(str(spec))]
-    assert labels(tmp_path / "run") == ["run/layers.1", "run/layers.2", "run/layers.2.mlp", "run/resid_post_layer_1/trainer_0"]
+    labels = lambda spec: [
+        entry["label"].removeprefix(tmp_path.name + "/") for entry in formats.find(str(spec))
+    ]
+    assert labels(tmp_path / "run") == [
+        "run/layers.1",
+        "run/layers.2",
+        "run/layers.2.mlp",
+        "run/resid_post_layer_1/trainer_0",
+    ]
     assert labels(tmp_path / "run/layers.*") == ["run/layers.1", "run/layers.2", "run/layers.2.mlp"]
     assert labels(tmp_path / "run/resid_post_layer_1/*") == ["run/resid_post_layer_1/trainer_0"]
     assert len(labels(tmp_path / "run/layers.2/sae.safetensors")) == 1
@@ -278,8 +539,22 @@ def broken(tmp_path, how):
     return folder
 
 
-@pytest.mark.parametrize("how", ["truncated", "not finite", "b_enc is", "run code", "TopK or BatchTopK", "cfg.json is missing", "'temporal' is not supported",
-                                 "no 'W_dec' in it", "holds the scale", "k = 41 of 40", "Expecting"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "not finite",
+        "b_enc is",
+        "run code",
+        "TopK or BatchTopK",
+        "cfg.json is missing",
+        "'temporal' is not supported",
+        "no 'W_dec' in it",
+        "holds the scale",
+        "k = 41 of 40",
+        "Expecting",
+    ],
+)
 def test_bad_files_are_refused_in_one_line(how, tmp_path, capsys):
     with pytest.raises(UserError) as caught:
         formats.read(formats.find(str(broken(tmp_path, how)))[0])
@@ -291,13 +566,23 @@ def test_bad_files_are_refused_in_one_line(how, tmp_path, capsys):
 def enlarged(folder, how):
     """An ae.pt of a few MB at most, whose tensors take half a GB or more."""
     if how == "repeated":
-        wide = {"encoder.weight": (2 ** 14, 2 ** 13), "encoder.bias": (2 ** 14,), "decoder.weight": (2 ** 13, 2 ** 14), "b_dec": (2 ** 13,)}
-        return dictionary(folder, tensors={name: torch.zeros(1).expand(shape) for name, shape in wide.items()}, k=5)
-    dictionary(folder, tensors={"encoder.weight": torch.zeros(2 ** 27)}, file="whole")
-    with zipfile.ZipFile(folder / "whole") as whole, zipfile.ZipFile(folder / "ae.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        wide = {
+            "encoder.weight": (2**14, 2**13),
+            "encoder.bias": (2**14,),
+            "decoder.weight": (2**13, 2**14),
+            "b_dec": (2**13,),
+        }
+        return dictionary(
+            folder, tensors={name: torch.zeros(1).expand(shape) for name, shape in wide.items()}, k=5
+        )
+    dictionary(folder, tensors={"encoder.weight": torch.zeros(2**27)}, file="whole")
+    with (
+        zipfile.ZipFile(folder / "whole") as whole,
+        zipfile.ZipFile(folder / "ae.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+    ):
         for name in whole.namelist():
             with whole.open(name) as source, packed.open(name, "w") as member:
-                shutil.copyfileobj(source, member, 2 ** 20)
+                shutil.copyfileobj(source, member, 2**20)
     (folder / "whole").unlink()
     return folder
 
@@ -307,56 +592,143 @@ def of_trainer(**trainer):
 
 
 SAID = {  # (how the configuration beside a good SAE is changed, what the one line must name)
-    saelens: [({"metadata": {"hook_name": ["x"]}}, "hook_name"), ({"metadata": {"model_name": 3}}, "model_name"), ({"metadata": 3}, "metadata"),
-              *(({"metadata": {"context_size": ctx}}, "context_size") for ctx in ("many", -5, True, 1e30, [32], 2.5)),
-              ({"metadata": {"context_size": 1}}, "ctx"), ({"metadata": {"context_size": 0}}, "ctx"),
-              ({"metadata": {"model_name": "a\0b"}}, "model"), ({"metadata": {"model_name": "a\nb"}}, "model"),
-              ({"metadata": {"prepend_bos": "yes"}}, "prepend_bos"), ({"metadata": {"model_from_pretrained_kwargs": [1]}}, "model_from_pretrained_kwargs"),
-              ({"metadata": {"exclude_special_tokens": {"a": 1}}}, "exclude_special_tokens"), ({"metadata": {"seqpos_slice": "x"}}, "seqpos_slice"),
-              ({"metadata": {"sae_lens_version": ["6"]}}, "sae_lens_version"), *(({"d_sae": F}, "d_sae") for F in ("40", -1, 1e30, True, [40])),
-              *(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, True, 5.5, {})), ({"architecture": ["topk"]}, "architecture"),
-              ({"activation_fn": 3}, "activation_fn"), ({"k": None, "activation_fn_kwargs": [5]}, "activation_fn_kwargs"),
-              ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input"), ({"rescale_acts_by_decoder_norm": 3}, "rescale_acts_by_decoder_norm"),
-              ({"normalize_activations": ["none"]}, "normalize_activations")],
-    sparsify: [*(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, None)), ({"activation": ["topk"]}, "activation"), ({"num_latents": "40"}, "num_latents"),
-               ({"num_latents": 0, "d_in": "12"}, "d_in"), ({"num_latents": 0, "expansion_factor": [3]}, "expansion_factor"), ({"transcode": "yes"}, "transcode"),
-               ({"activation": "groupmax", "k": 7}, "k = 7")],
-    dictionary: [({"trainer": [1]}, "trainer"), ({"trainer": "x"}, "trainer"), ({"buffer": 3}, "buffer"), ({"buffer": {"ctx_len": "x"}}, "ctx_len"),
-                 ({"buffer": {"remove_bos": "x"}}, "remove_bos"), (of_trainer(dict_class=[1]), "dict_class"), (of_trainer(dict_size="40"), "dict_size"),
-                 (of_trainer(submodule_name=3), "submodule_name"), *((of_trainer(submodule_name="x", layer=layer), "layer") for layer in ("three", 2.5, -1, [1])),
-                 (of_trainer(lm_name=3), "lm_name")],
-    mlsae: [*(({"k": k}, "k") for k in ("5", 0, 1e30)), ({"n_latents": "40"}, "n_latents"), ({"standardize": "yes"}, "standardize")],
+    saelens: [
+        ({"metadata": {"hook_name": ["x"]}}, "hook_name"),
+        ({"metadata": {"model_name": 3}}, "model_name"),
+        ({"metadata": 3}, "metadata"),
+        *(
+            ({"metadata": {"context_size": ctx}}, "context_size")
+            for ctx in ("many", -5, True, 1e30, [32], 2.5)
+        ),
+        ({"metadata": {"context_size": 1}}, "ctx"),
+        ({"metadata": {"context_size": 0}}, "ctx"),
+        ({"metadata": {"model_name": "a\0b"}}, "model"),
+        ({"metadata": {"model_name": "a\nb"}}, "model"),
+        ({"metadata": {"prepend_bos": "yes"}}, "prepend_bos"),
+        ({"metadata": {"model_from_pretrained_kwargs": [1]}}, "model_from_pretrained_kwargs"),
+        ({"metadata": {"exclude_special_tokens": {"a": 1}}}, "exclude_special_tokens"),
+        ({"metadata": {"seqpos_slice": "x"}}, "seqpos_slice"),
+        ({"metadata": {"sae_lens_version": ["6"]}}, "sae_lens_version"),
+        *(({"d_sae": F}, "d_sae") for F in ("40", -1, 1e30, True, [40])),
+        *(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, True, 5.5, {})),
+        ({"architecture": ["topk"]}, "architecture"),
+        ({"activation_fn": 3}, "activation_fn"),
+        ({"k": None, "activation_fn_kwargs": [5]}, "activation_fn_kwargs"),
+        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input"),
+        ({"rescale_acts_by_decoder_norm": 3}, "rescale_acts_by_decoder_norm"),
+        ({"normalize_activations": ["none"]}, "normalize_activations"),
+    ],
+    sparsify: [
+        *(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, None)),
+        ({"activation": ["topk"]}, "activation"),
+        ({"num_latents": "40"}, "num_latents"),
+        ({"num_latents": 0, "d_in": "12"}, "d_in"),
+        ({"num_latents": 0, "expansion_factor": [3]}, "expansion_factor"),
+        ({"transcode": "yes"}, "transcode"),
+        ({"activation": "groupmax", "k": 7}, "k = 7"),
+    ],
+    dictionary: [
+        ({"trainer": [1]}, "trainer"),
+        ({"trainer": "x"}, "trainer"),
+        ({"buffer": 3}, "buffer"),
+        ({"buffer": {"ctx_len": "x"}}, "ctx_len"),
+        ({"buffer": {"remove_bos": "x"}}, "remove_bos"),
+        (of_trainer(dict_class=[1]), "dict_class"),
+        (of_trainer(dict_size="40"), "dict_size"),
+        (of_trainer(submodule_name=3), "submodule_name"),
+        *((of_trainer(submodule_name="x", layer=layer), "layer") for layer in ("three", 2.5, -1, [1])),
+        (of_trainer(lm_name=3), "lm_name"),
+    ],
+    mlsae: [
+        *(({"k": k}, "k") for k in ("5", 0, 1e30)),
+        ({"n_latents": "40"}, "n_latents"),
+        ({"standardize": "yes"}, "standardize"),
+    ],
 }
 WHOLE = [[], [1], "x", 3, None, True]
 
 
-@pytest.mark.parametrize("write, change, word", [(write, *case) for write, cases in SAID.items() for case in cases]
-                         + [(write, lambda config, whole=whole: whole, "json") for write in SAID for whole in WHOLE])
+@pytest.mark.parametrize(
+    "write, change, word",
+    [(write, *case) for write, cases in SAID.items() for case in cases]
+    + [(write, lambda config, whole=whole: whole, "json") for write in SAID for whole in WHOLE],
+)
 def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word, tmp_path):
-    entry, = formats.find(str(write(tmp_path / "layers.1")))
+    (entry,) = formats.find(str(write(tmp_path / "layers.1")))
     path = tmp_path / "layers.1" / entry["config"]
     said = json.loads(path.read_text())
-    path.write_text(json.dumps(change(said) if callable(change) else said | {name: {**said.get(name, {}), **value} if isinstance(value, dict) and name == "metadata"
-                                                                             else value for name, value in change.items()}))
+    path.write_text(
+        json.dumps(
+            change(said)
+            if callable(change)
+            else said
+            | {
+                name: {**said.get(name, {}), **value}
+                if isinstance(value, dict) and name == "metadata"
+                else value
+                for name, value in change.items()
+            }
+        )
+    )
     with pytest.raises(UserError) as caught:
         formats.describe(entry)
         formats.read(entry)
     line = str(caught.value)
-    assert line.startswith(f"--sae {entry['label']}: ") and word in line and "\n" not in line and len(line) < 400 and "Error" not in line
+    assert (
+        line.startswith(f"--sae {entry['label']}: ")
+        and word in line
+        and "\n" not in line
+        and len(line) < 400
+        and "Error" not in line
+    )
 
 
 def test_whole_numbers_may_be_written_as_floats(tmp_path):
-    entry, = formats.find(str(saelens(tmp_path / "x", k=5.0, d_sae=40.0, metadata={"sae_lens_version": "6.1", "context_size": 32.0})))
-    assert formats.describe(entry)["ctx"] == 32 and formats.read(entry).k == 5 and isinstance(formats.read(entry).k, int)
+    (entry,) = formats.find(
+        str(
+            saelens(
+                tmp_path / "x", k=5.0, d_sae=40.0, metadata={"sae_lens_version": "6.1", "context_size": 32.0}
+            )
+        )
+    )
+    assert (
+        formats.describe(entry)["ctx"] == 32
+        and formats.read(entry).k == 5
+        and isinstance(formats.read(entry).k, int)
+    )
 
 
-STRANGE = ["x", "", 0, -1, 2.5, 1e30, 10 ** 30, True, False, None, [], [1], ["x"], {}, {"a": 1}, [[]], "\0", "\ud800", "9" * 5000, float("nan"), float("inf")]
+STRANGE = [
+    "x",
+    "",
+    0,
+    -1,
+    2.5,
+    1e30,
+    10**30,
+    True,
+    False,
+    None,
+    [],
+    [1],
+    ["x"],
+    {},
+    {"a": 1},
+    [[]],
+    "\0",
+    "\ud800",
+    "9" * 5000,
+    float("nan"),
+    float("inf"),
+]
 
 
 def anywhere(config, path=()):
     """The place of every value of a JSON value."""
     yield path
-    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    items = (
+        config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    )
     for key, value in items:
         yield from anywhere(value, (*path, key))
 
@@ -382,7 +754,10 @@ def survives(folder):
 @pytest.mark.parametrize("case", CASES)
 def test_no_value_of_a_configuration_is_a_traceback(case, tmp_path, capfd):
     write, how, _ = CASES[case]
-    folder, rng = write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how), chance.Random(case)
+    folder, rng = (
+        write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how),
+        chance.Random(case),
+    )
     for path in folder.glob("*.json"):
         good = json.loads(path.read_text())
         for place in anywhere(good):
@@ -396,12 +771,27 @@ def test_no_value_of_a_configuration_is_a_traceback(case, tmp_path, capfd):
 @pytest.mark.parametrize("case", CASES)
 def test_no_damage_is_a_traceback(case, tmp_path, capfd):
     write, how, _ = CASES[case]
-    folder, rng = write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how), chance.Random(case)
+    folder, rng = (
+        write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how),
+        chance.Random(case),
+    )
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         good = path.read_bytes()
         garbage = rng.randbytes(300)
-        for content in (b"", good[:1], good[:9], good[:len(good) // 2], good[:-1], garbage, good[:50] + garbage + good[350:], good + garbage, b"{}", b"PK\3\4" + garbage,
-                        b"\x80\x02}.", b"\x80\x02]."):
+        for content in (
+            b"",
+            good[:1],
+            good[:9],
+            good[: len(good) // 2],
+            good[:-1],
+            garbage,
+            good[:50] + garbage + good[350:],
+            good + garbage,
+            b"{}",
+            b"PK\3\4" + garbage,
+            b"\x80\x02}.",
+            b"\x80\x02].",
+        ):
             path.write_bytes(content)
             survives(folder)
         path.unlink()
@@ -416,27 +806,56 @@ def test_no_damage_is_a_traceback(case, tmp_path, capfd):
     assert not any(capfd.readouterr())
 
 
-@pytest.mark.parametrize("content", [[1], "x", torch.zeros(3), 7, None, {}, {"ae": 3}, {"ae": {"W_enc": 3}}, {"W_enc": [1]}, {"W_enc": torch.zeros(3)}, {"W_enc": torch.zeros(0, D)},
-                                     {**BATCH, "threshold": torch.zeros(7)}, {**BATCH, "encoder.weight": W_ENC.to_sparse()}, {**BATCH, "k": torch.zeros(3)},
-                                     {**BATCH, "k": "x"}, {**BATCH, "encoder.bias": B_ENC * 1j}, {"ae": BATCH, "norm_factor": "x"}, {"ae": BATCH, "norm_factor": 0.0},
-                                     {"ae": BATCH, "norm_factor": -1.0}, {**BATCH, "encoder.weight": "x"}], ids=lambda content: type(content).__name__)
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1],
+        "x",
+        torch.zeros(3),
+        7,
+        None,
+        {},
+        {"ae": 3},
+        {"ae": {"W_enc": 3}},
+        {"W_enc": [1]},
+        {"W_enc": torch.zeros(3)},
+        {"W_enc": torch.zeros(0, D)},
+        {**BATCH, "threshold": torch.zeros(7)},
+        {**BATCH, "encoder.weight": W_ENC.to_sparse()},
+        {**BATCH, "k": torch.zeros(3)},
+        {**BATCH, "k": "x"},
+        {**BATCH, "encoder.bias": B_ENC * 1j},
+        {"ae": BATCH, "norm_factor": "x"},
+        {"ae": BATCH, "norm_factor": 0.0},
+        {"ae": BATCH, "norm_factor": -1.0},
+        {**BATCH, "encoder.weight": "x"},
+    ],
+    ids=lambda content: type(content).__name__,
+)
 def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
     torch.save(content, dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE") / "ae.pt")
-    entry, = formats.find(str(tmp_path))
+    (entry,) = formats.find(str(tmp_path))
     with pytest.raises(UserError) as caught:
         formats.read(entry)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("how, word", [("repeated", "claims 134217728 values, more than are stored"), ("packed", "inflate")])
+@pytest.mark.parametrize(
+    "how, word", [("repeated", "claims 134217728 values, more than are stored"), ("packed", "inflate")]
+)
 def test_a_small_file_is_no_large_one(how, word, tmp_path):
     folder = enlarged(tmp_path / "resid_post_layer_1", how)
     assert (folder / "ae.pt").stat().st_size < 4e6
-    said, peak = measured("import formats, sys\ntry: formats.read(formats.find(sys.argv[1])[0])\nexcept formats.UserError as error: print(error)", folder)
+    said, peak = measured(
+        "import formats, sys\ntry: formats.read(formats.find(sys.argv[1])[0])\nexcept formats.UserError as error: print(error)",
+        folder,
+    )
     assert len(said) == 1 and word in said[0] and peak < 600  # reading formats.py takes 220
 
 
-@pytest.mark.parametrize("spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "/tmp/nowhere*/x"])
+@pytest.mark.parametrize(
+    "spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "/tmp/nowhere*/x"]
+)
 def test_no_such_place(spec):
     """Said at once, without looking through the disk or asking the hub."""
     with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
@@ -444,8 +863,12 @@ def test_no_such_place(spec):
 
 
 def test_fingerprint_is_of_all_that_computes(tmp_path):
-    prints = [formats.sae_fingerprint(formats.read(formats.find(str(saelens(tmp_path / str(i), **how)))[0]))
-              for i, how in enumerate(({}, {}, {"k": 4}, {"normalize_activations": "layer_norm"}, {"apply_b_dec_to_input": False}))]
+    prints = [
+        formats.sae_fingerprint(formats.read(formats.find(str(saelens(tmp_path / str(i), **how)))[0]))
+        for i, how in enumerate(
+            ({}, {}, {"k": 4}, {"normalize_activations": "layer_norm"}, {"apply_b_dec_to_input": False})
+        )
+    ]
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
@@ -463,13 +886,22 @@ def best_of(h, dimensions):
     mean = h.mean(0)
     U = torch.linalg.eigh((h - mean).T @ (h - mean)).eigenvectors[:, -dimensions:]
     rows = torch.cat([U.T, -U.T]).contiguous()
-    return formats.FileSAE(rule="threshold", W_enc=rows, b_enc=torch.zeros(len(rows)), W_dec=rows, b_dec=mean, b_in=mean, threshold=torch.zeros(()))
+    return formats.FileSAE(
+        rule="threshold",
+        W_enc=rows,
+        b_enc=torch.zeros(len(rows)),
+        W_dec=rows,
+        b_dec=mean,
+        b_in=mean,
+        threshold=torch.zeros(()),
+    )
 
 
 @pytest.fixture
 def gate():
     model = tiny_model(d=16, layers=4, dtype=torch.float32)
-    for name, p in model.named_parameters():  # what the last block writes has a mean over d, as GPT-NeoX' residual stream may
+    # what the last block writes has a mean over d, as GPT-NeoX' residual stream may
+    for name, p in model.named_parameters():
         if "dense_4h_to_h.bias" in name or "embed_in" in name:
             p.data += 1.0
     rows = torch.randint(0, 41, (8, 24), generator=torch.Generator().manual_seed(1))
@@ -491,7 +923,11 @@ def test_gate_refuses_the_other_basis_with_both_numbers(gate):
     assert other < 0.01 < as_said
     with pytest.raises(UserError, match="centred") as caught:
         formats.check_basis(centred, {"basis": "raw"}, "x", 1, near)
-    assert f"{as_said:.4f}" in str(caught.value) and f"{other:.4f}" in str(caught.value) and "--basis" in str(caught.value)
+    assert (
+        f"{as_said:.4f}" in str(caught.value)
+        and f"{other:.4f}" in str(caught.value)
+        and "--basis" in str(caught.value)
+    )
 
 
 def test_gate_refuses_the_block_after_its_own(gate):
@@ -503,7 +939,8 @@ def test_gate_refuses_the_block_after_its_own(gate):
 def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
     model, rows, near = gate
     assert list(near) == [0, 1, 2]
-    assert torch.equal(near[1], lm.head(model, 1, rows)[:, 1:].flatten(0, 1))  # no position is ten medians long here
+    # no position is ten medians long here
+    assert torch.equal(near[1], lm.head(model, 1, rows)[:, 1:].flatten(0, 1))
 
 
 # ----------------------------------------------------------------------------------------------- the same metrics
@@ -511,9 +948,24 @@ def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
     """One function in three dresses: the fused kind, the general kind by its own code, and without a code."""
     model, d, F = tiny_model(dtype=torch.float32), 16, 40
     W = random(F, d)
-    general = formats.FileSAE(rule="topk", W_enc=W, b_enc=random(F), W_dec=W, b_dec=random(d), b_in=random(d), k=4)
-    results = evaluate(model, 1, rows, {"general": general, "fused": formats.fused(general), "dense": lambda h, mean: general.reconstruct(h)[2]}, 2)
-    values = {name: metrics({q: v[None] for q, v in result["sums"].items()}, torch.ones(1, len(rows)).numpy(), d) for name, result in results.items()}
+    general = formats.FileSAE(
+        rule="topk", W_enc=W, b_enc=random(F), W_dec=W, b_dec=random(d), b_in=random(d), k=4
+    )
+    results = evaluate(
+        model,
+        1,
+        rows,
+        {
+            "general": general,
+            "fused": formats.fused(general),
+            "dense": lambda h, mean: general.reconstruct(h)[2],
+        },
+        2,
+    )
+    values = {
+        name: metrics({q: v[None] for q, v in result["sums"].items()}, torch.ones(1, len(rows)).numpy(), d)
+        for name, result in results.items()
+    }
     for metric, value in values["fused"].items():
         assert value == pytest.approx(values["general"][metric], rel=1e-4, abs=1e-6), metric
         assert metric == "l0" or value == pytest.approx(values["dense"][metric], rel=1e-4, abs=1e-6), metric
@@ -522,7 +974,14 @@ def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
 
 def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
     model, d, F = tiny_model(dtype=torch.float32), 16, 40
-    sae = formats.FileSAE(rule="threshold", W_enc=random(F, d), b_enc=torch.zeros(F), W_dec=random(F, d), b_dec=torch.zeros(d), threshold=torch.tensor(0.5))
+    sae = formats.FileSAE(
+        rule="threshold",
+        W_enc=random(F, d),
+        b_enc=torch.zeros(F),
+        W_dec=random(F, d),
+        b_dec=torch.zeros(d),
+        threshold=torch.tensor(0.5),
+    )
     result = evaluate(model, 1, rows, {"x": sae}, 2)["x"]
     dense = lm.head(model, 1, rows)[:, :-1] @ random(F, d).t()
     assert (result["sums"]["l0"] == (dense > 0.5).sum((1, 2)).numpy()).all()
@@ -531,7 +990,9 @@ def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
 
 # -------------------------------------------------------------------------------------- every library's R^2
 def test_libraries_disagree_about_one_reconstruction_as_they_were_seen_to():
-    """d=512, two dimensions of high variance, one token in 128 six times as long: the table that made us name them all."""
+    """d=512, two dimensions of high variance, one token in 128 six times as long: the table that made us name
+    them all.
+    """
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(16, 128, 512, generator=generator).double()
     h[..., :2] *= 30
@@ -542,10 +1003,13 @@ def test_libraries_disagree_about_one_reconstruction_as_they_were_seen_to():
     r2 = lambda h_hat: 1 - (h - h_hat).square().sum() / (h - mean).square().sum()
     at_mean, biased, same = (definitions(h, x, everything) for x in (mean, h + 2, h))
     assert all(value == pytest.approx(1) for value in same.values())
-    assert at_mean["r2_dictionary_learning"] == pytest.approx(0, abs=1e-9) and at_mean["r2_per_dim"] == pytest.approx(0, abs=1e-9)
+    assert at_mean["r2_dictionary_learning"] == pytest.approx(0, abs=1e-9) and at_mean[
+        "r2_per_dim"
+    ] == pytest.approx(0, abs=1e-9)
     assert at_mean["r2_saelens_legacy"] == pytest.approx(0, abs=1e-9) and at_mean["r2_sparsify"] < 0
-    assert biased["r2_dictionary_learning"] == pytest.approx(1) and r2(h + 2) < 0.8  # a constant error is free there
-    noisy = h + 0.6 * torch.randn(h.shape, generator=generator) * h.norm(dim=-1, keepdim=True) / 512 ** 0.5
+    # a constant error is free there
+    assert biased["r2_dictionary_learning"] == pytest.approx(1) and r2(h + 2) < 0.8
+    noisy = h + 0.6 * torch.randn(h.shape, generator=generator) * h.norm(dim=-1, keepdim=True) / 512**0.5
     several = definitions(h, noisy, everything)
     assert max(several.values()) - min(several.values()) > 0.2
 
@@ -561,15 +1025,28 @@ def test_definitions_by_hand():
     assert got["r2_openai"] == pytest.approx(1 - (1 / 1 + 1 / 9 + 1 / 4) / 4)
     assert got["r2_per_dim"] == pytest.approx(1 - (0 / 6 + 3 / 4) / 2)
     assert got["r2_saelens_legacy"] == pytest.approx(1 - (1 / 1 + 1 / 5 + 1 / 2) / 4)
-    one = definitions(h, h_hat, torch.tensor([[True, True], [True, False]]))  # the second sequence has no variance of its own
+    # the second sequence has no variance of its own
+    one = definitions(h, h_hat, torch.tensor([[True, True], [True, False]]))
     assert one["r2_openai"] == pytest.approx(1 - (1 / 1 + 1 / 9 + 1 / 4) / 3)
 
 
 # --------------------------------------------------------------------------------------------------------- export
 def test_an_exported_sae_reads_back_as_itself(tmp_path):
     sae = formats.fused(formats.read(formats.find(str(sparsify(tmp_path / "layers.1")))[0]))
-    formats.write_saelens(tmp_path / "out", sae, {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"})
-    entry, = formats.find(str(tmp_path / "out"))
+    formats.write_saelens(
+        tmp_path / "out", sae, {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
+    )
+    (entry,) = formats.find(str(tmp_path / "out"))
     again = formats.fused(formats.read(entry))
     assert torch.equal(sae.reconstruct(H)[2], again.reconstruct(H)[2])
-    assert formats.describe(entry) == {"format": "saelens", "site": "resid_post", "layer": 1, "model": "stdlib-s", "ctx": 64, "bos": False, "basis": "raw", "width": F, "unseen": []}
+    assert formats.describe(entry) == {
+        "format": "saelens",
+        "site": "resid_post",
+        "layer": 1,
+        "model": "stdlib-s",
+        "ctx": 64,
+        "bos": False,
+        "basis": "raw",
+        "width": F,
+        "unseen": [],
+    }

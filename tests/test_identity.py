@@ -1,4 +1,7 @@
-"""What determines an SAE decides its name, and what determines a result decides whether its folder may go on."""
+"""What determines an SAE decides its name, and what determines a result decides whether its folder may go
+on.
+"""
+
 import json
 import os
 import pathlib
@@ -40,7 +43,12 @@ def documents(seed: int, side: str, n: int) -> list[str]:
 def write(path: pathlib.Path, train: int) -> pathlib.Path:
     """A text whose held-out side is always the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(0, "heldout", 30) + documents(train, "train", 120)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": t}) + "\n"
+            for t in documents(0, "heldout", 30) + documents(train, "train", 120)
+        )
+    )
     return path
 
 
@@ -61,20 +69,44 @@ def model(tmp_path):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86-64")
 def test_code_fixed_for_every_processor_is_a_setting_and_names_its_saes(tmp_path):
-    """Read when libraries are imported, so in a process of its own; run.json says what was in force, and on which processor."""
+    """Read when libraries are imported, so in a process of its own; run.json says what was in force, and on
+    which processor.
+    """
     for value in ("0", "1"):
-        done = subprocess.run([sys.executable, str(ROOT / "expb.py"), "--models", "stdlib-s", *GRID, "--device", "cpu", "--out", tmp_path / value,
-                               "--cache", tmp_path / "cache"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "ANY_X86": value})
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "expb.py"),
+                "--models",
+                "stdlib-s",
+                *GRID,
+                "--device",
+                "cpu",
+                "--out",
+                tmp_path / value,
+                "--cache",
+                tmp_path / "cache",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "ANY_X86": value},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     plain, fixed = (json.loads((tmp_path / value / "run.json").read_text()) for value in ("0", "1"))
     assert plain["processor"] == fixed["processor"] != "" and plain["instructions"]["torch"]
     assert fixed["instructions"] == {"torch": "AVX2", "ANY_X86": "1", **FIXED_CODE}
-    assert fixed["settings"] == plain["settings"] | {"instructions": "any x86-64"} and "instructions" not in plain["settings"]
+    assert (
+        fixed["settings"] == plain["settings"] | {"instructions": "any x86-64"}
+        and "instructions" not in plain["settings"]
+    )
     assert len(saes(tmp_path / "cache")) == 2
 
 
 def test_another_training_text_is_another_sae(tmp_path):
-    """The held-out side was all that the cache knew: with another training text it served the old SAE without a word."""
+    """The held-out side was all that the cache knew: with another training text it served the old SAE without
+    a word.
+    """
     data, cache = write(tmp_path / "d.jsonl", train=1), tmp_path / "cache"
     command = ["--models", "stdlib-s", *GRID, "--data", data, "--cache", cache]
     script("expb.py", *command, "--out", tmp_path / "1")
@@ -96,7 +128,9 @@ def test_another_tokenizer_or_configuration_is_another_sae(tmp_path, model):
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     configuration = json.loads(before["config.json"])
     configuration["use_parallel_residual"] = not configuration["use_parallel_residual"]
-    for i, (name, content, word) in enumerate((("tokenizer.json", tokenizer, "tokenizers"), ("config.json", configuration, "weights"))):
+    for i, (name, content, word) in enumerate(
+        (("tokenizer.json", tokenizer, "tokenizers"), ("config.json", configuration, "weights"))
+    ):
         (model / name).write_text(json.dumps(content))
         assert f"{word}: there" in script("expb.py", *command, "--out", tmp_path / "1", check=2)
         script("expb.py", *command, "--out", tmp_path / name)
@@ -108,7 +142,18 @@ def test_another_tokenizer_or_configuration_is_another_sae(tmp_path, model):
 
 def test_bfloat16_is_another_sae(tmp_path):
     for dtype in ("float32", "bfloat16"):
-        script("expb.py", "--models", "stdlib-s", *GRID, "--dtype", dtype, "--out", tmp_path / dtype, "--cache", tmp_path / "cache")
+        script(
+            "expb.py",
+            "--models",
+            "stdlib-s",
+            *GRID,
+            "--dtype",
+            dtype,
+            "--out",
+            tmp_path / dtype,
+            "--cache",
+            tmp_path / "cache",
+        )
     assert len(saes(tmp_path / "cache")) == 2
 
 
@@ -128,24 +173,44 @@ def test_the_evaluation_is_no_part_of_an_sae(tmp_path):
 def test_results_do_not_say_where_things_lie(tmp_path, model):
     """They say a name and what was in it; run.json says where. Moved elsewhere, the same run goes on."""
     data = write(tmp_path / "a/texts/d.jsonl", train=1).parent
-    command = lambda place: ["--models", tmp_path / place / "model", *GRID, "--data", tmp_path / place / "texts", "--save-tokens", "--out", tmp_path / "out",
-                             "--cache", tmp_path / "cache"]
+    command = lambda place: [
+        "--models",
+        tmp_path / place / "model",
+        *GRID,
+        "--data",
+        tmp_path / place / "texts",
+        "--save-tokens",
+        "--out",
+        tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
+    ]
     for name in ("expb.py", "expc_fisher.py"):
         script(name, *command("a"), *(["--out", tmp_path / "c"] if name != "expb.py" else []))
     verdict = tmp_path / "verdict.json"
     verdict.write_text(json.dumps({"leaf": "H1", "settings": {}}))
     script("expb.py", "--from", tmp_path / "out", "--verdict", verdict)
-    files = [p for folder in ("out", "c", "cache") for p in (tmp_path / folder).rglob("*") if p.is_file() and p.name != "run.json"]
+    files = [
+        p
+        for folder in ("out", "c", "cache")
+        for p in (tmp_path / folder).rglob("*")
+        if p.is_file() and p.name != "run.json"
+    ]
     for path in files:
         content = repr(dict(np.load(path))).encode() if path.suffix == ".npz" else path.read_bytes()
         assert str(tmp_path).encode() not in content, path
     verdict = json.loads((tmp_path / "out/verdict.json").read_text())
     assert verdict["settings"]["models"] == ["model"] and verdict["settings"]["data"] == "texts"
-    assert json.loads((tmp_path / "out/run.json").read_text())["paths"] == {str(model): str(model), str(data): str(data)}
+    assert json.loads((tmp_path / "out/run.json").read_text())["paths"] == {
+        str(model): str(model),
+        str(data): str(data),
+    }
     before = {path: path.read_bytes() for path in files if path.parent.name == "out"}
     (tmp_path / "a").rename(tmp_path / "b")
     script("expb.py", *command("b"))
-    assert len(saes(tmp_path / "cache")) == 1 and all(path.read_bytes() == content for path, content in before.items() if path.name == "conditions.csv")
+    assert len(saes(tmp_path / "cache")) == 1 and all(
+        path.read_bytes() == content for path, content in before.items() if path.name == "conditions.csv"
+    )
 
 
 def test_nor_do_they_where_an_sae_says_so_itself(tmp_path, model):
@@ -155,7 +220,9 @@ def test_nor_do_they_where_an_sae_says_so_itself(tmp_path, model):
     config = json.loads((tmp_path / "lens/cfg.json").read_text())
     config["metadata"]["model_name"] = str(model)
     (tmp_path / "lens/cfg.json").write_text(json.dumps(config))
-    script("expb.py", "--models", f"{model}@3", "--sae", tmp_path / "lens", *GRID[4:], "--out", tmp_path / "2")
+    script(
+        "expb.py", "--models", f"{model}@3", "--sae", tmp_path / "lens", *GRID[4:], "--out", tmp_path / "2"
+    )
     for path in (tmp_path / "2").iterdir():
         assert path.name == "run.json" or str(tmp_path).encode() not in path.read_bytes(), path
     assert read_table(tmp_path / "2/audit.csv")[0]["trained_on"] == "model"
@@ -165,9 +232,31 @@ def test_other_models_of_a_grid_are_no_part_of_an_sae(tmp_path, model):
     """Nor is how the text is called."""
     other = pathlib.Path(shutil.copytree(model, tmp_path / "b/model"))
     data = write(tmp_path / "d.jsonl", train=1)
-    script("expb.py", "--models", model, *GRID, "--data", data, "--out", tmp_path / "1", "--cache", tmp_path / "cache")
+    script(
+        "expb.py",
+        "--models",
+        model,
+        *GRID,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "1",
+        "--cache",
+        tmp_path / "cache",
+    )
     data = data.rename(tmp_path / "e.jsonl")
-    script("expb.py", "--models", f"{model},{other}@2", *GRID, "--data", data, "--out", tmp_path / "2", "--cache", tmp_path / "cache")
+    script(
+        "expb.py",
+        "--models",
+        f"{model},{other}@2",
+        *GRID,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "2",
+        "--cache",
+        tmp_path / "cache",
+    )
     assert len(saes(tmp_path / "cache")) == 2
     assert {row["model"] for row in read_table(tmp_path / "2/conditions.csv")} == {"a/model", "b/model"}
 
@@ -177,17 +266,43 @@ def test_paths_of_one_name_are_told_apart(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     names = [str(tmp_path / name) for name in ("x/model", "y/model", "y/other")]
     assert list(readable_names(names).values()) == ["x/model", "y/model", "other"]
-    assert readable_names(["stdlib-s", "org/model", names[0]]) == {"stdlib-s": "stdlib-s", "org/model": "org/model", names[0]: "model"}
+    assert readable_names(["stdlib-s", "org/model", names[0]]) == {
+        "stdlib-s": "stdlib-s",
+        "org/model": "org/model",
+        names[0]: "model",
+    }
 
 
 def test_the_order_of_the_arguments_leaves_no_trace(tmp_path, model):
     models, k = ["stdlib-s", str(model), f"{model}@1"], ["2", "4"]  # two of one size
     grid = ["--tokens", "10k", "--eval-seqs", "6", "--ctx", "64"]
     for name, turn in (("1", lambda x: x), ("2", lambda x: x[::-1])):
-        script("expb.py", "--models", ",".join(turn(models)), "--k", ",".join(turn(k)), *grid, "--out", tmp_path / name, "--cache", tmp_path / f"c{name}")
+        script(
+            "expb.py",
+            "--models",
+            ",".join(turn(models)),
+            "--k",
+            ",".join(turn(k)),
+            *grid,
+            "--out",
+            tmp_path / name,
+            "--cache",
+            tmp_path / f"c{name}",
+        )
     contents = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    script("expb.py", "--models", ",".join(models), "--k", "4,2", *grid, "--out", tmp_path / "2", "--cache", tmp_path / "c2")  # the same run
+    script(
+        "expb.py",
+        "--models",
+        ",".join(models),
+        "--k",
+        "4,2",
+        *grid,
+        "--out",
+        tmp_path / "2",
+        "--cache",
+        tmp_path / "c2",
+    )  # the same run
 
 
 def test_a_long_name_is_no_obstacle(tmp_path, model):

@@ -1,4 +1,7 @@
-"""The operators against float64, against the dense sparse autoencoder, and against their own other paths: no recorded output."""
+"""The operators against float64, against the dense sparse autoencoder, and against their own other paths: no
+recorded output.
+"""
+
 import subprocess
 import sys
 
@@ -11,9 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
-    not (torch.cuda.is_available() and kernels.BUILT and "cuda" in kernels._module.devices), reason="no GPU, or built without CUDA"))
-EXT = pytest.param("ext", marks=pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}"))
+CUDA = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        not (torch.cuda.is_available() and kernels.BUILT and "cuda" in kernels._module.devices),
+        reason="no GPU, or built without CUDA",
+    ),
+)
+EXT = pytest.param(
+    "ext", marks=pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}")
+)
 PATHS = pytest.mark.parametrize("path", ["ref", EXT])
 needs_ext = pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}")
 
@@ -25,9 +35,15 @@ def _restore():
 
 
 def made(N, d, F, k, seed=0, dtype=torch.float64, integer=False, device="cpu"):
-    """h, W_enc, b_enc, W_dec, b_dec, g; small integers where ties are wanted (every product is then exact)."""
+    """h, W_enc, b_enc, W_dec, b_dec, g; small integers where ties are wanted (every product is then
+    exact).
+    """
     gen = torch.Generator().manual_seed(seed)
-    draw = (lambda *s: torch.randint(-2, 3, s, generator=gen)) if integer else (lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64))
+    draw = (
+        (lambda *s: torch.randint(-2, 3, s, generator=gen))
+        if integer
+        else (lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64))
+    )
     return [draw(*shape).to(dtype).to(device) for shape in ((N, d), (F, d), (F,), (F, d), (d,), (N, d))]
 
 
@@ -42,7 +58,9 @@ def dense_code(values, indices, F):
     return torch.zeros(len(values), F, dtype=values.dtype).scatter(1, indices, values)
 
 
-shapes = st.tuples(st.integers(0, 150), st.integers(1, 70), st.integers(1, 2300), st.floats(0, 1), st.integers(0, 99))
+shapes = st.tuples(
+    st.integers(0, 150), st.integers(1, 70), st.integers(1, 2300), st.floats(0, 1), st.integers(0, 99)
+)
 
 
 # ------------------------------------------------------------------------------------------------------ encode
@@ -101,7 +119,9 @@ def test_nan_and_infinity_stay_in_bounds_and_visible(path):
 @needs_ext
 @pytest.mark.parametrize("N", [1, 63, 300])
 def test_bits_do_not_depend_on_threads(N):
-    """But the encoder's last ones: its GEMM is the library's, and MKL's AVX2 kernels cut it by the number of threads."""
+    """But the encoder's last ones: its GEMM is the library's, and MKL's AVX2 kernels cut it by the number of
+    threads.
+    """
     h, W, b, W_dec, b_dec, g = made(N, 96, 2500, 9, dtype=torch.float32)
     values, indices = topk_encode(h, W, b, 9)
     results, encoded = [], []
@@ -109,8 +129,14 @@ def test_bits_do_not_depend_on_threads(N):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         encoded.append(topk_encode(h, W, b, 9))
-        results.append([sparse_decode(values, indices, W_dec, b_dec), *torch.ops.tg.scatter_rows(values, indices, g, 2500),
-                        torch.ops.tg.gather_dot(g, W, indices), *gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, True)])
+        results.append(
+            [
+                sparse_decode(values, indices, W_dec, b_dec),
+                *torch.ops.tg.scatter_rows(values, indices, g, 2500),
+                torch.ops.tg.gather_dot(g, W, indices),
+                *gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, True),
+            ]
+        )
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
     (one, at), (two, at_two) = encoded
@@ -140,7 +166,9 @@ def assert_within(what, got, truth, bound):
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @PATHS
-@pytest.mark.parametrize("N,d,F,k", [(1, 1, 1, 1), (37, 137, 300, 7), (200, 64, 1025, 32), (5, 515, 64, 64), (0, 8, 9, 3)])
+@pytest.mark.parametrize(
+    "N,d,F,k", [(1, 1, 1, 1), (37, 137, 300, 7), (200, 64, 1025, 32), (5, 515, 64, 64), (0, 8, 9, 3)]
+)
 def test_decode_and_backward_are_within_rounding(device, path, N, d, F, k):
     h, W, b, W_dec, b_dec, g = made(N, d, F, k, dtype=torch.float32)
     values, indices = by_definition(h, W, b, k)
@@ -177,7 +205,9 @@ def test_rows_of_a_latent_that_fires_on_every_token(path):
 @PATHS
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_distortion_statistics(device, path, scale):
-    """At scale 1e4, |h| is about 1e5 |delta|: sums formed from |h|^2 - 2 h.h_hat + |h_hat|^2 would have no digit left."""
+    """At scale 1e4, |h| is about 1e5 |delta|: sums formed from |h|^2 - 2 h.h_hat + |h_hat|^2 would have no
+    digit left.
+    """
     N, d, F, k = 150, 130, 700, 11
     h, W, b, W_dec, b_dec, g = made(N, d, F, k, dtype=torch.float32)
     values, indices = (x.to(t) for x, t in zip(by_definition(h, W, b, k), (torch.float32, torch.int64)))
@@ -190,8 +220,30 @@ def test_distortion_statistics(device, path, scale):
     assert gradient_weighted_distortion(*args)[1].shape == (0, d)
     y, x, grad = kept.double(), h.double(), g.double()
     delta = y - x
-    truth = torch.stack([(grad * delta).sum(1), (delta**2).sum(1), (y**2).sum(1), (x * y).sum(1), (x**2).sum(1), delta.sum(1), x.sum(1)], 1)
-    size = torch.stack([(grad * delta).abs().sum(1), truth[:, 1], truth[:, 2], (x * y).abs().sum(1), truth[:, 4], delta.abs().sum(1), x.abs().sum(1)], 1)
+    truth = torch.stack(
+        [
+            (grad * delta).sum(1),
+            (delta**2).sum(1),
+            (y**2).sum(1),
+            (x * y).sum(1),
+            (x**2).sum(1),
+            delta.sum(1),
+            x.sum(1),
+        ],
+        1,
+    )
+    size = torch.stack(
+        [
+            (grad * delta).abs().sum(1),
+            truth[:, 1],
+            truth[:, 2],
+            (x * y).abs().sum(1),
+            truth[:, 4],
+            delta.abs().sum(1),
+            x.abs().sum(1),
+        ],
+        1,
+    )
     error, rounding = (stats.double() - truth).abs(), 2.0**-24 * truth.abs()
     # a term is delta (rounded, in its square twice), a product and d sums, here and in the truth: in float64,
     # or in float32 on a GPU's plain path; then comes the last rounding, to float32
@@ -217,8 +269,11 @@ def test_gradients_equal_the_dense_autoencoder(path, N, d, F, k):
             h_hat = sparse_decode(*topk_encode(h, W, b, k), W_dec, b_dec)
         loss = (h_hat - h).pow(2).mean()
         return torch.autograd.grad(loss, leaves)
+
     kernels.use(path)
-    for name, a, want in zip(("h", "W_enc", "b_enc", "W_dec", "b_dec"), loss_and_grads(False), loss_and_grads(True)):
+    for name, a, want in zip(
+        ("h", "W_enc", "b_enc", "W_dec", "b_dec"), loss_and_grads(False), loss_and_grads(True)
+    ):
         torch.testing.assert_close(a, want, rtol=1e-10, atol=1e-12, msg=lambda m: f"{name}: {m}")
 
 
@@ -228,7 +283,9 @@ def test_gradcheck(path):
     kernels.use(path)
     assert torch.autograd.gradcheck(lambda *a: topk_encode(*a, 3)[0], (h, W, b))
     values, indices = (x.detach() for x in topk_encode(h, W, b, 3))
-    assert torch.autograd.gradcheck(lambda v, *a: sparse_decode(v, indices, *a), (values.requires_grad_(), W_dec, b_dec))
+    assert torch.autograd.gradcheck(
+        lambda v, *a: sparse_decode(v, indices, *a), (values.requires_grad_(), W_dec, b_dec)
+    )
 
 
 @needs_ext
@@ -239,7 +296,9 @@ def test_opcheck(device):
     grad = lambda *xs: [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in xs]
     torch.library.opcheck(torch.ops.tg.topk_encode, (*grad(h, W, b), 4))
     torch.library.opcheck(torch.ops.tg.sparse_decode, tuple(grad(values, indices, W_dec, b_dec)))
-    torch.library.opcheck(torch.ops.tg.gradient_weighted_distortion, (values, indices, W_dec, b_dec, h, g, True))
+    torch.library.opcheck(
+        torch.ops.tg.gradient_weighted_distortion, (values, indices, W_dec, b_dec, h, g, True)
+    )
     torch.library.opcheck(torch.ops.tg.gather_dot, (g, W_dec, indices))
     torch.library.opcheck(torch.ops.tg.scatter_rows, (values, indices, g, 30))
 
@@ -264,14 +323,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @needs_ext
 def test_no_array_of_tokens_by_latents():
-    """A step on 4096 tokens x 65536 latents (1 GB if dense, 128 MB if only a thread's tokens were) may add 48 MB to that of 256 tokens."""
-    extra = int(subprocess.run([sys.executable, "-c", PEAK], cwd=kernels.HERE, check=True, capture_output=True, text=True).stdout) / 1024
+    """A step on 4096 tokens x 65536 latents (1 GB if dense, 128 MB if only a thread's tokens were) may add 48
+    MB to that of 256 tokens.
+    """
+    extra = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PEAK], cwd=kernels.HERE, check=True, capture_output=True, text=True
+            ).stdout
+        )
+        / 1024
+    )
     assert extra < 48, f"{extra:.0f} MB"
 
 
 @PATHS
 def test_largest_tensor_any_operator_makes(path, monkeypatch):
-    """The plain path keeps to its tile; the extension's own tile is below the dispatcher and measured above."""
+    """The plain path keeps to its tile; the extension's own tile is below the dispatcher and measured
+    above.
+    """
     monkeypatch.setattr(kernels, "TILE", 1 << 16)
     N, F, d, k, limit = 1024, 1024, 8, 4, 1 << 16
 
@@ -301,11 +371,22 @@ def test_bad_arguments(path):
     for k in (0, -1, 9, True, 2.0):
         with pytest.raises(ValueError, match="k="):
             topk_encode(h, W, b, k)
-    for bad in ((h[0], W, b), (h, W[:, :2], b), (h, W, b[:3]), (h.double(), W, b), (h.int(), W.int(), b.int()), (h, W.to("meta"), b)):
+    for bad in (
+        (h[0], W, b),
+        (h, W[:, :2], b),
+        (h, W, b[:3]),
+        (h.double(), W, b),
+        (h.int(), W.int(), b.int()),
+        (h, W.to("meta"), b),
+    ):
         with pytest.raises(ValueError, match="topk_encode"):
             topk_encode(*bad, 2)
     values, indices = topk_encode(h, W, b, 2)
-    for bad in ((values, indices.int(), W_dec, b_dec), (values[:3], indices, W_dec, b_dec), (values, indices, W_dec, b_dec[:2])):
+    for bad in (
+        (values, indices.int(), W_dec, b_dec),
+        (values[:3], indices, W_dec, b_dec),
+        (values, indices, W_dec, b_dec[:2]),
+    ):
         with pytest.raises(ValueError, match="sparse_decode"):
             sparse_decode(*bad)
     with pytest.raises(ValueError, match="g is"):

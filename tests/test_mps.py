@@ -1,9 +1,12 @@
-"""--device mps without a Mac: the pipeline on a pretend MPS device that refuses what a real one cannot be trusted with.
+"""--device mps without a Mac: the pipeline on a pretend MPS device that refuses what a real one cannot be
+trusted with.
 
-The pretend device is a wrapper tensor that says "mps" and holds a CPU tensor, under a dispatch mode. Every operator
-that touches one, those inside PyTorch's composite kernels included, must have an MPS kernel in this PyTorch's own list,
-stay clear of float64, take nothing from the CPU, and be none of the matrix products that MPS has got silently wrong.
+The pretend device is a wrapper tensor that says "mps" and holds a CPU tensor, under a dispatch mode. Every
+operator that touches one, those inside PyTorch's composite kernels included, must have an MPS kernel in this
+PyTorch's own list, stay clear of float64, take nothing from the CPU, and be none of the matrix products that
+MPS has got silently wrong.
 """
+
 import json
 import pathlib
 import re
@@ -24,18 +27,27 @@ from torch._C import DispatchKey, _current_autograd_node, _dispatch_has_kernel_f
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-MPS, CPU = torch.device("mps", 0), torch.device("cpu")  # without an index torch would ask the MPS runtime for one
+# without an index torch would ask the MPS runtime for one
+MPS, CPU = torch.device("mps", 0), torch.device("cpu")
 WIDE = {torch.float64, torch.complex128}
 COPIES = {"aten::_to_copy", "aten::copy_"}  # every device has them, and they are the only way across
-COMPOSITE = ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
-LEFT = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1}  # where the left operand stands
-LONG = 32767  # terms, at which an M1 or M2 adds what lies behind the operands (pytorch #195163, the cause of #193487)
+COMPOSITE = (
+    "CompositeExplicitAutograd",
+    "CompositeExplicitAutogradNonFunctional",
+    "CompositeImplicitAutograd",
+)
+# where the left operand stands
+LEFT = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1}
+# terms, at which an M1 or M2 adds what lies behind the operands (pytorch #195163, the cause of #193487)
+LONG = 32767
 
 
 def mps_kernels() -> set[str]:
-    """Operators with an MPS kernel in the native_functions.yaml of this PyTorch, their own or their out= form's."""
+    """Operators with an MPS kernel in the native_functions.yaml of this PyTorch, their own or their out=
+    form's.
+    """
     text = (pathlib.Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
-    entries = {entry[:entry.index("(")]: entry for entry in text.split("\n- func: ")[1:]}
+    entries = {entry[: entry.index("(")]: entry for entry in text.split("\n- func: ")[1:]}
     own = {name for name, entry in entries.items() if re.search(r"^    [\w, ]*\bMPS\b[\w, ]*:", entry, re.M)}
     shared = {name: re.search(r"structured_delegate: (\S+)", entry) for name, entry in entries.items()}
     return {f"aten::{name}" for name in entries if name in own or shared[name] and shared[name][1] in own}
@@ -46,14 +58,23 @@ class Refused(Exception):
 
 
 class OnMps(torch.Tensor):
-    """Python sees device mps; C++ sees meta, a device of every build: autograd runs on it, and sdpa is composed."""
+    """Python sees device mps; C++ sees meta, a device of every build: autograd runs on it, and sdpa is
+    composed.
+    """
+
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: MPS)
 
     @staticmethod
     def __new__(cls, held: torch.Tensor):
-        self = torch.Tensor._make_wrapper_subclass(cls, held.size(), strides=held.stride(), device="meta",
-                                                   dtype=held.dtype, storage_offset=held.storage_offset())
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            device="meta",
+            dtype=held.dtype,
+            storage_offset=held.storage_offset(),
+        )
         self.held = held
         return self
 
@@ -67,10 +88,14 @@ class PretendMps(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.native, self.ran, self.inside = mps_kernels() | COPIES, set(), False  # inside: of a composite kernel
+        # inside: of a composite kernel
+        self.native, self.ran, self.inside = mps_kernels() | COPIES, set(), False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, tensors = dict(kwargs or {}), [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        kwargs, tensors = (
+            dict(kwargs or {}),
+            [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)],
+        )
         goal = kwargs.get("device")
         to_mps = goal is not None and goal.type in ("mps", "meta")
         if not (self.inside or to_mps or any(isinstance(x, OnMps) for x in tensors)):
@@ -79,7 +104,8 @@ class PretendMps(TorchDispatchMode):
             raise Refused(f"{func}: a CPU tensor among those on the device")
         if goal is not None:
             kwargs["device"] = CPU
-        known = {id(getattr(x, "held", x)): x for x in tensors}  # an in-place operator gives back what it was given
+        # an in-place operator gives back what it was given
+        known = {id(getattr(x, "held", x)): x for x in tensors}
         args, kwargs = tree_map_only(OnMps, lambda x: x.held, (args, kwargs))
         self.check_product(func, args)
         result = self.run(func, args, kwargs)
@@ -98,7 +124,8 @@ class PretendMps(TorchDispatchMode):
         if left.shape[-1] >= LONG:
             raise Refused(f"{func}: dot products of {left.shape[-1]} terms")
         if node is not None and node.name() == "BmmBackward0":
-            return  # the attention's backward: autograd transposes there, and sums over T or a head's width only
+            # the attention's backward: autograd transposes there, and sums over T or a head's width only
+            return
         if left.stride(-2) == 1 < left.stride(-1) and min(left.shape[-2:]) > 1:
             raise Refused(f"{func}: the left operand is a transposed view")
 
@@ -128,7 +155,10 @@ REFUSED = {
     "mm": ("transposed", lambda x: x.t() @ x),
     "addmm": ("transposed", lambda x: torch.addmm(x, x.t(), x)),
     "bmm": ("transposed", lambda x: x[None].expand(2, 4, 4).transpose(1, 2) @ x[None].expand(2, 4, 4)),
-    "a weight's gradient": ("transposed", lambda x: (x @ x.clone().requires_grad_()).square().sum().backward()),
+    "a weight's gradient": (
+        "transposed",
+        lambda x: (x @ x.clone().requires_grad_()).square().sum().backward(),
+    ),
     "long product": ("32767", lambda x: x[:, :1].expand(4, LONG) @ x[:1].expand(LONG, 4)),
     "eigh": ("no MPS kernel", lambda x: torch.linalg.eigh(x)),
     "svd": ("no MPS kernel", lambda x: torch.linalg.svd(x)),
@@ -146,9 +176,20 @@ def test_guard_refuses(why, call):
 # ----------------------------------------------------------------------------------------------------- the pipeline
 def tiny_model(vocab: int = 128):
     torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(vocab_size=vocab, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-                                        intermediate_size=64, max_position_embeddings=16, initializer_range=0.2)
-    return transformers.GPTNeoXForCausalLM._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        initializer_range=0.2,
+    )
+    return (
+        transformers.GPTNeoXForCausalLM._from_config(config, attn_implementation="sdpa")
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def tiny_rows() -> torch.Tensor:
@@ -156,36 +197,106 @@ def tiny_rows() -> torch.Tensor:
 
 
 def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
-    """The rows that an experiment has for one hook: parity check, SAEs of both recipes trained, null rows, evaluation, metrics."""
+    """The rows that an experiment has for one hook: parity check, SAEs of both recipes trained, null rows,
+    evaluation, metrics.
+    """
     document = folder / "text.txt"
     document.write_text("\n".join(str(i * 7919 % 10007) for i in range(20000)))
-    tokenizer = lambda document, add_special_tokens: types.SimpleNamespace(input_ids=[ord(c) for c in document])
+    tokenizer = lambda document, add_special_tokens: types.SimpleNamespace(
+        input_ids=[ord(c) for c in document]
+    )
     tokenizer.eos_token_id = 0
-    jobs = [dict(model="tiny", weights="", layer=1, data=str(document), ctx=16, tokens=1280, trunk=[], d_sae=128, k=k,
-                 seed=0, recipe=recipe, sinks="drop", device=device.type, version=TRAIN_VERSION)
-            for recipe in ("base", "saelens") for k in (2, 4)]
+    jobs = [
+        dict(
+            model="tiny",
+            weights="",
+            layer=1,
+            data=str(document),
+            ctx=16,
+            tokens=1280,
+            trunk=[],
+            d_sae=128,
+            k=k,
+            seed=0,
+            recipe=recipe,
+            sinks="drop",
+            device=device.type,
+            version=TRAIN_VERSION,
+        )
+        for recipe in ("base", "saelens")
+        for k in (2, 4)
+    ]
     names = [("x", job["recipe"], 128, job["k"], 0, 1280) for job in jobs]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), tokenizer=tokenizer, rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=grid.NULLS, d=32,
-                source=text.find(str(document)))
-    args = types.SimpleNamespace(expansion=4, cache=folder / device.type, save_tokens=True, sinks=["drop"], sae=[])
+    hook = dict(
+        name="tiny",
+        layer=1,
+        model=tiny_model(),
+        tokenizer=tokenizer,
+        rows=tiny_rows(),
+        document=np.arange(len(tiny_rows())),
+        jobs=jobs,
+        names=names,
+        nulls=grid.NULLS,
+        d=32,
+        source=text.find(str(document)),
+    )
+    args = types.SimpleNamespace(
+        expansion=4, cache=folder / device.type, save_tokens=True, sinks=["drop"], sae=[]
+    )
     run.train([(hook, [0, 1, 2, 3], True)], args, device)
-    return run.run_hook(hook, args, device, [0, 1, 2, 3], True, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study)[0]
+    return run.run_hook(
+        hook, args, device, [0, 1, 2, 3], True, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study
+    )[0]
 
 
 def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
     """The rows of SAEs from files, by each rule and norm there is."""
     random = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 4
     common_tensors = {"W_enc": random(32, 64), "W_dec": random(64, 32), "b_dec": random(32)}
-    kinds = {"jumprelu": {"threshold": random(64).abs(), "b_enc": random(64)}, "gated": {"b_gate": random(64), "r_mag": random(64), "b_mag": random(65)[1:].clone()},
-             "topk": {"b_enc": random(64)}}
+    kinds = {
+        "jumprelu": {"threshold": random(64).abs(), "b_enc": random(64)},
+        "gated": {"b_gate": random(64), "r_mag": random(64), "b_mag": random(65)[1:].clone()},
+        "topk": {"b_enc": random(64)},
+    }
     jobs = []
     for (kind, tensors), norm in zip(kinds.items(), ("none", "constant_norm_rescale", "layer_norm")):
         (folder / kind).mkdir(exist_ok=True)
-        (folder / kind / "cfg.json").write_text(json.dumps({"architecture": kind, "k": 4, "normalize_activations": norm, "metadata": {"sae_lens_version": "6.0.0"}}))
+        (folder / kind / "cfg.json").write_text(
+            json.dumps(
+                {
+                    "architecture": kind,
+                    "k": 4,
+                    "normalize_activations": norm,
+                    "metadata": {"sae_lens_version": "6.0.0"},
+                }
+            )
+        )
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
-        jobs += [entry | dict(said={"basis": "centred"}, typical_k=4, mean=random(32), fvu_as_said=0.5, fvu_otherwise=0.6, d_sae=64, k=4) for entry in formats.find(str(folder / kind))]
+        jobs += [
+            entry
+            | dict(
+                said={"basis": "centred"},
+                typical_k=4,
+                mean=random(32),
+                fvu_as_said=0.5,
+                fvu_otherwise=0.6,
+                d_sae=64,
+                k=4,
+            )
+            for entry in formats.find(str(folder / kind))
+        ]
     names = [(job["label"], "saelens", 64, 4, 0, 0) for job in jobs]
-    hook = dict(name="tiny", layer=1, model=tiny_model(), rows=tiny_rows(), document=np.arange(len(tiny_rows())), jobs=jobs, names=names, nulls=grid.NULLS, d=32)
+    hook = dict(
+        name="tiny",
+        layer=1,
+        model=tiny_model(),
+        rows=tiny_rows(),
+        document=np.arange(len(tiny_rows())),
+        jobs=jobs,
+        names=names,
+        nulls=grid.NULLS,
+        d=32,
+    )
     return run.run_hook(hook, types.SimpleNamespace(save_tokens=False, sae=["x"]), device, [0, 1, 2], True)[0]
 
 
@@ -193,7 +304,9 @@ def test_saes_from_files(tmp_path):
     with PretendMps():
         there = files(tmp_path, MPS)
     for a, b in zip(there, files(tmp_path, CPU), strict=True):
-        numbers = [m for m in (*metrics.METRICS, *LIBRARIES) if not (a["sae"] == "null-gaussian" and m in LIBRARIES)]
+        numbers = [
+            m for m in (*metrics.METRICS, *LIBRARIES) if not (a["sae"] == "null-gaussian" and m in LIBRARIES)
+        ]
         np.testing.assert_allclose([a[m] for m in numbers], [b[m] for m in numbers], rtol=1e-3, atol=1e-5)
 
 
@@ -201,12 +314,20 @@ def test_whole_pipeline(tmp_path):
     """Nothing in it is refused, and its numbers are those of the CPU."""
     with PretendMps() as guard:
         there = one_hook(tmp_path, MPS)
-    assert {"aten::topk", "aten::scatter_add_", "aten::searchsorted.Tensor", "aten::native_layer_norm_backward",
-            "aten::addcdiv_"} <= guard.ran  # encode, sparse backward, sampled labels, g and Adam were on the device
+    assert {
+        "aten::topk",
+        "aten::scatter_add_",
+        "aten::searchsorted.Tensor",
+        "aten::native_layer_norm_backward",
+        # encode, sparse backward, sampled labels, g and Adam were on the device
+        "aten::addcdiv_",
+    } <= guard.ran
     here = one_hook(tmp_path, CPU)
     for a, b in zip(there, here, strict=True):
         assert [a[c] for c in grid.KEY] == [b[c] for c in grid.KEY]
-        np.testing.assert_allclose([a[m] for m in metrics.METRICS], [b[m] for m in metrics.METRICS], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            [a[m] for m in metrics.METRICS], [b[m] for m in metrics.METRICS], rtol=1e-3, atol=1e-5
+        )
 
 
 def test_large_vocabulary():
@@ -217,7 +338,9 @@ def test_large_vocabulary():
 
 
 WRONG = {  # a block before the hook, one after it, and one that is wrong only in its gradient
-    "h": (0, lambda y: 1.05 * y), "CE": (2, lambda y: y * torch.nan), "g": (2, lambda y: y + 0.1 * (y - y.detach())),
+    "h": (0, lambda y: 1.05 * y),
+    "CE": (2, lambda y: y * torch.nan),
+    "g": (2, lambda y: y + 0.1 * (y - y.detach())),
 }
 
 

@@ -1,4 +1,7 @@
-"""What setup.py, constraints.txt and kernels.py must agree on, without building an environment (that is .ci/run's part)."""
+"""What setup.py, constraints.txt and kernels.py must agree on, without building an environment (that is
+.ci/run's part).
+"""
+
 import re
 import runpy
 import shutil
@@ -38,7 +41,8 @@ def test_every_requirement_is_pinned_within_its_range(declared):
     lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
     canonical = lambda name: re.sub("[-_.]+", "-", name).lower()
     pins = {canonical(name): version for name, version in (x.split("==") for x in lines)}
-    assert all("==" in text for text in declared["extras_require"]["parity"])  # pins itself, and is in no committed result
+    # pins itself, and is in no committed result
+    assert all("==" in text for text in declared["extras_require"]["parity"])
     for text in declared["install_requires"] + declared["extras_require"]["test"]:
         wanted = requirements.Requirement(text)
         assert wanted.specifier.contains(pins[canonical(wanted.name)]), text
@@ -49,12 +53,16 @@ def test_every_requirement_is_pinned_within_its_range(declared):
 
 def said_in(folder, *, env_python=sys.executable):
     code = "import torch, kernels; x = torch.ones(2, 3); print(kernels.topk_encode(x, x, x[:, 0], 1)[1].tolist(), kernels.describe())"
-    return subprocess.run([env_python, "-c", code], cwd=folder, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [env_python, "-c", code], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_without_the_extension_it_runs_and_gives_the_reason(tmp_path):
     shutil.copy(ROOT / "kernels.py", tmp_path)
-    (tmp_path / "_kernels.py").write_text("raise ImportError('libtorch_cuda.so: cannot open shared object file', name='libtorch_cuda')\n")
+    (tmp_path / "_kernels.py").write_text(
+        "raise ImportError('libtorch_cuda.so: cannot open shared object file', name='libtorch_cuda')\n"
+    )
     broken = said_in(tmp_path)
     assert "[[0], [0]]" in broken and "NOT BUILT" in broken and "libtorch_cuda.so" in broken
     (tmp_path / "_kernels.py").write_text("raise ModuleNotFoundError('no _kernels', name='_kernels')\n")

@@ -1,4 +1,5 @@
 """What is said of pairs of SAEs, on planted numbers."""
+
 from transport_geometry import audit
 from transport_geometry.audit import (
     PAIRS,
@@ -18,36 +19,75 @@ import pytest
 
 
 def planted(r2, ce_rec, noise=0.0, shared=0.1, l0=None, places=None, resamples=400):
-    """(rows, values, settings) of SAEs whose R² and CE_rec are these, their resamples moving together by `shared` and apart by `noise` (SD)."""
+    """(rows, values, settings) of SAEs whose R² and CE_rec are these, their resamples moving together by
+    `shared` and apart by `noise` (SD).
+    """
     C = len(r2)
     rng, values = np.random.default_rng(0), {}
     for name, point in (("r2", r2), ("ce_rec", ce_rec)):
         moved = shared * rng.standard_normal((resamples, 1)) + noise * rng.standard_normal((resamples, C))
         values[name] = np.vstack([np.tile(point, (3, 1)), point + moved])
     places = places or [("m", 3, 64, False)] * C
-    rows = [dict(sae=f"sae{i}", model=p[0], layer=p[1], l0=16.0 if l0 is None else l0[i], r2=r2[i], ce_rec=ce_rec[i]) for i, p in enumerate(places)]
-    settings = {"documents": [48], "cut": False, "saes": {row["sae"]: {"ctx": p[2], "bos": p[3]} for row, p in zip(rows, places)}}
+    rows = [
+        dict(
+            sae=f"sae{i}",
+            model=p[0],
+            layer=p[1],
+            l0=16.0 if l0 is None else l0[i],
+            r2=r2[i],
+            ce_rec=ce_rec[i],
+        )
+        for i, p in enumerate(places)
+    ]
+    settings = {
+        "documents": [48],
+        "cut": False,
+        "saes": {row["sae"]: {"ctx": p[2], "bos": p[3]} for row, p in zip(rows, places)},
+    }
     return rows, values, settings
 
 
 def test_every_kind_from_its_intervals():
     up, down, both, none, nan = (0.01, 0.02), (-0.02, -0.01), (-0.01, 0.02), (0.01, 0.01), (np.nan, np.nan)
-    for r2, ce, says in ((up, up, "orders"), (down, down, "orders"), (up, down, "inverts"), (down, up, "inverts"), (up, both, "claims"), (down, both, "claims"),
-                         (both, up, "misses"), (both, down, "misses"), (both, both, "neither"), (none, up, "undefined"), (up, none, "undefined"),
-                         (nan, up, "undefined"), (up, nan, "undefined"), ((0, 0), (0, 0), "neither"), ((2e-8, 3e-8), (1e-7, 2e-6), "neither")):
+    for r2, ce, says in (
+        (up, up, "orders"),
+        (down, down, "orders"),
+        (up, down, "inverts"),
+        (down, up, "inverts"),
+        (up, both, "claims"),
+        (down, both, "claims"),
+        (both, up, "misses"),
+        (both, down, "misses"),
+        (both, both, "neither"),
+        (none, up, "undefined"),
+        (up, none, "undefined"),
+        (nan, up, "undefined"),
+        (up, nan, "undefined"),
+        ((0, 0), (0, 0), "neither"),
+        ((2e-8, 3e-8), (1e-7, 2e-6), "neither"),
+    ):
         assert kind(r2, ce) == says, (r2, ce)
 
 
 def test_planted_pairs_are_found_and_paired():
     """The common part of the resamples, ten times the differences, must not hide them."""
-    rows, values, settings = planted(r2=[0.80, 0.90, 0.85, 0.850001], ce_rec=[0.90, 0.95, 0.97, 0.90], noise=0.002)
+    rows, values, settings = planted(
+        r2=[0.80, 0.90, 0.85, 0.850001], ce_rec=[0.90, 0.95, 0.97, 0.90], noise=0.002
+    )
     found = {(row["sae_a"], row["sae_b"]): row for row in pairs(rows, values, settings)}
     assert {names: row["kind"] for names, row in found.items()} == {
-        ("sae1", "sae0"): "orders", ("sae2", "sae0"): "orders", ("sae3", "sae0"): "claims", ("sae1", "sae2"): "inverts",
-        ("sae1", "sae3"): "orders", ("sae3", "sae2"): "misses"}
+        ("sae1", "sae0"): "orders",
+        ("sae2", "sae0"): "orders",
+        ("sae3", "sae0"): "claims",
+        ("sae1", "sae2"): "inverts",
+        ("sae1", "sae3"): "orders",
+        ("sae3", "sae2"): "misses",
+    }
     row = found["sae1", "sae2"]
-    assert (row["delta_r2"], row["delta_ce_rec"]) == pytest.approx((0.05, -0.02)) and row["delta_ce_rec_lo"] < -0.02 < row["delta_ce_rec_hi"] < 0
-    assert row["delta_r2_hi"] - row["delta_r2_lo"] == pytest.approx(2 * 1.96 * 0.002 * 2 ** 0.5, rel=0.15)
+    assert (row["delta_r2"], row["delta_ce_rec"]) == pytest.approx((0.05, -0.02)) and row[
+        "delta_ce_rec_lo"
+    ] < -0.02 < row["delta_ce_rec_hi"] < 0
+    assert row["delta_r2_hi"] - row["delta_r2_lo"] == pytest.approx(2 * 1.96 * 0.002 * 2**0.5, rel=0.15)
     assert [list(found)[i] for i in (0, -1)] == [("sae1", "sae0"), ("sae3", "sae2")]
 
 
@@ -58,8 +98,17 @@ def test_the_order_of_the_saes_leaves_no_trace():
 
 
 def test_only_what_saw_the_same_tokens_is_compared():
-    places = [("m", 3, 64, False), ("m", 3, 64, False), ("m", 3, 48, False), ("m", 3, 64, True), ("m", 4, 64, False), ("n", 3, 64, False)]
-    rows, values, settings = planted(r2=np.linspace(0.5, 0.9, 6), ce_rec=np.linspace(0.5, 0.9, 6), places=places)
+    places = [
+        ("m", 3, 64, False),
+        ("m", 3, 64, False),
+        ("m", 3, 48, False),
+        ("m", 3, 64, True),
+        ("m", 4, 64, False),
+        ("n", 3, 64, False),
+    ]
+    rows, values, settings = planted(
+        r2=np.linspace(0.5, 0.9, 6), ce_rec=np.linspace(0.5, 0.9, 6), places=places
+    )
     assert list(comparable(rows, settings).values()) == [[0, 1], [2], [3], [4], [5]]
     assert [(row["sae_a"], row["sae_b"]) for row in pairs(rows, values, settings)] == [("sae1", "sae0")]
 
@@ -70,38 +119,69 @@ def test_one_sequence_shows_nothing():
 
 
 def test_what_is_said():
-    """Counts over all pairs and over those of about equal sparsity; the inverted ones first, the clearest first, ten at most."""
+    """Counts over all pairs and over those of about equal sparsity; the inverted ones first, the clearest
+    first, ten at most.
+    """
     n = 8  # R² up, CE_rec down: all 28 inverted, the ends the clearest
-    rows, values, settings = planted(r2=np.linspace(0.8, 0.9, n), ce_rec=np.linspace(0.95, 0.9, n), noise=0.001, l0=2.0 ** np.arange(n))
+    rows, values, settings = planted(
+        r2=np.linspace(0.8, 0.9, n), ce_rec=np.linspace(0.95, 0.9, n), noise=0.001, l0=2.0 ** np.arange(n)
+    )
     found = pairs(rows, values, settings)
     all_pairs, near = pair_sentences(found)
-    assert "Of the 28 pairs of SAEs" in all_pairs and "R² orders 0 as CE_rec does, inverts 28, and in 0 claims" in all_pairs
+    assert (
+        "Of the 28 pairs of SAEs" in all_pairs
+        and "R² orders 0 as CE_rec does, inverts 28, and in 0 claims" in all_pairs
+    )
     assert near == "None of them has about as many latents active (L0 within a factor of 1.5) on both sides."
     lines = pair_lines(found)
     assert lines[0].startswith("- inverted: sae7 over sae0: R² +0.100 [") and "(L0 128 and 1)" in lines[0]
     assert len(lines) == 11 and lines[-1] == "- and 18 more in pairs.csv"
     report = "\n".join(pair_report(found, settings))
-    assert "1.4 would be expected" in report and "48 documents" in report and report.startswith("**Of the 28 pairs")
-    rows, values, settings = planted(r2=[0.80, 0.90, 0.85], ce_rec=[0.90, 0.90, 0.95], noise=0.001, l0=[10, 15, 32])
+    assert (
+        "1.4 would be expected" in report
+        and "48 documents" in report
+        and report.startswith("**Of the 28 pairs")
+    )
+    rows, values, settings = planted(
+        r2=[0.80, 0.90, 0.85], ce_rec=[0.90, 0.90, 0.95], noise=0.001, l0=[10, 15, 32]
+    )
     found = pairs(rows, values, settings)
-    assert counted(found) == {"orders": 1, "inverts": 1, "claims": 1, "misses": 0, "neither": 0, "undefined": 0}
-    assert pair_sentences(found)[1].startswith("Of the 1 with about as many latents active (L0 within a factor of 1.5), R² orders 0")
+    assert counted(found) == {
+        "orders": 1,
+        "inverts": 1,
+        "claims": 1,
+        "misses": 0,
+        "neither": 0,
+        "undefined": 0,
+    }
+    assert pair_sentences(found)[1].startswith(
+        "Of the 1 with about as many latents active (L0 within a factor of 1.5), R² orders 0"
+    )
     assert [line.split(":")[0] for line in pair_lines(found)] == ["- inverted", "- claimed, not shown"]
     assert "nothing is said" in pair_sentences([])[0] and len(pair_report([], settings)) == 2
 
 
 def test_several_hooks_have_a_table():
     places = [("m", layer, 64, False) for layer in (3, 3, 5, 5, 5)]
-    rows, values, settings = planted(r2=[0.8, 0.9, 0.7, 0.8, 0.9], ce_rec=[0.9, 0.8, 0.7, 0.8, 0.9], noise=0.001, places=places)
+    rows, values, settings = planted(
+        r2=[0.8, 0.9, 0.7, 0.8, 0.9], ce_rec=[0.9, 0.8, 0.7, 0.8, 0.9], noise=0.001, places=places
+    )
     report = "\n".join(pair_report(pairs(rows, values, settings), settings))
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| m ")] == [
-        ["m", "3", "64", "False", "1", "0", "1", "0", "0", "0", "0"], ["m", "5", "64", "False", "3", "3", "0", "0", "0", "0", "0"]]
+    assert [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.splitlines()
+        if line.startswith("| m ")
+    ] == [
+        ["m", "3", "64", "False", "1", "0", "1", "0", "0", "0", "0"],
+        ["m", "5", "64", "False", "3", "3", "0", "0", "0", "0", "0"],
+    ]
 
 
 def test_the_residual_is_from_the_curve_of_the_others():
     r2, ce_rec = np.array([0.5, 0.6, 0.7, 0.8, 0.9]), np.array([0.5, 0.6, 0.75, 0.8, 0.9])
     value, lo, hi = residuals(*planted(r2, ce_rec, noise=0.004, shared=0.0)).T
-    assert value[1:4] == pytest.approx([-0.025, 0.05, -0.025], abs=1e-9)  # between the neighbours' (.6, .8), ...
+    # between the neighbours' (.6, .8), ...
+    assert value[1:4] == pytest.approx([-0.025, 0.05, -0.025], abs=1e-9)
     assert np.isnan(value[[0, 4]]).all()  # nobody beyond them
     assert (lo[1:4] < value[1:4]).all() and (value[1:4] < hi[1:4]).all() and lo[2] > 0
     assert np.isnan(residuals(*planted(r2[:3], ce_rec[:3], noise=0.004))).all() and audit.CURVE_OF == 3

@@ -1,4 +1,7 @@
-"""Recipe `saelens` against SAELens itself, and files that SAELens, sparsify and dictionary_learning write. Needs the extra: pip install -e '.[test,parity]' -c constraints.txt"""
+"""Recipe `saelens` against SAELens itself, and files that SAELens, sparsify and dictionary_learning write.
+Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
+"""
+
 import dataclasses
 
 from transport_geometry import formats
@@ -28,14 +31,19 @@ def activations(steps: int) -> torch.Tensor:
     return h
 
 
-@pytest.fixture(params=[F, 32])  # 32: fewer dead latents than AuxK takes, so that it scales and takes negative pre-activations too
+# 32: fewer dead latents than AuxK takes, so that it scales and takes negative pre-activations too
+@pytest.fixture(params=[F, 32])
 def both(request, monkeypatch):
-    """(our training, their trainer, activations): the same initial weights, latents dead after 20 steps in both."""
+    """(our training, their trainer, activations): the same initial weights, latents dead after 20 steps in
+    both.
+    """
     F = request.param
     monkeypatch.setattr(SAELensTraining, "DEAD_STEPS", 20)
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (N, 1.0)))
     h = activations(150)
-    ours = SAELensTraining(SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)])
+    ours = SAELensTraining(
+        SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)]
+    )
     lens = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
     with torch.no_grad():
         lens.W_enc.copy_(ours.sae.W_enc.T)
@@ -53,7 +61,9 @@ def test_losses_agree_step_by_step_and_so_do_the_saes(both, tmp_path):
         mine, output = ours.one_step(batch), theirs.step(batch)
         theirs.n_training_steps += 1
         with_auxk += dead > 0
-        torch.testing.assert_close(mine, output.loss.detach(), rtol=2e-4, atol=0, msg=lambda m: f"step {step}: {m}")
+        torch.testing.assert_close(
+            mine, output.loss.detach(), rtol=2e-4, atol=0, msg=lambda m: f"step {step}: {m}"
+        )
     assert 10 < with_auxk < 150  # the run had both kinds of step
     torch.testing.assert_close(ours.sae.W_dec, theirs.sae.W_dec.detach(), rtol=0, atol=2e-4)
     theirs.sae.save_inference_model(tmp_path)
@@ -74,20 +84,38 @@ def test_the_defaults_are_theirs():
     architecture = {f.name: f.default for f in dataclasses.fields(TopKTrainingSAEConfig)}
     trainer = {f.name: f.default for f in dataclasses.fields(SAETrainerConfig)}
     runner = {f.name: f.default for f in dataclasses.fields(LanguageModelSAERunnerConfig)}
-    assert (architecture["decoder_init_norm"], architecture["aux_loss_coefficient"], architecture["rescale_acts_by_decoder_norm"],
-            architecture["apply_b_dec_to_input"], architecture["normalize_activations"]) == (0.1, 1.0, True, True, "none")
+    assert (
+        architecture["decoder_init_norm"],
+        architecture["aux_loss_coefficient"],
+        architecture["rescale_acts_by_decoder_norm"],
+        architecture["apply_b_dec_to_input"],
+        architecture["normalize_activations"],
+    ) == (0.1, 1.0, True, True, "none")
     for config in (trainer, runner):
-        assert (config["lr"], config["lr_scheduler_name"], config["lr_warm_up_steps"], config["lr_decay_steps"]) == (3e-4, "constant", 0, 0)
-        assert (config["adam_beta1"], config["adam_beta2"], config["dead_feature_window"]) == (0.9, 0.999, SAELensTraining.DEAD_STEPS)
-    ours = SAELensTraining({"mean": torch.zeros(D)}, F, K, 0, [10 ** 7])
+        assert (
+            config["lr"],
+            config["lr_scheduler_name"],
+            config["lr_warm_up_steps"],
+            config["lr_decay_steps"],
+        ) == (3e-4, "constant", 0, 0)
+        assert (config["adam_beta1"], config["adam_beta2"], config["dead_feature_window"]) == (
+            0.9,
+            0.999,
+            SAELensTraining.DEAD_STEPS,
+        )
+    ours = SAELensTraining({"mean": torch.zeros(D)}, F, K, 0, [10**7])
     group = ours.optimiser.param_groups[0]
-    assert runner["train_batch_size_tokens"] == ours.batch == 4096 and (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.9, 0.999), 1e-8)
+    assert runner["train_batch_size_tokens"] == ours.batch == 4096 and (
+        group["lr"],
+        group["betas"],
+        group["eps"],
+    ) == (3e-4, (0.9, 0.999), 1e-8)
     lens = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
     for name in ("b_enc", "b_dec"):
         assert not getattr(lens, name).any() and not getattr(ours.sae, name).any()
     for sae in (lens, ours.sae):
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((F,), 0.1))
-        assert sae.W_dec.abs().max() < 0.1 * 3 ** 0.5  # rows of uniform entries: none far above the rest
+        assert sae.W_dec.abs().max() < 0.1 * 3**0.5  # rows of uniform entries: none far above the rest
     assert torch.equal(ours.sae.W_enc, ours.sae.W_dec) and torch.equal(lens.W_enc, lens.W_dec.T)
 
 
@@ -96,8 +124,8 @@ def test_a_budget_is_a_checkpoint_of_the_longest_run(monkeypatch):
     h = activations(30)
     statistics = SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool))
     runs = SAELensTraining(statistics, F, K, 0, [10 * N, 30 * N]).feed(h, 0, tqdm(disable=True), "")
-    alone, = SAELensTraining(statistics, F, K, 0, [10 * N]).feed(h, 0, tqdm(disable=True), "")
-    short, = (run for run in runs if run.budgets == [10 * N])
+    (alone,) = SAELensTraining(statistics, F, K, 0, [10 * N]).feed(h, 0, tqdm(disable=True), "")
+    (short,) = (run for run in runs if run.budgets == [10 * N])
     assert [run.step for run in runs] == [30, 10] and torch.equal(short.sae.W_dec, alone.sae.W_dec)
 
 
@@ -106,18 +134,35 @@ def test_a_budget_is_a_checkpoint_of_the_longest_run(monkeypatch):
 def written(tmp_path_factory):
     """{library and architecture: (its folder, its forward)}, and held-out activations."""
     h = activations(60)
-    return peers.everything(tmp_path_factory.mktemp("peers"), h[:50 * N], F, K), h[50 * N:]
+    return peers.everything(tmp_path_factory.mktemp("peers"), h[: 50 * N], F, K), h[50 * N :]
 
 
-@pytest.mark.parametrize("name", [
-    "SAELens topk", "SAELens topk, layer_norm", "SAELens topk, scaled", "SAELens topk checkpoint, scaled", "SAELens batchtopk (saved as jumprelu)",
-    "SAELens jumprelu", "SAELens standard", "SAELens gated", "sparsify topk", "sparsify groupmax", "sparsify skip", "dictionary_learning topk",
-    "dictionary_learning topk, scaled", "dictionary_learning batchtopk", "dictionary_learning standard", "dictionary_learning gated",
-    "dictionary_learning jumprelu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SAELens topk",
+        "SAELens topk, layer_norm",
+        "SAELens topk, scaled",
+        "SAELens topk checkpoint, scaled",
+        "SAELens batchtopk (saved as jumprelu)",
+        "SAELens jumprelu",
+        "SAELens standard",
+        "SAELens gated",
+        "sparsify topk",
+        "sparsify groupmax",
+        "sparsify skip",
+        "dictionary_learning topk",
+        "dictionary_learning topk, scaled",
+        "dictionary_learning batchtopk",
+        "dictionary_learning standard",
+        "dictionary_learning gated",
+        "dictionary_learning jumprelu",
+    ],
+)
 def test_a_file_gives_the_forward_that_its_library_gives(name, written):
     saes, h = written
     folder, theirs = saes[name]
-    entry, = formats.find(str(folder))
+    (entry,) = formats.find(str(folder))
     values, _, h_hat = formats.fused(formats.read(entry)).reconstruct(h)
     expected = theirs(h)
     assert ((h_hat - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
@@ -130,7 +175,9 @@ def test_all_of_them_were_asked(written):
 
 def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
     h = activations(4)
-    sae = SAELensTraining(SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)]).finished()
+    sae = SAELensTraining(
+        SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)]
+    ).finished()
     formats.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
     theirs = LensSAE.load_from_disk(tmp_path)
     expected = theirs.decode(theirs.encode(h)).detach()

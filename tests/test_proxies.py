@@ -1,4 +1,7 @@
-"""Every metric against a dense float64 computation, hand cases, and the invariances that its definition promises."""
+"""Every metric against a dense float64 computation, hand cases, and the invariances that its definition
+promises.
+"""
+
 import math
 
 from conftest import tiny_model
@@ -38,9 +41,29 @@ def random_sae(hook, k=5):
 
 def test_identity_loses_nothing(hook):
     m = point(hook, lambda h, mean: h)
-    for name in ("r2", "r2_nosink", "r2_defl1", "r2_ln", "ce_rec", "ce_rec_sinkclean", "frac_zero", "frac_mean"):
+    for name in (
+        "r2",
+        "r2_nosink",
+        "r2_defl1",
+        "r2_ln",
+        "ce_rec",
+        "ce_rec_sinkclean",
+        "frac_zero",
+        "frac_mean",
+    ):
         assert m[name] == pytest.approx(1, abs=1e-6), name
-    for name in ("swd_tok", "swd_seq", "swd_sampled", "gd_mean", "gd_abs", "nmse", "nmse_tok", "mse", "relerr", "kl"):
+    for name in (
+        "swd_tok",
+        "swd_seq",
+        "swd_sampled",
+        "gd_mean",
+        "gd_abs",
+        "nmse",
+        "nmse_tok",
+        "mse",
+        "relerr",
+        "kl",
+    ):
         assert m[name] == pytest.approx(0, abs=1e-9), name
     assert m["cosine"] == pytest.approx(1, abs=1e-6) and math.isnan(m["fed"])
 
@@ -94,14 +117,26 @@ def test_everything_against_dense_float64(hook):
     clean = lm.tail(exact, layer, rows, torch.cat([keep_sink, whole[:, -1:]], 1))[:, :-1]
     sinkclean = -torch.log_softmax(clean, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
     expected = {
-        "r2": 1 - sq(delta).sum() / sq(centred).sum(), "r2_nosink": 1 - sq(delta)[~sink].sum() / sq(calm)[~sink].sum(),
+        "r2": 1 - sq(delta).sum() / sq(centred).sum(),
+        "r2_nosink": 1 - sq(delta)[~sink].sum() / sq(calm)[~sink].sum(),
         "r2_defl1": 1 - sq(off(delta)).sum() / sq(off(centred)).sum(),
         "r2_ln": 1 - sq(ln(h_hat) - ln(h)).sum() / sq(ln(h) - ln(h).reshape(-1, d).mean(0)).sum(),
-        "nmse": sq(delta).sum() / sq(h).sum(), "nmse_tok": (sq(delta) / sq(h)).mean(), "mse": delta.square().mean(),
-        "cosine": torch.cosine_similarity(h, h_hat, -1).mean(), "relerr": (delta.norm(dim=-1) / (h.norm(dim=-1) + 1e-10)).mean(),
-        "swd_tok": gd.square().mean(), "swd_seq": gd.sum(1).square().mean() / (T - 1), "gd_mean": gd.mean(), "gd_abs": gd.abs().mean(),
-        "ce_orig": ce.mean(), "ce_recon": recon.mean(), "dce": (recon - ce).mean(), "ce_rec": 2 - recon.mean() / ce.mean(),
-        "ce_rec_sinkclean": 2 - sinkclean.mean() / ce.mean(), "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(), "l0": (torch.where(z >= cut, z, 0) > 0).sum(-1).double().mean(),
+        "nmse": sq(delta).sum() / sq(h).sum(),
+        "nmse_tok": (sq(delta) / sq(h)).mean(),
+        "mse": delta.square().mean(),
+        "cosine": torch.cosine_similarity(h, h_hat, -1).mean(),
+        "relerr": (delta.norm(dim=-1) / (h.norm(dim=-1) + 1e-10)).mean(),
+        "swd_tok": gd.square().mean(),
+        "swd_seq": gd.sum(1).square().mean() / (T - 1),
+        "gd_mean": gd.mean(),
+        "gd_abs": gd.abs().mean(),
+        "ce_orig": ce.mean(),
+        "ce_recon": recon.mean(),
+        "dce": (recon - ce).mean(),
+        "ce_rec": 2 - recon.mean() / ce.mean(),
+        "ce_rec_sinkclean": 2 - sinkclean.mean() / ce.mean(),
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+        "l0": (torch.where(z >= cut, z, 0) > 0).sum(-1).double().mean(),
     }
     for name, value in expected.items():
         assert m[name] == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
@@ -187,11 +222,16 @@ def test_index_bits_of_independent_latents_are_their_entropy():
     fired = np.stack([rng.binomial(n_seq // 2 * per_seq, rate) for _ in range(2)]).astype(float)
     entropy = -sum(p * math.log2(p) + (1 - p) * math.log2(1 - p) for p in rate if p)
     assert index_bits(fired, np.full(2, n_seq // 2 * per_seq)) == pytest.approx(entropy, rel=0.01)
-    assert np.isfinite(index_bits(np.array([[2.0, 0], [1, 0]]), np.array([4, 2]))) and np.isnan(index_bits(np.array([[2.0, 0], [0, 0]]), np.array([4, 0])))
+    assert np.isfinite(index_bits(np.array([[2.0, 0], [1, 0]]), np.array([4, 2]))) and np.isnan(
+        index_bits(np.array([[2.0, 0], [0, 0]]), np.array([4, 0]))
+    )
 
 
 def test_scores_grow_with_quality():
-    better, worse = {"r2": 0.9, "cosine": 0.95, "mse": 1.0, "gd_mean": 0.01, "ce_rec": 0.9}, {"r2": -0.5, "cosine": 0.5, "mse": 4.0, "gd_mean": 0.2, "ce_rec": 0.1}
+    better, worse = (
+        {"r2": 0.9, "cosine": 0.95, "mse": 1.0, "gd_mean": 0.01, "ce_rec": 0.9},
+        {"r2": -0.5, "cosine": 0.5, "mse": 4.0, "gd_mean": 0.2, "ce_rec": 0.1},
+    )
     for name in better:
         assert oriented(name, np.array(better[name])) > oriented(name, np.array(worse[name])), name
 
@@ -203,24 +243,33 @@ def test_document_weights_rows():
 
 
 def test_intervals_count_documents_where_sequences_of_one_are_alike():
-    """A ratio of sums over 160 sequences of 40 documents, whose noise correlates at .6 within one: nominal 95% over 400 data sets. By document
-    it covers what it says, less the 2% that a percentile interval of 40 units lacks; by sequence it does not."""
+    """A ratio of sums over 160 sequences of 40 documents, whose noise correlates at .6 within one: nominal
+    95% over 400 data sets. By document it covers what it says, less the 2% that a percentile interval of 40
+    units lacks; by sequence it does not.
+    """
     rng, hits, n = np.random.default_rng(0), {"document": 0, "sequence": 0}, 400
     document = np.repeat(np.arange(40), 4)
-    weights = {"document": document_weights(40, 400, 0)[3:, document], "sequence": document_weights(160, 400, 0)[3:]}
+    weights = {
+        "document": document_weights(40, 400, 0)[3:, document],
+        "sequence": document_weights(160, 400, 0)[3:],
+    }
     for _ in range(n):
-        loss = 1 + 0.2 * (0.6 ** 0.5 * rng.standard_normal(40)[document] + 0.4 ** 0.5 * rng.standard_normal(160))
+        loss = 1 + 0.2 * (0.6**0.5 * rng.standard_normal(40)[document] + 0.4**0.5 * rng.standard_normal(160))
         tokens = rng.integers(50, 100, 160)
         for unit, w in weights.items():
             lo, hi = np.quantile((w @ (loss * tokens)) / (w @ tokens), [0.025, 0.975])
             hits[unit] += lo <= 1 <= hi
     assert hits["document"] / n > 0.93 - 4 * (0.05 * 0.95 / n) ** 0.5 and hits["sequence"] / n < 0.85
 
+
 @pytest.mark.parametrize("constant", [0.0, 3.3])
 def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
     model = tiny_model(dtype=torch.float32)
     for name, p in model.named_parameters():
         p.data.fill_(constant if "embed_in" in name else 0)
-    for measure in (evaluate.hook_statistics, lambda model, layer, rows, batch: formats.near(model, layer, rows)):
+    for measure in (
+        evaluate.hook_statistics,
+        lambda model, layer, rows, batch: formats.near(model, layer, rows),
+    ):
         with pytest.raises(Fault, match="layer 1: the activations of .* do not vary"):
             measure(model, 1, hook[1], 6)

@@ -1,4 +1,5 @@
 """One run on several processes: the same bytes as one process gives, and nothing lost when a rank dies."""
+
 import json
 import os
 import pathlib
@@ -15,15 +16,60 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SMALL = ["--models", "stdlib-s@1,stdlib-s@3,stdlib-m@3", "--k", "2,4,8", "--tokens", "10k", "--expansion", "4", "--eval-seqs", "8", "--ctx", "64", "--device", "cpu"]
-SMALL_A = ["--models", "stdlib-s,stdlib-m", "--k", "2,4", "--tokens", "3k,10k", "--seeds", "0,1", "--recipe", "base,saelens", "--sinks", "keep,drop",
-           "--expansion", "4", "--eval-seqs", "8", "--ctx", "64", "--device", "cpu"]
+SMALL = [
+    "--models",
+    "stdlib-s@1,stdlib-s@3,stdlib-m@3",
+    "--k",
+    "2,4,8",
+    "--tokens",
+    "10k",
+    "--expansion",
+    "4",
+    "--eval-seqs",
+    "8",
+    "--ctx",
+    "64",
+    "--device",
+    "cpu",
+]
+SMALL_A = [
+    "--models",
+    "stdlib-s,stdlib-m",
+    "--k",
+    "2,4",
+    "--tokens",
+    "3k,10k",
+    "--seeds",
+    "0,1",
+    "--recipe",
+    "base,saelens",
+    "--sinks",
+    "keep,drop",
+    "--expansion",
+    "4",
+    "--eval-seqs",
+    "8",
+    "--ctx",
+    "64",
+    "--device",
+    "cpu",
+]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun gives each rank
 
 
 def torchrun(n: int, *command) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-            *map(str, command)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(n),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        *map(str, command),
+    ]
 
 
 def run(command, check=0):
@@ -54,23 +100,43 @@ def test_exp_a_on_three_ranks(tmp_path):
     run([sys.executable, "expa.py", *SMALL_A, "--out", tmp_path / "one", "--cache", tmp_path / "a"])
     run(torchrun(3, "expa.py", *SMALL_A, "--out", tmp_path / "three", "--cache", tmp_path / "b"))
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(
+        p.name for p in (tmp_path / "b").iterdir()
+    )
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="finds the rank's process under /proc")
 def test_a_rank_that_dies_is_named_and_another_number_of_ranks_goes_on(one, tmp_path):
-    command = torchrun(2, "expb.py", *SMALL, "--save-tokens", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
-    process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    command = torchrun(
+        2, "expb.py", *SMALL, "--save-tokens", "--out", tmp_path / "out", "--cache", tmp_path / "cache"
+    )
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     part = tmp_path / "out/.rank1/conditions.csv"
     while not part.exists() and process.poll() is None:
         time.sleep(0.005)
-    children = [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = [
+        int(pid)
+        for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
     second = next(pid for pid in children if b"RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(second, signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0 and re.search(r"rank\s*: 1\b", said) and "-9" in said
     assert part.exists()  # what it had measured is kept
-    run([sys.executable, "expb.py", *SMALL, "--save-tokens", "--out", tmp_path / "out", "--cache", tmp_path / "cache"])
+    run(
+        [
+            sys.executable,
+            "expb.py",
+            *SMALL,
+            "--save-tokens",
+            "--out",
+            tmp_path / "out",
+            "--cache",
+            tmp_path / "cache",
+        ]
+    )
     assert not list((tmp_path / "out").glob(".rank*"))
     mine = contents(tmp_path / "out")
     del mine["tokens.npz"]
@@ -88,7 +154,13 @@ def test_a_fault_says_which_rank(tmp_path):
 
 def test_two_ranks_on_mps_are_refused():
     code = "import torch, ranks; ranks.join(torch.device('mps'))"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert "MPS serves one process" in done.stderr
 
 
@@ -123,20 +195,34 @@ sys.argv = ["expb.py", *{SMALL!r}, "--out", {str(tmp_path / "out")!r}, "--cache"
 common.run_script(expb.main)
 """
     for rank in ("1", "0"):  # the other has trained its share, and measured it into another --out
-        done = subprocess.run([sys.executable, "-c", code.replace("/out", f"/out{rank}")], capture_output=True, text=True,
-                              env={**ONE_THREAD, "RANK": rank, "WORLD_SIZE": "2"})
-    assert done.returncode == 1 and "do all ranks write to the same --out?" in done.stderr, done.stderr[-2000:]
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("/out", f"/out{rank}")],
+            capture_output=True,
+            text=True,
+            env={**ONE_THREAD, "RANK": rank, "WORLD_SIZE": "2"},
+        )
+    assert done.returncode == 1 and "do all ranks write to the same --out?" in done.stderr, done.stderr[
+        -2000:
+    ]
     assert not (tmp_path / "out0/report.md").exists()
 
 
 def row(name, value):
-    return dict(model="m", layer=1, sae=name, recipe="base", d_sae=4, k=2, seed=0, tokens=10) | {c: value for c in COLUMNS[8:]}
+    return dict(model="m", layer=1, sae=name, recipe="base", d_sae=4, k=2, seed=0, tokens=10) | {
+        c: value for c in COLUMNS[8:]
+    }
 
 
 def test_gathering_twice_or_after_a_crash_counts_nothing_twice(tmp_path):
-    part = lambda name, value: ([row(name, value)], {"sse": np.full((1, 3), value), "d": np.array([4])}, {f"m@1/{name}/sse": np.ones(3)}, {})
+    part = lambda name, value: (
+        [row(name, value)],
+        {"sse": np.full((1, 3), value), "d": np.array([4])},
+        {f"m@1/{name}/sse": np.ones(3)},
+        {},
+    )
     add_results(tmp_path, {}, *part("a", 1.0))
-    add_results(tmp_path / ".rank1", {}, *part("a", 1.0))  # gathered once, and killed before its folder was removed
+    # gathered once, and killed before its folder was removed
+    add_results(tmp_path / ".rank1", {}, *part("a", 1.0))
     add_results(tmp_path / ".rank1", {}, *part("b", 2.0))
     gather(tmp_path, {})
     rows, sums = load_results(tmp_path)

@@ -1,5 +1,7 @@
-"""Every figure of README's result sections comes from the committed reference folders: each sentence is made from them here, and no other
-figure stands there."""
+"""Every figure of README's result sections comes from the committed reference folders: each sentence is made
+from them here, and no other figure stands there.
+"""
+
 import csv
 import json
 import pathlib
@@ -31,7 +33,11 @@ def of(row: dict, name: str, digits: int = 2) -> str:
 
 
 def leaderboard(folder: str) -> dict[str, dict]:
-    return {row["proxy"]: row for row in table(folder, "leaderboard.csv") if row["target"] == "ce_rec" and row["stratum"] == "pooled"}
+    return {
+        row["proxy"]: row
+        for row in table(folder, "leaderboard.csv")
+        if row["target"] == "ce_rec" and row["stratum"] == "pooled"
+    }
 
 
 def plain(text: str) -> str:
@@ -61,8 +67,17 @@ def minus(value: float, digits: int = 2) -> str:
 
 def flags(folder: str) -> list[tuple[str, str]]:
     """(model, flag) of every SAE, as the report's table has them."""
-    text = (REFERENCE / folder / "report.md").read_text(encoding="utf-8").split("## Every SAE")[1].split("\n## ")[0]
-    return [(line.split("|")[1].strip(), line.split("|")[-2].strip()) for line in text.splitlines() if line.startswith("| stdlib")]
+    text = (
+        (REFERENCE / folder / "report.md")
+        .read_text(encoding="utf-8")
+        .split("## Every SAE")[1]
+        .split("\n## ")[0]
+    )
+    return [
+        (line.split("|")[1].strip(), line.split("|")[-2].strip())
+        for line in text.splitlines()
+        if line.startswith("| stdlib")
+    ]
 
 
 @figures("What you will see")
@@ -74,8 +89,19 @@ def what_exp_b_says() -> list[str]:
     off = lambda name: f"{10 ** loho(name) - 1:.0%}"
     return [
         f"{v['n_clusters']} hooks, {v['n_conditions']} SAEs",
-        *(f"| {name} | {of(board[name], 'partial')} | {'0' if name == 'r2' else of(board[name], 'diff_r2')} | {loho(name):.3f} |"
-          for name in ("cosine", "nmse_tok", "gd_abs", "r2", "r2_nosink", "swd_tok", "swd_sampled", "swd_seq")),
+        *(
+            f"| {name} | {of(board[name], 'partial')} | {'0' if name == 'r2' else of(board[name], 'diff_r2')} | {loho(name):.3f} |"
+            for name in (
+                "cosine",
+                "nmse_tok",
+                "gd_abs",
+                "r2",
+                "r2_nosink",
+                "swd_tok",
+                "swd_sampled",
+                "swd_seq",
+            )
+        ),
         f"ungated it would read *{v['leaf_if_ungated']}*: {v['a_control']} leaves {v['room']:.2f} to gain in partial Spearman, and the claim is about {v['min_difference']:.2f}.",
         f"SWD ranks by {minus(v['diff_control'])} below it (p = {p_of(v['p_control'])}), and predicts the size of dCE no better ({minus(v['diff_loho_control'], 3)}, "
         f"p = {p_of(v['p_loho'])})",
@@ -91,15 +117,22 @@ def what_exp_a_says() -> list[str]:
     moved = max(abs(cell[f"moved_{end}"]) for cell in v["cells"] for end in ("small", "large"))
     rows = {(int(row["k"]), int(row["tokens"])): row for row in table("expa-long", "deltas.csv")}
     budgets = (10_000, 100_000, long["budget"])
-    text = [f"says *{v['leaf']}*: CE_rec still moves by up to {moved:.2f} between 30k and 100k tokens", f"the leaf is *{long['leaf']}*"]
+    text = [
+        f"says *{v['leaf']}*: CE_rec still moves by up to {moved:.2f} between 30k and 100k tokens",
+        f"the leaf is *{long['leaf']}*",
+    ]
     for k in (4, 8, 16, 32):
         cells = []
         for name in ("delta_r2", "delta_ce_rec"):
             first, second, last = (rows[k, b] for b in budgets)
             cells.append(f"{minus(float(first[name]))} → {minus(float(second[name]))} → {of(last, name, 3)}")
         text.append(f"| {k} | {cells[0]} | {cells[1]} |")
-    text.append(f"the transfer gap of R² is {of_verdict(long, 'gamma_r2')} where the tree asks for {long['thresholds']['gamma']}.")
-    text.append(f"`{long['control']}` has {minus(long['gamma_control_half_b'], 3)} where R² has {minus(long['gamma_r2_half_b'], 3)}")
+    text.append(
+        f"the transfer gap of R² is {of_verdict(long, 'gamma_r2')} where the tree asks for {long['thresholds']['gamma']}."
+    )
+    text.append(
+        f"`{long['control']}` has {minus(long['gamma_control_half_b'], 3)} where R² has {minus(long['gamma_r2_half_b'], 3)}"
+    )
     worst = max(abs(float(row["delta_r2"]) - float(row["delta_r2_nosink"])) for row in rows.values())
     text.append(f"ΔR² without them is the same to {worst:.3f}")
     return text
@@ -113,15 +146,23 @@ def of_verdict(v: dict, name: str, digits: int = 3) -> str:
 def what_exp_c_says() -> list[str]:
     v = verdict("expc_fisher")
     rungs = {row["rung"]: row for row in v["ladder"]}
-    text = [f"partial Spearman with CE_rec is {minus(v['added'])} (p = {p_of(v['p'])}; ungated: *{v['leaf_if_ungated']}*)",
-            f"KL is {v['locality']['1']:.2f} times as large (median)", f"{v['h2']['n_clusters']} hooks"]
+    text = [
+        f"partial Spearman with CE_rec is {minus(v['added'])} (p = {p_of(v['p'])}; ungated: *{v['leaf_if_ungated']}*)",
+        f"KL is {v['locality']['1']:.2f} times as large (median)",
+        f"{v['h2']['n_clusters']} hooks",
+    ]
     first, second = rungs["½δᵀGδ"], rungs["½Var_p(Δz)"]
-    text.append(f"is {first['rho']:.2f} for the form and {second['rho']:.2f} once the real logit change takes the place of Jδ "
-                f"(step {span(second['step'], second['step_lo'], second['step_hi']).replace('-', '−')})")
-    assert not (REFERENCE / "expc_fisher/calibration.csv").exists()  # else it is to be read instead of the report
+    text.append(
+        f"is {first['rho']:.2f} for the form and {second['rho']:.2f} once the real logit change takes the place of Jδ "
+        f"(step {span(second['step'], second['step_lo'], second['step_hi']).replace('-', '−')})"
+    )
+    # else it is to be read instead of the report
+    assert not (REFERENCE / "expc_fisher/calibration.csv").exists()
     slopes = calibration_slopes()
-    text.append(f"At 0.1 δ half of it is the measured KL within {max(abs(s - 1) for s, _ in slopes):.0%} at every hook, {np.median([abs(s - 1) for s, _ in slopes]):.1%} in the median "
-                f"(R² {min(r for _, r in slopes):.2f} to {max(r for _, r in slopes):.2f} over SAEs and sequences)")
+    text.append(
+        f"At 0.1 δ half of it is the measured KL within {max(abs(s - 1) for s, _ in slopes):.0%} at every hook, {np.median([abs(s - 1) for s, _ in slopes]):.1%} in the median "
+        f"(R² {min(r for _, r in slopes):.2f} to {max(r for _, r in slopes):.2f} over SAEs and sequences)"
+    )
     errors = [float(row["error"]) for row in table("expc_fisher", "path.csv") if row["nodes"] == "2"]
     text.append(f"Two gradients along that line already give ΔCE within {max(errors):.1%}")
     return text
@@ -129,9 +170,19 @@ def what_exp_c_says() -> list[str]:
 
 def calibration_slopes() -> list[tuple[float, float]]:
     """(kl_slope, kl_r2) at alpha = 0.1 of every hook, from the report's table."""
-    lines = (REFERENCE / "expc_fisher/report.md").read_text(encoding="utf-8").split("## Calibration")[1].split("\n## ")[0].splitlines()
+    lines = (
+        (REFERENCE / "expc_fisher/report.md")
+        .read_text(encoding="utf-8")
+        .split("## Calibration")[1]
+        .split("\n## ")[0]
+        .splitlines()
+    )
     head = next([cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| model"))
-    cells = [dict(zip(head, (cell.strip() for cell in line.split("|")))) for line in lines if line.startswith("| stdlib")]
+    cells = [
+        dict(zip(head, (cell.strip() for cell in line.split("|"))))
+        for line in lines
+        if line.startswith("| stdlib")
+    ]
     return [(float(row["kl_slope"]), float(row["kl_r2"])) for row in cells if row["alpha"] == "0.1"]
 
 

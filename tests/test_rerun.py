@@ -1,4 +1,5 @@
 """The four words of a rerun, on folders whose distance is planted, and on two seeds of a small grid."""
+
 import dataclasses
 import json
 import math
@@ -17,32 +18,84 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SD = {"r2": 0.02, "nmse": 0.02, "dce": 0.06, "gd_mean": 0.01, "kl": 0.03, "alive": 0.004, "ce_orig": 0.0}
 SCALE = {"r2": "log of 1 - x", "gd_mean": "plain", "alive": "plain"}
-SPREADS = ({name: rerun.Spread(SCALE.get(name, "log"), {(1000, k): sd for k in (4, 8, 32)}, {(1000, k): 76 for k in (4, 8, 32)}, 1.5) for name, sd in SD.items()},
-           {"said": "planted", "models": ["m0", "m1", "m2"], "conditions_beyond_3": 0.02})
+SPREADS = (
+    {
+        name: rerun.Spread(
+            SCALE.get(name, "log"),
+            {(1000, k): sd for k in (4, 8, 32)},
+            {(1000, k): 76 for k in (4, 8, 32)},
+            1.5,
+        )
+        for name, sd in SD.items()
+    },
+    {"said": "planted", "models": ["m0", "m1", "m2"], "conditions_beyond_3": 0.02},
+)
 BASE = {"r2": 0.8, "nmse": 0.1, "dce": 0.3, "gd_mean": -0.02, "kl": 0.2, "alive": 0.9, "ce_orig": 3.0}
-SETTINGS = {"script": "expb", "seeds": [0], "device": "cpu", "text_sha256": "a" * 64, "weights": {"m0": "w"}, "k": [4, 8, 32]}
-BOARD = [{"proxy": f"p{i}", "target": "ce_rec", "stratum": "pooled", "n_cells": 54, "n_clusters": 18, "partial": 0.1 * i, "partial_lo": 0.1 * i - 0.2,
-          "partial_hi": 0.1 * i + 0.2} for i in range(8)]
+SETTINGS = {
+    "script": "expb",
+    "seeds": [0],
+    "device": "cpu",
+    "text_sha256": "a" * 64,
+    "weights": {"m0": "w"},
+    "k": [4, 8, 32],
+}
+BOARD = [
+    {
+        "proxy": f"p{i}",
+        "target": "ce_rec",
+        "stratum": "pooled",
+        "n_cells": 54,
+        "n_clusters": 18,
+        "partial": 0.1 * i,
+        "partial_lo": 0.1 * i - 0.2,
+        "partial_hi": 0.1 * i + 0.2,
+    }
+    for i in range(8)
+]
 
 
 def saes(seed: int | None, shift: dict | None = None, times: float = 1.0) -> list[dict]:
-    """54 SAEs, 18 hooks, each column `times` seed SDs from BASE, all of it by `seed` (None: nothing moves); shift {column: SDs}."""
+    """54 SAEs, 18 hooks, each column `times` seed SDs from BASE, all of it by `seed` (None: nothing moves);
+    shift {column: SDs}.
+    """
     rng, rows = np.random.default_rng(seed), []
     for hook in range(18):
         for k in (4, 8, 32):
-            row = {"model": f"m{hook % 3}", "layer": hook // 3, "sae": "topk", "recipe": "base", "d_sae": 64, "k": k, "seed": 0, "tokens": 1000, "n_tok": 500}
+            row = {
+                "model": f"m{hook % 3}",
+                "layer": hook // 3,
+                "sae": "topk",
+                "recipe": "base",
+                "d_sae": 64,
+                "k": k,
+                "seed": 0,
+                "tokens": 1000,
+                "n_tok": 500,
+            }
             for name, value in BASE.items():
                 moved = SD[name] * (times * rng.normal() * (seed is not None) + (shift or {}).get(name, 0.0))
                 scale = SCALE.get(name, "log")
-                row[name] = value + moved if scale == "plain" else value * math.exp(moved) if scale == "log" else 1 - (1 - value) * math.exp(moved)
+                row[name] = (
+                    value + moved
+                    if scale == "plain"
+                    else value * math.exp(moved)
+                    if scale == "log"
+                    else 1 - (1 - value) * math.exp(moved)
+                )
             rows.append(row)
     return rows
 
 
 def folder(path: pathlib.Path, rows, settings=None, board=BOARD, leaf="rejected", **verdict) -> rerun.Run:
     settings = SETTINGS | (settings or {})
-    files = {"conditions.csv": as_csv(rows, list(rows[0])), "leaderboard.csv": as_csv(board, list(board[0])),
-             "verdict.json": as_json({"leaf": leaf, "settings": settings, "partial": 0.5, "partial_lo": 0.3, "partial_hi": 0.7} | verdict)}
+    files = {
+        "conditions.csv": as_csv(rows, list(rows[0])),
+        "leaderboard.csv": as_csv(board, list(board[0])),
+        "verdict.json": as_json(
+            {"leaf": leaf, "settings": settings, "partial": 0.5, "partial_lo": 0.3, "partial_hi": 0.7}
+            | verdict
+        ),
+    }
     store.put(path / "run.json", files, settings=settings)
     return rerun.read(path)
 
@@ -51,7 +104,9 @@ def folder(path: pathlib.Path, rows, settings=None, board=BOARD, leaf="rejected"
 def word(tmp_path):
     """word(rows, ...) -> the Outcome of a folder against the one of seed 1."""
     first, names = folder(tmp_path / "first", saes(1)), iter(range(99))
-    return lambda rows, **how: rerun.compare(first, folder(tmp_path / f"other{next(names)}", rows, **how), SPREADS)
+    return lambda rows, **how: rerun.compare(
+        first, folder(tmp_path / f"other{next(names)}", rows, **how), SPREADS
+    )
 
 
 def test_identical(word):
@@ -60,17 +115,32 @@ def test_identical(word):
 
 def test_evaluated_elsewhere(word):
     """A millionth is rounding; a thousandth in one column is another SAE."""
-    near = [row | {name: row[name] * (1 + 1e-6 * (-1) ** i) for name in BASE} for i, row in enumerate(saes(1))]
+    near = [
+        row | {name: row[name] * (1 + 1e-6 * (-1) ** i) for name in BASE} for i, row in enumerate(saes(1))
+    ]
     assert word(near).word == "same SAEs"
-    assert word([row | {name: row[name] * (1 + 2e-3) for name in ("nmse", "kl", "dce", "r2")} for row in near]).word != "same SAEs"
+    assert (
+        word(
+            [row | {name: row[name] * (1 + 2e-3) for name in ("nmse", "kl", "dce", "r2")} for row in near]
+        ).word
+        != "same SAEs"
+    )
     assert word(near, leaf="supported").word == "different"
 
 
 def test_trained_anew(word):
     outcome = word(saes(2), settings={"device": "mps"})
-    assert outcome.word == "reproduced" and "verdict rejected" in outcome.summary and "rank correlation of the proxies 1.00" in outcome.summary
+    assert (
+        outcome.word == "reproduced"
+        and "verdict rejected" in outcome.summary
+        and "rank correlation of the proxies 1.00" in outcome.summary
+    )
     text = "\n".join(outcome.lines)
-    assert "of 324 numbers (normal: 0.9), in" in text and "(between seeds 1.1, allowed 5)" in text and "settings: other device" in text
+    assert (
+        "of 324 numbers (normal: 0.9), in" in text
+        and "(between seeds 1.1, allowed 5)" in text
+        and "settings: other device" in text
+    )
 
 
 @pytest.mark.parametrize("seed", range(3, 13))
@@ -80,11 +150,17 @@ def test_seeds_alone_are_never_called_different(word, seed):
 
 @pytest.mark.parametrize("column", ["r2", "nmse", "dce", "gd_mean", "kl", "alive"])
 def test_a_whole_column_one_sd_off_is_seen(word, column):
-    """No single number of it is out of the ordinary: its mean is, in 95 of 100 reruns. With other seeds, whose cells move together, it takes more."""
+    """No single number of it is out of the ordinary: its mean is, in 95 of 100 reruns. With other seeds,
+    whose cells move together, it takes more.
+    """
     caught, said = 0, f"columns off as a whole ({column};"
     for seed in range(10):
         outcome = word(saes(30 + seed, {column: (-1.0) ** seed}))
-        caught += outcome.word == "different" and said in outcome.summary and any(line.strip().startswith(column) for line in outcome.lines)
+        caught += (
+            outcome.word == "different"
+            and said in outcome.summary
+            and any(line.strip().startswith(column) for line in outcome.lines)
+        )
     assert caught >= 8
     outcome = word([row | {"seed": 1} for row in saes(2, {column: 2.0})], settings={"seeds": [1]})
     assert outcome.word == "different" and said in outcome.summary
@@ -93,7 +169,11 @@ def test_a_whole_column_one_sd_off_is_seen(word, column):
 def test_every_column_that_is_off_is_named(word):
     outcome = word(saes(2, {"r2": 2.0, "dce": -2.0, "kl": 8.0}))
     lines = [line.split()[0] for line in outcome.lines if line.startswith("  ")]
-    assert outcome.word == "different" and {"r2", "dce", "kl"} <= set(lines) and "beyond 6 seed SDs (kl" in outcome.summary
+    assert (
+        outcome.word == "different"
+        and {"r2", "dce", "kl"} <= set(lines)
+        and "beyond 6 seed SDs (kl" in outcome.summary
+    )
 
 
 def test_saes_three_times_as_far_apart_as_seeds(word):
@@ -105,7 +185,11 @@ def test_one_number_edited(word, tmp_path):
     """By the hash of its run; without run.json by the rest of its row, which no training leaves alone."""
     rows = saes(1)
     outcome = word([rows[0] | {"nmse": rows[0]["nmse"] * 1.01}, *rows[1:]])
-    assert outcome.word == "different" and "nmse of m0 0 topk base 64 4 0 1000" in outcome.summary and "to the last digit" in outcome.summary
+    assert (
+        outcome.word == "different"
+        and "nmse of m0 0 topk base 64 4 0 1000" in outcome.summary
+        and "to the last digit" in outcome.summary
+    )
     first, path = rerun.read(tmp_path / "first"), tmp_path / "edited"
     folder(path, saes(2))
     table = (path / "conditions.csv").read_text()
@@ -114,8 +198,15 @@ def test_one_number_edited(word, tmp_path):
     assert outcome.word == "different" and "conditions.csv is not as its run wrote it" in outcome.summary
 
 
-@pytest.mark.parametrize("settings, said", [({"text_sha256": "b" * 64}, "other text (text_sha256: aaaaaaaaaaaa | bbbbbbbbbbbb)"),
-                                            ({"weights": {"m0": "v"}}, "other weights"), ({"k": [4, 8]}, "other k"), ({"script": "expa"}, "another script")])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"text_sha256": "b" * 64}, "other text (text_sha256: aaaaaaaaaaaa | bbbbbbbbbbbb)"),
+        ({"weights": {"m0": "v"}}, "other weights"),
+        ({"k": [4, 8]}, "other k"),
+        ({"script": "expa"}, "another script"),
+    ],
+)
 def test_other_text_or_weights_is_said_first(word, settings, said):
     outcome = word(saes(2), settings=settings)
     assert outcome.word == "different" and outcome.summary.startswith(said)
@@ -124,19 +215,31 @@ def test_other_text_or_weights_is_said_first(word, settings, said):
 
 def test_missing_conditions_counts_and_what_no_seed_changes(word):
     outcome = word(saes(2)[:-2])
-    assert outcome.word == "different" and "2 conditions in one folder only (m2 5 topk base 64 8 0 1000" in outcome.summary
+    assert (
+        outcome.word == "different"
+        and "2 conditions in one folder only (m2 5 topk base 64 8 0 1000" in outcome.summary
+    )
     for change in ({"n_tok": 501}, {"ce_orig": 3.01}):
         outcome = word([row | change for row in saes(2)])
-        assert outcome.word == "different" and f"{next(iter(change))}, which no seed changes" in outcome.summary
+        assert (
+            outcome.word == "different" and f"{next(iter(change))}, which no seed changes" in outcome.summary
+        )
     rows = saes(2)
     assert word([rows[0] | {"dce": math.nan}, *rows[1:]]).word == "different"
 
 
 def test_another_verdict_other_ranks_other_estimates(word):
     assert "another verdict (rejected | supported)" in word(saes(2), leaf="supported").summary
-    turned = [row | {name: BOARD[7 - i][name] for name in ("partial", "partial_lo", "partial_hi")} for i, row in enumerate(BOARD)]
+    turned = [
+        row | {name: BOARD[7 - i][name] for name in ("partial", "partial_lo", "partial_hi")}
+        for i, row in enumerate(BOARD)
+    ]
     outcome = word(saes(2), board=turned)
-    assert outcome.word == "different" and "rank correlation -1.00" in outcome.summary and "9 estimates outside" in outcome.summary
+    assert (
+        outcome.word == "different"
+        and "rank correlation -1.00" in outcome.summary
+        and "9 estimates outside" in outcome.summary
+    )
     few = [row | {"partial": row["partial"] + 0.25} if row["proxy"] == "p3" else row for row in BOARD]
     assert word(saes(2), board=few).word == "reproduced"
 
@@ -149,7 +252,9 @@ def test_the_same_rows_and_another_table(word, tmp_path):
         store.put(tmp_path / name / "run.json", {"sequences.npz": b"x"})
         runs.append(rerun.read(tmp_path / name))
     outcome = rerun.compare(*runs, SPREADS)
-    assert outcome.word == "different" and "the same rows, another leaderboard.csv (1 numbers" in outcome.summary
+    assert (
+        outcome.word == "different" and "the same rows, another leaderboard.csv (1 numbers" in outcome.summary
+    )
 
 
 def test_sae_files_are_not_trained_anew(tmp_path):
@@ -171,19 +276,29 @@ def test_more_seeds_on_one_side(word):
 
 def test_nothing_to_compare_is_one_line(tmp_path):
     folder(tmp_path / "a", saes(1))
-    for name, files in (("nothing", {}), ("empty", {"conditions.csv": b""}), ("garbage", {"conditions.csv": b"model,k\nm,1\n", "verdict.json": b"garbage"}),
-                        ("list", {"conditions.csv": b"model,k\nm,1\n", "verdict.json": b'{"settings": 3}'})):
+    for name, files in (
+        ("nothing", {}),
+        ("empty", {"conditions.csv": b""}),
+        ("garbage", {"conditions.csv": b"model,k\nm,1\n", "verdict.json": b"garbage"}),
+        ("list", {"conditions.csv": b"model,k\nm,1\n", "verdict.json": b'{"settings": 3}'}),
+    ):
         for file, content in files.items():
             store.write(tmp_path / name / file, content)
         done = zygote.run("common.py", "diff", tmp_path / "a", tmp_path / name)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(tmp_path / name) in done.stderr, done.stderr
+        assert (
+            done.returncode == 2
+            and len(done.stderr.splitlines()) == 1
+            and str(tmp_path / name) in done.stderr
+        ), done.stderr
     with pytest.raises(UserError, match="cannot be told apart"):
         rerun.seed_spreads(tmp_path / "seed_sd.csv")
 
 
 def test_the_committed_seed_sds_are_usable():
     spreads, about = rerun.seed_spreads()
-    assert about["commit"] and about["processor"] and about["models"] and 0 < about["conditions_beyond_3"] < 0.2
+    assert (
+        about["commit"] and about["processor"] and about["models"] and 0 < about["conditions_beyond_3"] < 0.2
+    )
     for name in ("r2", "nmse_tok", "swd_tok", "swd_seq", "gd_mean", "dce", "ce_rec", "kl", "fed"):
         assert min(spreads[name].sd.values()) > 0 and spreads[name].together > 0
     assert not any(spreads["ce_orig"].sd.values())
@@ -197,10 +312,31 @@ def seeds(tmp_path_factory):
     """{seeds: results folder}, and "sd": the seed SDs that bench/seed_sd.py measures of them."""
     path = tmp_path_factory.mktemp("seeds")
     for which in ("0,1,2,3", "0", "1"):
-        done = zygote.run("expb.py", "--models", "stdlib-s@1,stdlib-s@3,stdlib-s@5", "--k", "4,8", "--tokens", "5k", "--eval-seqs", "8", "--ctx", "64", "--seeds", which,
-                          "--out", path / which, "--cache", path / "cache")
+        done = zygote.run(
+            "expb.py",
+            "--models",
+            "stdlib-s@1,stdlib-s@3,stdlib-s@5",
+            "--k",
+            "4,8",
+            "--tokens",
+            "5k",
+            "--eval-seqs",
+            "8",
+            "--ctx",
+            "64",
+            "--seeds",
+            which,
+            "--out",
+            path / which,
+            "--cache",
+            path / "cache",
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-    done = subprocess.run([sys.executable, ROOT / "bench/seed_sd.py", path / "0,1,2,3", "--out", path / "sd"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench/seed_sd.py", path / "0,1,2,3", "--out", path / "sd"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "4 seeds of 6 cells" in done.stdout, done.stderr
     return {which: path / which for which in ("0,1,2,3", "0", "1", "sd")}
 
@@ -208,20 +344,35 @@ def seeds(tmp_path_factory):
 def test_measured_seed_sds(seeds):
     """Against the SD written out, for one column at one k."""
     rows = [row for row in read_table(seeds["0,1,2,3"] / "conditions.csv") if row["recipe"] == "base"]
-    log = {k: [np.log([row["nmse"] for row in rows if row["k"] == k and row["layer"] == layer]) for layer in (1, 3, 5)] for k in (4, 8)}
+    log = {
+        k: [
+            np.log([row["nmse"] for row in rows if row["k"] == k and row["layer"] == layer])
+            for layer in (1, 3, 5)
+        ]
+        for k in (4, 8)
+    }
     own = {k: np.mean([x.var(ddof=1) for x in group]) for k, group in log.items()}
     spread = rerun.seed_spreads(seeds["sd"] / "seed_sd.csv")[0]["nmse"]
     for k in (4, 8):
-        assert spread.sd[5000, k] == pytest.approx(math.sqrt((9 * own[k] + 4 * np.mean(list(own.values()))) / 13), rel=1e-5)
-    assert (spread.at(5000, 5), spread.at(900, 0), spread.at(10 ** 9, 64)) == ((5000, 4), (5000, 8), (5000, 8))
-    assert spread.df == {(5000, 4): 13, (5000, 8): 13} and 3.5 < spread.z(7 * math.sqrt(2) * spread.sd[5000, 4], (5000, 4)) < 4.5
+        assert spread.sd[5000, k] == pytest.approx(
+            math.sqrt((9 * own[k] + 4 * np.mean(list(own.values()))) / 13), rel=1e-5
+        )
+    assert (spread.at(5000, 5), spread.at(900, 0), spread.at(10**9, 64)) == ((5000, 4), (5000, 8), (5000, 8))
+    assert (
+        spread.df == {(5000, 4): 13, (5000, 8): 13}
+        and 3.5 < spread.z(7 * math.sqrt(2) * spread.sd[5000, 4], (5000, 4)) < 4.5
+    )
 
 
 def test_two_seeds_of_a_real_grid(seeds):
     one, other = (rerun.read(seeds[which]) for which in "01")
     outcome = rerun.compare(one, other, rerun.seed_spreads(seeds["sd"] / "seed_sd.csv"))
     assert outcome.word in ("reproduced", "different"), outcome
-    assert "beyond 6" not in outcome.summary and "off as a whole" not in outcome.summary and "3 seed SDs" not in outcome.summary, outcome
+    assert (
+        "beyond 6" not in outcome.summary
+        and "off as a whole" not in outcome.summary
+        and "3 seed SDs" not in outcome.summary
+    ), outcome
     assert rerun.compare(one, rerun.read(seeds["0"])).word == "identical"
 
 

@@ -1,4 +1,7 @@
-"""The SAE and its training: what the recipe promises, planted dictionaries, and a resume that is the unbroken run."""
+"""The SAE and its training: what the recipe promises, planted dictionaries, and a resume that is the unbroken
+run.
+"""
+
 import itertools
 import json
 import math
@@ -16,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 
-def planted(n: int, d: int = 32, latents: int = 64, active: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def planted(
+    n: int, d: int = 32, latents: int = 64, active: int = 3, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(h [n,d], dictionary [latents,d] of unit rows): sums of `active` rows with coefficients in [1,2]."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(latents, d, generator=generator)
@@ -63,7 +68,9 @@ def test_rows_stay_unit_and_codes_sparse():
 
 def test_tied_unit_init_depends_on_the_seed_alone():
     a, b, c = (tied_init(8, 32, k, seed, torch.zeros(8)) for k, seed in ((2, 0), (5, 0), (2, 1)))
-    assert torch.equal(a.W_enc, a.W_dec) and torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
+    assert (
+        torch.equal(a.W_enc, a.W_dec) and torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
+    )
     torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(32))
 
 
@@ -72,7 +79,14 @@ def test_decoder_gradient_has_no_part_along_its_row(monkeypatch):
     training = start(h)
     seen = []
     step = training.optimiser.step
-    monkeypatch.setattr(training.optimiser, "step", lambda: (seen.append((training.sae.W_dec.grad * training.sae.W_dec).sum(1).abs().max().item()), step()))
+    monkeypatch.setattr(
+        training.optimiser,
+        "step",
+        lambda: (
+            seen.append((training.sae.W_dec.grad * training.sae.W_dec).sum(1).abs().max().item()),
+            step(),
+        ),
+    )
     for _ in range(3):
         training.one_step(h[:256])
     assert max(seen) < 1e-6 and training.sae.W_dec.grad.abs().max() > 1e-4
@@ -90,7 +104,9 @@ def test_scale_and_mean_leave_sinks_out():
     sink[::50] = True
     loud = torch.where(sink[:, None], 500 * h, h)
     with_sinks, without = start(loud, sink=sink), start(h[~sink], budgets=[1000])
-    assert with_sinks.scale == pytest.approx(without.scale) and with_sinks.scale ** 2 * h[~sink].square().sum(1).mean() == pytest.approx(32, rel=1e-4)
+    assert with_sinks.scale == pytest.approx(without.scale) and with_sinks.scale**2 * h[~sink].square().sum(
+        1
+    ).mean() == pytest.approx(32, rel=1e-4)
     torch.testing.assert_close(with_sinks.sae.b_dec, without.sae.b_dec)
 
 
@@ -111,24 +127,37 @@ def test_latents_are_dead_after_a_tenth_of_the_run():
     h, _ = planted(10_000)
     training = start(h, d_sae=512, k=2)
     called = []
-    training.auxiliary_loss = lambda x, error, dead: (called.append((training.step, len(dead))), error.sum() * 0)[1]
+    training.auxiliary_loss = lambda x, error, dead: (
+        called.append((training.step, len(dead))),
+        error.sum() * 0,
+    )[1]
     for i in range(6):
-        training.one_step(h[256 * i:256 * (i + 1)])
+        training.one_step(h[256 * i : 256 * (i + 1)])
     assert training.dead_after() == 1_000 and [step for step, _ in called] == [3, 4, 5]  # 4 x 256 > 1000
     assert all(0 < n < 512 for _, n in called)
 
 
 def test_the_rate_warms_up_stays_and_decays():
     h, _ = planted(1_000)
-    training = start(h, d_sae=2 ** 12, budgets=[10 ** 6])
-    assert training.batch == 1000 and training.steps == 1000 and training.lr == pytest.approx(4e-4 * 5 * math.sqrt(1000 / 256))
-    for tokens, boost in ((1000, 5), (10 ** 5, 5), (10 ** 7, 20), (10 ** 8, 20)):
-        assert start(h, d_sae=2 ** 12, budgets=[tokens]).lr == pytest.approx(4e-4 * boost)
+    training = start(h, d_sae=2**12, budgets=[10**6])
+    assert (
+        training.batch == 1000
+        and training.steps == 1000
+        and training.lr == pytest.approx(4e-4 * 5 * math.sqrt(1000 / 256))
+    )
+    for tokens, boost in ((1000, 5), (10**5, 5), (10**7, 20), (10**8, 20)):
+        assert start(h, d_sae=2**12, budgets=[tokens]).lr == pytest.approx(4e-4 * boost)
     rates = []
     for training.step in range(1000):
         rates.append(training.rate() / training.lr)
-    assert rates[0] == pytest.approx(1 / 50) and rates[49] == 1 and rates[800] == 1 and rates[900] == pytest.approx(0.5) and 0 < rates[999] < 0.006
-    for tokens, batch in ((10_000, 256), (10 ** 6, 1000), (10 ** 8, 4096), (100, 100)):
+    assert (
+        rates[0] == pytest.approx(1 / 50)
+        and rates[49] == 1
+        and rates[800] == 1
+        and rates[900] == pytest.approx(0.5)
+        and 0 < rates[999] < 0.006
+    )
+    for tokens, batch in ((10_000, 256), (10**6, 1000), (10**8, 4096), (100, 100)):
         assert start(h, budgets=[tokens]).batch == batch
 
 
@@ -136,12 +165,15 @@ def test_the_rate_never_falls_as_budgets_grow():
     budgets = [round(10 ** (i / 8)) for i in range(72)]
     batches, factors = zip(*map(Training.pace, budgets))
     assert list(batches) == sorted(batches) and list(factors) == sorted(factors)
-    assert all(factor ** 2 / batch == pytest.approx(25 / 256) for batch, factor in zip(batches, factors))
-    assert {Training.pace(b) for b in budgets if b >= Training.TRUNK_FROM} == {(4096, 20.0)}  # one pace, so that budgets can share a trunk
+    assert all(factor**2 / batch == pytest.approx(25 / 256) for batch, factor in zip(batches, factors))
+    # one pace, so that budgets can share a trunk
+    assert {Training.pace(b) for b in budgets if b >= Training.TRUNK_FROM} == {(4096, 20.0)}
 
 
 def test_more_tokens_do_not_make_a_worse_sae():
-    """A dense planted dictionary with noise, over and over. At a rate that falls as sqrt(10M / tokens) it went from .835 to .830."""
+    """A dense planted dictionary with noise, over and over. At a rate that falls as sqrt(10M / tokens) it
+    went from .835 to .830.
+    """
     h, _ = planted(252_000, latents=256, active=12)
     h += 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
     held, h, scores = h[:2_000], h[2_000:], []
@@ -163,9 +195,10 @@ def test_a_loss_that_is_not_finite_stops_with_one_line():
 
 # ---------------------------------------------------------------------------------------------- trunk and branches
 def test_budgets_share_a_trunk_where_batch_and_rate_agree():
-    assert trunk("base", 250_000, [9_000, 80_000, 250_000]) == []  # few steps: each budget is a run of its own
-    assert trunk("base", 10 ** 8, [10 ** 6, 10 ** 7, 5 * 10 ** 7, 10 ** 8]) == [10 ** 7, 5 * 10 ** 7]
-    assert trunk("saelens", 10 ** 6, [1000, 10_000, 10 ** 6]) == [10_000]
+    # few steps: each budget is a run of its own
+    assert trunk("base", 250_000, [9_000, 80_000, 250_000]) == []
+    assert trunk("base", 10**8, [10**6, 10**7, 5 * 10**7, 10**8]) == [10**7, 5 * 10**7]
+    assert trunk("saelens", 10**6, [1000, 10_000, 10**6]) == [10_000]
 
 
 def test_the_first_branch_is_a_run_of_its_own_to_the_bit():
@@ -173,30 +206,35 @@ def test_the_first_branch_is_a_run_of_its_own_to_the_bit():
     runs = start(h[:6_000], budgets=[6_000, 20_000]).feed(h, 0, BAR, "test")
     alone = start(h[:6_000], budgets=[6_000])
     alone.feed(h, 0, BAR, "test")
-    branch, = (run for run in runs if run.budgets == [6_000])
+    (branch,) = (run for run in runs if run.budgets == [6_000])
     assert branch.step == branch.steps == alone.steps == 23
-    assert all(torch.equal(a, b) for a, b in zip(branch.finished().state_dict().values(), alone.finished().state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(branch.finished().state_dict().values(), alone.finished().state_dict().values())
+    )
 
 
 def test_branches_decay_the_trunk_does_not():
     h, _ = planted(1_000)
-    trunk_run = start(h, budgets=[10 ** 5, 2 * 10 ** 5])
-    assert trunk_run.branches == [(312, 10 ** 5)] and trunk_run.steps == 390 + 390
+    trunk_run = start(h, budgets=[10**5, 2 * 10**5])
+    assert trunk_run.branches == [(312, 10**5)] and trunk_run.steps == 390 + 390
     trunk_run.step = 312
-    twin, = trunk_run.branch_off()
-    assert twin.budgets == [10 ** 5] and twin.steps == 390 and trunk_run.branch_off() == []
+    (twin,) = trunk_run.branch_off()
+    assert twin.budgets == [10**5] and twin.steps == 390 and trunk_run.branch_off() == []
     for step, own, trunks in ((100, 1, 1), (312, 1, 1), (351, 0.5, 1), (389, 1 / 78, 1)):
         twin.step = trunk_run.step = step
         assert (twin.rate() / twin.lr, trunk_run.rate() / trunk_run.lr) == (pytest.approx(own), trunks)
     trunk_run.step = 311
-    assert trunk_run.dead_after() == 10 ** 4  # on the way to the first budget, then to the second
+    assert trunk_run.dead_after() == 10**4  # on the way to the first budget, then to the second
     trunk_run.step = 312
-    assert trunk_run.dead_after() == 2 * 10 ** 4 and twin.dead_after() == 10 ** 4
+    assert trunk_run.dead_after() == 2 * 10**4 and twin.dead_after() == 10**4
     assert twin.sae is not trunk_run.sae and twin.optimiser.param_groups[0]["params"][0] is twin.sae.W_enc
 
 
 def test_a_later_branch_is_as_good_as_a_run_of_its_own():
-    """Planted data, eight seeds: the mean difference in R^2 is small beside what the budget before it lacks."""
+    """Planted data, eight seeds: the mean difference in R^2 is small beside what the budget before it
+    lacks.
+    """
     held, _ = planted(2_000)
     h, _ = planted(60_000)
     branch, alone, before = [], [], []
@@ -214,12 +252,28 @@ class Words:
 
     def __call__(self, text, add_special_tokens=False):
         import types
+
         return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
 
 
 def job(path, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base"):
-    return dict(model="tiny", weights="w", layer=1, data=str(path), text="t", ctx=16, tokens=tokens, trunk=list(trunk), d_sae=d_sae, k=k, seed=seed,
-                recipe=recipe, sinks="keep", device="cpu", version=1)
+    return dict(
+        model="tiny",
+        weights="w",
+        layer=1,
+        data=str(path),
+        text="t",
+        ctx=16,
+        tokens=tokens,
+        trunk=list(trunk),
+        d_sae=d_sae,
+        k=k,
+        seed=seed,
+        recipe=recipe,
+        sinks="keep",
+        device="cpu",
+        version=1,
+    )
 
 
 @pytest.fixture
@@ -231,6 +285,7 @@ def text(tmp_path):
 
 def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
     from conftest import tiny_model
+
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1000)
     chunks = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, "keep"))
@@ -244,7 +299,8 @@ def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
     calm[::16] = False
     assert len(dropped) == 2500
     torch.testing.assert_close(dropped, expected[calm][:2500], rtol=1e-4, atol=1e-4)
-    for sinks, whole in (("keep", expected), ("drop", expected[calm])):  # a run that goes on passes over what it has had
+    # a run that goes on passes over what it has had
+    for sinks, whole in (("keep", expected), ("drop", expected[calm])):
         later = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, sinks, first=1))
         assert [len(h) for h, _ in later] == [1000, 500]
         torch.testing.assert_close(torch.cat([h for h, _ in later]), whole[1000:2500], rtol=1e-4, atol=1e-4)
@@ -253,6 +309,7 @@ def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
 def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch):
     """Stopped at several steps, inside branches too, in both recipes; every file the same, byte for byte."""
     from conftest import tiny_model
+
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1024)
     ticks = itertools.count(step=100.0)  # a checkpoint after every chunk
@@ -260,12 +317,17 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
     jobs = [job(text, 2, 4000), job(text, 4, 4000), job(text, 2, 1500, seed=1)]
     for recipe in ("base", "saelens"):  # the decay of 3500 spans two chunks
-        jobs += [job(text, 4, 1200, seed=2, recipe=recipe), job(text, 4, 3500, seed=2, trunk=[1200], recipe=recipe), job(text, 4, 5000, seed=2, trunk=[1200, 3500], recipe=recipe)]
+        jobs += [
+            job(text, 4, 1200, seed=2, recipe=recipe),
+            job(text, 4, 3500, seed=2, trunk=[1200], recipe=recipe),
+            job(text, 4, 5000, seed=2, trunk=[1200, 3500], recipe=recipe),
+        ]
     get_saes(model, Words(), jobs, tmp_path / "whole")
     plain = {recipe: recipe.one_step for recipe in (Training, SAELensTraining)}
     for stop in (20, 14, 31, 3):
         left = itertools.count(stop, -1)
         for recipe, one_step in plain.items():
+
             def breaking(self, h, one_step=one_step):
                 if next(left) == 0:
                     raise KeyboardInterrupt
@@ -277,7 +339,10 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
     for recipe, one_step in plain.items():
         monkeypatch.setattr(recipe, "one_step", one_step)
     get_saes(model, Words(), jobs, tmp_path / "broken")
-    files = {name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("whole", "broken")}
+    files = {
+        name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file())
+        for name in ("whole", "broken")
+    }
     assert files["whole"] == files["broken"] and len(files["whole"]) == 27
     for path in files["whole"]:
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "broken" / path).read_bytes(), path
@@ -286,16 +351,24 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
 def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch):
     """Someone deletes an SAE whose budget an interrupted run is past."""
     from conftest import tiny_model
+
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1024)
     monkeypatch.setattr(trainer.time, "monotonic", lambda ticks=itertools.count(step=100.0): next(ticks))
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
-    jobs = [job(text, 4, tokens, trunk=before, recipe="saelens") for tokens, before in ((1200, []), (5000, [1200]))]
+    jobs = [
+        job(text, 4, tokens, trunk=before, recipe="saelens")
+        for tokens, before in ((1200, []), (5000, [1200]))
+    ]
     short, long = (cache_folder(tmp_path, j) for j in jobs)
     first = get_saes(model, Words(), jobs, tmp_path)[0]
     (long / "sae.safetensors").unlink()
     one_step, left = SAELensTraining.one_step, itertools.count(16, -1)
-    monkeypatch.setattr(SAELensTraining, "one_step", lambda self, h: one_step(self, h) if next(left) else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        SAELensTraining,
+        "one_step",
+        lambda self, h: one_step(self, h) if next(left) else (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         get_saes(model, Words(), jobs, tmp_path)
     monkeypatch.setattr(SAELensTraining, "one_step", one_step)
@@ -307,9 +380,12 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
 
 def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkeypatch):
     from conftest import tiny_model
+
     one_step = Training.one_step
     monkeypatch.setattr(trainer, "CHUNK", 1024)
-    monkeypatch.setattr(Training, "one_step", lambda self, h: (text.open("a").write("more\n"), one_step(self, h))[1])
+    monkeypatch.setattr(
+        Training, "one_step", lambda self, h: (text.open("a").write("more\n"), one_step(self, h))[1]
+    )
     with pytest.raises(Fault, match="text.txt was changed while SAEs were trained"):
         get_saes(tiny_model(dtype=torch.float32), Words(), [job(text, 2, 2000)], tmp_path / "c")
     assert not list((tmp_path / "c").rglob("*.safetensors"))
@@ -317,8 +393,11 @@ def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkey
 
 def test_an_sae_does_not_depend_on_the_rest_of_the_grid(text, tmp_path):
     from conftest import tiny_model
+
     model = tiny_model(dtype=torch.float32)
-    together = get_saes(model, Words(), [job(text, 2, 3000), job(text, 4, 2000), job(text, 4, 3000)], tmp_path / "a")[1]
+    together = get_saes(
+        model, Words(), [job(text, 2, 3000), job(text, 4, 2000), job(text, 4, 3000)], tmp_path / "a"
+    )[1]
     alone = get_saes(model, Words(), [job(text, 4, 2000)], tmp_path / "b")[0]
     other = get_saes(model, Words(), [job(text, 4, 2000, seed=1)], tmp_path / "b")[0]
     assert torch.equal(together.W_dec, alone.W_dec) and not torch.equal(alone.W_dec, other.W_dec)
@@ -328,7 +407,10 @@ def test_the_cache_gives_back_what_was_trained(tmp_path):
     sae = tied_init(8, 32, 3, 0, torch.randn(8)).requires_grad_(False)
     save_sae(tmp_path / "s", sae, {"a": 1})
     back = load_sae(tmp_path / "s", torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values())) and back.k == 3
+    assert (
+        all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values()))
+        and back.k == 3
+    )
     assert json.loads((tmp_path / "s" / "cfg.json").read_text())["num_latents"] == 32
     first = (tmp_path / "s" / "sae.safetensors").read_bytes()
     save_sae(tmp_path / "s", sae, {"a": 1})
@@ -339,19 +421,31 @@ def test_cache_names_read_and_stay_inside(tmp_path):
     name = cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "EleutherAI/pythia-70m"})
     assert name.parent == tmp_path and name.name.startswith("EleutherAI--pythia-70m-L1-F32-k8-200k-s0-")
     assert cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "../../etc"}).parent == tmp_path
-    assert cache_folder(tmp_path, job("x", 8, 200_000)) == cache_folder(tmp_path, job("y", 8, 200_000))  # the same text by another name
-    assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(tmp_path, job("x", 8, 200_000) | {"data_content": "else"})
+    # the same text by another name
+    assert cache_folder(tmp_path, job("x", 8, 200_000)) == cache_folder(tmp_path, job("y", 8, 200_000))
+    assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(
+        tmp_path, job("x", 8, 200_000) | {"data_content": "else"}
+    )
 
 
 def test_an_sae_larger_than_the_memory_is_refused_before_it_is_made():
     trainer.check_memory(64, 256, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"--expansion 1000000000: .* takes 131,072 GB in training, and this machine has \d"):
-        trainer.check_memory(64, 64 * 10 ** 9, torch.device("cpu"))
+    with pytest.raises(
+        UserError, match=r"--expansion 1000000000: .* takes 131,072 GB in training, and this machine has \d"
+    ):
+        trainer.check_memory(64, 64 * 10**9, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("h, sink, word", [
-    (torch.zeros(50, 8), False, "do not vary"), (torch.full((50, 8), 1e-30), False, "do not vary"),
-    (torch.linspace(-3, 5, 8).expand(50, 8) * 7.7, False, "do not vary"), (planted(50)[0], True, "sink positions, all 50"), (planted(1)[0], False, "do not vary")])
+@pytest.mark.parametrize(
+    "h, sink, word",
+    [
+        (torch.zeros(50, 8), False, "do not vary"),
+        (torch.full((50, 8), 1e-30), False, "do not vary"),
+        (torch.linspace(-3, 5, 8).expand(50, 8) * 7.7, False, "do not vary"),
+        (planted(50)[0], True, "sink positions, all 50"),
+        (planted(1)[0], False, "do not vary"),
+    ],
+)
 @pytest.mark.parametrize("recipe", [Training, SAELensTraining])
 def test_activations_that_say_nothing_are_one_line(recipe, h, sink, word):
     with pytest.raises(Fault, match=f"tiny L1: .*{word}"):

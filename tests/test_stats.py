@@ -1,4 +1,5 @@
 """stats.py against ground truth: hand cases, scipy, planted effects, simulated error rates."""
+
 import collections
 import csv
 import io
@@ -17,19 +18,33 @@ CONTROLS = ["r2_nosink", "r2_ln", "cosine"]
 MODELS = ("small", "medium", "large")
 LEADERBOARD = """proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pearson_hi,spearman,spearman_lo,spearman_hi,
 partial,partial_lo,partial_hi,diff_r2,diff_r2_lo,diff_r2_hi,p_r2,diff_control,diff_control_lo,diff_control_hi,p_control,
-gamma,gamma_lo,gamma_hi,in_range,same_ranks_as,loho,loho_bias,diff_loho_control,p_loho""".replace("\n", "").split(",")
+gamma,gamma_lo,gamma_hi,in_range,same_ranks_as,loho,loho_bias,diff_loho_control,p_loho""".replace(
+    "\n", ""
+).split(",")
 
 
 def grid(models=MODELS, layers=range(6), ks=(4, 12, 32), budgets=(10,), seeds=1):
     """meta of a full grid, seeds innermost; the default is the one that ships, 18 hooks."""
-    rows = [(m, l, k, b, s) for m in models for l in layers for k in ks for b in budgets for s in range(seeds)]
+    rows = [
+        (m, l, k, b, s) for m in models for l in layers for k in ks for b in budgets for s in range(seeds)
+    ]
     model, layer, k, tokens, seed = map(np.array, zip(*rows))
     cell = np.array([f"{m}@{l} k{k} {b}M" for m, l, k, b, _ in rows])
-    return {"model": model, "depth": layer, "layer": layer, "k": k, "tokens": tokens, "seed": seed, "cell": cell}
+    return {
+        "model": model,
+        "depth": layer,
+        "layer": layer,
+        "k": k,
+        "tokens": tokens,
+        "seed": seed,
+        "cell": cell,
+    }
 
 
 def noise(meta, rng, sd=1.0, icc=0.9):
-    """Normal noise [C] that correlates by `icc` within a hook, as what the SAEs of one hook have in common does."""
+    """Normal noise [C] that correlates by `icc` within a hook, as what the SAEs of one hook have in common
+    does.
+    """
     ids = np.unique([f"{m} {l}" for m, l in zip(meta["model"], meta["layer"])], return_inverse=True)[1]
     return sd * (icc**0.5 * rng.normal(size=len(ids))[ids] + (1 - icc) ** 0.5 * rng.normal(size=len(ids)))
 
@@ -45,8 +60,9 @@ def size(y):
 
 
 def study(seed=0, n_resamples=200, swd=0.02, control=0.6, shift=0.0, meta=None, icc=0.9, sd=0.5):
-    """scores, target, magnitude, meta, models: a proxy is y plus its own noise, and the Euclidean ones plus `shift` in
-    `large`."""
+    """scores, target, magnitude, meta, models: a proxy is y plus its own noise, and the Euclidean ones plus
+    `shift` in `large`.
+    """
     rng, meta = np.random.default_rng(seed), grid() if meta is None else meta
     y = curve(meta, rng, sd, icc)
     rows = lambda v: v + rng.normal(0, 1e-3, (3 + n_resamples, len(y)))
@@ -68,13 +84,24 @@ def by_hook(v, meta):
 
 def board(data, n_resamples=200, seed=0):
     scores, y, magnitude, meta, models = data
-    return leaderboard.leaderboard(scores, y, magnitude, meta, models, target_name="ce_rec", controls=CONTROLS,
-                             n_resamples=n_resamples, seed=seed)
+    return leaderboard.leaderboard(
+        scores,
+        y,
+        magnitude,
+        meta,
+        models,
+        target_name="ce_rec",
+        controls=CONTROLS,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
 
 
 @pytest.fixture
 def few_patterns(monkeypatch):
-    """Above 14 hooks, 401 random patterns rather than 10,000: p < .05 is then 5.0%, and many studies are affordable."""
+    """Above 14 hooks, 401 random patterns rather than 10,000: p < .05 is then 5.0%, and many studies are
+    affordable.
+    """
     whole = stats.sign_patterns
     monkeypatch.setattr(stats, "sign_patterns", lambda G, n_draws=401, seed=0: whole(G, 401, seed))
 
@@ -100,8 +127,12 @@ def test_pearson_and_spearman_are_scipys(pairs):
 def test_partial_spearman_is_the_correlation_of_rank_residuals(budgets):
     meta, rng = grid(budgets=budgets), np.random.default_rng(1)
     x, y = curve(meta, rng), curve(meta, rng)
-    Z = np.array([[1.0, *(k == v for v in (12, 32)), *(b == v for v in budgets[1:])]
-                  for k, b in zip(meta["k"], meta["tokens"])])
+    Z = np.array(
+        [
+            [1.0, *(k == v for v in (12, 32)), *(b == v for v in budgets[1:])]
+            for k, b in zip(meta["k"], meta["tokens"])
+        ]
+    )
     residual = lambda v: v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
     expected = np.corrcoef(residual(scipy.stats.rankdata(x)), residual(scipy.stats.rankdata(y)))[0, 1]
     assert stats.partial_spearman(x, y, meta) == pytest.approx(expected, abs=1e-12)
@@ -113,7 +144,8 @@ def test_partial_spearman_forgets_k():
     assert stats.partial_spearman(np.exp(y / 10), y, meta) == pytest.approx(1)
     assert stats.partial_spearman(-(y**3), y, meta) == pytest.approx(-1)
     knows_k = [10 * np.log2(meta["k"]) + rng.normal(size=54) for _ in range(300)]
-    assert min(stats.spearman(x, y) for x in knows_k) > 0.8  # at least 8/9: three values of k, and no order within
+    # at least 8/9: three values of k, and no order within
+    assert min(stats.spearman(x, y) for x in knows_k) > 0.8
     assert abs(np.mean([stats.partial_spearman(x, y, meta) for x in knows_k])) < 0.05
     assert np.isnan(stats.partial_spearman(np.log2(meta["k"]), y, meta))  # nothing left given k
 
@@ -122,9 +154,11 @@ def test_undefined():
     one_each = grid(models=("small",), layers=(3,))  # as many k as conditions
     assert np.isnan(stats.partial_spearman(np.arange(3.0), np.arange(3.0), one_each))
     assert np.isnan(stats.pearson([1.0, 2.0], [1.0, 2.0]))
-    assert np.isnan(stats.pearson(np.full(7, 0.1), np.arange(7.0) ** 1.5))  # constant, though not after rounding
+    # constant, though not after rounding
+    assert np.isnan(stats.pearson(np.full(7, 0.1), np.arange(7.0) ** 1.5))
     assert np.isnan(stats.spearman([1.0, np.nan, 2.0, 3.0], np.arange(4.0)))
-    assert stats.spearman([1.0, 2.0, np.inf], [1.0, 2.0, 3.0]) == pytest.approx(1)  # a distortion of 0 still has a rank
+    # a distortion of 0 still has a rank
+    assert stats.spearman([1.0, 2.0, np.inf], [1.0, 2.0, 3.0]) == pytest.approx(1)
 
 
 @settings(max_examples=50, deadline=None)
@@ -153,13 +187,17 @@ def test_depths_are_drawn_whole():
     meta = grid(seeds=2)
     w = stats.depth_weights(meta, list(MODELS), 500, seed=0)
     assert w.shape == (503, 6) and (w[:3] == 1).all() and np.allclose(w.sum(1), 6) and w[3:].min() == 0
-    assert np.isnan(stats.depth_weights(grid(layers=(1, 3)), list(MODELS), 9, seed=0)[3:]).all()  # of two, no variance
+    # of two, no variance
+    assert np.isnan(stats.depth_weights(grid(layers=(1, 3)), list(MODELS), 9, seed=0)[3:]).all()
     assert stats.depth_weights(meta, ["small"], 9, seed=0).shape == (12, 0)
 
 
 def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
     """Over hooks: what a hook's conditions share does not average out, however many they are."""
-    meta, hooks = grid(models=("small", "large"), layers=(1, 3, 5), ks=(4, 12)), np.array([0.0, 1.0, 5.0, 2.0, 2.5, 7.0])
+    meta, hooks = (
+        grid(models=("small", "large"), layers=(1, 3, 5), ks=(4, 12)),
+        np.array([0.0, 1.0, 5.0, 2.0, 2.5, 7.0]),
+    )
     y = np.repeat(hooks, 2) + np.tile([-0.5, 0.5], 6)
     means = stats.bootstrap_weights(meta, 40_000, seed=0)[3:] @ y / 12
     expected = (hooks[3:].var(ddof=1) / 3 + hooks[:3].var(ddof=1) / 3) / 4
@@ -173,16 +211,26 @@ def test_seeds_counted_as_conditions_do_not_shrink_the_interval():
     scores = {p: scores[p] for p in ("r2", "cosine")}
     many = {p: np.repeat(s, 3, axis=1) for p, s in scores.items()}
     width, loho = [], []
-    for s, t, size_, meta in ((scores, y, magnitude, once), (many, *(np.repeat(v, 3, axis=1) for v in (y, magnitude)), thrice)):
+    for s, t, size_, meta in (
+        (scores, y, magnitude, once),
+        (many, *(np.repeat(v, 3, axis=1) for v in (y, magnitude)), thrice),
+    ):
         row = board((s, t, size_, meta, list(MODELS)), n_resamples=1000)[0]
         assert (row["n_clusters"], row["n_cells"]) == (18, 54)
-        width.append([row[c + "_hi"] - row[c + "_lo"] for c in ("pearson", "spearman", "partial", "gamma", "diff_control")])
+        width.append(
+            [
+                row[c + "_hi"] - row[c + "_lo"]
+                for c in ("pearson", "spearman", "partial", "gamma", "diff_control")
+            ]
+        )
         loho.append([row[c] for c in ("loho", "loho_bias", "diff_loho_control", "p_loho", "p_control")])
     assert np.allclose(*width, rtol=0.05) and np.allclose(*loho)
 
 
 def test_more_k_at_the_same_hooks_do_not_shrink_the_interval():
-    """What the proxy has beyond k is one number per hook, so 12 k know as much as 3. Over cells: half the width."""
+    """What the proxy has beyond k is one number per hook, so 12 k know as much as 3. Over cells: half the
+    width.
+    """
     rng, width = np.random.default_rng(3), []
     hooks = rng.normal(size=(2, 18))
     for ks in (2.0 ** np.arange(3), 2.0 ** np.arange(12)):
@@ -194,8 +242,10 @@ def test_more_k_at_the_same_hooks_do_not_shrink_the_interval():
 
 
 def test_interval_covers_the_planted_correlation():
-    """Pearson of two normals, rho = .8, given k, 18 hooks, correlation .9 within one: nominal 95%, 500 data sets. So few
-    hooks cost it 2.3%, measured on 3000 (cells for hooks: 24%); the rest is 4 standard errors of the count."""
+    """Pearson of two normals, rho = .8, given k, 18 hooks, correlation .9 within one: nominal 95%, 500 data
+    sets. So few hooks cost it 2.3%, measured on 3000 (cells for hooks: 24%); the rest is 4 standard errors of
+    the count.
+    """
     meta, rng, hits, n = grid(), np.random.default_rng(0), 0, 500
     design = stats._design(stats.bootstrap_weights(meta, 400, seed=0), stats.given(meta))
     for _ in range(n):
@@ -210,14 +260,27 @@ def test_a_model_with_two_hooks_has_no_interval():
     scores, y, magnitude, meta, models = study(n_resamples=50)
     for layers, known in (((0, 1), False), ((0, 1, 2), True)):
         keep = (meta["model"] != "large") | np.isin(meta["layer"], layers)
-        table = board(({p: s[:, keep] for p, s in scores.items()}, y[:, keep], magnitude[:, keep], part(meta, keep), models), 50)
+        table = board(
+            (
+                {p: s[:, keep] for p, s in scores.items()},
+                y[:, keep],
+                magnitude[:, keep],
+                part(meta, keep),
+                models,
+            ),
+            50,
+        )
         pooled, small, _, large = (row for row in table if row["proxy"] == "swd_tok")
         assert pooled["partial"] > 0.8 and large["n_clusters"] == len(layers)
         for key in ("pearson", "spearman", "partial", "diff_r2", "diff_control"):
-            assert np.isnan(pooled[key + "_lo"]) == np.isnan(large[key + "_lo"]) == (not known) and not np.isnan(large[key])
+            assert np.isnan(pooled[key + "_lo"]) == np.isnan(large[key + "_lo"]) == (
+                not known
+            ) and not np.isnan(large[key])
             assert not np.isnan(small[key + "_lo"])
         assert np.isnan(pooled["gamma_lo"]) == (not known) and not np.isnan(pooled["gamma"])
-        assert np.isnan(large["p_control"]) and np.isnan(large["p_loho"]) and not np.isnan(pooled["p_control"])  # tests: 6 hooks
+        assert (
+            np.isnan(large["p_control"]) and np.isnan(large["p_loho"]) and not np.isnan(pooled["p_control"])
+        )  # tests: 6 hooks
 
 
 # ---------------------------------------------------------------------------------------------- swap test
@@ -235,8 +298,9 @@ def patterns(G):
 
 
 def test_swap_test_enumerates_64_patterns():
-    """Six hooks of two conditions, all patterns by hand, ranked again; the p of each possible rank of the observed one is
-    k/64. Without ranking again the answer is another."""
+    """Six hooks of two conditions, all patterns by hand, ranked again; the p of each possible rank of the
+    observed one is k/64. Without ranking again the answer is another.
+    """
     rng, stale = np.random.default_rng(3), []
     rank, Z = scipy.stats.rankdata, (SIX["k"][:, None] == [4, 12]).astype(float)
     residual = lambda v: v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
@@ -245,8 +309,10 @@ def test_swap_test_enumerates_64_patterns():
         ra, rb = rank(a), rank(b)
         r = lambda v, y=y: np.corrcoef(residual(v), residual(rank(y)))[0, 1]
         swaps = [np.repeat(bits, 2) == 1 for bits in patterns(6)]
-        values, once = ([r(again(np.where(s, rb, ra))) - r(again(np.where(s, ra, rb))) for s in swaps]
-                        for again in (rank, lambda v: v))
+        values, once = (
+            [r(again(np.where(s, rb, ra))) - r(again(np.where(s, ra, rb))) for s in swaps]
+            for again in (rank, lambda v: v)
+        )
         diff, p = stats.swap_test(a, b, y, SIX)
         assert diff == pytest.approx(values[0])
         assert diff == pytest.approx(stats.partial_spearman(a, y, SIX) - stats.partial_spearman(b, y, SIX))
@@ -295,15 +361,18 @@ def test_many_proxies_at_once_are_the_same_as_one_by_one():
 
 @pytest.mark.parametrize("seeds, n", [(1, 500), (3, 150)])
 def test_tests_keep_their_size_where_a_hook_is_one_draw(few_patterns, seeds, n):
-    """Two proxies equally good, 18 hooks, correlation .9 within one: p < .05 in at most 7% of n data sets, within 4
-    standard errors, by order and by size. Over cells it is 20 to 35%."""
+    """Two proxies equally good, 18 hooks, correlation .9 within one: p < .05 in at most 7% of n data sets,
+    within 4 standard errors, by order and by size. Over cells it is 20 to 35%.
+    """
     rng, meta = np.random.default_rng(8), grid(seeds=seeds)
     found = []
     for i in range(n):
         y, shared = curve(meta, rng, 1.0), noise(meta, rng, 0.4)
         a, b = (y + shared + noise(meta, rng, 0.4) for _ in range(2))
         errors = [by_hook(stats.loho_errors(x, size(y), meta) ** 2, meta) for x in (a, b)]
-        found.append([stats.swap_test(a, b, y, meta, seed=i)[1], stats.flip_test(errors[0] - errors[1], seed=i)])
+        found.append(
+            [stats.swap_test(a, b, y, meta, seed=i)[1], stats.flip_test(errors[0] - errors[1], seed=i)]
+        )
     assert (np.mean(np.array(found) < 0.05, axis=0) < 0.07 + 4 * binomial_sd(0.07, n)).all()
 
 
@@ -321,21 +390,31 @@ def test_swap_test_finds_a_planted_difference(few_patterns):
 # ---------------------------------------------------------------------------------------------- leave one hook out
 def test_loho_errors_are_a_plain_loop_with_polyfit():
     rng = np.random.default_rng(10)
-    for meta in (grid(), SIX, part(grid(seeds=2), rng.permutation(108)[:80])):  # the last: hooks of unequal size
+    # the last: hooks of unequal size
+    for meta in (grid(), SIX, part(grid(seeds=2), rng.permutation(108)[:80])):
         y = curve(meta, rng)
         x, magnitude = y + noise(meta, rng, 0.3), size(y)
-        hooks, expected = np.array([f"{m} {l}" for m, l in zip(meta["model"], meta["layer"])]), np.empty(len(y))
+        hooks, expected = (
+            np.array([f"{m} {l}" for m, l in zip(meta["model"], meta["layer"])]),
+            np.empty(len(y)),
+        )
         for hook in np.unique(hooks):
             out = hooks == hook
-            expected[out] = np.polyval(np.polyfit(x[~out], np.log10(magnitude[~out]), 2), x[out]) - np.log10(magnitude[out])
+            expected[out] = np.polyval(np.polyfit(x[~out], np.log10(magnitude[~out]), 2), x[out]) - np.log10(
+                magnitude[out]
+            )
         assert np.allclose(stats.loho_errors(x, magnitude, meta), expected, atol=1e-9)
-        assert np.allclose(stats.loho_errors(1e6 * x + 1e7, magnitude, meta), expected, atol=1e-7)  # no unit of its own
+        # no unit of its own
+        assert np.allclose(stats.loho_errors(1e6 * x + 1e7, magnitude, meta), expected, atol=1e-7)
     y = noise(meta, rng)
-    assert np.abs(stats.loho_errors(y, 10 ** (1 - y + 0.2 * y**2), meta)).max() < 1e-9  # a quadratic is told exactly
+    # a quadratic is told exactly
+    assert np.abs(stats.loho_errors(y, 10 ** (1 - y + 0.2 * y**2), meta)).max() < 1e-9
 
 
 def test_loho_sees_the_hook_that_is_off():
-    """One hook loses ten times what its proxy says: its own error is about -1, and leaving out its k alone would hide it."""
+    """One hook loses ten times what its proxy says: its own error is about -1, and leaving out its k alone
+    would hide it.
+    """
     meta, rng = grid(), np.random.default_rng(11)
     y = curve(meta, rng)
     off = (meta["model"] == "large") & (meta["layer"] == 5)
@@ -358,8 +437,9 @@ def test_loho_is_undefined():
 
 
 def test_loho_columns_by_hand():
-    """Six hooks a model: sizes, bias and p of a model's rows from polyfit and all 64 sign patterns. Its hooks are predicted
-    from all others, the other models' too; the control is chosen pooled, on half A."""
+    """Six hooks a model: sizes, bias and p of a model's rows from polyfit and all 64 sign patterns. Its hooks
+    are predicted from all others, the other models' too; the control is chosen pooled, on half A.
+    """
     scores, y, magnitude, meta, models = study(n_resamples=20)
     rng = np.random.default_rng(13)
     y, magnitude = y[:3], magnitude[:3]
@@ -377,8 +457,12 @@ def test_loho_columns_by_hand():
     assert leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS) == best
     for row in board((scores, y, magnitude, meta, models), 20):
         inside = (meta["model"] == row["stratum"]) | (row["stratum"] == "pooled")
-        e, mine, theirs = (errors(name, i)[inside] for name, i in ((row["proxy"], 0), (row["proxy"], 2), (best, 2)))
-        assert row["loho"] == pytest.approx((e**2).mean() ** 0.5) and row["loho_bias"] == pytest.approx(e.mean())
+        e, mine, theirs = (
+            errors(name, i)[inside] for name, i in ((row["proxy"], 0), (row["proxy"], 2), (best, 2))
+        )
+        assert row["loho"] == pytest.approx((e**2).mean() ** 0.5) and row["loho_bias"] == pytest.approx(
+            e.mean()
+        )
         assert row["diff_loho_control"] == pytest.approx((theirs**2).mean() ** 0.5 - (mine**2).mean() ** 0.5)
         if row["stratum"] != "pooled":
             d = (theirs**2 - mine**2).reshape(6, 3).mean(1)
@@ -388,7 +472,11 @@ def test_loho_columns_by_hand():
 
 # ---------------------------------------------------------------------------------------------- transfer gap
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(-5, 5), st.sampled_from([0, 1, 2.5])), min_size=1, max_size=9))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 6), st.integers(-5, 5), st.sampled_from([0, 1, 2.5])), min_size=1, max_size=9
+    )
+)
 def test_isotonic_fit_is_scipys(points):
     """Ties in x pooled beforehand, points of weight 0 left out, linear in between, clamped outside."""
     x, y, w = np.array(points, float).T
@@ -413,7 +501,8 @@ def test_gamma_is_zero_on_one_curve_and_the_shift_otherwise():
     shifted = x + 2 * (meta["model"] == "large")
     gamma, inside = stats.transfer_gap(shifted, 0.1 * x, meta, models)
     assert inside[0] == pytest.approx(4 / 6)
-    clamped = np.mean([0.2, 0.2, 0.2, 0.2, 0.1, 0.0])  # k = 128, 256 clamp to the top of the fit, and so in reverse
+    # k = 128, 256 clamp to the top of the fit, and so in reverse
+    clamped = np.mean([0.2, 0.2, 0.2, 0.2, 0.1, 0.0])
     assert gamma[0] == pytest.approx(-clamped, abs=1e-12)
     assert stats.transfer_gap(x + 9 * (meta["model"] == "large"), x, meta, models)[1][0] == 0
     assert np.isnan(stats.transfer_gap(x, x, meta, ["small"])[0][0])
@@ -422,14 +511,18 @@ def test_gamma_is_zero_on_one_curve_and_the_shift_otherwise():
 
 
 def test_gamma_interval_covers_a_planted_shift():
-    """Both models on one curve up to noise, most of it shared by a hook, the larger one 0.1 better than its x says: 95%
-    interval over 6 depths, 200 data sets. It covers .888 of 1500; the rest is 4 standard errors of the count."""
+    """Both models on one curve up to noise, most of it shared by a hook, the larger one 0.1 better than its x
+    says: 95% interval over 6 depths, 200 data sets. It covers .888 of 1500; the rest is 4 standard errors of
+    the count.
+    """
     meta, rng, hits, n, width = grid(), np.random.default_rng(10), 0, 200, []
     depths = stats.depth_weights(meta, list(MODELS), 400, seed=0)
     for _ in range(n):
         x = 0.1 * np.log2(meta["k"]) + noise(meta, rng, 0.02)
         y = x + noise(meta, rng, 0.02) + 0.1 * (meta["model"] == "large")
-        gamma = stats.transfer_gap(np.tile(x, (403, 1)), np.tile(y, (403, 1)), meta, list(MODELS), depths=depths)[0]
+        gamma = stats.transfer_gap(
+            np.tile(x, (403, 1)), np.tile(y, (403, 1)), meta, list(MODELS), depths=depths
+        )[0]
         lo, hi = stats.interval(gamma[3:])
         hits, width = hits + (lo < 0.1 < hi), [*width, hi - lo]
     assert abs(hits / n - 0.888) < 4 * binomial_sd(0.888, n)
@@ -445,14 +538,21 @@ def test_gamma_is_calibrated_within_a_depth():
 
 
 def test_gamma_weighs_depths():
-    """The larger model is 0.1 better at depth 1, 0.4 at depth 5: drawn twice and once, that is 0.2. A depth that is not
-    drawn does not matter, nor what only one of the two models has."""
+    """The larger model is 0.1 better at depth 1, 0.4 at depth 5: drawn twice and once, that is 0.2. A depth
+    that is not drawn does not matter, nor what only one of the two models has.
+    """
     meta = grid(layers=(1, 3, 5))
     keep = ~((meta["model"] == "large") & (meta["layer"] == 3))
     meta = part(meta, keep)
     y = np.log2(meta["k"]) + (meta["model"] == "large") * np.where(meta["depth"] == 1, 0.1, 0.4)
     x = np.log2(meta["k"]) + 0.0
-    gamma = stats.transfer_gap(np.tile(x, (3, 1)), np.tile(y, (3, 1)), meta, list(MODELS), depths=np.array([[2.0, 1], [2, 0], [1, 1]]))[0]
+    gamma = stats.transfer_gap(
+        np.tile(x, (3, 1)),
+        np.tile(y, (3, 1)),
+        meta,
+        list(MODELS),
+        depths=np.array([[2.0, 1], [2, 0], [1, 1]]),
+    )[0]
     assert stats.shared_depths(meta, list(MODELS)) == [1, 5] and gamma == pytest.approx([0.2, 0.1, 0.25])
 
 
@@ -464,23 +564,32 @@ def test_leaderboard(few_patterns):
     scores["flat"] = np.zeros_like(y)
     table = board(data)
     assert [list(row) for row in table] == [LEADERBOARD] * 4 * len(scores)
-    assert [row["stratum"] for row in table[::len(scores)]] == ["pooled", *models]
+    assert [row["stratum"] for row in table[:: len(scores)]] == ["pooled", *models]
     rows = {(row["proxy"], row["stratum"]): row for row in table}
     for (name, stratum), row in rows.items():
         inside = (meta["model"] == stratum) | (stratum == "pooled")
         x, t, here = scores[name][0, inside], y[0, inside], part(meta, inside)
         assert (row["n_cells"], row["n_clusters"]) == (inside.sum(), inside.sum() / 3)
-        for key, value in (("pearson", stats.pearson(x, t)), ("spearman", stats.spearman(x, t)),
-                           ("partial", stats.partial_spearman(x, t, here))):
+        for key, value in (
+            ("pearson", stats.pearson(x, t)),
+            ("spearman", stats.spearman(x, t)),
+            ("partial", stats.partial_spearman(x, t, here)),
+        ):
             assert row[key] == pytest.approx(value, nan_ok=True)
             assert np.isnan(value) or row[key + "_lo"] <= row[key + "_hi"]
-    assert {name for name, stratum in rows if rows[name, stratum]["same_ranks_as"]} == {"inverse_nmse", "swd_again"}
+    assert {name for name, stratum in rows if rows[name, stratum]["same_ranks_as"]} == {
+        "inverse_nmse",
+        "swd_again",
+    }
     for stratum in ("pooled", *models):
         assert rows["inverse_nmse", stratum]["same_ranks_as"] == "r2"
         assert rows["inverse_nmse", stratum]["diff_r2"] == 0 and rows["inverse_nmse", stratum]["p_r2"] == 1
         assert rows["swd_again", stratum]["same_ranks_as"] == "swd_tok"
         assert rows["swd_again", stratum]["loho"] == pytest.approx(rows["swd_tok", stratum]["loho"])
-        assert all(np.isnan(rows["flat", stratum][c]) for c in ("pearson", "spearman", "partial", "diff_r2", "p_r2", "loho", "p_loho"))
+        assert all(
+            np.isnan(rows["flat", stratum][c])
+            for c in ("pearson", "spearman", "partial", "diff_r2", "p_r2", "loho", "p_loho")
+        )
     swd, r2 = rows["swd_tok", "pooled"], rows["r2", "pooled"]
     assert swd["diff_r2"] == pytest.approx(swd["partial"] - r2["partial"])
     assert swd["diff_r2_lo"] <= swd["diff_r2_hi"] and swd["gamma_lo"] < swd["gamma_hi"]
@@ -497,26 +606,36 @@ def test_leaderboard(few_patterns):
         out = io.StringIO()
         csv.writer(out).writerows(row.values() for row in table)
         return out.getvalue()
+
     assert text(table) == text(board(data)) != text(board(data, seed=1))
 
 
 def test_leaderboard_finds_a_planted_difference(few_patterns):
-    """SWD nearly y, r2 and controls half noise: p < .05 against both in 95% of 20 studies; in most of them the interval of
-    the difference to r2 leaves 0 out and holds the difference."""
+    """SWD nearly y, r2 and controls half noise: p < .05 against both in 95% of 20 studies; in most of them
+    the interval of the difference to r2 leaves 0 out and holds the difference.
+    """
     found = []
     for seed in range(20):
         scores, *rest = study(seed)
         some = {p: scores[p] for p in ("swd_tok", "r2", "cosine", "r2_ln")}
         row = board((some, *rest))[0]
-        found.append([row["p_r2"] < 0.05, row["p_control"] < 0.05, row["p_loho"] < 0.05, row["diff_loho_control"] > 0,
-                      row["diff_r2_lo"] > 0, row["diff_r2_lo"] < row["diff_r2"] < row["diff_r2_hi"]])
+        found.append(
+            [
+                row["p_r2"] < 0.05,
+                row["p_control"] < 0.05,
+                row["p_loho"] < 0.05,
+                row["diff_loho_control"] > 0,
+                row["diff_r2_lo"] > 0,
+                row["diff_r2_lo"] < row["diff_r2"] < row["diff_r2_hi"],
+            ]
+        )
     assert (np.mean(found, axis=0) > 0.95 - 5 * binomial_sd(0.95, 20)).all()
 
 
 def test_the_control_is_chosen_on_half_a_and_judged_on_half_b():
     scores, y, _, meta, _ = data = study()
-    scores["cosine"][1] = y[1]            # best on half A
-    scores["r2_ln"][[0, 2]] = y[[0, 2]]   # best on half B and on the whole: not to be picked
+    scores["cosine"][1] = y[1]  # best on half A
+    scores["r2_ln"][[0, 2]] = y[[0, 2]]  # best on half B and on the whole: not to be picked
     table = board(data)
     ln, cosine = table[list(scores).index("r2_ln")], table[list(scores).index("cosine")]
     assert ln["diff_control"] == pytest.approx(1 - stats.partial_spearman(scores["cosine"][2], y[2], meta))
@@ -525,7 +644,9 @@ def test_the_control_is_chosen_on_half_a_and_judged_on_half_b():
 
 
 def test_draw_r_uses_sequence_resample_r():
-    """Resamples that all repeat the estimate change nothing against none at all; those that turn r2 around show."""
+    """Resamples that all repeat the estimate change nothing against none at all; those that turn r2 around
+    show.
+    """
     scores, y, magnitude, meta, models = study(n_resamples=200)
     scores = {p: scores[p] for p in ("r2", "cosine")}
     run = lambda scores, y: board((scores, y, magnitude, meta, models))[0]
@@ -548,34 +669,58 @@ def test_noise_ceiling():
     # of 54 conditions less 3 values of k, with signal 1 and noise 1/4: Fisher's z is 1/sqrt(n - 3) off
     assert abs(np.arctanh(r) - np.arctanh(1 / 1.25)) < 4 / (54 - 2 - 3) ** 0.5
     assert noisy["reliability"] == pytest.approx(2 * r / (1 + r))
-    assert noisy["rho_max"] == pytest.approx(noisy["reliability"]**0.5)
+    assert noisy["rho_max"] == pytest.approx(noisy["reliability"] ** 0.5)
 
 
 def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
-    """Four times the hooks: half. Four times the SAEs at the same hooks, which say the same: as before. Means of 8 studies."""
+    """Four times the hooks: half. Four times the SAEs at the same hooks, which say the same: as before. Means
+    of 8 studies.
+    """
+
     def mean(repeats=1, **of_grid):
         found = []
         for seed in range(8):
             scores, y, _, meta, _ = study(seed, meta=grid(**of_grid), control=1.0, swd=1.0, n_resamples=0)
             many = lambda v: np.repeat(v, repeats, axis=-1)
-            found.append(leaderboard.smallest_detectable({p: many(s) for p, s in scores.items()}, many(y), {key: many(v) for key, v in meta.items()},
-                                                   controls=CONTROLS, n_resamples=500))
+            found.append(
+                leaderboard.smallest_detectable(
+                    {p: many(s) for p, s in scores.items()},
+                    many(y),
+                    {key: many(v) for key, v in meta.items()},
+                    controls=CONTROLS,
+                    n_resamples=500,
+                )
+            )
         return np.mean(found)
 
     few = mean()
-    assert 0.1 < few < 1.5 and mean(layers=range(24)) < 0.7 * few and mean(repeats=4) == pytest.approx(few, rel=0.01)
+    assert (
+        0.1 < few < 1.5
+        and mean(layers=range(24)) < 0.7 * few
+        and mean(repeats=4) == pytest.approx(few, rel=0.01)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- verdict
 def decide(data, gate="H1", n_resamples=100):
     scores, y, magnitude, meta, models = data
-    verdict = leaderboard.verdict_h2(board(data, n_resamples), scores, y, magnitude, meta, models, controls=CONTROLS, gate=gate,
-                               n_resamples=n_resamples)
+    verdict = leaderboard.verdict_h2(
+        board(data, n_resamples),
+        scores,
+        y,
+        magnitude,
+        meta,
+        models,
+        controls=CONTROLS,
+        gate=gate,
+        n_resamples=n_resamples,
+    )
     assert json.loads(json.dumps(verdict, allow_nan=False)) == verdict
     return verdict
 
 
-GOOD = {"sd": 0.25, "swd": 0.01, "control": 0.3, "shift": 1.0}  # SWD nearly the target, the controls noisy and off in `large`
+# SWD nearly the target, the controls noisy and off in `large`
+GOOD = {"sd": 0.25, "swd": 0.01, "control": 0.3, "shift": 1.0}
 
 
 def leaves(make, n=8):
@@ -591,22 +736,33 @@ def test_supported_and_gated(few_patterns):
     leaf, verdicts = leaves(lambda seed: study(seed, **GOOD))
     assert leaf == "supported"
     for v in verdicts:
-        assert v["leaf"] == "supported" and v["a_holds"] and v["b_holds"] and v["b_judged"] and v["gamma_gain_lo"] > 0
+        assert (
+            v["leaf"] == "supported"
+            and v["a_holds"]
+            and v["b_holds"]
+            and v["b_judged"]
+            and v["gamma_gain_lo"] > 0
+        )
         assert abs(v["gamma_proxy"]) <= 0.5 * abs(v["gamma_control"]) and v["diff_loho_control"] > 0
         assert v["n_clusters"] == 18 and v["n_cells"] == v["n_conditions"] == 54
     for gate in (None, "undecided", "undertrained"):
         gated = [decide(study(seed, **GOOD), gate) for seed in range(3)]
-        assert {v["leaf"] for v in gated} == {"gated"} and "supported" in {v["leaf_if_ungated"] for v in gated}
+        assert {v["leaf"] for v in gated} == {"gated"} and "supported" in {
+            v["leaf_if_ungated"] for v in gated
+        }
 
 
 def test_better_ranks_without_better_transfer_is_rejected(few_patterns):
     leaf, verdicts = leaves(lambda seed: study(seed, **GOOD | {"shift": 0.0}))
     assert leaf == "rejected"
-    assert all(v["a_holds"] and v["b_judged"] and not v["b_holds"] and v["diff_loho_control"] > 0 for v in verdicts)
+    assert all(
+        v["a_holds"] and v["b_judged"] and not v["b_holds"] and v["diff_loho_control"] > 0 for v in verdicts
+    )
 
 
 def test_better_ranks_without_better_sizes_is_undecided(few_patterns):
     """The order is the target's; the size of the distortion follows a control, or no quadratic in SWD."""
+
     def follows_control(seed):
         scores, y, _, meta, models = study(seed, **GOOD)
         return scores, y, size(scores["r2_ln"]), meta, models
@@ -619,7 +775,11 @@ def test_better_ranks_without_better_sizes_is_undecided(few_patterns):
         scores, y, magnitude, meta, models = study(seed, **GOOD)
         return scores, y, np.where(np.arange(54) == 5, -0.01, magnitude), meta, models
 
-    for make, why in ((follows_control, "disagree: it ranks better"), (curved, "disagree: it ranks better"), (nothing_lost, "undefined")):
+    for make, why in (
+        (follows_control, "disagree: it ranks better"),
+        (curved, "disagree: it ranks better"),
+        (nothing_lost, "undefined"),
+    ):
         leaf, verdicts = leaves(make, 6)
         assert leaf == "undecided" and all(v["a_holds"] and why in v["reason"] for v in verdicts)
     assert all(v["loho"] is v["p_loho"] is v["loho_control"] is None for v in verdicts)
@@ -627,13 +787,17 @@ def test_better_ranks_without_better_sizes_is_undecided(few_patterns):
 
 def test_better_sizes_without_better_ranks_is_undecided(few_patterns):
     """Controls that rank as well, and no quadratic in them tells the size."""
+
     def make(seed):
         scores, *rest = study(seed, sd=0.25, swd=0.15, control=0.15)
         return {p: s if p == "swd_tok" else np.exp(6 * s) for p, s in scores.items()}, *rest
 
     leaf, verdicts = leaves(make)
     assert leaf == "undecided"
-    assert all(not v["a_holds"] and v["p_loho"] < 0.05 and "predicts the size of dCE better" in v["reason"] for v in verdicts)
+    assert all(
+        not v["a_holds"] and v["p_loho"] < 0.05 and "predicts the size of dCE better" in v["reason"]
+        for v in verdicts
+    )
 
 
 def test_beats_r2_only(few_patterns):
@@ -649,7 +813,9 @@ def test_beats_r2_only(few_patterns):
 def test_worse_is_rejected_where_better_was_possible(few_patterns):
     """Where it was not, the word was fixed before the data: they are told beside it."""
     for control, word, low, high in ((0.05, leaderboard.CANNOT, 0.0, 0.1), (0.25, "rejected", 0.1, 0.6)):
-        leaf, verdicts = leaves(lambda seed, control=control: study(seed, sd=0.25, swd=2.0, control=control), 6)
+        leaf, verdicts = leaves(
+            lambda seed, control=control: study(seed, sd=0.25, swd=2.0, control=control), 6
+        )
         assert leaf == word and not any(v["a_holds_vs_r2"] for v in verdicts)
         worse = [v for v in verdicts if "ranks worse" in v["reason"]]
         assert len(worse) >= 4 and all(v["diff_control"] < 0 and v["p_control"] < 0.05 for v in worse)
@@ -657,30 +823,44 @@ def test_worse_is_rejected_where_better_was_possible(few_patterns):
 
 
 def test_no_room_is_said_and_not_called_rejected(few_patterns):
-    """Controls at a partial Spearman of .95 and more leave less than the margin: nothing could have been shown. SWD is as good."""
+    """Controls at a partial Spearman of .95 and more leave less than the margin: nothing could have been
+    shown. SWD is as good.
+    """
     leaf, verdicts = leaves(lambda seed: study(seed, swd=0.1, control=0.1), 12)
-    assert leaf == leaderboard.CANNOT and all(v["room"] < 0.1 and "margin of 0.10" in v["reason"] for v in verdicts)
+    assert leaf == leaderboard.CANNOT and all(
+        v["room"] < 0.1 and "margin of 0.10" in v["reason"] for v in verdicts
+    )
 
 
 def test_a_study_with_room_is_not_said_to_have_none(few_patterns):
-    """Proxies that are wrong alike leave .3 and more, and little noise between them: that SWD is not better is an answer."""
+    """Proxies that are wrong alike leave .3 and more, and little noise between them: that SWD is not better
+    is an answer.
+    """
+
     def make(seed):
         scores, y, magnitude, meta, models = study(seed, sd=0.25, control=0.4)
         rng = np.random.default_rng(200 + seed)
         return {p: scores["r2"] + noise(meta, rng, 0.05) for p in scores}, y, magnitude, meta, models
 
     leaf, verdicts = leaves(make)
-    assert leaf == "rejected" and all(v["room"] >= max(0.1, v["smallest_detectable"]) and v["p_perfect"] < 0.05 for v in verdicts)
+    assert leaf == "rejected" and all(
+        v["room"] >= max(0.1, v["smallest_detectable"]) and v["p_perfect"] < 0.05 for v in verdicts
+    )
 
-    def independent(seed):  # as wrong, each in its own way: the difference that would show is more than there is
+    # as wrong, each in its own way: the difference that would show is more than there is
+    def independent(seed):
         return study(seed, sd=0.25, swd=0.4, control=0.4)
 
     leaf, verdicts = leaves(independent)
-    assert leaf == leaderboard.CANNOT and all(0.1 <= v["room"] < v["smallest_detectable"] and "four of five cases" in v["reason"] for v in verdicts)
+    assert leaf == leaderboard.CANNOT and all(
+        0.1 <= v["room"] < v["smallest_detectable"] and "four of five cases" in v["reason"] for v in verdicts
+    )
 
 
 def test_a_grid_too_small_for_the_room_says_so():
-    """Six hooks, a control that leaves more than the margin: not even the target itself would have p < .05, by hand."""
+    """Six hooks, a control that leaves more than the margin: not even the target itself would have p < .05,
+    by hand.
+    """
     said = []
     for seed in range(12):
         scores, y, _, meta, _ = data = study(seed, meta=SIX, swd=0.2, control=0.2, sd=0.5)
@@ -697,6 +877,7 @@ def test_a_grid_too_small_for_the_room_says_so():
 @pytest.mark.parametrize("proxy", ["swd_tok", "controls"])
 def test_not_transferable(few_patterns, proxy):
     """Out of range in the larger model, whichever of the two it is, leaves (b) unjudged."""
+
     def make(seed):
         scores, y, _, meta, models = study(seed, **GOOD | {"shift": 6.0 * (proxy == "controls")})
         if proxy == "swd_tok":  # and the target with it, so that it still ranks best
@@ -712,7 +893,9 @@ def test_undecided(few_patterns):
     few = grid(models=("small",), layers=range(5), seeds=2)
     verdict = decide(study(meta=few))
     assert verdict["leaf"] == "undecided" and verdict["n_clusters"] == 5 and verdict["p_control"] is None
-    leaf, verdicts = leaves(lambda seed: study(seed, sd=0.25, swd=0.01, meta=grid(models=("small",), layers=range(12))), 6)
+    leaf, verdicts = leaves(
+        lambda seed: study(seed, sd=0.25, swd=0.01, meta=grid(models=("small",), layers=range(12))), 6
+    )
     assert leaf == "undecided" and all(v["a_holds"] and v["gamma_proxy"] is None for v in verdicts)
     scores, y, *rest = study()
     scores["swd_tok"] = np.zeros_like(y)

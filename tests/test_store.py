@@ -1,4 +1,7 @@
-"""Files that outlive a run: all of a change or nothing of it, at whatever moment it is killed; nothing of a user's touched."""
+"""Files that outlive a run: all of a change or nothing of it, at whatever moment it is killed; nothing of a
+user's touched.
+"""
+
 import json
 import os
 import pathlib
@@ -24,21 +27,34 @@ class Killed(BaseException):
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def kill_at(monkeypatch, moment: int) -> None:
-    """Before its `moment`-th step that the disk would see, the process dies; from then on it can do nothing more."""
-    steps = iter(range(10 ** 6))
+    """Before its `moment`-th step that the disk would see, the process dies; from then on it can do nothing
+    more.
+    """
+    steps = iter(range(10**6))
 
     def dying(function):
         def step(*args, **kwargs):
             if next(steps) >= moment:
                 raise Killed
             return function(*args, **kwargs)
+
         return step
 
-    for where, name in ((os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir")):
+    for where, name in (
+        (os, "replace"),
+        (os, "fsync"),
+        (pathlib.Path, "unlink"),
+        (pathlib.Path, "rename"),
+        (pathlib.Path, "mkdir"),
+    ):
         monkeypatch.setattr(where, name, dying(getattr(where, name)))
 
 
@@ -112,7 +128,7 @@ def test_every_flipped_bit_of_a_record_is_seen(tmp_path):
         except Damaged:
             seen += 1
     assert seen > 0.8 * 8 * len(whole)
-    for text in ("", "[]", "null", "3", "{}", '{"settings": {}}', "[" * 10 ** 5, "\0"):
+    for text in ("", "[]", "null", "3", "{}", '{"settings": {}}', "[" * 10**5, "\0"):
         (tmp_path / RECORD).write_text(text)
         with pytest.raises(Damaged):
             store.load(tmp_path / RECORD)
@@ -123,14 +139,21 @@ def test_a_file_that_a_user_changed_or_put_there_is_kept(tmp_path, capsys):
     (tmp_path / "report.md").write_bytes(b"ours, with notes")
     (tmp_path / "new.csv").write_bytes(b"theirs")
     (tmp_path / "plot.png").unlink()
-    store.put(tmp_path / RECORD, {"report.md": b"ours again", "new.csv": b"ours too", "plot.png": b"ours again"})
+    store.put(
+        tmp_path / RECORD, {"report.md": b"ours again", "new.csv": b"ours too", "plot.png": b"ours again"}
+    )
     store.put(tmp_path / RECORD, {"report.md": b"ours", "new.csv": None})
-    assert (tmp_path / "report.kept.md").read_bytes() == b"ours, with notes" and (tmp_path / "new.kept.csv").read_bytes() == b"theirs"
+    assert (tmp_path / "report.kept.md").read_bytes() == b"ours, with notes" and (
+        tmp_path / "new.kept.csv"
+    ).read_bytes() == b"theirs"
     assert "report.md was changed by someone else: kept as report.kept.md" in capsys.readouterr().out
     (tmp_path / "report.md").write_bytes(b"notes again")
     store.remove(tmp_path / RECORD)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"report.kept.md": b"ours, with notes", "new.kept.csv": b"theirs",
-                                                                    "report.kept-2.md": b"notes again"}
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "report.kept.md": b"ours, with notes",
+        "new.kept.csv": b"theirs",
+        "report.kept-2.md": b"notes again",
+    }
 
 
 def test_fresh_removes_what_runs_wrote_and_nothing_else(tmp_path):
@@ -146,18 +169,25 @@ def test_fresh_removes_what_runs_wrote_and_nothing_else(tmp_path):
         open_output(tmp_path, {"k": [2]}, fresh=False)
     assert contents(tmp_path).items() > theirs.items() and (tmp_path / "conditions.csv").exists()
     open_output(tmp_path, {"k": [2]}, fresh=True)
-    assert set(contents(tmp_path)) == {*theirs, RECORD, store.LOCK} and contents(tmp_path).items() > theirs.items()
+    assert (
+        set(contents(tmp_path)) == {*theirs, RECORD, store.LOCK}
+        and contents(tmp_path).items() > theirs.items()
+    )
     store.release(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../mine", "{tmp}/mine", "..", "", "run.json", "below/mine"])
 @pytest.mark.parametrize("where", ["files", "coming"])
 def test_a_record_speaks_of_its_own_folder_only(tmp_path, where, name):
-    """Results are shared: a stranger's record must not have --fresh, or a mere resume, reach for other files."""
+    """Results are shared: a stranger's record must not have --fresh, or a mere resume, reach for other
+    files.
+    """
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out").mkdir()
     name = name.replace("{tmp}", str(tmp_path))
-    store._write_record(tmp_path / "out" / RECORD, {"files": {}, "coming": {}, where: {name: store.sha256(tmp_path / "mine")}})
+    store._write_record(
+        tmp_path / "out" / RECORD, {"files": {}, "coming": {}, where: {name: store.sha256(tmp_path / "mine")}}
+    )
     before = contents(tmp_path)
     for act in (store.load, store.settle, store.remove, store.written):
         with pytest.raises(Damaged, match="not beside it"):
@@ -178,7 +208,9 @@ def test_a_copy_without_hidden_files_is_still_the_old_results(tmp_path, monkeypa
 def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
     """A colleague's file without permission, a network file system that is away: nothing to set aside."""
     store.put(tmp_path / RECORD, {"a.csv": b"old"})
-    monkeypatch.setattr(store, "sha256", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        store, "sha256", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     with pytest.raises(UserError, match="a.csv: Permission denied") as caught:
         store.checked(tmp_path / RECORD, "a.csv")
     assert not isinstance(caught.value, Damaged)
@@ -186,7 +218,10 @@ def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
 
 def test_probes_of_two_processes_do_not_meet(tmp_path):
     probe = f"import store, pathlib\nfor _ in range(300): store.writable(pathlib.Path({str(tmp_path)!r}), '--cache')"
-    both = [subprocess.Popen([sys.executable, "-c", probe], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", probe], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     assert [process.communicate()[1] for process in both] == ["", ""] and not contents(tmp_path)
 
 
@@ -195,7 +230,8 @@ def test_a_folder_with_results_that_nobody_lists_is_refused(tmp_path):
     for fresh in (False, True):
         with pytest.raises(UserError, match="report.md, which no run.json lists"):
             open_output(tmp_path, {}, fresh)
-    (tmp_path / RECORD).write_text('{"settings": {}, "command": []}')  # of another program, or an older version of this one
+    # of another program, or an older version of this one
+    (tmp_path / RECORD).write_text('{"settings": {}, "command": []}')
     for fresh in (False, True):
         with pytest.raises(UserError, match="run.json: not a record of this program"):
             open_output(tmp_path, {}, fresh)
@@ -234,9 +270,13 @@ def test_a_run_killed_at_any_step_of_its_first_results_goes_on(tmp_path, monkeyp
 def test_a_rank_folder_that_is_none_is_left_alone(tmp_path, made):
     (tmp_path / "else").mkdir()
     (tmp_path / "else/mine").write_text("mine")
-    {"file": lambda path: path.write_text("mine"), "link": lambda path: path.symlink_to(tmp_path / "else"),
-     "folder": lambda path: (path.mkdir(), (path / "mine").write_text("mine"))}[made](tmp_path / ".rank0")
+    {
+        "file": lambda path: path.write_text("mine"),
+        "link": lambda path: path.symlink_to(tmp_path / "else"),
+        "folder": lambda path: (path.mkdir(), (path / "mine").write_text("mine")),
+    }[made](tmp_path / ".rank0")
     from transport_geometry.results import gather
+
     with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
         gather(tmp_path, {})
     with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
@@ -249,6 +289,7 @@ def test_the_umask_decides_who_reads(tmp_path):
     from transport_geometry.sae import save_sae, tied_init
 
     import torch
+
     before = os.umask(0o022)
     try:
         save_sae(tmp_path / "sae", tied_init(4, 8, 2, 0, torch.zeros(4)), {"k": 2})
@@ -285,10 +326,27 @@ common.run_script(main)
 """
 
 
-@pytest.mark.parametrize("content", ["b'x' * 9000", "lambda file: torch.save(torch.zeros(9000), file)", "store.as_npz({'x': __import__('numpy').random.rand(9000)})"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "b'x' * 9000",
+        "lambda file: torch.save(torch.zeros(9000), file)",
+        "store.as_npz({'x': __import__('numpy').random.rand(9000)})",
+    ],
+)
 def test_a_full_disk_is_one_line(tmp_path, content):
-    done = subprocess.run([sys.executable, "-c", LIMITED.replace("{content}", content), str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "cannot be written" in done.stderr and not contents(tmp_path), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED.replace("{content}", content), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and len(done.stderr.splitlines()) == 1
+        and "cannot be written" in done.stderr
+        and not contents(tmp_path)
+    ), done.stderr
 
 
 # ------------------------------------------------------------------------------------------ one writer at a time
@@ -301,7 +359,13 @@ sys.stdin.read()
 
 
 def test_one_writer_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
-    hold = lambda: subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hold = lambda: subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     first = hold()
     assert first.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"in use by process {first.pid} on "):
@@ -320,17 +384,27 @@ def test_one_writer_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
 
 
 def test_who_waits_goes_on_when_the_other_ends(tmp_path):
-    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert first.stdout.readline() == "held\n"
     waited = []
-    store.claim(tmp_path, wait=lambda who: (waited.append(who), threading.Timer(0.3, first.communicate, [""]).start()))
+    store.claim(
+        tmp_path, wait=lambda who: (waited.append(who), threading.Timer(0.3, first.communicate, [""]).start())
+    )
     assert len(waited) == 1 and f"process {first.pid} on" in waited[0] and (tmp_path / store.LOCK).exists()
     store.release(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ formats
 def test_numbers_have_one_format_and_gaps_a_name(tmp_path):
-    store.write(tmp_path / "t.csv", as_csv([{"a": 1 / 3, "b": np.nan, "c": 7, "d": None, "e": "x"}], list("abcde")))
+    store.write(
+        tmp_path / "t.csv", as_csv([{"a": 1 / 3, "b": np.nan, "c": 7, "d": None, "e": "x"}], list("abcde"))
+    )
     assert (tmp_path / "t.csv").read_text() == "a,b,c,d,e\n0.333333,undefined,7,undefined,x\n"
     row = read_table(tmp_path / "t.csv")[0]
     assert row["a"] == 0.333333 and np.isnan(row["b"]) and row["c"] == 7 and row["e"] == "x"
@@ -341,7 +415,12 @@ def test_arrays_come_back_and_pickles_do_not(tmp_path):
     back = read_npz(tmp_path / "t.npz")
     assert back["x"].tolist() == [0, 1, 2] and back["name"].tolist() == ["a", "ö"]
     np.savez(tmp_path / "p.npz", x=np.array([print], dtype=object))
-    for name, content in (("p.npz", None), ("e.npz", b""), ("g.npz", b"PK garbage"), ("h.npz", (tmp_path / "t.npz").read_bytes()[:80])):
+    for name, content in (
+        ("p.npz", None),
+        ("e.npz", b""),
+        ("g.npz", b"PK garbage"),
+        ("h.npz", (tmp_path / "t.npz").read_bytes()[:80]),
+    ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(Damaged):

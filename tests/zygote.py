@@ -1,8 +1,10 @@
-"""The scripts as their users run them, without importing torch for each: a process that has imported everything forks one per command.
+"""The scripts as their users run them, without importing torch for each: a process that has imported
+everything forks one per command.
 
     done = run("expb.py", "--k", "8", "--out", folder)             # as subprocess.run: returncode, stdout, stderr
     done = run("expb.py", ..., kill=7)                             # dies by SIGKILL before its 7th step that the disk would see
 """
+
 import atexit
 import json
 import os
@@ -13,7 +15,14 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = ((os, "replace"), (os, "fsync"), (pathlib.Path, "unlink"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir"), (pathlib.Path, "rmdir"))
+STEPS = (
+    (os, "replace"),
+    (os, "fsync"),
+    (pathlib.Path, "unlink"),
+    (pathlib.Path, "rename"),
+    (pathlib.Path, "mkdir"),
+    (pathlib.Path, "rmdir"),
+)
 
 # for `setup`: small chunks, and a checkpoint after each, so that there is something to kill and to damage
 CHECKPOINTS = """
@@ -23,15 +32,29 @@ sae.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__,
 """
 
 
-def run(script: str, *arguments, kill: int | None = None, after: float | None = None, setup: str = "") -> subprocess.CompletedProcess:
-    """kill: at this step; after: so many seconds from the start; setup: what the process executes before the script."""
+def run(
+    script: str, *arguments, kill: int | None = None, after: float | None = None, setup: str = ""
+) -> subprocess.CompletedProcess:
+    """kill: at this step; after: so many seconds from the start; setup: what the process executes before the
+    script.
+    """
     server, folder = _server()
     out, err = folder / "out", folder / "err"
-    command = dict(script=script, arguments=[str(a) for a in arguments], out=str(out), err=str(err), kill=kill, after=after, setup=setup)
+    command = dict(
+        script=script,
+        arguments=[str(a) for a in arguments],
+        out=str(out),
+        err=str(err),
+        kill=kill,
+        after=after,
+        setup=setup,
+    )
     server.stdin.write(json.dumps(command) + "\n")
     server.stdin.flush()
     status = int(server.stdout.readline())
-    return subprocess.CompletedProcess([script, *arguments], status, *(p.read_bytes().decode(errors="replace") for p in (out, err)))
+    return subprocess.CompletedProcess(
+        [script, *arguments], status, *(p.read_bytes().decode(errors="replace") for p in (out, err))
+    )
 
 
 _running: list = []
@@ -41,7 +64,14 @@ def _server():
     if not _running:
         folder = tempfile.TemporaryDirectory()
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         atexit.register(server.communicate)
         _running.append((server, folder))
     server, folder = _running[0]
@@ -59,7 +89,14 @@ def serve() -> None:
     import matplotlib.pyplot  # noqa: F401
     import scipy.stats  # noqa: F401
     import transformers  # noqa: F401
-    mains = {"expa.py": expa.main, "expb.py": expb.main, "expc_fisher.py": expc_fisher.main, "formats.py": formats.main, "common.py": common.main}
+
+    mains = {
+        "expa.py": expa.main,
+        "expb.py": expb.main,
+        "expc_fisher.py": expc_fisher.main,
+        "formats.py": formats.main,
+        "common.py": common.main,
+    }
     for line in sys.stdin:
         command = json.loads(line)
         pid = os.fork()
@@ -72,6 +109,7 @@ def serve() -> None:
 
 def _kill_after(pid: int, seconds: float) -> None:
     import time
+
     end = time.monotonic() + seconds
     while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         time.sleep(0.01)
@@ -80,6 +118,7 @@ def _kill_after(pid: int, seconds: float) -> None:
 
 def child(command: dict, main, run_script) -> int:
     import traceback
+
     for handle, name in ((1, command["out"]), (2, command["err"])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -110,6 +149,7 @@ def _mortal(function, left):
         if next(left, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
+
     return step
 
 

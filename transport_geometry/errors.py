@@ -1,4 +1,5 @@
 """What goes wrong and is said in one line: bad input and faults, and what a library's own errors become."""
+
 import contextlib
 import os
 import pathlib
@@ -25,11 +26,13 @@ class Fault(Exception):
 def said(error: BaseException) -> str:
     """What a library's error says, in one line."""
     import huggingface_hub.errors as hub
+
     if isinstance(error, hub.GatedRepoError):
         return "gated on the hub (401 or 403): accept its terms there and log in with `hf auth login`"
     if isinstance(error, hub.RepositoryNotFoundError):
         return "no local path, and no repository of the hub that you may read (401 or 404)"
-    text = re.split("For more information|Exception raised from", str(error))[0]  # advice, and torch's frames in C++
+    # advice, and torch's frames in C++
+    text = re.split("For more information|Exception raised from", str(error))[0]
     text = textwrap.shorten(text, 280, placeholder=" ...")
     if isinstance(error, KeyError):
         return f"no {error} in it"
@@ -55,7 +58,16 @@ def reading(path: pathlib.Path) -> Iterator[None]:
         raise Damaged(f"{path}: {error.strerror}") from error
     except OSError as error:  # not to be read by this user, or not now: nobody's damage
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise Damaged(f"{path}: damaged ({type(error).__name__})") from error
 
 
@@ -65,7 +77,9 @@ def brief(text: str, most: int = 60) -> str:
 
 
 def printable(text: str, what: str) -> str:
-    """`text`, a name that is to stand on one line and in files. Raises UserError for control characters and what is no Unicode."""
+    """`text`, a name that is to stand on one line and in files. Raises UserError for control characters and
+    what is no Unicode.
+    """
     if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
         raise UserError(f"{what} {brief(ascii(text))}: a control character in it")
     if len(text) > 1000:
@@ -74,10 +88,14 @@ def printable(text: str, what: str) -> str:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what nobody foresaw."""
+    """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what
+    nobody foresaw.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a locale without R² is no reason to stop
-    name = pathlib.Path(sys.argv[0]).name + (f", rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "")
+    name = pathlib.Path(sys.argv[0]).name + (
+        f", rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else ""
+    )
     try:
         main()
     except UserError as error:

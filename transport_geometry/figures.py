@@ -1,4 +1,5 @@
 """TODO figures."""
+
 import io
 
 import numpy as np
@@ -7,8 +8,10 @@ import numpy as np
 def pyplot():
     """matplotlib.pyplot, drawing to files."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot
+
     return matplotlib.pyplot
 
 

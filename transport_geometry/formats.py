@@ -3,9 +3,10 @@
     python formats.py list PATH_OR_ID                  # the SAEs of a folder or hub repository, and what their files say
     python formats.py export SAE_FOLDER TO             # an SAE trained here, in SAELens' format
 
-Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's sparse_autoencoder and mlsae. Each format's formula
-stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
+Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's sparse_autoencoder and mlsae. Each
+format's formula stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
 """
+
 import fnmatch
 import hashlib
 import json
@@ -28,30 +29,61 @@ from transport_geometry.tables import as_json, markdown
 import torch
 from safetensors.torch import load_file, save
 
-# the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one of OpenAI's
-FORMATS = {"sae_weights.safetensors": ("saelens", "cfg.json"), "sae.safetensors": ("sparsify", "cfg.json"),
-           "ae.pt": ("dictionary_learning", "config.json"), "model.safetensors": ("mlsae", "config.json")}
-BESIDE = {"saelens": ("activation_scaler.json", "activation_whitening.safetensors"), "sparsify": ("provenance.json",)}
+# the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one
+# of OpenAI's
+FORMATS = {
+    "sae_weights.safetensors": ("saelens", "cfg.json"),
+    "sae.safetensors": ("sparsify", "cfg.json"),
+    "ae.pt": ("dictionary_learning", "config.json"),
+    "model.safetensors": ("mlsae", "config.json"),
+}
+BESIDE = {
+    "saelens": ("activation_scaler.json", "activation_whitening.safetensors"),
+    "sparsify": ("provenance.json",),
+}
 SAELENS_VERSION = "6.54.12"  # whose files the export writes and the tests compare with
-# Another reading is called better when it leaves less than this share of the declared one's unexplained variance. Of 108 rightly labelled
-# SAEs trained here none came below .995 in the other basis and .98 at a neighbouring block; read one block too late: .73 to .93.
+# Another reading is called better when it leaves less than this share of the declared one's unexplained
+# variance. Of 108 rightly labelled SAEs trained here none came below .995 in the other basis and .98 at a
+# neighbouring block; read one block too late: .73 to .93.
 BASIS_MARGIN, LAYER_MARGIN = 0.99, 0.95
 
 
 class FileSAE(torch.nn.Module):
     """Any SAE whose code is a function of single tokens, for raw activations h [N,d].
 
-    x = (h - shift) / scale for each token, by `norm`; z = W_enc (x - b_in) + b_enc; a code by `rule`; h_hat = (a W_dec + b_dec) scale
-    + shift, plus W_skip h. Rules: `topk` and `groupmax` (k latents), `threshold` (z where it exceeds `threshold` and 0: ReLU,
-    JumpReLU, BatchTopK at inference), `gated` (relu(gain z' + b_mag) where z > 0, z' = z - b_enc).
+    x = (h - shift) / scale for each token, by `norm`; z = W_enc (x - b_in) + b_enc; a code by `rule`; h_hat =
+    (a W_dec + b_dec) scale + shift, plus W_skip h. Rules: `topk` and `groupmax` (k latents), `threshold` (z
+    where it exceeds `threshold` and 0: ReLU, JumpReLU, BatchTopK at inference), `gated` (relu(gain z' +
+    b_mag) where z > 0, z' = z - b_enc).
     """
 
-    def __init__(self, rule: str, W_enc, b_enc, W_dec, b_dec, b_in=None, k: int | None = None, norm: str = "none", **more):
-        """W_enc, W_dec [F,d]; b_enc [F]; b_dec, b_in [d]; more: threshold [F] or [], gain [F], b_mag [F], W_skip [d,d]."""
+    def __init__(
+        self,
+        rule: str,
+        W_enc,
+        b_enc,
+        W_dec,
+        b_dec,
+        b_in=None,
+        k: int | None = None,
+        norm: str = "none",
+        **more,
+    ):
+        """W_enc, W_dec [F,d]; b_enc [F]; b_dec, b_in [d]; more: threshold [F] or [], gain [F], b_mag [F],
+        W_skip [d,d].
+        """
         super().__init__()
         self.rule, self.k, self.norm = rule, k, norm
-        self.centred = False  # True: an SAE of h less its mean over d (TransformerLens' processed weights), which is added again
-        tensors = dict(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, b_in=torch.zeros_like(b_dec) if b_in is None else b_in, **more)
+        # True: an SAE of h less its mean over d (TransformerLens' processed weights), which is added again
+        self.centred = False
+        tensors = dict(
+            W_enc=W_enc,
+            b_enc=b_enc,
+            W_dec=W_dec,
+            b_dec=b_dec,
+            b_in=torch.zeros_like(b_dec) if b_in is None else b_in,
+            **more,
+        )
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
@@ -59,7 +91,8 @@ class FileSAE(torch.nn.Module):
         """(x [N,d], shift, scale): the way in, and the way back x scale + shift."""
         shift = h.mean(1, keepdim=True) if self.centred else torch.zeros_like(h[:, :1])
         x = h - shift
-        if self.norm == "layer_norm":  # eps on the way in only, and the sample's standard deviation: SAELens, OpenAI and mlsae agree
+        # eps on the way in only, and the sample's standard deviation: SAELens, OpenAI and mlsae agree
+        if self.norm == "layer_norm":
             mean, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True)
             return (x - mean) / (scale + 1e-5), shift + mean, scale
         if self.norm == "constant_norm_rescale":
@@ -68,7 +101,9 @@ class FileSAE(torch.nn.Module):
         return x, shift, torch.ones_like(shift)
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """values [N,K] >= 0 and indices [N,K], ascending; K = k, or the most that a token of h has (the others end in zeros)."""
+        """values [N,K] >= 0 and indices [N,K], ascending; K = k, or the most that a token of h has (the
+        others end in zeros).
+        """
         x = self.normalised(h)[0] - self.b_in
         if self.rule == "topk":
             return kernels.topk_encode(x, self.W_enc, self.b_enc, self.k)
@@ -100,12 +135,19 @@ class FileSAE(torch.nn.Module):
 # --------------------------------------------------------------------------------------------- formats
 # For each: says(configuration, path, beside) -> what the files say of the SAE, without its weights; computes(tensors, configuration,
 # beside) -> arguments of FileSAE. beside: the contents of BESIDE's files that are there.
-BELONGS = {str: "text", int: "a whole number of at least 0", float: "a number above 0", bool: "true or false", dict: "named values",
-           list: "true, false or a list"}
+BELONGS = {
+    str: "text",
+    int: "a whole number of at least 0",
+    float: "a number above 0",
+    bool: "true or false",
+    dict: "named values",
+    list: "true, false or a list",
+}
 
 
 def field(config: dict, name: str, kind: type, default=None):
-    """config[name], or the default where it is null or not there. Raises UserError where it is of another kind.
+    """config[name], or the default where it is null or not there. Raises UserError where it is of another
+    kind.
 
     JSON has one kind of number, so 128.0 is whole; Python takes true for one, and a file that does is wrong.
     """
@@ -114,7 +156,8 @@ def field(config: dict, name: str, kind: type, default=None):
         return default
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2 ** 31  # also what is finite
+    # also what is finite
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**31
     if kind is int and number and value == int(value) or kind is float and number and value > 0:
         return kind(value)
     if kind not in (int, float) and isinstance(value, kind) or kind is list and isinstance(value, bool):
@@ -134,14 +177,31 @@ def saelens_says(config: dict, path: str, beside: dict) -> dict:
     site, layer = hook_of_lens(field(meta, "hook_name", str) or field(meta, "hook_point", str, ""))
     centred = field(field(meta, "model_from_pretrained_kwargs", dict, {}), "center_writing_weights", bool)
     left_out = {name: field(meta, name, list, False) for name in ("exclude_special_tokens", "seqpos_slice")}
-    unseen = [name for name, value in left_out.items() if value is True or value and any(v is not None for v in value)]
-    return dict(site=site, layer=layer, model=field(meta, "model_name", str), ctx=field(meta, "context_size", int),
-                bos=field(meta, "prepend_bos", bool), basis="centred" if centred else "raw", width=field(config, "d_sae", int), unseen=unseen)
+    unseen = [
+        name
+        for name, value in left_out.items()
+        if value is True or value and any(v is not None for v in value)
+    ]
+    return dict(
+        site=site,
+        layer=layer,
+        model=field(meta, "model_name", str),
+        ctx=field(meta, "context_size", int),
+        bos=field(meta, "prepend_bos", bool),
+        basis="centred" if centred else "raw",
+        width=field(config, "d_sae", int),
+        unseen=unseen,
+    )
 
 
 def saelens(t: dict, config: dict, beside: dict) -> dict:
-    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z |W_dec_i| where rescaled."""
-    architecture, norm = field(config, "architecture", str, "standard"), config.get("normalize_activations") or "none"
+    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z
+    |W_dec_i| where rescaled.
+    """
+    architecture, norm = (
+        field(config, "architecture", str, "standard"),
+        config.get("normalize_activations") or "none",
+    )
     activation = field(config, "activation_fn_str", str) or field(config, "activation_fn", str, "relu")
     k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
     if activation == "topk":  # version 5 has it as a standard SAE's activation function
@@ -151,27 +211,45 @@ def saelens(t: dict, config: dict, beside: dict) -> dict:
     if config.get("finetuning_scaling_factor") or "scaling_factor" in t:
         raise UserError("a finetuning scaling factor is not supported")
     W_dec, b_dec = t["W_dec"], t["b_dec"]
-    args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec))
+    args = dict(
+        W_enc=t["W_enc"].t(),
+        W_dec=W_dec,
+        b_dec=b_dec,
+        b_in=b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec),
+    )
     if architecture == "gated":
         args |= dict(rule="gated", b_enc=t["b_gate"], gain=t["r_mag"].exp(), b_mag=t["b_mag"])
     elif architecture == "topk":
         args |= dict(rule="topk", b_enc=t["b_enc"], k=k)
-    elif architecture in ("jumprelu", "batchtopk", "standard"):  # a BatchTopK checkpoint keeps one threshold for all
+    # a BatchTopK checkpoint keeps one threshold for all
+    elif architecture in ("jumprelu", "batchtopk", "standard"):
         threshold = {"jumprelu": "threshold", "batchtopk": "topk_threshold"}.get(architecture)
-        args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t[threshold] if threshold else torch.zeros(()))
+        args |= dict(
+            rule="threshold", b_enc=t["b_enc"], threshold=t[threshold] if threshold else torch.zeros(())
+        )
     else:
-        raise UserError(f"architecture {architecture!r} is not supported (topk, batchtopk, jumprelu, standard and gated are)")
-    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture in ("topk", "batchtopk"):  # ranked by how much a latent writes
+        raise UserError(
+            f"architecture {architecture!r} is not supported (topk, batchtopk, jumprelu, standard and gated are)"
+        )
+    # ranked by how much a latent writes
+    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture in ("topk", "batchtopk"):
         length = W_dec.norm(dim=1).clamp(min=1e-8)
-        args |= dict(W_enc=args["W_enc"] * length[:, None], W_dec=W_dec / length[:, None], b_enc=t["b_enc"] * length)
-    if norm in (True, "expected_average_only_in"):  # a checkpoint; a finished SAE has it folded in and says none
+        args |= dict(
+            W_enc=args["W_enc"] * length[:, None], W_dec=W_dec / length[:, None], b_enc=t["b_enc"] * length
+        )
+    # a checkpoint; a finished SAE has it folded in and says none
+    if norm in (True, "expected_average_only_in"):
         scale = field(beside.get("activation_scaler.json", {}), "scaling_factor", float)
         if scale is None:
-            raise UserError("trained on scaled activations, and activation_scaler.json, which holds the scale, is not beside it")
+            raise UserError(
+                "trained on scaled activations, and activation_scaler.json, which holds the scale, is not beside it"
+            )
         return rescaled(args, 1 / scale)
     if norm == "covariance_whitening":
         if "activation_whitening.safetensors" not in beside:
-            raise UserError("trained on whitened activations, and activation_whitening.safetensors is not beside it")
+            raise UserError(
+                "trained on whitened activations, and activation_whitening.safetensors is not beside it"
+            )
         return unwhitened(args, beside["activation_whitening.safetensors"])
     if norm not in ("none", "layer_norm", "constant_norm_rescale"):
         raise UserError(f"normalize_activations {norm!r} is not supported")
@@ -182,71 +260,156 @@ def sparsify_says(config: dict, path: str, beside: dict) -> dict:
     """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
     made = beside.get("provenance.json", {})
     site, layer = ("resid_post", field(made, "layer", int)) if "layer" in made else hook_of_path(path)
-    width = field(config, "num_latents", int) or field(config, "d_in", int, 0) * field(config, "expansion_factor", int, 0)
-    return dict(site="transcoder" if field(config, "transcode", bool) else site, layer=layer, model=field(made, "model", str),
-                ctx=field(made, "ctx", int), bos=False if made else None, basis="raw", width=width)
+    width = field(config, "num_latents", int) or field(config, "d_in", int, 0) * field(
+        config, "expansion_factor", int, 0
+    )
+    return dict(
+        site="transcoder" if field(config, "transcode", bool) else site,
+        layer=layer,
+        model=field(made, "model", str),
+        ctx=field(made, "ctx", int),
+        bos=False if made else None,
+        basis="raw",
+        width=width,
+    )
 
 
 def sparsify(t: dict, config: dict, beside: dict) -> dict:
-    """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec + W_skip h; W_dec lies as [F,d].
+    """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec
+    + W_skip h; W_dec lies as [F,d].
 
     num_latents may say 0 (then F = d_in expansion_factor): F is the tensor's.
     """
     activation = field(config, "activation", str, "topk")
     if activation not in ("topk", "groupmax"):
         raise UserError(f"activation {activation!r} is not supported")
-    return dict(rule=activation, k=field(config, "k", int), W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["W_dec"], b_dec=t["b_dec"],
-                b_in=t["b_dec"]) | ({"W_skip": t["W_skip"]} if "W_skip" in t else {})
+    return dict(
+        rule=activation,
+        k=field(config, "k", int),
+        W_enc=t["encoder.weight"],
+        b_enc=t["encoder.bias"],
+        W_dec=t["W_dec"],
+        b_dec=t["b_dec"],
+        b_in=t["b_dec"],
+    ) | ({"W_skip": t["W_skip"]} if "W_skip" in t else {})
 
 
 def dictionary_learning_says(config: dict, path: str, beside: dict) -> dict:
     trainer, buffer = field(config, "trainer", dict, {}), field(config, "buffer", dict, {})
     site, layer = hook_of_path(field(trainer, "submodule_name", str) or path)
-    return dict(site=site, layer=field(trainer, "layer", int) if layer is None else layer, model=field(trainer, "lm_name", str),
-                ctx=field(buffer, "ctx_len", int), bos=None, basis="raw", width=field(trainer, "dict_size", int),
-                unseen=["remove_bos"] if field(buffer, "remove_bos", bool) else [])
+    return dict(
+        site=site,
+        layer=field(trainer, "layer", int) if layer is None else layer,
+        model=field(trainer, "lm_name", str),
+        ctx=field(buffer, "ctx_len", int),
+        bos=None,
+        basis="raw",
+        width=field(trainer, "dict_size", int),
+        unseen=["remove_bos"] if field(buffer, "remove_bos", bool) else [],
+    )
 
 
 def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
-    """z = ReLU(W_enc (h - b_dec) + b_enc), then by class: all of it, the top k, or what exceeds the threshold (BatchTopK).
+    """z = ReLU(W_enc (h - b_dec) + b_enc), then by class: all of it, the top k, or what exceeds the threshold
+    (BatchTopK).
 
-    TopK and BatchTopK leave the same tensors, so the class must be said. A checkpoint in mid-run is nested, and its
-    activations are divided by norm_factor.
+    TopK and BatchTopK leave the same tensors, so the class must be said. A checkpoint in mid-run is nested,
+    and its activations are divided by norm_factor.
     """
     factor = 1.0
     if "ae" in t:
-        t, factor, config = field(t, "ae", dict), field(t, "norm_factor", float, 1.0), config or {"trainer": t.get("config")}
+        t, factor, config = (
+            field(t, "ae", dict),
+            field(t, "norm_factor", float, 1.0),
+            config or {"trainer": t.get("config")},
+        )
     trainer = field(config, "trainer", dict, {})
-    name, k = field(trainer, "dict_class", str), field(t if "k" in t else trainer, "k", int)  # the first TopK files hold no k
+    # the first TopK files hold no k
+    name, k = field(trainer, "dict_class", str), field(t if "k" in t else trainer, "k", int)
     if "r_mag" in t:
-        args = dict(rule="gated", W_enc=t["encoder.weight"], b_enc=t["gate_bias"], gain=t["r_mag"].exp(), b_mag=t["mag_bias"],
-                    W_dec=t["decoder.weight"].t(), b_dec=t["decoder_bias"], b_in=t["decoder_bias"])
+        args = dict(
+            rule="gated",
+            W_enc=t["encoder.weight"],
+            b_enc=t["gate_bias"],
+            gain=t["r_mag"].exp(),
+            b_mag=t["mag_bias"],
+            W_dec=t["decoder.weight"].t(),
+            b_dec=t["decoder_bias"],
+            b_in=t["decoder_bias"],
+        )
     elif "W_enc" in t:  # JumpReLU, and Matryoshka BatchTopK, which has a k and subtracts b_dec
-        args = dict(rule="threshold", W_enc=t["W_enc"].t(), b_enc=t["b_enc"], W_dec=t["W_dec"], b_dec=t["b_dec"], threshold=t["threshold"],
-                    b_in=t["b_dec"] if "k" in t else None)
+        args = dict(
+            rule="threshold",
+            W_enc=t["W_enc"].t(),
+            b_enc=t["b_enc"],
+            W_dec=t["W_dec"],
+            b_dec=t["b_dec"],
+            threshold=t["threshold"],
+            b_in=t["b_dec"] if "k" in t else None,
+        )
     elif "k" in t or name in ("AutoEncoderTopK", "BatchTopKSAE"):
         if name not in ("AutoEncoderTopK", "BatchTopKSAE"):
-            raise UserError(f"TopK or BatchTopK? Their tensors are alike, and config.json beside them says {name or 'nothing'}")
-        args = dict(W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(), b_dec=t["b_dec"], b_in=t["b_dec"])
-        args |= dict(rule="topk", k=k) if name == "AutoEncoderTopK" else dict(rule="threshold", threshold=t["threshold"])
+            raise UserError(
+                f"TopK or BatchTopK? Their tensors are alike, and config.json beside them says {name or 'nothing'}"
+            )
+        args = dict(
+            W_enc=t["encoder.weight"],
+            b_enc=t["encoder.bias"],
+            W_dec=t["decoder.weight"].t(),
+            b_dec=t["b_dec"],
+            b_in=t["b_dec"],
+        )
+        args |= (
+            dict(rule="topk", k=k)
+            if name == "AutoEncoderTopK"
+            else dict(rule="threshold", threshold=t["threshold"])
+        )
     else:  # AutoEncoder has one bias at both ends, AutoEncoderNew one after the decoder
-        args = dict(rule="threshold", W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t(),
-                    b_dec=t["bias"] if "bias" in t else t["decoder.bias"], b_in=t.get("bias"), threshold=torch.zeros(()))
+        args = dict(
+            rule="threshold",
+            W_enc=t["encoder.weight"],
+            b_enc=t["encoder.bias"],
+            W_dec=t["decoder.weight"].t(),
+            b_dec=t["bias"] if "bias" in t else t["decoder.bias"],
+            b_in=t.get("bias"),
+            threshold=torch.zeros(()),
+        )
     return rescaled(args, factor)
 
 
 def openai_says(config: dict, path: str, beside: dict) -> dict:
     """.../LOCATION/autoencoders/LAYER.pt, of GPT-2 small."""
     file = pathlib.PurePosixPath(path)
-    site = next((s for s in ("mlp_post_act", "resid_delta_attn", "resid_delta_mlp", "resid_post_attn") if s in path), "resid_post")
-    return dict(site=site, layer=int(file.stem) if file.stem.isdecimal() else None, model="gpt2", ctx=None, bos=None, basis="raw", width=None)
+    site = next(
+        (s for s in ("mlp_post_act", "resid_delta_attn", "resid_delta_mlp", "resid_post_attn") if s in path),
+        "resid_post",
+    )
+    return dict(
+        site=site,
+        layer=int(file.stem) if file.stem.isdecimal() else None,
+        model="gpt2",
+        ctx=None,
+        bos=None,
+        basis="raw",
+        width=None,
+    )
 
 
 def openai(t: dict, config: dict, beside: dict) -> dict:
-    """z = W_enc (x - pre_bias) + latent_bias; where the activation is TopK, x is h less its mean over its standard deviation."""
-    args = dict(W_enc=t["encoder.weight"], b_enc=t["latent_bias"], W_dec=t["decoder.weight"].t(), b_dec=t["pre_bias"], b_in=t["pre_bias"])
+    """z = W_enc (x - pre_bias) + latent_bias; where the activation is TopK, x is h less its mean over its
+    standard deviation.
+    """
+    args = dict(
+        W_enc=t["encoder.weight"],
+        b_enc=t["latent_bias"],
+        W_dec=t["decoder.weight"].t(),
+        b_dec=t["pre_bias"],
+        b_in=t["pre_bias"],
+    )
     if t.get("activation") == "TopK":
-        return args | dict(rule="topk", k=field(field(t, "activation_state_dict", dict, {}), "k", int), norm="layer_norm")
+        return args | dict(
+            rule="topk", k=field(field(t, "activation_state_dict", dict, {}), "k", int), norm="layer_norm"
+        )
     if t.get("activation") == "ReLU":
         return args | dict(rule="threshold", threshold=torch.zeros(()))
     raise UserError(f"activation {t.get('activation')!r} is not supported")
@@ -255,32 +418,64 @@ def openai(t: dict, config: dict, beside: dict) -> dict:
 def mlsae_says(config: dict, path: str, beside: dict) -> dict:
     """One SAE may serve all layers; the repository's name ends in layers-L where it is of one."""
     layer = re.search(r"layers-(\d+)(?![\d-])", path)
-    return dict(site="resid_post" if "n_latents" in config else "language model", layer=int(layer[1]) if layer else None, model=None, ctx=None, bos=None, basis="raw",
-                width=field(config, "n_latents", int))
+    return dict(
+        site="resid_post" if "n_latents" in config else "language model",
+        layer=int(layer[1]) if layer else None,
+        model=None,
+        ctx=None,
+        bos=None,
+        basis="raw",
+        width=field(config, "n_latents", int),
+    )
 
 
 def mlsae(t: dict, config: dict, beside: dict) -> dict:
     """OpenAI's TopK without a bias on the latents."""
     W_enc = t["encoder.weight"]
-    return dict(rule="topk", k=field(config, "k", int), W_enc=W_enc, b_enc=torch.zeros(len(W_enc)), W_dec=t["decoder.weight"].t(), b_dec=t["pre_encoder_bias"],
-                b_in=t["pre_encoder_bias"], norm="layer_norm" if field(config, "standardize", bool, True) else "none")
+    return dict(
+        rule="topk",
+        k=field(config, "k", int),
+        W_enc=W_enc,
+        b_enc=torch.zeros(len(W_enc)),
+        W_dec=t["decoder.weight"].t(),
+        b_dec=t["pre_encoder_bias"],
+        b_in=t["pre_encoder_bias"],
+        norm="layer_norm" if field(config, "standardize", bool, True) else "none",
+    )
 
 
-READERS = {"saelens": (saelens_says, saelens), "sparsify": (sparsify_says, sparsify), "openai": (openai_says, openai), "mlsae": (mlsae_says, mlsae),
-           "dictionary_learning": (dictionary_learning_says, dictionary_learning)}
+READERS = {
+    "saelens": (saelens_says, saelens),
+    "sparsify": (sparsify_says, sparsify),
+    "openai": (openai_says, openai),
+    "mlsae": (mlsae_says, mlsae),
+    "dictionary_learning": (dictionary_learning_says, dictionary_learning),
+}
 
 
 def rescaled(args: dict, factor: float) -> dict:
-    """The SAE of h whose own activations are h / factor: every bias and threshold grows by the factor, no weight changes."""
-    return args | {name: args[name] * factor for name in ("b_enc", "b_dec", "b_in", "b_mag", "threshold") if args.get(name) is not None}
+    """The SAE of h whose own activations are h / factor: every bias and threshold grows by the factor, no
+    weight changes.
+    """
+    return args | {
+        name: args[name] * factor
+        for name in ("b_enc", "b_dec", "b_in", "b_mag", "threshold")
+        if args.get(name) is not None
+    }
 
 
 def unwhitened(args: dict, white: dict) -> dict:
-    """The SAE of h whose own activations are (h - mean) M: both maps are affine, so they fold into the weights (in float64)."""
+    """The SAE of h whose own activations are (h - mean) M: both maps are affine, so they fold into the
+    weights (in float64).
+    """
     mean, matrix, inverse = (white[name].double() for name in ("mean", "matrix", "inverse_matrix"))
     W_enc = args["W_enc"].double() @ matrix.t()
-    return args | dict(W_enc=W_enc, W_dec=args["W_dec"].double() @ inverse, b_in=args["b_in"].double() @ inverse + mean,
-                       b_dec=args["b_dec"].double() @ inverse + mean)
+    return args | dict(
+        W_enc=W_enc,
+        W_dec=args["W_dec"].double() @ inverse,
+        b_in=args["b_in"].double() @ inverse + mean,
+        b_dec=args["b_dec"].double() @ inverse + mean,
+    )
 
 
 def hook_of_lens(name: str) -> tuple[str | None, int | None]:
@@ -293,7 +488,9 @@ def hook_of_lens(name: str) -> tuple[str | None, int | None]:
 
 
 def hook_of_path(path: str) -> tuple[str | None, int | None]:
-    """(site, layer) from the last such name in it: layers.3, h.3, layers.3.mlp, resid_post_layer_3, mlp_out_layer3; (None, None) without one."""
+    """(site, layer) from the last such name in it: layers.3, h.3, layers.3.mlp, resid_post_layer_3,
+    mlp_out_layer3; (None, None) without one.
+    """
     for part in reversed(path.split("/")):
         if match := re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)$", part):
             return match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1])
@@ -304,15 +501,23 @@ def hook_of_path(path: str) -> tuple[str | None, int | None]:
 
 def hub_name(said: str) -> str:
     """The hub's name of a model that an SAE's file calls by TransformerLens' name."""
-    return said if "/" in said else f"EleutherAI/{said}" if said.startswith("pythia") else {"gpt2-small": "gpt2"}.get(said, said)
+    return (
+        said
+        if "/" in said
+        else f"EleutherAI/{said}"
+        if said.startswith("pythia")
+        else {"gpt2-small": "gpt2"}.get(said, said)
+    )
 
 
 # ------------------------------------------------------------------------------------------ where they lie
 def find(spec: str) -> list[dict]:
-    """The SAEs that PATH_OR_ID[/SUB_PATH_OR_PATTERN][@REVISION] names: [{label, path, format, weights, config, beside, fetch}], sorted.
+    """The SAEs that PATH_OR_ID[/SUB_PATH_OR_PATTERN][@REVISION] names: [{label, path, format, weights,
+    config, beside, fetch}], sorted.
 
-    label is what people (and result files) call it: a hub id with its sub-path, a local path as typed. weights, config and
-    beside name files; fetch(name) -> local path downloads the one on the hub. Raises UserError.
+    label is what people (and result files) call it: a hub id with its sub-path, a local path as typed.
+    weights, config and beside name files; fetch(name) -> local path downloads the one on the hub. Raises
+    UserError.
     """
     with one_line(f"--sae {spec}"):
         parts = pathlib.Path(spec).parts
@@ -322,47 +527,93 @@ def find(spec: str) -> list[dict]:
             if root.is_file():
                 root, pattern = root.parent, root.name
             files = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
-            name, whole, fetch = "/".join(root.parts[-2:]) if root.is_absolute() else str(root), str(root.resolve()), lambda file: root / file
+            name, whole, fetch = (
+                "/".join(root.parts[-2:]) if root.is_absolute() else str(root),
+                str(root.resolve()),
+                lambda file: root / file,
+            )
         else:
             import huggingface_hub
+
             there, _, revision = spec.partition("@")
             name, pattern = "/".join(there.split("/")[:2]), "/".join(there.split("/")[2:]).rstrip("/")
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or spec.startswith(".") or pathlib.Path(parts[0]).exists():
+            if (
+                not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+                or spec.startswith(".")
+                or pathlib.Path(parts[0]).exists()
+            ):
                 raise UserError("no such file or folder, and no hub id")
             files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)
-            whole, fetch = name, lambda file: pathlib.Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
+            whole, fetch = (
+                name,
+                lambda file: pathlib.Path(
+                    huggingface_hub.hf_hub_download(name, file, revision=revision or None)
+                ),
+            )
         found = []
         for file in sorted(files):
             folder, last = os.path.split(file)
             if last in FORMATS:
                 (kind, config), path = FORMATS[last], folder
-            elif file == pattern and last.startswith("ae"):  # a checkpoint of dictionary_learning; only where asked for
+            # a checkpoint of dictionary_learning; only where asked for
+            elif file == pattern and last.startswith("ae"):
                 (kind, config), path = FORMATS["ae.pt"], file
             elif last.endswith(".pt") and (file == pattern or re.search(r"autoencoders?/", file)):
                 (kind, config), path = ("openai", None), file
             else:
                 continue
-            if pattern and pattern not in (path, file) and not path.startswith(f"{pattern}/") and not fnmatch.fnmatchcase(path, pattern):
+            if (
+                pattern
+                and pattern not in (path, file)
+                and not path.startswith(f"{pattern}/")
+                and not fnmatch.fnmatchcase(path, pattern)
+            ):
                 continue
             beside = lambda name: os.path.join(folder, name) if os.path.join(folder, name) in files else None
             label = printable("/".join(filter(None, (name, path))), "its name")
-            found.append(dict(label=label, path="/".join(filter(None, (whole, path))), format=kind, weights=file,
-                              config=config and beside(config), beside=[b for b in map(beside, BESIDE.get(kind, ())) if b], fetch=fetch))
+            found.append(
+                dict(
+                    label=label,
+                    path="/".join(filter(None, (whole, path))),
+                    format=kind,
+                    weights=file,
+                    config=config and beside(config),
+                    beside=[b for b in map(beside, BESIDE.get(kind, ())) if b],
+                    fetch=fetch,
+                )
+            )
         if not found:
-            raise UserError(f"no SAE {f'at {pattern} ' if pattern else ''}in it ({', '.join(FORMATS)} or OpenAI's autoencoders/*.pt)"
-                            + (f"; it holds {', '.join(sorted(files)[:6])}{', ...' if len(files) > 6 else ''}" if files else ""))
+            raise UserError(
+                f"no SAE {f'at {pattern} ' if pattern else ''}in it ({', '.join(FORMATS)} or OpenAI's autoencoders/*.pt)"
+                + (
+                    f"; it holds {', '.join(sorted(files)[:6])}{', ...' if len(files) > 6 else ''}"
+                    if files
+                    else ""
+                )
+            )
         return sorted(found, key=lambda entry: entry["label"])
 
 
 def describe(entry: dict) -> dict:
-    """What an SAE's files say of it, without its weights: {format, site, layer, model, ctx, bos, basis, width, unseen}. Raises UserError.
+    """What an SAE's files say of it, without its weights: {format, site, layer, model, ctx, bos, basis,
+    width, unseen}. Raises UserError.
 
-    None where they do not say. bos: whether every sequence began with one. unseen: what says that it never saw some positions.
+    None where they do not say. bos: whether every sequence began with one. unseen: what says that it never
+    saw some positions.
     """
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
-        said = {"format": entry["format"], "unseen": []} | READERS[entry["format"]][0](config, entry["path"], beside)
-        for name, kind in (("site", str), ("layer", int), ("model", str), ("ctx", int), ("bos", bool), ("width", int)):
+        said = {"format": entry["format"], "unseen": []} | READERS[entry["format"]][0](
+            config, entry["path"], beside
+        )
+        for name, kind in (
+            ("site", str),
+            ("layer", int),
+            ("model", str),
+            ("ctx", int),
+            ("bos", bool),
+            ("width", int),
+        ):
             field(said, name, kind)
         for name in ("site", "model"):
             printable(said[name] or "", name)
@@ -373,7 +624,9 @@ def describe(entry: dict) -> dict:
 
 def _configuration(entry: dict) -> tuple[dict, dict]:
     if entry["config"] is None and entry["format"] not in ("openai", "dictionary_learning"):
-        raise UserError(f"{FORMATS[os.path.basename(entry['weights'])][1]} is missing beside {entry['weights']}")
+        raise UserError(
+            f"{FORMATS[os.path.basename(entry['weights'])][1]} is missing beside {entry['weights']}"
+        )
 
     def load(name: str) -> dict:
         path = entry["fetch"](name)
@@ -385,13 +638,17 @@ def _configuration(entry: dict) -> tuple[dict, dict]:
                 raise UserError(f"{repr(content)[:60]}, where named values belong")
             return content
 
-    return load(entry["config"]) if entry["config"] else {}, {os.path.basename(name): load(name) for name in entry["beside"]}
+    return load(entry["config"]) if entry["config"] else {}, {
+        os.path.basename(name): load(name) for name in entry["beside"]
+    }
 
 
 def read_tensors(path: pathlib.Path) -> dict:
-    """What a weights file holds, by name. Raises UserError: a pickle that wants to run code, or a small file of large tensors.
+    """What a weights file holds, by name. Raises UserError: a pickle that wants to run code, or a small file
+    of large tensors.
 
-    torch neither compresses its zips nor asks that a tensor's values are all stored: both would let some KB take all memory.
+    torch neither compresses its zips nor asks that a tensor's values are all stored: both would let some KB
+    take all memory.
     """
     if path.suffix != ".pt":
         return load_file(path)
@@ -404,7 +661,9 @@ def read_tensors(path: pathlib.Path) -> dict:
         with warnings.catch_warnings(action="ignore"):  # of a newer pickle protocol
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise UserError("a pickle that is damaged or wants to run code; only tensors and plain values are read") from error
+        raise UserError(
+            "a pickle that is damaged or wants to run code; only tensors and plain values are read"
+        ) from error
     if not isinstance(tensors, dict):
         raise UserError(f"it holds a {type(tensors).__name__}, not tensors by name")
     levels = [tensors, *(value for value in tensors.values() if isinstance(value, dict))]
@@ -418,7 +677,9 @@ def read_tensors(path: pathlib.Path) -> dict:
 
 
 def read(entry: dict) -> FileSAE:
-    """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture that is not supported."""
+    """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture
+    that is not supported.
+    """
     with one_line(f"--sae {entry['label']}"):
         config, beside = _configuration(entry)
         weights = entry["fetch"](entry["weights"])
@@ -426,15 +687,31 @@ def read(entry: dict) -> FileSAE:
             for path in (weights, entry["fetch"](entry["config"])):
                 store.checked(weights.parent / store.PROVENANCE, path.name)
         args = READERS[entry["format"]][1](read_tensors(weights), config, beside)
-        args = {name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()}
+        args = {
+            name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()
+        }
         F, d = args["W_enc"].shape if args["W_enc"].ndim == 2 else (0, 0)
         if not F * d:
             raise UserError(f"its encoder is {list(args['W_enc'].shape)}, where a matrix belongs")
-        shapes = dict(W_enc=(F, d), W_dec=(F, d), b_enc=(F,), b_dec=(d,), b_in=(d,), gain=(F,), b_mag=(F,), W_skip=(d, d), threshold=(F,))
+        shapes = dict(
+            W_enc=(F, d),
+            W_dec=(F, d),
+            b_enc=(F,),
+            b_dec=(d,),
+            b_in=(d,),
+            gain=(F,),
+            b_mag=(F,),
+            W_skip=(d, d),
+            threshold=(F,),
+        )
         for name, tensor in args.items():
             if isinstance(tensor, torch.Tensor):
-                if tuple(tensor.shape) != shapes[name] and not (name == "threshold" and tensor.shape in ((), (1,))):
-                    raise UserError(f"{name} is {list(tensor.shape)}, and W_enc {[F, d]} asks for {list(shapes[name])}")
+                if tuple(tensor.shape) != shapes[name] and not (
+                    name == "threshold" and tensor.shape in ((), (1,))
+                ):
+                    raise UserError(
+                        f"{name} is {list(tensor.shape)}, and W_enc {[F, d]} asks for {list(shapes[name])}"
+                    )
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{name} holds values that are not finite")
         if "k" in args and not 1 <= (args["k"] or 0) <= F:
@@ -446,19 +723,29 @@ def read(entry: dict) -> FileSAE:
 
 def fused(sae: FileSAE) -> TopKSAE | FileSAE:
     """The same SAE as the fused kernels' own kind, where it is of that kind."""
-    if sae.rule == "topk" and sae.norm == "none" and not sae.centred and not hasattr(sae, "W_skip") and torch.equal(sae.b_in, sae.b_dec):
+    if (
+        sae.rule == "topk"
+        and sae.norm == "none"
+        and not sae.centred
+        and not hasattr(sae, "W_skip")
+        and torch.equal(sae.b_in, sae.b_dec)
+    ):
         return TopKSAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k).requires_grad_(False)
     return sae
 
 
 def sae_fingerprint(sae: FileSAE) -> str:
-    """Short hash of all that an SAE computes with, so that a run is not continued with another one of the same name."""
+    """Short hash of all that an SAE computes with, so that a run is not continued with another one of the
+    same name.
+    """
     return hashlib.sha256(f"{sae.rule} {sae.k} {sae.norm} {fingerprint(sae)}".encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------- the basis gate
 def near(model, layer: int, rows: torch.Tensor) -> dict[int, torch.Tensor]:
-    """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it. Raises Fault where the hook's are all one."""
+    """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it. Raises Fault
+    where the hook's are all one.
+    """
     out = {}
     for l in range(max(layer - 1, 0), min(layer + 2, model.config.num_hidden_layers)):
         h = head(model, l, rows)
@@ -477,38 +764,74 @@ def unexplained(sae: FileSAE, h: torch.Tensor, centred: bool) -> float:
     return (error.cpu().double().square().sum() / (h - h.mean(0)).cpu().double().square().sum()).item()
 
 
-def check_basis(sae: FileSAE, said: dict, label: str, layer: int, activations: dict[int, torch.Tensor]) -> dict[str, float]:
-    """{reading: unexplained variance}, as the files say first; raises UserError where another reading explains more.
+def check_basis(
+    sae: FileSAE, said: dict, label: str, layer: int, activations: dict[int, torch.Tensor]
+) -> dict[str, float]:
+    """{reading: unexplained variance}, as the files say first; raises UserError where another reading
+    explains more.
 
-    An SAE of TransformerLens' centred activations read as raw ones, or at the block after its own, still gives a number that looks
-    like one; only beside the other readings does it look wrong. (One read at the block before its own need not: the residual
-    stream grows, and its beginning is as easy.) activations: see `near`.
+    An SAE of TransformerLens' centred activations read as raw ones, or at the block after its own, still
+    gives a number that looks like one; only beside the other readings does it look wrong. (One read at the
+    block before its own need not: the residual stream grows, and its beginning is as easy.) activations: see
+    `near`.
     """
     centred = said["basis"] == "centred"
     name = lambda l, c: f"layer {l}, {'centred' if c else 'raw'}"
-    readings = {name(layer, centred): unexplained(sae, activations[layer], centred), name(layer, not centred): unexplained(sae, activations[layer], not centred)}
+    readings = {
+        name(layer, centred): unexplained(sae, activations[layer], centred),
+        name(layer, not centred): unexplained(sae, activations[layer], not centred),
+    }
     readings |= {name(l, centred): unexplained(sae, h, centred) for l, h in activations.items() if l != layer}
     (as_said, fvu), (other_basis, _), *_ = readings.items()
     for other, value in readings.items():
-        if other != as_said and value < fvu * (BASIS_MARGIN if other == other_basis else LAYER_MARGIN) or not math.isfinite(fvu):
-            raise UserError(f"--sae {label}: read as its files say ({as_said}) it leaves {fvu:.4f} of the variance unexplained, read as {other} "
-                            f"{value:.4f}: refused; --basis raw or --basis centred goes on in that basis, with the layer as said")
+        if (
+            other != as_said
+            and value < fvu * (BASIS_MARGIN if other == other_basis else LAYER_MARGIN)
+            or not math.isfinite(fvu)
+        ):
+            raise UserError(
+                f"--sae {label}: read as its files say ({as_said}) it leaves {fvu:.4f} of the variance unexplained, read as {other} "
+                f"{value:.4f}: refused; --basis raw or --basis centred goes on in that basis, with the layer as said"
+            )
     return readings
 
 
 # --------------------------------------------------------------------------------------------------- export
 def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: dict) -> None:
-    """An SAE trained here in SAELens' format (cfg.json, sae_weights.safetensors), where it computes the same. made: provenance.json."""
+    """An SAE trained here in SAELens' format (cfg.json, sae_weights.safetensors), where it computes the same.
+    made: provenance.json.
+    """
     d_sae, d = sae.W_dec.shape
-    meta = dict(sae_lens_version=SAELENS_VERSION, model_name=made["model"], hook_name=f"blocks.{made['layer']}.hook_resid_post", context_size=made["ctx"],
-                prepend_bos=False, dataset_path=made["data"], model_class_name="AutoModelForCausalLM")
-    config = dict(architecture="topk", d_in=d, d_sae=d_sae, k=sae.k, dtype="float32", device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
-                  reshape_activations="none", rescale_acts_by_decoder_norm=False, metadata=meta)
+    meta = dict(
+        sae_lens_version=SAELENS_VERSION,
+        model_name=made["model"],
+        hook_name=f"blocks.{made['layer']}.hook_resid_post",
+        context_size=made["ctx"],
+        prepend_bos=False,
+        dataset_path=made["data"],
+        model_class_name="AutoModelForCausalLM",
+    )
+    config = dict(
+        architecture="topk",
+        d_in=d,
+        d_sae=d_sae,
+        k=sae.k,
+        dtype="float32",
+        device="cpu",
+        apply_b_dec_to_input=True,
+        normalize_activations="none",
+        reshape_activations="none",
+        rescale_acts_by_decoder_norm=False,
+        metadata=meta,
+    )
     tensors = dict(W_enc=sae.W_enc.t(), b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
     if theirs := [name for name in ("cfg.json", "sae_weights.safetensors") if os.path.lexists(folder / name)]:
         raise UserError(f"{folder} holds {' and '.join(theirs)} already: export to another folder")
     store.write(folder / "cfg.json", as_json(config))
-    store.write(folder / "sae_weights.safetensors", save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    store.write(
+        folder / "sae_weights.safetensors",
+        save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}),
+    )
 
 
 def main() -> None:
@@ -519,13 +842,25 @@ def main() -> None:
                 try:
                     rows.append({"sae": entry["label"], **describe(entry), "why not": ""})
                 except UserError as error:
-                    rows.append({"sae": entry["label"], "format": entry["format"], "why not": str(error).rpartition(": ")[2]})
+                    rows.append(
+                        {
+                            "sae": entry["label"],
+                            "format": entry["format"],
+                            "why not": str(error).rpartition(": ")[2],
+                        }
+                    )
             columns = ["sae", "format", "site", "layer", "model", "ctx", "bos", "basis", "width", "why not"]
-            print(markdown([{c: "" if row.get(c) is None else row[c] for c in columns} for row in rows], columns))
+            print(
+                markdown(
+                    [{c: "" if row.get(c) is None else row[c] for c in columns} for row in rows], columns
+                )
+            )
         case ["export", source, to]:
             folder = pathlib.Path(source)
             if not (folder / "provenance.json").exists():
-                raise UserError(f"{source}: not an SAE trained here (no provenance.json); they lie in outputs/cache/")
+                raise UserError(
+                    f"{source}: not an SAE trained here (no provenance.json); they lie in outputs/cache/"
+                )
             sae = fused(read(find(source)[0]))
             write_saelens(pathlib.Path(to), sae, store.load(folder / store.PROVENANCE))
             print(f"{to}: cfg.json, sae_weights.safetensors; SAE.load_from_disk({to!r}) reads it")

@@ -4,11 +4,13 @@
     h_hat           = sparse_decode(values, indices, W_dec, b_dec)                 -> [N,d], differentiable
     stats, h_hat    = gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, want_h_hat=True)
 
-float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else (MPS, bfloat16, no
-compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions `*_ref` below, which are the tests' oracle
-as well. Neither holds an [N,F] array. A wrong argument is a ValueError; an index outside [0, F) is an error on the CPU and NaN
-in the rows it reaches on CUDA, never a read out of bounds.
+float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else
+(MPS, bfloat16, no compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions
+`*_ref` below, which are the tests' oracle as well. Neither holds an [N,F] array. A wrong argument is a
+ValueError; an index outside [0, F) is an error on the CPU and NaN in the rows it reaches on CUDA, never a
+read out of bounds.
 """
+
 import hashlib
 import importlib
 import os
@@ -17,17 +19,21 @@ from transport_geometry import PACKAGE, ROOT
 
 import torch
 
-STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq", "delta_sum", "h_sum")  # columns of the distortion statistics
+# columns of the distortion statistics
+STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq", "delta_sum", "h_sum")
 OPS = ("topk_encode", "sparse_decode", "gradient_weighted_distortion", "scatter_rows", "gather_dot")
 TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
 MAX_K_CUDA = 2048  # the CUDA selection sorts 2k keys in shared memory
 
 
-
 def _source_hash() -> str:
     """Names and bytes of csrc, hashed as setup.py does it."""
     files = sorted(p for p in (ROOT / "csrc").glob("*") if p.suffix in (".cpp", ".cu", ".h"))
-    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12] if files else ""
+    return (
+        hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12]
+        if files
+        else ""
+    )
 
 
 def _load():
@@ -35,12 +41,17 @@ def _load():
     try:
         module = importlib.import_module("transport_geometry._kernels")
     except ImportError as error:
-        if error.name != "transport_geometry._kernels":  # it is there and does not load: say what the loader said
+        # it is there and does not load: say what the loader said
+        if error.name != "transport_geometry._kernels":
             return None, f"_kernels does not load: {error}"
         note = PACKAGE / "_kernels_not_built.txt"
-        return None, note.read_text(encoding="utf-8").strip() if note.is_file() else "not compiled: pip install -e . -c constraints.txt"
+        return None, note.read_text(
+            encoding="utf-8"
+        ).strip() if note.is_file() else "not compiled: pip install -e . -c constraints.txt"
     missing = [op for op in OPS if not hasattr(torch.ops.tg, op)]
-    return (None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall") if missing else (module, "")
+    return (
+        (None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall") if missing else (module, "")
+    )
 
 
 _module, WHY_NOT = _load()
@@ -66,7 +77,9 @@ def describe() -> str:
     if _forced == "ref":
         return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
     stale = _source_hash() not in ("", _module.source)
-    return f"kernels: C++ ({_module.devices}), {version}" + (" - STALE: csrc has changed since the build, reinstall" if stale else "")
+    return f"kernels: C++ ({_module.devices}), {version}" + (
+        " - STALE: csrc has changed since the build, reinstall" if stale else ""
+    )
 
 
 def _extension_serves(x: torch.Tensor, k: int = 1) -> bool:
@@ -89,8 +102,8 @@ def _blocks(N: int, row: int):
 def topk_encode_ref(h, W_enc, b_enc, k):
     """`topk_encode` without gradient and without C++: at most TILE pre-activations at a time.
 
-    torch.topk leaves the order of equal values open, so one value more than k is asked for: where it equals the k-th, the row
-    is selected again as "everything above, then the first ones equal".
+    torch.topk leaves the order of equal values open, so one value more than k is asked for: where it equals
+    the k-th, the row is selected again as "everything above, then the first ones equal".
     """
     N, F = h.shape[0], W_enc.shape[0]
     values, indices = h.new_empty(N, k), h.new_empty(N, k, dtype=torch.int64)
@@ -111,7 +124,8 @@ def topk_encode_ref(h, W_enc, b_enc, k):
 
 
 def _rows(W, indices):
-    return W.index_select(0, indices.flatten()).view(*indices.shape, W.shape[1])  # unlike W[indices], refuses a negative one
+    # unlike W[indices], refuses a negative one
+    return W.index_select(0, indices.flatten()).view(*indices.shape, W.shape[1])
 
 
 def sparse_decode_ref(values, indices, W_dec, b_dec):
@@ -123,7 +137,9 @@ def sparse_decode_ref(values, indices, W_dec, b_dec):
 
 
 def gather_dot_ref(x, W, indices):
-    """x [N,d], W [F,d], indices [N,k] -> x[n] . W[indices[n,j]], [N,k]: the gradient of `sparse_decode` to its values."""
+    """x [N,d], W [F,d], indices [N,k] -> x[n] . W[indices[n,j]], [N,k]: the gradient of `sparse_decode` to
+    its values.
+    """
     out = x.new_empty(indices.shape)
     for s in _blocks(len(x), indices.shape[1] * W.shape[1]):
         out[s] = torch.bmm(_rows(W, indices[s]), x[s].unsqueeze(2)).squeeze(2)
@@ -131,13 +147,16 @@ def gather_dot_ref(x, W, indices):
 
 
 def scatter_rows_ref(coef, indices, x, F):
-    """coef, indices [N,k], x [N,d] -> (Z^T x [F,d], column sums of Z [F]), Z [N,F] being the code that (coef, indices) stand for.
+    """coef, indices [N,k], x [N,d] -> (Z^T x [F,d], column sums of Z [F]), Z [N,F] being the code that (coef,
+    indices) stand for.
 
-    A dense tile of Z and one matmul: no atomic addition meets another (a token's indices differ), so it is deterministic on a
-    GPU too, and MPS has every operator of it. MPS is wrong for some transposed left operands, hence contiguous().
+    A dense tile of Z and one matmul: no atomic addition meets another (a token's indices differ), so it is
+    deterministic on a GPU too, and MPS has every operator of it. MPS is wrong for some transposed left
+    operands, hence contiguous().
     """
     rows, sums = x.new_zeros(F, x.shape[1]), x.new_zeros(F)
-    for s in _blocks(len(x), max(F, TILE >> 14)):  # at most 2^14 tokens: MPS is wrong for dot products of 2^15 terms, too
+    # at most 2^14 tokens: MPS is wrong for dot products of 2^15 terms, too
+    for s in _blocks(len(x), max(F, TILE >> 14)):
         Z = x.new_zeros(len(x[s]), F).scatter_add_(1, indices[s], coef[s])
         rows += Z.t().contiguous() @ x[s]
         sums += Z.sum(0)
@@ -145,7 +164,9 @@ def scatter_rows_ref(coef, indices, x, F):
 
 
 def gradient_weighted_distortion_ref(values, indices, W_dec, b_dec, h, g, want_h_hat=False):
-    """`gradient_weighted_distortion` without C++; sums in float64 on the CPU, in the input's precision elsewhere."""
+    """`gradient_weighted_distortion` without C++; sums in float64 on the CPU, in the input's precision
+    elsewhere.
+    """
     N, d = h.shape
     stats, kept = h.new_empty(N, len(STATS)), h.new_empty(N if want_h_hat else 0, d)
     wide = torch.float64 if h.device.type == "cpu" else h.dtype if h.dtype == torch.float64 else torch.float32
@@ -189,17 +210,32 @@ def _decode_context(ctx, inputs, output):
 def _decode_backward(ctx, grad):
     values, indices, W_dec = ctx.saved_tensors
     d_values = _call("gather_dot", grad, grad, W_dec, indices) if ctx.needs_input_grad[0] else None
-    d_W = _call("scatter_rows", grad, values, indices, grad, W_dec.shape[0])[0] if ctx.needs_input_grad[2] else None
+    d_W = (
+        _call("scatter_rows", grad, values, indices, grad, W_dec.shape[0])[0]
+        if ctx.needs_input_grad[2]
+        else None
+    )
     return d_values, None, d_W, grad.sum(0) if ctx.needs_input_grad[3] else None
 
 
 class _EncodeRef(torch.autograd.Function):
-    """The gradient that `tg::topk_encode` has, for the plain path: autograd through topk_encode_ref would keep [N,F] alive."""
-    forward, setup_context, backward = staticmethod(topk_encode_ref), staticmethod(_encode_context), staticmethod(_encode_backward)
+    """The gradient that `tg::topk_encode` has, for the plain path: autograd through topk_encode_ref would
+    keep [N,F] alive.
+    """
+
+    forward, setup_context, backward = (
+        staticmethod(topk_encode_ref),
+        staticmethod(_encode_context),
+        staticmethod(_encode_backward),
+    )
 
 
 class _DecodeRef(torch.autograd.Function):
-    forward, setup_context, backward = staticmethod(sparse_decode_ref), staticmethod(_decode_context), staticmethod(_decode_backward)
+    forward, setup_context, backward = (
+        staticmethod(sparse_decode_ref),
+        staticmethod(_decode_context),
+        staticmethod(_decode_backward),
+    )
 
 
 if BUILT:  # shapes for torch.compile and opcheck; the C++ side has schema and numbers only
@@ -231,7 +267,9 @@ if BUILT:  # shapes for torch.compile and opcheck; the C++ side has schema and n
 
 # --------------------------------------------------------------------------------------- public functions
 def _check(where: str, like: torch.Tensor, **named) -> None:
-    """Each of `named` is (tensor, shape): right shape, floating dtype and device of `like` (int64 where called indices)."""
+    """Each of `named` is (tensor, shape): right shape, floating dtype and device of `like` (int64 where
+    called indices).
+    """
     for name, (x, shape) in named.items():
         dtype = torch.int64 if name == "indices" else like.dtype
         if tuple(x.shape) != tuple(shape):
@@ -251,37 +289,54 @@ def _matrix(where: str, name: str, x: torch.Tensor) -> torch.Size:
 def topk_encode(h, W_enc, b_enc, k):
     """The k largest pre-activations h W_enc^T + b_enc of each token, cut at zero from below.
 
-    h [N,d], W_enc [F,d], b_enc [F] -> values [N,k] >= 0, indices [N,k] int64, ascending within a token. Equal values: the lower
-    index wins. A NaN counts as the largest value and is kept as NaN. Gradients to h, W_enc, b_enc run through the entries
-    with a positive value only. Extra memory is a tile, whatever N and F.
+    h [N,d], W_enc [F,d], b_enc [F] -> values [N,k] >= 0, indices [N,k] int64, ascending within a token. Equal
+    values: the lower index wins. A NaN counts as the largest value and is kept as NaN. Gradients to h, W_enc,
+    b_enc run through the entries with a positive value only. Extra memory is a tile, whatever N and F.
     """
     N, d = _matrix("topk_encode", "h", h)
     F = _matrix("topk_encode", "W_enc", W_enc)[0]
     _check("topk_encode", h, W_enc=(W_enc, (F, d)), b_enc=(b_enc, (F,)))
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"topk_encode: k={k}, expected an int from 1 to F={F}")
-    return torch.ops.tg.topk_encode(h, W_enc, b_enc, k) if _extension_serves(h, k) else _EncodeRef.apply(h, W_enc, b_enc, k)
+    return (
+        torch.ops.tg.topk_encode(h, W_enc, b_enc, k)
+        if _extension_serves(h, k)
+        else _EncodeRef.apply(h, W_enc, b_enc, k)
+    )
 
 
 def sparse_decode(values, indices, W_dec, b_dec):
-    """h_hat[n] = b_dec + sum_j values[n,j] W_dec[indices[n,j]]; values, indices [N,k], W_dec [F,d], b_dec [d] -> [N,d]."""
+    """h_hat[n] = b_dec + sum_j values[n,j] W_dec[indices[n,j]]; values, indices [N,k], W_dec [F,d], b_dec [d]
+    -> [N,d].
+    """
     F, d = _matrix("sparse_decode", "W_dec", W_dec)
     N, k = _matrix("sparse_decode", "values", values)
     _check("sparse_decode", values, indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
-    return (torch.ops.tg.sparse_decode if _extension_serves(values) else _DecodeRef.apply)(values, indices, W_dec, b_dec)
+    return (torch.ops.tg.sparse_decode if _extension_serves(values) else _DecodeRef.apply)(
+        values, indices, W_dec, b_dec
+    )
 
 
 @torch.no_grad()
 def gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, want_h_hat=False):
-    """What every distortion of delta = h_hat - h needs, per token, in one pass: -> stats [N,7], h_hat [N,d] (or [0,d]).
+    """What every distortion of delta = h_hat - h needs, per token, in one pass: -> stats [N,7], h_hat [N,d]
+    (or [0,d]).
 
-    values, indices [N,k], W_dec [F,d], b_dec [d], h [N,d], g [N,d] (gradient of the summed CE). Columns as in STATS: g.delta,
-    |delta|^2, |h_hat|^2, h.h_hat, |h|^2, sum of delta, sum of h. h_hat is `sparse_decode`'s, rounded to the dtype as the patch
-    will see it; delta is formed elementwise from it (|h|^2 - 2 h.h_hat + |h_hat|^2 would cancel when |h| >> |delta|) and
-    summed in float64 by the extension. No gradient.
+    values, indices [N,k], W_dec [F,d], b_dec [d], h [N,d], g [N,d] (gradient of the summed CE). Columns as in
+    STATS: g.delta, |delta|^2, |h_hat|^2, h.h_hat, |h|^2, sum of delta, sum of h. h_hat is `sparse_decode`'s,
+    rounded to the dtype as the patch will see it; delta is formed elementwise from it (|h|^2 - 2 h.h_hat +
+    |h_hat|^2 would cancel when |h| >> |delta|) and summed in float64 by the extension. No gradient.
     """
     where = "gradient_weighted_distortion"
     F, d = _matrix(where, "W_dec", W_dec)
     N, k = _matrix(where, "values", values)
-    _check(where, values, indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)), h=(h, (N, d)), g=(g, (N, d)))
+    _check(
+        where,
+        values,
+        indices=(indices, (N, k)),
+        W_dec=(W_dec, (F, d)),
+        b_dec=(b_dec, (d,)),
+        h=(h, (N, d)),
+        g=(g, (N, d)),
+    )
     return _call(where, values, values, indices, W_dec, b_dec, h, g, bool(want_h_hat))

@@ -1,9 +1,11 @@
 """TODO libraries."""
+
 import torch
 from tqdm import tqdm
 
-# What libraries call R^2, explained variance or 1 - FVU. `r2` itself is SAELens' since 6.30 (and the only one of them for which
-# predicting the mean is 0, a constant error costs, and neither batches nor single tokens matter).
+# What libraries call R^2, explained variance or 1 - FVU. `r2` itself is SAELens' since 6.30 (and the only one
+# of them for which predicting the mean is 0, a constant error costs, and neither batches nor single tokens
+# matter).
 LIBRARIES = {
     "r2_saelens_legacy": "mean over tokens of 1 - |delta_t|^2 / |h_t - mean|^2 (SAELens until 6.29 and `_legacy`; e2e_sae)",
     "r2_sparsify": "1 - FVU of each batch about its own mean, averaged (a batch is a sequence here; sparsify: one of training)",
@@ -17,13 +19,21 @@ LIBRARIES = {
 
 @torch.no_grad()
 def r2_by_library(shared: dict, reconstructions: dict, device: torch.device) -> dict:
-    """{name: {definition: value, definition_nosink: value}} over the evaluated positions. shared: `proxies.hook_statistics`."""
+    """{name: {definition: value, definition_nosink: value}} over the evaluated positions. shared:
+    `proxies.hook_statistics`.
+    """
     h, sink = shared["h"][:, :-1].double(), shared["sink"]
     out = {}
     for name, reconstruction in tqdm(reconstructions.items(), desc="every library's R²", leave=False):
-        one = lambda x: reconstruction.reconstruct(x)[2] if isinstance(reconstruction, torch.nn.Module) else reconstruction(x, shared["mean"])
+        one = lambda x: (
+            reconstruction.reconstruct(x)[2]
+            if isinstance(reconstruction, torch.nn.Module)
+            else reconstruction(x, shared["mean"])
+        )
         h_hat = torch.stack([one(x.to(device)).cpu() for x in shared["h"][:, :-1]]).double()
-        out[name] = definitions(h, h_hat, torch.ones_like(sink)) | {f"{key}_nosink": v for key, v in definitions(h, h_hat, ~sink).items()}
+        out[name] = definitions(h, h_hat, torch.ones_like(sink)) | {
+            f"{key}_nosink": v for key, v in definitions(h, h_hat, ~sink).items()
+        }
     return out
 
 
@@ -43,5 +53,6 @@ def definitions(h: torch.Tensor, h_hat: torch.Tensor, keep: torch.Tensor) -> dic
         r2_saebench=1 - sse / n / (square - (square / d) ** 2),
         r2_overcomplete=1 - sse / (x - x.mean()).square().sum(),
         r2_openai=1 - (delta.square().sum(1) / x.square().sum(1)).mean(),
-        r2_per_dim=(1 - sse_d / sst_d).mean())
+        r2_per_dim=(1 - sse_d / sst_d).mean(),
+    )
     return {name: value.item() for name, value in values.items()}

@@ -1,4 +1,5 @@
 """TODO lm."""
+
 import contextlib
 from collections.abc import Callable, Iterator
 
@@ -20,11 +21,13 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device) -> None:
-    """Compare h, CE, g and TopK values of one batch between `device` and the CPU before any number from `device` is believed.
+    """Compare h, CE, g and TopK values of one batch between `device` and the CPU before any number from
+    `device` is believed.
 
-    MPS matmuls have returned 10-30% errors silently and depending on what lay in memory (pytorch #193487), and its topk has
-    given zeros (#78915), so this is called again for every hook. rows [B,T] on the CPU; the model is left on `device`.
-    Raises Fault where the norm of the error exceeds 0.1% of the norm, 5% for a model in bfloat16, whose own rounding is of that size.
+    MPS matmuls have returned 10-30% errors silently and depending on what lay in memory (pytorch #193487),
+    and its topk has given zeros (#78915), so this is called again for every hook. rows [B,T] on the CPU; the
+    model is left on `device`. Raises Fault where the norm of the error exceeds 0.1% of the norm, 5% for a
+    model in bfloat16, whose own rounding is of that size.
     """
     tolerance = 1e-3 if model.dtype != torch.bfloat16 else 0.05
 
@@ -36,14 +39,19 @@ def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device) ->
         d = h.shape[-1]
         W = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)).to(where)
         values, _ = kernels.topk_encode(h.flatten(0, 1), W, torch.zeros(4 * d, device=where), min(32, 4 * d))
-        return {name: t.cpu().double() for name, t in (("h", h), ("CE", cross_entropy(log_p, x)), ("g", g), ("TopK values", values))}
+        return {
+            name: t.cpu().double()
+            for name, t in (("h", h), ("CE", cross_entropy(log_p, x)), ("g", g), ("TopK values", values))
+        }
 
     here, there = measure(torch.device("cpu")), measure(device)
     for name, truth in here.items():
         error = ((there[name] - truth).norm() / truth.norm()).item()
         if not error <= tolerance:
-            raise Fault(f"{device} disagrees with the CPU on {name} at layer {layer} (relative error {error:.1e}, allowed "
-                        f"{tolerance:.0e}): its numbers cannot be believed; use --device cpu")
+            raise Fault(
+                f"{device} disagrees with the CPU on {name} at layer {layer} (relative error {error:.1e}, allowed "
+                f"{tolerance:.0e}): its numbers cannot be believed; use --device cpu"
+            )
 
 
 def blocks(model) -> list[torch.nn.Module]:
@@ -56,7 +64,8 @@ def blocks(model) -> list[torch.nn.Module]:
     raise UserError(f"{type(model).__name__}: no list of transformer blocks found")
 
 
-MPS_LONGEST_DOT = 32_767  # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
+# M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
+MPS_LONGEST_DOT = 32_767
 
 
 class _Stop(Exception):
@@ -65,7 +74,9 @@ class _Stop(Exception):
 
 @contextlib.contextmanager
 def _computing(modules: list[torch.nn.Module], function: Callable) -> Iterator[None]:
-    """Within, the modules compute `function`. They stay what and where they are, for a forward that looks at them."""
+    """Within, the modules compute `function`. They stay what and where they are, for a forward that looks at
+    them.
+    """
     for module in modules:
         module.forward = function
     try:
@@ -76,7 +87,9 @@ def _computing(modules: list[torch.nn.Module], function: Callable) -> Iterator[N
 
 
 def _block_output(model, layer: int, rows: torch.Tensor):
-    """What block `layer` returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after it."""
+    """What block `layer` returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after
+    it.
+    """
     kept = []
 
     def keep(module, inputs, output):
@@ -89,14 +102,18 @@ def _block_output(model, layer: int, rows: torch.Tensor):
 
 
 def _logits(model, layer: int, rows: torch.Tensor, h: torch.Tensor, way: str) -> torch.Tensor:
-    """The model's own forward on rows with h as the output of block `layer`, so that nothing of it is written a second time.
+    """The model's own forward on rows with h as the output of block `layer`, so that nothing of it is written
+    a second time.
 
-    way, `skip`: the blocks 0..layer do not run, each gives h. `tuple`: each gives (h,), for families whose blocks return tuples
-    (all, in transformers 4). `replace`: all run, and the output of block `layer` is replaced.
+    way, `skip`: the blocks 0..layer do not run, each gives h. `tuple`: each gives (h,), for families whose
+    blocks return tuples (all, in transformers 4). `replace`: all run, and the output of block `layer` is
+    replaced.
     """
-    first, h = blocks(model)[:layer + 1], h.to(model.dtype)
+    first, h = blocks(model)[: layer + 1], h.to(model.dtype)
     if way == "replace":
-        patch = first[-1].register_forward_hook(lambda module, inputs, output: (h, *output[1:]) if isinstance(output, tuple) else h)
+        patch = first[-1].register_forward_hook(
+            lambda module, inputs, output: (h, *output[1:]) if isinstance(output, tuple) else h
+        )
     else:
         patch = _computing(first, lambda *args, **kwargs: (h,) if way == "tuple" else h)
     with patch:
@@ -104,10 +121,11 @@ def _logits(model, layer: int, rows: torch.Tensor, h: torch.Tensor, way: str) ->
 
 
 def way_to_patch(model, layer: int, rows: torch.Tensor) -> str:
-    """The way of `_logits` in which tail(head) is the full forward; looked for once per model and layer, on the first of rows [B,T].
+    """The way of `_logits` in which tail(head) is the full forward; looked for once per model and layer, on
+    the first of rows [B,T].
 
-    `replace` costs a full forward a patch; it is for families whose later blocks read more of the earlier ones than h. Raises
-    UserError where that is not the full forward either: blocks that run more than once.
+    `replace` costs a full forward a patch; it is for families whose later blocks read more of the earlier
+    ones than h. Raises UserError where that is not the full forward either: blocks that run more than once.
     """
     known = model.__dict__.setdefault("ways_to_patch", {})
     if layer in known:
@@ -119,19 +137,24 @@ def way_to_patch(model, layer: int, rows: torch.Tensor) -> str:
         for way in (way, "replace"):
             with contextlib.suppress(Exception):  # a forward that does not take what it is given
                 split = _logits(model, layer, rows[:1], h, way)
-                if not norm(split - whole) > 1e-3 * norm(whole):  # what is not finite is found, and said, later
+                # what is not finite is found, and said, later
+                if not norm(split - whole) > 1e-3 * norm(whole):
                     break
         else:
-            raise UserError(f"{name}: its logits are no function of what block {layer} puts out, so nothing can be patched there")
+            raise UserError(
+                f"{name}: its logits are no function of what block {layer} puts out, so nothing can be patched there"
+            )
     if way == "replace":
         print(f"{name} does not split after block {layer}: every patched run is a full forward")
     return known.setdefault(layer, way)
 
 
 def head(model, layer: int, rows: torch.Tensor) -> torch.Tensor:
-    """resid_post of block `layer`, [B,T,d], float32 at least, and nothing computed after it. rows [B,T]. Raises UserError.
+    """resid_post of block `layer`, [B,T,d], float32 at least, and nothing computed after it. rows [B,T].
+    Raises UserError.
 
-    The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final norm.
+    The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final
+    norm.
     """
     way_to_patch(model, layer, rows)  # so that nothing is trained on what cannot be evaluated
     output = _block_output(model, layer, rows)
@@ -140,7 +163,8 @@ def head(model, layer: int, rows: torch.Tensor) -> torch.Tensor:
 
 
 def tail(model, layer: int, rows: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
-    """Logits [B,T,V] of the blocks after `layer`, fed h [B,T,d]. rows [B,T] are those h came from. Differentiable in h.
+    """Logits [B,T,V] of the blocks after `layer`, fed h [B,T,d]. rows [B,T] are those h came from.
+    Differentiable in h.
 
     In the model's dtype; h may have any. unembedded=False: what the unembedding would be given, [B,T,d].
     """
@@ -148,7 +172,9 @@ def tail(model, layer: int, rows: torch.Tensor, h: torch.Tensor, unembedded: boo
     if not unembedded:
         compute = lambda y: y
     elif h.device.type == "mps" and unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT:
-        compute = lambda y: torch.cat([torch.nn.functional.linear(y, W) for W in unembed.weight.split(MPS_LONGEST_DOT // 2)], -1)
+        compute = lambda y: torch.cat(
+            [torch.nn.functional.linear(y, W) for W in unembed.weight.split(MPS_LONGEST_DOT // 2)], -1
+        )
     with _computing([unembed], compute) if compute else contextlib.nullcontext():
         return _logits(model, layer, rows, h, way)
 
@@ -163,13 +189,16 @@ def log_probs(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits[:, :-1].float(), -1)
 
 
-def clean_pass(model, layer: int, rows: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor | None = None) -> tuple:
+def clean_pass(
+    model, layer: int, rows: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor | None = None
+) -> tuple:
     """(log_p [B,T-1,V], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
 
-    g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend on the batch);
-    sequences do not touch each other, so one backward serves the batch. g_y is the same with labels drawn from the
-    model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the cumulative distribution, so that the CPU's
-    random numbers serve every device. g at the last position is exactly 0.
+    g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend on
+    the batch); sequences do not touch each other, so one backward serves the batch. g_y is the same with
+    labels drawn from the model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the
+    cumulative distribution, so that the CPU's random numbers serve every device. g at the last position is
+    exactly 0.
     """
     x = h.detach().requires_grad_()
     log_p = log_probs(tail(model, layer, rows, x))
@@ -178,7 +207,11 @@ def clean_pass(model, layer: int, rows: torch.Tensor, h: torch.Tensor, uniforms:
     with torch.no_grad():
         cdf = log_p.exp().cumsum(-1) if draws else None
         for u in draws:
-            labels.append(torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True).squeeze(-1).clamp_(max=cdf.shape[-1] - 1))
+            labels.append(
+                torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)
+                .squeeze(-1)
+                .clamp_(max=cdf.shape[-1] - 1)
+            )
     gradients = []
     for i, y in enumerate(labels):
         loss = -log_p.gather(-1, y[..., None]).sum()
@@ -189,8 +222,9 @@ def clean_pass(model, layer: int, rows: torch.Tensor, h: torch.Tensor, uniforms:
 def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) per position, [B,T-1], in nats, right in float32 down to 1e-7.
 
-    Summing p (log p - log q) cancels to nothing for small KL. There, with c = dz - E_p dz, KL = log1p(E_p[expm1(c) - c]), and
-    the bracket by its series where |c| < 0.05. For large changes the plain sum is exact and expm1 would overflow.
+    Summing p (log p - log q) cancels to nothing for small KL. There, with c = dz - E_p dz, KL =
+    log1p(E_p[expm1(c) - c]), and the bracket by its series where |c| < 0.05. For large changes the plain sum
+    is exact and expm1 would overflow.
     """
     change = log_q - log_p
     kl = -torch.einsum("btv,btv->bt", p, change)

@@ -1,4 +1,5 @@
 """TODO models."""
+
 import hashlib
 import json
 import math
@@ -17,23 +18,29 @@ EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "std
 
 
 # ------------------------------------------------------------------------------------- language models
-COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024  # what a config.json counts out
-MASKS = 2 ** 26  # numbers; GPT-Neo's are context^2 a block
+# what a config.json counts out
+COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024
+MASKS = 2**26  # numbers; GPT-Neo's are context^2 a block
 
 
-def load_model(name: str, device: torch.device, revision: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
-    """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id. Raises UserError.
+def load_model(
+    name: str, device: torch.device, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple:
+    """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id. Raises
+    UserError.
 
-    The dtype is asked for by name: left to itself `from_pretrained` takes the file's, which for Pythia is float16. A stranger's
-    files bring no code: safetensors only, and nothing of the repository is run. Every weight is the file's: transformers
-    would draw at random what it lacks.
+    The dtype is asked for by name: left to itself `from_pretrained` takes the file's, which for Pythia is
+    float16. A stranger's files bring no code: safetensors only, and nothing of the repository is run. Every
+    weight is the file's: transformers would draw at random what it lacks.
 
-    bfloat16 is the model's only: h, g, log-probabilities and all that follows are float32. Measured on 8 x 64 tokens at six hooks of
-    stdlib-s and -m, against float32, largest difference: R^2 0.003, CE 0.002, patched CE and dCE 0.03 nats, CE_rec 0.01,
-    KL 2%, SWD over tokens 6%, exact Fisher forms 4%. `swd_sampled` draws other labels: within twofold, its own noise there.
+    bfloat16 is the model's only: h, g, log-probabilities and all that follows are float32. Measured on 8 x 64
+    tokens at six hooks of stdlib-s and -m, against float32, largest difference: R^2 0.003, CE 0.002, patched
+    CE and dCE 0.03 nats, CE_rec 0.01, KL 2%, SWD over tokens 6%, exact Fisher forms 4%. `swd_sampled` draws
+    other labels: within twofold, its own noise there.
     """
     import huggingface_hub
     import transformers
+
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
     downloads_shown = not huggingface_hub.utils.are_progress_bars_disabled()
@@ -48,8 +55,14 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
     with one_line(where):
         folder = source if os.path.isdir(source) else _download(name, revision)
         check_size(read_config(folder), weight_files(pathlib.Path(folder)))
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                                          output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     with one_line(f"{where}: its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer("Two or more words.", add_special_tokens=False).input_ids
@@ -71,30 +84,45 @@ def load_model(name: str, device: torch.device, revision: str | None = None, dty
 
 
 def _download(name: str, revision: str | None) -> str:
-    """The local folder of what is read of a hub repository. Whole before anything is read: left to itself, transformers takes a
-    file that the hub fails to send for one that is not there, and has the hub unpickle weights that have no safetensors."""
+    """The local folder of what is read of a hub repository. Whole before anything is read: left to itself,
+    transformers takes a file that the hub fails to send for one that is not there, and has the hub unpickle
+    weights that have no safetensors.
+    """
     import huggingface_hub
+
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise OSError(f"no such folder (embedded: {', '.join(EMBEDDED)}; else a local folder or a hub id)")
     try:
-        return huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=["*/*", "consolidated*"],
-                                                 allow_patterns=["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"])
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:  # says what is not in the cache; its cause, why
+        return huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            ignore_patterns=["*/*", "consolidated*"],
+            allow_patterns=["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"],
+        )
+    # says what is not in the cache; its cause, why
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise error.__cause__ or error
 
 
 def read_config(source: str, revision: str | None = None):
-    """transformers' configuration of a local folder or hub id. Raises what transformers raises, and UserError.
+    """transformers' configuration of a local folder or hub id. Raises what transformers raises, and
+    UserError.
 
-    What it counts out (blocks, experts) is bounded first: transformers would make lists of them before any size is known.
+    What it counts out (blocks, experts) is bounded first: transformers would make lists of them before any
+    size is known.
     """
     import transformers
+
     raw, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision)
     if "transformers_weights" in raw:
-        raise UserError("config.json names transformers_weights, and only model.safetensors or its index are read")
+        raise UserError(
+            "config.json names transformers_weights, and only model.safetensors or its index are read"
+        )
     for name, value in _numbers(raw):
         if re.fullmatch(COUNTED, name) and not value <= MOST_MODULES:
-            raise UserError(f"by config.json {name} is {value:.6g}: more than the {MOST_MODULES} that are read")
+            raise UserError(
+                f"by config.json {name} is {value:.6g}: more than the {MOST_MODULES} that are read"
+            )
     config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     if getattr(config, "num_hidden_layers", 1) < 1:
         raise UserError(f"by config.json num_hidden_layers is {config.num_hidden_layers}")
@@ -114,12 +142,15 @@ def _numbers(content, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def check_size(config, files: list[pathlib.Path]) -> None:
-    """Raises UserError for a model by `config` that is larger than its safetensors, before its memory is spent.
+    """Raises UserError for a model by `config` that is larger than its safetensors, before its memory is
+    spent.
 
-    Up to twice the size goes on, to be told which weight is missing; MASKS allows for buffers, which no file holds.
+    Up to twice the size goes on, to be told which weight is missing; MASKS allows for buffers, which no file
+    holds.
     """
     import transformers
     from safetensors import safe_open
+
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted, there = sum(t.numel() for t in (*model.parameters(), *model.buffers())), 0
@@ -127,11 +158,14 @@ def check_size(config, files: list[pathlib.Path]) -> None:
         with safe_open(file, "pt") as tensors:
             there += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     if wanted > 2 * there + MASKS:
-        raise UserError(f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} numbers")
+        raise UserError(
+            f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} numbers"
+        )
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors that transformers takes a folder's weights from. Raises UserError where it would read anything else.
+    """The safetensors that transformers takes a folder's weights from. Raises UserError where it would read
+    anything else.
 
     An index may name pickles, which transformers then unpickles, and files outside the folder.
     """
@@ -151,10 +185,13 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def fingerprint(model) -> str:
-    """Short hash of the weights, so that a model retrained under the same name does not meet another's SAEs."""
+    """Short hash of the weights, so that a model retrained under the same name does not meet another's
+    SAEs.
+    """
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        whole.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+        # numpy has no bfloat16
+        whole.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:16]
 
 
@@ -163,30 +200,53 @@ NOT_COMPUTED = {"transformers_version", "_name_or_path", "architectures", "dtype
 
 
 def model_hash(model) -> str:
-    """Short hash of what a model computes: its weights as they are held (so the dtype too) and its configuration."""
-    config = {key: value for key, value in model.config.to_dict().items() if value is not None and key not in NOT_COMPUTED}
+    """Short hash of what a model computes: its weights as they are held (so the dtype too) and its
+    configuration.
+    """
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if value is not None and key not in NOT_COMPUTED
+    }
     whole = json.dumps(config, sort_keys=True, default=str) + fingerprint(model)
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Short hash of what turns documents into tokens: the same weights see another text through another tokenizer."""
+    """Short hash of what turns documents into tokens: the same weights see another text through another
+    tokenizer.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    return hashlib.sha256(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}".encode()).hexdigest()[:16]
+    rules = (
+        backend.to_str()
+        if backend
+        else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    )
+    return hashlib.sha256(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}".encode()).hexdigest()[
+        :16
+    ]
 
 
 def readable_names(names: list[str]) -> dict[str, str]:
-    """{name as typed: what results call it}. A local path is called by its last part, or by as many as tell it from the others.
+    """{name as typed: what results call it}. A local path is called by its last part, or by as many as tell
+    it from the others.
 
     Results are for sharing: where a folder lies on this machine is nobody's business (run.json says it).
     """
-    parts = {name: pathlib.Path(name).resolve().parts for name in names if name not in EMBEDDED and os.path.exists(name)}
+    parts = {
+        name: pathlib.Path(name).resolve().parts
+        for name in names
+        if name not in EMBEDDED and os.path.exists(name)
+    }
     called = {}
     for name in names:
         own = parts.get(name, (name,))
         others = [other for other in (parts.get(n, (n,)) for n in names) if other != own]
-        n = next(n for n in range(1, len(own) + 1) if n == len(own) or all(own[-n:] != other[-n:] for other in others))
+        n = next(
+            n
+            for n in range(1, len(own) + 1)
+            if n == len(own) or all(own[-n:] != other[-n:] for other in others)
+        )
         called[name] = "/".join(own[-n:])
     return called
 

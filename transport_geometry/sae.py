@@ -1,7 +1,9 @@
-"""TopK sparse autoencoders: the model, its training from one activation stream, and the cache of trained ones.
+"""TopK sparse autoencoders: the model, its training from one activation stream, and the cache of trained
+ones.
 
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
+
 import hashlib
 import json
 import os
@@ -23,9 +25,13 @@ class TopKSAE(torch.nn.Module):
     W_enc, W_dec [F,d]; b_enc [F]; b_dec [d].
     """
 
-    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, k: int):
+    def __init__(
+        self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, k: int
+    ):
         super().__init__()
-        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (torch.nn.Parameter(t) for t in (W_enc, b_enc, W_dec, b_dec))
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
+            torch.nn.Parameter(t) for t in (W_enc, b_enc, W_dec, b_dec)
+        )
         self.k = k
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +49,9 @@ class TopKSAE(torch.nn.Module):
 
 
 def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> TopKSAE:
-    """Decoder rows of unit norm in random directions, the encoder their copy (drawn on the CPU: the same on every device)."""
+    """Decoder rows of unit norm in random directions, the encoder their copy (drawn on the CPU: the same on
+    every device).
+    """
     rows = torch.randn(d_sae, d, generator=torch.Generator().manual_seed(seed))
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(b_dec.device)
     return TopKSAE(rows.clone(), torch.zeros(d_sae, device=b_dec.device), rows, b_dec.clone(), k)
@@ -51,7 +59,9 @@ def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> Top
 
 # ------------------------------------------------------------------------------------------- activations
 def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
-    """[B,T] bool: position 0, and every position whose norm exceeds SINK_FACTOR times the median over positions >= 1."""
+    """[B,T] bool: position 0, and every position whose norm exceeds SINK_FACTOR times the median over
+    positions >= 1.
+    """
     sinks = norms > SINK_FACTOR * median
     sinks[:, 0] = True
     return sinks
@@ -60,7 +70,9 @@ def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
 def must_vary(h: torch.Tensor, where: str) -> None:
     """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
     if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
-        raise Fault(f"{where}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to measure")
+        raise Fault(
+            f"{where}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to measure"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- cache
@@ -68,14 +80,29 @@ WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.pt"
 
 
 def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: dict, **seen) -> None:
-    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what determined it, and what else was
-    seen. Raises Fault."""
+    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what
+    determined it, and what else was seen. Raises Fault.
+    """
     d_sae, d = sae.W_dec.shape
     tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    config = {"activation": "topk", "d_in": d, "expansion_factor": d_sae // d, "k": sae.k, "multi_topk": False,
-              "normalize_decoder": True, "num_latents": d_sae, "skip_connection": False, "transcode": False}
+    config = {
+        "activation": "topk",
+        "d_in": d,
+        "expansion_factor": d_sae // d,
+        "k": sae.k,
+        "multi_topk": False,
+        "normalize_decoder": True,
+        "num_latents": d_sae,
+        "skip_connection": False,
+        "transcode": False,
+    }
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    store.put(folder / store.PROVENANCE, {"cfg.json": as_json(config), WEIGHTS: weights, CHECKPOINT: None}, **made_by, **seen)
+    store.put(
+        folder / store.PROVENANCE,
+        {"cfg.json": as_json(config), WEIGHTS: weights, CHECKPOINT: None},
+        **made_by,
+        **seen,
+    )
 
 
 def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
@@ -83,11 +110,17 @@ def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
     record = folder / store.PROVENANCE
     t = load_file(store.checked(record, WEIGHTS))
     k = json.loads(store.checked(record, "cfg.json").read_text(encoding="utf-8"))["k"]
-    return TopKSAE(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], k).requires_grad_(False).to(device)
+    return (
+        TopKSAE(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], k)
+        .requires_grad_(False)
+        .to(device)
+    )
 
 
 def is_whole(folder: pathlib.Path, made_by: dict) -> bool:
-    """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was written."""
+    """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was
+    written.
+    """
     record = folder / store.PROVENANCE
     there = store.load(record)
     if other := [key for key in identity(made_by) if there and there.get(key) != made_by[key]]:
@@ -105,6 +138,9 @@ def identity(made_by: dict) -> dict:
 def cache_folder(cache: pathlib.Path, made_by: dict) -> pathlib.Path:
     """A name to read and a short hash of everything that determined the SAE."""
     short = hashlib.sha256(json.dumps(identity(made_by), sort_keys=True).encode()).hexdigest()[:8]
-    model = pathlib.Path(made_by["model"].replace("/", "--").lstrip(".-")).name[:100]  # a file name has 255 bytes at most
-    name = "{}-L{layer}-F{d_sae}-k{k}-{}-s{seed}-{}".format(model, readable_count(made_by["tokens"]), short, **made_by)
+    # a file name has 255 bytes at most
+    model = pathlib.Path(made_by["model"].replace("/", "--").lstrip(".-")).name[:100]
+    name = "{}-L{layer}-F{d_sae}-k{k}-{}-s{seed}-{}".format(
+        model, readable_count(made_by["tokens"]), short, **made_by
+    )
     return cache / name

@@ -1,10 +1,13 @@
-"""Files that outlive a run: written whole or not at all, checked when they are read again, one writer at a time.
+"""Files that outlive a run: written whole or not at all, checked when they are read again, one writer at a
+time.
 
-A folder that a run writes has a record (`run.json` of results, `provenance.json` of a cached SAE) with the SHA-256 of every
-file that the run put there. `put` changes several files as one: the new ones are written beside the old, the record says
-that they are coming, then they take their places. Killed at any moment, the next `settle` finds all of the old files or all
-of the new ones. What is not in the record is somebody else's: it is not removed, and renamed before its name is taken.
+A folder that a run writes has a record (`run.json` of results, `provenance.json` of a cached SAE) with the
+SHA-256 of every file that the run put there. `put` changes several files as one: the new ones are written
+beside the old, the record says that they are coming, then they take their places. Killed at any moment, the
+next `settle` finds all of the old files or all of the new ones. What is not in the record is somebody else's:
+it is not removed, and renamed before its name is taken.
 """
+
 import atexit
 import contextlib
 import hashlib
@@ -34,7 +37,11 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+        why = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else " ".join(str(error).split())[:200]
+        )
         raise Fault(f"{path}: cannot be written ({why})") from error
 
 
@@ -57,7 +64,9 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
 
 
 def _write_beside(path: pathlib.Path, content: Content) -> pathlib.Path:
-    """The content under a hidden name beside `path`, on the disk. An ordinary open: the umask decides who may read it."""
+    """The content under a hidden name beside `path`, on the disk. An ordinary open: the umask decides who may
+    read it.
+    """
     temporary = _beside(path)
     with temporary.open("wb") as file:
         file.write(content) if isinstance(content, bytes) else content(file)
@@ -95,7 +104,9 @@ def _digest(content: dict) -> str:
 
 
 def load(record: pathlib.Path) -> dict:
-    """What a record holds; {} where there is none. Raises Damaged: edited, not one of ours, or about files elsewhere."""
+    """What a record holds; {} where there is none. Raises Damaged: edited, not one of ours, or about files
+    elsewhere.
+    """
     if not os.path.lexists(record):
         return {}
     with reading(record):
@@ -116,7 +127,8 @@ def _write_record(record: pathlib.Path, content: dict) -> None:
 
 
 def put(record: pathlib.Path, contents: dict[str, Content | None], **facts) -> None:
-    """Write files of the record's folder (None: remove), and facts of the record, as one change. Raises Fault, Damaged.
+    """Write files of the record's folder (None: remove), and facts of the record, as one change. Raises
+    Fault, Damaged.
 
     A file that lies there and is not the one that was put there is the user's: it is kept under another name.
     """
@@ -184,7 +196,9 @@ def checked(record: pathlib.Path, name: str) -> pathlib.Path:
     with reading(path):
         found = sha256(path)
     if found not in wanted:
-        raise Damaged(f"{path}: not as it was written (SHA-256 {found[:12]}, {record.name} says {min(wanted)[:12]})")
+        raise Damaged(
+            f"{path}: not as it was written (SHA-256 {found[:12]}, {record.name} says {min(wanted)[:12]})"
+        )
     return path
 
 
@@ -194,7 +208,9 @@ def written(record: pathlib.Path) -> list[str]:
 
 
 def remove(record: pathlib.Path) -> None:
-    """Remove all that was put in the record's folder, and the record; what was changed since stays under another name."""
+    """Remove all that was put in the record's folder, and the record; what was changed since stays under
+    another name.
+    """
     settle(record)
     put(record, dict.fromkeys(written(record)))
     with _writing(record):
@@ -232,7 +248,9 @@ def claim(folder: pathlib.Path, name: str = LOCK, wait: Callable[[str], object] 
                 raise UserError(f"{folder}: in use by {_holder(path)}") from None
             wait(_holder(path))
             lock.acquire()
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}\n", encoding="utf-8")
+        path.write_text(
+            f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}\n", encoding="utf-8"
+        )
         _held[path] = lock
 
 
@@ -247,5 +265,6 @@ def release(folder: pathlib.Path | None = None, name: str = LOCK) -> None:
     """Give up one lock, or all."""
     for path in [folder.resolve() / name] if folder else list(_held):
         if lock := _held.pop(path, None):
-            path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it has no name, and opens it anew
+            # while it is held: who waits for it sees that it has no name, and opens it anew
+            path.unlink(missing_ok=True)
             lock.release()

@@ -1,4 +1,5 @@
 """TODO tables."""
+
 import contextlib
 import csv
 import functools
@@ -34,13 +35,18 @@ def as_csv(rows: list[dict], columns: list[str]) -> bytes:
 
 def read_table(path: pathlib.Path) -> list[dict]:
     """Rows of a table with numbers as int or float, names as text; `undefined` is nan. Raises Damaged."""
+
     def value(text):
         for kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(text)
         return math.nan if text == "undefined" else text
+
     with reading(path), path.open(newline="", encoding="utf-8") as file:
-        return [{name: text if name in NAMES else value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: text if name in NAMES else value(text) for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def plain(value):
@@ -99,4 +105,10 @@ def bounds(lo: float | None, hi: float | None, digits: int = 2) -> str:
 def span(value: float | None, lo: float | None, hi: float | None, digits: int = 2) -> str:
     """+0.12 [+0.10, +0.14]; where there is a value and no interval: +0.12 [undefined]."""
     number, interval = signed(value, digits), bounds(lo, hi, digits)
-    return number if number == cell(None) else f"{number} {interval}" if interval != cell(None) else f"{number} [{interval}]"
+    return (
+        number
+        if number == cell(None)
+        else f"{number} {interval}"
+        if interval != cell(None)
+        else f"{number} [{interval}]"
+    )

@@ -1,4 +1,5 @@
 """TODO train."""
+
 import contextlib
 import copy
 import functools
@@ -31,22 +32,41 @@ TRAIN_VERSION = 3  # bump when training mathematics changes: older cached SAEs a
 
 
 def check_memory(d: int, d_sae: int, device: torch.device) -> None:
-    """Raises UserError where one SAE in training does not fit: weights, gradients and Adam's two moments, 4 bytes each of 2 F d."""
+    """Raises UserError where one SAE in training does not fit: weights, gradients and Adam's two moments, 4
+    bytes each of 2 F d.
+    """
     needed = 4 * 4 * 2 * d_sae * d
     cuda = device.type == "cuda"
-    there = torch.cuda.get_device_properties(device).total_memory if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = (
+        torch.cuda.get_device_properties(device).total_memory
+        if cuda
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     if needed > there:
-        raise UserError(f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, and "
-                        f"{device.type if cuda else 'this machine'} has {there / 1e9:,.0f}")
+        raise UserError(
+            f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, and "
+            f"{device.type if cuda else 'this machine'} has {there / 1e9:,.0f}"
+        )
 
 
-def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens: int, sinks: str, first: int = 0,
-                      split: str = "train", once: Callable[[int], None] = lambda tokens: None) -> Iterator[tuple]:
-    """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of every sequence.
+def activation_chunks(
+    model,
+    layer: int,
+    data: str,
+    tokenizer,
+    ctx: int,
+    tokens: int,
+    sinks: str,
+    first: int = 0,
+    split: str = "train",
+    once: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[tuple]:
+    """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of
+    every sequence.
 
-    sinks="drop" leaves sink positions out of the stream (and does not count them). `first` chunks are passed over, without
-    the model where that can be: how many positions are sinks only the model knows. The tokenizer runs again: how many
-    tokens a document has only it knows. once: see `text.train_rows`.
+    sinks="drop" leaves sink positions out of the stream (and does not count them). `first` chunks are passed
+    over, without the model where that can be: how many positions are sinks only the model knows. The
+    tokenizer runs again: how many tokens a document has only it knows. once: see `text.train_rows`.
     """
     device = next(model.parameters()).device
     kept: list[tuple] = []
@@ -80,54 +100,70 @@ def activation_chunks(model, layer: int, data: str, tokenizer, ctx: int, tokens:
 class Training:
     """The training of one SAE, and of those with smaller budgets that share its beginning: recipe `base`.
 
-    Gao et al. 2024 with every schedule a share of the run: tied unit-norm init, b_dec = mean, activations scaled to
-    E|h|^2 = d, Adam at 2e-4 sqrt(2^14/F) with 5% warm-up and a linear decay over the last 20%, decoder rows kept at norm 1
-    with the parallel part of their gradient removed, AuxK with coefficient 1/32 on latents silent for 10% of the budget.
-    Scale and mean leave sink positions out.
+    Gao et al. 2024 with every schedule a share of the run: tied unit-norm init, b_dec = mean, activations
+    scaled to E|h|^2 = d, Adam at 2e-4 sqrt(2^14/F) with 5% warm-up and a linear decay over the last 20%,
+    decoder rows kept at norm 1 with the parallel part of their gradient removed, AuxK with coefficient 1/32
+    on latents silent for 10% of the budget. Scale and mean leave sink positions out.
 
-    The rate goes with the root of the tokens per step, five times Gao et al.'s at 256 and twenty times at 4096: a larger batch is
-    there to be followed further, and at one rate for all most of what it could give is lost. A rate that falls as budgets
-    grow made longer runs worse. Measured on stdlib-s layer 3, held-out R^2 at 1M and 3M tokens: F=256, k=8 .811 and .814, at
-    fivefold throughout .806 and .809; F=2048, k=32 .938 and .957. bench/RESULTS.md, "More tokens".
+    The rate goes with the root of the tokens per step, five times Gao et al.'s at 256 and twenty times at
+    4096: a larger batch is there to be followed further, and at one rate for all most of what it could give
+    is lost. A rate that falls as budgets grow made longer runs worse. Measured on stdlib-s layer 3, held-out
+    R^2 at 1M and 3M tokens: F=256, k=8 .811 and .814, at fivefold throughout .806 and .809; F=2048, k=32 .938
+    and .957. bench/RESULTS.md, "More tokens".
 
-    The trunk. Budgets of equal batch and rate differ in nothing until the first decays, so one run at constant rate serves
-    them: where budget B starts to decay, a copy branches off and ends at B. Between branches the trunk is the run of the next
-    budget (its share of dead tokens); the warm-up is the first budget's. The stream is cut at every budget, so that B's
-    tokens are those of a run of its own, and the smallest budget's SAE is that of a run of its own to the bit.
-    From 10M tokens up only: see bench/RESULTS.md for how far a branch is from a run of its own.
+    The trunk. Budgets of equal batch and rate differ in nothing until the first decays, so one run at
+    constant rate serves them: where budget B starts to decay, a copy branches off and ends at B. Between
+    branches the trunk is the run of the next budget (its share of dead tokens); the warm-up is the first
+    budget's. The stream is cut at every budget, so that B's tokens are those of a run of its own, and the
+    smallest budget's SAE is that of a run of its own to the bit. From 10M tokens up only: see
+    bench/RESULTS.md for how far a branch is from a run of its own.
     """
+
     DECAY = 0.2
-    TRUNK_FROM = 10 ** 7
+    TRUNK_FROM = 10**7
 
     def __init__(self, statistics: dict, d_sae: int, k: int, seed: int, budgets: list[int]):
-        """statistics of the activations, as `describe` gives them; budgets ascending, of one pace: the last is this SAE's."""
+        """statistics of the activations, as `describe` gives them; budgets ascending, of one pace: the last
+        is this SAE's.
+        """
         self.statistics, self.seed, self.step = statistics, seed, 0
         self.batch, self.boost = self.pace(budgets[-1])
         self.initialise(d_sae, k)
-        self.idle = torch.zeros(d_sae + 1, device=statistics["mean"].device)  # since a latent fired; the last slot takes the zeros
+        # since a latent fired; the last slot takes the zeros
+        self.idle = torch.zeros(d_sae + 1, device=statistics["mean"].device)
         self.aim(budgets)
 
     def initialise(self, d_sae: int, k: int) -> None:
         mean = self.statistics["mean"]
         self.scale = math.sqrt(len(mean) / self.statistics["square"])
-        self.variance = self.statistics["variance"] * self.scale ** 2
+        self.variance = self.statistics["variance"] * self.scale**2
         self.sae = tied_init(len(mean), d_sae, k, self.seed, mean * self.scale)
-        self.lr = 2e-4 * math.sqrt(2 ** 14 / d_sae) * self.boost
-        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=mean.device.type in ("cpu", "cuda"))
+        self.lr = 2e-4 * math.sqrt(2**14 / d_sae) * self.boost
+        self.optimiser = torch.optim.Adam(
+            self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=mean.device.type in ("cpu", "cuda")
+        )
 
     @staticmethod
     def describe(h: torch.Tensor, sink: torch.Tensor, where: str = "") -> dict:
-        """Mean [d], E|h|^2 and variance (about the mean, summed over d) of the raw activations h [n,d] that are no sinks."""
+        """Mean [d], E|h|^2 and variance (about the mean, summed over d) of the raw activations h [n,d] that
+        are no sinks.
+        """
         calm = h[~sink]
         if not len(calm):
             raise Fault(f"{where}: nothing but sink positions, all {len(h)} of them")
         must_vary(calm, where)
         mean = calm.mean(0)
-        return {"mean": mean, "square": calm.square().sum(1).mean().item(), "variance": (calm - mean).square().sum(1).mean().item()}
+        return {
+            "mean": mean,
+            "square": calm.square().sum(1).mean().item(),
+            "variance": (calm - mean).square().sum(1).mean().item(),
+        }
 
     @staticmethod
     def pace(tokens: int) -> tuple[int, float]:
-        """(tokens per step, factor on the rate) of a budget. Neither ever falls with it; from 4,096,000 tokens on both stay."""
+        """(tokens per step, factor on the rate) of a budget. Neither ever falls with it; from 4,096,000
+        tokens on both stay.
+        """
         batch = min(max(tokens // 1000, 256), 4096, tokens)
         return batch, 5 * math.sqrt(batch / 256)
 
@@ -137,14 +173,21 @@ class Training:
         self.budgets = budgets
         cuts = sorted({*range(0, budgets[-1], CHUNK), *budgets})
         self.pieces = list(zip(cuts, cuts[1:]))  # token ranges of the stream, each shuffled by itself
-        steps = dict(itertools.accumulate(((end, (end - start) // self.batch) for start, end in self.pieces),
-                                          lambda a, b: (b[0], a[1] + b[1])))
+        steps = dict(
+            itertools.accumulate(
+                ((end, (end - start) // self.batch) for start, end in self.pieces),
+                lambda a, b: (b[0], a[1] + b[1]),
+            )
+        )
         self.steps, self.warm_up = steps[budgets[-1]], 0.05 * steps[budgets[0]]
-        self.branches = [(int((1 - self.DECAY) * steps[b]), b) for b in budgets[:-1]]  # (step, budget), ascending
+        # (step, budget), ascending
+        self.branches = [(int((1 - self.DECAY) * steps[b]), b) for b in budgets[:-1]]
         self.ahead = [(step, b) for step, b in self.branches if step >= self.step]
 
     def rate(self) -> float:
-        return self.lr * min((self.step + 1) / self.warm_up, (self.steps - self.step) / (self.DECAY * self.steps), 1.0)
+        return self.lr * min(
+            (self.step + 1) / self.warm_up, (self.steps - self.step) / (self.DECAY * self.steps), 1.0
+        )
 
     def dead_after(self) -> float:
         """Tokens without firing that make a latent dead: 10% of the budget the run is heading for."""
@@ -161,9 +204,11 @@ class Training:
         return twins
 
     def feed(self, h: torch.Tensor, start: int, bar: tqdm, what: str) -> list["Training"]:
-        """Train on h [n,d], the stream from token `start`, going on at the step this run is at: [itself, branches ...].
+        """Train on h [n,d], the stream from token `start`, going on at the step this run is at: [itself,
+        branches ...].
 
-        Every token of a piece once, in an order set by the seed alone. Raises Fault on a loss that is not finite.
+        Every token of a piece once, in an order set by the seed alone. Raises Fault on a loss that is not
+        finite.
         """
         runs, done = [self], 0
         for number, (first, last) in enumerate(self.pieces):
@@ -173,7 +218,7 @@ class Training:
                 order = torch.randperm(last - first, generator=generator).to(h.device) + (first - start)
                 for i in range(self.step - done, n):
                     runs += [run for twin in self.branch_off() for run in twin.feed(h, start, bar, what)]
-                    loss = self.one_step(h[order[i * self.batch:(i + 1) * self.batch]])
+                    loss = self.one_step(h[order[i * self.batch : (i + 1) * self.batch]])
                     if (i + 1) % 100 == 0 or i + 1 == n:
                         if not math.isfinite(loss.item()):
                             raise Fault(f"{what}: the loss is not finite at step {self.step}")
@@ -184,10 +229,16 @@ class Training:
 
     # ------------------------------------------------------------------ one step
     def auxiliary_loss(self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-        """AuxK (Gao et al. 2024, A.2): the d/2 strongest dead latents reconstruct the error; error variance 1."""
+        """AuxK (Gao et al. 2024, A.2): the d/2 strongest dead latents reconstruct the error; error variance
+        1.
+        """
         k = min(x.shape[1] // 2, len(dead))
-        values, among_dead = kernels.topk_encode(x - self.sae.b_dec.detach(), self.sae.W_enc[dead], self.sae.b_enc[dead], k)
-        guess = kernels.sparse_decode(values, among_dead, self.sae.W_dec[dead], torch.zeros_like(self.sae.b_dec))
+        values, among_dead = kernels.topk_encode(
+            x - self.sae.b_dec.detach(), self.sae.W_enc[dead], self.sae.b_enc[dead], k
+        )
+        guess = kernels.sparse_decode(
+            values, among_dead, self.sae.W_dec[dead], torch.zeros_like(self.sae.b_dec)
+        )
         residual = (error - guess).square().sum(1).mean() / (error - error.mean(0)).square().sum(1).mean()
         return torch.nan_to_num(residual) / 32
 
@@ -197,7 +248,9 @@ class Training:
         self.idle[torch.where(values > 0, indices, len(self.idle) - 1).flatten()] = 0
 
     def one_step(self, h: torch.Tensor) -> torch.Tensor:
-        """An optimiser step on h [n,d], raw; the loss, still on the device: SSE per token over the variance."""
+        """An optimiser step on h [n,d], raw; the loss, still on the device: SSE per token over the
+        variance.
+        """
         x = h * self.scale
         values, indices = self.sae.encode(x)
         error = x - self.sae.decode(values, indices)
@@ -220,15 +273,25 @@ class Training:
     def finished(self) -> TopKSAE:
         """The SAE for raw activations: the scale folded into the biases, the unit-norm decoder as it is."""
         sae = self.sae.requires_grad_(False)
-        return TopKSAE(sae.W_enc, sae.b_enc / self.scale, sae.W_dec, sae.b_dec / self.scale, sae.k).requires_grad_(False)
+        return TopKSAE(
+            sae.W_enc, sae.b_enc / self.scale, sae.W_dec, sae.b_dec / self.scale, sae.k
+        ).requires_grad_(False)
 
     # ------------------------------------------------------------------ checkpoints
     def state(self) -> dict:
-        return {"sae": self.sae.state_dict(), "optimiser": self.optimiser.state_dict(), "idle": self.idle, "step": self.step,
-                "budgets": self.budgets, "statistics": self.statistics}
+        return {
+            "sae": self.sae.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "idle": self.idle,
+            "step": self.step,
+            "budgets": self.budgets,
+            "statistics": self.statistics,
+        }
 
     def load(self, state: dict) -> "Training":
-        """Go on from a state. The step says where the stream stands, and with the seed in which order it is drawn."""
+        """Go on from a state. The step says where the stream stands, and with the seed in which order it is
+        drawn.
+        """
         self.sae.load_state_dict(state["sae"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.idle, self.step = state["idle"], state["step"]
@@ -239,11 +302,13 @@ class Training:
 class SAELensTraining(Training):
     """Recipe `saelens`: what SAELens 6 does to a TopK SAE by default, step by step (tested against 6.54.12).
 
-    Decoder rows of norm 0.1 with the encoder their copy, b_dec = 0, raw activations with their sinks, 4096 tokens a step, Adam
-    at a constant 3e-4, gradient norm clipped to 1, decoder norms free and latents ranked by pre-activation times decoder
-    norm, loss the SSE per token, AuxK with coefficient 1 on latents silent for 1000 steps. The rate never decays, so a
-    budget is a checkpoint of the longest run. SAELens shuffles in another buffer; the order here is recipe `base`'s.
+    Decoder rows of norm 0.1 with the encoder their copy, b_dec = 0, raw activations with their sinks, 4096
+    tokens a step, Adam at a constant 3e-4, gradient norm clipped to 1, decoder norms free and latents ranked
+    by pre-activation times decoder norm, loss the SSE per token, AuxK with coefficient 1 on latents silent
+    for 1000 steps. The rate never decays, so a budget is a checkpoint of the longest run. SAELens shuffles in
+    another buffer; the order here is recipe `base`'s.
     """
+
     DECAY = 0.0
     TRUNK_FROM = 0
     DEAD_STEPS = 1000
@@ -252,20 +317,28 @@ class SAELensTraining(Training):
         mean = self.statistics["mean"]
         rows = torch.rand(d_sae, len(mean), generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
         rows = (0.1 * rows / rows.norm(dim=1, keepdim=True)).to(mean.device)
-        self.sae = TopKSAE(rows.clone(), torch.zeros(d_sae, device=mean.device), rows, torch.zeros_like(mean), k)
-        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=3e-4, fused=mean.device.type in ("cpu", "cuda"))
+        self.sae = TopKSAE(
+            rows.clone(), torch.zeros(d_sae, device=mean.device), rows, torch.zeros_like(mean), k
+        )
+        self.optimiser = torch.optim.Adam(
+            self.sae.parameters(), lr=3e-4, fused=mean.device.type in ("cpu", "cuda")
+        )
 
     @staticmethod
     def pace(tokens: int) -> tuple[int, float]:
         return min(4096, tokens), 1.0
 
     def folded(self) -> tuple[torch.Tensor, ...]:
-        """W_enc, b_enc, W_dec, b_dec of the same function with unit-norm decoder rows: z_i |W_dec_i| ranks the latents."""
+        """W_enc, b_enc, W_dec, b_dec of the same function with unit-norm decoder rows: z_i |W_dec_i| ranks
+        the latents.
+        """
         sae, norm = self.sae, torch.linalg.vector_norm(self.sae.W_dec, dim=1)
         return sae.W_enc * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec
 
     def auxiliary_loss(self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-        """The d/2 dead latents of largest pre-activation, negative ones with their sign, reconstruct the error."""
+        """The d/2 dead latents of largest pre-activation, negative ones with their sign, reconstruct the
+        error.
+        """
         W_enc, b_enc, W_dec, b_dec = self.folded()
         wanted = x.shape[1] // 2
         z = torch.nn.functional.linear(x - b_dec, W_enc[dead], b_enc[dead])
@@ -303,7 +376,9 @@ def trunk(recipe: str, tokens: int, budgets: list[int]) -> list[int]:
 
 
 def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
-    """What an interrupted training left. A damaged one is set aside, and said. Raises Damaged for a damaged record."""
+    """What an interrupted training left. A damaged one is set aside, and said. Raises Damaged for a damaged
+    record.
+    """
     record, path = folder / store.PROVENANCE, folder / CHECKPOINT
     if CHECKPOINT not in store.written(record):
         return None
@@ -318,18 +393,21 @@ def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
 
 
 def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, source: text.Source) -> None:
-    """Train the SAEs of one hook that the cache has not, together, from one activation stream of the text `source`.
+    """Train the SAEs of one hook that the cache has not, together, from one activation stream of the text
+    `source`.
 
-    A job is the dict of all that determines an SAE: model, weights (hash of what the model computes), tokenizer (hash), layer, data,
-    data_content (hash or commit), split, dtype, ctx, tokens, trunk (the smaller budgets on its way), d_sae, k, seed, recipe, sinks, device,
-    version. The stream's part of it is the same in all. An interrupted run goes on from its last checkpoint; what is damaged
-    is set aside and made again; where another process trains one of them, it is waited for. Raises UserError, Fault.
+    A job is the dict of all that determines an SAE: model, weights (hash of what the model computes),
+    tokenizer (hash), layer, data, data_content (hash or commit), split, dtype, ctx, tokens, trunk (the
+    smaller budgets on its way), d_sae, k, seed, recipe, sinks, device, version. The stream's part of it is
+    the same in all. An interrupted run goes on from its last checkpoint; what is damaged is set aside and
+    made again; where another process trains one of them, it is waited for. Raises UserError, Fault.
     """
     wanted = {cache_folder(cache, job): job for job in jobs}
     lock = lambda folder: f".{folder.name}{store.LOCK}"
     with contextlib.suppress(Damaged):
         if all(is_whole(folder, job) for folder, job in wanted.items()):
-            for folder in wanted:  # a lock that a killed run left; where it cannot be had, it is in nobody's way
+            # a lock that a killed run left; where it cannot be had, it is in nobody's way
+            for folder in wanted:
                 with contextlib.suppress(UserError, Fault):
                     if (cache / lock(folder)).exists():
                         store.claim(cache, lock(folder))
@@ -338,13 +416,24 @@ def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, sourc
     store.writable(cache, "--cache")
     try:
         for folder in sorted(wanted):  # all in one order, so that no two processes wait for each other
-            store.claim(cache, lock(folder), lambda who, folder=folder: tqdm.write(f"{folder.name} is being trained by {who}; waiting"))
+            store.claim(
+                cache,
+                lock(folder),
+                lambda who, folder=folder: tqdm.write(f"{folder.name} is being trained by {who}; waiting"),
+            )
         todo = {folder: job for folder, job in wanted.items() if not mended(folder, job)}
         # one run per trunk, the jobs that share all but the budget: (longest job, {budget: folder})
         runs: dict[tuple, tuple] = {}
         for folder, job in sorted(todo.items(), key=lambda item: item[1]["tokens"]):
             recipe = RECIPES[job["recipe"]]
-            key = (job["recipe"], job["d_sae"], job["k"], job["seed"], *recipe.pace(job["tokens"]), *(job["trunk"] or [job["tokens"]])[:1])
+            key = (
+                job["recipe"],
+                job["d_sae"],
+                job["k"],
+                job["seed"],
+                *recipe.pace(job["tokens"]),
+                *(job["trunk"] or [job["tokens"]])[:1],
+            )
             runs[key] = job, {**runs.get(key, (None, {}))[1], job["tokens"]: folder}
         if runs:
             train_runs(model, tokenizer, list(runs.values()), next(model.parameters()).device, source)
@@ -363,20 +452,35 @@ def mended(folder: pathlib.Path, made_by: dict) -> bool:
         return False
 
 
-def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device, source: text.Source) -> None:
-    """Train [(job of the longest budget, {budget: folder})] to the end, in one pass over the activations of their hook."""
+def train_runs(
+    model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device, source: text.Source
+) -> None:
+    """Train [(job of the longest budget, {budget: folder})] to the end, in one pass over the activations of
+    their hook.
+    """
     stream = runs[0][0]
     hook, longest = f"{stream['model']} L{stream['layer']}", max(job["tokens"] for job, _ in runs)
-    bar = tqdm(total=sum(job["tokens"] + RECIPES[job["recipe"]].DECAY * sum(job["trunk"]) for job, _ in runs), unit="tok", unit_scale=True,
-               leave=False, desc=f"{sum(len(folders) for _, folders in runs)} SAEs, {hook}")
+    bar = tqdm(
+        total=sum(job["tokens"] + RECIPES[job["recipe"]].DECAY * sum(job["trunk"]) for job, _ in runs),
+        unit="tok",
+        unit_scale=True,
+        leave=False,
+        desc=f"{sum(len(folders) for _, folders in runs)} SAEs, {hook}",
+    )
     live: dict[int, list[Training]] = {}  # run -> its trunk and branches
     position = []  # chunks that each run has had
     for i, (job, folders) in enumerate(runs):
         position.append(0)
         if saved := load_checkpoint(folders[job["tokens"]], device):
-            trainings = [RECIPES[job["recipe"]](state["statistics"], job["d_sae"], job["k"], job["seed"], state["budgets"]).load(state)
-                         for state in saved["runs"]]
-            to_come = {training.budgets[-1] for training in trainings} | {budget for training in trainings[:1] for _, budget in training.ahead}
+            trainings = [
+                RECIPES[job["recipe"]](
+                    state["statistics"], job["d_sae"], job["k"], job["seed"], state["budgets"]
+                ).load(state)
+                for state in saved["runs"]
+            ]
+            to_come = {training.budgets[-1] for training in trainings} | {
+                budget for training in trainings[:1] for _, budget in training.ahead
+            }
             if folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
                 live[i], position[i] = trainings, saved["chunks"]
         bar.update(min(position[i] * CHUNK, job["tokens"]))
@@ -384,22 +488,40 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
 
     def once(tokens: int) -> None:
         one_pass.append(tokens)
-        tqdm.write(f"{hook}: the training side of {source.name} holds {tokens:,} tokens; from here it repeats")
+        tqdm.write(
+            f"{hook}: the training side of {source.name} holds {tokens:,} tokens; from here it repeats"
+        )
 
-    chunks = activation_chunks(model, stream["layer"], source.data, tokenizer, stream["ctx"], longest, stream["sinks"], min(position),
-                               stream.get("split", "train"), once)
+    chunks = activation_chunks(
+        model,
+        stream["layer"],
+        source.data,
+        tokenizer,
+        stream["ctx"],
+        longest,
+        stream["sinks"],
+        min(position),
+        stream.get("split", "train"),
+        once,
+    )
 
     def checkpoint() -> None:
         for i, trainings in live.items():
             job, folders = runs[i]
             state = {"chunks": position[i], "runs": [training.state() for training in trainings]}
-            store.put(folders[job["tokens"]] / store.PROVENANCE, {CHECKPOINT: functools.partial(torch.save, state)}, **job)
+            store.put(
+                folders[job["tokens"]] / store.PROVENANCE,
+                {CHECKPOINT: functools.partial(torch.save, state)},
+                **job,
+            )
 
     saved_at, cost = time.monotonic(), 0.0
     try:
         for number, (h, sink) in enumerate(chunks, min(position)):
             if text.stamp(source.data) != source.stamp:
-                raise Fault(f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run again")
+                raise Fault(
+                    f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run again"
+                )
             if not torch.isfinite(h).all():
                 raise Fault(f"{hook}: an activation is not finite in chunk {number} of the training text")
             for i, (job, folders) in enumerate(runs):
@@ -408,14 +530,30 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                 if i not in live:
                     budgets = [*job["trunk"], job["tokens"]]
                     recipe = RECIPES[job["recipe"]]
-                    live[i] = [recipe(recipe.describe(h[:budgets[0]], sink[:budgets[0]], hook), job["d_sae"], job["k"], job["seed"], budgets)]
+                    live[i] = [
+                        recipe(
+                            recipe.describe(h[: budgets[0]], sink[: budgets[0]], hook),
+                            job["d_sae"],
+                            job["k"],
+                            job["seed"],
+                            budgets,
+                        )
+                    ]
                 what = f"{hook} k={job['k']} seed {job['seed']}"
-                trained = [run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)]
-                for training in sorted(trained, key=lambda training: training.budgets[-1]):  # the longest, whose checkpoint serves all, last
+                trained = [
+                    run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)
+                ]
+                # the longest, whose checkpoint serves all, last
+                for training in sorted(trained, key=lambda training: training.budgets[-1]):
                     if training.step == training.steps and training.budgets[-1] in folders:
                         *before, tokens = training.budgets
                         passes = {"one_pass": one_pass[0]} if one_pass and one_pass[0] < tokens else {}
-                        save_sae(folders[tokens], training.finished(), job | {"tokens": tokens, "trunk": before}, **passes)
+                        save_sae(
+                            folders[tokens],
+                            training.finished(),
+                            job | {"tokens": tokens, "trunk": before},
+                            **passes,
+                        )
                 position[i] = number + 1
                 if position[i] * CHUNK < job["tokens"]:
                     live[i] = [training for training in trained if training.step < training.steps]
@@ -423,7 +561,8 @@ def train_runs(model, tokenizer, runs: list[tuple[dict, dict]], device: torch.de
                 start = time.perf_counter()
                 checkpoint()
                 saved_at, cost = time.monotonic(), time.perf_counter() - start
-    except (UserError, KeyboardInterrupt):  # the text broke off, or the user did: what is live stands at the end of a chunk
+    # the text broke off, or the user did: what is live stands at the end of a chunk
+    except (UserError, KeyboardInterrupt):
         checkpoint()
         raise
     finally:
