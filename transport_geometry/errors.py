@@ -23,7 +23,7 @@ class Fault(Exception):
     """A run gone wrong (a loss that is not finite, a disk that is full): one line, exit status 1."""
 
 
-def said(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What a library's error says, in one line."""
     import huggingface_hub.errors as hub
 
@@ -46,7 +46,7 @@ def one_line(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{where}: {said(error)}") from error
+        raise UserError(f"{where}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def run_script(main: Callable[[], object]) -> None:
     except Fault as error:
         status, message = 1, str(error)
     except OSError as error:  # a folder that went away, a disk that is full
-        status, message = 1, said(error)
+        status, message = 1, reason(error)
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command goes on from here"
     else:

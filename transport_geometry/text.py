@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 
-from transport_geometry.errors import UserError, brief, said
+from transport_geometry.errors import UserError, brief, reason
 from transport_geometry.models import readable_names
 
 import numpy as np
@@ -197,7 +197,7 @@ def commit_of(data: str) -> tuple[str, str]:
             return name, commit
         except Exception as error:
             if (fault := network_fault(error)) is None or pause is None:
-                raise UserError(f"--data {data}: {said(fault or error)}{ELSE}") from error
+                raise UserError(f"--data {data}: {reason(fault or error)}{ELSE}") from error
             time.sleep(pause)
 
 
@@ -315,7 +315,7 @@ def raw_documents(data: str, split: str = "train") -> Iterator[str | list[int]]:
         raise
     # the libraries below raise a dozen kinds for "no such data set" and "not readable"
     except Exception as error:
-        raise UserError(f"--data {data}: {said(error)}{'' if files else ELSE}") from error
+        raise UserError(f"--data {data}: {reason(error)}{'' if files else ELSE}") from error
 
 
 def text_column(row: dict) -> str | None:
@@ -359,7 +359,7 @@ def streamed(data: str, split: str, source: dict) -> Iterator[dict]:
                 raise
             if failed == len(PAUSES):
                 raise UserError(
-                    f"--data {data}: {said(fault)} (at row {given}, {failed + 1} times)"
+                    f"--data {data}: {reason(fault)} (at row {given}, {failed + 1} times)"
                 ) from error
             time.sleep(PAUSES[failed])
             failed += 1
