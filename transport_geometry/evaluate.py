@@ -1,50 +1,238 @@
-"""TODO evaluate."""
+"""Every number of a condition, from one pass over the evaluation sequences of one hook.
+
+Per token and then per sequence, so that any re-weighting of the sequences (a bootstrap resample, a half) gives its
+metrics as ratios of weighted sums. One mask for everything: the positions that have a target, 0..T-2.
+Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences in all.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 from transport_geometry import kernels
 from transport_geometry.errors import Fault
-from transport_geometry.lm import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from transport_geometry.lm import Hook, cross_entropy, kl_divergence
+from transport_geometry.metrics import METRICS
+from transport_geometry.patch import Clean, Patch
 from transport_geometry.sae import TopKSAE, must_vary, sink_positions
 
 import numpy as np
 import torch
+from torch.nn.functional import layer_norm
 from tqdm import tqdm
 
 DRAWS = 4  # of sampled labels
+# a TopKSAE, another SAE (`formats.FileSAE`), or a function (h [N,d], mean [d]) -> h_hat [N,d]
+Reconstruction = torch.nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Terms = Callable[[Patch], dict[str, torch.Tensor]]
+Name = TypeVar("Name")  # what a reconstruction goes by
 
 
-# --------------------------------------------------------------------------------------------- evaluation
-def hook_statistics(model, layer: int, rows: torch.Tensor, batch: int) -> dict:
-    """What all SAEs of a hook share: h [S,T,d] on the CPU, its mean, top eigenvector, LayerNorm mean, sinks,
-    norms.
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """What all SAEs of a hook share."""
 
-    Means and the covariance (mean-centred, over the evaluated positions) in float64 on the CPU.
+    h: torch.Tensor  # [S,T,d] on the CPU
+    sink: torch.Tensor  # [S,T-1] bool on the CPU
+    mean: torch.Tensor  # [d], over the evaluated positions
+    calm_mean: torch.Tensor  # [d], without sinks
+    top: torch.Tensor  # [d], first eigenvector of the covariance
+    ln_mean: torch.Tensor  # [d], mean after LayerNorm
+
+    def batches(self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int) -> Iterator[Clean]:
+        """The clean run, forward and backward, a batch at a time. uniforms [S,m,T-1]: see `Hook.clean_pass`."""
+        for start in range(0, len(input_ids), batch):
+            here, device = slice(start, start + batch), hook.device
+            x, h = input_ids[here].to(device), self.h[here].to(device)
+            log_p, gradients = hook.clean_pass(x, h, uniforms[here].transpose(0, 1).to(device))
+            g, *g_sampled = [gradient[:, :-1].flatten(0, 1) for gradient in gradients]
+            yield Clean(hook, x, h, self.sink[here], log_p, log_p.exp(), g, g_sampled)
+
+
+def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
+    """Of input_ids [S,T]. Means and the covariance (mean-centred, over the evaluated positions) in float64.
+
     Raises Fault on an activation that is not finite, or where all are one.
     """
-    device = next(model.parameters()).device
-    h = torch.cat([head(model, layer, chunk.to(device)).cpu() for chunk in rows.split(batch)])
+    device = hook.device
+    h = torch.cat([hook.head(chunk.to(device)).cpu() for chunk in input_ids.split(batch)])
     if not torch.isfinite(h).all():
-        raise Fault(f"layer {layer}: an activation is not finite in the evaluation text")
+        raise Fault(f"layer {hook.layer}: an activation is not finite in the evaluation text")
     used = h[:, :-1]
     norms = used.norm(dim=-1)
     sink = sink_positions(norms, norms[:, 1:].median().item())
     flat = used.flatten(0, 1).double()
-    must_vary(flat, f"layer {layer}")
+    must_vary(flat, f"layer {hook.layer}")
     mean = flat.mean(0)
     top = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors[:, -1]
     calm_mean = flat[~sink.flatten()].mean(0)
-    ln_mean = torch.nn.functional.layer_norm(flat, flat.shape[-1:]).mean(0)
-    as_float = lambda t: t.float().to(device)
+    ln_mean = layer_norm(flat, flat.shape[-1:]).mean(0)
+    return Activations(h, sink, *(t.float().to(device) for t in (mean, calm_mean, top, ln_mean)))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one reconstruction has given."""
+
+    sums: dict[str, np.ndarray]  # {quantity: [S] float64}
+    fired: np.ndarray | None  # [2,F] how often each latent fired in the halves of the documents; None without a code
+    tokens: dict[str, np.ndarray]  # {quantity: [S,T-1] float32} where they are kept
+
+
+def evaluate(
+    hook: Hook,
+    input_ids: torch.Tensor,
+    reconstructions: Mapping[Name, Reconstruction],
+    batch: int,
+    seed: int = 0,
+    keep_tokens: bool = False,
+    terms: Terms | None = None,
+    shared: Activations | None = None,
+    document: np.ndarray | None = None,
+    label: str = "",
+) -> dict[Name, Result]:
+    """Patch every reconstruction into every batch of input_ids [S,T].
+
+    The clean forward, g and its sampled twins are computed once per batch for all of them. An experiment's own
+    quantities [B,T-1] come from terms(patch). Per-token values are formed in float32 on the model's device,
+    summed in float64 on the CPU. shared: `activations`, where they are known. document [S], default one a
+    sequence: the halves are its even and odd numbers. Raises Fault on a loss that is not finite.
+    """
+    half = (np.arange(len(input_ids)) if document is None else document) % 2
+    shared = shared or activations(hook, input_ids, batch)
+    uniforms = torch.rand(
+        len(input_ids), DRAWS, input_ids.shape[1] - 1, generator=torch.Generator().manual_seed(seed)
+    )
+    pieces: dict[Name, list] = {name: [] for name in reconstructions}
+    fired: dict[Name, np.ndarray] = {}
+    start = 0
+    total = len(input_ids) * len(pieces)
+    with tqdm(total=total, unit="seq", desc=f"patching {label}", leave=False) as bar, torch.no_grad():
+        for clean in shared.batches(hook, input_ids, uniforms, batch):
+            here = slice(start, start + len(clean.input_ids))
+            common, log_mean = clean_quantities(clean, shared)
+            for name, reconstruction in reconstructions.items():
+                patch = patched(clean, reconstruction, shared, log_mean)
+                quantities = common | patch_quantities(patch, common, shared)
+                if terms is not None:
+                    quantities |= {q: clean.per_token(v) for q, v in terms(patch).items()}
+                sums = {q: v.sum(1).numpy() for q, v in quantities.items()}
+                # all positions move together, so the sampled form squares the sequence's sum
+                sampled = [v.sum(1).square() for v in patch.g_delta_sampled]
+                sums["gd_sampled_seq"] = torch.stack(sampled).mean(0).numpy()
+                if not np.isfinite(sums["ce_recon"]).all():
+                    raise Fault(
+                        f"{label} {name}: patched CE is not finite in evaluation sequences {here.start} to "
+                        f"{here.stop - 1}"
+                    )
+                kept = {q: v.float().numpy() for q, v in quantities.items()} if keep_tokens else {}
+                pieces[name].append((sums, kept))
+                if patch.values is not None:
+                    counts = fired_in(patch, latents(reconstruction), half[here])
+                    fired[name] = fired.get(name, 0) + counts
+                bar.update(here.stop - here.start)
+            start = here.stop
     return {
-        "h": h,
-        "sink": sink,
-        "mean": as_float(mean),
-        "calm_mean": as_float(calm_mean),
-        "top": as_float(top),
-        "ln_mean": as_float(ln_mean),
+        name: Result(joined([s for s, _ in parts]), fired.get(name), joined([t for _, t in parts]))
+        for name, parts in pieces.items()
     }
+
+
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The batches' arrays end to end."""
+    return {q: np.concatenate([part[q] for part in parts]) for q in parts[0]}
+
+
+# ------------------------------------------------------------------------------------------ one batch
+def clean_quantities(clean: Clean, shared: Activations) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """({quantity: [B,T-1]} of the run without an SAE, log-probabilities with the mean in h's place)."""
+    h, per_token, top = clean.h_flat, clean.per_token, shared.top
+    centred, calm = h - shared.mean, h - shared.calm_mean
+    keep = (~clean.sink).double()
+    log_mean = clean.log_probs(clean.whole(shared.mean.expand(len(h), h.shape[1])))
+    log_zero = clean.log_probs(clean.whole(torch.zeros_like(h)))
+    return {
+        "n": torch.ones(clean.sink.shape, dtype=torch.float64),
+        "n_nosink": keep,
+        "h_sq": per_token(h.square().sum(1)),
+        "sst": per_token(centred.square().sum(1)),
+        "sst_nosink": per_token(calm.square().sum(1)) * keep,
+        "sst_defl1": per_token((centred - torch.outer(centred @ top, top)).square().sum(1)),
+        "sst_ln": per_token((clean.ln - shared.ln_mean).square().sum(1)),
+        "g_sq": per_token(torch.stack([g.square().sum(1) for g in clean.g_sampled]).mean(0)),
+        "fisher_h": per_token(torch.stack([(g * centred).sum(1).square() for g in clean.g_sampled]).mean(0)),
+        "fisher_h_nosink": per_token(
+            torch.stack([(g * calm).sum(1).square() for g in clean.g_sampled]).mean(0)
+        )
+        * keep,
+        "ce_orig": per_token(cross_entropy(clean.log_p, clean.input_ids)),
+        "ce_zero": per_token(cross_entropy(log_zero, clean.input_ids)),
+        "ce_mean": per_token(cross_entropy(log_mean, clean.input_ids)),
+    }, log_mean
+
+
+def patched(
+    clean: Clean, reconstruction: Reconstruction, shared: Activations, log_mean: torch.Tensor
+) -> Patch:
+    """One reconstruction in the batch's h's place, and the model run on it."""
+    h, values, indices = clean.h_flat, None, None
+    if isinstance(reconstruction, TopKSAE):
+        sae = reconstruction
+        values, indices = sae.encode(h)
+        stats, h_hat = kernels.gradient_weighted_distortion(
+            values, indices, sae.W_dec, sae.b_dec, h, clean.g, want_h_hat=True
+        )
+    elif isinstance(reconstruction, torch.nn.Module):
+        values, indices, h_hat = reconstruction.reconstruct(h)
+        stats = dense_statistics(h, h_hat, clean.g)
+    else:
+        h_hat = reconstruction(h, shared.mean)
+        stats = dense_statistics(h, h_hat, clean.g)
+    columns = {column: clean.per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
+    # nothing lost and everything lost (null rows) are runs that have been made
+    if h_hat is h:
+        log_q = clean.log_p
+    elif h_hat.stride(0) == 0 and torch.equal(h_hat[0], shared.mean):
+        log_q = log_mean
+    else:
+        log_q = clean.log_probs(clean.whole(h_hat))
+    return Patch(clean, h_hat, values, indices, columns, log_q)
+
+
+def patch_quantities(
+    patch: Patch, common: dict[str, torch.Tensor], shared: Activations
+) -> dict[str, torch.Tensor]:
+    """{quantity: [B,T-1]} of one patched run, those of the registry's own terms among them."""
+    clean, stats, delta, top = patch.clean, patch.stats, patch.delta_flat, shared.top
+    h, per_token = clean.h_flat, clean.per_token
+    keep, d = (~clean.sink).double(), h.shape[1]
+    log_calm = clean.log_p
+    if patch.h_hat is not h:
+        calm_hat = torch.where(clean.sink.to(h.device).view(-1, 1), h, patch.h_hat)
+        log_calm = clean.log_probs(clean.whole(calm_hat))
+    l0 = torch.full(clean.sink.shape, math.nan, dtype=torch.float64)
+    if patch.values is not None:
+        l0 = per_token((patch.values > 0).sum(1))
+    found = {
+        "sse": stats["delta_sq"],
+        "sse_nosink": stats["delta_sq"] * keep,
+        "sse_defl1": per_token((delta - torch.outer(delta @ top, top)).square().sum(1)),
+        "sse_ln": per_token((layer_norm(patch.h_hat, (d,)) - clean.ln).square().sum(1)),
+        "gd": stats["g_delta"],
+        "gd_sq": stats["g_delta"].square(),
+        "gd_abs": stats["g_delta"].abs(),
+        "fisher": torch.stack([v.square() for v in patch.g_delta_sampled]).mean(0),
+        "ce_recon": per_token(cross_entropy(patch.log_q, clean.input_ids)),
+        "kl": per_token(kl_divergence(clean.p, clean.log_p, patch.log_q)),
+        "ce_sinkclean": per_token(cross_entropy(log_calm, clean.input_ids)),
+        "l0": l0,
+        # what an error as long as this one, in a random direction at every token, is expected to have: no
+        # direction is drawn
+        "fisher_iso": common["g_sq"] * stats["delta_sq"] / d,
+    }
+    found |= {f"{form}_nosink": found[form] * keep for form in ("fisher", "fisher_iso")}
+    return found | {metric.name: per_token(metric.term(patch)) for metric in METRICS if metric.term}
 
 
 def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -64,155 +252,16 @@ def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> t
     )
 
 
-def evaluate(
-    model,
-    layer: int,
-    rows: torch.Tensor,
-    reconstructions: dict[str, torch.nn.Module | Callable],
-    batch: int,
-    seed: int = 0,
-    keep_tokens: bool = False,
-    what: str = "",
-    terms: Callable | None = None,
-    shared: dict | None = None,
-    document: np.ndarray | None = None,
-) -> dict[str, dict]:
-    """{name: {"sums": {quantity: [S] float64}, "fired": [2,F] counts in the halves, "tokens": {..} if kept}}.
+def fired_in(patch: Patch, n_latents: int, half: np.ndarray) -> np.ndarray:
+    """[2,F]: how often each latent fires in the sequences whose `half` [B] is 0 and 1."""
+    assert patch.values is not None and patch.indices is not None
+    fired = np.zeros((2, n_latents + 1))
+    slots = torch.where(patch.values > 0, patch.indices, n_latents).cpu().view(len(half), -1).numpy()
+    for which, row in zip(half, slots):
+        fired[which] += np.bincount(row, minlength=n_latents + 1)
+    return fired[:, :-1]
 
-    A reconstruction is a TopKSAE, another SAE (`formats.FileSAE`), or a function (h [N,d], mean [d]) -> h_hat
-    [N,d]. The clean forward, g and its sampled twins are computed once per batch for all of them. An
-    experiment's own quantities [B,T-1] come from terms(model, layer, x, h, delta, p, log_p, log_q), where
-    delta [B,T,d] is 0 at the last position, which is not patched. Per-token values are formed in float32 on
-    the model's device, summed in float64 on the CPU. shared: `hook_statistics`, where they are known. Raises
-    Fault on a loss that is not finite. document [S], default one a sequence: the halves are its even and odd
-    numbers.
-    """
-    device = next(model.parameters()).device
-    half = (np.arange(len(rows)) if document is None else document) % 2
-    shared = shared or hook_statistics(model, layer, rows, batch)
-    uniforms = torch.rand(len(rows), DRAWS, rows.shape[1] - 1, generator=torch.Generator().manual_seed(seed))
-    out = {name: {"sums": [], "fired": 0, "tokens": []} for name in reconstructions}
-    bar = tqdm(total=len(rows) * len(out), unit="seq", desc=f"patching {what}", leave=False)
-    for start in range(0, len(rows), batch):
-        x = rows[start : start + batch].to(device)
-        h = shared["h"][start : start + batch].to(device)
-        B, T, d = h.shape
-        sink = shared["sink"][start : start + batch]
-        log_p, gradients = clean_pass(
-            model, layer, x, h, uniforms[start : start + batch].transpose(0, 1).to(device)
-        )
-        p = log_p.exp()
-        h_flat = h[:, :-1].flatten(0, 1)
-        g, *g_sampled = [gradient[:, :-1].flatten(0, 1) for gradient in gradients]
-        per_token = lambda v: (
-            v.reshape(B, T - 1).double() if v.device.type == "cpu" else v.reshape(B, T - 1).cpu().double()
-        )
-        patched = lambda h_hat: log_probs(
-            tail(model, layer, x, torch.cat([h_hat.view(B, T - 1, d), h[:, -1:]], 1))
-        )
 
-        centred, calm = h_flat - shared["mean"], h_flat - shared["calm_mean"]
-        top = shared["top"]
-        ln = torch.nn.functional.layer_norm(h_flat, (d,))
-        keep = (~sink).double()
-        common = {
-            "n": torch.ones(B, T - 1, dtype=torch.float64),
-            "n_nosink": keep,
-            "h_sq": per_token(h_flat.square().sum(1)),
-            "sst": per_token(centred.square().sum(1)),
-            "sst_nosink": per_token(calm.square().sum(1)) * keep,
-            "sst_defl1": per_token((centred - torch.outer(centred @ top, top)).square().sum(1)),
-            "sst_ln": per_token((ln - shared["ln_mean"]).square().sum(1)),
-            "g_sq": per_token(torch.stack([gy.square().sum(1) for gy in g_sampled]).mean(0)),
-            "fisher_h": per_token(torch.stack([(gy * centred).sum(1).square() for gy in g_sampled]).mean(0)),
-            "fisher_h_nosink": per_token(
-                torch.stack([(gy * calm).sum(1).square() for gy in g_sampled]).mean(0)
-            )
-            * keep,
-        }
-        with torch.no_grad():
-            common["ce_orig"] = per_token(cross_entropy(log_p, x))
-            common["ce_zero"] = per_token(cross_entropy(patched(torch.zeros_like(h_flat)), x))
-            log_mean = patched(shared["mean"].expand(len(h_flat), d))
-            common["ce_mean"] = per_token(cross_entropy(log_mean, x))
-            for name, reconstruction in reconstructions.items():
-                values = None
-                if isinstance(reconstruction, TopKSAE):
-                    values, indices = reconstruction.encode(h_flat)
-                    stats, h_hat = kernels.gradient_weighted_distortion(
-                        values,
-                        indices,
-                        reconstruction.W_dec,
-                        reconstruction.b_dec,
-                        h_flat,
-                        g,
-                        want_h_hat=True,
-                    )
-                elif isinstance(reconstruction, torch.nn.Module):
-                    values, indices, h_hat = reconstruction.reconstruct(h_flat)
-                    stats = dense_statistics(h_flat, h_hat, g)
-                else:
-                    h_hat = reconstruction(h_flat, shared["mean"])
-                    stats = dense_statistics(h_flat, h_hat, g)
-                delta = h_hat - h_flat
-                s = {column: per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
-                sampled = [per_token((gy * delta).sum(1)) for gy in g_sampled]
-                # nothing lost and everything lost (null rows) are runs that have been made
-                all_mean = h_hat.stride(0) == 0 and torch.equal(h_hat[0], shared["mean"])
-                log_q = log_p if h_hat is h_flat else log_mean if all_mean else patched(h_hat)
-                calm_hat = torch.where(sink.to(device).view(-1, 1), h_flat, h_hat)
-                t = common | {
-                    "sse": s["delta_sq"],
-                    "sse_nosink": s["delta_sq"] * keep,
-                    "sse_defl1": per_token((delta - torch.outer(delta @ top, top)).square().sum(1)),
-                    "sse_ln": per_token((torch.nn.functional.layer_norm(h_hat, (d,)) - ln).square().sum(1)),
-                    "nmse_tok": s["delta_sq"] / s["h_sq"],
-                    "cosine": s["h_h_hat"] / (s["h_sq"] * s["h_hat_sq"]).sqrt().clamp(min=1e-20),
-                    "relerr": s["delta_sq"].sqrt() / (s["h_sq"].sqrt() + 1e-10),
-                    "gd": s["g_delta"],
-                    "gd_sq": s["g_delta"].square(),
-                    "gd_abs": s["g_delta"].abs(),
-                    "fisher": torch.stack([v.square() for v in sampled]).mean(0),
-                    "ce_recon": per_token(cross_entropy(log_q, x)),
-                    "kl": per_token(kl_divergence(p, log_p, log_q)),
-                    "ce_sinkclean": per_token(
-                        cross_entropy(log_p if h_hat is h_flat else patched(calm_hat), x)
-                    ),
-                    "l0": per_token((values > 0).sum(1))
-                    if values is not None
-                    else torch.full((B, T - 1), math.nan, dtype=torch.float64),
-                }
-                # what an error as long as this one, in a random direction at every token, is expected to
-                # have: no direction is drawn
-                t["fisher_iso"] = t["g_sq"] * t["sse"] / d
-                t |= {f"{form}_nosink": t[form] * keep for form in ("fisher", "fisher_iso")}
-                if terms is not None:
-                    whole = torch.cat([delta.view(B, T - 1, d), torch.zeros_like(h[:, -1:])], 1)
-                    t |= {
-                        quantity: per_token(v)
-                        for quantity, v in terms(model, layer, x, h, whole, p, log_p, log_q).items()
-                    }
-                sums = {quantity: v.sum(1).numpy() for quantity, v in t.items()}
-                # all positions move together, so the sampled form squares the sequence's sum
-                sums["gd_sampled_seq"] = torch.stack([v.sum(1).square() for v in sampled]).mean(0).numpy()
-                if not np.isfinite(sums["ce_recon"]).all():
-                    raise Fault(
-                        f"{what} {name}: patched CE is not finite in evaluation sequences {start} to {start + B - 1}"
-                    )
-                out[name]["sums"].append(sums)
-                if values is not None:
-                    fired = torch.zeros(2, reconstruction.W_dec.shape[0] + 1, dtype=torch.float64)
-                    slots = torch.where(values > 0, indices, reconstruction.W_dec.shape[0]).cpu().view(B, -1)
-                    for i in range(B):
-                        fired[half[start + i]] += torch.bincount(slots[i], minlength=fired.shape[1])
-                    out[name]["fired"] = out[name]["fired"] + fired[:, :-1]
-                if keep_tokens:
-                    out[name]["tokens"].append({quantity: v.float().numpy() for quantity, v in t.items()})
-                bar.update(B)
-    bar.close()
-    for result in out.values():
-        for part in ("sums", "tokens"):
-            pieces = result[part]
-            result[part] = {q: np.concatenate([p[q] for p in pieces]) for q in pieces[0]} if pieces else {}
-        result["n_sink"] = int(shared["sink"].sum())
-    return out
+def latents(reconstruction: Reconstruction) -> int:
+    """d_sae of an SAE."""
+    return len(reconstruction.W_dec)  # type: ignore[union-attr, arg-type]  what has a code has a decoder

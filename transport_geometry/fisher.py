@@ -5,7 +5,8 @@ J is the Jacobian of the logits with respect to the hook's activations, F = diag
 spans makes three different numbers (blocks):
 
   sequence   all positions' delta pushed forward together: sum_tau Var_{p_tau}(u_tau), u = J delta. What patching does.
-  token      each position's delta alone, all positions it reaches: sum_t delta_t^T G_t delta_t, no cross terms.
+  token      each position's delta alone, all positions it reaches: sum_t delta_t^T G_t delta_t, no cross terms
+             (only estimated, from sampled labels).
   same       each position's delta alone, its own prediction only: sum_t delta_t^T G_tt delta_t.
 
 Shapes: B sequences, T positions, V = vocabulary, m = draws. Forms are per predicted position [B,T-1], in
@@ -14,28 +15,29 @@ nats^2.
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
-from transport_geometry.errors import UserError
-from transport_geometry.lm import tail
+from transport_geometry.lm import Hook, attending, scores_are_plain
 
 import torch
-import transformers
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # ------------------------------------------------------------------------------------------ pushing forward
-def push_forward(model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """u = J delta [B,T-1,V]: how the logits move to first order when all positions of h [B,T,d] move by
-    delta.
+def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """u = J delta [B,T-1,V]: how the logits move to first order when all positions of h [B,T,d] move by delta.
 
     Forward-mode AD in one pass up to the final norm; the unembedding, being linear, only meets the tangent.
     Attention runs in plain operations: the fused kernels have no forward derivative (pytorch #128971). On
     MPS, whose attention is decomposed for backward passes only (#179294), and where something else has no
     forward derivative, u comes from two backward passes.
     """
-    linear = unembeds_linearly(model, layer, rows, h)
-    f = lambda x: tail(model, layer, rows, x, unembedded=not linear)[:, :-1]
+    linear = unembeds_linearly(hook, input_ids, h)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return hook.tail(input_ids, x, unembedded=not linear)[:, :-1]
+
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         moved = None
         if h.device.type != "mps":
@@ -43,24 +45,21 @@ def push_forward(model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: 
                 moved = forward_ad.unpack_dual(f(forward_ad.make_dual(h, delta))).tangent
         if moved is None:
             moved = push_forward_twice(f, h, delta)
-    return (torch.nn.functional.linear(moved, model.get_output_embeddings().weight) if linear else moved).to(
-        h.dtype
-    )
+    if linear:
+        moved = torch.nn.functional.linear(moved, hook.model.get_output_embeddings().weight)
+    return moved.to(h.dtype)
 
 
-def unembeds_linearly(model, layer: int, rows: torch.Tensor, h: torch.Tensor) -> bool:
-    """Are the logits the unembedding and nothing else (no cap, no scale after it)? Looked at once per
-    model.
-    """
+def unembeds_linearly(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor) -> bool:
+    """Are the logits the unembedding and nothing else (no cap, no scale after it)? Looked at once per model."""
+    model = hook.model
     if not hasattr(model, "unembeds_linearly"):
         with torch.no_grad():
             unembed = model.get_output_embeddings()
-            guess = torch.nn.functional.linear(
-                tail(model, layer, rows[:1], h[:1], unembedded=False), unembed.weight, unembed.bias
-            )
-            model.unembeds_linearly = torch.allclose(
-                guess, tail(model, layer, rows[:1], h[:1]), rtol=1e-3, atol=1e-3
-            )
+            before = hook.tail(input_ids[:1], h[:1], unembedded=False)
+            guess = torch.nn.functional.linear(before, unembed.weight, unembed.bias)
+            logits = hook.tail(input_ids[:1], h[:1])
+            model.unembeds_linearly = torch.allclose(guess, logits, rtol=1e-3, atol=1e-3)
     return model.unembeds_linearly
 
 
@@ -84,50 +83,40 @@ def variance(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------ the three blocks
 def sequence_form(
-    model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
+    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
 ) -> torch.Tensor:
     """[B,T-1] whose sum over a sequence is delta^T G delta with every position's delta at once. p [B,T-1,V]
     of the clean run.
     """
-    return variance(p, push_forward(model, layer, rows, h, delta))
-
-
-def token_form(
-    model,
-    layer: int,
-    rows: torch.Tensor,
-    h: torch.Tensor,
-    delta: torch.Tensor,
-    p: torch.Tensor,
-    signs: torch.Tensor,
-) -> torch.Tensor:
-    """[m,B,T-1] whose sum over a sequence is, on average over signs [m,B,T] of +-1, sum_t delta_t^T G_t
-    delta_t.
-
-    Independent signs take the cross terms between positions away (Hutchinson's trick on positions).
-    """
-    return torch.stack([sequence_form(model, layer, rows, h, delta * s[..., None], p) for s in signs])
+    return variance(p, push_forward(hook, input_ids, h, delta))
 
 
 def same_form(
-    model, layer: int, rows: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
+    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
 ) -> torch.Tensor:
-    """[B,T-1]: delta_t^T G_tt delta_t of every position, exactly, in one pass with self-position
-    attention.
+    """[B,T-1]: delta_t^T G_tt delta_t of every position, exactly, in one pass with self-position attention.
+
+    Raises UserError for a family whose attention cannot be exchanged: its same-position form would silently
+    be the sequence's.
     """
-    with self_position(model):
-        return variance(p, push_forward(model, layer, rows, h, delta))
+    with attending(hook.model, self_position_attention):
+        return variance(p, push_forward(hook, input_ids, h, delta))
 
 
-def self_position_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def self_position_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **more: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention whose value is the usual one and whose derivative sees a query's own key and value only.
 
     query [B,H,T,e], key and value [B,H',T,e] with H' dividing H.
     """
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise UserError(
-            f"{type(module).__name__}: soft-capped scores or attention sinks of its own, so Exp-C has no same-position form for it"
-        )
+    scores_are_plain(module, more)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.detach().transpose(2, 3)
@@ -136,30 +125,6 @@ def self_position_attention(module, query, key, value, attention_mask, scaling, 
     a = torch.softmax(scores + attention_mask, -1)
     out = a @ value.detach() + a.diagonal(dim1=-2, dim2=-1)[..., None] * (value - value.detach())
     return out.transpose(1, 2).contiguous(), a
-
-
-transformers.AttentionInterface.register("self_position", self_position_attention)
-transformers.AttentionMaskInterface.register("self_position", transformers.masking_utils.eager_mask)
-
-
-@contextlib.contextmanager
-def self_position(model):
-    """Within, the derivative of `model` knows no other position than each one's own; its values are
-    unchanged.
-
-    Raises UserError for a family whose attention cannot be exchanged: its same-position form would silently
-    be the sequence's.
-    """
-    before = model.config._attn_implementation
-    model.set_attn_implementation("self_position")
-    try:
-        if model.config._attn_implementation != "self_position" or not model._supports_attention_backend:
-            raise UserError(
-                f"{type(model).__name__}: its attention cannot be exchanged, so Exp-C has no same-position form for it"
-            )
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 # ------------------------------------------------------------------------------------------ estimators
@@ -176,16 +141,16 @@ def sampled_form(gradients: list[torch.Tensor], delta: torch.Tensor) -> tuple[to
 
 
 def subsampled_form(
-    p: torch.Tensor, u: torch.Tensor, rows: torch.Tensor, importance: bool, centred: bool
+    p: torch.Tensor, u: torch.Tensor, entries: torch.Tensor, importance: bool, centred: bool
 ) -> torch.Tensor:
-    """The research log's proposal: a few rows of the Jacobian, and F = diag(p): u^T diag(p) u from S rows
-    [...,S] of the V.
+    """The research log's proposal: a few rows of the Jacobian, and F = diag(p): u^T diag(p) u from S of its V
+    entries [...,S].
 
-    rows are drawn uniformly (scaled by V/S) or, `importance`, from p (mean over S). Uncentred it estimates
+    They are drawn uniformly (scaled by V/S) or, `importance`, from p (mean over S). Uncentred it estimates
     E_p[u^2], which is Var_p(u) + (E_p u)^2 and moves when all logits shift; `centred` subtracts E_p u first.
     """
     v = u - torch.einsum("...v,...v->...", p, u)[..., None] if centred else u
-    picked = v.gather(-1, rows).square()
+    picked = v.gather(-1, entries).square()
     if importance:
         return picked.mean(-1)
-    return (p.gather(-1, rows) * picked).mean(-1) * p.shape[-1]
+    return (p.gather(-1, entries) * picked).mean(-1) * p.shape[-1]

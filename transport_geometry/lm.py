@@ -1,15 +1,24 @@
-"""TODO lm."""
+"""The language model split at a hook: what comes before it, what comes after it, and the clean run's gradients.
+
+Shapes: B sequences, T positions, d = d_model, V = vocabulary. A hook is the output of transformer block `layer`,
+`resid_post`; input_ids are [B,T], int64.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from transport_geometry import kernels
 from transport_geometry.errors import Fault, UserError
 
 import torch
+import transformers
+
+# M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
+MPS_LONGEST_DOT = 32_767
 
 
-# --------------------------------------------------------------------------------------------- device
 def pick_device(wanted: str) -> torch.device:
     """auto = cuda, else mps, else cpu. Raises UserError for a device this machine has not."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -20,41 +29,7 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def check_parity(model, layer: int, rows: torch.Tensor, device: torch.device) -> None:
-    """Compare h, CE, g and TopK values of one batch between `device` and the CPU before any number from
-    `device` is believed.
-
-    MPS matmuls have returned 10-30% errors silently and depending on what lay in memory (pytorch #193487),
-    and its topk has given zeros (#78915), so this is called again for every hook. rows [B,T] on the CPU; the
-    model is left on `device`. Raises Fault where the norm of the error exceeds 0.1% of the norm, 5% for a
-    model in bfloat16, whose own rounding is of that size.
-    """
-    tolerance = 1e-3 if model.dtype != torch.bfloat16 else 0.05
-
-    def measure(where):
-        model.to(where)
-        x = rows.to(where)
-        h = head(model, layer, x)
-        log_p, (g,) = clean_pass(model, layer, x, h)
-        d = h.shape[-1]
-        W = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)).to(where)
-        values, _ = kernels.topk_encode(h.flatten(0, 1), W, torch.zeros(4 * d, device=where), min(32, 4 * d))
-        return {
-            name: t.cpu().double()
-            for name, t in (("h", h), ("CE", cross_entropy(log_p, x)), ("g", g), ("TopK values", values))
-        }
-
-    here, there = measure(torch.device("cpu")), measure(device)
-    for name, truth in here.items():
-        error = ((there[name] - truth).norm() / truth.norm()).item()
-        if not error <= tolerance:
-            raise Fault(
-                f"{device} disagrees with the CPU on {name} at layer {layer} (relative error {error:.1e}, allowed "
-                f"{tolerance:.0e}): its numbers cannot be believed; use --device cpu"
-            )
-
-
-def blocks(model) -> list[torch.nn.Module]:
+def blocks(model: Any) -> list[torch.nn.Module]:
     """The transformer blocks. Raises UserError for an architecture without a list of them."""
     n = getattr(model.config, "num_hidden_layers", None)
     for parent in model.modules():
@@ -64,16 +39,183 @@ def blocks(model) -> list[torch.nn.Module]:
     raise UserError(f"{type(model).__name__}: no list of transformer blocks found")
 
 
-# M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
-MPS_LONGEST_DOT = 32_767
+# ------------------------------------------------------------------------------------------ the hook
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """The output of block `layer` of a causal language model of transformers."""
+
+    model: Any  # AutoModelForCausalLM's; its forward is run as it is, nothing of it is written a second time
+    layer: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device) -> "Hook":
+        """The model moved there."""
+        self.model.to(device)
+        return self
+
+    @property
+    def is_last(self) -> bool:
+        """Is it the last block's, so that no attention follows it?"""
+        return self.layer == self.model.config.num_hidden_layers - 1
+
+    def head(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """h, [B,T,d], float32 at least, and nothing computed after it. Raises UserError.
+
+        The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final
+        norm.
+        """
+        self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
+        output = self._block_output(input_ids)
+        h = output[0] if isinstance(output, tuple) else output
+        return h.to(torch.promote_types(h.dtype, torch.float32))
+
+    def tail(self, input_ids: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
+        """Logits [B,T,V] of the blocks after the hook, fed h [B,T,d]. Differentiable in h.
+
+        input_ids are those h came from. In the model's dtype; h may have any. unembedded=False: what the
+        unembedding would be given, [B,T,d].
+        """
+        way, unembed = self.way_to_patch(input_ids), self.model.get_output_embeddings()
+        too_long = unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT
+
+        def in_pieces(y: torch.Tensor) -> torch.Tensor:
+            pieces = unembed.weight.split(MPS_LONGEST_DOT // 2)
+            return torch.cat([torch.nn.functional.linear(y, W) for W in pieces], -1)
+
+        unembedding: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if not unembedded:
+            unembedding = _computing([unembed], _unchanged)
+        elif h.device.type == "mps" and too_long:
+            unembedding = _computing([unembed], in_pieces)
+        with unembedding:
+            return self._logits(input_ids, h, way)
+
+    def log_probs(self, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """log p [B,T-1,V] of the run that is fed h [B,T,d] at the hook."""
+        return log_probs(self.tail(input_ids, h))
+
+    def clean_pass(
+        self, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(log_p [B,T-1,V], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
+
+        g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend
+        on the batch); sequences do not touch each other, so one backward serves the batch. g_y is the same
+        with labels drawn from the model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the
+        cumulative distribution, so that the CPU's random numbers serve every device. g at the last position
+        is exactly 0.
+        """
+        draws = [] if uniforms is None else list(uniforms)
+        labels = [input_ids[:, 1:]]
+        with torch.enable_grad():
+            x = h.detach().requires_grad_()
+            log_p = self.log_probs(input_ids, x)
+        with torch.no_grad():
+            cdf = log_p.exp().cumsum(-1) if draws else log_p
+            for u in draws:
+                y = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True).squeeze(-1)
+                labels.append(y.clamp_(max=cdf.shape[-1] - 1))
+        gradients = []
+        for i, y in enumerate(labels):
+            with torch.enable_grad():
+                loss = -log_p.gather(-1, y[..., None]).sum()
+            gradients.append(torch.autograd.grad(loss, x, retain_graph=i + 1 < len(labels))[0])
+        return log_p.detach(), gradients
+
+    def plans(
+        self, input_ids: torch.Tensor, h: torch.Tensor, look: Callable[[int, torch.Tensor], object]
+    ) -> torch.Tensor:
+        """Logits [B,T,V] of the run that is fed h; look(block, plan [B,H,T,T]) is called for every attention
+        after the hook, each row of a plan being what one query gives to every key. No plan is kept.
+
+        Raises UserError for a family whose attention cannot be exchanged.
+        """
+
+        def watched(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            out, plan = plain_attention(module, *args, **kwargs)
+            look(module.layer_idx, plan)
+            return out, plan
+
+        with attending(self.model, watched):
+            return self.tail(input_ids, h)
+
+    # ---------------------------------------------------------------------- how the model is run in parts
+    def _block_output(self, input_ids: torch.Tensor) -> Any:
+        """What the block returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after it."""
+        kept = []
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            kept.append(output)
+            raise _Stop
+
+        block = blocks(self.model)[self.layer]
+        with block.register_forward_hook(keep), torch.no_grad(), contextlib.suppress(_Stop):
+            self.model(input_ids, use_cache=False)
+        return kept[0]
+
+    def _logits(self, input_ids: torch.Tensor, h: torch.Tensor, way: str) -> torch.Tensor:
+        """The model's own forward with h as the output of the hook's block.
+
+        way, `skip`: the blocks up to the hook do not run, each gives h. `tuple`: each gives (h,), for
+        families whose blocks return tuples (all, in transformers 4). `replace`: all run, and the output of
+        the last of them is replaced.
+        """
+        first, h = blocks(self.model)[: self.layer + 1], h.to(self.model.dtype)
+
+        def replaced(module: Any, inputs: Any, output: Any) -> Any:
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        def given(*args: Any, **kwargs: Any) -> Any:
+            return (h,) if way == "tuple" else h
+
+        patch = first[-1].register_forward_hook(replaced) if way == "replace" else _computing(first, given)
+        with patch:
+            return self.model(input_ids, use_cache=False).logits
+
+    def way_to_patch(self, input_ids: torch.Tensor) -> str:
+        """The way of `_logits` in which tail(head) is the full forward; looked for once per model and layer,
+        on the first of input_ids.
+
+        `replace` costs a full forward a patch; it is for families whose later blocks read more of the earlier
+        ones than h. Raises UserError where that is not the full forward either: blocks that run more than
+        once.
+        """
+        known = self.model.__dict__.setdefault("ways_to_patch", {})
+        if self.layer in known:
+            return known[self.layer]
+        name, norm, one = type(self.model).__name__, torch.linalg.vector_norm, input_ids[:1]
+        with torch.no_grad():
+            whole, output = self.model(one, use_cache=False).logits, self._block_output(one)
+            h, way = (output[0], "tuple") if isinstance(output, tuple) else (output, "skip")
+            for way in (way, "replace"):
+                with contextlib.suppress(Exception):  # a forward that does not take what it is given
+                    split = self._logits(one, h, way)
+                    # what is not finite is found, and said, later
+                    if not norm(split - whole) > 1e-3 * norm(whole):
+                        break
+            else:
+                raise UserError(
+                    f"{name}: its logits are no function of what block {self.layer} puts out, so nothing can be "
+                    "patched there"
+                )
+        if way == "replace":
+            print(f"{name} does not split after block {self.layer}: every patched run is a full forward")
+        return known.setdefault(self.layer, way)
 
 
 class _Stop(Exception):
     pass
 
 
+def _unchanged(y: torch.Tensor) -> torch.Tensor:
+    return y
+
+
 @contextlib.contextmanager
-def _computing(modules: list[torch.nn.Module], function: Callable) -> Iterator[None]:
+def _computing(modules: list[Any], function: Callable) -> Iterator[None]:
     """Within, the modules compute `function`. They stay what and where they are, for a forward that looks at
     them.
     """
@@ -86,137 +228,64 @@ def _computing(modules: list[torch.nn.Module], function: Callable) -> Iterator[N
             vars(module).pop("forward", None)  # a block may stand in the list twice
 
 
-def _block_output(model, layer: int, rows: torch.Tensor):
-    """What block `layer` returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after
-    it.
+# ------------------------------------------------------------------------------------------ attention
+EXCHANGED = "transport_geometry"  # the name of our attention among those of transformers
+
+
+@contextlib.contextmanager
+def attending(model: Any, function: Callable) -> Iterator[None]:
+    """Within, every attention of the model computes function(module, query, key, value, attention_mask, scaling,
+    **more) -> (out [B,T,H,e], plan [B,H,T,T]), as transformers' own attention functions do.
+
+    query [B,H,T,e], key and value [B,H',T,e] with H' dividing H, attention_mask added to the scores. Raises
+    UserError for a family whose attention cannot be exchanged: it would go on unseen.
     """
-    kept = []
+    transformers.AttentionInterface.register(EXCHANGED, function)
+    transformers.AttentionMaskInterface.register(EXCHANGED, transformers.masking_utils.eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(EXCHANGED)
+    try:
+        if model.config._attn_implementation != EXCHANGED or not model._supports_attention_backend:
+            raise UserError(f"{type(model).__name__}: its attention cannot be exchanged or looked at")
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
-    def keep(module, inputs, output):
-        kept.append(output)
-        raise _Stop
 
-    with blocks(model)[layer].register_forward_hook(keep), torch.no_grad(), contextlib.suppress(_Stop):
-        model(rows, use_cache=False)
-    return kept[0]
-
-
-def _logits(model, layer: int, rows: torch.Tensor, h: torch.Tensor, way: str) -> torch.Tensor:
-    """The model's own forward on rows with h as the output of block `layer`, so that nothing of it is written
-    a second time.
-
-    way, `skip`: the blocks 0..layer do not run, each gives h. `tuple`: each gives (h,), for families whose
-    blocks return tuples (all, in transformers 4). `replace`: all run, and the output of block `layer` is
-    replaced.
-    """
-    first, h = blocks(model)[: layer + 1], h.to(model.dtype)
-    if way == "replace":
-        patch = first[-1].register_forward_hook(
-            lambda module, inputs, output: (h, *output[1:]) if isinstance(output, tuple) else h
+def scores_are_plain(module: Any, more: dict) -> None:
+    """Raises UserError where attention is more than a softmax of scaled scores."""
+    if more.get("softcap") is not None or more.get("s_aux") is not None:
+        raise UserError(
+            f"{type(module).__name__}: soft-capped scores or attention sinks of its own, which are not understood"
         )
-    else:
-        patch = _computing(first, lambda *args, **kwargs: (h,) if way == "tuple" else h)
-    with patch:
-        return model(rows, use_cache=False).logits
 
 
-def way_to_patch(model, layer: int, rows: torch.Tensor) -> str:
-    """The way of `_logits` in which tail(head) is the full forward; looked for once per model and layer, on
-    the first of rows [B,T].
-
-    `replace` costs a full forward a patch; it is for families whose later blocks read more of the earlier
-    ones than h. Raises UserError where that is not the full forward either: blocks that run more than once.
-    """
-    known = model.__dict__.setdefault("ways_to_patch", {})
-    if layer in known:
-        return known[layer]
-    name, norm = type(model).__name__, torch.linalg.vector_norm
-    with torch.no_grad():
-        whole, output = model(rows[:1], use_cache=False).logits, _block_output(model, layer, rows[:1])
-        h, way = (output[0], "tuple") if isinstance(output, tuple) else (output, "skip")
-        for way in (way, "replace"):
-            with contextlib.suppress(Exception):  # a forward that does not take what it is given
-                split = _logits(model, layer, rows[:1], h, way)
-                # what is not finite is found, and said, later
-                if not norm(split - whole) > 1e-3 * norm(whole):
-                    break
-        else:
-            raise UserError(
-                f"{name}: its logits are no function of what block {layer} puts out, so nothing can be patched there"
-            )
-    if way == "replace":
-        print(f"{name} does not split after block {layer}: every patched run is a full forward")
-    return known.setdefault(layer, way)
+def plain_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **more: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(query key^T scaling + attention_mask) value, in plain operations: (out [B,T,H,e], plan [B,H,T,T])."""
+    scores_are_plain(module, more)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    plan = torch.softmax(query @ key.transpose(2, 3) * scaling + attention_mask, -1)
+    return (plan @ value).transpose(1, 2).contiguous(), plan
 
 
-def head(model, layer: int, rows: torch.Tensor) -> torch.Tensor:
-    """resid_post of block `layer`, [B,T,d], float32 at least, and nothing computed after it. rows [B,T].
-    Raises UserError.
-
-    The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final
-    norm.
-    """
-    way_to_patch(model, layer, rows)  # so that nothing is trained on what cannot be evaluated
-    output = _block_output(model, layer, rows)
-    h = output[0] if isinstance(output, tuple) else output
-    return h.to(torch.promote_types(h.dtype, torch.float32))
-
-
-def tail(model, layer: int, rows: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
-    """Logits [B,T,V] of the blocks after `layer`, fed h [B,T,d]. rows [B,T] are those h came from.
-    Differentiable in h.
-
-    In the model's dtype; h may have any. unembedded=False: what the unembedding would be given, [B,T,d].
-    """
-    way, unembed, compute = way_to_patch(model, layer, rows), model.get_output_embeddings(), None
-    if not unembedded:
-        compute = lambda y: y
-    elif h.device.type == "mps" and unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT:
-        compute = lambda y: torch.cat(
-            [torch.nn.functional.linear(y, W) for W in unembed.weight.split(MPS_LONGEST_DOT // 2)], -1
-        )
-    with _computing([unembed], compute) if compute else contextlib.nullcontext():
-        return _logits(model, layer, rows, h, way)
-
-
-def cross_entropy(log_p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Next-token CE [B,T-1] in nats from log-probabilities [B,T-1,V]."""
-    return -log_p.gather(-1, rows[:, 1:, None]).squeeze(-1)
-
-
+# ------------------------------------------------------------------------------------------ log-probabilities
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
-    """log p [B,T-1,V] at the positions that have a target."""
+    """log p [B,T-1,V] at the positions that have a target, from logits [B,T,V]."""
     return torch.log_softmax(logits[:, :-1].float(), -1)
 
 
-def clean_pass(
-    model, layer: int, rows: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor | None = None
-) -> tuple:
-    """(log_p [B,T-1,V], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
-
-    g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend on
-    the batch); sequences do not touch each other, so one backward serves the batch. g_y is the same with
-    labels drawn from the model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the
-    cumulative distribution, so that the CPU's random numbers serve every device. g at the last position is
-    exactly 0.
-    """
-    x = h.detach().requires_grad_()
-    log_p = log_probs(tail(model, layer, rows, x))
-    draws = [] if uniforms is None else list(uniforms)
-    labels = [rows[:, 1:]]
-    with torch.no_grad():
-        cdf = log_p.exp().cumsum(-1) if draws else None
-        for u in draws:
-            labels.append(
-                torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)
-                .squeeze(-1)
-                .clamp_(max=cdf.shape[-1] - 1)
-            )
-    gradients = []
-    for i, y in enumerate(labels):
-        loss = -log_p.gather(-1, y[..., None]).sum()
-        gradients.append(torch.autograd.grad(loss, x, retain_graph=i + 1 < len(labels))[0])
-    return log_p.detach(), gradients
+def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Next-token CE [B,T-1] in nats from log-probabilities [B,T-1,V]."""
+    return -log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
 
 
 def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -234,3 +303,36 @@ def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> 
         series = c * c * (0.5 + c * (1 / 6 + c * (1 / 24 + c / 120)))
         kl[small] = torch.log1p((p[small] * torch.where(c.abs() < 0.05, series, torch.expm1(c) - c)).sum(-1))
     return kl
+
+
+# ------------------------------------------------------------------------------------------ is the device right?
+def check_parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> None:
+    """Compare h, CE, g and TopK values of one batch between `device` and the CPU before any number from
+    `device` is believed.
+
+    MPS matmuls have returned 10-30% errors silently and depending on what lay in memory (pytorch #193487),
+    and its topk has given zeros (#78915), so this is called again for every hook. input_ids on the CPU; the
+    model is left on `device`. Raises Fault where the norm of the error exceeds 0.1% of the norm, 5% for a
+    model in bfloat16, whose own rounding is of that size.
+    """
+    tolerance = 1e-3 if hook.model.dtype != torch.bfloat16 else 0.05
+
+    def measure(on: torch.device) -> dict[str, torch.Tensor]:
+        hook.to(on)
+        x = input_ids.to(on)
+        h = hook.head(x)
+        log_p, (g,) = hook.clean_pass(x, h)
+        d = h.shape[-1]
+        W = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)).to(on)
+        values, _ = kernels.topk_encode(h.flatten(0, 1), W, torch.zeros(4 * d, device=on), min(32, 4 * d))
+        found = {"h": h, "CE": cross_entropy(log_p, x), "g": g, "TopK values": values}
+        return {name: t.cpu().double() for name, t in found.items()}
+
+    here, there = measure(torch.device("cpu")), measure(device)
+    for name, truth in here.items():
+        error = ((there[name] - truth).norm() / truth.norm()).item()
+        if not error <= tolerance:
+            raise Fault(
+                f"{device} disagrees with the CPU on {name} at layer {hook.layer} (relative error {error:.1e}, "
+                f"allowed {tolerance:.0e}): its numbers cannot be believed; use --device cpu"
+            )

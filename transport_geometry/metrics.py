@@ -1,28 +1,187 @@
-"""TODO metrics."""
+"""Every metric of a condition, one entry each: its formula, how it reads as a score, and what kind of proxy it is.
+
+A new proxy is a new entry of METRICS: it then has a column in conditions.csv, a row on the leaderboards and a panel in
+the plots. Shapes: C conditions, S sequences, W re-weightings of them, B sequences of a batch, T positions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transport_geometry.patch import Patch
 
 import numpy as np
+import torch
 
-VALUE_BITS = 8
+VALUE_BITS = 8  # that a latent's value is counted with
 
-# Distortions and scores that stand on the leaderboard: name -> how it is read as "smaller is better" (None:
-# see `scores`).
-EUCLIDEAN_CONTROLS = ("r2_nosink", "r2_defl1", "r2_ln", "nmse_tok", "cosine")
-PROXIES = (
-    "r2",
-    "r2_nosink",
-    "r2_defl1",
-    "r2_ln",
-    "nmse",
-    "nmse_tok",
-    "mse",
-    "cosine",
-    "relerr",
-    "swd_tok",
-    "swd_seq",
-    "swd_sampled",
-    "gd_abs",
-    "gd_mean",
+
+class Sums:
+    """Sums over sequences under every re-weighting: s["sse"] is [W,C], from per-sequence sums [C,S].
+
+    A metric is a ratio of such sums, never a mean of ratios, so that any re-weighting (a bootstrap resample, a
+    half) has it.
+    """
+
+    def __init__(self, quantities: dict[str, np.ndarray], weights: np.ndarray, d: int | np.ndarray):
+        """quantities {name: [C,S]}, weights [W,S], d [C] or one d_model for all."""
+        self.quantities, self.weights, self.d = quantities, weights, d
+        self.totals: dict[str, np.ndarray] = {}  # those asked for
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.totals:
+            self.totals[name] = self.weights @ self.quantities[name].T
+        return self.totals[name]
+
+    def square(self, name: str) -> np.ndarray:
+        """Sum of each sequence's squared sum, [W,C]."""
+        return self.weights @ np.square(self.quantities[name]).T
+
+    def per_token(self, name: str) -> np.ndarray:
+        """Mean over evaluated tokens, [W,C]."""
+        return self[name] / self["n"]
+
+    def explained(self, which: str = "") -> np.ndarray:
+        """1 - SSE/SST, [W,C]; SST is about the one mean of the whole set under every re-weighting."""
+        return 1 - self[f"sse{which}"] / self[f"sst{which}"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric read so that larger is better."""
+
+    of: Callable[[np.ndarray], np.ndarray]
+    label: str  # of an axis; {} is the metric's name
+
+    def __call__(self, value: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.of(value)
+
+
+DISTORTION = Score(lambda x: -np.log10(x), "−log10({})")
+SHARE = Score(lambda x: -np.log10(1 - x), "−log10(1 − {})")  # of something that is 1 when nothing is lost
+SIGNED = Score(np.negative, "−{}")  # a distortion that may be negative keeps its own scale
+ITSELF = Score(np.asarray, "{}")
+
+# what kind of proxy; a metric of no family stands in the tables and is no proxy
+EUCLIDEAN, CONTROL, SENSITIVE = "Euclidean", "Euclidean control", "gradient-weighted"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of conditions.csv."""
+
+    name: str
+    formula: Callable[[Sums], np.ndarray] | None  # [W,C]; None: from the counts of what fired, see `code_metrics`
+    score: Score = ITSELF
+    family: str = ""
+    # per-token quantity of the same name that the formula sums, [B,T-1] or [N]; None: `evaluate` forms what it needs
+    term: Callable[[Patch], torch.Tensor] | None = None
+
+    @property
+    def axis(self) -> str:
+        return self.score.label.format(self.name)
+
+
+def mean(name: str) -> Callable[[Sums], np.ndarray]:
+    """Formula: the mean of a quantity over evaluated tokens."""
+    return lambda s: s.per_token(name)
+
+
+def recovered(patched: str) -> Callable[[Sums], np.ndarray]:
+    """Formula: 2 - L / L_orig, a ratio of sums."""
+    return lambda s: 2 - s.per_token(patched) / s.per_token("ce_orig")
+
+
+def fraction(ablated: str) -> Callable[[Sums], np.ndarray]:
+    """Formula: the share of what an ablation costs that the patch does not."""
+    return lambda s: (
+        (s.per_token(ablated) - s.per_token("ce_recon")) / (s.per_token(ablated) - s.per_token("ce_orig"))
+    )
+
+
+def relative_fisher(form: str, which: str = "") -> Callable[[Sums], np.ndarray]:
+    """Formula: log of how much larger the error is, relative to h, in Fisher than in Euclidean geometry."""
+    return lambda s: np.log(
+        (s[f"{form}{which}"] / s[f"fisher_h{which}"]) / (s[f"sse{which}"] / s[f"sst{which}"])
+    )
+
+
+METRICS = (
+    Metric("r2", lambda s: s.explained(), SHARE, EUCLIDEAN),
+    Metric("r2_nosink", lambda s: s.explained("_nosink"), SHARE, CONTROL),
+    Metric("r2_defl1", lambda s: s.explained("_defl1"), SHARE, CONTROL),
+    Metric("r2_ln", lambda s: s.explained("_ln"), SHARE, CONTROL),
+    Metric("nmse", lambda s: s["sse"] / s["h_sq"], DISTORTION, EUCLIDEAN),
+    Metric(
+        "nmse_tok", mean("nmse_tok"), DISTORTION, CONTROL, lambda p: p.stats["delta_sq"] / p.stats["h_sq"]
+    ),
+    Metric("mse", lambda s: s["sse"] / (s["n"] * s.d), DISTORTION, EUCLIDEAN),
+    Metric(
+        "cosine",
+        mean("cosine"),
+        SHARE,
+        CONTROL,
+        lambda p: p.stats["h_h_hat"] / (p.stats["h_sq"] * p.stats["h_hat_sq"]).sqrt().clamp(min=1e-20),
+    ),
+    Metric(
+        "relerr",
+        mean("relerr"),
+        DISTORTION,
+        EUCLIDEAN,
+        lambda p: p.stats["delta_sq"].sqrt() / (p.stats["h_sq"].sqrt() + 1e-10),
+    ),
+    Metric("swd_tok", mean("gd_sq"), DISTORTION, SENSITIVE),
+    Metric("swd_seq", lambda s: s.square("gd") / s["n"], DISTORTION, SENSITIVE),
+    Metric("swd_sampled", mean("gd_sampled_seq"), DISTORTION, SENSITIVE),
+    Metric("gd_mean", mean("gd"), SIGNED, SENSITIVE),
+    Metric("gd_abs", mean("gd_abs"), DISTORTION, SENSITIVE),
+    Metric("ce_orig", mean("ce_orig")),
+    Metric("ce_recon", mean("ce_recon")),
+    Metric("dce", lambda s: s.per_token("ce_recon") - s.per_token("ce_orig")),
+    Metric("ce_rec", recovered("ce_recon")),
+    Metric("ce_rec_sinkclean", recovered("ce_sinkclean")),
+    Metric("ce_zero", mean("ce_zero")),
+    Metric("ce_mean", mean("ce_mean")),
+    Metric("frac_zero", fraction("ce_zero")),
+    Metric("frac_mean", fraction("ce_mean")),
+    Metric("kl", mean("kl"), DISTORTION),
+    Metric("alive", None),
+    Metric("l0", mean("l0")),
+    Metric("bits_idx", None),
+    Metric("bits", None),
+    Metric("fed", relative_fisher("fisher")),
+    Metric("fed_nosink", relative_fisher("fisher", "_nosink")),
+    Metric("rho", lambda s: (s["fisher"] / s["sse"]) / (s["g_sq"] / (s["n"] * s.d))),
+    # what fed_nosink is expected to be for an isotropic error, as long as this one at every token
+    Metric("fed_iso_nosink", relative_fisher("fisher_iso", "_nosink")),
+    # fed_nosink minus it, from the same sampled labels: the log of rho, weighted by where the error is long
+    Metric("fed_excess", lambda s: np.log(s["fisher_nosink"] / s["fisher_iso_nosink"])),
 )
+BY_NAME = {metric.name: metric for metric in METRICS}
+# in the order of the leaderboard: what keeps its sign comes last
+PROXIES = tuple(sorted((m for m in METRICS if m.family), key=lambda metric: metric.score is SIGNED))
+EUCLIDEAN_CONTROLS = tuple(metric.name for metric in METRICS if metric.family == CONTROL)
+
+
+def computed(sums: Sums, metrics: Sequence[Metric] = METRICS) -> dict[str, np.ndarray]:
+    """{name: [W,C]} of every metric that has a formula."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {metric.name: metric.formula(sums) for metric in metrics if metric.formula}
+
+
+def oriented(name: str, value: np.ndarray) -> np.ndarray:
+    """A metric of METRICS as a score, larger = better."""
+    return BY_NAME[name].score(value)
+
+
+# ------------------------------------------------------------------------------------------ of the code
+def code_metrics(fired: np.ndarray, n_tok: np.ndarray, l0: float) -> dict[str, float]:
+    """alive: share of latents that fire at all; bits a token of their indices, and of indices and values.
+
+    fired [2,F]: how often each latent fires in the n_tok [2] tokens of the two halves of the documents.
+    """
+    bits = index_bits(fired, n_tok)
+    return {"alive": float((fired.sum(0) > 0).mean()), "bits_idx": bits, "bits": bits + VALUE_BITS * l0}
 
 
 def index_bits(fired: np.ndarray, n_tok: np.ndarray) -> float:
@@ -37,109 +196,3 @@ def index_bits(fired: np.ndarray, n_tok: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):
         rate, coded = (fired + 0.5) / (n + 1), fired[::-1] / n[::-1]
     return float(-(coded * np.log2(rate) + (1 - coded) * np.log2(1 - rate)).sum(1).mean())
-
-
-# ------------------------------------------------------------------------------------------------ metrics
-def metrics(sums: dict[str, np.ndarray], weights: np.ndarray, d: int | np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric under every re-weighting: sums {quantity: [C,S]} of C conditions, weights [W,S] ->
-    {metric: [W,C]}.
-
-    R^2 keeps the one mean of the whole set. CE_rec is a ratio of sums, never a mean of ratios. d [C] =
-    d_model. fed_iso_nosink is what fed_nosink is expected to be for an isotropic error, as long as this one
-    at every token; fed_excess is fed_nosink minus it, from the same sampled labels: the log of rho, weighted
-    by where the error is long, without sinks.
-    """
-    total = {q: weights @ v.T for q, v in sums.items()}
-    square = lambda v: weights @ np.square(v).T
-    n = total["n"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ce = {q: total[q] / n for q in ("ce_orig", "ce_recon", "ce_sinkclean", "ce_zero", "ce_mean")}
-        return {
-            "r2": 1 - total["sse"] / total["sst"],
-            "r2_nosink": 1 - total["sse_nosink"] / total["sst_nosink"],
-            "r2_defl1": 1 - total["sse_defl1"] / total["sst_defl1"],
-            "r2_ln": 1 - total["sse_ln"] / total["sst_ln"],
-            "nmse": total["sse"] / total["h_sq"],
-            "nmse_tok": total["nmse_tok"] / n,
-            "mse": total["sse"] / (n * d),
-            "cosine": total["cosine"] / n,
-            "relerr": total["relerr"] / n,
-            "swd_tok": total["gd_sq"] / n,
-            "swd_seq": square(sums["gd"]) / n,
-            "swd_sampled": total["gd_sampled_seq"] / n,
-            "gd_mean": total["gd"] / n,
-            "gd_abs": total["gd_abs"] / n,
-            "ce_orig": ce["ce_orig"],
-            "ce_recon": ce["ce_recon"],
-            "dce": ce["ce_recon"] - ce["ce_orig"],
-            "ce_rec": 2 - ce["ce_recon"] / ce["ce_orig"],
-            "ce_rec_sinkclean": 2 - ce["ce_sinkclean"] / ce["ce_orig"],
-            "ce_zero": ce["ce_zero"],
-            "ce_mean": ce["ce_mean"],
-            "frac_zero": (ce["ce_zero"] - ce["ce_recon"]) / (ce["ce_zero"] - ce["ce_orig"]),
-            "frac_mean": (ce["ce_mean"] - ce["ce_recon"]) / (ce["ce_mean"] - ce["ce_orig"]),
-            "kl": total["kl"] / n,
-            "l0": total["l0"] / n,
-            "fed": np.log((total["fisher"] / total["fisher_h"]) / (total["sse"] / total["sst"])),
-            "fed_nosink": np.log(
-                (total["fisher_nosink"] / total["fisher_h_nosink"])
-                / (total["sse_nosink"] / total["sst_nosink"])
-            ),
-            "rho": (total["fisher"] / total["sse"]) / (total["g_sq"] / (n * d)),
-            "fed_iso_nosink": np.log(
-                (total["fisher_iso_nosink"] / total["fisher_h_nosink"])
-                / (total["sse_nosink"] / total["sst_nosink"])
-            ),
-            "fed_excess": np.log(total["fisher_nosink"] / total["fisher_iso_nosink"]),
-        }
-
-
-def oriented(name: str, value: np.ndarray) -> np.ndarray:
-    """A metric as a score, larger = better: -log10 of the distortion it measures, 1 - x for R^2s and cosine.
-
-    gd_mean is signed (it predicts dCE, and may be negative), so it keeps its own scale; CE_rec is its own
-    score.
-    """
-    if name == "ce_rec":
-        return value
-    if name == "gd_mean":
-        return -value
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.log10(1 - value if name.startswith("r2") or name == "cosine" else value)
-
-
-METRICS = [
-    "r2",
-    "r2_nosink",
-    "r2_defl1",
-    "r2_ln",
-    "nmse",
-    "nmse_tok",
-    "mse",
-    "cosine",
-    "relerr",
-    "swd_tok",
-    "swd_seq",
-    "swd_sampled",
-    "gd_mean",
-    "gd_abs",
-    "ce_orig",
-    "ce_recon",
-    "dce",
-    "ce_rec",
-    "ce_rec_sinkclean",
-    "ce_zero",
-    "ce_mean",
-    "frac_zero",
-    "frac_mean",
-    "kl",
-    "alive",
-    "l0",
-    "bits_idx",
-    "bits",
-    "fed",
-    "fed_nosink",
-    "rho",
-    "fed_iso_nosink",
-    "fed_excess",
-]
