@@ -371,18 +371,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_format_is_its_formula(case, tmp_path):
     write, how, dense = CASES[case]
-    (entry,) = formats.find(str(write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how)))
-    sae = formats.read(entry)
+    (file,) = formats.find(str(write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how)))
+    sae = formats.read(file)
     values, indices, h_hat = sae.reconstruct(H)
     expected = dense(H.double())
     assert (h_hat - expected).norm() / expected.norm() < 1e-6
     assert (values >= 0).all() and values.shape == indices.shape and (values > 0).any(1).float().mean() > 0.5
     for row, index in zip(values, indices):  # a code names a latent once
         assert len(index[row > 0].unique()) == (row > 0).sum()
-    said = formats.describe(entry)
-    assert (
-        said["layer"] == 1 and said["site"] == "resid_post" and said["format"] == case.split()[0].rstrip(",")
-    )
+    of = formats.describe(file)
+    assert (of.format, of.site, of.layer) == (case.split()[0].rstrip(","), "resid_post", 1)
     fused = formats.fused(sae)
     assert (
         torch.equal(fused.reconstruct(H)[2], h_hat)
@@ -435,27 +433,18 @@ def test_hook_names_in_paths(path, hook):
     assert formats.hook_of_path(path) == hook
 
 
-def test_what_files_say_is_read(tmp_path):
-    said = formats.describe(formats.find(str(saelens(tmp_path / "a")))[0])
-    assert said == {
-        "format": "saelens",
-        "site": "resid_post",
-        "layer": 1,
-        "model": "m",
-        "ctx": 32,
-        "bos": True,
-        "basis": "raw",
-        "width": F,
-        "unseen": [],
-    }
-    some = saelens(
-        tmp_path / "c",
-        metadata={"sae_lens_version": "6.1", "exclude_special_tokens": True, "seqpos_slice": [1, None]},
+def declared(folder):
+    (file,) = formats.find(str(folder))
+    return formats.describe(file)
+
+
+def test_what_files_declare_is_read(tmp_path):
+    assert declared(saelens(tmp_path / "a")) == formats.Declared(
+        "saelens", site="resid_post", layer=1, model="m", ctx=32, bos=True, basis="raw", width=F
     )
-    assert formats.describe(formats.find(str(some))[0])["unseen"] == [
-        "exclude_special_tokens",
-        "seqpos_slice",
-    ]
+    left_out = {"exclude_special_tokens": True, "seqpos_slice": [1, None]}
+    some = saelens(tmp_path / "c", metadata={"sae_lens_version": "6.1", **left_out})
+    assert declared(some).unseen == tuple(left_out)
     old = saelens(
         tmp_path / "b",
         **V5,
@@ -464,28 +453,20 @@ def test_what_files_say_is_read(tmp_path):
         model_from_pretrained_kwargs={"center_writing_weights": True},
     )
     # version 5 puts a BOS in front unless it says otherwise
-    said = formats.describe(formats.find(str(old))[0])
-    assert said["basis"] == "centred" and said["bos"] is True and said["layer"] == 1
-    assert formats.describe(formats.find(str(sparsify(tmp_path / "layers.4.mlp")))[0])["site"] == "mlp"
-    assert (
-        formats.describe(formats.find(str(sparsify(tmp_path / "layers.5", transcode=True)))[0])["site"]
-        == "transcoder"
-    )
-    assert (
-        formats.describe(formats.find(str(mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")))[0])[
-            "layer"
-        ]
-        == 2
-    )
+    assert declared(old).basis == "centred" and declared(old).bos is True and declared(old).layer == 1
+    assert declared(sparsify(tmp_path / "layers.4.mlp")).site == "mlp"
+    assert declared(sparsify(tmp_path / "layers.5", transcode=True)).site == "transcoder"
+    assert declared(mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")).layer == 2
 
 
 def test_a_folder_of_many_and_a_pattern(tmp_path):
     for name in ("layers.1", "layers.2", "layers.2.mlp"):
         sparsify(tmp_path / "run" / name)
     dictionary(tmp_path / "run/resid_post_layer_1/trainer_0")
-    labels = lambda spec: [
-        entry["label"].removeprefix(tmp_path.name + "/") for entry in formats.find(str(spec))
-    ]
+
+    def labels(spec):
+        return [file.label.removeprefix(tmp_path.name + "/") for file in formats.find(str(spec))]
+
     assert labels(tmp_path / "run") == [
         "run/layers.1",
         "run/layers.2",
@@ -654,8 +635,8 @@ WHOLE = [[], [1], "x", 3, None, True]
     + [(write, lambda config, whole=whole: whole, "json") for write in SAID for whole in WHOLE],
 )
 def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word, tmp_path):
-    (entry,) = formats.find(str(write(tmp_path / "layers.1")))
-    path = tmp_path / "layers.1" / entry["config"]
+    (file,) = formats.find(str(write(tmp_path / "layers.1")))
+    path = tmp_path / "layers.1" / file.config
     said = json.loads(path.read_text())
     path.write_text(
         json.dumps(
@@ -671,11 +652,11 @@ def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word,
         )
     )
     with pytest.raises(UserError) as caught:
-        formats.describe(entry)
-        formats.read(entry)
+        formats.describe(file)
+        formats.read(file)
     line = str(caught.value)
     assert (
-        line.startswith(f"--sae {entry['label']}: ")
+        line.startswith(f"--sae {file.label}: ")
         and word in line
         and "\n" not in line
         and len(line) < 400
@@ -684,18 +665,15 @@ def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word,
 
 
 def test_whole_numbers_may_be_written_as_floats(tmp_path):
-    (entry,) = formats.find(
+    (file,) = formats.find(
         str(
             saelens(
                 tmp_path / "x", k=5.0, d_sae=40.0, metadata={"sae_lens_version": "6.1", "context_size": 32.0}
             )
         )
     )
-    assert (
-        formats.describe(entry)["ctx"] == 32
-        and formats.read(entry).k == 5
-        and isinstance(formats.read(entry).k, int)
-    )
+    k = formats.read(file).k
+    assert formats.describe(file).ctx == 32 and k == 5 and isinstance(k, int)
 
 
 STRANGE = [
@@ -744,9 +722,9 @@ def replaced(config, path, value):
 def survives(folder):
     """Everything that is found is described and read, or refused in one line."""
     try:
-        for entry in formats.find(str(folder)):
-            formats.describe(entry)
-            formats.read(entry).reconstruct(H)
+        for file in formats.find(str(folder)):
+            formats.describe(file)
+            formats.read(file).reconstruct(H)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 600, error
 
@@ -834,9 +812,9 @@ def test_no_damage_is_a_traceback(case, tmp_path, capfd):
 )
 def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
     torch.save(content, dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE") / "ae.pt")
-    (entry,) = formats.find(str(tmp_path))
+    (file,) = formats.find(str(tmp_path))
     with pytest.raises(UserError) as caught:
-        formats.read(entry)
+        formats.read(file)
     assert "\n" not in str(caught.value)
 
 
@@ -877,7 +855,7 @@ def test_gate_refuses_what_it_cannot_read(gate):
     sae = best_of(near[1], 4)
     sae.W_dec[0, 0] = torch.nan
     with pytest.raises(UserError, match="nan"):
-        formats.check_basis(sae, {"basis": "raw"}, "x", 1, near)
+        formats.check_basis(sae, "raw", "x", 1, near)
 
 
 # ------------------------------------------------------------------------------------------------ the basis gate
@@ -910,10 +888,10 @@ def gate():
 
 def test_gate_lets_through_what_is_as_its_files_say(gate):
     model, rows, near = gate
-    readings = formats.check_basis(best_of(near[1], 4), {"basis": "raw"}, "x", 1, near)
+    readings = formats.check_basis(best_of(near[1], 4), "raw", "x", 1, near)
     assert list(readings)[0] == "layer 1, raw" and len(readings) == 4
     centred = best_of(near[1] - near[1].mean(1, keepdim=True), 4)
-    formats.check_basis(centred, {"basis": "centred"}, "x", 1, near)
+    formats.check_basis(centred, "centred", "x", 1, near)
 
 
 def test_gate_refuses_the_other_basis_with_both_numbers(gate):
@@ -922,7 +900,7 @@ def test_gate_refuses_the_other_basis_with_both_numbers(gate):
     as_said, other = formats.unexplained(centred, near[1], False), formats.unexplained(centred, near[1], True)
     assert other < 0.01 < as_said
     with pytest.raises(UserError, match="centred") as caught:
-        formats.check_basis(centred, {"basis": "raw"}, "x", 1, near)
+        formats.check_basis(centred, "raw", "x", 1, near)
     assert (
         f"{as_said:.4f}" in str(caught.value)
         and f"{other:.4f}" in str(caught.value)
@@ -933,7 +911,7 @@ def test_gate_refuses_the_other_basis_with_both_numbers(gate):
 def test_gate_refuses_the_block_after_its_own(gate):
     model, rows, near = gate
     with pytest.raises(UserError, match="layer 0, raw"):
-        formats.check_basis(best_of(formats.near(model, 0, rows)[0], 6), {"basis": "raw"}, "x", 1, near)
+        formats.check_basis(best_of(formats.near(model, 0, rows)[0], 6), "raw", "x", 1, near)
 
 
 def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
@@ -1036,17 +1014,9 @@ def test_an_exported_sae_reads_back_as_itself(tmp_path):
     formats.write_saelens(
         tmp_path / "out", sae, {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
     )
-    (entry,) = formats.find(str(tmp_path / "out"))
-    again = formats.fused(formats.read(entry))
+    (file,) = formats.find(str(tmp_path / "out"))
+    again = formats.fused(formats.read(file))
     assert torch.equal(sae.reconstruct(H)[2], again.reconstruct(H)[2])
-    assert formats.describe(entry) == {
-        "format": "saelens",
-        "site": "resid_post",
-        "layer": 1,
-        "model": "stdlib-s",
-        "ctx": 64,
-        "bos": False,
-        "basis": "raw",
-        "width": F,
-        "unseen": [],
-    }
+    assert formats.describe(file) == formats.Declared(
+        "saelens", site="resid_post", layer=1, model="stdlib-s", ctx=64, bos=False, basis="raw", width=F
+    )

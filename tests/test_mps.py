@@ -273,9 +273,10 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
         )
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
         jobs += [
-            entry
-            | dict(
-                said={"basis": "centred"},
+            dict(
+                file=file,
+                label=file.label,
+                declared=formats.Declared("saelens", basis="centred"),
                 typical_k=4,
                 mean=random(32),
                 fvu_as_said=0.5,
@@ -283,7 +284,7 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
                 d_sae=64,
                 k=4,
             )
-            for entry in formats.find(str(folder / kind))
+            for file in formats.find(str(folder / kind))
         ]
     names = [(job["label"], "saelens", 64, 4, 0, 0) for job in jobs]
     hook = dict(

@@ -162,11 +162,11 @@ def written(tmp_path_factory):
 def test_a_file_gives_the_forward_that_its_library_gives(name, written):
     saes, h = written
     folder, theirs = saes[name]
-    (entry,) = formats.find(str(folder))
-    values, _, h_hat = formats.fused(formats.read(entry)).reconstruct(h)
+    (file,) = formats.find(str(folder))
+    values, _, h_hat = formats.fused(formats.read(file)).reconstruct(h)
     expected = theirs(h)
     assert ((h_hat - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
-    assert (values > 0).any() and formats.describe(entry)["layer"] == 3
+    assert (values > 0).any() and formats.describe(file).layer == 3
 
 
 def test_all_of_them_were_asked(written):

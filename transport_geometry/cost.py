@@ -120,7 +120,7 @@ def dry_run(args, more_passes: int = 0) -> None:
             {
                 "sae": e["label"],
                 "hook": f"{e['model']}@{e['layer']}",
-                **e["said"],
+                **vars(e["declared"]),
                 **({"basis": args.basis} if args.basis else {}),
             }
             for e in files
@@ -138,7 +138,7 @@ def dry_run(args, more_passes: int = 0) -> None:
                 *place,
                 args,
                 more_passes,
-                [e["said"]["width"] or 0 for e in files if (e["model"], e["layer"]) == place],
+                [e["declared"].width or 0 for e in files if (e["model"], e["layer"]) == place],
             )
             for place in places
         ]

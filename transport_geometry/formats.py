@@ -7,6 +7,7 @@ Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's spar
 format's formula stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
 """
 
+import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -18,6 +19,7 @@ import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 
 from transport_geometry import kernels, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
@@ -46,6 +48,44 @@ SAELENS_VERSION = "6.54.12"  # whose files the export writes and the tests compa
 # variance. Of 108 rightly labelled SAEs trained here none came below .995 in the other basis and .98 at a
 # neighbouring block; read one block too late: .73 to .93.
 BASIS_MARGIN, LAYER_MARGIN = 0.99, 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeFile:
+    """Where one SAE lies.
+
+    label: what people and result files call it, a hub id with its sub-path or a local path as typed. path:
+    the same in full, which may name the hook. weights, config and beside name files; fetch(name) is the local
+    path of one, downloaded where it is the hub's.
+    """
+
+    label: str
+    path: str
+    format: str
+    weights: str
+    config: str | None
+    beside: tuple[str, ...]
+    fetch: Callable[[str], pathlib.Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What an SAE's files say of it; None where they do not say.
+
+    site and layer: its hook; model: the name of the language model; ctx: tokens of a training sequence; bos:
+    whether every one began with the beginning-of-text token; basis: of the activations, `raw` or `centred`
+    (TransformerLens' processed weights); width: F; unseen: what says that it never saw some positions.
+    """
+
+    format: str
+    site: str | None = None
+    layer: int | None = None
+    model: str | None = None
+    ctx: int | None = None
+    bos: bool | None = None
+    basis: str = "raw"
+    width: int | None = None
+    unseen: tuple[str, ...] = ()
 
 
 class FileSAE(torch.nn.Module):
@@ -133,8 +173,8 @@ class FileSAE(torch.nn.Module):
 
 
 # --------------------------------------------------------------------------------------------- formats
-# For each: says(configuration, path, beside) -> what the files say of the SAE, without its weights; computes(tensors, configuration,
-# beside) -> arguments of FileSAE. beside: the contents of BESIDE's files that are there.
+# For each: declares(configuration, path, beside) -> Declared, without reading the weights; computes(tensors,
+# configuration, beside) -> arguments of FileSAE. beside: the contents of BESIDE's files that are there.
 BELONGS = {
     str: "text",
     int: "a whole number of at least 0",
@@ -172,17 +212,18 @@ def saelens_metadata(config: dict) -> dict:
     return meta if int(re.match(r"\d*", version)[0] or 0) >= 6 else {"prepend_bos": True, **config}
 
 
-def saelens_says(config: dict, path: str, beside: dict) -> dict:
+def saelens_declares(config: dict, path: str, beside: dict) -> Declared:
     meta = saelens_metadata(config)
     site, layer = hook_of_lens(field(meta, "hook_name", str) or field(meta, "hook_point", str, ""))
     centred = field(field(meta, "model_from_pretrained_kwargs", dict, {}), "center_writing_weights", bool)
     left_out = {name: field(meta, name, list, False) for name in ("exclude_special_tokens", "seqpos_slice")}
-    unseen = [
+    unseen = tuple(
         name
         for name, value in left_out.items()
         if value is True or value and any(v is not None for v in value)
-    ]
-    return dict(
+    )
+    return Declared(
+        "saelens",
         site=site,
         layer=layer,
         model=field(meta, "model_name", str),
@@ -194,7 +235,7 @@ def saelens_says(config: dict, path: str, beside: dict) -> dict:
     )
 
 
-def saelens(t: dict, config: dict, beside: dict) -> dict:
+def saelens_computes(t: dict, config: dict, beside: dict) -> dict:
     """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z
     |W_dec_i| where rescaled.
     """
@@ -256,25 +297,25 @@ def saelens(t: dict, config: dict, beside: dict) -> dict:
     return args | dict(norm=norm)
 
 
-def sparsify_says(config: dict, path: str, beside: dict) -> dict:
+def sparsify_declares(config: dict, path: str, beside: dict) -> Declared:
     """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
     made = beside.get("provenance.json", {})
     site, layer = ("resid_post", field(made, "layer", int)) if "layer" in made else hook_of_path(path)
     width = field(config, "num_latents", int) or field(config, "d_in", int, 0) * field(
         config, "expansion_factor", int, 0
     )
-    return dict(
+    return Declared(
+        "sparsify",
         site="transcoder" if field(config, "transcode", bool) else site,
         layer=layer,
         model=field(made, "model", str),
         ctx=field(made, "ctx", int),
         bos=False if made else None,
-        basis="raw",
         width=width,
     )
 
 
-def sparsify(t: dict, config: dict, beside: dict) -> dict:
+def sparsify_computes(t: dict, config: dict, beside: dict) -> dict:
     """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec
     + W_skip h; W_dec lies as [F,d].
 
@@ -294,22 +335,21 @@ def sparsify(t: dict, config: dict, beside: dict) -> dict:
     ) | ({"W_skip": t["W_skip"]} if "W_skip" in t else {})
 
 
-def dictionary_learning_says(config: dict, path: str, beside: dict) -> dict:
+def dictionary_learning_declares(config: dict, path: str, beside: dict) -> Declared:
     trainer, buffer = field(config, "trainer", dict, {}), field(config, "buffer", dict, {})
     site, layer = hook_of_path(field(trainer, "submodule_name", str) or path)
-    return dict(
+    return Declared(
+        "dictionary_learning",
         site=site,
         layer=field(trainer, "layer", int) if layer is None else layer,
         model=field(trainer, "lm_name", str),
         ctx=field(buffer, "ctx_len", int),
-        bos=None,
-        basis="raw",
         width=field(trainer, "dict_size", int),
-        unseen=["remove_bos"] if field(buffer, "remove_bos", bool) else [],
+        unseen=("remove_bos",) if field(buffer, "remove_bos", bool) else (),
     )
 
 
-def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
+def dictionary_learning_computes(t: dict, config: dict, beside: dict) -> dict:
     """z = ReLU(W_enc (h - b_dec) + b_enc), then by class: all of it, the top k, or what exceeds the threshold
     (BatchTopK).
 
@@ -377,25 +417,22 @@ def dictionary_learning(t: dict, config: dict, beside: dict) -> dict:
     return rescaled(args, factor)
 
 
-def openai_says(config: dict, path: str, beside: dict) -> dict:
+def openai_declares(config: dict, path: str, beside: dict) -> Declared:
     """.../LOCATION/autoencoders/LAYER.pt, of GPT-2 small."""
     file = pathlib.PurePosixPath(path)
     site = next(
         (s for s in ("mlp_post_act", "resid_delta_attn", "resid_delta_mlp", "resid_post_attn") if s in path),
         "resid_post",
     )
-    return dict(
+    return Declared(
+        "openai",
         site=site,
         layer=int(file.stem) if file.stem.isdecimal() else None,
         model="gpt2",
-        ctx=None,
-        bos=None,
-        basis="raw",
-        width=None,
     )
 
 
-def openai(t: dict, config: dict, beside: dict) -> dict:
+def openai_computes(t: dict, config: dict, beside: dict) -> dict:
     """z = W_enc (x - pre_bias) + latent_bias; where the activation is TopK, x is h less its mean over its
     standard deviation.
     """
@@ -415,21 +452,18 @@ def openai(t: dict, config: dict, beside: dict) -> dict:
     raise UserError(f"activation {t.get('activation')!r} is not supported")
 
 
-def mlsae_says(config: dict, path: str, beside: dict) -> dict:
+def mlsae_declares(config: dict, path: str, beside: dict) -> Declared:
     """One SAE may serve all layers; the repository's name ends in layers-L where it is of one."""
     layer = re.search(r"layers-(\d+)(?![\d-])", path)
-    return dict(
+    return Declared(
+        "mlsae",
         site="resid_post" if "n_latents" in config else "language model",
         layer=int(layer[1]) if layer else None,
-        model=None,
-        ctx=None,
-        bos=None,
-        basis="raw",
         width=field(config, "n_latents", int),
     )
 
 
-def mlsae(t: dict, config: dict, beside: dict) -> dict:
+def mlsae_computes(t: dict, config: dict, beside: dict) -> dict:
     """OpenAI's TopK without a bias on the latents."""
     W_enc = t["encoder.weight"]
     return dict(
@@ -445,11 +479,11 @@ def mlsae(t: dict, config: dict, beside: dict) -> dict:
 
 
 READERS = {
-    "saelens": (saelens_says, saelens),
-    "sparsify": (sparsify_says, sparsify),
-    "openai": (openai_says, openai),
-    "mlsae": (mlsae_says, mlsae),
-    "dictionary_learning": (dictionary_learning_says, dictionary_learning),
+    "saelens": (saelens_declares, saelens_computes),
+    "sparsify": (sparsify_declares, sparsify_computes),
+    "openai": (openai_declares, openai_computes),
+    "mlsae": (mlsae_declares, mlsae_computes),
+    "dictionary_learning": (dictionary_learning_declares, dictionary_learning_computes),
 }
 
 
@@ -511,14 +545,8 @@ def hub_name(said: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ where they lie
-def find(spec: str) -> list[dict]:
-    """The SAEs that PATH_OR_ID[/SUB_PATH_OR_PATTERN][@REVISION] names: [{label, path, format, weights,
-    config, beside, fetch}], sorted.
-
-    label is what people (and result files) call it: a hub id with its sub-path, a local path as typed.
-    weights, config and beside name files; fetch(name) -> local path downloads the one on the hub. Raises
-    UserError.
-    """
+def find(spec: str) -> list[SaeFile]:
+    """The SAEs that PATH_OR_ID[/SUB_PATH_OR_PATTERN][@REVISION] names, sorted by label. Raises UserError."""
     with one_line(f"--sae {spec}"):
         parts = pathlib.Path(spec).parts
         plain = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
@@ -572,13 +600,13 @@ def find(spec: str) -> list[dict]:
             beside = lambda name: os.path.join(folder, name) if os.path.join(folder, name) in files else None
             label = printable("/".join(filter(None, (name, path))), "its name")
             found.append(
-                dict(
+                SaeFile(
                     label=label,
                     path="/".join(filter(None, (whole, path))),
                     format=kind,
                     weights=file,
                     config=config and beside(config),
-                    beside=[b for b in map(beside, BESIDE.get(kind, ())) if b],
+                    beside=tuple(b for b in map(beside, BESIDE.get(kind, ())) if b),
                     fetch=fetch,
                 )
             )
@@ -591,45 +619,30 @@ def find(spec: str) -> list[dict]:
                     else ""
                 )
             )
-        return sorted(found, key=lambda entry: entry["label"])
+        return sorted(found, key=lambda file: file.label)
 
 
-def describe(entry: dict) -> dict:
-    """What an SAE's files say of it, without its weights: {format, site, layer, model, ctx, bos, basis,
-    width, unseen}. Raises UserError.
-
-    None where they do not say. bos: whether every sequence began with one. unseen: what says that it never
-    saw some positions.
-    """
-    with one_line(f"--sae {entry['label']}"):
-        config, beside = _configuration(entry)
-        said = {"format": entry["format"], "unseen": []} | READERS[entry["format"]][0](
-            config, entry["path"], beside
-        )
-        for name, kind in (
-            ("site", str),
-            ("layer", int),
-            ("model", str),
-            ("ctx", int),
-            ("bos", bool),
-            ("width", int),
-        ):
-            field(said, name, kind)
+def describe(file: SaeFile) -> Declared:
+    """What an SAE's files say of it, without reading its weights. Raises UserError."""
+    with one_line(f"--sae {file.label}"):
+        config, beside = _configuration(file)
+        declared = READERS[file.format][0](config, file.path, beside)
+        kinds = dict(site=str, layer=int, model=str, ctx=int, bos=bool, width=int)
+        for name, kind in kinds.items():
+            field(vars(declared), name, kind)
         for name in ("site", "model"):
-            printable(said[name] or "", name)
-        if said["ctx"] is not None and said["ctx"] < 2:
-            raise UserError(f"ctx is {said['ctx']}, and a sequence has at least 2 tokens")
-        return said
+            printable(getattr(declared, name) or "", name)
+        if declared.ctx is not None and declared.ctx < 2:
+            raise UserError(f"ctx is {declared.ctx}, and a sequence has at least 2 tokens")
+        return declared
 
 
-def _configuration(entry: dict) -> tuple[dict, dict]:
-    if entry["config"] is None and entry["format"] not in ("openai", "dictionary_learning"):
-        raise UserError(
-            f"{FORMATS[os.path.basename(entry['weights'])][1]} is missing beside {entry['weights']}"
-        )
+def _configuration(file: SaeFile) -> tuple[dict, dict]:
+    if file.config is None and file.format not in ("openai", "dictionary_learning"):
+        raise UserError(f"{FORMATS[os.path.basename(file.weights)][1]} is missing beside {file.weights}")
 
     def load(name: str) -> dict:
-        path = entry["fetch"](name)
+        path = file.fetch(name)
         if path.suffix == ".safetensors":
             return load_file(path)
         with one_line(os.path.basename(name)):
@@ -638,8 +651,8 @@ def _configuration(entry: dict) -> tuple[dict, dict]:
                 raise UserError(f"{repr(content)[:60]}, where named values belong")
             return content
 
-    return load(entry["config"]) if entry["config"] else {}, {
-        os.path.basename(name): load(name) for name in entry["beside"]
+    return load(file.config) if file.config else {}, {
+        os.path.basename(name): load(name) for name in file.beside
     }
 
 
@@ -676,17 +689,17 @@ def read_tensors(path: pathlib.Path) -> dict:
     return tensors
 
 
-def read(entry: dict) -> FileSAE:
+def read(file: SaeFile) -> FileSAE:
     """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture
     that is not supported.
     """
-    with one_line(f"--sae {entry['label']}"):
-        config, beside = _configuration(entry)
-        weights = entry["fetch"](entry["weights"])
+    with one_line(f"--sae {file.label}"):
+        config, beside = _configuration(file)
+        weights = file.fetch(file.weights)
         if "files" in beside.get(store.PROVENANCE, {}):  # made here: it says what was written
-            for path in (weights, entry["fetch"](entry["config"])):
+            for path in (weights, file.fetch(file.config)):
                 store.checked(weights.parent / store.PROVENANCE, path.name)
-        args = READERS[entry["format"]][1](read_tensors(weights), config, beside)
+        args = READERS[file.format][1](read_tensors(weights), config, beside)
         args = {
             name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()
         }
@@ -765,7 +778,7 @@ def unexplained(sae: FileSAE, h: torch.Tensor, centred: bool) -> float:
 
 
 def check_basis(
-    sae: FileSAE, said: dict, label: str, layer: int, activations: dict[int, torch.Tensor]
+    sae: FileSAE, basis: str, label: str, layer: int, activations: dict[int, torch.Tensor]
 ) -> dict[str, float]:
     """{reading: unexplained variance}, as the files say first; raises UserError where another reading
     explains more.
@@ -775,7 +788,7 @@ def check_basis(
     block before its own need not: the residual stream grows, and its beginning is as easy.) activations: see
     `near`.
     """
-    centred = said["basis"] == "centred"
+    centred = basis == "centred"
     name = lambda l, c: f"layer {l}, {'centred' if c else 'raw'}"
     readings = {
         name(layer, centred): unexplained(sae, activations[layer], centred),
@@ -838,14 +851,14 @@ def main() -> None:
     match sys.argv[1:]:
         case ["list", spec]:
             rows = []
-            for entry in find(spec):
+            for file in find(spec):
                 try:
-                    rows.append({"sae": entry["label"], **describe(entry), "why not": ""})
+                    rows.append({"sae": file.label, **vars(describe(file)), "why not": ""})
                 except UserError as error:
                     rows.append(
                         {
-                            "sae": entry["label"],
-                            "format": entry["format"],
+                            "sae": file.label,
+                            "format": file.format,
                             "why not": str(error).rpartition(": ")[2],
                         }
                     )

@@ -1,5 +1,6 @@
 """TODO grid."""
 
+import dataclasses
 import math
 import os
 import platform
@@ -22,8 +23,8 @@ def sae_name(expansion: int, sinks: str) -> str:
 
 
 def chosen_saes(args) -> list[dict]:
-    """Entries of `formats.find`, with `said`, `model` and `layer`, for the SAEs of --sae that read a hook
-    asked for; says which do not.
+    """Jobs {file, label, format, declared, model, layer} for the SAEs of --sae that read a hook asked for;
+    says which do not.
 
     Without --models the files name the model; without @LAYER each file its layer. Raises UserError.
     """
@@ -31,25 +32,29 @@ def chosen_saes(args) -> list[dict]:
     for name, layer in args.models:
         asked.setdefault(name, set()).add(layer)
     taken, left = [], []
-    for entry in tqdm(
-        [entry for spec in args.sae for entry in formats.find(spec)], desc="what SAE files say", leave=False
+    for file in tqdm(
+        [file for spec in args.sae for file in formats.find(spec)], desc="what SAE files say", leave=False
     ):
-        said, where = formats.describe(entry), f"--sae {entry['label']}"
-        if len(asked) != 1 and said["model"] is None:
-            raise UserError(f"{where}: its files name no model; name one with --models")
-        name = next(iter(asked)) if len(asked) == 1 else formats.hub_name(said["model"])
-        layers = asked.get(name, {None})
-        layer = said["layer"] if said["layer"] is not None or len(layers) > 1 else next(iter(layers))
-        if said["site"] not in (None, "resid_post"):
-            left.append(f"{entry['label']} ({said['site']}, not resid_post)")
-        elif asked and name not in asked:
-            left.append(f"{entry['label']} (of {name})")
-        elif layer is None:
-            raise UserError(f"{where}: its files name no layer; name one with --models {name}@LAYER")
-        elif layer not in layers and None not in layers:
-            left.append(f"{entry['label']} (layer {layer})")
+        declared, about = formats.describe(file), f"--sae {file.label}"
+        if len(asked) == 1:
+            name = next(iter(asked))
+        elif declared.model is None:
+            raise UserError(f"{about}: its files name no model; name one with --models")
         else:
-            taken.append(entry | {"said": said, "model": name, "layer": layer})
+            name = formats.hub_name(declared.model)
+        layers = asked.get(name, {None})
+        layer = declared.layer if declared.layer is not None or len(layers) > 1 else next(iter(layers))
+        if declared.site not in (None, "resid_post"):
+            left.append(f"{file.label} ({declared.site}, not resid_post)")
+        elif asked and name not in asked:
+            left.append(f"{file.label} (of {name})")
+        elif layer is None:
+            raise UserError(f"{about}: its files name no layer; name one with --models {name}@LAYER")
+        elif layer not in layers and None not in layers:
+            left.append(f"{file.label} (layer {layer})")
+        else:
+            job = dict(file=file, label=file.label, format=file.format, declared=declared)
+            taken.append(job | dict(model=name, layer=layer))
     if left:
         ranks.say(f"left out: {', '.join(left)}")
     if not taken:
@@ -81,11 +86,11 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     # itself
     for entry in files:
         tokenizer = loaded[entry["model"]][1]
-        entry["ctx"] = min(args.ctx, entry["said"]["ctx"] or args.ctx)
+        entry["ctx"] = min(args.ctx, entry["declared"].ctx or args.ctx)
         entry["bos"] = (
             tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-            if entry["said"]["bos"] is None
-            else bool(entry["said"]["bos"])
+            if entry["declared"].bos is None
+            else bool(entry["declared"].bos)
         )
     place = lambda entry: (entry["model"], entry["layer"], entry["ctx"], entry["bos"])
     places = list(dict.fromkeys(map(place, files))) or [(*m, args.ctx, False) for m in args.models]
@@ -218,7 +223,7 @@ def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
     )
     if files:
         settings |= dict.fromkeys(("k", "seeds", "tokens", "expansion", "recipe", "sinks"))
-        settings["saes"] = {job["label"]: job["said"] for hook in hooks for job in hook["jobs"]}
+        settings["saes"] = {job["label"]: job["in_settings"] for hook in hooks for job in hook["jobs"]}
     else:
         settings["data_content"] = source.content
     settings |= {
@@ -246,32 +251,30 @@ def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list
     activations = formats.near(model, hook["layer"], few)
     model.to("cpu")
     for entry in tqdm(entries, desc=f"reading SAEs of {hook['name']} L{hook['layer']}", leave=False):
-        sae = formats.read(entry).to(where)
+        sae = formats.read(entry["file"]).to(where)
         F, d = sae.W_enc.shape
         if d != hook["d"]:
             raise UserError(
                 f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}"
             )
-        model = entry["said"]["model"]
+        declared = entry["declared"]
+        model = declared.model
         if model and os.path.isabs(model):  # where it lay on somebody's machine is nobody's business
             model = os.path.basename(model)
-        said = entry["said"] | {
-            "model": model,
-            "basis": args.basis or entry["said"]["basis"],
-            "ctx": entry["ctx"],
-            "bos": entry["bos"],
-            "fingerprint": formats.sae_fingerprint(sae),
-        }
+        basis = args.basis or declared.basis
+        declared = dataclasses.replace(declared, model=model, basis=basis, ctx=entry["ctx"], bos=entry["bos"])
         readings = (
             [math.nan]
             if args.basis
-            else list(formats.check_basis(sae, said, entry["label"], hook["layer"], activations).values())
+            else list(formats.check_basis(sae, basis, entry["label"], hook["layer"], activations).values())
         )
-        sae.centred = said["basis"] == "centred"
+        sae.centred = basis == "centred"
         h = activations[hook["layer"]]
         active = (sae.encode(h)[0] > 0).sum(1).double().mean().item()
         entry |= dict(
-            said=said,
+            declared=declared,
+            in_settings=vars(declared)
+            | {"unseen": list(declared.unseen), "fingerprint": formats.sae_fingerprint(sae)},
             fvu_as_said=readings[0],
             fvu_otherwise=min(readings[1:], default=math.nan),
             d_sae=F,

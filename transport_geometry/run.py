@@ -82,8 +82,8 @@ def load(hook: dict, i: int, args) -> torch.nn.Module:
     job = hook["jobs"][i]
     if not args.sae:
         return load_sae(cache_folder(args.cache, job), torch.device("cpu"))
-    sae = formats.read(job)
-    sae.centred = job["said"]["basis"] == "centred"
+    sae = formats.read(job["file"])
+    sae.centred = job["declared"].basis == "centred"
     return formats.fused(sae)
 
 
