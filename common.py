@@ -1,38 +1,32 @@
-"""What every experiment's command line shares: the flags and the published grids, and how a script ends.
+"""What every experiment's command line shares: the flags and the published grids.
 
-python common.py diff A B      # are two results folders one run? identical, same SAEs, reproduced (exit 0) or different (1)
+    python common.py diff A B      # are two results folders one run?
+
+Its answer is one of four words, `identical`, `same SAEs`, `reproduced` (exit 0) or `different` (1).
 """
 
 import argparse
 import pathlib
 import sys
+from typing import Any, NoReturn
 
 from transport_geometry import rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
+from transport_geometry.grid import Command, Grid
 from transport_geometry.tables import readable_count
 
-PRESETS = {  # the published grids, all on pythia and the Pile at 32x (published numbers: README)
-    "fast2": dict(
-        models="EleutherAI/pythia-70m@1,EleutherAI/pythia-70m@3,EleutherAI/pythia-70m@5,EleutherAI/pythia-410m@4,"
-        "EleutherAI/pythia-410m@12,EleutherAI/pythia-410m@20",
-        k="8,16,32,64,128,256",
-        tokens="10M",
-        seeds="0",
-    ),
-    "fast3": dict(
-        models="EleutherAI/pythia-70m,EleutherAI/pythia-160m,EleutherAI/pythia-410m",
-        k="8,16,32,64",
-        tokens="10M",
-        seeds="0",
-    ),
-    "phase2": dict(
-        models="EleutherAI/pythia-70m,EleutherAI/pythia-410m", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"
-    ),
+SMALL, MIDDLE, LARGE = (f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
+SIX_HOOKS = [f"{SMALL}@{layer}" for layer in (1, 3, 5)] + [f"{LARGE}@{layer}" for layer in (4, 12, 20)]
+# the published grids, all on pythia and the Pile at 32x (published numbers: README)
+PRESETS = {
+    "fast2": dict(models=",".join(SIX_HOOKS), k="8,16,32,64,128,256", tokens="10M", seeds="0"),
+    "fast3": dict(models=f"{SMALL},{MIDDLE},{LARGE}", k="8,16,32,64", tokens="10M", seeds="0"),
+    "phase2": dict(models=f"{SMALL},{LARGE}", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"),
 }
+PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
 # of each number on the command line: far above what can be computed, and below what overflows (torch seeds a
 # piece of a run by seed x 1000003 + its number, in 63 bits)
 MOST = dict(k=10**6, seeds=2**32 - 1, tokens=10**12, expansion=10**9, eval_seqs=10**6, ctx=2**20)
-PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
 
 
 # ------------------------------------------------------------------------------------------ arguments
@@ -63,76 +57,91 @@ def parse_int(text: str, flag: str, least: int) -> int:
     return int(value)
 
 
-def parse_ints(text: str, flag: str, least: int) -> list[int]:
+def parse_ints(text: str, flag: str, least: int) -> tuple[int, ...]:
     """Whole numbers separated by commas, each once, ascending."""
-    return sorted({parse_int(part, flag, least) for part in text.split(",")})
+    return tuple(sorted({parse_int(part, flag, least) for part in text.split(",")}))
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{brief(message, 280)} (see --help)")
 
 
-def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
-    """The flags that mean the same in every script; `defaults` are the script's own grid.
-
-    Returns models as [(name, layer or None)] (none: the files of --sae name it), k, seeds, tokens as sorted
-    lists of int, recipe, sinks and sae as lists. Raises UserError.
-    """
-    parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    grid = parser.add_argument_group("the grid")
-    grid.add_argument(
+# (flag, what argparse is told): the same in every script
+GRID_FLAGS: tuple[tuple[str, dict], ...] = (
+    (
         "--models",
-        metavar="NAME[@LAYER],...",
-        help="embedded name, local folder or hub id; layer: the middle one",
-    )
-    grid.add_argument(
-        "--revision", help="of the models, where they come from the hub: a branch, tag or commit"
-    )
-    grid.add_argument(
+        dict(metavar="NAME[@LAYER],...", help="embedded name, local folder or hub id; layer: the middle one"),
+    ),
+    ("--revision", dict(help="of the models, where they come from the hub: a branch, tag or commit")),
+    (
         "--dtype",
-        default="float32",
-        choices=["float32", "bfloat16"],
-        help="of the language model; sums are in float32 or better",
-    )
-    grid.add_argument(
-        "--data", help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set"
-    )
-    grid.add_argument("--split", help="of the data set: train")
-    grid.add_argument(
+        dict(
+            default="float32",
+            choices=["float32", "bfloat16"],
+            help="of the language model; sums are in float32 or better",
+        ),
+    ),
+    (
+        "--data",
+        dict(help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set"),
+    ),
+    ("--split", dict(help="of the data set: train")),
+    (
         "--sae",
-        metavar="PATH_OR_ID,...",
-        help="SAEs to evaluate instead of training some: local, or hub id with sub-path or pattern",
-    )
-    grid.add_argument(
+        dict(
+            metavar="PATH_OR_ID,...",
+            help="SAEs to evaluate instead of training some: local, or hub id with sub-path or pattern",
+        ),
+    ),
+    (
         "--basis",
-        choices=["raw", "centred"],
-        help="of the activations that --sae were trained on, against what their files say",
-    )
-    grid.add_argument("--k", help="active latents, e.g. 8,16,32")
-    grid.add_argument("--seeds", help="e.g. 0,1,2")
-    grid.add_argument("--tokens", help="SAE training budgets, e.g. 300k,10M")
-    grid.add_argument("--expansion", help="SAE width = expansion x d_model")
-    grid.add_argument(
+        dict(
+            choices=["raw", "centred"],
+            help="of the activations that --sae were trained on, against what their files say",
+        ),
+    ),
+    ("--k", dict(help="active latents, e.g. 8,16,32")),
+    ("--seeds", dict(help="e.g. 0,1,2")),
+    ("--tokens", dict(help="SAE training budgets, e.g. 300k,10M")),
+    ("--expansion", dict(help="SAE width = expansion x d_model")),
+    (
         "--recipe",
-        help="how SAEs are trained: base, saelens, or both, the first being the one the verdict is about",
-    )
-    grid.add_argument("--sinks", help="sink positions in SAE training: keep, drop, or both")
-    grid.add_argument("--eval-seqs", help="held-out sequences")
-    grid.add_argument("--ctx", help="tokens per sequence")
-    grid.add_argument(
+        dict(
+            help="how SAEs are trained: base, saelens, or both, the first being the one the verdict is about"
+        ),
+    ),
+    ("--sinks", dict(help="sink positions in SAE training: keep, drop, or both")),
+    ("--eval-seqs", dict(help="held-out sequences")),
+    ("--ctx", dict(help="tokens per sequence")),
+    (
         "--preset",
-        choices=sorted(PRESETS),
-        help="a published grid on Pythia and the Pile; other flags override it",
-    )
+        dict(
+            choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it"
+        ),
+    ),
+)
+DEFAULTS = dict(data="stdlib", split="train", recipe="base", sinks="keep", seeds="0")
+TRAINING = (
+    "k",
+    "seeds",
+    "tokens",
+    "expansion",
+    "recipe",
+    "sinks",
+    "preset",
+)  # nothing of it applies to --sae
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    grid = parser.add_argument_group("the grid")
+    for flag, how in GRID_FLAGS:
+        grid.add_argument(flag, **how)
+    add = parser.add_argument
+    out = pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add(
-        "--out",
-        type=parse_path,
-        default=pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem,
-        help="results folder",
-    )
+    add("--out", type=parse_path, default=out, help="results folder")
     add("--cache", type=parse_path, default=pathlib.Path("outputs/cache"), help="trained SAEs")
     add(
         "--fresh",
@@ -141,7 +150,7 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     )
     add(
         "--from",
-        dest="from_dir",
+        dest="finished",
         type=parse_path,
         help="recompute tables, verdict and plots of a finished folder; no model",
     )
@@ -152,40 +161,49 @@ def parse_args(doc: str, argv: list[str] | None = None, **defaults) -> argparse.
     )
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
-    args = parser.parse_args(argv)
-    preset = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
-    if args.sae:  # they are what they are: nothing of the grid applies
-        training = ("k", "seeds", "tokens", "expansion", "recipe", "sinks", "preset")
-        if given := [f"--{name}" for name in training if getattr(args, name) is not None]:
-            raise UserError(f"--sae evaluates SAEs that exist; {', '.join(given)} would train some")
+    return parser
+
+
+def parse_args(doc: str, argv: list[str] | None = None, **defaults: Any) -> Command:
+    """The flags that mean the same in every script; `defaults` are the script's own grid. Raises UserError."""
+    args = parser_of(doc).parse_args(argv)
+    preset: dict[str, Any] = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
+    if args.sae:  # they are what they are
+        if typed := [f"--{name}" for name in TRAINING if getattr(args, name) is not None]:
+            raise UserError(f"--sae evaluates SAEs that exist; {', '.join(typed)} would train some")
         defaults = defaults | {"models": None, "k": "1", "seeds": "0", "tokens": "1", "expansion": 1}
     elif args.basis:
         raise UserError("--basis is about the SAEs of --sae")
-    for name, value in {
-        "data": "stdlib",
-        "split": "train",
-        "recipe": "base",
-        "sinks": "keep",
-        "seeds": "0",
-        **defaults,
-        **preset,
-    }.items():
+    for name, value in {**DEFAULTS, **defaults, **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.models = parse_models(args.models) if args.models else []
-    args.sae = [printable(spec, "--sae") for spec in dict.fromkeys((args.sae or "").split(",")) if spec]
-    for name in ("revision", "data", "split", "out", "cache", "from_dir", "verdict"):
-        printable(str(getattr(args, name)), f"--{name.removesuffix('_dir')}")
-    if not (args.models or args.sae):
+    saes = [printable(spec, "--sae") for spec in dict.fromkeys((args.sae or "").split(",")) if spec]
+    models = parse_models(args.models) if args.models else []
+    for name in ("revision", "data", "split", "out", "cache", "finished", "verdict"):
+        printable(str(getattr(args, name)), f"--{name.replace('finished', 'from')}")
+    if not (models or saes):
         raise UserError("--sae: a path or a hub id, please")
-    args.recipe = parse_choices(args.recipe, "--recipe", ("base", "saelens"))
-    args.sinks = parse_choices(args.sinks, "--sinks", ("keep", "drop"))
-    args.k = parse_ints(args.k, "--k", 1)
-    args.seeds = parse_ints(args.seeds, "--seeds", 0)
-    args.tokens = sorted({parse_count(part) for part in args.tokens.split(",")})
-    for name, least in (("expansion", 1), ("eval_seqs", 2), ("ctx", 2)):
-        setattr(args, name, parse_int(str(getattr(args, name)), f"--{name.replace('_', '-')}", least))
-    return args
+    grid = Grid(
+        models=tuple(models),
+        k=parse_ints(args.k, "--k", 1),
+        seeds=parse_ints(args.seeds, "--seeds", 0),
+        tokens=tuple(sorted({parse_count(part) for part in args.tokens.split(",")})),
+        expansion=parse_int(str(args.expansion), "--expansion", 1),
+        recipes=parse_choices(args.recipe, "--recipe", ("base", "saelens")),
+        sinks=parse_choices(args.sinks, "--sinks", ("keep", "drop")),
+        saes=tuple(saes),
+        basis=args.basis,
+        data=args.data,
+        split=args.split,
+        revision=args.revision,
+        dtype=args.dtype,
+        eval_seqs=parse_int(str(args.eval_seqs), "--eval-seqs", 2),
+        ctx=parse_int(str(args.ctx), "--ctx", 2),
+        save_tokens=args.save_tokens,
+    )
+    return Command(
+        grid, args.device, args.out, args.cache, args.fresh, args.finished, args.verdict, args.dry_run
+    )
 
 
 def parse_path(text: str) -> pathlib.Path:
@@ -195,9 +213,9 @@ def parse_path(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
-def parse_choices(text: str, flag: str, choices: tuple) -> list[str]:
+def parse_choices(text: str, flag: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     """Names separated by commas, in the order given."""
-    values = list(dict.fromkeys(text.split(",")))
+    values = tuple(dict.fromkeys(text.split(",")))
     if unknown := [v for v in values if v not in choices]:
         raise UserError(f"{flag} {brief(','.join(unknown))}: choose from {', '.join(choices)}")
     return values

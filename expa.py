@@ -24,7 +24,7 @@ from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.grid import sae_name
 from transport_geometry.metrics import EUCLIDEAN_CONTROLS, METRICS, oriented
 from transport_geometry.results import about_the_run, measured, rows_hash
-from transport_geometry.run import run
+from transport_geometry.run import Experiment, run
 from transport_geometry.tables import as_csv, as_json, markdown, plain, readable_count, signed, span
 from transport_geometry.train import RECIPES
 
@@ -485,7 +485,8 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
     """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv and
     sequences.npz.
     """
-    _, saes, values, meta, _ = measured(out, settings, N_RESAMPLES)
+    found = measured(out, settings, N_RESAMPLES)
+    saes, values, meta = found.saes, found.values, found.meta
     alive, n_doc, models = (
         np.array([row["alive"] for row in saes]),
         min(settings["documents"]),
@@ -995,7 +996,7 @@ def learning_plot(saes: list[dict], settings: dict) -> bytes:
     """Every metric against training tokens: colour = model, marker = k, line = recipe and sinks."""
     plt = pyplot()
     # these do not depend on training
-    metrics = [m for m in METRICS if m not in ("ce_orig", "ce_zero", "ce_mean", "l0")]
+    metrics = [m.name for m in METRICS if m.name not in ("ce_orig", "ce_zero", "ce_mean", "l0")]
     markers = dict(zip(settings["k"], itertools.cycle("osD^vP*X")))
     colours = model_colours(settings["models"])
     arms = dict(
@@ -1043,12 +1044,12 @@ def learning_plot(saes: list[dict], settings: dict) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
-    args = parse_args(__doc__, **GRID)
-    if args.sae:
+    command = parse_args(__doc__, **GRID)
+    if command.grid.saes:
         raise UserError(
             "--sae: Exp-A is about how SAEs train; expb.py and expc_fisher.py evaluate existing ones"
         )
-    if (done := run(args, "expa")) is None:
+    if (done := run(command, Experiment("expa"))) is None:
         return
     out, settings = done
     verdict, deltas = analyse(out, settings)

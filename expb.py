@@ -28,9 +28,9 @@ from transport_geometry.leaderboard import (
     leaderboard_table,
     read_verdict,
 )
-from transport_geometry.metrics import EUCLIDEAN_CONTROLS, PROXIES, oriented
+from transport_geometry.metrics import BY_NAME, EUCLIDEAN_CONTROLS, PROXIES, Metric, oriented
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
-from transport_geometry.run import run
+from transport_geometry.run import Experiment, run
 from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, readable_count
 
 import numpy as np
@@ -54,8 +54,9 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
 
     A pure function of conditions.csv, sequences.npz and the gate.
     """
-    nulls, mine, values, meta, _ = measured(out, settings, N_RESAMPLES)
-    scores = {name: oriented(name, values[name]) for name in PROXIES}
+    found = measured(out, settings, N_RESAMPLES)
+    nulls, mine, values, meta = found.nulls, found.saes, found.values, found.meta
+    scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in PROXIES}
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for target_name, target in targets.items():
@@ -213,10 +214,10 @@ def plots(mine, board, settings: dict) -> dict[str, bytes]:
     plt, drawn = pyplot(), {"leaderboard.png": leaderboard_plot(board)}
     colours = model_colours(settings["models"])
 
-    def panel(axis, proxy):
+    def panel(axis, proxy: Metric) -> None:
         for model in settings["models"]:
             here = [row for row in mine if row["model"] == model]
-            x = oriented(proxy, np.array([row[proxy] for row in here]))
+            x = proxy.score(np.array([row[proxy.name] for row in here]))
             axis.scatter(
                 x,
                 [row["ce_rec"] for row in here],
@@ -227,17 +228,13 @@ def plots(mine, board, settings: dict) -> dict[str, bytes]:
                 linewidth=0.5,
                 label=model,
             )
-        axis.set_xlabel(
-            {"gd_mean": "−gd_mean"}.get(
-                proxy, f"−log10({'1 − ' if proxy.startswith('r2') or proxy == 'cosine' else ''}{proxy})"
-            )
-        )
+        axis.set_xlabel(proxy.axis)
         axis.set_ylabel("CE_rec")
         axis.grid(alpha=0.3)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    for axis, proxy in zip(axes, ("r2", "swd_tok")):
-        panel(axis, proxy)
+    for axis, name in zip(axes, ("r2", "swd_tok")):
+        panel(axis, BY_NAME[name])
     axes[0].legend(title="size = k", fontsize=8)
     drawn["swd_r2.png"] = as_png(figure)
 
@@ -255,9 +252,9 @@ def plots(mine, board, settings: dict) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
-    args = parse_args(__doc__, **GRID)
-    exp_a = read_verdict(args.verdict)
-    if (done := run(args, "expb")) is None:
+    command = parse_args(__doc__, **GRID)
+    exp_a = read_verdict(command.verdict)
+    if (done := run(command, Experiment("expb"))) is None:
         return
     out, settings = done
     verdict, audited, pairs = analyse(out, settings, exp_a)

@@ -11,15 +11,16 @@ the other two choices of block. A local quadratic form is only believed inside i
 calibrated: against the measured KL at h + a delta for several a.
 """
 
-import itertools
 import pathlib
 
 from common import parse_args, run_script
 from transport_geometry import fisher, leaderboard, stats, store
-from transport_geometry.evaluate import DRAWS, hook_statistics
+from transport_geometry.condition import KEY
+from transport_geometry.evaluate import DRAWS
 from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.fisher_study import SHAPE, estimators, geometry, path_integral
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
-from transport_geometry.grid import KEY
+from transport_geometry.grid import Site
 from transport_geometry.leaderboard import (
     LEADERBOARD,
     MAGNITUDE,
@@ -29,10 +30,11 @@ from transport_geometry.leaderboard import (
     leaderboard_table,
     read_verdict,
 )
-from transport_geometry.lm import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
-from transport_geometry.metrics import EUCLIDEAN_CONTROLS, PROXIES, oriented
+from transport_geometry.lm import cross_entropy, kl_divergence
+from transport_geometry.metrics import DISTORTION, EUCLIDEAN_CONTROLS, PROXIES, Metric, mean, oriented
+from transport_geometry.patch import Patch
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
-from transport_geometry.run import eval_batch, run
+from transport_geometry.run import Experiment, eval_batch, run
 from transport_geometry.tables import (
     as_csv,
     as_json,
@@ -46,7 +48,6 @@ from transport_geometry.tables import (
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
 
 # 9 hooks: three depths of each model; what is measured once per hook is most of the cost
 GRID = dict(
@@ -58,14 +59,11 @@ GRID = dict(
     ctx=256,
 )
 N_RESAMPLES = 2000
-FISHER = ("fisher_seq", "fisher_tok", "fisher_same", "half_var")
 ALPHAS = (0.1, 0.3, 1.0)  # how far along delta the quadratic model is checked
 RADIUS = 0.2  # it holds where KL is within this share of it
 MIN_ADDED = 0.2  # C2': partial Spearman of the Fisher form with CE_rec given SWD
-SHAPE = ("trace", "pr", "top1", "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment")
 TABLES = ("geometry.csv", "estimators.csv", "path.csv")
-# of `terms` through the tail: two in forward mode, about three each, and two patches
-MORE_PASSES = 8
+# (metric, its sign in the report, what joins)
 LADDER = (
     ("delta_sq", "‖δ‖²", "how large the error is"),
     ("fisher_seq", "½δᵀGδ", "its direction weighed"),
@@ -76,248 +74,62 @@ LADDER = (
 
 
 # ------------------------------------------------------------------------------------------- measurement
-def terms(model, layer: int, x, h, delta, p, log_p, log_q) -> dict:
+def terms(patch: Patch) -> dict[str, torch.Tensor]:
     """Per predicted position [B,T-1]: two blocks of the exact form, the variance of the real logit change, KL
     and dCE on the way.
     """
+    clean, delta = patch.clean, patch.delta
+    split = clean.hook, clean.input_ids, clean.h, delta, clean.p
     out = {
-        "fisher_seq": fisher.sequence_form(model, layer, x, h, delta, p),
-        "fisher_same": fisher.same_form(model, layer, x, h, delta, p),
-        "half_var": fisher.variance(p, log_q - log_p) / 2,
+        "fisher_seq": fisher.sequence_form(*split),
+        "fisher_same": fisher.same_form(*split),
+        "half_var": fisher.variance(clean.p, patch.log_q - clean.log_p) / 2,
     }
     for alpha in ALPHAS[:-1]:
-        log_a = log_probs(tail(model, layer, x, h + alpha * delta))
-        out |= {f"kl_{alpha}": kl_divergence(p, log_p, log_a), f"ce_{alpha}": cross_entropy(log_a, x)}
+        log_a = clean.log_probs(clean.h + alpha * delta)
+        out[f"kl_{alpha}"] = kl_divergence(clean.p, clean.log_p, log_a)
+        out[f"ce_{alpha}"] = cross_entropy(log_a, clean.input_ids)
     return out
 
 
-def own_metrics(sums: dict, weights: np.ndarray) -> dict:
-    """The columns that Exp-C appends, per evaluated token: {metric: [W,C]}."""
-    total = {
-        q: weights @ sums[q].T
-        for q in (
-            "n",
-            "sse",
-            "fisher",
-            "fisher_seq",
-            "fisher_same",
-            "half_var",
-            "kl",
-            *(f"kl_{a}" for a in ALPHAS[:-1]),
-        )
-    }
-    with np.errstate(divide="ignore", invalid="ignore"):
-        forms = {
-            "fisher_seq": total["fisher_seq"] / total["n"],
-            "fisher_tok": total["fisher"] / total["n"],
-            "fisher_same": total["fisher_same"] / total["n"],
-            "half_var": total["half_var"] / total["n"],
-            "delta_sq": total["sse"] / total["n"],
-        }
-        kl = lambda alpha: total["kl" if alpha == 1 else f"kl_{alpha}"]
-        return forms | {
-            f"locality_{alpha:g}": kl(alpha) / (alpha**2 * total["fisher_seq"] / 2) for alpha in ALPHAS
-        }
+def at(quantity: str, alpha: float) -> str:
+    """The quantity measured at h + alpha delta."""
+    return quantity if alpha == 1 else f"{quantity}_{alpha}"
 
 
-def study(hook: dict, sae: torch.nn.Module, device: torch.device) -> dict:
+def locality(alpha: float) -> Metric:
+    """KL at h + alpha delta over the quadratic form: 1 where the model is local."""
+    return Metric(f"locality_{alpha:g}", lambda s: s[at("kl", alpha)] / (alpha**2 * s["fisher_seq"] / 2))
+
+
+# beside the proxies of Exp-B, per evaluated token
+FISHER = (
+    Metric("fisher_seq", mean("fisher_seq"), DISTORTION),
+    Metric("fisher_tok", mean("fisher"), DISTORTION),
+    Metric("fisher_same", mean("fisher_same"), DISTORTION),
+    Metric("half_var", mean("half_var"), DISTORTION),
+)
+OWN = (*FISHER, Metric("delta_sq", mean("sse"), DISTORTION), *map(locality, ALPHAS))
+
+
+def study(site: Site, sae: torch.nn.Module, device: torch.device) -> dict[str, list[dict]]:
     """What is measured once per hook, on few sequences or without an SAE: {table: rows}. sae: the middle one
     of the grid.
     """
-    model, layer, rows = hook["model"], hook["layer"], hook["rows"]
-    batch = eval_batch(model, rows.shape[1], device)
-    name, condition = (
-        {"model": hook["name"], "layer": layer},
-        dict(zip(KEY[2:], hook["names"][len(hook["names"]) // 2])),
-    )
-    which = name | {key: condition[key] for key in ("recipe", "k", "seed", "tokens")}
-    few = rows[:batch].to(device)
+    hook, input_ids, condition = site.hook, site.held.input_ids, site.middle.condition
+    batch = eval_batch(hook, input_ids.shape[1])
+    few = input_ids[:batch].to(device)
+    name = {"model": condition.model, "layer": condition.layer}
+    which = name | {key: getattr(condition, key) for key in ("recipe", "k", "seed", "tokens")}
     return {
-        "geometry.csv": [name | row for row in geometry(model, layer, rows, batch, hook["document"])],
-        "estimators.csv": [which | row for row in estimators(model, layer, few, sae)],
-        "path.csv": [which | row for row in path(model, layer, few, sae)],
+        "geometry.csv": [name | row for row in geometry(hook, input_ids, batch, site.held.document)],
+        "estimators.csv": [which | row for row in estimators(hook, few, sae)],
+        "path.csv": [which | row for row in path_integral(hook, few, sae)],
     }
 
 
-def geometry(model, layer: int, rows: torch.Tensor, batch: int, document: np.ndarray) -> list[dict]:
-    """G and the activations' covariance Sigma, over all positions and without sinks: one row each, intervals
-    over documents [S].
-
-    G = E_t[G_t], the all-downstream block averaged over positions, from gradients with sampled labels: E[g_y
-    g_y^T] (d x d, float64).
-    """
-    device, draws = next(model.parameters()).device, 2 * DRAWS
-    uniforms = torch.rand(len(rows), draws, rows.shape[1] - 1, generator=torch.Generator().manual_seed(1))
-    shared = hook_statistics(model, layer, rows, batch)
-    h_all, sink, d = shared["h"], shared["sink"], shared["h"].shape[-1]
-    # of documents: what the bootstrap draws, so that d x d sums stay few
-    blocks = min(int(document.max()) + 1, 24)
-    sums = {
-        sinks: dict(
-            n=np.zeros(blocks),
-            first=np.zeros((blocks, d)),
-            second=np.zeros((blocks, d, d)),
-            gram=np.zeros((blocks, d, d)),
-        )
-        for sinks in ("in", "out")
-    }
-    for start in range(0, len(rows), batch):
-        x = rows[start : start + batch].to(device)
-        _, (_, *gradients) = clean_pass(
-            model,
-            layer,
-            x,
-            h_all[start : start + batch].to(device),
-            uniforms[start : start + batch].transpose(0, 1).to(device),
-        )
-        g = torch.stack([gradient[:, :-1].cpu() for gradient in gradients], 1).double()  # [B,m,T-1,d]
-        for i in range(len(x)):
-            for sinks, keep in (("in", torch.ones_like(sink[0])), ("out", ~sink[start + i])):
-                into, at = sums[sinks], document[start + i] % blocks
-                h, gi = h_all[start + i, :-1][keep].double(), g[i][:, keep].flatten(0, 1)
-                into["n"][at] += len(h)
-                into["first"][at] += h.sum(0).numpy()
-                into["second"][at] += (h.T @ h).numpy()
-                into["gram"][at] += (gi.T @ gi).numpy() / draws
-    weights = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), 100)
-    out = []
-    for sinks, part in sums.items():
-        shapes = []
-        for w in (np.ones(blocks), *weights):
-            total = {key: np.tensordot(w, v, 1) for key, v in part.items()}
-            with np.errstate(invalid="ignore"):  # no positions but sinks
-                mean = total["first"] / total["n"]
-                shapes.append(
-                    shape_of_g(
-                        total["gram"] / total["n"], total["second"] / total["n"] - np.outer(mean, mean)
-                    )
-                )
-        row = dict(sinks=sinks, d=d)
-        for key, value in shapes[0].items():
-            row[key], (row[f"{key}_lo"], row[f"{key}_hi"]) = (
-                value,
-                stats.interval(np.array([shape[key] for shape in shapes[1:]])),
-            )
-        out.append(row)
-    return out
-
-
-def estimators(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
-    """Other ways to the quadratic form of one SAE (all positions together), over the exact form: mean, its
-    SE, SD of one estimate.
-
-    The research log's subsampled Jacobian with diagonal F, from S rows of the vocabulary per token, each a
-    backward pass of its own; and labels sampled from p, one backward pass for all tokens.
-    """
-    h, delta, p = reconstruction_error(model, layer, x, sae)
-    with torch.no_grad():
-        u = fisher.push_forward(model, layer, x, h, delta)
-    exact, vocab, repeats = fisher.variance(p, u).sum().item(), p.shape[-1], 50
-    generator, rows = torch.Generator().manual_seed(2), []
-    p, u = p.cpu(), u.cpu()
-
-    def add(name, backwards, draws):
-        draws = np.asarray(draws) / (exact or np.nan)
-        sd = draws.std(ddof=1) if len(draws) > 1 else np.nan
-        rows.append(
-            {
-                "estimator": name,
-                "backward passes": backwards,
-                "repeats": len(draws),
-                "mean": draws.mean(),
-                "se": sd / len(draws) ** 0.5,
-                "sd": sd,
-            }
-        )
-
-    for size in (32, 256):
-        drawn = {
-            "uniform rows": lambda: torch.randint(vocab, (*p.shape[:2], size), generator=generator),
-            "rows from p": lambda: torch.multinomial(
-                p.flatten(0, 1), size, replacement=True, generator=generator
-            ).view(*p.shape[:2], size),
-        }
-        for (name, draw), centred in itertools.product(drawn.items(), (True, False)):
-            add(
-                f"diagonal F, {name}, {'centred' if centred else 'as proposed, uncentred'}",
-                f"{size} a token",
-                [
-                    fisher.subsampled_form(p, u, draw(), name == "rows from p", centred).sum().item()
-                    for _ in range(repeats)
-                ],
-            )
-    uniforms = torch.rand(2 * repeats, *p.shape[:2], generator=generator).to(x.device)
-    _, (g, *gradients) = clean_pass(model, layer, x, h, uniforms)
-    draws = fisher.sampled_form(gradients, delta)[1].sum(1).cpu().numpy()
-    add("sampled labels (true Fisher)", "1", draws)
-    add("sampled labels (true Fisher)", f"{DRAWS}", draws.reshape(-1, DRAWS).mean(1))
-    add("the data's labels (swd_seq)", "1", [fisher.sampled_form([g], delta)[1].sum().item()])
-    return rows
-
-
-def path(model, layer: int, x: torch.Tensor, sae) -> list[dict]:
-    """dCE of one SAE as the integral of g.delta from h to h_hat (exact by the fundamental theorem):
-    Gauss-Legendre with m nodes against measured.
-
-    m = 0 is the plain first-order term g(h).delta, which every gradient proxy starts from.
-    """
-    h, delta, p = reconstruction_error(model, layer, x, sae)
-    with torch.no_grad():
-        ce = [
-            cross_entropy(log_probs(tail(model, layer, x, h + a * delta)), x).cpu().double().mean().item()
-            for a in (0, 1)
-        ]
-    measured, rows = ce[1] - ce[0], []
-    slope = lambda a: (
-        (clean_pass(model, layer, x, h + a * delta)[1][0] * delta).cpu().double().sum().item()
-        / p[..., 0].numel()
-    )
-    for m in (0, 1, 2, 4, 8):
-        nodes, w = np.polynomial.legendre.leggauss(m) if m else (np.array([-1.0]), np.array([2.0]))
-        integral = sum(weight / 2 * slope((node + 1) / 2) for node, weight in zip(nodes, w))
-        rows.append(
-            {
-                "nodes": m,
-                "integral": integral,
-                "measured": measured,
-                "error": abs(integral - measured) / abs(measured) if measured else np.nan,
-            }
-        )
-    return rows
-
-
-def reconstruction_error(
-    model, layer: int, x: torch.Tensor, sae
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h [B,T,d], delta [B,T,d] (0 at the last position), p [B,T-1,V] of the clean run."""
-    h = head(model, layer, x)
-    with torch.no_grad():
-        delta = sae.reconstruct(h.flatten(0, 1))[2].view_as(h) - h
-        delta[:, -1] = 0
-        return h, delta, log_probs(tail(model, layer, x, h)).exp()
-
-
-def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict:
-    """Of two symmetric [d,d]: trace and participation ratio of G, its top share, how its top directions lie
-    to Sigma's.
-
-    pr = (tr G)^2 / tr G^2; overlap_r = |U_r(G)^T U_r(Sigma)|_F^2 / r, the mean squared cosine of the
-    principal angles (chance r/d); alignment = tr(G Sigma) d / (tr G tr Sigma): 1 without alignment, below 1
-    where the model does not care for the directions in which h varies most. All nan where no position is
-    left, or one of the two is 0.
-    """
-    d, trace = len(G), np.trace(G)
-    if not (np.isfinite([G, sigma]).all() and trace > 0 and np.trace(sigma) > 0):
-        return dict.fromkeys(SHAPE, np.nan)
-    (values, of_g), (_, of_sigma) = (eigh(A, subset_by_index=[max(d - 16, 0), d - 1]) for A in (G, sigma))
-    of_g, of_sigma = of_g[:, ::-1], of_sigma[:, ::-1]
-    return {
-        "trace": trace,
-        "pr": trace**2 / (G**2).sum(),
-        "top1": values[-1] / trace,
-        "pr_sigma": np.trace(sigma) ** 2 / (sigma**2).sum(),
-        "alignment": (G * sigma).sum() * d / (trace * np.trace(sigma)),
-    } | {f"overlap{r}": ((of_g[:, :r].T @ of_sigma[:, :r]) ** 2).sum() / r for r in (1, 4, 16)}
+# of `terms` through the tail: two in forward mode, about three each, and two patches
+EXPERIMENT = Experiment("expc_fisher", terms, OWN, study, more_passes=8)
 
 
 # ---------------------------------------------------------------------------------------------- analysis
@@ -379,7 +191,7 @@ def ladder(values: dict, meta: dict) -> list[dict]:
     the leaderboard's intervals.
     """
     rho = [
-        stats.partial_draws(oriented(name, values[name]), -values["dce"], meta, N_RESAMPLES)
+        stats.partial_draws(DISTORTION(values[name]), -values["dce"], meta, N_RESAMPLES)
         for name, _, _ in LADDER[:-1]
     ] + [np.ones(3 + N_RESAMPLES)]
     rows = []
@@ -404,8 +216,7 @@ def calibration(sums: dict, meta: dict) -> list[dict]:
         here = (meta["model"] == model) & (meta["layer"] == layer)
         s = {q: v[here] / sums["n"][here] for q, v in sums.items()}
         for alpha in ALPHAS:
-            tag = "" if alpha == 1 else f"_{alpha}"
-            kl, dce = s["kl" + tag], s["ce_recon" if alpha == 1 else "ce" + tag] - s["ce_orig"]
+            kl, dce = s[at("kl", alpha)], s["ce_recon" if alpha == 1 else at("ce", alpha)] - s["ce_orig"]
             quadratic = alpha**2 * s["fisher_seq"] / 2
             row = {"model": str(model), "layer": int(layer), "alpha": alpha}
             for name, y, x in (("kl", kl, quadratic), ("dce", dce, alpha * s["gd"] + quadratic)):
@@ -432,8 +243,9 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
     sequences.npz, geometry.csv and the gate.
     """
-    nulls, saes, values, meta, sums = measured(out, settings, N_RESAMPLES, own_metrics)
-    scores = {name: oriented(name, values[name]) for name in (*PROXIES, *FISHER)}
+    found = measured(out, settings, N_RESAMPLES, OWN)
+    nulls, saes, values, meta, sums = found.nulls, found.saes, found.values, found.meta, found.sums
+    scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in (*PROXIES, *FISHER)}
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for name, target in targets.items():
@@ -688,7 +500,7 @@ def plots(sums: dict, meta: dict, board, settings: dict) -> dict[str, bytes]:
     figure, axes = plt.subplots(1, len(ALPHAS), figsize=(4 * len(ALPHAS) + 0.5, 3.8), layout="constrained")
     for axis, alpha in zip(axes, ALPHAS):
         x = alpha**2 * sums["fisher_seq"].sum(1) / sums["n"].sum(1) / 2
-        y = sums["kl" if alpha == 1 else f"kl_{alpha}"].sum(1) / sums["n"].sum(1)
+        y = sums[at("kl", alpha)].sum(1) / sums["n"].sum(1)
         for model in settings["models"]:
             here = meta["model"] == model
             axis.scatter(
@@ -712,9 +524,9 @@ def plots(sums: dict, meta: dict, board, settings: dict) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
-    args = parse_args(__doc__, **GRID)
-    exp_a = read_verdict(args.verdict)
-    if (done := run(args, "expc_fisher", terms, own_metrics, study, MORE_PASSES)) is None:
+    command = parse_args(__doc__, **GRID)
+    exp_a = read_verdict(command.verdict)
+    if (done := run(command, EXPERIMENT)) is None:
         return
     out, settings = done
     verdict = analyse(out, settings, exp_a)

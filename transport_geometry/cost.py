@@ -1,9 +1,13 @@
-"""TODO cost."""
+"""What a grid costs before anything is spent: FLOPs, bytes, and hours on this machine and on others."""
 
 import time
+from typing import Any
 
+from transport_geometry import given
+from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
-from transport_geometry.grid import NULLS, chosen_saes
+from transport_geometry.evaluate import DRAWS
+from transport_geometry.grid import Command, Grid
 from transport_geometry.lm import pick_device
 from transport_geometry.models import EMBEDDED, pick_layer, read_config
 from transport_geometry.tables import markdown, readable_count
@@ -11,8 +15,7 @@ from transport_geometry.train import CHUNK, RECIPES, trunk
 
 import torch
 
-# ---------------------------------------------------------------------------------------------------- cost
-PYTHIA = {
+PYTHIA = {  # width, blocks, heads
     "EleutherAI/pythia-70m": (512, 6, 8),
     "EleutherAI/pythia-160m": (768, 12, 12),
     "EleutherAI/pythia-410m": (1024, 24, 16),
@@ -25,14 +28,15 @@ OVERHEAD = 2**17
 SHARE = 0.35  # of a large product's rate that the whole run reaches: a guess, for these estimates only
 
 
-def shape_of(name: str, revision: str | None):
+def shape_of(name: str, revision: str | None) -> Any:
     """The model without weights (`meta` device): what its size costs, from its config alone. The presets' are
-    known here.
+    known here. Raises UserError.
     """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    with one_line(f"--models {name}" + ("" if "/" in name else f" (embedded are {', '.join(EMBEDDED)})")):
+    hint = "" if "/" in name else f" (embedded are {', '.join(EMBEDDED)})"
+    with one_line(f"--models {name}{hint}"):
         if name in PYTHIA:
             d, n_layers, heads = PYTHIA[name]
             config = transformers.GPTNeoXConfig(
@@ -48,122 +52,123 @@ def shape_of(name: str, revision: str | None):
             return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def block_size(model) -> int:
+def block_size(model: Any) -> int:
     """Parameters of one block: what is left without the embedding and the unembedding, shared out."""
-    config = model.config
-    return (
-        sum(p.numel() for p in model.parameters()) - 2 * config.vocab_size * config.hidden_size
-    ) // config.num_hidden_layers
+    config, whole = model.config, sum(p.numel() for p in model.parameters())
+    return (whole - 2 * config.vocab_size * config.hidden_size) // config.num_hidden_layers
 
 
-def cost(name: str, layer: int | None, args, more_passes: int = 0, widths: list[int] | None = None) -> dict:
-    """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products.
-    widths: of SAEs that exist.
+def cost(
+    name: str, layer: int | None, grid: Grid, more_passes: int = 0, widths: list[int] | None = None
+) -> dict[str, Any]:
+    """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products:
+    a row. widths: of SAEs that exist.
     """
-    model = shape_of(name, args.revision)
+    model = shape_of(name, grid.revision)
     layer, d = pick_layer(model, name, layer), model.config.hidden_size
     n_layers, vocab = model.config.num_hidden_layers, model.config.vocab_size
     block = block_size(model)
     head, tail = 2 * block * (layer + 1), 2 * (block * (n_layers - layer - 1) + vocab * d)
-    dense = 2 * d * args.expansion * d
-    runs = len(args.sinks) * len(args.k) * len(args.seeds)  # of each recipe
-    trained, live, branching = 0.0, 0, False
-    for recipe in args.recipe:
-        for tokens in args.tokens:  # a budget on the way to another is a branch of its run
-            inner = any(tokens in trunk(recipe, other, args.tokens) for other in args.tokens)
-            trained += runs * tokens * (RECIPES[recipe].DECAY if inner else 1.0)
-            live, branching = live + runs * (not inner), branching or inner
-    saes, n_tok = len(widths or args.tokens * (runs * len(args.recipe))), args.eval_seqs * args.ctx
-    # encode, and the sparse rest
-    train = 0 if widths else len(args.sinks) * max(args.tokens) * head + trained * 2.5 * dense
-    patches = saes + len(NULLS)
-    evaluation = n_tok * (
-        head
-        + tail * (1 + 2 * (1 + 4) + 2 + (2 + more_passes) * patches)
-        + (2 * d * sum(widths) if widths else patches * dense)
-    )
-    parameters = 8 * d * (max(widths) if widths else args.expansion * d)
-    # then all runs of a stream live at once, with gradients and Adam's moments
-    many = max(args.tokens) > CHUNK
+    d_sae, n_tok, longest = grid.expansion * d, grid.eval_seqs * grid.ctx, max(grid.tokens)
+    dense = 2 * d * d_sae
+    if widths:
+        saes, trained, training, live, of_codes = len(widths), 0.0, 0.0, 1, 2 * d * sum(widths)
+    else:
+        saes = len(grid.recipes) * len(grid.tokens) * runs(grid)
+        trained, live = training_work(grid)
+        training = len(grid.sinks) * longest * head + trained * 2.5 * dense  # encode, and the sparse rest
+        of_codes = (saes + len(NULLS)) * dense
+    forward_and_backward = 1 + 2 * (1 + DRAWS)
+    patches = 2 + (2 + more_passes) * (saes + len(NULLS))  # two ablations; each patch once more, sinks clean
+    evaluation = n_tok * (head + tail * (forward_and_backward + patches) + of_codes)
+    parameters = 4 * 2 * d * (max(widths) if widths else d_sae)  # bytes
     return dict(
         hook=f"{name}@{layer}",
         saes=saes,
         train_tokens=readable_count(round(trained)),
-        tflops=(train + evaluation) / 1e12,
+        tflops=(training + evaluation) / 1e12,
         memory_gb=(
             sum(p.numel() for p in model.parameters()) * 4
-            + min(CHUNK, max(args.tokens)) * d * 8
-            + parameters * 4 * (live // len(args.sinks) * (2 if branching else 1) if many else 1)
+            + min(CHUNK, longest) * d * 8
+            + parameters * 4 * live
         )
         / 1e9,
         disk_gb=parameters * saes / 1e9,
     )
 
 
-def dry_run(args, more_passes: int = 0) -> None:
-    """Print the grid and what it would cost. Nothing is loaded or written, and of --sae on the hub only the
-    configurations are downloaded.
+def runs(grid: Grid) -> int:
+    """SAEs of one recipe and budget at a hook."""
+    return len(grid.sinks) * len(grid.k) * len(grid.seeds)
 
-    more_passes: what an experiment's own terms cost per SAE, in passes through the tail.
-    """
-    device = pick_device(args.device)
+
+def training_work(grid: Grid) -> tuple[float, int]:
+    """(tokens that SAEs are trained on at a hook, SAEs that are held at once, with gradients and moments)."""
+    trained, live, branching = 0.0, 0, False
+    for recipe in grid.recipes:
+        for tokens in grid.tokens:  # a budget on the way to another is a branch of its run
+            inner = any(tokens in trunk(recipe, other, grid.tokens) for other in grid.tokens)
+            trained += runs(grid) * tokens * (RECIPES[recipe].DECAY if inner else 1.0)
+            live, branching = live + runs(grid) * (not inner), branching or inner
+    if max(grid.tokens) <= CHUNK:  # one after the other
+        return trained, 1
+    return trained, live // len(grid.sinks) * (2 if branching else 1)
+
+
+def measured_rate(device: torch.device) -> float:
+    """TFLOP/s of a large float32 product."""
     a = torch.randn(2048, 2048, device=device)
     (a @ a).sum().item()
     start = time.perf_counter()
     for _ in range(5):
         b = a @ a
     b.sum().item()
-    here = 5 * 2 * 2048**3 / (time.perf_counter() - start) / 1e12
-    if args.sae:
-        files = chosen_saes(args)
-        rows = [
-            {
-                "sae": e["label"],
-                "hook": f"{e['model']}@{e['layer']}",
-                **vars(e["declared"]),
-                **({"basis": args.basis} if args.basis else {}),
-            }
-            for e in files
-        ]
-        columns = ["sae", "hook", "format", "width", "ctx", "bos", "basis"]
-        print(
-            markdown(
-                [{c: "not said" if row[c] is None else row[c] for c in columns} for row in rows], columns
-            )
-            + "\n"
-        )
-        places = dict.fromkeys((e["model"], e["layer"]) for e in files)
-        rows = [
-            cost(
-                *place,
-                args,
-                more_passes,
-                [e["declared"].width or 0 for e in files if (e["model"], e["layer"]) == place],
-            )
-            for place in places
-        ]
+    return 5 * 2 * 2048**3 / (time.perf_counter() - start) / 1e12
+
+
+def dry_run(command: Command, more_passes: int = 0) -> None:
+    """Print the grid and what it would cost. Nothing is loaded or written, and of --sae on the hub only the
+    configurations are downloaded.
+
+    more_passes: what an experiment's own terms cost per SAE, in passes through the tail.
+    """
+    grid, device = command.grid, pick_device(command.device)
+    here, asked = measured_rate(device), ""
+    if grid.saes:
+        rows = dry_run_of_files(grid, more_passes)
     else:
-        rows = [cost(name, layer, args, more_passes) for name, layer in args.models]
-    total = sum(row["tflops"] for row in rows)
-    print(markdown(rows, ["hook", "saes", "train_tokens", "tflops", "memory_gb", "disk_gb"]))
-    grid = (
-        f"k {args.k}, tokens {[readable_count(t) for t in args.tokens]}, seeds {args.seeds}, {args.expansion}x, recipe {args.recipe}, sinks {args.sinks}; "
-        if not args.sae
-        else ""
-    )
-    print(
-        f"\n{grid}evaluation {args.eval_seqs} x {args.ctx}; {total:.3g} TFLOP, {sum(row['disk_gb'] for row in rows):.3g} GB of SAEs\n"
-    )
-    rates = {f"this {device.type} (measured)": here, **PEAK}
-    print(
-        markdown(
-            [
-                {"device": name, "float32 TFLOP/s": rate, "hours": total / (SHARE * rate) / 3600}
-                for name, rate in rates.items()
-            ],
-            ["device", "float32 TFLOP/s", "hours"],
+        rows = [cost(name, layer, grid, more_passes) for name, layer in grid.models]
+        budgets = [readable_count(tokens) for tokens in grid.tokens]
+        asked = (
+            f"k {list(grid.k)}, tokens {budgets}, seeds {list(grid.seeds)}, {grid.expansion}x, recipe "
+            f"{list(grid.recipes)}, sinks {list(grid.sinks)}; "
         )
-    )
+    total, disk = (sum(row[column] for row in rows) for column in ("tflops", "disk_gb"))
+    print(markdown(rows, ["hook", "saes", "train_tokens", "tflops", "memory_gb", "disk_gb"]))
+    print(f"\n{asked}evaluation {grid.eval_seqs} x {grid.ctx}; {total:.3g} TFLOP, {disk:.3g} GB of SAEs\n")
+    rates = {f"this {device.type} (measured)": here, **PEAK}
+    hours = [
+        {"device": name, "float32 TFLOP/s": rate, "hours": total / (SHARE * rate) / 3600}
+        for name, rate in rates.items()
+    ]
+    print(markdown(hours, list(hours[0])))
     print(
-        f"\nHours: an estimate, at {SHARE:.0%} of the rate in the middle column (measured here, the vendor's elsewhere)."
+        f"\nHours: an estimate, at {SHARE:.0%} of the rate in the middle column (measured here, the vendor's "
+        "elsewhere)."
     )
+
+
+def dry_run_of_files(grid: Grid, more_passes: int) -> list[dict[str, Any]]:
+    """Print what the files of --sae say; what evaluating them costs, a row a hook."""
+    columns = ["sae", "hook", "format", "width", "ctx", "bos", "basis"]
+    chosen = given.choose(grid.saes, grid.models)
+    rows = []
+    for one in chosen:
+        row = {"sae": one.file.label, "hook": f"{one.model}@{one.layer}"} | vars(one.declared)
+        row["basis"] = grid.basis or row["basis"]
+        rows.append({c: "not said" if row[c] is None else row[c] for c in columns})
+    print(markdown(rows, columns) + "\n")
+    places: dict[tuple[str, int], list[int]] = {}
+    for one in chosen:
+        places.setdefault((one.model, one.layer), []).append(one.declared.width or 0)
+    return [cost(name, layer, grid, more_passes, widths) for (name, layer), widths in places.items()]

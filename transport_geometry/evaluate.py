@@ -40,7 +40,9 @@ class Activations:
     top: torch.Tensor  # [d], first eigenvector of the covariance
     ln_mean: torch.Tensor  # [d], mean after LayerNorm
 
-    def batches(self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int) -> Iterator[Clean]:
+    def batches(
+        self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int
+    ) -> Iterator[Clean]:
         """The clean run, forward and backward, a batch at a time. uniforms [S,m,T-1]: see `Hook.clean_pass`."""
         for start in range(0, len(input_ids), batch):
             here, device = slice(start, start + batch), hook.device
@@ -76,7 +78,9 @@ class Result:
     """What one reconstruction has given."""
 
     sums: dict[str, np.ndarray]  # {quantity: [S] float64}
-    fired: np.ndarray | None  # [2,F] how often each latent fired in the halves of the documents; None without a code
+    fired: (
+        np.ndarray | None
+    )  # [2,F] how often each latent fired in the halves of the documents; None without a code
     tokens: dict[str, np.ndarray]  # {quantity: [S,T-1] float32} where they are kept
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from transport_geometry import kernels, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
-from transport_geometry.lm import head
+from transport_geometry.lm import Hook
 from transport_geometry.models import fingerprint
 from transport_geometry.sae import TopKSAE, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
@@ -755,16 +755,16 @@ def sae_fingerprint(sae: FileSAE) -> str:
 
 
 # ------------------------------------------------------------------------------------------- the basis gate
-def near(model, layer: int, rows: torch.Tensor) -> dict[int, torch.Tensor]:
+def near(hook: Hook, input_ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it. Raises Fault
     where the hook's are all one.
     """
-    out = {}
-    for l in range(max(layer - 1, 0), min(layer + 2, model.config.num_hidden_layers)):
-        h = head(model, l, rows)
+    out, n_layers = {}, hook.model.config.num_hidden_layers
+    for layer in range(max(hook.layer - 1, 0), min(hook.layer + 2, n_layers)):
+        h = Hook(hook.model, layer).head(input_ids)
         norms = torch.linalg.vector_norm(h, dim=-1)
-        out[l] = h[~sink_positions(norms, norms[:, 1:].median().item())]
-    must_vary(out[layer], f"layer {layer}")
+        out[layer] = h[~sink_positions(norms, norms[:, 1:].median().item())]
+    must_vary(out[hook.layer], f"layer {hook.layer}")
     return out
 
 

@@ -1,285 +1,334 @@
-"""TODO grid."""
+"""What a command asks for: the grid, as it was typed, and then every model, text and SAE of it found and checked."""
 
-import dataclasses
-import math
-import os
+import itertools
+import pathlib
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from transport_geometry import ANY_X86, formats, ranks, text
+from transport_geometry import ANY_X86, given, text
+from transport_geometry.condition import NULLS, Condition
 from transport_geometry.errors import UserError
+from transport_geometry.given import Chosen, Given
+from transport_geometry.lm import Hook
 from transport_geometry.models import load_model, model_hash, pick_layer, readable_names, tokenizer_hash
+from transport_geometry.sae import TrainingSpec
 from transport_geometry.train import TRAIN_VERSION, check_memory, trunk
 
 import torch
-from tqdm import tqdm
-
-KEY = ["model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens"]
-NULLS = ("null-identity", "null-mean", "null-random", "null-gaussian")
 
 
-# ---------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------ as it was typed
+@dataclass(frozen=True)
+class Grid:
+    """What is measured. Sequences ascend, but models, recipes and sinks, which stand as they were given."""
+
+    models: tuple[
+        tuple[str, int | None], ...
+    ]  # (name, layer; None: the middle one); none: the SAEs' files say
+    k: tuple[int, ...]
+    seeds: tuple[int, ...]
+    tokens: tuple[int, ...]  # SAE training budgets
+    expansion: int
+    recipes: tuple[str, ...]  # the first is the one that a verdict is about
+    sinks: tuple[str, ...]
+    saes: tuple[str, ...]  # of --sae: these instead of training some
+    basis: str | None
+    data: str
+    split: str
+    revision: str | None
+    dtype: str
+    eval_seqs: int
+    ctx: int
+    save_tokens: bool
+
+
+@dataclass(frozen=True)
+class Command:
+    """A grid, and where and how it is run."""
+
+    grid: Grid
+    device: str
+    out: pathlib.Path
+    cache: pathlib.Path
+    fresh: bool
+    finished: pathlib.Path | None  # of --from
+    verdict: pathlib.Path | None
+    dry_run: bool
+
+
+# ------------------------------------------------------------------------------------------ found and checked
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A condition of the grid, and where its SAE comes from."""
+
+    condition: Condition
+    origin: TrainingSpec | Given
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One evaluation set, for the SAEs at one hook."""
+
+    name: str  # of the model, as results call it
+    hook: Hook
+    tokenizer: Any
+    source: text.Source
+    held: text.HeldOut
+    candidates: tuple[Candidate, ...]
+    nulls: tuple[Condition, ...]  # in the order of NULLS
+
+    @property
+    def d(self) -> int:
+        return self.hook.model.config.hidden_size
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} L{self.hook.layer}"
+
+    @property
+    def middle(self) -> Candidate:
+        """The SAE that stands for the grid where one is enough."""
+        return self.candidates[len(self.candidates) // 2]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the SAEs of a site have in common, as asked for."""
+
+    model: str
+    layer: int | None
+    ctx: int
+    bos: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A language model and what determines its SAEs."""
+
+    called: str
+    model: Any
+    tokenizer: Any
+    weights: str  # hash
+    tokens: str  # hash of the tokenizer
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def first_token(self) -> int:
+        """What stands before a sequence that begins with BOS."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    def place(self, chosen: Chosen, ctx: int) -> Place:
+        """No longer than the SAE was trained on; where nothing is said of BOS, trainers tokenise as the
+        tokenizer does by itself.
+        """
+        bos = chosen.declared.bos
+        if bos is None:
+            bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+        return Place(chosen.model, chosen.layer, min(ctx, chosen.declared.ctx or ctx), bool(bos))
+
+
 def sae_name(expansion: int, sinks: str) -> str:
+    """How an SAE trained here is called within its hook and recipe."""
     return f"topk-x{expansion}" + ("-nosinks" if sinks == "drop" else "")
 
 
-def chosen_saes(args) -> list[dict]:
-    """Jobs {file, label, format, declared, model, layer} for the SAEs of --sae that read a hook asked for;
-    says which do not.
-
-    Without --models the files name the model; without @LAYER each file its layer. Raises UserError.
+def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any], list[Site]]:
+    """(settings, sites): every model and SAE file loaded (on the CPU), every argument checked against it,
+    before anything is written. Settings are what a results folder is the results of, as its run.json keeps
+    them. Raises UserError.
     """
-    asked = {}
-    for name, layer in args.models:
-        asked.setdefault(name, set()).add(layer)
-    taken, left = [], []
-    for file in tqdm(
-        [file for spec in args.sae for file in formats.find(spec)], desc="what SAE files say", leave=False
-    ):
-        declared, about = formats.describe(file), f"--sae {file.label}"
-        if len(asked) == 1:
-            name = next(iter(asked))
-        elif declared.model is None:
-            raise UserError(f"{about}: its files name no model; name one with --models")
-        else:
-            name = formats.hub_name(declared.model)
-        layers = asked.get(name, {None})
-        layer = declared.layer if declared.layer is not None or len(layers) > 1 else next(iter(layers))
-        if declared.site not in (None, "resid_post"):
-            left.append(f"{file.label} ({declared.site}, not resid_post)")
-        elif asked and name not in asked:
-            left.append(f"{file.label} (of {name})")
-        elif layer is None:
-            raise UserError(f"{about}: its files name no layer; name one with --models {name}@LAYER")
-        elif layer not in layers and None not in layers:
-            left.append(f"{file.label} (layer {layer})")
-        else:
-            job = dict(file=file, label=file.label, format=file.format, declared=declared)
-            taken.append(job | dict(model=name, layer=layer))
-    if left:
-        ranks.say(f"left out: {', '.join(left)}")
-    if not taken:
-        raise UserError(
-            f"--sae {','.join(args.sae)}: none of its {len(left)} SAEs reads a hook that --models asks for"
-        )
-    if len({entry["label"] for entry in taken}) < len(taken):
-        raise UserError("--sae: two SAEs of one name; name folders apart")
-    return sorted(taken, key=lambda entry: entry["label"])
-
-
-def plan(args, device: torch.device, script: str) -> tuple[dict, list[dict]]:
-    """(settings, hooks): every model and SAE file loaded (on the CPU), every argument checked against it,
-    before anything is written.
-
-    A hook is one evaluation set for the SAEs at one place: dict(name, layer, model, tokenizer, rows [S,T],
-    document [S], d, depth, source, jobs, names, nulls), where names[i] is how condition i is called (KEY
-    without model and layer), and jobs[i] what trains or finds its SAE.
-    """
-    files = chosen_saes(args) if args.sae else []
-    source = text.find(args.data)
-    loaded, rows_of, hooks = {}, {}, []
-    names = list(dict.fromkeys([entry["model"] for entry in files] or [name for name, _ in args.models]))
-    called = readable_names(names)
+    chosen = given.choose(grid.saes, grid.models) if grid.saes else []
+    source = text.find(grid.data)
+    names = list(dict.fromkeys([one.model for one in chosen] or [name for name, _ in grid.models]))
+    called, models = readable_names(names), {}
     for name in names:
-        model, tokenizer = load_model(name, torch.device("cpu"), args.revision, getattr(torch, args.dtype))
-        loaded[name] = model, tokenizer, dict(weights=model_hash(model), tokenizer=tokenizer_hash(tokenizer))
-    # no longer than the SAE was trained on; where nothing is said, trainers tokenise as the tokenizer does by
-    # itself
-    for entry in files:
-        tokenizer = loaded[entry["model"]][1]
-        entry["ctx"] = min(args.ctx, entry["declared"].ctx or args.ctx)
-        entry["bos"] = (
-            tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-            if entry["declared"].bos is None
-            else bool(entry["declared"].bos)
-        )
-    place = lambda entry: (entry["model"], entry["layer"], entry["ctx"], entry["bos"])
-    places = list(dict.fromkeys(map(place, files))) or [(*m, args.ctx, False) for m in args.models]
-    for name, layer, ctx, bos in places:
-        model, tokenizer, hashes = loaded[name]
-        if ctx > getattr(model.config, "max_position_embeddings", ctx):
-            raise UserError(
-                f"--ctx {ctx}: {name} takes {model.config.max_position_embeddings} tokens at most"
-            )
-        if (name, ctx, bos) not in rows_of:
-            first = (
-                (tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
-                if bos
-                else None
-            )
-            rows_of[name, ctx, bos] = text.heldout_rows(
-                source.data, tokenizer, ctx, args.eval_seqs, args.split, first
-            )
-        held = rows_of[name, ctx, bos]
-        rows = held.rows
-        if rows.max() >= model.config.vocab_size:
-            raise UserError(
-                f"--models {name}: its tokenizer gives the id {rows.max()}, and it has {model.config.vocab_size} embeddings"
-            )
-        hook = dict(
-            name=called[name],
-            layer=pick_layer(model, name, layer),
-            model=model,
-            tokenizer=tokenizer,
-            rows=rows,
-            document=held.document,
-            d=model.config.hidden_size,
-            source=source,
-        )
-        hook["depth"] = f"{(hook['layer'] / model.config.num_hidden_layers):.2f}"
-        # SAEs of one place that want other contexts
-        several = sum(other[:2] == (name, layer) for other in places) > 1
-        hook["nulls"] = [f"{null}-{'bos-' * bos}ctx{ctx}" if several else null for null in NULLS]
-        if files:
-            hook["jobs"] = checked(
-                [entry for entry in files if place(entry) == (name, layer, ctx, bos)], hook, args, device
-            )
-            hook["names"] = [
-                (job["label"], job["format"], job["d_sae"], job["k"], 0, 0) for job in hook["jobs"]
-            ]
+        model, tokenizer = load_model(name, torch.device("cpu"), grid.revision, getattr(torch, grid.dtype))
+        models[name] = Loaded(called[name], model, tokenizer, model_hash(model), tokenizer_hash(tokenizer))
+    place_of = {one.file.label: models[one.model].place(one, grid.ctx) for one in chosen}
+    places = list(dict.fromkeys(place_of.values()))
+    if not chosen:
+        places = [Place(name, layer, grid.ctx, False) for name, layer in grid.models]
+    rows: dict[tuple, text.HeldOut] = {}
+    sites = []
+    for place in places:
+        loaded = models[place.model]
+        which = (place.model, place.ctx, place.bos)
+        if which not in rows:
+            rows[which] = evaluation_rows(loaded, place, source, grid)
+        hook = Hook(loaded.model, pick_layer(loaded.model, place.model, place.layer))
+        if chosen:
+            here = [one for one in chosen if place_of[one.file.label] == place]
+            candidates = from_files(here, hook, loaded, rows[which], place, grid, device)
         else:
-            if args.k[-1] > args.expansion * hook["d"]:
-                raise UserError(
-                    f"--k {args.k[-1]}: more than the {args.expansion * hook['d']} latents of an SAE at {args.expansion}x on {name}"
-                )
-            check_memory(hook["d"], args.expansion * hook["d"], device)
-            # called by its own name, whatever other models the command names: the same SAE in every grid
-            stream = dict(
-                model=readable_names([name])[name],
-                **hashes,
-                dtype=args.dtype,
-                layer=hook["layer"],
-                data=source.name,
-                data_content=source.content,
-                split=args.split,
-                ctx=args.ctx,
-                device=device.type,
-                version=TRAIN_VERSION,
-                **any_x86(device),
-            )
-            hook["jobs"] = [
-                stream
-                | dict(
-                    tokens=tokens,
-                    trunk=trunk(recipe, tokens, args.tokens),
-                    d_sae=args.expansion * hook["d"],
-                    k=k,
-                    seed=seed,
-                    recipe=recipe,
-                    sinks=sinks,
-                )
-                for sinks in args.sinks
-                for recipe in args.recipe
-                for tokens in args.tokens
-                for k in args.k
-                for seed in args.seeds
-            ]
-            hook["names"] = [
-                (
-                    sae_name(args.expansion, j["sinks"]),
-                    j["recipe"],
-                    j["d_sae"],
-                    j["k"],
-                    j["seed"],
-                    j["tokens"],
-                )
-                for j in hook["jobs"]
-            ]
-        hooks.append(hook)
-    if not files and len({(hook["name"], hook["layer"]) for hook in hooks}) < len(hooks):
+            candidates = trained_here(place.model, hook, loaded, source, grid, device)
+        several = sum((other.model, other.layer) == (place.model, place.layer) for other in places) > 1
+        # SAEs of one place that want other contexts have null rows of their own
+        suffix = f"-{'bos-' if place.bos else ''}ctx{place.ctx}" if several else ""
+        nulls = null_conditions(loaded.called, hook.layer, suffix, candidates[len(candidates) // 2])
+        sites.append(
+            Site(loaded.called, hook, loaded.tokenizer, source, rows[which], tuple(candidates), nulls)
+        )
+    if not chosen and len({(site.name, site.hook.layer) for site in sites}) < len(sites):
         raise UserError(
             "--models: the same model and layer twice (a name without @LAYER means the middle layer)"
         )
     if text.stamp(source.data) != source.stamp:
-        raise UserError(f"--data {args.data} is being changed: run again when it is still")
-    size = {called[name]: sum(p.numel() for p in model.parameters()) for name, (model, *_) in loaded.items()}
-    settings = dict(
+        raise UserError(f"--data {grid.data} is being changed: run again when it is still")
+    return settings(grid, device, script, sites, list(models.values()), list(rows.values())), sites
+
+
+def evaluation_rows(loaded: Loaded, place: Place, source: text.Source, grid: Grid) -> text.HeldOut:
+    """The rows that a model's SAEs are evaluated on. Raises UserError."""
+    config = loaded.model.config
+    longest = getattr(config, "max_position_embeddings", place.ctx)
+    if place.ctx > longest:
+        raise UserError(f"--ctx {place.ctx}: {place.model} takes {longest} tokens at most")
+    first = loaded.first_token if place.bos else None
+    held = text.heldout_rows(source.data, loaded.tokenizer, place.ctx, grid.eval_seqs, grid.split, first)
+    if held.input_ids.max() >= config.vocab_size:
+        raise UserError(
+            f"--models {place.model}: its tokenizer gives the id {held.input_ids.max()}, and it has "
+            f"{config.vocab_size} embeddings"
+        )
+    return held
+
+
+def from_files(
+    chosen: Sequence[Chosen],
+    hook: Hook,
+    loaded: Loaded,
+    held: text.HeldOut,
+    place: Place,
+    grid: Grid,
+    device: torch.device,
+) -> list[Candidate]:
+    """The SAEs of --sae at one place, read and checked. Raises UserError."""
+    believed = device if device.type == "cuda" else torch.device("cpu")  # MPS not before its own check
+    found = given.check(
+        chosen, hook, loaded.called, held.input_ids[:4], place.ctx, place.bos, grid.basis, believed
+    )
+    return [
+        Candidate(
+            Condition(loaded.called, hook.layer, one.file.label, one.file.format, one.d_sae, one.k, 0, 0), one
+        )
+        for one in found
+    ]
+
+
+def trained_here(
+    name: str, hook: Hook, loaded: Loaded, source: text.Source, grid: Grid, device: torch.device
+) -> list[Candidate]:
+    """The SAEs that the grid asks for at one hook of the model of this name. Raises UserError."""
+    d = hook.model.config.hidden_size
+    d_sae = grid.expansion * d
+    if grid.k[-1] > d_sae:
+        raise UserError(
+            f"--k {grid.k[-1]}: more than the {d_sae} latents of an SAE at {grid.expansion}x on {name}"
+        )
+    check_memory(d, d_sae, device)
+    out = []
+    arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
+    for sinks, recipe, tokens, k, seed in arms:
+        spec = TrainingSpec(
+            # called by its own name, whatever other models the command names: the same SAE in every grid
+            model=readable_names([name])[name],
+            weights=loaded.weights,
+            tokenizer=loaded.tokens,
+            dtype=grid.dtype,
+            layer=hook.layer,
+            data=source.name,
+            data_content=source.content,
+            split=grid.split,
+            ctx=grid.ctx,
+            device=device.type,
+            version=TRAIN_VERSION,
+            tokens=tokens,
+            trunk=trunk(recipe, tokens, grid.tokens),
+            d_sae=d_sae,
+            k=k,
+            seed=seed,
+            recipe=recipe,
+            sinks=sinks,
+            instructions=instructions(device),
+        )
+        called = sae_name(grid.expansion, sinks)
+        condition = Condition(loaded.called, hook.layer, called, recipe, d_sae, k, seed, tokens)
+        out.append(Candidate(condition, spec))
+    return out
+
+
+def null_conditions(name: str, layer: int, suffix: str, middle: Candidate) -> tuple[Condition, ...]:
+    """In the order of NULLS; the random dictionary is of the middle SAE's shape."""
+    k = middle.condition.k
+    if isinstance(middle.origin, Given):
+        k = k or middle.origin.typical_k
+    shapes = {"null-random": (middle.condition.d_sae, k)}
+    return tuple(
+        Condition(name, layer, null + suffix, "null", *shapes.get(null, (0, 0)), 0, 0) for null in NULLS
+    )
+
+
+def settings(
+    grid: Grid,
+    device: torch.device,
+    script: str,
+    sites: Sequence[Site],
+    models: Sequence[Loaded],
+    rows: Sequence[text.HeldOut],
+) -> dict[str, Any]:
+    """All that a results folder must be the results of, in JSON's types."""
+    trained = None if grid.saes else grid
+    out: dict[str, Any] = dict(
         script=script,
         device=device.type,
-        data=source.name,
-        text_sha256=", ".join(sorted({held.sha256 for held in rows_of.values()})),
-        documents=sorted({int(held.document.max()) + 1 for held in rows_of.values()}),
-        cut=text.is_cut(source.data),
-        python=platform.python_version() if args.data == "stdlib" else None,
-        models=sorted(size, key=lambda name: (size[name], name)),
-        hooks={f"{h['name']}@{h['layer']}": h["depth"] for h in hooks},
-        last_blocks=sorted(
-            {
-                f"{h['name']}@{h['layer']}"
-                for h in hooks
-                if h["layer"] == h["model"].config.num_hidden_layers - 1
-            }
-        ),
-        weights={called[name]: hashes["weights"] for name, (*_, hashes) in loaded.items()},
-        tokenizers={called[name]: hashes["tokenizer"] for name, (*_, hashes) in loaded.items()},
-        k=args.k,
-        seeds=args.seeds,
-        tokens=args.tokens,
-        expansion=args.expansion,
-        recipe=args.recipe,
-        sinks=args.sinks,
-        eval_seqs=args.eval_seqs,
-        ctx=args.ctx,
-        save_tokens=args.save_tokens,
+        data=sites[0].source.name,
+        text_sha256=", ".join(sorted({held.sha256 for held in rows})),
+        documents=sorted({int(held.document.max()) + 1 for held in rows}),
+        cut=text.is_cut(grid.data),
+        python=platform.python_version() if grid.data == "stdlib" else None,
+        models=[one.called for one in sorted(models, key=lambda one: (one.size, one.called))],
+        hooks={f"{site.name}@{site.hook.layer}": depth(site.hook) for site in sites},
+        last_blocks=sorted({f"{site.name}@{site.hook.layer}" for site in sites if site.hook.is_last}),
+        weights={one.called: one.weights for one in models},
+        tokenizers={one.called: one.tokens for one in models},
+        k=trained and list(trained.k),
+        seeds=trained and list(trained.seeds),
+        tokens=trained and list(trained.tokens),
+        expansion=trained and trained.expansion,
+        recipe=trained and list(trained.recipes),
+        sinks=trained and list(trained.sinks),
+        eval_seqs=grid.eval_seqs,
+        ctx=grid.ctx,
+        save_tokens=grid.save_tokens,
     )
-    if files:
-        settings |= dict.fromkeys(("k", "seeds", "tokens", "expansion", "recipe", "sinks"))
-        settings["saes"] = {job["label"]: job["in_settings"] for hook in hooks for job in hook["jobs"]}
+    origins = [(one.condition.sae, one.origin) for site in sites for one in site.candidates]
+    if trained:
+        out["data_content"] = sites[0].source.content
     else:
-        settings["data_content"] = source.content
-    settings |= {
-        name: value
-        for name, value in (("revision", args.revision), ("split", args.split), ("dtype", args.dtype))
-        if value not in (None, "train", "float32")
-    }  # what is not the default
-    return settings | any_x86(device), hooks
+        out["saes"] = {sae: one.in_settings() for sae, one in origins if isinstance(one, Given)}
+    # what is not the default
+    for name, value, default in (
+        ("revision", grid.revision, None),
+        ("split", grid.split, "train"),
+        ("dtype", grid.dtype, "float32"),
+        ("instructions", instructions(device), None),
+    ):
+        if value != default:
+            out[name] = value
+    return out
 
 
-def any_x86(device: torch.device) -> dict:
-    """A setting of runs, and of SAEs in the cache, whose bytes are the same on every x86-64 processor; {}
-    otherwise.
-    """
-    return {"instructions": "any x86-64"} if ANY_X86 and device.type == "cpu" else {}
+def depth(hook: Hook) -> str:
+    """Of a hook in its model, by which hooks of different models are matched."""
+    return f"{(hook.layer / hook.model.config.num_hidden_layers):.2f}"
 
 
-def checked(entries: list[dict], hook: dict, args, device: torch.device) -> list[dict]:
-    """The jobs of one hook's SAE files, each read, of the model's width, and past the basis gate. Raises
-    UserError.
-    """
-    # MPS is not believed before its own check
-    where = device if device.type == "cuda" else torch.device("cpu")
-    model, few = hook["model"].to(where), hook["rows"][:4].to(where)
-    activations = formats.near(model, hook["layer"], few)
-    model.to("cpu")
-    for entry in tqdm(entries, desc=f"reading SAEs of {hook['name']} L{hook['layer']}", leave=False):
-        sae = formats.read(entry["file"]).to(where)
-        F, d = sae.W_enc.shape
-        if d != hook["d"]:
-            raise UserError(
-                f"--sae {entry['label']}: reads {d} dimensions, and {hook['name']} has {hook['d']}"
-            )
-        declared = entry["declared"]
-        model = declared.model
-        if model and os.path.isabs(model):  # where it lay on somebody's machine is nobody's business
-            model = os.path.basename(model)
-        basis = args.basis or declared.basis
-        declared = dataclasses.replace(declared, model=model, basis=basis, ctx=entry["ctx"], bos=entry["bos"])
-        readings = (
-            [math.nan]
-            if args.basis
-            else list(formats.check_basis(sae, basis, entry["label"], hook["layer"], activations).values())
-        )
-        sae.centred = basis == "centred"
-        h = activations[hook["layer"]]
-        active = (sae.encode(h)[0] > 0).sum(1).double().mean().item()
-        entry |= dict(
-            declared=declared,
-            in_settings=vars(declared)
-            | {"unseen": list(declared.unseen), "fingerprint": formats.sae_fingerprint(sae)},
-            fvu_as_said=readings[0],
-            fvu_otherwise=min(readings[1:], default=math.nan),
-            d_sae=F,
-            k=sae.k or 0,
-            typical_k=max(1, round(active)),
-            mean=h.mean(0).cpu(),
-        )
-    return entries
+def instructions(device: torch.device) -> str | None:
+    """A setting of runs, and of SAEs in the cache, whose bytes are the same on every x86-64 processor."""
+    return "any x86-64" if ANY_X86 and device.type == "cpu" else None

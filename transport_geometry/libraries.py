@@ -22,15 +22,15 @@ def r2_by_library(shared: dict, reconstructions: dict, device: torch.device) -> 
     """{name: {definition: value, definition_nosink: value}} over the evaluated positions. shared:
     `proxies.hook_statistics`.
     """
-    h, sink = shared["h"][:, :-1].double(), shared["sink"]
+    h, sink = shared.h[:, :-1].double(), shared.sink
     out = {}
     for name, reconstruction in tqdm(reconstructions.items(), desc="every library's R²", leave=False):
         one = lambda x: (
             reconstruction.reconstruct(x)[2]
             if isinstance(reconstruction, torch.nn.Module)
-            else reconstruction(x, shared["mean"])
+            else reconstruction(x, shared.mean)
         )
-        h_hat = torch.stack([one(x.to(device)).cpu() for x in shared["h"][:, :-1]]).double()
+        h_hat = torch.stack([one(x.to(device)).cpu() for x in shared.h[:, :-1]]).double()
         out[name] = definitions(h, h_hat, torch.ones_like(sink)) | {
             f"{key}_nosink": v for key, v in definitions(h, h_hat, ~sink).items()
         }

@@ -71,7 +71,9 @@ class Metric:
     """A column of conditions.csv."""
 
     name: str
-    formula: Callable[[Sums], np.ndarray] | None  # [W,C]; None: from the counts of what fired, see `code_metrics`
+    formula: (
+        Callable[[Sums], np.ndarray] | None
+    )  # [W,C]; None: from the counts of what fired, see `code_metrics`
     score: Score = ITSELF
     family: str = ""
     # per-token quantity of the same name that the formula sums, [B,T-1] or [N]; None: `evaluate` forms what it needs

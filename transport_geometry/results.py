@@ -1,4 +1,7 @@
-"""TODO results."""
+"""The results folder: one row a condition and the sums behind it, added as one change, and read again for the tables.
+
+Shapes: C conditions, S evaluation sequences, W re-weightings of their documents.
+"""
 
 import contextlib
 import hashlib
@@ -10,25 +13,49 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from transport_geometry import FIXED_CODE, kernels, store
+from transport_geometry.condition import KEY, Condition
 from transport_geometry.errors import Damaged, UserError
-from transport_geometry.grid import KEY
-from transport_geometry.metrics import METRICS, metrics
+from transport_geometry.metrics import METRICS, Metric, Sums, computed
 from transport_geometry.stats import document_weights
 from transport_geometry.store import RUN
-from transport_geometry.tables import as_csv, as_npz, read_npz, read_table
+from transport_geometry.tables import Content, as_csv, as_npz, read_npz, read_table
 
 import numpy as np
 import torch
 
-COLUMNS = KEY + ["n_seq", "n_tok", "n_sink"] + METRICS
-
-
-# --------------------------------------------------------------------------------------------- the folder
+COLUMNS = [*KEY, "n_seq", "n_tok", "n_sink", *(metric.name for metric in METRICS)]
 # and pictures: made again from the others
 DERIVED = ("verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv", "pairs.csv")
 RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", *DERIVED)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """What is added to a folder at once: some conditions of one hook, or what a rank has of several."""
+
+    rows: list[dict]  # of conditions.csv
+    sums: dict[str, np.ndarray]  # {quantity: [C,S]}, and d [C], document [C,S]
+    tokens: dict[str, np.ndarray]  # {hook/condition/quantity: [S,T-1]}, where they are kept
+    tables: dict[str, list[dict]]  # an experiment's own: {file name: rows}, each with model and layer
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A finished folder, as its tables are made from it."""
+
+    nulls: list[dict]  # rows
+    saes: list[dict]  # rows of the C SAEs
+    values: dict[str, np.ndarray]  # {metric: [W,C]}: all documents, the even, the odd, resamples of them
+    meta: dict[str, np.ndarray]  # {name: [C]}, as `stats` wants it
+    sums: dict[str, np.ndarray]  # {quantity: [C,S]}
+
+
+# --------------------------------------------------------------------------------------------- the folder
 
 
 def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | None = None) -> None:
@@ -57,16 +84,7 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
         store.remove(record)
     before = check_data(record).get("settings", settings)
     if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
-        both = lambda key: (before.get(key), settings.get(key))
-        only = lambda a, b: (
-            {k: v for k, v in a.items() if b.get(k) != v},
-            {k: v for k, v in b.items() if a.get(k) != v},
-        )
-        shown = {
-            key: only(*both(key)) if all(isinstance(v, dict) for v in both(key)) else both(key)
-            for key in differing
-        }
-        differences = "; ".join(f"{key}: there {there}, here {here}" for key, (there, here) in shown.items())
+        differences = "; ".join(difference(key, before.get(key), settings.get(key)) for key in differing)
         raise UserError(
             f"--out {out} holds a run with other settings ({differences}): use --fresh or another --out"
         )
@@ -92,14 +110,21 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     )
 
 
+def difference(key: str, there: Any, here: Any) -> str:
+    """Of one setting; of one that holds several, of those that differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        both = {name for name in there if here.get(name) == there[name]}
+        there, here = ({n: v for n, v in side.items() if n not in both} for side in (there, here))
+    return f"{key}: there {there}, here {here}"
+
+
 def processor() -> str:
     """The processor's name, as the system says it."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
-            said = subprocess.run(
-                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10
-            )
-            return said.stdout.strip() or platform.processor()
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+            return answer.stdout.strip() or platform.processor()
         for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -135,14 +160,9 @@ def load_results(out: pathlib.Path) -> tuple[list[dict], dict]:
         return [], {}
     rows = read_table(store.checked(out / RUN, "conditions.csv"))
     sums = read_npz(store.checked(out / RUN, "sequences.npz"))
-    if sums.pop("condition").tolist() != [condition(row) for row in rows]:
+    if sums.pop("condition").tolist() != [str(Condition.of(row)) for row in rows]:
         raise Damaged(f"{out}: sequences.npz is about other conditions than conditions.csv")
     return rows, sums
-
-
-def condition(row: dict) -> str:
-    """The key of a row as one word."""
-    return " ".join(str(row[c]) for c in KEY)
 
 
 def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
@@ -160,9 +180,8 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     check_data(record)
     missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
     if missing or about.get("seconds") is None:
-        raise UserError(
-            f"--from {out}: no finished run there ({', '.join(sorted(missing)) or 'some conditions'} not measured yet)"
-        )
+        which = ", ".join(sorted(missing)) or "some conditions"
+        raise UserError(f"--from {out}: no finished run there ({which} not measured yet)")
     return out, with_passes(settings, about.get("one_pass"))
 
 
@@ -183,50 +202,39 @@ def check_verdict(out: pathlib.Path) -> None:
         there = json.loads((out / "verdict.json").read_text(encoding="utf-8")).get("rows_sha256")
     if there not in (None, rows_hash(out)):
         raise UserError(
-            f"--from {out}: verdict.json is about other rows (SHA-256 {str(there)[:12]}, these have {rows_hash(out)[:12]}); "
-            "move it away, and it is made anew"
+            f"--from {out}: verdict.json is about other rows (SHA-256 {str(there)[:12]}, these have "
+            f"{rows_hash(out)[:12]}); move it away, and it is made anew"
         )
 
 
-def add_results(
-    out: pathlib.Path, settings: dict, rows: list[dict], sums: dict, tokens: dict, tables: dict
-) -> None:
-    """Add what `run_hook` gives to a results folder, all of it or nothing; a row that is there already stays.
-    Raises Fault, Damaged.
+def add_results(out: pathlib.Path, settings: dict, new: Measurements) -> None:
+    """Add measurements to a results folder, all of them or nothing; a row that is there already stays.
 
-    Rows are sorted, so that the order in which hooks were run leaves no trace.
+    Rows are sorted, so that the order in which hooks were run leaves no trace. Raises Fault, Damaged.
     """
     record = out / RUN
-    before, before_sums = load_results(out)
-    there = {condition(row) for row in before}
-    new = [i for i, row in enumerate(rows) if condition(row) not in there]
-    all_rows = before + [rows[i] for i in new]
-    all_sums = {
-        q: np.concatenate([before_sums[q], v[new]]) if before_sums else v[new] for q, v in sums.items()
-    }
-    order = sorted(range(len(all_rows)), key=lambda i: [all_rows[i][c] for c in KEY])
-    all_rows = [all_rows[i] for i in order]
-    all_sums = {q: v[order] for q, v in all_sums.items()} | {
-        "condition": np.array([condition(row) for row in all_rows])
-    }
-    files = {
-        "sequences.npz": as_npz(all_sums),
-        "conditions.csv": as_csv(all_rows, COLUMNS + [c for c in all_rows[0] if c not in COLUMNS]),
+    rows, sums = load_results(out)
+    there = {Condition.of(row) for row in rows}
+    added = [i for i, row in enumerate(new.rows) if Condition.of(row) not in there]
+    rows = rows + [new.rows[i] for i in added]
+    sums = {q: np.concatenate([sums[q], v[added]]) if sums else v[added] for q, v in new.sums.items()}
+    order = sorted(range(len(rows)), key=lambda i: Condition.of(rows[i]))
+    rows = [rows[i] for i in order]
+    sums = {q: v[order] for q, v in sums.items()}
+    sums["condition"] = np.array([str(Condition.of(row)) for row in rows])
+    files: dict[str, Content | None] = {
+        "sequences.npz": as_npz(sums),
+        "conditions.csv": as_csv(rows, COLUMNS + [c for c in rows[0] if c not in COLUMNS]),
     }
     known = store.written(record)
-    if tokens:
+    if new.tokens:
         kept = read_npz(store.checked(record, "tokens.npz")) if "tokens.npz" in known else {}
-        files["tokens.npz"] = as_npz(kept | tokens)
-    for name, table in tables.items():
+        files["tokens.npz"] = as_npz(kept | new.tokens)
+    for name, table in new.tables.items():
+        old = read_table(store.checked(record, name)) if name in known else []
         hooks = {(row["model"], row["layer"]) for row in table}
-        kept = [
-            row
-            for row in (read_table(store.checked(record, name)) if name in known else [])
-            if (row["model"], row["layer"]) not in hooks
-        ]
-        files[name] = as_csv(
-            sorted(kept + table, key=lambda row: (row["model"], row["layer"])), list(table[0])
-        )
+        both = [row for row in old if (row["model"], row["layer"]) not in hooks] + table
+        files[name] = as_csv(sorted(both, key=lambda row: (row["model"], row["layer"])), list(table[0]))
     store.put(record, files, settings=settings)
 
 
@@ -237,12 +245,9 @@ def parts(out: pathlib.Path) -> list[pathlib.Path]:
     found = sorted(path for path in out.glob(".rank*") if re.fullmatch(r"\.rank\d+", path.name))
     for part in found:
         ours = part.is_dir() and not part.is_symlink()
-        if not (
-            ours
-            and (
-                store.load(part / RUN) or all(path.name.endswith(store.UNFINISHED) for path in part.iterdir())
-            )
-        ):
+        if ours and not store.load(part / RUN):
+            ours = all(path.name.endswith(store.UNFINISHED) for path in part.iterdir())
+        if not ours:
             raise UserError(f"{part}: not what a rank of this program left: move it away")
     return found
 
@@ -258,68 +263,56 @@ def gather(out: pathlib.Path, settings: dict) -> None:
     for part in parts(out):
         if store.load(part / RUN).get("settings", settings) != settings:
             raise UserError(f"{part}: left by a run with other settings: use --fresh or another --out")
-        store.settle(part / RUN)
+        record = part / RUN
+        store.settle(record)
         rows, sums = load_results(part)
         if rows:
-            tokens = (
-                read_npz(store.checked(part / RUN, "tokens.npz"))
-                if "tokens.npz" in store.written(part / RUN)
-                else {}
-            )
-            tables = {
-                name: read_table(store.checked(part / RUN, name))
-                for name in store.written(part / RUN)
-                if name.endswith(".csv") and name != "conditions.csv"
-            }
-            add_results(out, settings, rows, sums, tokens, tables)
+            names = store.written(record)
+            tokens = read_npz(store.checked(record, "tokens.npz")) if "tokens.npz" in names else {}
+            own = [name for name in names if name.endswith(".csv") and name != "conditions.csv"]
+            tables = {name: read_table(store.checked(record, name)) for name in own}
+            add_results(out, settings, Measurements(rows, sums, tokens, tables))
         discard(part)
 
 
-def measured(
-    out: pathlib.Path, settings: dict, n_resamples: int, own_metrics=None
-) -> tuple[list[dict], list[dict], dict, dict, dict]:
-    """(null rows, rows of the C SAEs, {metric: [W,C]}, meta {name: [C]}, sums {quantity: [C,S]}) of a
-    finished folder.
-
-    W: all documents, the even, the odd, and `n_resamples` resamples of them, shared by all conditions (as
-    `stats` wants them): of one text drawn for models of different tokenizers, document i is the same.
+# --------------------------------------------------------------------------------------------- for the tables
+def measured(out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[Metric] = ()) -> Measured:
+    """A finished folder under `n_resamples` resamples of the documents, shared by all conditions: of one text
+    drawn for models of different tokenizers, document i is the same. own: an experiment's metrics.
     """
     rows, sums = load_results(out)
     d, document = sums.pop("d"), sums.pop("document")
     by_document = document_weights(int(document.max()) + 1, n_resamples, seed=0)
     # of sequences: one where all models share a tokenizer
     patterns, which = np.unique(document, axis=0, return_inverse=True)
-    values = {}
+    values: dict[str, np.ndarray] = {}
     for i, pattern in enumerate(patterns):
         mine, weights = np.flatnonzero(which.ravel() == i), by_document[:, pattern]
-        part = {q: v[mine] for q, v in sums.items()}
-        with np.errstate(invalid="ignore"):
-            for name, value in (
-                metrics(part, weights, d[mine]) | (own_metrics(part, weights) if own_metrics else {})
-            ).items():
-                values.setdefault(name, np.empty((len(weights), len(rows))))[:, mine] = value
+        part = Sums({q: v[mine] for q, v in sums.items()}, weights, d[mine])
+        for name, value in computed(part, (*METRICS, *own)).items():
+            values.setdefault(name, np.empty((len(weights), len(rows))))[:, mine] = value
     trained = np.array([row["recipe"] != "null" for row in rows])
     saes = [row for row, keep in zip(rows, trained) if keep]
-    meta = {
-        name: np.array([row[name] for row in saes])
-        for name in ("model", "layer", "sae", "recipe", "k", "tokens", "seed")
-    }
-    # given k, an SAE without one is compared with those that have as many latents active, to the nearest
-    # power of two
-    meta["k"] = np.where(
-        meta["k"] > 0,
-        meta["k"],
-        2 ** np.round(np.log2(np.maximum([row["l0"] for row in saes], 1))).astype(int),
-    )
-    meta["depth"] = np.array([settings["hooks"][f"{row['model']}@{row['layer']}"] for row in saes])
-    meta["cell"] = np.array(["-".join(str(row[c]) for c in KEY if c != "seed") for row in saes])
-    return (
-        [row for row in rows if row["recipe"] == "null"],
+    return Measured(
+        [row for row, keep in zip(rows, trained) if not keep],
         saes,
         {name: value[:, trained] for name, value in values.items()},
-        meta,
+        meta_of(saes, settings),
         {quantity: value[trained] for quantity, value in sums.items()},
     )
+
+
+def meta_of(saes: list[dict], settings: dict) -> dict[str, np.ndarray]:
+    """{name: [C]}: what `stats` knows of a condition."""
+    names = ("model", "layer", "sae", "recipe", "k", "tokens", "seed")
+    meta = {name: np.array([row[name] for row in saes]) for name in names}
+    # given k, an SAE without one is compared with those that have as many latents active, to the nearest
+    # power of two
+    active = 2 ** np.round(np.log2(np.maximum([row["l0"] for row in saes], 1))).astype(int)
+    meta["k"] = np.where(meta["k"] > 0, meta["k"], active)
+    meta["depth"] = np.array([settings["hooks"][f"{row['model']}@{row['layer']}"] for row in saes])
+    meta["cell"] = np.array(["-".join(str(row[c]) for c in KEY if c != "seed") for row in saes])
+    return meta
 
 
 def rows_hash(out: pathlib.Path) -> str:
@@ -331,57 +324,57 @@ def rows_hash(out: pathlib.Path) -> str:
 
 def marked(rows: list[dict], settings: dict) -> list[dict]:
     """Rows to show, the hook of a model's last block marked: no attention follows it."""
+    last = settings["last_blocks"]
     return [
-        row
-        | {
-            "layer": f"{row['layer']} last"
-            if f"{row['model']}@{row['layer']}" in settings["last_blocks"]
-            else row["layer"]
-        }
+        row | {"layer": f"{row['layer']} last"} if f"{row['model']}@{row['layer']}" in last else row
         for row in rows
     ]
 
 
+ABOUT = """\
+## Settings
+
+Evaluation: {sizes}, drawn across the held-out side from {behind}, which is what the intervals count; \
+positions 0..T-2; sink positions (dropped in `_nosink`): position 0 and norms above 10 medians, {n_sink} of {n_tok} per hook.
+
+Evaluation text SHA-256 {text_sha256}{python}.
+{notes}
+```
+{settings}
+```
+"""
+ELSEWHERE = """\
+Computed on {device}, where a second run need not be the same to the byte: compare with `python common.py diff`.
+"""
+
+
 def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     """The report's last section, in Markdown lines."""
-    sizes = " and ".join(
-        f"{n} sequences of {ctx} tokens"
-        for n, ctx in sorted({(row["n_seq"], row["n_tok"] // row["n_seq"] + 1) for row in rows})
-    )
-    seen = lambda column: ", ".join(sorted({str(row[column]) for row in rows}))
-    lines = [
-        "## Settings",
-        "",
-        f"Evaluation: {sizes}, drawn across the held-out side from {behind(settings)}, which is what the intervals count; "
-        f"positions 0..T-2; sink positions (dropped in `_nosink`): position 0 and norms above 10 medians, {seen('n_sink')} of {seen('n_tok')} per hook.",
-        "",
-        f"Evaluation text SHA-256 {settings['text_sha256']}"
-        + (f", the standard library of Python {settings['python']}" if settings["python"] else "")
-        + ".",
-        "",
-        *(
-            f"The training side holds {n:,} tokens: larger budgets repeat it.\n"
-            for n in settings.get("one_pass", [])
-        ),
-        *(f"{hook}: the last block, so no attention follows it.\n" for hook in settings["last_blocks"]),
-        "```",
-        json.dumps(settings, indent=1, sort_keys=True),
-        "```",
-        "",
+    sizes = sorted({(row["n_seq"], row["n_tok"] // row["n_seq"] + 1) for row in rows})
+    notes = [
+        f"The training side holds {n:,} tokens: larger budgets repeat it.\n"
+        for n in settings.get("one_pass", [])
     ]
+    notes += [f"{hook}: the last block, so no attention follows it.\n" for hook in settings["last_blocks"]]
+    python = f", the standard library of Python {settings['python']}" if settings["python"] else ""
+    text = ABOUT.format(
+        sizes=" and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sizes),
+        behind=behind(settings),
+        n_sink=", ".join(sorted({str(row["n_sink"]) for row in rows})),
+        n_tok=", ".join(sorted({str(row["n_tok"]) for row in rows})),
+        text_sha256=settings["text_sha256"],
+        python=python,
+        notes="".join(f"\n{note}" for note in notes),
+        settings=json.dumps(settings, indent=1, sort_keys=True),
+    )
     if settings["device"] != "cpu":
-        lines += [
-            f"Computed on {settings['device']}, where a second run need not be the same to the byte: compare with `python common.py diff`.",
-            "",
-        ]
-    return lines
+        text += "\n" + ELSEWHERE.format(device=settings["device"])
+    return text.split("\n")
 
 
 def behind(settings: dict) -> str:
     """What intervals over the evaluation text count, in words."""
     n = " or ".join(map(str, settings["documents"]))
-    return (
-        f"{n} pieces of few documents, held out by piece, so that intervals are about this text"
-        if settings["cut"]
-        else f"{n} documents"
-    )
+    if settings["cut"]:
+        return f"{n} pieces of few documents, held out by piece, so that intervals are about this text"
+    return f"{n} documents"

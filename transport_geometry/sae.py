@@ -4,10 +4,14 @@ ones.
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from transport_geometry import kernels, store
 from transport_geometry.errors import Damaged, Fault
@@ -79,7 +83,7 @@ def must_vary(h: torch.Tensor, where: str) -> None:
 WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.pt"
 
 
-def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: dict, **seen) -> None:
+def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: Mapping[str, Any], **seen: Any) -> None:
     """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what
     determined it, and what else was seen. Raises Fault.
     """
@@ -117,30 +121,57 @@ def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
     )
 
 
-def is_whole(folder: pathlib.Path, made_by: dict) -> bool:
+@dataclass(frozen=True)
+class TrainingSpec:
+    """All that determines an SAE trained here."""
+
+    model: str  # as results call it
+    weights: str  # hash of what the model computes
+    tokenizer: str  # hash
+    dtype: str
+    layer: int
+    data: str  # how its text is called, which determines nothing
+    data_content: str  # hash or commit
+    split: str
+    ctx: int
+    device: str
+    version: int
+    tokens: int
+    trunk: tuple[int, ...]  # the smaller budgets on its way
+    d_sae: int
+    k: int
+    seed: int
+    recipe: str
+    sinks: str
+    instructions: str | None = None  # `any x86-64` where the bytes are the same on every one
+
+    def facts(self) -> dict[str, Any]:
+        """In JSON's types, as provenance.json keeps it."""
+        facts = dataclasses.asdict(self) | {"trunk": list(self.trunk)}
+        return {name: value for name, value in facts.items() if value is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """What is in its text determines an SAE, how the text is called does not."""
+        return {name: value for name, value in self.facts().items() if name != "data"}
+
+    def folder(self, cache: pathlib.Path) -> pathlib.Path:
+        """Where it lies: a name to read and a short hash of everything that determines it."""
+        short = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+        # a file name has 255 bytes at most
+        model = pathlib.Path(self.model.replace("/", "--").lstrip(".-")).name[:100]
+        tokens = readable_count(self.tokens)
+        return cache / f"{model}-L{self.layer}-F{self.d_sae}-k{self.k}-{tokens}-s{self.seed}-{short}"
+
+
+def is_whole(folder: pathlib.Path, spec: TrainingSpec) -> bool:
     """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was
     written.
     """
     record = folder / store.PROVENANCE
     there = store.load(record)
-    if other := [key for key in identity(made_by) if there and there.get(key) != made_by[key]]:
+    other = [name for name, value in spec.identity().items() if there and there.get(name) != value]
+    if other:
         raise Damaged(f"{record}: says another {', '.join(other)} than the SAE that is asked for")
     if there.get("coming") or WEIGHTS not in there.get("files", {}) or not os.path.lexists(folder / WEIGHTS):
         return False
     return all(store.checked(record, name) for name in (WEIGHTS, "cfg.json"))
-
-
-def identity(made_by: dict) -> dict:
-    """What determines an SAE, of a job: how its text is called does not, what is in it does."""
-    return {key: value for key, value in made_by.items() if key != "data"}
-
-
-def cache_folder(cache: pathlib.Path, made_by: dict) -> pathlib.Path:
-    """A name to read and a short hash of everything that determined the SAE."""
-    short = hashlib.sha256(json.dumps(identity(made_by), sort_keys=True).encode()).hexdigest()[:8]
-    # a file name has 255 bytes at most
-    model = pathlib.Path(made_by["model"].replace("/", "--").lstrip(".-")).name[:100]
-    name = "{}-L{layer}-F{d_sae}-k{k}-{}-s{seed}-{}".format(
-        model, readable_count(made_by["tokens"]), short, **made_by
-    )
-    return cache / name

@@ -415,13 +415,11 @@ def packed_rows(data: str, side: str, tokenizer, ctx: int, split: str = "train")
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """rows [S,ctx] (int64); document [S]: the number of the one that each comes from, the unit of every
-    bootstrap; sha256: of the documents that were drawn.
-    """
+    """Evaluation rows of one tokenizer."""
 
-    rows: torch.Tensor
-    document: np.ndarray
-    sha256: str
+    input_ids: torch.Tensor  # [S,ctx], int64
+    document: np.ndarray  # [S]: the number of the one that each row comes from, the unit of every bootstrap
+    sha256: str  # of the documents that were drawn
 
 
 def drawn(data: str, split: str, seed: int, n: int, ctx: int) -> list:

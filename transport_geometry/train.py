@@ -1,22 +1,28 @@
-"""TODO train."""
+"""Training TopK SAEs: the stream of activations, the recipes, checkpoints, and filling the cache with what it lacks.
+
+Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
+"""
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from transport_geometry import kernels, store, text
 from transport_geometry.errors import Damaged, Fault, UserError, reading
-from transport_geometry.lm import head
+from transport_geometry.lm import Hook
 from transport_geometry.sae import (
     CHECKPOINT,
     TopKSAE,
-    cache_folder,
+    TrainingSpec,
     is_whole,
     must_vary,
     save_sae,
@@ -36,31 +42,31 @@ def check_memory(d: int, d_sae: int, device: torch.device) -> None:
     bytes each of 2 F d.
     """
     needed = 4 * 4 * 2 * d_sae * d
-    cuda = device.type == "cuda"
-    there = (
-        torch.cuda.get_device_properties(device).total_memory
-        if cuda
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    called, there = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        called, there = device.type, torch.cuda.get_device_properties(device).total_memory
     if needed > there:
         raise UserError(
             f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, and "
-            f"{device.type if cuda else 'this machine'} has {there / 1e9:,.0f}"
+            f"{called} has {there / 1e9:,.0f}"
         )
 
 
+def silent(tokens: int) -> None:
+    """Nobody is told where a text begins again."""
+
+
 def activation_chunks(
-    model,
-    layer: int,
+    hook: Hook,
     data: str,
-    tokenizer,
+    tokenizer: Any,
     ctx: int,
     tokens: int,
     sinks: str,
     first: int = 0,
     split: str = "train",
-    once: Callable[[int], None] = lambda tokens: None,
-) -> Iterator[tuple]:
+    once: Callable[[int], None] = silent,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of
     every sequence.
 
@@ -68,14 +74,13 @@ def activation_chunks(
     over, without the model where that can be: how many positions are sinks only the model knows. The
     tokenizer runs again: how many tokens a document has only it knows. once: see `text.train_rows`.
     """
-    device = next(model.parameters()).device
     kept: list[tuple] = []
     median, waiting, passed = None, 0, 0
-    for rows in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split, once):
-        if median is not None and sinks == "keep" and passed + rows.numel() <= first * CHUNK:
-            passed += rows.numel()
+    for input_ids in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split, once):
+        if median is not None and sinks == "keep" and passed + input_ids.numel() <= first * CHUNK:
+            passed += input_ids.numel()
             continue
-        h = head(model, layer, rows.to(device))
+        h = hook.head(input_ids.to(hook.device))
         norms = torch.linalg.vector_norm(h, dim=-1)
         median = norms[:, 1:].median().item() if median is None else median
         sink = sink_positions(norms, median).flatten()
@@ -97,6 +102,26 @@ def activation_chunks(
 
 
 # ---------------------------------------------------------------------------------------------- training
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of the raw activations that are no sinks."""
+
+    mean: torch.Tensor  # [d]
+    square: float  # E|h|^2
+    variance: float  # about the mean, summed over d
+
+    @classmethod
+    def of(cls, h: torch.Tensor, sink: torch.Tensor, about: str = "") -> "Statistics":
+        """h [n,d], sink [n]. Raises Fault where nothing but sinks is there, or nothing varies."""
+        calm = h[~sink]
+        if not len(calm):
+            raise Fault(f"{about}: nothing but sink positions, all {len(h)} of them")
+        must_vary(calm, about)
+        mean = calm.mean(0)
+        square, variance = calm.square().sum(1).mean(), (calm - mean).square().sum(1).mean()
+        return cls(mean, square.item(), variance.item())
+
+
 class Training:
     """The training of one SAE, and of those with smaller budgets that share its beginning: recipe `base`.
 
@@ -122,42 +147,24 @@ class Training:
     DECAY = 0.2
     TRUNK_FROM = 10**7
 
-    def __init__(self, statistics: dict, d_sae: int, k: int, seed: int, budgets: list[int]):
-        """statistics of the activations, as `describe` gives them; budgets ascending, of one pace: the last
-        is this SAE's.
-        """
+    def __init__(self, statistics: Statistics, d_sae: int, k: int, seed: int, budgets: Sequence[int]):
+        """budgets ascending, of one pace: the last is this SAE's."""
         self.statistics, self.seed, self.step = statistics, seed, 0
         self.batch, self.boost = self.pace(budgets[-1])
         self.initialise(d_sae, k)
         # since a latent fired; the last slot takes the zeros
-        self.idle = torch.zeros(d_sae + 1, device=statistics["mean"].device)
+        self.idle = torch.zeros(d_sae + 1, device=statistics.mean.device)
         self.aim(budgets)
 
     def initialise(self, d_sae: int, k: int) -> None:
-        mean = self.statistics["mean"]
-        self.scale = math.sqrt(len(mean) / self.statistics["square"])
-        self.variance = self.statistics["variance"] * self.scale**2
+        mean = self.statistics.mean
+        self.scale = math.sqrt(len(mean) / self.statistics.square)
+        self.variance = self.statistics.variance * self.scale**2
         self.sae = tied_init(len(mean), d_sae, k, self.seed, mean * self.scale)
         self.lr = 2e-4 * math.sqrt(2**14 / d_sae) * self.boost
         self.optimiser = torch.optim.Adam(
             self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=mean.device.type in ("cpu", "cuda")
         )
-
-    @staticmethod
-    def describe(h: torch.Tensor, sink: torch.Tensor, where: str = "") -> dict:
-        """Mean [d], E|h|^2 and variance (about the mean, summed over d) of the raw activations h [n,d] that
-        are no sinks.
-        """
-        calm = h[~sink]
-        if not len(calm):
-            raise Fault(f"{where}: nothing but sink positions, all {len(h)} of them")
-        must_vary(calm, where)
-        mean = calm.mean(0)
-        return {
-            "mean": mean,
-            "square": calm.square().sum(1).mean().item(),
-            "variance": (calm - mean).square().sum(1).mean().item(),
-        }
 
     @staticmethod
     def pace(tokens: int) -> tuple[int, float]:
@@ -168,17 +175,13 @@ class Training:
         return batch, 5 * math.sqrt(batch / 256)
 
     # ------------------------------------------------------------------ what happens when
-    def aim(self, budgets: list[int]) -> None:
+    def aim(self, budgets: Sequence[int]) -> None:
         """Count the steps to every budget, and where each branches off."""
-        self.budgets = budgets
+        self.budgets = list(budgets)
         cuts = sorted({*range(0, budgets[-1], CHUNK), *budgets})
-        self.pieces = list(zip(cuts, cuts[1:]))  # token ranges of the stream, each shuffled by itself
-        steps = dict(
-            itertools.accumulate(
-                ((end, (end - start) // self.batch) for start, end in self.pieces),
-                lambda a, b: (b[0], a[1] + b[1]),
-            )
-        )
+        self.pieces = list(itertools.pairwise(cuts))  # token ranges of the stream, each shuffled by itself
+        in_piece = [(end - start) // self.batch for start, end in self.pieces]
+        steps = dict(zip(cuts[1:], itertools.accumulate(in_piece)))
         self.steps, self.warm_up = steps[budgets[-1]], 0.05 * steps[budgets[0]]
         # (step, budget), ascending
         self.branches = [(int((1 - self.DECAY) * steps[b]), b) for b in budgets[:-1]]
@@ -285,7 +288,7 @@ class Training:
             "idle": self.idle,
             "step": self.step,
             "budgets": self.budgets,
-            "statistics": self.statistics,
+            "statistics": vars(self.statistics),
         }
 
     def load(self, state: dict) -> "Training":
@@ -314,7 +317,7 @@ class SAELensTraining(Training):
     DEAD_STEPS = 1000
 
     def initialise(self, d_sae: int, k: int) -> None:
-        mean = self.statistics["mean"]
+        mean = self.statistics.mean
         rows = torch.rand(d_sae, len(mean), generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
         rows = (0.1 * rows / rows.norm(dim=1, keepdim=True)).to(mean.device)
         self.sae = TopKSAE(
@@ -366,13 +369,68 @@ class SAELensTraining(Training):
             return TopKSAE(*self.folded(), self.sae.k).requires_grad_(False)
 
 
-RECIPES = {"base": Training, "saelens": SAELensTraining}
+RECIPES: dict[str, type[Training]] = {"base": Training, "saelens": SAELensTraining}
 
 
-def trunk(recipe: str, tokens: int, budgets: list[int]) -> list[int]:
+def trunk(recipe: str, tokens: int, budgets: Sequence[int]) -> tuple[int, ...]:
     """The budgets below `tokens` whose training is the beginning of its own."""
     pace = RECIPES[recipe].pace
-    return [b for b in budgets if RECIPES[recipe].TRUNK_FROM <= b < tokens and pace(b) == pace(tokens)]
+    return tuple(b for b in budgets if RECIPES[recipe].TRUNK_FROM <= b < tokens and pace(b) == pace(tokens))
+
+
+# ------------------------------------------------------------------------------------------ the cache is filled
+def lock_of(folder: pathlib.Path) -> str:
+    return f".{folder.name}{store.LOCK}"
+
+
+def train_missing(
+    hook: Hook, tokenizer: Any, specs: Sequence[TrainingSpec], cache: pathlib.Path, source: text.Source
+) -> None:
+    """Train the SAEs of one hook that the cache has not, together, from one activation stream of `source`.
+
+    The stream's part of their specs is the same in all. An interrupted run goes on from its last checkpoint;
+    what is damaged is set aside and made again; where another process trains one of them, it is waited for.
+    Raises UserError, Fault.
+    """
+    wanted = {spec.folder(cache): spec for spec in specs}
+    with contextlib.suppress(Damaged):
+        if all(is_whole(folder, spec) for folder, spec in wanted.items()):
+            remove_stale_locks(cache, list(wanted))
+            return
+    store.writable(cache, "--cache")
+    try:
+        for folder in sorted(wanted):  # all in one order, so that no two processes wait for each other
+            waiting = functools.partial(say_who_trains, folder)
+            store.claim(cache, lock_of(folder), waiting)
+        todo = {folder: spec for folder, spec in wanted.items() if not mended(folder, spec)}
+        if todo:
+            train_runs(hook, tokenizer, runs_of(todo), source)
+    finally:
+        for folder in wanted:
+            store.release(cache, lock_of(folder))
+
+
+def say_who_trains(folder: pathlib.Path, who: str) -> None:
+    tqdm.write(f"{folder.name} is being trained by {who}; waiting")
+
+
+def remove_stale_locks(cache: pathlib.Path, folders: list[pathlib.Path]) -> None:
+    """Locks that a killed run left; one that cannot be had is in nobody's way."""
+    for folder in folders:
+        with contextlib.suppress(UserError, Fault):
+            if (cache / lock_of(folder)).exists():
+                store.claim(cache, lock_of(folder))
+                store.release(cache, lock_of(folder))
+
+
+def mended(folder: pathlib.Path, spec: TrainingSpec) -> bool:
+    """`is_whole`, after what a killed run left is put in order; a damaged folder is set aside, and said."""
+    try:
+        store.settle(folder / store.PROVENANCE)
+        return is_whole(folder, spec)
+    except Damaged as why:
+        tqdm.write(f"{why}; set aside as {store.set_aside(folder, 'damaged').name}, trained again")
+        return False
 
 
 def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
@@ -392,171 +450,119 @@ def load_checkpoint(folder: pathlib.Path, device: torch.device) -> dict | None:
         return None
 
 
-def train_missing(model, tokenizer, jobs: list[dict], cache: pathlib.Path, source: text.Source) -> None:
-    """Train the SAEs of one hook that the cache has not, together, from one activation stream of the text
-    `source`.
+@dataclass(eq=False)
+class Run:
+    """SAEs that differ in nothing but their budget, where all but the longest are branches on its way."""
 
-    A job is the dict of all that determines an SAE: model, weights (hash of what the model computes),
-    tokenizer (hash), layer, data, data_content (hash or commit), split, dtype, ctx, tokens, trunk (the
-    smaller budgets on its way), d_sae, k, seed, recipe, sinks, device, version. The stream's part of it is
-    the same in all. An interrupted run goes on from its last checkpoint; what is damaged is set aside and
-    made again; where another process trains one of them, it is waited for. Raises UserError, Fault.
-    """
-    wanted = {cache_folder(cache, job): job for job in jobs}
-    lock = lambda folder: f".{folder.name}{store.LOCK}"
-    with contextlib.suppress(Damaged):
-        if all(is_whole(folder, job) for folder, job in wanted.items()):
-            # a lock that a killed run left; where it cannot be had, it is in nobody's way
-            for folder in wanted:
-                with contextlib.suppress(UserError, Fault):
-                    if (cache / lock(folder)).exists():
-                        store.claim(cache, lock(folder))
-                        store.release(cache, lock(folder))
+    spec: TrainingSpec  # of the longest budget
+    folders: dict[int, pathlib.Path]  # {budget: where its SAE lies}, of those to be made
+    chunks: int = 0  # that it has had
+    live: list[Training] = field(default_factory=list)  # trunk and branches, as they stand after these chunks
+
+    def resume(self, device: torch.device) -> None:
+        """Go on from the checkpoint that an interrupted run left."""
+        spec, recipe = self.spec, RECIPES[self.spec.recipe]
+        saved = load_checkpoint(self.folders[spec.tokens], device)
+        if saved is None:
             return
-    store.writable(cache, "--cache")
-    try:
-        for folder in sorted(wanted):  # all in one order, so that no two processes wait for each other
-            store.claim(
-                cache,
-                lock(folder),
-                lambda who, folder=folder: tqdm.write(f"{folder.name} is being trained by {who}; waiting"),
-            )
-        todo = {folder: job for folder, job in wanted.items() if not mended(folder, job)}
-        # one run per trunk, the jobs that share all but the budget: (longest job, {budget: folder})
-        runs: dict[tuple, tuple] = {}
-        for folder, job in sorted(todo.items(), key=lambda item: item[1]["tokens"]):
-            recipe = RECIPES[job["recipe"]]
-            key = (
-                job["recipe"],
-                job["d_sae"],
-                job["k"],
-                job["seed"],
-                *recipe.pace(job["tokens"]),
-                *(job["trunk"] or [job["tokens"]])[:1],
-            )
-            runs[key] = job, {**runs.get(key, (None, {}))[1], job["tokens"]: folder}
-        if runs:
-            train_runs(model, tokenizer, list(runs.values()), next(model.parameters()).device, source)
-    finally:
-        for folder in wanted:
-            store.release(cache, lock(folder))
+        trainings = []
+        for state in saved["runs"]:
+            statistics = Statistics(**state["statistics"])
+            fresh = recipe(statistics, spec.d_sae, spec.k, spec.seed, state["budgets"])
+            trainings.append(fresh.load(state))
+        to_come = {training.budgets[-1] for training in trainings}
+        to_come |= {budget for _, budget in trainings[0].ahead} if trainings else set()
+        if self.folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
+            self.live, self.chunks = trainings, saved["chunks"]
+
+    def begin(self, h: torch.Tensor, sink: torch.Tensor, about: str) -> None:
+        spec, recipe = self.spec, RECIPES[self.spec.recipe]
+        budgets = [*spec.trunk, spec.tokens]
+        statistics = Statistics.of(h[: budgets[0]], sink[: budgets[0]], about)
+        self.live = [recipe(statistics, spec.d_sae, spec.k, spec.seed, budgets)]
+
+    def feed(self, h: torch.Tensor, bar: tqdm, about: str) -> list[Training]:
+        """Train on the next chunk; those that have come to their end. Interrupted inside, it stands nowhere."""
+        trainings, self.live = self.live, []
+        label = f"{about} k={self.spec.k} seed {self.spec.seed}"
+        fed = [run for training in trainings for run in training.feed(h, self.chunks * CHUNK, bar, label)]
+        self.chunks += 1
+        if self.chunks * CHUNK < self.spec.tokens:
+            self.live = [training for training in fed if training.step < training.steps]
+        # the longest, whose checkpoint serves all, last
+        ended = [training for training in fed if training.step == training.steps]
+        return sorted(ended, key=lambda training: training.budgets[-1])
+
+    def keep(self, training: Training, one_pass: int | None) -> None:
+        """Write a finished SAE; one_pass: tokens of the text, once the stream has begun again."""
+        *before, tokens = training.budgets
+        if tokens in self.folders:
+            spec = dataclasses.replace(self.spec, tokens=tokens, trunk=tuple(before))
+            seen = {} if one_pass is None or one_pass >= tokens else {"one_pass": one_pass}
+            save_sae(self.folders[tokens], training.finished(), spec.facts(), **seen)
+
+    def checkpoint(self) -> None:
+        if self.live:
+            state = {"chunks": self.chunks, "runs": [training.state() for training in self.live]}
+            record = self.folders[self.spec.tokens] / store.PROVENANCE
+            store.put(record, {CHECKPOINT: functools.partial(torch.save, state)}, **self.spec.facts())
 
 
-def mended(folder: pathlib.Path, made_by: dict) -> bool:
-    """`is_whole`, after what a killed run left is put in order; a damaged folder is set aside, and said."""
-    try:
-        store.settle(folder / store.PROVENANCE)
-        return is_whole(folder, made_by)
-    except Damaged as why:
-        tqdm.write(f"{why}; set aside as {store.set_aside(folder, 'damaged').name}, trained again")
-        return False
+def runs_of(todo: dict[pathlib.Path, TrainingSpec]) -> list[Run]:
+    """One for each trunk: the specs that share all but the budget."""
+    runs: dict[tuple, Run] = {}
+    for folder, spec in sorted(todo.items(), key=lambda item: item[1].tokens):
+        first = (*spec.trunk, spec.tokens)[0]
+        pace = RECIPES[spec.recipe].pace(spec.tokens)
+        key = (spec.recipe, spec.d_sae, spec.k, spec.seed, *pace, first)
+        shorter = runs[key].folders if key in runs else {}
+        runs[key] = Run(spec, {**shorter, spec.tokens: folder})
+    return list(runs.values())
 
 
-def train_runs(
-    model, tokenizer, runs: list[tuple[dict, dict]], device: torch.device, source: text.Source
-) -> None:
-    """Train [(job of the longest budget, {budget: folder})] to the end, in one pass over the activations of
-    their hook.
-    """
-    stream = runs[0][0]
-    hook, longest = f"{stream['model']} L{stream['layer']}", max(job["tokens"] for job, _ in runs)
-    bar = tqdm(
-        total=sum(job["tokens"] + RECIPES[job["recipe"]].DECAY * sum(job["trunk"]) for job, _ in runs),
-        unit="tok",
-        unit_scale=True,
-        leave=False,
-        desc=f"{sum(len(folders) for _, folders in runs)} SAEs, {hook}",
-    )
-    live: dict[int, list[Training]] = {}  # run -> its trunk and branches
-    position = []  # chunks that each run has had
-    for i, (job, folders) in enumerate(runs):
-        position.append(0)
-        if saved := load_checkpoint(folders[job["tokens"]], device):
-            trainings = [
-                RECIPES[job["recipe"]](
-                    state["statistics"], job["d_sae"], job["k"], job["seed"], state["budgets"]
-                ).load(state)
-                for state in saved["runs"]
-            ]
-            to_come = {training.budgets[-1] for training in trainings} | {
-                budget for training in trainings[:1] for _, budget in training.ahead
-            }
-            if folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
-                live[i], position[i] = trainings, saved["chunks"]
-        bar.update(min(position[i] * CHUNK, job["tokens"]))
+def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source) -> None:
+    """Train them to the end, in one pass over the activations of their hook."""
+    stream = runs[0].spec
+    about, longest = f"{stream.model} L{stream.layer}", max(run.spec.tokens for run in runs)
+    work = [run.spec.tokens + RECIPES[run.spec.recipe].DECAY * sum(run.spec.trunk) for run in runs]
+    n_saes = sum(len(run.folders) for run in runs)
+    bar = tqdm(total=sum(work), unit="tok", unit_scale=True, leave=False, desc=f"{n_saes} SAEs, {about}")
+    for run in runs:
+        run.resume(hook.device)
+        bar.update(min(run.chunks * CHUNK, run.spec.tokens))
     one_pass: list[int] = []  # tokens in it, once the stream begins again
 
     def once(tokens: int) -> None:
         one_pass.append(tokens)
         tqdm.write(
-            f"{hook}: the training side of {source.name} holds {tokens:,} tokens; from here it repeats"
+            f"{about}: the training side of {source.name} holds {tokens:,} tokens; from here it repeats"
         )
 
+    first = min(run.chunks for run in runs)
     chunks = activation_chunks(
-        model,
-        stream["layer"],
-        source.data,
-        tokenizer,
-        stream["ctx"],
-        longest,
-        stream["sinks"],
-        min(position),
-        stream.get("split", "train"),
-        once,
+        hook, source.data, tokenizer, stream.ctx, longest, stream.sinks, first, stream.split, once
     )
 
     def checkpoint() -> None:
-        for i, trainings in live.items():
-            job, folders = runs[i]
-            state = {"chunks": position[i], "runs": [training.state() for training in trainings]}
-            store.put(
-                folders[job["tokens"]] / store.PROVENANCE,
-                {CHECKPOINT: functools.partial(torch.save, state)},
-                **job,
-            )
+        for run in runs:
+            run.checkpoint()
 
     saved_at, cost = time.monotonic(), 0.0
     try:
-        for number, (h, sink) in enumerate(chunks, min(position)):
+        for number, (h, sink) in enumerate(chunks, first):
             if text.stamp(source.data) != source.stamp:
                 raise Fault(
                     f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run again"
                 )
             if not torch.isfinite(h).all():
-                raise Fault(f"{hook}: an activation is not finite in chunk {number} of the training text")
-            for i, (job, folders) in enumerate(runs):
-                if position[i] != number:  # done, or further on than the others when they were interrupted
-                    continue
-                if i not in live:
-                    budgets = [*job["trunk"], job["tokens"]]
-                    recipe = RECIPES[job["recipe"]]
-                    live[i] = [
-                        recipe(
-                            recipe.describe(h[: budgets[0]], sink[: budgets[0]], hook),
-                            job["d_sae"],
-                            job["k"],
-                            job["seed"],
-                            budgets,
-                        )
-                    ]
-                what = f"{hook} k={job['k']} seed {job['seed']}"
-                trained = [
-                    run for training in live.pop(i) for run in training.feed(h, number * CHUNK, bar, what)
-                ]
-                # the longest, whose checkpoint serves all, last
-                for training in sorted(trained, key=lambda training: training.budgets[-1]):
-                    if training.step == training.steps and training.budgets[-1] in folders:
-                        *before, tokens = training.budgets
-                        passes = {"one_pass": one_pass[0]} if one_pass and one_pass[0] < tokens else {}
-                        save_sae(
-                            folders[tokens],
-                            training.finished(),
-                            job | {"tokens": tokens, "trunk": before},
-                            **passes,
-                        )
-                position[i] = number + 1
-                if position[i] * CHUNK < job["tokens"]:
-                    live[i] = [training for training in trained if training.step < training.steps]
+                raise Fault(f"{about}: an activation is not finite in chunk {number} of the training text")
+            for run in runs:
+                # else done, or further on than the others when they were interrupted
+                if run.chunks == number and number * CHUNK < run.spec.tokens:
+                    if not run.live:
+                        run.begin(h, sink, about)
+                    for training in run.feed(h, bar, about):
+                        run.keep(training, one_pass[0] if one_pass else None)
             if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time
                 start = time.perf_counter()
                 checkpoint()
