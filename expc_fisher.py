@@ -35,6 +35,7 @@ from transport_geometry.metrics import DISTORTION, EUCLIDEAN_CONTROLS, PROXIES, 
 from transport_geometry.patch import Patch
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, eval_batch, run
+from transport_geometry.sae import SAE
 from transport_geometry.tables import (
     as_csv,
     as_json,
@@ -112,7 +113,7 @@ FISHER = (
 OWN = (*FISHER, Metric("delta_sq", mean("sse"), DISTORTION), *map(locality, ALPHAS))
 
 
-def study(site: Site, sae: torch.nn.Module, device: torch.device) -> dict[str, list[dict]]:
+def study(site: Site, sae: SAE, device: torch.device) -> dict[str, list[dict]]:
     """What is measured once per hook, on few sequences or without an SAE: {table: rows}. sae: the middle one
     of the grid.
     """

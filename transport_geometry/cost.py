@@ -47,7 +47,7 @@ def shape_of(name: str, revision: str | None) -> Any:
                 vocab_size=50304,
             )
         else:
-            config = read_config(EMBEDDED.get(name, name), revision or "main")
+            config = read_config(str(EMBEDDED.get(name, name)), revision or "main")
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
 

@@ -15,7 +15,7 @@ from transport_geometry.errors import Fault
 from transport_geometry.lm import Hook, cross_entropy, kl_divergence
 from transport_geometry.metrics import METRICS
 from transport_geometry.patch import Clean, Patch
-from transport_geometry.sae import TopKSAE, must_vary, sink_positions
+from transport_geometry.sae import SAE, TopKSAE, must_vary, sink_positions
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from torch.nn.functional import layer_norm
 from tqdm import tqdm
 
 DRAWS = 4  # of sampled labels
-# a TopKSAE, another SAE (`formats.FileSAE`), or a function (h [N,d], mean [d]) -> h_hat [N,d]
-Reconstruction = torch.nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# an SAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]
+Reconstruction = SAE | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Terms = Callable[[Patch], dict[str, torch.Tensor]]
 Name = TypeVar("Name")  # what a reconstruction goes by
 
@@ -132,8 +132,8 @@ def evaluate(
                     )
                 kept = {q: v.float().numpy() for q, v in quantities.items()} if keep_tokens else {}
                 pieces[name].append((sums, kept))
-                if patch.values is not None:
-                    counts = fired_in(patch, latents(reconstruction), half[here])
+                if isinstance(reconstruction, SAE):
+                    counts = fired_in(patch, len(reconstruction.W_dec), half[here])
                     fired[name] = fired.get(name, 0) + counts
                 bar.update(here.stop - here.start)
             start = here.stop
@@ -187,7 +187,7 @@ def patched(
         stats, h_hat = kernels.gradient_weighted_distortion(
             values, indices, sae.W_dec, sae.b_dec, h, clean.g, want_h_hat=True
         )
-    elif isinstance(reconstruction, torch.nn.Module):
+    elif isinstance(reconstruction, SAE):
         values, indices, h_hat = reconstruction.reconstruct(h)
         stats = dense_statistics(h, h_hat, clean.g)
     else:
@@ -264,8 +264,3 @@ def fired_in(patch: Patch, n_latents: int, half: np.ndarray) -> np.ndarray:
     for which, row in zip(half, slots):
         fired[which] += np.bincount(row, minlength=n_latents + 1)
     return fired[:, :-1]
-
-
-def latents(reconstruction: Reconstruction) -> int:
-    """d_sae of an SAE."""
-    return len(reconstruction.W_dec)  # type: ignore[union-attr, arg-type]  what has a code has a decoder

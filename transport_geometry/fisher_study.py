@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transport_geometry import fisher, stats
 from transport_geometry.evaluate import DRAWS, Activations, activations
 from transport_geometry.lm import Hook, cross_entropy
+from transport_geometry.sae import SAE
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------ of one SAE
 def reconstruction_error(
-    hook: Hook, input_ids: torch.Tensor, sae: torch.nn.Module
+    hook: Hook, input_ids: torch.Tensor, sae: SAE
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h [B,T,d], delta [B,T,d] (0 at the last position), p [B,T-1,V] of the clean run."""
     h = hook.head(input_ids)
@@ -133,7 +134,7 @@ def reconstruction_error(
         return h, delta, hook.log_probs(input_ids, h).exp()
 
 
-def estimators(hook: Hook, input_ids: torch.Tensor, sae: torch.nn.Module) -> list[dict]:
+def estimators(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
     """Other ways to the quadratic form of one SAE (all positions together), over the exact form: mean, its
     SE, SD of one estimate.
 
@@ -193,7 +194,7 @@ def estimator_row(name: str, backwards: str, draws: np.ndarray | list[float], ex
     }
 
 
-def path_integral(hook: Hook, input_ids: torch.Tensor, sae: torch.nn.Module) -> list[dict]:
+def path_integral(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
     """dCE of one SAE as the integral of g.delta from h to h_hat (exact by the fundamental theorem):
     Gauss-Legendre with m nodes against measured.
 

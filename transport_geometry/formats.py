@@ -25,7 +25,7 @@ from transport_geometry import kernels, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
 from transport_geometry.lm import Hook
 from transport_geometry.models import fingerprint
-from transport_geometry.sae import TopKSAE, must_vary, sink_positions
+from transport_geometry.sae import SAE, TopKSAE, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
 
 import torch
@@ -88,7 +88,7 @@ class Declared:
     unseen: tuple[str, ...] = ()
 
 
-class FileSAE(torch.nn.Module):
+class FileSAE(SAE):
     """Any SAE whose code is a function of single tokens, for raw activations h [N,d].
 
     x = (h - shift) / scale for each token, by `norm`; z = W_enc (x - b_in) + b_enc; a code by `rule`; h_hat =

@@ -11,6 +11,7 @@ from transport_geometry import formats, ranks
 from transport_geometry.errors import UserError
 from transport_geometry.formats import Declared, SaeFile
 from transport_geometry.lm import Hook
+from transport_geometry.sae import SAE
 
 import torch
 from tqdm import tqdm
@@ -45,7 +46,7 @@ class Given:
         said = dataclasses.asdict(self.declared)
         return said | {"unseen": list(self.declared.unseen), "fingerprint": self.fingerprint}
 
-    def load(self) -> torch.nn.Module:
+    def load(self) -> SAE:
         """On the CPU."""
         sae = formats.read(self.file)
         sae.centred = self.declared.basis == "centred"

@@ -29,7 +29,7 @@ from transport_geometry.results import (
     open_output,
     with_passes,
 )
-from transport_geometry.sae import TrainingSpec, load_sae, tied_init
+from transport_geometry.sae import SAE, TrainingSpec, load_sae, tied_init
 from transport_geometry.store import RUN
 from transport_geometry.train import train_missing
 
@@ -51,7 +51,7 @@ class Experiment:
     terms: Terms | None = None  # Patch -> {quantity: [B,T-1]}
     metrics: tuple[Metric, ...] = ()  # columns that it appends, from those quantities' sums
     # (site, middle SAE, device) -> {file name: rows}, each row with the hook's model and layer; once per hook
-    study: Callable[[Site, torch.nn.Module, torch.device], dict[str, Table]] | None = None
+    study: Callable[[Site, SAE, torch.device], dict[str, Table]] | None = None
     more_passes: int = 0  # what its terms cost an SAE, in passes through the tail
 
 
@@ -223,14 +223,14 @@ def eval_batch(hook: Hook, ctx: int) -> int:
     return max(1, logits // (ctx * hook.model.config.vocab_size))
 
 
-def load(candidate: Candidate, cache: pathlib.Path) -> torch.nn.Module:
+def load(candidate: Candidate, cache: pathlib.Path) -> SAE:
     """Its SAE, on the CPU."""
     if isinstance(candidate.origin, Given):
         return candidate.origin.load()
     return load_sae(candidate.origin.folder(cache), CPU)
 
 
-def null_rows(site: Site, trained: torch.nn.Module) -> dict[Condition, Reconstruction]:
+def null_rows(site: Site, trained: SAE) -> dict[Condition, Reconstruction]:
     """What a score must be seen beside: nothing lost, everything lost, an untrained dictionary, and an error
     without direction.
 

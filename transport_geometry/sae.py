@@ -1,5 +1,4 @@
-"""TopK sparse autoencoders: the model, its training from one activation stream, and the cache of trained
-ones.
+"""Sparse autoencoders: the model, what determines one that is trained here, and the folder in which it lies.
 
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
@@ -23,11 +22,31 @@ from safetensors.torch import load_file, save
 SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
 
 
-class TopKSAE(torch.nn.Module):
+class SAE(torch.nn.Module):
+    """Any SAE whose code is a function of single tokens, for raw activations."""
+
+    W_enc: torch.Tensor  # [F,d]
+    b_enc: torch.Tensor  # [F]
+    W_dec: torch.Tensor  # [F,d]
+    b_dec: torch.Tensor  # [d]
+    k: int | None  # active latents, where their number is fixed
+
+    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [N,d] -> values [N,K] >= 0 and indices [N,K], ascending within a token."""
+        raise NotImplementedError
+
+    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(values, indices, h_hat [N,d])."""
+        raise NotImplementedError
+
+
+class TopKSAE(SAE):
     """z = TopK(W_enc (h - b_dec) + b_enc), h_hat = z W_dec + b_dec, for raw activations h [N,d].
 
     W_enc, W_dec [F,d]; b_enc [F]; b_dec [d].
     """
+
+    k: int
 
     def __init__(
         self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, k: int
@@ -39,7 +58,6 @@ class TopKSAE(torch.nn.Module):
         self.k = k
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """values [N,k] >= 0, indices [N,k] ascending."""
         return kernels.topk_encode(h - self.b_dec, self.W_enc, self.b_enc, self.k)
 
     def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -47,7 +65,6 @@ class TopKSAE(torch.nn.Module):
         return kernels.sparse_decode(values, indices, self.W_dec, self.b_dec)
 
     def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(values, indices, h_hat)."""
         values, indices = self.encode(h)
         return values, indices, self.decode(values, indices)
 
@@ -71,11 +88,12 @@ def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
     return sinks
 
 
-def must_vary(h: torch.Tensor, where: str) -> None:
+def must_vary(h: torch.Tensor, about: str) -> None:
     """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
     if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
         raise Fault(
-            f"{where}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to measure"
+            f"{about}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to "
+            "measure"
         )
 
 

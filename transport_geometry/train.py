@@ -266,6 +266,7 @@ class Training:
         self.optimiser.param_groups[0]["lr"] = self.rate()
         with torch.no_grad():
             W_dec = self.sae.W_dec
+            assert W_dec.grad is not None
             along = torch.einsum("fd,fd->f", W_dec.grad, W_dec)
             W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
             self.optimiser.step()
@@ -331,7 +332,7 @@ class SAELensTraining(Training):
     def pace(tokens: int) -> tuple[int, float]:
         return min(4096, tokens), 1.0
 
-    def folded(self) -> tuple[torch.Tensor, ...]:
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """W_enc, b_enc, W_dec, b_dec of the same function with unit-norm decoder rows: z_i |W_dec_i| ranks
         the latents.
         """
