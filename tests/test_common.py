@@ -8,7 +8,7 @@ import types
 import common
 from transport_geometry import tables, text, train
 from transport_geometry.errors import UserError
-from transport_geometry.lm import clean_pass, cross_entropy, head, kl_divergence, log_probs, tail
+from transport_geometry.lm import Hook, cross_entropy, kl_divergence, log_probs
 
 import pytest
 import torch
@@ -18,36 +18,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # ---------------------------------------------------------------------------------------------- model split
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_patched_run_equals_hooked_full_forward(tiny, rows, layer):
-    h = head(tiny, layer, rows)
+    h = Hook(tiny, layer).head(rows)
     h_hat = h + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(2), dtype=h.dtype)
     handle = tiny.gpt_neox.layers[layer].register_forward_hook(lambda module, inputs, output: h_hat)
     hooked = tiny(rows).logits
     handle.remove()
-    torch.testing.assert_close(tail(tiny, layer, rows, h_hat), hooked, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(tail(tiny, layer, rows, h), tiny(rows).logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Hook(tiny, layer).tail(rows, h_hat), hooked, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Hook(tiny, layer).tail(rows, h), tiny(rows).logits, rtol=1e-12, atol=1e-12)
     assert (hooked - tiny(rows).logits).abs().max() > 1e-3  # the patch did something
 
 
 def test_head_is_the_block_output_not_the_normed_hidden_state(tiny, rows):
     states = tiny(rows, output_hidden_states=True).hidden_states
     for layer in (0, 1):
-        torch.testing.assert_close(head(tiny, layer, rows), states[layer + 1], rtol=0, atol=0)
-    last = head(tiny, 2, rows)
+        torch.testing.assert_close(Hook(tiny, layer).head(rows), states[layer + 1], rtol=0, atol=0)
+    last = Hook(tiny, 2).head(rows)
     assert (last - states[3]).abs().max() > 0.1
     torch.testing.assert_close(tiny.gpt_neox.final_layer_norm(last), states[3])
 
 
 def test_a_failing_tail_leaves_the_model_whole(tiny, rows):
     before = tiny(rows).logits
-    h = head(tiny, 1, rows)
+    h = Hook(tiny, 1).head(rows)
     with pytest.raises(RuntimeError):
-        tail(tiny, 1, rows, h[..., :3])
+        Hook(tiny, 1).tail(rows, h[..., :3])
     assert torch.equal(tiny(rows).logits, before)
 
 
 # ------------------------------------------------------------------------------------------------ gradients
 def summed_ce(model, layer, rows, h):
-    return cross_entropy(log_probs(tail(model, layer, rows, h).double()), rows).sum()
+    return cross_entropy(log_probs(Hook(model, layer).tail(rows, h).double()), rows).sum()
 
 
 def double_log_probs(logits):
@@ -62,43 +62,43 @@ def exact(monkeypatch):
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_g_against_central_differences(tiny, rows, layer, exact):
-    h = head(tiny, layer, rows)
-    _, (g,) = clean_pass(tiny, layer, rows, h)
+    h = Hook(tiny, layer).head(rows)
+    _, (g,) = Hook(tiny, layer).clean_pass(rows, h)
     generator = torch.Generator().manual_seed(3)
     for _ in range(3):
         delta = torch.randn(h.shape, generator=generator, dtype=h.dtype)
         eps = 1e-5
-        ce = lambda x: cross_entropy(double_log_probs(tail(tiny, layer, rows, x)), rows).sum()
+        ce = lambda x: cross_entropy(double_log_probs(Hook(tiny, layer).tail(rows, x)), rows).sum()
         slope = (ce(h + eps * delta) - ce(h - eps * delta)) / (2 * eps)
         assert abs(slope - (g * delta).sum()) < 1e-7 * slope.abs().clamp(min=1)
 
 
 def test_g_is_of_the_sum_so_batches_do_not_matter(tiny, rows, exact):
-    h = head(tiny, 1, rows)
-    _, (g,) = clean_pass(tiny, 1, rows, h)
-    one_by_one = [clean_pass(tiny, 1, rows[i : i + 1], h[i : i + 1])[1][0] for i in range(len(rows))]
+    h = Hook(tiny, 1).head(rows)
+    _, (g,) = Hook(tiny, 1).clean_pass(rows, h)
+    one_by_one = [Hook(tiny, 1).clean_pass(rows[i : i + 1], h[i : i + 1])[1][0] for i in range(len(rows))]
     torch.testing.assert_close(g, torch.cat(one_by_one), rtol=1e-10, atol=1e-12)
 
 
 def test_last_position_has_no_gradient_and_the_first_has(tiny, rows):
-    _, gradients = clean_pass(tiny, 1, rows, head(tiny, 1, rows), torch.rand(2, 3, 11))
+    _, gradients = Hook(tiny, 1).clean_pass(rows, Hook(tiny, 1).head(rows), torch.rand(2, 3, 11))
     for g in gradients:
         assert (g[:, -1] == 0).all() and (g[:, 0].abs().sum(-1) > 0).all()
 
 
 def test_all_ones_is_a_null_direction_of_a_gpt_neox_hook(tiny, rows, exact):
     """Every reader of the residual stream is a LayerNorm, which removes the mean over d."""
-    h = head(tiny, 1, rows)
-    log_p, (g,) = clean_pass(tiny, 1, rows, h)
+    h = Hook(tiny, 1).head(rows)
+    log_p, (g,) = Hook(tiny, 1).clean_pass(rows, h)
     assert g.sum(-1).abs().max() < 1e-12 * g.abs().max() * h.shape[-1]
-    shifted = double_log_probs(tail(tiny, 1, rows, h + 10 * torch.randn(3, 12, 1, dtype=h.dtype)))
+    shifted = double_log_probs(Hook(tiny, 1).tail(rows, h + 10 * torch.randn(3, 12, 1, dtype=h.dtype)))
     torch.testing.assert_close(shifted, log_p, rtol=0, atol=1e-10)
 
 
 def test_g_of_the_last_layer_in_closed_form(tiny, rows, exact):
     """g = J_LN' W_U' (p - e_y), the LayerNorm Jacobian written out."""
-    h = head(tiny, 2, rows)
-    log_p, (g,) = clean_pass(tiny, 2, rows, h)
+    h = Hook(tiny, 2).head(rows)
+    log_p, (g,) = Hook(tiny, 2).clean_pass(rows, h)
     norm, W_U = tiny.gpt_neox.final_layer_norm, tiny.get_output_embeddings().weight
     residual = log_p.exp()
     residual.scatter_add_(-1, rows[:, 1:, None], -torch.ones_like(residual[..., :1]))
@@ -115,10 +115,10 @@ def test_g_of_the_last_layer_in_closed_form(tiny, rows, exact):
 
 def test_sampled_labels_give_the_true_fisher(tiny, rows, exact):
     """E_y (g_y.delta)^2 summed over a sequence = sum_t Var_p(J delta), J by forward-mode differentiation."""
-    h = head(tiny, 1, rows)
+    h = Hook(tiny, 1).head(rows)
     delta = 0.3 * torch.randn(h.shape, generator=torch.Generator().manual_seed(4), dtype=h.dtype)
     with sdpa_kernel(SDPBackend.MATH):
-        logits, change = torch.func.jvp(lambda x: tail(tiny, 1, rows, x)[:, :-1], (h,), (delta,))
+        logits, change = torch.func.jvp(lambda x: Hook(tiny, 1).tail(rows, x)[:, :-1], (h,), (delta,))
     p = torch.softmax(logits, -1)
     exact_form = (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum((-1, -2))
     draws = torch.cat(
@@ -126,8 +126,8 @@ def test_sampled_labels_give_the_true_fisher(tiny, rows, exact):
             torch.stack(
                 [
                     (g * delta).sum((-1, -2)).square()
-                    for g in clean_pass(
-                        tiny, 1, rows, h, torch.rand(50, 3, 11, generator=torch.Generator().manual_seed(i))
+                    for g in Hook(tiny, 1).clean_pass(
+                        rows, h, torch.rand(50, 3, 11, generator=torch.Generator().manual_seed(i))
                     )[1][1:]
                 ]
             )
@@ -139,9 +139,9 @@ def test_sampled_labels_give_the_true_fisher(tiny, rows, exact):
 
 
 def test_drawn_labels_follow_p(tiny, rows):
-    h = head(tiny, 2, rows)
-    log_p, gradients = clean_pass(
-        tiny, 2, rows, h, torch.tensor([0.0, 1 - 2**-24]).view(2, 1, 1).expand(2, 3, 11)
+    h = Hook(tiny, 2).head(rows)
+    log_p, gradients = Hook(tiny, 2).clean_pass(
+        rows, h, torch.tensor([0.0, 1 - 2**-24]).view(2, 1, 1).expand(2, 3, 11)
     )
     assert all(torch.isfinite(g).all() for g in gradients)  # both ends of [0, 1) are labels
 

@@ -2,10 +2,10 @@
 
 import expc_fisher
 from conftest import log_probs_64, tiny_model
-from transport_geometry import fisher, stats
+from transport_geometry import fisher, fisher_study, stats
 from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import clean_pass, head, tail
-from transport_geometry.metrics import metrics
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import load_model
 from transport_geometry.sae import tied_init
 from transport_geometry.stats import document_weights
@@ -23,16 +23,16 @@ def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embe
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     x = heldout_rows("stdlib", tokenizer, 64, 2).rows
     exact = model.double()
-    h = head(exact, 3, x)
+    h = Hook(exact, 3).head(x)
     delta = 0.5 * h.std() * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(0))
-    f = lambda y: tail(exact, 3, x, y)[:, :-1]
-    u = fisher.push_forward(exact, 3, x, h, delta)
+    f = lambda y: Hook(exact, 3).tail(x, y)[:, :-1]
+    u = fisher.push_forward(Hook(exact, 3), x, h, delta)
     with sdpa_kernel(SDPBackend.MATH):
         torch.testing.assert_close(fisher.push_forward_twice(f, h, delta), u, rtol=1e-9, atol=1e-10)
     with torch.no_grad():
         differences = (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)) / 2e-5
     torch.testing.assert_close(u, differences, rtol=1e-5, atol=1e-6)
-    single = fisher.push_forward(model.float(), 3, x, h.float(), delta.float())
+    single = fisher.push_forward(Hook(model.float(), 3), x, h.float(), delta.float())
     assert (single - u).norm() / u.norm() < 1e-5
 
 
@@ -40,7 +40,7 @@ def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embe
 def hook():
     model = tiny_model()
     rows = torch.randint(0, 41, (4, 12), generator=torch.Generator().manual_seed(5))
-    h = head(model, 1, rows)
+    h = Hook(model, 1).head(rows)
     delta = torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(6))
     delta[:, -1] = 0
     return model, rows, h, delta
@@ -49,11 +49,11 @@ def hook():
 def test_the_quadratic_form_is_kl_for_small_errors(hook):
     """Locality -> 1 as alpha -> 0, at the rate of a third-order remainder."""
     model, rows, h, delta = hook
-    log_p = log_probs_64(tail(model, 1, rows, h))
-    form = fisher.sequence_form(model, 1, rows, h, delta, log_p.exp()).sum()
+    log_p = log_probs_64(Hook(model, 1).tail(rows, h))
+    form = fisher.sequence_form(Hook(model, 1), rows, h, delta, log_p.exp()).sum()
     off = []
     for alpha in (1e-2, 1e-3):
-        log_q = log_probs_64(tail(model, 1, rows, h + alpha * delta))
+        log_q = log_probs_64(Hook(model, 1).tail(rows, h + alpha * delta))
         off.append(((log_p.exp() * (log_p - log_q)).sum() / (alpha**2 * form / 2) - 1).abs().item())
     assert off[1] < 2e-3 and off[1] < 0.2 * off[0]
 
@@ -61,17 +61,18 @@ def test_the_quadratic_form_is_kl_for_small_errors(hook):
 def test_the_path_integral_is_dce(hook):
     model, rows, _, _ = hook
     model = tiny_model(dtype=torch.float32)
-    sae = tied_init(16, 48, 5, 0, head(model, 1, rows).flatten(0, 1).mean(0)).requires_grad_(False)
-    table = {row["nodes"]: row for row in expc_fisher.path(model, 1, rows, sae)}
+    sae = tied_init(16, 48, 5, 0, Hook(model, 1).head(rows).flatten(0, 1).mean(0)).requires_grad_(False)
+    table = {row["nodes"]: row for row in fisher_study.path_integral(Hook(model, 1), rows, sae)}
     assert table[8]["error"] < 1e-3 < table[0]["error"] and table[8]["error"] < table[2]["error"]
 
 
 def test_estimators_on_a_tiny_model(hook):
     model, rows, _, _ = hook
     model = tiny_model(dtype=torch.float32)
-    sae = tied_init(16, 48, 5, 0, head(model, 1, rows).flatten(0, 1).mean(0)).requires_grad_(False)
+    sae = tied_init(16, 48, 5, 0, Hook(model, 1).head(rows).flatten(0, 1).mean(0)).requires_grad_(False)
     table = {
-        (row["estimator"], row["backward passes"]): row for row in expc_fisher.estimators(model, 1, rows, sae)
+        (row["estimator"], row["backward passes"]): row
+        for row in fisher_study.estimators(Hook(model, 1), rows, sae)
     }
     for name in ("diagonal F, uniform rows, centred", "diagonal F, rows from p, centred"):
         row = table[name, "256 a token"]
@@ -107,17 +108,17 @@ def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
     forward.
     """
     model, rows, h, _ = hook
-    p = log_probs_64(tail(model, 1, rows, h)).exp()
+    p = log_probs_64(Hook(model, 1).tail(rows, h)).exp()
     trace = 0.0
     for t in range(rows.shape[1] - 1):
         for i in range(16):
             unit = torch.zeros_like(h)
             unit[:, t, i] = 1
-            trace += fisher.sequence_form(model, 1, rows, h, unit, p).sum().item()
+            trace += fisher.sequence_form(Hook(model, 1), rows, h, unit, p).sum().item()
     single = tiny_model(dtype=torch.float32)
     shapes = {
         row["sinks"]: row
-        for row in expc_fisher.geometry(single, 1, rows.repeat(8, 1), 4, np.arange(8 * len(rows)))
+        for row in fisher_study.geometry(Hook(single, 1), rows.repeat(8, 1), 4, np.arange(8 * len(rows)))
     }
     assert shapes["in"]["trace"] == pytest.approx(trace / (rows.shape[1] - 1) / len(rows), rel=0.06)
     assert shapes["in"]["top1_lo"] <= shapes["in"]["top1"] <= shapes["in"]["top1_hi"]
@@ -130,9 +131,9 @@ def test_planted_errors_get_their_flag():
 
     model = tiny_model(dtype=torch.float32)
     rows = torch.randint(0, 41, (64, 12), generator=torch.Generator().manual_seed(5))
-    h = head(model, 1, rows)
+    h = Hook(model, 1).head(rows)
     noise = torch.Generator().manual_seed(7)
-    _, (_, *gradients) = clean_pass(model, 1, rows, h, torch.rand(16, 64, 11, generator=noise))
+    _, (_, *gradients) = Hook(model, 1).clean_pass(rows, h, torch.rand(16, 64, 11, generator=noise))
     G = sum(torch.einsum("btd,bte->de", g, g) for g in gradients)
     top = torch.linalg.eigh(G).eigenvectors[:, -1]
     null = torch.ones(16) / 4  # GPT-NeoX reads the stream through LayerNorm: the all-ones direction is null
@@ -143,11 +144,11 @@ def test_planted_errors_get_their_flag():
         "top": lambda x, mean: x + 0.1 * torch.randn(len(x), 1, generator=noise) * top,
         "null": lambda x, mean: x + 0.1 * torch.randn(len(x), 1, generator=noise) * null,
     }
-    results = evaluate(model, 1, rows, errors, 64)
+    results = evaluate(Hook(model, 1), rows, errors, 64)
     weights = document_weights(64, 1000, 0)
     said = {}
     for name, result in results.items():
-        values = metrics({q: v[None] for q, v in result["sums"].items()}, weights, 16)
+        values = computed(Sums({q: v[None] for q, v in result.sums.items()}, weights, 16))
         said[name] = [np.quantile(values["fed_excess"][3:, 0], [0.025, 0.975]), values["rho"][3:, 0]]
     assert (
         flag(*said["top"][0], 1) == "R² flatters this SAE" and flag(*said["null"][0], 1) == "R² underrates it"

@@ -4,7 +4,7 @@ intervals.
 
 from conftest import log_probs_64, tiny_model
 from transport_geometry import fisher
-from transport_geometry.lm import clean_pass, head, tail
+from transport_geometry.lm import Hook
 
 import numpy as np
 import pytest
@@ -19,19 +19,19 @@ def dense_truth(model) -> tuple:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rows = torch.randint(0, 17, (2, 6), generator=torch.Generator().manual_seed(3))
-    h = head(model, LAYER, rows)
+    h = Hook(model, LAYER).head(rows)
     delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
     delta[:, -1] = 0
     with sdpa_kernel(SDPBackend.MATH):
         J = torch.stack(
             [
                 torch.autograd.functional.jacobian(
-                    lambda x: tail(model, LAYER, rows[b : b + 1], x)[0, :-1], h[b : b + 1]
+                    lambda x: Hook(model, LAYER).tail(rows[b : b + 1], x)[0, :-1], h[b : b + 1]
                 )[:, :, 0]
                 for b in range(len(rows))
             ]
         )
-    p = log_probs_64(tail(model, LAYER, rows, h)).exp()
+    p = log_probs_64(Hook(model, LAYER).tail(rows, h)).exp()
     return model, rows, h, delta, p, J
 
 
@@ -56,7 +56,7 @@ def dense(p, J, delta, which):
 def test_sequence_form_is_the_dense_one(truth):
     model, rows, h, delta, p, J = truth
     torch.testing.assert_close(
-        fisher.sequence_form(model, LAYER, rows, h, delta, p),
+        fisher.sequence_form(Hook(model, LAYER), rows, h, delta, p),
         dense(p, J, delta, "sequence"),
         rtol=1e-10,
         atol=1e-12,
@@ -65,13 +65,15 @@ def test_sequence_form_is_the_dense_one(truth):
 
 def test_same_form_is_the_dense_one(truth):
     model, rows, h, delta, p, J = truth
-    same = fisher.same_form(model, LAYER, rows, h, delta, p)
+    same = fisher.same_form(Hook(model, LAYER), rows, h, delta, p)
     torch.testing.assert_close(same, dense(p, J, delta, "same")[:, : same.shape[1]], rtol=1e-10, atol=1e-12)
     assert model.config._attn_implementation == "sdpa"
     with fisher.self_position(model):  # values unchanged
-        torch.testing.assert_close(tail(model, LAYER, rows, h)[:, :-1], tail(model, LAYER, rows, h)[:, :-1])
-        inside = tail(model, LAYER, rows, h)
-    torch.testing.assert_close(inside, tail(model, LAYER, rows, h), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            Hook(model, LAYER).tail(rows, h)[:, :-1], Hook(model, LAYER).tail(rows, h)[:, :-1]
+        )
+        inside = Hook(model, LAYER).tail(rows, h)
+    torch.testing.assert_close(inside, Hook(model, LAYER).tail(rows, h), rtol=1e-12, atol=1e-12)
 
 
 def test_token_form_averages_to_the_dense_one_over_all_signs(truth):
@@ -89,16 +91,16 @@ def test_two_backward_passes_give_what_forward_mode_gives(truth):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     model, rows, h, delta, p, J = truth
-    f = lambda x: tail(model, LAYER, rows, x)[:, :-1]
+    f = lambda x: Hook(model, LAYER).tail(rows, x)[:, :-1]
     with sdpa_kernel(SDPBackend.MATH):
         twice = fisher.push_forward_twice(f, h, delta)
-    u = fisher.push_forward(model, LAYER, rows, h, delta)
+    u = fisher.push_forward(Hook(model, LAYER), rows, h, delta)
     torch.testing.assert_close(u, twice, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(
         u, (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)).detach() / 2e-5, rtol=1e-6, atol=1e-8
     )
     torch.testing.assert_close(
-        fisher.push_forward(model.float(), LAYER, rows, h.float(), delta.float()),
+        fisher.push_forward(Hook(model.float(), LAYER), rows, h.float(), delta.float()),
         u.float(),
         rtol=1e-3,
         atol=1e-4,
@@ -111,8 +113,8 @@ def test_the_all_ones_direction_is_null(truth):
     model, rows, h, delta, p, J = truth
     ones = torch.randn(h.shape[:2], dtype=h.dtype)[..., None].expand(h.shape).contiguous()
     assert (
-        fisher.sequence_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20
-        and fisher.same_form(model, LAYER, rows, h, ones, p).abs().max() < 1e-20
+        fisher.sequence_form(Hook(model, LAYER), rows, h, ones, p).abs().max() < 1e-20
+        and fisher.same_form(Hook(model, LAYER), rows, h, ones, p).abs().max() < 1e-20
     )
 
 
@@ -162,7 +164,7 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     generator = torch.Generator().manual_seed(2)
     big, m, repeats = 200, 256, 1000
     # gradients for every label at every position once: then a draw is a sum of rows
-    log_p = log_probs_64(tail(model, LAYER, rows, h))
+    log_p = log_probs_64(Hook(model, LAYER).tail(rows, h))
     u = torch.einsum("btvsd,bsd->btv", J, delta)
     # g_y.delta = E_p u - u_y, for each predicted position
     gd = torch.einsum("btv,btv->bt", p, u)[..., None] - u
@@ -177,7 +179,7 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     # and the gradients themselves, as `clean_pass` draws them, are those
     uniforms = torch.rand(big, 2, 5, generator=generator, dtype=h.dtype)
     model32 = model
-    _, (_, *gradients) = clean_pass(model32, LAYER, rows, h, uniforms)
+    _, (_, *gradients) = Hook(model32, LAYER).clean_pass(rows, h, uniforms)
     token, sequence = fisher.sampled_form(gradients, delta)
     assert abs(sequence.sum(1).mean().item() - exact) < 4 * sequence.sum(1).std().item() / big**0.5
     per_token = dense(p, J, delta, "token").sum().item()

@@ -15,6 +15,7 @@ import types
 import expc_fisher
 from transport_geometry import errors, formats, grid, lm, metrics, run, text
 from transport_geometry.libraries import LIBRARIES
+from transport_geometry.lm import Hook
 from transport_geometry.train import TRAIN_VERSION
 
 import numpy as np
@@ -335,7 +336,7 @@ def test_large_vocabulary():
     """Pythia's 50,304 tokens: g must not come from dot products that an M1 or M2 gets wrong."""
     with PretendMps():
         model, rows = tiny_model(vocab=50304).to(MPS), tiny_rows().to(MPS)
-        lm.clean_pass(model, 1, rows, lm.head(model, 1, rows))
+        Hook(model, 1).clean_pass(rows, Hook(model, 1).head(rows))
 
 
 WRONG = {  # a block before the hook, one after it, and one that is wrong only in its gradient
@@ -351,7 +352,7 @@ def test_parity_check(what):
     model, (layer, wrong) = tiny_model(), WRONG[what]
     mistake = lambda module, inputs, y: wrong(y) if y.device.type == "mps" else None
     with PretendMps():
-        lm.check_parity(model, 1, tiny_rows(), MPS)
+        lm.check_parity(Hook(model, 1), tiny_rows(), MPS)
         model.gpt_neox.layers[layer].mlp.register_forward_hook(mistake)
         with pytest.raises(errors.Fault, match=f"on {what} at layer 1"):
-            lm.check_parity(model, 1, tiny_rows(), MPS)
+            lm.check_parity(Hook(model, 1), tiny_rows(), MPS)

@@ -9,8 +9,8 @@ from transport_geometry import evaluate as evaluation
 from transport_geometry import formats, lm, sae
 from transport_geometry.errors import Fault
 from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import head
-from transport_geometry.metrics import index_bits, metrics, oriented
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed, index_bits, oriented
 from transport_geometry.sae import tied_init
 from transport_geometry.stats import document_weights
 
@@ -24,13 +24,13 @@ def hook():
     """(model in float32, rows [6,12], layer, h [N,d] of the evaluated positions)."""
     model = tiny_model(dtype=torch.float32)
     rows = torch.randint(0, 41, (6, 12), generator=torch.Generator().manual_seed(5))
-    return model, rows, 1, head(model, 1, rows)[:, :-1].flatten(0, 1)
+    return model, rows, 1, Hook(model, 1).head(rows)[:, :-1].flatten(0, 1)
 
 
 def point(hook, reconstruction, batch=6):
     model, rows, layer, h = hook
-    sums = evaluate(model, layer, rows, {"it": reconstruction}, batch)["it"]["sums"]
-    values = metrics({q: v[None] for q, v in sums.items()}, np.ones((1, len(rows))), h.shape[1])
+    sums = evaluate(Hook(model, layer), rows, {"it": reconstruction}, batch)["it"].sums
+    values = computed(Sums({q: v[None] for q, v in sums.items()}, np.ones((1, len(rows))), h.shape[1]))
     return {name: float(v[0, 0]) for name, v in values.items()}
 
 
@@ -89,10 +89,10 @@ def test_everything_against_dense_float64(hook):
     sae = random_sae(hook)
     m = point(hook, sae)
     exact = tiny_model()  # the same weights in float64
-    whole = head(exact, layer, rows)
+    whole = Hook(exact, layer).head(rows)
     B, T, d = whole.shape
     x = whole.clone().requires_grad_()
-    logits = lm.tail(exact, layer, rows, x)[:, :-1]
+    logits = Hook(exact, layer).tail(rows, x)[:, :-1]
     ce = -torch.log_softmax(logits, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
     g = torch.autograd.grad(ce.sum(), x)[0][:, :-1]
     h = whole[:, :-1]
@@ -110,11 +110,11 @@ def test_everything_against_dense_float64(hook):
     off = lambda v: v - (v @ u)[..., None] * u
     ln = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     sq = lambda v: v.square().sum(-1)
-    patched = lm.tail(exact, layer, rows, torch.cat([h_hat, whole[:, -1:]], 1))[:, :-1]
+    patched = Hook(exact, layer).tail(rows, torch.cat([h_hat, whole[:, -1:]], 1))[:, :-1]
     log_q, log_p = torch.log_softmax(patched, -1), torch.log_softmax(logits, -1)
     recon = -log_q.gather(-1, rows[:, 1:, None]).squeeze(-1)
     keep_sink = torch.where(sink[..., None], h, h_hat)
-    clean = lm.tail(exact, layer, rows, torch.cat([keep_sink, whole[:, -1:]], 1))[:, :-1]
+    clean = Hook(exact, layer).tail(rows, torch.cat([keep_sink, whole[:, -1:]], 1))[:, :-1]
     sinkclean = -torch.log_softmax(clean, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
     expected = {
         "r2": 1 - sq(delta).sum() / sq(centred).sum(),
@@ -171,7 +171,7 @@ def test_isotropic_error_has_rho_one(hook, monkeypatch):
     monkeypatch.setattr(evaluation, "DRAWS", 8)
     model, _, layer, _ = hook
     rows = torch.randint(0, 41, (240, 12), generator=torch.Generator().manual_seed(8))
-    h = head(model, layer, rows)[:, :-1].flatten(0, 1)
+    h = Hook(model, layer).head(rows)[:, :-1].flatten(0, 1)
     noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(9))
     rho = point((model, rows, layer, h), lambda h, mean: h + 0.1 * noise, batch=240)["rho"]
     assert rho == pytest.approx(1, abs=0.13)  # 5 standard deviations over noise and rows
@@ -206,11 +206,11 @@ def test_sinks_are_position_zero_and_ten_medians():
 
 def test_weights_are_the_same_as_repeating_sequences(hook):
     model, rows, layer, h = hook
-    sums = evaluate(model, layer, rows, {"it": random_sae(hook)}, 6)["it"]["sums"]
+    sums = evaluate(Hook(model, layer), rows, {"it": random_sae(hook)}, 6)["it"].sums
     weights = np.array([[0, 2, 1, 0, 3, 0.0]])
     index = [1, 1, 2, 4, 4, 4]
-    a = metrics({q: v[None] for q, v in sums.items()}, weights, 16)
-    b = metrics({q: v[None][:, index] for q, v in sums.items()}, np.ones((1, 6)), 16)
+    a = computed(Sums({q: v[None] for q, v in sums.items()}, weights, 16))
+    b = computed(Sums({q: v[None][:, index] for q, v in sums.items()}, np.ones((1, 6)), 16))
     for name in a:
         assert a[name] == pytest.approx(b[name], rel=1e-12), name
 
@@ -269,7 +269,7 @@ def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
         p.data.fill_(constant if "embed_in" in name else 0)
     for measure in (
         evaluate.hook_statistics,
-        lambda model, layer, rows, batch: formats.near(model, layer, rows),
+        lambda model, layer, rows, batch: formats.near(Hook(model, layer), rows),
     ):
         with pytest.raises(Fault, match="layer 1: the activations of .* do not vary"):
             measure(model, 1, hook[1], 6)

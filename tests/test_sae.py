@@ -10,7 +10,7 @@ import shutil
 from conftest import get_saes
 from transport_geometry import train as trainer
 from transport_geometry.errors import Fault, UserError
-from transport_geometry.lm import head
+from transport_geometry.lm import Hook
 from transport_geometry.sae import TopKSAE, cache_folder, load_sae, save_sae, tied_init
 from transport_geometry.train import SAELensTraining, Training, activation_chunks, trunk
 
@@ -288,20 +288,22 @@ def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
 
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1000)
-    chunks = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, "keep"))
+    chunks = list(activation_chunks(Hook(model, 1), str(text), Words(), 16, 2500, "keep"))
     assert [len(h) for h, _ in chunks] == [1000, 1000, 500]
     rows = next(trainer.text.train_rows(str(text), Words(), 16, 512))
-    expected = head(model, 1, rows).flatten(0, 1)
+    expected = Hook(model, 1).head(rows).flatten(0, 1)
     torch.testing.assert_close(torch.cat([h for h, _ in chunks]), expected[:2500], rtol=1e-4, atol=1e-4)
     assert torch.cat([sink for _, sink in chunks])[::16].all()
-    dropped = torch.cat([h for h, _ in activation_chunks(model, 1, str(text), Words(), 16, 2500, "drop")])
+    dropped = torch.cat(
+        [h for h, _ in activation_chunks(Hook(model, 1), str(text), Words(), 16, 2500, "drop")]
+    )
     calm = torch.ones(len(expected), dtype=torch.bool)
     calm[::16] = False
     assert len(dropped) == 2500
     torch.testing.assert_close(dropped, expected[calm][:2500], rtol=1e-4, atol=1e-4)
     # a run that goes on passes over what it has had
     for sinks, whole in (("keep", expected), ("drop", expected[calm])):
-        later = list(activation_chunks(model, 1, str(text), Words(), 16, 2500, sinks, first=1))
+        later = list(activation_chunks(Hook(model, 1), str(text), Words(), 16, 2500, sinks, first=1))
         assert [len(h) for h, _ in later] == [1000, 500]
         torch.testing.assert_close(torch.cat([h for h, _ in later]), whole[1000:2500], rtol=1e-4, atol=1e-4)
 
