@@ -2,68 +2,28 @@
 arguments.
 """
 
+import ast
+import graphlib
 import json
 import os
 import pathlib
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
 import zygote
+from helpers import ROOT, SMALL, contents, one_line, process, script
+from transport_geometry import leaderboard
 from transport_geometry.tables import read_table
 
 import pytest
+import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-SMALL = [
-    "--models",
-    "stdlib-s@1,stdlib-s@3,stdlib-m@3",
-    "--k",
-    "2,4,8",
-    "--tokens",
-    "10k",
-    "--expansion",
-    "4",
-    "--eval-seqs",
-    "8",
-    "--ctx",
-    "64",
-]
-SMALL_A = [
-    "--models",
-    "stdlib-s,stdlib-m",
-    "--k",
-    "2,4,8",
-    "--tokens",
-    "3k,10k",
-    "--seeds",
-    "0,1,2",
-    "--expansion",
-    "4",
-    "--eval-seqs",
-    "8",
-    "--ctx",
-    "64",
-]
-
-
-def script(name, *arguments, env=None, check=0):
-    if env is None:
-        done = zygote.run(name, *arguments)
-    else:  # read when libraries are imported
-        done = subprocess.run(
-            [sys.executable, str(ROOT / name), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **env},
-        )
-    assert done.returncode == check, done.stderr[-2000:]
-    return done
+SMALL_A = (
+    "--models stdlib-s,stdlib-m --k 2,4,8 --tokens 3k,10k --seeds 0,1,2 --expansion 4 --eval-seqs 8 --ctx 64"
+).split()
 
 
 def expa(*arguments, **how):
@@ -74,31 +34,28 @@ def expb(*arguments, **how):
     return script("expb.py", *arguments, **how)
 
 
-def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "run.json"}
+def expc(*arguments, **how):
+    return script("expc_fisher.py", *arguments, **how)
+
+
+def folders(tmp_path: pathlib.Path) -> list:
+    return ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(results folder, cache folder, stdout) of one small run."""
     folder = tmp_path_factory.mktemp("expb")
-    done = expb(*SMALL, "--out", folder / "out", "--cache", folder / "cache")
+    done = expb(*SMALL, *folders(folder))
     return folder / "out", folder / "cache", done.stdout
 
 
 def test_what_a_run_leaves_behind(run):
     out, cache, printed = run
-    assert sorted(p.name for p in out.iterdir()) == [
-        "conditions.csv",
-        "leaderboard.csv",
-        "leaderboard.png",
-        "proxies.png",
-        "report.md",
-        "run.json",
-        "sequences.npz",
-        "swd_r2.png",
-        "verdict.json",
-    ]
+    assert " ".join(sorted(p.name for p in out.iterdir())) == (
+        "conditions.csv leaderboard.csv leaderboard.png proxies.png report.md run.json sequences.npz "
+        "swd_r2.png verdict.json"
+    )
     rows = read_table(out / "conditions.csv")
     assert len(rows) == 3 * (3 + 4) and ",".join(rows[0]).startswith(
         "model,layer,sae,recipe,d_sae,k,seed,tokens,n_seq,n_tok,n_sink,r2,r2_nosink"
@@ -131,7 +88,7 @@ def test_what_a_run_leaves_behind(run):
 
 
 def test_twice_from_an_empty_cache_is_the_same_to_the_byte(run, tmp_path):
-    expb(*SMALL, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    expb(*SMALL, *folders(tmp_path))
     assert contents(tmp_path / "out") == contents(run[0])
 
 
@@ -144,53 +101,20 @@ def test_tables_come_again_without_a_model(run, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_result(run, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "expb.py"),
-        *SMALL,
-        "--out",
-        str(tmp_path / "out"),
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 300
-    while (
-        len(list((tmp_path / "cache").glob("*/sae.safetensors"))) < 4
-        and process.poll() is None
-        and time.time() < deadline
-    ):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    expb(*SMALL, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    expb(*SMALL, *folders(tmp_path), when=(tmp_path / "cache", "*/sae.safetensors", 4), check=-9)
+    expb(*SMALL, *folders(tmp_path))
     assert contents(tmp_path / "out") == contents(run[0])
 
 
 def test_plain_pytorch_and_another_thread_count_are_no_other_run(run, tmp_path):
-    expb(
-        *SMALL,
-        "--out",
-        tmp_path / "ref",
-        "--cache",
-        tmp_path / "cache",
-        env={"KERNELS": "ref", "OMP_NUM_THREADS": "1"},
-    )
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "common.py"), "diff", str(run[0]), str(tmp_path / "ref")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].split(":")[0] in (
-        "identical",
-        "same SAEs",
-        "reproduced",
-    ), done.stdout
+    environment = {"KERNELS": "ref", "OMP_NUM_THREADS": "1" if torch.get_num_threads() > 1 else "2"}
+    process("expb.py", *SMALL, *folders(tmp_path), env=environment)
+    done = script("common.py", "diff", run[0], tmp_path / "out")
+    word = done.stdout.splitlines()[-1].split(":")[0]
+    assert word in ("identical", "same SAEs", "reproduced"), done.stdout
 
 
 def test_an_old_verdict_that_nobody_named_is_none(run, tmp_path, monkeypatch, capsys):
-    from transport_geometry import leaderboard
-
     (tmp_path / "run.json").write_text('{"settings": {}}')  # of the version before
     (tmp_path / "verdict.json").write_text(json.dumps({"leaf": "H1", "settings": {}}))
     monkeypatch.setattr(leaderboard, "EXP_A", tmp_path / "verdict.json")
@@ -245,14 +169,8 @@ def test_exp_a_opens_the_gate_only_for_the_same_run(run, tmp_path):
     ],
 )
 def test_bad_arguments_get_one_line_and_status_2(run, tmp_path, arguments, words):
-    import torch
-
-    if (
-        arguments[0] == "--device"
-        and getattr(torch, arguments[1] if arguments[1] == "cuda" else "backends").__dict__.get(
-            "is_available", lambda: False
-        )()
-    ):
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if arguments[0] == "--device" and here[arguments[1]]:
         pytest.skip("this machine has the device")
     (tmp_path / "empty.txt").touch()
     shutil.copytree(run[0], tmp_path / "out")
@@ -260,13 +178,12 @@ def test_bad_arguments_get_one_line_and_status_2(run, tmp_path, arguments, words
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
     grid = [] if arguments[0] == "--from" else SMALL
     done = expb(*grid, "--out", tmp_path / "out", "--cache", run[1], *arguments, check=2)
-    last = done.stderr.strip().splitlines()
-    assert words in last[-1] and len(last) == 1 and "Traceback" not in done.stderr
+    assert words in one_line(done)
     assert contents(tmp_path / "out") == before
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    done = expb(*SMALL, "--dry-run", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    done = expb(*SMALL, "--dry-run", *folders(tmp_path))
     assert "tflops" in done.stdout and "stdlib-m@3" in done.stdout and not (tmp_path / "out").exists()
 
 
@@ -274,23 +191,16 @@ def test_dry_run_writes_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def run_a(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expa")
-    done = expa(*SMALL_A, "--out", folder / "out", "--cache", folder / "cache")
+    done = expa(*SMALL_A, *folders(folder))
     return folder / "out", folder / "cache", done.stdout
 
 
 def test_what_exp_a_leaves_behind(run_a):
     out, _, printed = run_a
-    assert sorted(p.name for p in out.iterdir()) == [
-        "conditions.csv",
-        "deltas.csv",
-        "deltas.png",
-        "learning.png",
-        "mismatch.png",
-        "report.md",
-        "run.json",
-        "sequences.npz",
-        "verdict.json",
-    ]
+    assert " ".join(sorted(p.name for p in out.iterdir())) == (
+        "conditions.csv deltas.csv deltas.png learning.png mismatch.png report.md run.json "
+        "sequences.npz verdict.json"
+    )
     rows, deltas = read_table(out / "conditions.csv"), read_table(out / "deltas.csv")
     assert ",".join(deltas[0]).startswith(
         "small,large,depth,recipe,sinks,k,tokens,n_seeds,delta_r2,delta_r2_lo,delta_r2_hi,delta_r2_nosink,delta_r2_nosink_lo,delta_r2_nosink_hi,delta_r2_defl1,"
@@ -299,18 +209,12 @@ def test_what_exp_a_leaves_behind(run_a):
     )
     assert len(rows) == 2 * (3 * 2 * 3 + 4) and len(deltas) == 3 * 2
     for row in deltas:
-        mean = lambda model, metric: (
-            sum(
-                r[metric]
-                for r in rows
-                if r["model"] == model and r["k"] == row["k"] and r["tokens"] == row["tokens"]
-            )
-            / 3
-        )
+        cell = [r for r in rows if (r["k"], r["tokens"]) == (row["k"], row["tokens"])]
+        small, large = ([r for r in cell if r["model"] == row[end]] for end in ("small", "large"))
+        assert len(small) == len(large) == 3
         for metric in ("r2", "ce_rec", "frac_zero"):
-            assert row[f"delta_{metric}"] == pytest.approx(
-                mean("stdlib-m", metric) - mean("stdlib-s", metric), abs=1e-5
-            )
+            delta = sum(r[metric] for r in large) / 3 - sum(r[metric] for r in small) / 3
+            assert row[f"delta_{metric}"] == pytest.approx(delta, abs=1e-5)
             assert row[f"delta_{metric}_lo"] < row[f"delta_{metric}"] < row[f"delta_{metric}_hi"]
         assert row["n_seeds"] == 3 and (row["small"], row["large"]) == ("stdlib-s", "stdlib-m")
     verdict = json.loads((out / "verdict.json").read_text())
@@ -324,29 +228,14 @@ def test_what_exp_a_leaves_behind(run_a):
 
 
 def test_exp_a_killed_three_times_ends_as_the_unbroken_run(run_a, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "expa.py"),
-        *SMALL_A,
-        "--out",
-        str(tmp_path / "out"),
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
-    trained = lambda: len(list((tmp_path / "cache").glob("*/sae.safetensors")))
-    rng = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print("seed", seed)
+    rng, there = random.Random(seed), 0
     for _ in range(3):  # at a random moment after the run has got further than the last
-        process, before, deadline = (
-            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
-            trained(),
-            time.time() + 120,
-        )
-        while trained() == before < 36 and process.poll() is None and time.time() < deadline:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    expa(*SMALL_A, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+        further = (tmp_path / "cache", "*/sae.safetensors", min(there + 1, 36))
+        expa(*SMALL_A, *folders(tmp_path), when=further, after=rng.uniform(0, 3), check=-9)
+        there = len(list((tmp_path / "cache").glob("*/sae.safetensors")))
+    expa(*SMALL_A, *folders(tmp_path))
     assert contents(tmp_path / "out") == contents(run_a[0])
 
 
@@ -356,21 +245,8 @@ def test_exp_a_again_without_a_model_and_in_both_recipes(run_a, tmp_path):
         (tmp_path / "copy" / name).unlink()
     expa("--from", tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(run_a[0])
-    expa(
-        *SMALL_A,
-        "--recipe",
-        "base,saelens",
-        "--sinks",
-        "keep,drop",
-        "--k",
-        "2,8",
-        "--tokens",
-        "3k,9k",
-        "--out",
-        tmp_path / "arms",
-        "--cache",
-        run_a[1],
-    )
+    arms = "--recipe base,saelens --sinks keep,drop --k 2,8 --tokens 3k,9k".split()
+    expa(*SMALL_A, *arms, "--out", tmp_path / "arms", "--cache", run_a[1])
     deltas = read_table(tmp_path / "arms" / "deltas.csv")
     assert {(r["recipe"], r["sinks"]) for r in deltas} == {
         (a, b) for a in ("base", "saelens") for b in ("keep", "drop")
@@ -409,20 +285,13 @@ def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, 
 
 
 def test_published_grids_are_priced_without_network(tmp_path):
+    nowhere = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     for name in ("phase2", "fast2", "fast3"):
-        done = expa(
-            "--preset",
-            name,
-            "--dry-run",
-            "--out",
-            tmp_path / "out",
-            "--cache",
-            tmp_path / "cache",
-            env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
-        )
+        done = expa("--preset", name, "--dry-run", *folders(tmp_path), environment=nowhere)
         for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "hours", "32x"):
             assert word in done.stdout, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+    zygote.end(nowhere)
 
 
 @pytest.mark.parametrize(
@@ -436,12 +305,8 @@ def test_published_grids_are_priced_without_network(tmp_path):
     ],
 )
 def test_exp_a_says_what_is_wrong_with_an_argument(tmp_path, arguments, words):
-    done = expa(*SMALL_A, *arguments, "--out", tmp_path / "out", "--cache", tmp_path / "cache", check=2)
-    assert (
-        words in done.stderr
-        and len(done.stderr.strip().splitlines()) == 1
-        and not (tmp_path / "out").exists()
-    )
+    done = expa(*SMALL_A, *arguments, *folders(tmp_path), check=2)
+    assert words in one_line(done) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -457,124 +322,107 @@ def test_a_grid_of_next_to_nothing_says_undefined_where_it_is(tmp_path, name, si
     """One SAE of a model, two sequences, or nothing but a sink to predict from: it runs, nothing is nan or
     infinite in words, and nothing warns.
     """
-    grid = [
-        "--models",
-        "stdlib-s,stdlib-m" if name == "expa" else "stdlib-s",
-        "--k",
-        "2",
-        "--tokens",
-        "1k",
-        *size,
-    ]
-    done = script(f"{name}.py", *grid, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    models = "stdlib-s,stdlib-m" if name == "expa" else "stdlib-s"
+    grid = ["--models", models, "--k", "2", "--tokens", "1k", *size]
+    done = script(f"{name}.py", *grid, *folders(tmp_path))
     written = {
         path.name: path.read_text()
         for path in (tmp_path / "out").iterdir()
         if path.suffix in (".md", ".csv", ".json")
     }
-    for where, text in {**written, "stdout": done.stdout}.items():
-        assert not re.search(r"(?<![\w-])[+-]?(nan|inf|NaN|Infinity|None)(?!\w)", text), where
+    for file, text in {**written, "stdout": done.stdout}.items():
+        assert not re.search(r"(?<![\w-])[+-]?(nan|inf|NaN|Infinity|None)(?!\w)", text), file
     assert "undefined" in written["report.md"] and "Warning" not in done.stderr
     if name == "expb":
         (sae,) = (tmp_path / "cache").iterdir()
         done = script("expb.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
-        assert "undefined" in done.stdout and not re.search(
-            r"\b(nan|inf)\b",
-            done.stdout
-            + (tmp_path / "audit/report.md").read_text()
-            + (tmp_path / "audit/audit.csv").read_text(),
-        )
+        said = [
+            done.stdout,
+            *((tmp_path / "audit" / file).read_text() for file in ("report.md", "audit.csv")),
+        ]
+        assert "undefined" in done.stdout and not re.search(r"\b(nan|inf)\b", "".join(said))
 
 
-def test_rooms_know_only_what_they_may():
-    """kernels knows torch alone, common no experiment, and no experiment another."""
-    import ast
+# --------------------------------------------------------------------------------------------- who knows whom
+def imports(path: pathlib.Path) -> set[str]:
+    """Full names of all that a file imports, wherever in it; of `from a import b`, both a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports by its own place"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
-    names = {p.stem for p in ROOT.glob("*.py")} - {"setup"}
-    experiments = {n for n in names if n.startswith("exp")}
-    for path in ROOT.glob("*.py"):
-        imported = {
-            alias.name.split(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
-        imported |= {
-            node.module.split(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and node.module
-        }
-        assert not imported & (experiments - {path.stem}), path.name
-        if path.stem in ("kernels", "stats"):
-            assert not imported & names, path.name
+
+def test_no_experiment_imports_another_and_the_package_none_of_them():
+    scripts = {path.stem: path for path in ROOT.glob("*.py") if path.stem != "setup"}
+    assert {"common", "expa", "expb", "expc_fisher"} <= scripts.keys()
+    experiments = scripts.keys() - {"common"}
+    for name, path in scripts.items():
+        assert not imports(path) & (experiments - {name}), path
+    for path in (ROOT / "transport_geometry").glob("*.py"):
+        assert not imports(path) & scripts.keys(), path
+
+
+def test_the_package_has_no_cycle_and_its_two_bases_know_nothing_of_it():
+    """kernels can be read, and taken elsewhere, without the rest; so can stats."""
+    modules = {
+        path.stem: path for path in (ROOT / "transport_geometry").glob("*.py") if path.stem != "__init__"
+    }
+    wanted = {
+        name: {other for other in modules if f"transport_geometry.{other}" in imports(path)}
+        for name, path in modules.items()
+    }
+    assert wanted["kernels"] == wanted["stats"] == set() and len(wanted["run"]) > 5
+    graphlib.TopologicalSorter(wanted).prepare()  # raises CycleError, which names the cycle
+
+
+# --------------------------------------------------------------------------------------------- other packages
+def test_a_package_called_kernels_is_not_ours(tmp_path):
+    """transformers imports `kernels` where it finds a distribution of that name: the hub's, not csrc's face,
+    which was once a module of the same name.
+    """
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text(
+        "import unittest.mock\n"
+        "print('the kernels of the hub')\n"
+        "def use_kernel_forward_from_hub(name): return lambda layer: layer\n"
+        "use_kernelized_func = use_kernel_forward_from_hub\n"
+        "def __getattr__(name): return unittest.mock.MagicMock()\n"  # whatever else is asked for
+    )
+    (tmp_path / "kernels-0.18.2.dist-info").mkdir()
+    (tmp_path / "kernels-0.18.2.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n"
+    )
+    tiny = "--models stdlib-s --k 4 --tokens 2k --eval-seqs 4 --ctx 32".split()
+    path = os.pathsep.join((str(ROOT), str(tmp_path)))
+    done = process("expb.py", *tiny, *folders(tmp_path), env={"PYTHONPATH": path})
+    assert "the kernels of the hub" in done.stdout and (tmp_path / "out/report.md").exists()
 
 
 # ------------------------------------------------------------------------------------------------- Exp-C
 def test_exp_c_whole_killed_and_without_a_model(tmp_path):
-    small = [
-        "--models",
-        "stdlib-s,stdlib-m@2,stdlib-m",
-        "--k",
-        "2,8",
-        "--tokens",
-        "3k",
-        "--eval-seqs",
-        "8",
-        "--ctx",
-        "64",
-    ]
-    command = [
-        sys.executable,
-        str(ROOT / "expc_fisher.py"),
-        *small,
-        "--out",
-        str(tmp_path / "out"),
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
-    process, deadline = (
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
-        time.time() + 120,
-    )
-    while (
-        not (tmp_path / "out" / "conditions.csv").exists()
-        and process.poll() is None
-        and time.time() < deadline
-    ):
-        time.sleep(0.02)  # one hook of three is done
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = script("expc_fisher.py", *small, "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    small = "--models stdlib-s,stdlib-m@2,stdlib-m --k 2,8 --tokens 3k --eval-seqs 8 --ctx 64".split()
+    # one hook of three is done
+    expc(*small, *folders(tmp_path), when=(tmp_path, "out/conditions.csv", 1), check=-9)
+    done = expc(*small, *folders(tmp_path))
     whole = contents(tmp_path / "out")
-    assert list(whole) == [
-        "calibration.png",
-        "conditions.csv",
-        "estimators.csv",
-        "geometry.csv",
-        "leaderboard.csv",
-        "leaderboard.png",
-        "path.csv",
-        "report.md",
-        "sequences.npz",
-        "verdict.json",
-    ]
-    script("expc_fisher.py", *small, "--out", tmp_path / "again", "--cache", tmp_path / "other")
+    assert " ".join(whole) == (
+        "calibration.png conditions.csv estimators.csv geometry.csv leaderboard.csv leaderboard.png path.csv "
+        "report.md sequences.npz verdict.json"
+    )
+    expc(*small, "--out", tmp_path / "again", "--cache", tmp_path / "other")
     assert contents(tmp_path / "again") == whole
     for name in ("leaderboard.csv", "verdict.json", "report.md", "calibration.png"):
         (tmp_path / "again" / name).unlink()
-    script("expc_fisher.py", "--from", tmp_path / "again")
+    expc("--from", tmp_path / "again")
     assert contents(tmp_path / "again") == whole
     rows = read_table(tmp_path / "out" / "conditions.csv")
-    assert list(rows[0])[-8:] == [
-        "fisher_seq",
-        "fisher_tok",
-        "fisher_same",
-        "half_var",
-        "delta_sq",
-        "locality_0.1",
-        "locality_0.3",
-        "locality_1",
-    ]
+    assert " ".join(list(rows[0])[-8:]) == (
+        "fisher_seq fisher_tok fisher_same half_var delta_sq locality_0.1 locality_0.3 locality_1"
+    )
     for row in rows:
         if row["sae"] == "null-identity":
             assert row["fisher_seq"] == row["fisher_same"] == 0

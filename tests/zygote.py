@@ -1,8 +1,12 @@
 """The scripts as their users run them, without importing torch for each: a process that has imported
 everything forks one per command.
 
-    done = run("expb.py", "--k", "8", "--out", folder)             # as subprocess.run: returncode, stdout, stderr
-    done = run("expb.py", ..., kill=7)                             # dies by SIGKILL before its 7th step that the disk would see
+    done = run("expb.py", "--k", "8", "--out", folder)   # as subprocess.run: returncode, stdout, stderr
+    done = run("expb.py", ..., kill=7)                   # dies by SIGKILL before its 7th step that a disk sees
+    done = run("expb.py", ..., environment=hub.environment(cache))   # each environment has a process
+
+Not for what is read when a program starts (KERNELS, a locale, RANK): that wants a process of its own, see
+`helpers.process`.
 """
 
 import atexit
@@ -13,6 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = (
@@ -23,61 +29,87 @@ STEPS = (
     (pathlib.Path, "mkdir"),
     (pathlib.Path, "rmdir"),
 )
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 # for `setup`: small chunks, and a checkpoint after each, so that there is something to kill and to damage
 CHECKPOINTS = """
-import itertools, types, sae
-sae.CHUNK = 2048
-sae.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
+import itertools, types
+from transport_geometry import train
+train.CHUNK = 2048
+train.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
 """
 
 
+# -------------------------------------------------------------------------------------- in the test's process
 def run(
-    script: str, *arguments, kill: int | None = None, after: float | None = None, setup: str = ""
+    script: str,
+    *arguments,
+    kill: int | None = None,
+    when: tuple | None = None,
+    after: float | None = None,
+    setup: str = "",
+    environment: dict[str, str] = OFFLINE,
+    folder: pathlib.Path = ROOT,
 ) -> subprocess.CompletedProcess:
-    """kill: at this step; after: so many seconds from the start; setup: what the process executes before the
-    script.
+    """kill: by SIGKILL at this step; when: as soon as (folder, pattern, n) n paths match; after: so many
+    seconds later, or from the start.
+
+    setup: what the process executes before the script; folder: the one it runs in.
     """
-    server, folder = _server()
-    out, err = folder / "out", folder / "err"
+    server, files = _server(environment)
+    out, err = files / "out", files / "err"
     command = dict(
         script=script,
-        arguments=[str(a) for a in arguments],
+        arguments=[*map(str, arguments)],
         out=str(out),
         err=str(err),
         kill=kill,
+        when=when and [str(when[0]), *when[1:]],
         after=after,
         setup=setup,
+        folder=str(folder),
     )
     server.stdin.write(json.dumps(command) + "\n")
     server.stdin.flush()
     status = int(server.stdout.readline())
-    return subprocess.CompletedProcess(
-        [script, *arguments], status, *(p.read_bytes().decode(errors="replace") for p in (out, err))
-    )
+    said = (path.read_bytes().decode(errors="replace") for path in (out, err))
+    return subprocess.CompletedProcess([script, *arguments], status, *said)
 
 
-_running: list = []
+_running: dict = {}  # environment -> (server, its folder)
 
 
-def _server():
-    if not _running:
-        folder = tempfile.TemporaryDirectory()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+def _server(environment: dict[str, str]) -> tuple[subprocess.Popen, pathlib.Path]:
+    key = frozenset(environment.items())
+    if key not in _running:
         server = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
-            env=environment,
+            env={**environment, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        atexit.register(server.communicate)
-        _running.append((server, folder))
-    server, folder = _running[0]
+        _running[key] = server, tempfile.TemporaryDirectory()
+    server, folder = _running[key]
     return server, pathlib.Path(folder.name)
 
 
+def end(environment: dict[str, str]) -> None:
+    """Stop the process that serves it: a few hundred MB."""
+    if found := _running.pop(frozenset(environment.items()), None):
+        server, folder = found
+        server.communicate()
+        folder.cleanup()
+
+
+@atexit.register
+def _end_all() -> None:
+    for environment in list(_running):
+        end(dict(environment))
+
+
+# ------------------------------------------------------------------------------------ in the server's process
 def serve() -> None:
     import common
     import expa
@@ -94,7 +126,7 @@ def serve() -> None:
         "expa.py": expa.main,
         "expb.py": expb.main,
         "expc_fisher.py": expc_fisher.main,
-        "formats.py": formats.main,
+        "formats.py": formats.main,  # python -m transport_geometry.formats
         "common.py": common.main,
     }
     for line in sys.stdin:
@@ -102,32 +134,36 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             os._exit(child(command, mains[command["script"]], common.run_script))
-        if command["after"] is not None:
-            _kill_after(pid, command["after"])
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print(wait(pid, command["when"], command["after"]), flush=True)
 
 
-def _kill_after(pid: int, seconds: float) -> None:
-    import time
-
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)  # a child that has ended and was not waited for takes it in silence
+def wait(pid: int, when: list | None, after: float | None) -> int:
+    """The exit status of a child, killed as `run` says."""
+    ended, status = os.waitpid(pid, 0 if when is None and after is None else os.WNOHANG)
+    begun = None
+    while not ended:
+        if begun is None and (when is None or len(list(pathlib.Path(when[0]).glob(when[1]))) >= when[2]):
+            begun = time.monotonic()
+        if begun is not None and time.monotonic() >= begun + (after or 0):
+            os.kill(pid, signal.SIGKILL)
+            ended, status = os.waitpid(pid, 0)
+        else:
+            time.sleep(0.01)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status)
 
 
 def child(command: dict, main, run_script) -> int:
-    import traceback
-
     for handle, name in ((1, command["out"]), (2, command["err"])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(command["folder"])
     sys.argv = [command["script"], *command["arguments"]]
     exec(command["setup"], {})
     left = iter(range(command["kill"] or 0))
     if command["kill"] is not None:
-        for where, name in STEPS:
-            setattr(where, name, _mortal(getattr(where, name), left))
+        for owner, name in STEPS:
+            setattr(owner, name, _mortal(getattr(owner, name), left))
     status = 0
     try:
         run_script(main)

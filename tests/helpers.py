@@ -1,0 +1,110 @@
+"""What several test files share: small models, what a folder holds, the scripts run to an exit status."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import zygote
+from transport_geometry import text
+from transport_geometry.sae import cache_folder, load_sae
+from transport_geometry.train import train_missing
+
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# three hooks of two models, three k: nine SAEs in half a minute
+SMALL = (
+    "--models stdlib-s@1,stdlib-s@3,stdlib-m@3 --k 2,4,8 --tokens 10k --expansion 4 --eval-seqs 8 --ctx 64"
+).split()
+
+
+# ----------------------------------------------------------------------------------------------- small models
+def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dtype=torch.float64):
+    """A GPT-NeoX of random weights and a size that makes every term matter; float64 so that closed forms can be
+    met to 1e-9.
+    """
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=vocab,
+        hidden_size=d,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * d,
+        max_position_embeddings=64,
+        rotary_pct=0.5,
+        use_parallel_residual=True,
+        initializer_range=0.3,
+        attn_implementation="sdpa",
+    )
+    return GPTNeoXForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def log_probs_64(logits: torch.Tensor) -> torch.Tensor:
+    """`lm.log_probs`, in the logits' own precision."""
+    return torch.log_softmax(logits[:, :-1], -1)
+
+
+def get_saes(model, tokenizer, jobs, cache) -> list:
+    """The SAEs of one hook, trained or from the cache."""
+    train_missing(model, tokenizer, jobs, cache, text.find(jobs[0]["data"]))
+    return [load_sae(cache_folder(cache, job), torch.device("cpu")) for job in jobs]
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+def contents(folder: pathlib.Path, but: str = "run.json") -> dict[str, bytes]:
+    """Every file below a folder but run.json, the one that may differ between two runs."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != but
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- scripts
+def script(name: str, *arguments, check: int = 0, **how) -> subprocess.CompletedProcess:
+    """`zygote.run`, to the exit status `check`."""
+    done = zygote.run(name, *arguments, **how)
+    assert done.returncode == check, done.stderr[-2000:]
+    return done
+
+
+def process(
+    *command, check: int = 0, env: dict[str, str] | None = None, **how
+) -> subprocess.CompletedProcess:
+    """Python in a process of its own, for what is read when it starts; env: beside the environment here."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        **{"cwd": ROOT, **how},
+    )
+    assert done.returncode == check, done.stderr[-3000:]
+    return done
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """All that a script said on stderr, progress bars aside."""
+    lines = [line.rpartition("\r")[2] for line in done.stderr.splitlines()]
+    (line,) = [line for line in lines if line.strip()]
+    return line
+
+
+def measured(code: str, *arguments) -> tuple[list[str], float]:
+    """(lines printed, peak memory in MB) of Python code in a process of its own.
+
+    Not a child of this one, whose own peak Linux would count in: sh is small.
+    """
+    code += "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    ran = subprocess.run(
+        ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=100,
+    )
+    assert ran.returncode == 0, ran.stderr
+    *lines, peak = ran.stdout.splitlines()
+    return lines, int(peak) / (2**20 if sys.platform == "darwin" else 2**10)
