@@ -7,7 +7,8 @@ import sys
 
 import zygote
 from transport_geometry import text
-from transport_geometry.sae import cache_folder, load_sae
+from transport_geometry.lm import Hook
+from transport_geometry.sae import load_sae
 from transport_geometry.train import train_missing
 
 import torch
@@ -46,10 +47,10 @@ def log_probs_64(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits[:, :-1], -1)
 
 
-def get_saes(model, tokenizer, jobs, cache) -> list:
+def get_saes(model, tokenizer, specs, cache) -> list:
     """The SAEs of one hook, trained or from the cache."""
-    train_missing(model, tokenizer, jobs, cache, text.find(jobs[0]["data"]))
-    return [load_sae(cache_folder(cache, job), torch.device("cpu")) for job in jobs]
+    train_missing(Hook(model, specs[0].layer), tokenizer, specs, cache, text.find(specs[0].data))
+    return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
 
 
 # ---------------------------------------------------------------------------------------------------- folders

@@ -12,12 +12,12 @@ import sys
 from hub import serve
 from transport_geometry import formats
 from transport_geometry.flag import flag
-from transport_geometry.lm import head
+from transport_geometry.lm import Hook
 from transport_geometry.models import load_model
 from transport_geometry.sae import save_sae
 from transport_geometry.tables import read_table
 from transport_geometry.text import heldout_rows, packed_rows
-from transport_geometry.train import Training, activation_chunks
+from transport_geometry.train import Statistics, Training, activation_chunks
 
 import pytest
 import torch
@@ -81,8 +81,8 @@ def hub(tmp_path_factory):
     )
     saes = {}
     for layer in (2, 3):
-        h, sink = next(activation_chunks(model, layer, "stdlib", tokenizer, 128, 40_000, "keep"))
-        training = Training(Training.describe(h, sink), 256, 8, 0, [40_000])
+        h, sink = next(activation_chunks(Hook(model, layer), "stdlib", tokenizer, 128, 40_000, "keep"))
+        training = Training(Statistics.of(h, sink), 256, 8, 0, [40_000])
         training.feed(h, 0, tqdm(disable=True), "")
         saes[layer] = training.finished()
         save_sae(folder / f"models/{SAES}/layers.{layer}", saes[layer], {})
@@ -114,7 +114,7 @@ def hub(tmp_path_factory):
         {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"},
     )
     x = (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5)
-    normed = Training(Training.describe(x, sink), 256, 8, 0, [40_000])
+    normed = Training(Statistics.of(x, sink), 256, 8, 0, [40_000])
     normed.feed(x, 0, tqdm(disable=True), "")
     unit = normed.finished()
     (folder / "models/org/sae-pythia-70m-deduped-x64-k32-layers-3").mkdir(parents=True)
@@ -253,7 +253,7 @@ def test_numbers_are_those_of_the_sae_on_the_held_out_rows(audit, hub):
     folder = hub.folder
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     rows = heldout_rows(str(folder / f"datasets/{DATA}/data"), tokenizer, 64, 8).rows
-    h = head(model, 3, rows)[:, :-1].flatten(0, 1).double()
+    h = Hook(model, 3).head(rows)[:, :-1].flatten(0, 1).double()
     sae = formats.read(formats.find(str(folder / f"models/{SAES}/layers.3"))[0])
     delta = sae.reconstruct(h.float())[2].double() - h
     assert row["r2"] == pytest.approx(

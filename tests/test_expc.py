@@ -1,7 +1,7 @@
 """Exp-C's statistics and studies on planted truths; the forward-mode passes on an embedded model."""
 
 import expc_fisher
-from conftest import log_probs_64, tiny_model
+from helpers import log_probs_64, tiny_model
 from transport_geometry import fisher, fisher_study, stats
 from transport_geometry.evaluate import evaluate
 from transport_geometry.lm import Hook
@@ -21,7 +21,7 @@ def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embe
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
-    x = heldout_rows("stdlib", tokenizer, 64, 2).rows
+    x = heldout_rows("stdlib", tokenizer, 64, 2).input_ids
     exact = model.double()
     h = Hook(exact, 3).head(x)
     delta = 0.5 * h.std() * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(0))
@@ -91,16 +91,16 @@ def test_geometry_of_a_known_pair():
     rng = np.random.default_rng(0)
     q = np.linalg.qr(rng.standard_normal((20, 20)))[0]
     G = q @ np.diag([8, 4, 4] + [0] * 17) @ q.T
-    shape = expc_fisher.shape_of_g(G, q @ np.diag([1.0] * 3 + [0] * 17) @ q.T)
+    shape = fisher_study.shape_of_g(G, q @ np.diag([1.0] * 3 + [0] * 17) @ q.T)
     assert (
         shape["pr"] == pytest.approx(256 / 96)
         and shape["trace"] == pytest.approx(16)
         and shape["top1"] == pytest.approx(0.5)
     )
     assert shape["alignment"] == pytest.approx(16 * 20 / (16 * 3))
-    assert expc_fisher.shape_of_g(np.eye(20), G)["alignment"] == pytest.approx(1) and expc_fisher.shape_of_g(
-        G, G
-    )["overlap1"] == pytest.approx(1)
+    assert fisher_study.shape_of_g(np.eye(20), G)["alignment"] == pytest.approx(
+        1
+    ) and fisher_study.shape_of_g(G, G)["overlap1"] == pytest.approx(1)
 
 
 def test_geometry_is_the_mean_of_the_fisher_blocks(hook):

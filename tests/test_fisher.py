@@ -4,7 +4,7 @@ intervals.
 
 from conftest import log_probs_64, tiny_model
 from transport_geometry import fisher
-from transport_geometry.lm import Hook
+from transport_geometry.lm import Hook, attending
 
 import numpy as np
 import pytest
@@ -68,23 +68,20 @@ def test_same_form_is_the_dense_one(truth):
     same = fisher.same_form(Hook(model, LAYER), rows, h, delta, p)
     torch.testing.assert_close(same, dense(p, J, delta, "same")[:, : same.shape[1]], rtol=1e-10, atol=1e-12)
     assert model.config._attn_implementation == "sdpa"
-    with fisher.self_position(model):  # values unchanged
-        torch.testing.assert_close(
-            Hook(model, LAYER).tail(rows, h)[:, :-1], Hook(model, LAYER).tail(rows, h)[:, :-1]
-        )
+    with attending(model, fisher.self_position_attention):  # values unchanged
         inside = Hook(model, LAYER).tail(rows, h)
     torch.testing.assert_close(inside, Hook(model, LAYER).tail(rows, h), rtol=1e-12, atol=1e-12)
 
 
-def test_token_form_averages_to_the_dense_one_over_all_signs(truth):
-    """All 2^5 patterns of signs: the expectation itself, not an estimate."""
+def test_the_blocks_differ(truth):
+    """Over all 2^5 patterns of signs of whole positions, the sequence's form averages to the token's."""
     model, rows, h, delta, p, J = truth
     patterns = torch.tensor(np.array(np.meshgrid(*[[1.0, -1.0]] * 5)).reshape(5, -1).T)
     signs = torch.cat([patterns, torch.ones(32, 1, dtype=patterns.dtype)], 1)[:, None].expand(32, 2, 6)
-    mean = fisher.token_form(model, LAYER, rows, h, delta, p, signs).sum(-1).mean(0)
-    torch.testing.assert_close(mean, dense(p, J, delta, "token"), rtol=1e-10, atol=1e-12)
-    # the blocks differ
-    assert (dense(p, J, delta, "token") - dense(p, J, delta, "sequence").sum(1)).abs().max() > 1e-3
+    forms = [fisher.sequence_form(Hook(model, LAYER), rows, h, delta * s[..., None], p) for s in signs]
+    token = dense(p, J, delta, "token")
+    torch.testing.assert_close(torch.stack(forms).sum(-1).mean(0), token, rtol=1e-10, atol=1e-12)
+    assert (token - dense(p, J, delta, "sequence").sum(1)).abs().max() > 1e-3
 
 
 def test_two_backward_passes_give_what_forward_mode_gives(truth):
@@ -164,7 +161,6 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     generator = torch.Generator().manual_seed(2)
     big, m, repeats = 200, 256, 1000
     # gradients for every label at every position once: then a draw is a sum of rows
-    log_p = log_probs_64(Hook(model, LAYER).tail(rows, h))
     u = torch.einsum("btvsd,bsd->btv", J, delta)
     # g_y.delta = E_p u - u_y, for each predicted position
     gd = torch.einsum("btv,btv->bt", p, u)[..., None] - u
@@ -178,8 +174,7 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     assert abs(cover - 0.95) < 0.004 + 4 * (0.05 * 0.95 / repeats) ** 0.5
     # and the gradients themselves, as `clean_pass` draws them, are those
     uniforms = torch.rand(big, 2, 5, generator=generator, dtype=h.dtype)
-    model32 = model
-    _, (_, *gradients) = Hook(model32, LAYER).clean_pass(rows, h, uniforms)
+    _, (_, *gradients) = Hook(model, LAYER).clean_pass(rows, h, uniforms)
     token, sequence = fisher.sampled_form(gradients, delta)
     assert abs(sequence.sum(1).mean().item() - exact) < 4 * sequence.sum(1).std().item() / big**0.5
     per_token = dense(p, J, delta, "token").sum().item()
@@ -240,7 +235,7 @@ def test_forms_on_other_families(name, model):
     exact = 1e-5 if name in ("llama", "qwen2", "gemma2") else 1e-10  # their norms compute in float32
     for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
         torch.testing.assert_close(
-            form(model, LAYER, rows, h, delta, p),
+            form(Hook(model, LAYER), rows, h, delta, p),
             dense(p, J, delta, which)[:, :5],
             rtol=exact,
             atol=exact * 1e-2,

@@ -16,7 +16,7 @@ from transport_geometry.models import load_model
 from transport_geometry.results import load_results
 from transport_geometry.stats import document_weights
 from transport_geometry.tables import read_table
-from transport_geometry.train import Training, activation_chunks
+from transport_geometry.train import Statistics, Training, activation_chunks
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def hook():
     """
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     h, sink = next(activation_chunks(model, LAYER, "stdlib", tokenizer, 128, 40_000, "keep"))
-    training = Training(Training.describe(h, sink), 256, 16, 0, [40_000])
+    training = Training(Statistics.of(h, sink), 256, 16, 0, [40_000])
     training.feed(h, 0, tqdm(disable=True), "")
     rows = next(text.train_rows("stdlib", tokenizer, CTX, 64))
     uniforms = torch.rand(4, 64, CTX - 1, generator=torch.Generator().manual_seed(0))

@@ -13,9 +13,14 @@ import re
 import types
 
 import expc_fisher
-from transport_geometry import errors, formats, grid, lm, metrics, run, text
+from transport_geometry import errors, formats, lm, metrics, run, text
+from transport_geometry.condition import Condition
+from transport_geometry.given import Given
+from transport_geometry.grid import Candidate, Site, null_conditions
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook
+from transport_geometry.run import Experiment
+from transport_geometry.sae import TrainingSpec
 from transport_geometry.train import TRAIN_VERSION
 
 import numpy as np
@@ -29,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # without an index torch would ask the MPS runtime for one
+NAMES = [metric.name for metric in metrics.METRICS]
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")
 WIDE = {torch.float64, torch.complex128}
 COPIES = {"aten::_to_copy", "aten::copy_"}  # every device has them, and they are the only way across
@@ -207,15 +213,19 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
         input_ids=[ord(c) for c in document]
     )
     tokenizer.eos_token_id = 0
-    jobs = [
-        dict(
+    specs = [
+        TrainingSpec(
             model="tiny",
             weights="",
+            tokenizer="",
+            dtype="float32",
             layer=1,
             data=str(document),
+            data_content="",
+            split="train",
             ctx=16,
             tokens=1280,
-            trunk=[],
+            trunk=(),
             d_sae=128,
             k=k,
             seed=0,
@@ -227,27 +237,19 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
         for recipe in ("base", "saelens")
         for k in (2, 4)
     ]
-    names = [("x", job["recipe"], 128, job["k"], 0, 1280) for job in jobs]
-    hook = dict(
-        name="tiny",
-        layer=1,
-        model=tiny_model(),
-        tokenizer=tokenizer,
-        rows=tiny_rows(),
-        document=np.arange(len(tiny_rows())),
-        jobs=jobs,
-        names=names,
-        nulls=grid.NULLS,
-        d=32,
-        source=text.find(str(document)),
-    )
-    args = types.SimpleNamespace(
-        expansion=4, cache=folder / device.type, save_tokens=True, sinks=["drop"], sae=[]
-    )
-    run.train([(hook, [0, 1, 2, 3], True)], args, device)
-    return run.run_hook(
-        hook, args, device, [0, 1, 2, 3], True, expc_fisher.terms, expc_fisher.own_metrics, expc_fisher.study
-    )[0]
+    candidates = [Candidate(Condition("tiny", 1, "x", one.recipe, 128, one.k, 0, 1280), one) for one in specs]
+    site = tiny_site(candidates, tokenizer, text.find(str(document)))
+    share = run.Share(site, candidates, with_nulls=True)
+    run.train([share], folder / device.type, device)
+    saes = types.SimpleNamespace(save_tokens=True, saes=())
+    command = types.SimpleNamespace(grid=saes, cache=folder / device.type)
+    return run.measure(share, command, device, expc_fisher.EXPERIMENT).rows
+
+
+def tiny_site(candidates, tokenizer=None, source=None) -> Site:
+    nulls = null_conditions("tiny", 1, "", candidates[0])
+    held = text.HeldOut(tiny_rows(), np.arange(len(tiny_rows())), "")
+    return Site("tiny", Hook(tiny_model(), 1), tokenizer, source, held, tuple(candidates), nulls)
 
 
 def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
@@ -259,7 +261,7 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
         "gated": {"b_gate": random(64), "r_mag": random(64), "b_mag": random(65)[1:].clone()},
         "topk": {"b_enc": random(64)},
     }
-    jobs = []
+    candidates = []
     for (kind, tensors), norm in zip(kinds.items(), ("none", "constant_norm_rescale", "layer_norm")):
         (folder / kind).mkdir(exist_ok=True)
         (folder / kind / "cfg.json").write_text(
@@ -273,42 +275,30 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
             )
         )
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
-        jobs += [
-            dict(
-                file=file,
-                label=file.label,
-                declared=formats.Declared("saelens", basis="centred"),
+        for file in formats.find(str(folder / kind)):
+            of_file = Given(
+                file,
+                formats.Declared("saelens", basis="centred"),
+                fingerprint="",
+                d_sae=64,
+                k=4,
                 typical_k=4,
                 mean=random(32),
                 fvu_as_said=0.5,
                 fvu_otherwise=0.6,
-                d_sae=64,
-                k=4,
             )
-            for file in formats.find(str(folder / kind))
-        ]
-    names = [(job["label"], "saelens", 64, 4, 0, 0) for job in jobs]
-    hook = dict(
-        name="tiny",
-        layer=1,
-        model=tiny_model(),
-        rows=tiny_rows(),
-        document=np.arange(len(tiny_rows())),
-        jobs=jobs,
-        names=names,
-        nulls=grid.NULLS,
-        d=32,
-    )
-    return run.run_hook(hook, types.SimpleNamespace(save_tokens=False, sae=["x"]), device, [0, 1, 2], True)[0]
+            condition = Condition("tiny", 1, file.label, "saelens", 64, 4, 0, 0)
+            candidates.append(Candidate(condition, of_file))
+    site = tiny_site(candidates)
+    command = types.SimpleNamespace(grid=types.SimpleNamespace(save_tokens=False, saes=("x",)), cache=None)
+    return run.measure(run.Share(site, candidates, True), command, device, Experiment("expb")).rows
 
 
 def test_saes_from_files(tmp_path):
     with PretendMps():
         there = files(tmp_path, MPS)
     for a, b in zip(there, files(tmp_path, CPU), strict=True):
-        numbers = [
-            m for m in (*metrics.METRICS, *LIBRARIES) if not (a["sae"] == "null-gaussian" and m in LIBRARIES)
-        ]
+        numbers = [m for m in (*NAMES, *LIBRARIES) if not (a["sae"] == "null-gaussian" and m in LIBRARIES)]
         np.testing.assert_allclose([a[m] for m in numbers], [b[m] for m in numbers], rtol=1e-3, atol=1e-5)
 
 
@@ -326,10 +316,8 @@ def test_whole_pipeline(tmp_path):
     } <= guard.ran
     here = one_hook(tmp_path, CPU)
     for a, b in zip(there, here, strict=True):
-        assert [a[c] for c in grid.KEY] == [b[c] for c in grid.KEY]
-        np.testing.assert_allclose(
-            [a[m] for m in metrics.METRICS], [b[m] for m in metrics.METRICS], rtol=1e-3, atol=1e-5
-        )
+        assert Condition.of(a) == Condition.of(b)
+        np.testing.assert_allclose([a[m] for m in NAMES], [b[m] for m in NAMES], rtol=1e-3, atol=1e-5)
 
 
 def test_large_vocabulary():

@@ -5,7 +5,7 @@ Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
 import dataclasses
 
 from transport_geometry import formats
-from transport_geometry.train import SAELensTraining
+from transport_geometry.train import SAELensTraining, Statistics
 
 import pytest
 import torch
@@ -41,9 +41,7 @@ def both(request, monkeypatch):
     monkeypatch.setattr(SAELensTraining, "DEAD_STEPS", 20)
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (N, 1.0)))
     h = activations(150)
-    ours = SAELensTraining(
-        SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)]
-    )
+    ours = SAELensTraining(Statistics.of(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)])
     lens = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=F, k=K))
     with torch.no_grad():
         lens.W_enc.copy_(ours.sae.W_enc.T)
@@ -122,7 +120,7 @@ def test_the_defaults_are_theirs():
 def test_a_budget_is_a_checkpoint_of_the_longest_run(monkeypatch):
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (N, 1.0)))
     h = activations(30)
-    statistics = SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool))
+    statistics = Statistics.of(h, torch.zeros(len(h), dtype=torch.bool))
     runs = SAELensTraining(statistics, F, K, 0, [10 * N, 30 * N]).feed(h, 0, tqdm(disable=True), "")
     (alone,) = SAELensTraining(statistics, F, K, 0, [10 * N]).feed(h, 0, tqdm(disable=True), "")
     (short,) = (run for run in runs if run.budgets == [10 * N])
@@ -176,7 +174,7 @@ def test_all_of_them_were_asked(written):
 def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
     h = activations(4)
     sae = SAELensTraining(
-        SAELensTraining.describe(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)]
+        Statistics.of(h, torch.zeros(len(h), dtype=torch.bool)), F, K, 0, [len(h)]
     ).finished()
     formats.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
     theirs = LensSAE.load_from_disk(tmp_path)

@@ -6,9 +6,9 @@ import math
 
 from conftest import tiny_model
 from transport_geometry import evaluate as evaluation
-from transport_geometry import formats, lm, sae
+from transport_geometry import formats, sae
 from transport_geometry.errors import Fault
-from transport_geometry.evaluate import evaluate
+from transport_geometry.evaluate import activations, evaluate
 from transport_geometry.lm import Hook
 from transport_geometry.metrics import Sums, computed, index_bits, oriented
 from transport_geometry.sae import tied_init
@@ -180,14 +180,14 @@ def test_isotropic_error_has_rho_one(hook, monkeypatch):
 def test_a_planted_sink_owns_r2_and_not_r2_nosink(hook, monkeypatch):
     """One position of norm 100x: reconstructing it alone gives a high R^2 and an r2_nosink of zero."""
     model, rows, layer, _ = hook
-    plain = lm.head
+    plain = Hook.head
 
-    def with_sink(*args):
-        h = plain(*args).clone()
+    def with_sink(self, input_ids):
+        h = plain(self, input_ids).clone()
         h[:, 0] *= 100
         return h
 
-    monkeypatch.setattr(evaluation, "head", with_sink)
+    monkeypatch.setattr(Hook, "head", with_sink)
 
     def only_the_sink(h, mean):
         calm = h.norm(dim=1) < h.norm(dim=1).max() / 10
@@ -267,9 +267,6 @@ def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
     model = tiny_model(dtype=torch.float32)
     for name, p in model.named_parameters():
         p.data.fill_(constant if "embed_in" in name else 0)
-    for measure in (
-        evaluate.hook_statistics,
-        lambda model, layer, rows, batch: formats.near(Hook(model, layer), rows),
-    ):
+    for measure in (lambda of, rows: activations(of, rows, 6), formats.near):
         with pytest.raises(Fault, match="layer 1: the activations of .* do not vary"):
-            measure(model, 1, hook[1], 6)
+            measure(Hook(model, 1), hook[1])

@@ -2,17 +2,18 @@
 run.
 """
 
+import dataclasses
 import itertools
 import json
 import math
 import shutil
 
-from conftest import get_saes
+from helpers import get_saes, tiny_model
 from transport_geometry import train as trainer
 from transport_geometry.errors import Fault, UserError
 from transport_geometry.lm import Hook
-from transport_geometry.sae import TopKSAE, cache_folder, load_sae, save_sae, tied_init
-from transport_geometry.train import SAELensTraining, Training, activation_chunks, trunk
+from transport_geometry.sae import TopKSAE, TrainingSpec, load_sae, save_sae, tied_init
+from transport_geometry.train import SAELensTraining, Statistics, Training, activation_chunks, trunk
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ BAR = tqdm(disable=True)
 
 def start(h: torch.Tensor, d_sae=64, k=3, seed=0, budgets=None, sink=None, recipe=Training) -> Training:
     """A training that has not made a step."""
-    statistics = recipe.describe(h, torch.zeros(len(h), dtype=torch.bool) if sink is None else sink)
+    statistics = Statistics.of(h, torch.zeros(len(h), dtype=torch.bool) if sink is None else sink)
     return recipe(statistics, d_sae, k, seed, budgets or [len(h)])
 
 
@@ -196,9 +197,9 @@ def test_a_loss_that_is_not_finite_stops_with_one_line():
 # ---------------------------------------------------------------------------------------------- trunk and branches
 def test_budgets_share_a_trunk_where_batch_and_rate_agree():
     # few steps: each budget is a run of its own
-    assert trunk("base", 250_000, [9_000, 80_000, 250_000]) == []
-    assert trunk("base", 10**8, [10**6, 10**7, 5 * 10**7, 10**8]) == [10**7, 5 * 10**7]
-    assert trunk("saelens", 10**6, [1000, 10_000, 10**6]) == [10_000]
+    assert trunk("base", 250_000, [9_000, 80_000, 250_000]) == ()
+    assert trunk("base", 10**8, [10**6, 10**7, 5 * 10**7, 10**8]) == (10**7, 5 * 10**7)
+    assert trunk("saelens", 10**6, [1000, 10_000, 10**6]) == (10_000,)
 
 
 def test_the_first_branch_is_a_run_of_its_own_to_the_bit():
@@ -256,16 +257,16 @@ class Words:
         return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
 
 
-def job(path, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base"):
-    return dict(
-        model="tiny",
-        weights="w",
-        layer=1,
-        data=str(path),
-        text="t",
-        ctx=16,
+def spec(data, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base") -> TrainingSpec:
+    of_stream = dict(
+        model="tiny", weights="w", tokenizer="t", dtype="float32", layer=1, split="train", ctx=16
+    )
+    return TrainingSpec(
+        **of_stream,
+        data=str(data),
+        data_content="c",
         tokens=tokens,
-        trunk=list(trunk),
+        trunk=tuple(trunk),
         d_sae=d_sae,
         k=k,
         seed=seed,
@@ -284,7 +285,6 @@ def text(tmp_path):
 
 
 def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
-    from conftest import tiny_model
 
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1000)
@@ -310,21 +310,20 @@ def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
 
 def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch):
     """Stopped at several steps, inside branches too, in both recipes; every file the same, byte for byte."""
-    from conftest import tiny_model
 
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1024)
     ticks = itertools.count(step=100.0)  # a checkpoint after every chunk
     monkeypatch.setattr(trainer.time, "monotonic", lambda: next(ticks))
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
-    jobs = [job(text, 2, 4000), job(text, 4, 4000), job(text, 2, 1500, seed=1)]
+    specs = [spec(text, 2, 4000), spec(text, 4, 4000), spec(text, 2, 1500, seed=1)]
     for recipe in ("base", "saelens"):  # the decay of 3500 spans two chunks
-        jobs += [
-            job(text, 4, 1200, seed=2, recipe=recipe),
-            job(text, 4, 3500, seed=2, trunk=[1200], recipe=recipe),
-            job(text, 4, 5000, seed=2, trunk=[1200, 3500], recipe=recipe),
+        specs += [
+            spec(text, 4, 1200, seed=2, recipe=recipe),
+            spec(text, 4, 3500, seed=2, trunk=[1200], recipe=recipe),
+            spec(text, 4, 5000, seed=2, trunk=[1200, 3500], recipe=recipe),
         ]
-    get_saes(model, Words(), jobs, tmp_path / "whole")
+    get_saes(model, Words(), specs, tmp_path / "whole")
     plain = {recipe: recipe.one_step for recipe in (Training, SAELensTraining)}
     for stop in (20, 14, 31, 3):
         left = itertools.count(stop, -1)
@@ -337,10 +336,10 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
 
             monkeypatch.setattr(recipe, "one_step", breaking)
         with pytest.raises(KeyboardInterrupt):
-            get_saes(model, Words(), jobs, tmp_path / "broken")
+            get_saes(model, Words(), specs, tmp_path / "broken")
     for recipe, one_step in plain.items():
         monkeypatch.setattr(recipe, "one_step", one_step)
-    get_saes(model, Words(), jobs, tmp_path / "broken")
+    get_saes(model, Words(), specs, tmp_path / "broken")
     files = {
         name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file())
         for name in ("whole", "broken")
@@ -352,18 +351,17 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
 
 def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch):
     """Someone deletes an SAE whose budget an interrupted run is past."""
-    from conftest import tiny_model
 
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1024)
     monkeypatch.setattr(trainer.time, "monotonic", lambda ticks=itertools.count(step=100.0): next(ticks))
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
-    jobs = [
-        job(text, 4, tokens, trunk=before, recipe="saelens")
+    specs = [
+        spec(text, 4, tokens, trunk=before, recipe="saelens")
         for tokens, before in ((1200, []), (5000, [1200]))
     ]
-    short, long = (cache_folder(tmp_path, j) for j in jobs)
-    first = get_saes(model, Words(), jobs, tmp_path)[0]
+    short, long = (one.folder(tmp_path) for one in specs)
+    first = get_saes(model, Words(), specs, tmp_path)[0]
     (long / "sae.safetensors").unlink()
     one_step, left = SAELensTraining.one_step, itertools.count(16, -1)
     monkeypatch.setattr(
@@ -372,16 +370,15 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
         lambda self, h: one_step(self, h) if next(left) else (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
-        get_saes(model, Words(), jobs, tmp_path)
+        get_saes(model, Words(), specs, tmp_path)
     monkeypatch.setattr(SAELensTraining, "one_step", one_step)
     assert (long / "checkpoint.pt").exists()
     shutil.rmtree(short)
-    assert torch.equal(get_saes(model, Words(), jobs, tmp_path)[0].W_dec, first.W_dec)
+    assert torch.equal(get_saes(model, Words(), specs, tmp_path)[0].W_dec, first.W_dec)
     assert not (long / "checkpoint.pt").exists()
 
 
 def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkeypatch):
-    from conftest import tiny_model
 
     one_step = Training.one_step
     monkeypatch.setattr(trainer, "CHUNK", 1024)
@@ -389,19 +386,18 @@ def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkey
         Training, "one_step", lambda self, h: (text.open("a").write("more\n"), one_step(self, h))[1]
     )
     with pytest.raises(Fault, match="text.txt was changed while SAEs were trained"):
-        get_saes(tiny_model(dtype=torch.float32), Words(), [job(text, 2, 2000)], tmp_path / "c")
+        get_saes(tiny_model(dtype=torch.float32), Words(), [spec(text, 2, 2000)], tmp_path / "c")
     assert not list((tmp_path / "c").rglob("*.safetensors"))
 
 
 def test_an_sae_does_not_depend_on_the_rest_of_the_grid(text, tmp_path):
-    from conftest import tiny_model
 
     model = tiny_model(dtype=torch.float32)
     together = get_saes(
-        model, Words(), [job(text, 2, 3000), job(text, 4, 2000), job(text, 4, 3000)], tmp_path / "a"
+        model, Words(), [spec(text, 2, 3000), spec(text, 4, 2000), spec(text, 4, 3000)], tmp_path / "a"
     )[1]
-    alone = get_saes(model, Words(), [job(text, 4, 2000)], tmp_path / "b")[0]
-    other = get_saes(model, Words(), [job(text, 4, 2000, seed=1)], tmp_path / "b")[0]
+    alone = get_saes(model, Words(), [spec(text, 4, 2000)], tmp_path / "b")[0]
+    other = get_saes(model, Words(), [spec(text, 4, 2000, seed=1)], tmp_path / "b")[0]
     assert torch.equal(together.W_dec, alone.W_dec) and not torch.equal(alone.W_dec, other.W_dec)
 
 
@@ -420,14 +416,13 @@ def test_the_cache_gives_back_what_was_trained(tmp_path):
 
 
 def test_cache_names_read_and_stay_inside(tmp_path):
-    name = cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "EleutherAI/pythia-70m"})
+    one = spec("x", 8, 200_000)
+    name = dataclasses.replace(one, model="EleutherAI/pythia-70m").folder(tmp_path)
     assert name.parent == tmp_path and name.name.startswith("EleutherAI--pythia-70m-L1-F32-k8-200k-s0-")
-    assert cache_folder(tmp_path, job("x", 8, 200_000) | {"model": "../../etc"}).parent == tmp_path
+    assert dataclasses.replace(one, model="../../etc").folder(tmp_path).parent == tmp_path
     # the same text by another name
-    assert cache_folder(tmp_path, job("x", 8, 200_000)) == cache_folder(tmp_path, job("y", 8, 200_000))
-    assert cache_folder(tmp_path, job("x", 8, 200_000)) != cache_folder(
-        tmp_path, job("x", 8, 200_000) | {"data_content": "else"}
-    )
+    assert one.folder(tmp_path) == spec("y", 8, 200_000).folder(tmp_path)
+    assert one.folder(tmp_path) != dataclasses.replace(one, data_content="else").folder(tmp_path)
 
 
 def test_an_sae_larger_than_the_memory_is_refused_before_it_is_made():
@@ -448,12 +443,11 @@ def test_an_sae_larger_than_the_memory_is_refused_before_it_is_made():
         (planted(1)[0], False, "do not vary"),
     ],
 )
-@pytest.mark.parametrize("recipe", [Training, SAELensTraining])
-def test_activations_that_say_nothing_are_one_line(recipe, h, sink, word):
+def test_activations_that_say_nothing_are_one_line(h, sink, word):
     with pytest.raises(Fault, match=f"tiny L1: .*{word}"):
-        recipe.describe(h, torch.full((len(h),), sink), "tiny L1")
+        Statistics.of(h, torch.full((len(h),), sink), "tiny L1")
 
 
 def test_activations_that_vary_little_are_trained_on():
     h = planted(3000)[0]
-    assert trained(100 + 0.1 * h).steps > 0 and math.isfinite(trained(1e-3 * h).statistics["variance"])
+    assert trained(100 + 0.1 * h).steps > 0 and math.isfinite(trained(1e-3 * h).statistics.variance)

@@ -1,14 +1,9 @@
-"""Text, the split model, gradients and KL against truths computed another way; arguments."""
+"""The split model, gradients, attention plans and KL against truths computed another way."""
 
-import itertools
-import json
 import math
-import types
 
-import common
-from transport_geometry import tables, text, train
-from transport_geometry.errors import UserError
 from transport_geometry.lm import Hook, cross_entropy, kl_divergence, log_probs
+from transport_geometry.patch import Clean, Patch
 
 import pytest
 import torch
@@ -57,7 +52,7 @@ def double_log_probs(logits):
 @pytest.fixture
 def exact(monkeypatch):
     """log_probs casts to float32 in production; the truths below need float64."""
-    monkeypatch.setattr(common, "log_probs", double_log_probs)
+    monkeypatch.setattr("transport_geometry.lm.log_probs", double_log_probs)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -165,134 +160,41 @@ def test_kl_is_right_at_every_size(size):
     assert kl(log_p.float(), log_p.float()).abs().max() == 0
 
 
-# ----------------------------------------------------------------------------------------------------- text
-def test_held_out_files_are_disjoint_and_a_tenth():
-    train, held = (dict(text.stdlib_documents(split)) for split in ("train", "heldout"))
-    assert not train.keys() & held.keys()
-    assert 0.05 < len(held) / (len(train) + len(held)) < 0.2
-    assert "argparse.py" in train | held and "pydoc_data/topics/assert" in train | held
-    assert not any("/test" in name or "idlelib" in name or "site-packages" in name for name in train | held)
+# ------------------------------------------------------------------------------------------- attention plans
+def test_plans_are_those_of_the_models_own_eager_attention(tiny, rows):
+    """Fed the clean h, what is looked at after the hook is what transformers returns of a whole run; the logits
+    are the tail's, and the model is left as it was."""
+    hook, seen = Hook(tiny, 0), {}
+    h = hook.head(rows)
+    logits = hook.plans(rows, h, lambda block, plan: seen.setdefault(block, plan))
+    assert tiny.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(logits, hook.tail(rows, h), rtol=1e-9, atol=1e-9)
+    tiny.set_attn_implementation("eager")
+    whole = tiny(rows, use_cache=False, output_attentions=True).attentions
+    tiny.set_attn_implementation("sdpa")
+    assert sorted(seen) == [1, 2]  # block 0 is before the hook
+    for block, plan in seen.items():
+        torch.testing.assert_close(plan, whole[block], rtol=1e-6, atol=1e-7)  # eager's softmax is in float32
 
 
-class Letters:
-    """A tokenizer of one letter each."""
-
-    eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens=False):
-        return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
-
-
-def test_rows_are_documents_joined_by_the_end_mark(tmp_path):
-    path = tmp_path / "d.jsonl"
-    texts = [f"document number {i} " * 3 for i in range(60)]
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    rows = {
-        split: torch.cat(list(text.packed_rows(str(path), split, Letters(), 10)))
-        for split in ("train", "heldout")
-    }
-    for split, stream in rows.items():
-        mine = [t for t in texts if text.in_heldout(t) == (split == "heldout")]
-        whole = list(itertools.chain.from_iterable([ord(c) % 40 + 1 for c in t] + [0] for t in mine))
-        assert stream.tolist() == whole[: len(whole) // 10 * 10]
-    assert len(rows["heldout"]) > 0
-
-
-@pytest.mark.parametrize(
-    "name, content, word",
-    [
-        ("e.txt", b"", "empty"),
-        ("b.txt", b"abc\0\1\2", "binary"),
-        ("s.txt", b"short", "gives 0 sequences"),
-        ("x.pdf", b"x", "needs files"),
-        ("l.txt", b"\xff\xfe\xfa" * 9, "decode"),
-        ("j.jsonl", b"{", "--data"),
-    ],
-)
-def test_bad_data_gets_one_line(tmp_path, name, content, word):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=word) as caught:
-        text.heldout_rows(str(tmp_path / name), Letters(), 10, 2)
-    assert "\n" not in str(caught.value)
-
-
-def test_counts_read_both_ways():
-    assert [common.parse_count(t) for t in ("300000", "300k", "10M", "1.5M", "2B")] == [
-        300000,
-        300000,
-        10**7,
-        1500000,
-        2 * 10**9,
-    ]
-    assert [tables.readable_count(n) for n in (300000, 10**7, 1500000, 77)] == ["300k", "10M", "1500k", "77"]
-    for bad in ("", "x", "-1", "0", "nan", "10Q"):
-        with pytest.raises(UserError):
-            common.parse_count(bad)
-
-
-GRID = dict(models="stdlib-s", k="4", tokens="1k", expansion=4, eval_seqs=4, ctx=64)
-NUMBERS = ["--k", "--seeds", "--tokens", "--expansion", "--eval-seqs", "--ctx"]
-
-
-@pytest.mark.parametrize(
-    "flag, value, word",
-    [
-        (flag, value, flag)
-        for flag in NUMBERS
-        for value in ("9" * 5000, "-" + "9" * 5000, str(10**30), "x" * 5000)
-    ]
-    + [
-        ("--models", "a@" + "9" * 5000, "--models a@999"),
-        ("--models", f"a@{10**30}", "--models a@1000"),
-        ("--models", "x" * 10**5, "--models"),
-        ("--seeds", str(2**32), "at most 4294967295"),
-        ("--tokens", "1e306", "at most"),
-        ("--tokens", "1e300M", "at most"),
-        ("--tokens", "1k," + "9" * 5000, "at most"),
-        ("--k", "4," * 5000 + "x", "whole numbers"),
-        ("--recipe", "x" * 5000, "base, saelens"),
-        ("--device", "x" * 5000, "--device"),
-    ],
-)
-def test_absurd_arguments_get_one_short_line(flag, value, word):
-    with pytest.raises(UserError) as caught:
-        common.parse_args("", [flag, value], **GRID)
-    line = str(caught.value)
-    assert word in line and flag in line and len(line) < 350 and "\n" not in line
-
-
-def test_the_largest_arguments_are_taken():
-    args = common.parse_args(
-        "", ["--seeds", str(2**32 - 1), "--tokens", "1000B", "--expansion", str(10**9)], **GRID
+def test_a_patch_shows_its_plans(tiny, rows):
+    hook = Hook(tiny, 1)
+    h = hook.head(rows)
+    log_p, (g,) = hook.clean_pass(rows, h)
+    sink = torch.zeros(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool)
+    clean = Clean(hook, rows, h, sink, log_p, log_p.exp(), g[:, :-1].flatten(0, 1), [])
+    moved = clean.h_flat + torch.randn(
+        clean.h_flat.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(3)
     )
-    assert (args.seeds, args.tokens, args.expansion, args.ctx) == ([2**32 - 1], [10**12], 10**9, 64)
-    # how the last piece is drawn
-    torch.Generator().manual_seed(args.seeds[0] * 1_000_003 + 10**12 // train.CHUNK)
-
-
-@pytest.mark.parametrize(
-    "flag",
-    ["--models", "--data", "--split", "--revision", "--sae", "--out", "--cache", "--from", "--verdict"],
-)
-@pytest.mark.parametrize("control", ["\0", "\n", "\t", "\x1b[31m", "\x7f", "\u2028", "\udc80"])
-def test_no_argument_holds_a_control_character(flag, control):
-    with pytest.raises(UserError, match=f"{flag} .*control character") as caught:
-        common.parse_args("", [flag, f"a{control}b"], **GRID)
-    assert control not in str(caught.value)
-
-
-@pytest.mark.parametrize("gap", [math.nan, math.inf, -math.inf, None])
-def test_gaps_have_a_name_in_reports_too(gap):
-    assert (
-        tables.signed(gap)
-        == tables.bounds(gap, 1.0)
-        == tables.bounds(0.0, gap)
-        == tables.span(gap, gap, gap)
-        == tables.span(gap, 0.0, 1.0)
-        == "undefined"
+    patch = Patch(clean, moved, None, None, {}, clean.log_probs(clean.whole(moved)))
+    assert (patch.delta[:, -1] == 0).all() and torch.equal(
+        patch.delta[:, :-1].flatten(0, 1), moved - clean.h_flat
     )
-    assert (
-        tables.span(0.123, gap, gap) == "+0.12 [undefined]"
-        and tables.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
-    )
-    assert tables.bounds(0.1, 0.24) == "[+0.10, +0.24]" and tables.signed(-0.5, 3) == "-0.500"
+    seen = {}
+    patch.plans(lambda block, plan: seen.setdefault("patched", plan))
+    hook.plans(rows, h, lambda block, plan: seen.setdefault("clean", plan))
+    for plan in seen.values():
+        torch.testing.assert_close(plan.sum(-1), torch.ones_like(plan[..., 0]))
+        assert (plan.triu(1) == 0).all()
+    apart = (seen["patched"] - seen["clean"]).abs().amax((1, 3))  # per query, over heads and keys
+    assert (apart[:, 1:-1] > 1e-3).all() and (apart[:, 0] < 1e-12).all()  # query 0 sees itself only
