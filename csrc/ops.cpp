@@ -1,9 +1,10 @@
-// Schemas and CPU kernels of namespace `tg`. Autograd and fake tensors are registered in kernels.py, CUDA in ops_cuda.cu.
-// Everything goes through the LibTorch stable ABI, so one build serves every torch from 2.10 on.
+// Schemas and CPU kernels of namespace `tg`. Autograd and fake tensors are registered in kernels.py, CUDA in
+// ops_cuda.cu. Everything goes through the LibTorch stable ABI, so one build serves every torch from 2.10 on.
 //
-// Results depend neither on the host nor on the number of threads: work is cut by shape alone, each output number is summed by
-// one thread in a fixed order, and no flag lets the compiler reorder floating point. One exception: topk_encode's pre-activations
-// are the library's GEMM, whose last bits are its own (MKL's AVX2 and COMPATIBLE kernels move them by the number of threads).
+// Results depend neither on the host nor on the number of threads: work is cut by shape alone, each output
+// number is summed by one thread in a fixed order, and no flag lets the compiler reorder floating point. One
+// exception: topk_encode's pre-activations are the library's GEMM, whose last bits are its own (MKL's AVX2
+// and COMPATIBLE kernels move them by the number of threads).
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,8 +21,9 @@
 
 #include "keys.h"
 
-// Wider vectors where the processor has them, chosen at load. The numbers stay the same: every loop so marked is elementwise or
-// keeps its sums in a fixed number of lanes, and -ffp-contract=off forbids fused multiply-add.
+// Wider vectors where the processor has them, chosen at load. The numbers stay the same: every loop so marked
+// is elementwise or keeps its sums in a fixed number of lanes, and -ffp-contract=off forbids fused
+// multiply-add.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -29,18 +31,22 @@
 #endif
 
 using torch::headeronly::ScalarType;
+using torch::stable::contiguous;
 using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of float32 per thread: stays in the level-2 cache
-constexpr int LANES = 16;                                  // independent sums or compares, for the compiler to vectorise
+constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of float32 a thread: in the level-2 cache
+constexpr int LANES = 16;                                  // independent sums or compares, to be vectorised
+constexpr int STATS = 5;                                   // columns of a distortion, kernels.STATS
 
 // Each is a call into libtorch: never in an inner loop.
 template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
-Tensor like(const Tensor& t, std::initializer_list<int64_t> shape) { return torch::stable::new_empty(t, shape); }
+Tensor like(const Tensor& t, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(t, shape);
+}
 
 template <class F> auto by_dtype(const Tensor& t, F&& f) {
   if (t.scalar_type() == ScalarType::Float) return f(float());
@@ -48,10 +54,11 @@ template <class F> auto by_dtype(const Tensor& t, F&& f) {
   return f(double());
 }
 
-// kernels.py has checked shapes in words already; this keeps a direct call of torch.ops.tg from reading out of bounds.
+// kernels.py has checked shapes in words already; this keeps a direct call of torch.ops.tg within bounds.
 void check(const char* op, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype, op, ": operands differ in dtype or device");
-  STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), x.sizes().begin(), x.sizes().end()), op, ": shapes do not match");
+  const bool same = std::equal(shape.begin(), shape.end(), x.sizes().begin(), x.sizes().end());
+  STD_TORCH_CHECK(same, op, ": shapes do not match");
 }
 
 void check_code(const char* op, const Tensor& indices, int64_t F) {
@@ -61,7 +68,7 @@ void check_code(const char* op, const Tensor& indices, int64_t F) {
   STD_TORCH_CHECK(!bad, op, ": an index lies outside [0, ", F, ")");
 }
 
-// ------------------------------------------------------------------------------------------------------------ encode
+// ---------------------------------------------------------------------------------------------------- encode
 template <class T> struct Key {  // one candidate latent; a < b: a ranks before b
   typename Bits<T>::U order;
   uint32_t f;
@@ -80,7 +87,8 @@ template <class T> class Best {
   }
 
  public:
-  T threshold = -std::numeric_limits<T>::infinity();  // later latents must exceed it: at a tie the lower index has won
+  // Later latents must exceed it: at a tie the lower index has won.
+  T threshold = -std::numeric_limits<T>::infinity();
   Best(Key<T>* keys, int64_t k, int64_t capacity) : keys(keys), k(k), capacity(capacity) {}
 
   void add(T value, int64_t f) {
@@ -92,7 +100,8 @@ template <class T> class Best {
   void scan(const T* x, const T* bias, int64_t count, int64_t first) {
     int64_t c = 0;
     for (; c < count && n < k; ++c) add(x[c] + bias[c], first + c);
-    for (; c + LANES <= count; c += LANES) {  // most groups hold nothing above the threshold, and one vector compare says so
+    // Most groups hold nothing above the threshold, and one vector compare says so.
+    for (; c + LANES <= count; c += LANES) {
       int hit = 0;
       for (int i = 0; i < LANES; ++i) hit |= !(x[c + i] + bias[c + i] <= threshold);  // true for a NaN too
       if (hit)
@@ -104,22 +113,30 @@ template <class T> class Best {
   void finish(T* values, int64_t* indices) {
     if (n > k) shrink();
     std::sort(keys, keys + k, [](const Key<T>& a, const Key<T>& b) { return a.f < b.f; });
-    for (int64_t j = 0; j < k; ++j) values[j] = relu(from_order<T>(keys[j].order)), indices[j] = keys[j].f;
+    for (int64_t j = 0; j < k; ++j) {
+      values[j] = relu(from_order<T>(keys[j].order));
+      indices[j] = keys[j].f;
+    }
   }
 };
 
 // out = a b^T through the dispatcher: inside parallel_for this is the library's single-threaded GEMM.
 void gemm(const Tensor& a, const Tensor& bT, const Tensor& result) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(bT), torch::stable::detail::from(result)};
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(bT), from(result)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference, so that it is released
 }
 
-// Tokens are cut into blocks, one thread each; a block runs over F in tiles, GEMM then scan, while the tile is in cache. Wrapping
-// raw pointers keeps autograd out: the threads of parallel_for do not inherit the caller's grad mode.
-template <class T> void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const Tensor& values, const Tensor& indices) {
+// Tokens are cut into blocks, one thread each; a block runs over F in tiles, GEMM then scan, while the tile
+// is in cache. Wrapping raw pointers keeps autograd out: the threads of parallel_for do not inherit the
+// caller's grad mode.
+template <class T>
+void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const Tensor& values,
+            const Tensor& indices) {
   const int64_t N = h.size(0), d = h.size(1), F = W.size(0), width = std::min(F, TILE_LATENTS);
-  const int64_t tokens = std::clamp<int64_t>(N / 16, std::min<int64_t>(64, N), TILE_TOKENS), capacity = 2 * k + 64;
+  const int64_t tokens = std::clamp<int64_t>(N / 16, std::min<int64_t>(64, N), TILE_TOKENS);
+  const int64_t capacity = 2 * k + 64;
   const auto device = h.device();
   const auto dtype = h.scalar_type();
   auto view = [&](const T* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
@@ -134,10 +151,12 @@ template <class T> void encode(const Tensor& h, const Tensor& W, const Tensor& b
       for (int64_t r = 0; r < rows; ++r) best.emplace_back(keys.data() + r * capacity, k, capacity);
       for (int64_t f0 = 0; f0 < F; f0 += width) {
         const int64_t cols = std::min(width, F - f0);
-        gemm(view(in<T>(h) + n0 * d, rows, d, d, 1), view(in<T>(W) + f0 * d, d, cols, 1, d), view(tile.data(), rows, cols, cols, 1));
+        gemm(view(in<T>(h) + n0 * d, rows, d, d, 1), view(in<T>(W) + f0 * d, d, cols, 1, d),
+             view(tile.data(), rows, cols, cols, 1));
         for (int64_t r = 0; r < rows; ++r) best[r].scan(tile.data() + r * cols, in<T>(b) + f0, cols, f0);
       }
-      for (int64_t r = 0; r < rows; ++r) best[r].finish(out<T>(values) + (n0 + r) * k, out<int64_t>(indices) + (n0 + r) * k);
+      for (int64_t r = 0; r < rows; ++r)
+        best[r].finish(out<T>(values) + (n0 + r) * k, out<int64_t>(indices) + (n0 + r) * k);
     }
   });
 }
@@ -149,23 +168,28 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const
   check(op, h_, h_.scalar_type(), {N, d});
   check(op, W_, h_.scalar_type(), {F, d});
   check(op, b_, h_.scalar_type(), {F});
-  STD_TORCH_CHECK(k >= 1 && k <= F && F <= std::numeric_limits<uint32_t>::max(), op, ": k=", k, " is not in 1..F=", F);
-  Tensor h = torch::stable::contiguous(h_), W = torch::stable::contiguous(W_), b = torch::stable::contiguous(b_);
+  const bool fits = k >= 1 && k <= F && F <= std::numeric_limits<uint32_t>::max();
+  STD_TORCH_CHECK(fits, op, ": k=", k, " is not in 1..F=", F);
+  Tensor h = contiguous(h_), W = contiguous(W_), b = contiguous(b_);
   Tensor values = like(h, {N, k}), indices = torch::stable::new_empty(h, {N, k}, ScalarType::Long);
   if (N) by_dtype(h, [&](auto zero) { encode<decltype(zero)>(h, W, b, k, values, indices); });
   return {values, indices};
 }
 
-// ------------------------------------------------------------------------------------------------------------ decode
-// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores. Rows lie anywhere in
-// W, so the processor is told of the next four while it adds these, at a token's end the next token's (`more` entries follow).
-template <class T> WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, int64_t more, const T* W, int64_t d, T* __restrict acc) {
+// ---------------------------------------------------------------------------------------------------- decode
+// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores.
+// Rows lie anywhere in W, so the processor is told of the next four while it adds these, at a token's end the
+// next token's (`more` entries follow).
+template <class T>
+WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, int64_t more, const T* W, int64_t d,
+                   T* __restrict acc) {
   typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
   constexpr int64_t width = sizeof(Vector) / sizeof(T);
   int64_t j = 0;
   for (; j + 4 <= k; j += 4) {
     const T v0 = values[j], v1 = values[j + 1], v2 = values[j + 2], v3 = values[j + 3];
-    const T *w0 = W + indices[j] * d, *w1 = W + indices[j + 1] * d, *w2 = W + indices[j + 2] * d, *w3 = W + indices[j + 3] * d;
+    const T *w0 = W + indices[j] * d, *w1 = W + indices[j + 1] * d;
+    const T *w2 = W + indices[j + 2] * d, *w3 = W + indices[j + 3] * d;
     const T* next[4];
     for (int l = 0; l < 4; ++l) next[l] = W + indices[std::min(j + 4 + l, k + more - 1)] * d;
     int64_t i = 0;
@@ -196,7 +220,7 @@ struct Code {  // the operands that decode and distortion share, checked and con
   Tensor values, indices, W, b;
   int64_t N, k, F, d;
   Code(const char* op, const Tensor& v, const Tensor& i, const Tensor& W_, const Tensor& b_)
-      : values(torch::stable::contiguous(v)), indices(torch::stable::contiguous(i)), W(torch::stable::contiguous(W_)), b(torch::stable::contiguous(b_)) {
+      : values(contiguous(v)), indices(contiguous(i)), W(contiguous(W_)), b(contiguous(b_)) {
     STD_TORCH_CHECK(v.dim() == 2 && W_.dim() == 2, op, ": values and W_dec must have two dimensions");
     N = v.size(0), k = v.size(1), F = W.size(0), d = W.size(1);
     check(op, v, v.scalar_type(), {N, k});
@@ -205,7 +229,8 @@ struct Code {  // the operands that decode and distortion share, checked and con
     check(op, b_, v.scalar_type(), {d});
     check_code(op, indices, F);
   }
-  template <class T> void row(int64_t n, T* acc, T* h_hat) const {  // acc [d] is scratch: it stays in cache while rows pass through
+  // acc [d] is scratch: it stays in cache while rows pass through
+  template <class T> void row(int64_t n, T* acc, T* h_hat) const {
     const T* bias = in<T>(b);
     std::fill(acc, acc + d, T(0));
     add_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, (N - n - 1) * k, in<T>(W), d, acc);
@@ -226,16 +251,18 @@ Tensor sparse_decode(const Tensor& values, const Tensor& indices, const Tensor& 
   return h_hat;
 }
 
-// One pass: h_hat of a token is built in cache, and its seven sums are taken from there with h and g, in float64 over four lanes.
-std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, const Tensor& indices, const Tensor& W_dec,
-                                                        const Tensor& b_dec, const Tensor& h_, const Tensor& g_, bool want_h_hat) {
+// One pass: h_hat of a token is built in cache, and its sums are taken from there with h and g, in float64
+// over four lanes.
+std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, const Tensor& indices,
+                                                        const Tensor& W_dec, const Tensor& b_dec,
+                                                        const Tensor& h_, const Tensor& g_, bool want_h_hat) {
   const char* op = "gradient_weighted_distortion";
   const Code code(op, values, indices, W_dec, b_dec);
   const int64_t N = code.N, d = code.d;
   check(op, h_, values.scalar_type(), {N, d});
   check(op, g_, values.scalar_type(), {N, d});
-  Tensor h = torch::stable::contiguous(h_), g = torch::stable::contiguous(g_);
-  Tensor stats = like(h, {N, 7}), h_hat = like(h, {want_h_hat ? N : 0, d});
+  Tensor h = contiguous(h_), g = contiguous(g_);
+  Tensor stats = like(h, {N, STATS}), h_hat = like(h, {want_h_hat ? N : 0, d});
   by_dtype(h, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
@@ -244,29 +271,32 @@ std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, co
         T* y = want_h_hat ? out<T>(h_hat) + n * d : scratch.data();
         code.row(n, scratch.data(), y);
         const T *x = in<T>(h) + n * d, *grad = in<T>(g) + n * d;
-        double sums[7][4] = {};
+        double sums[STATS][4] = {};
         for (int64_t i0 = 0; i0 < d; i0 += 4)
           for (int64_t i = i0; i < std::min(i0 + 4, d); ++i) {
-            const double xi = x[i], yi = y[i], delta = yi - xi, terms[7] = {grad[i] * delta, delta * delta, yi * yi, xi * yi, xi * xi, delta, xi};
-            for (int s = 0; s < 7; ++s) sums[s][i - i0] += terms[s];
+            const double xi = x[i], yi = y[i], delta = yi - xi;
+            const double terms[STATS] = {grad[i] * delta, delta * delta, yi * yi, xi * yi, xi * xi};
+            for (int s = 0; s < STATS; ++s) sums[s][i - i0] += terms[s];
           }
-        for (int s = 0; s < 7; ++s) out<T>(stats)[n * 7 + s] = T((sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]));
+        T* to = out<T>(stats) + n * STATS;
+        for (int s = 0; s < STATS; ++s) to[s] = T((sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]));
       }
     });
   });
   return {stats, h_hat};
 }
 
-// ---------------------------------------------------------------------------------------------------------- backward
+// -------------------------------------------------------------------------------------------------- backward
 // out[n,j] = x[n] . W[indices[n,j]]
 Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
   const char* op = "gather_dot";
-  STD_TORCH_CHECK(x_.dim() == 2 && W_.dim() == 2 && indices_.dim() == 2, op, ": all operands must have two dimensions");
+  const bool matrices = x_.dim() == 2 && W_.dim() == 2 && indices_.dim() == 2;
+  STD_TORCH_CHECK(matrices, op, ": all operands must have two dimensions");
   const int64_t N = x_.size(0), d = x_.size(1), F = W_.size(0), k = indices_.size(1);
   check(op, x_, x_.scalar_type(), {N, d});
   check(op, W_, x_.scalar_type(), {F, d});
   check(op, indices_, ScalarType::Long, {N, k});
-  Tensor x = torch::stable::contiguous(x_), W = torch::stable::contiguous(W_), indices = torch::stable::contiguous(indices_);
+  Tensor x = contiguous(x_), W = contiguous(W_), indices = contiguous(indices_);
   check_code(op, indices, F);
   Tensor dots = like(x, {N, k});
   by_dtype(x, [&](auto zero) {
@@ -281,17 +311,19 @@ Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
   return dots;
 }
 
-// rows[f] = sum of coef[n,j] x[n] over the entries with indices[n,j] = f, sums[f] = sum of their coef. A counting sort lists each
-// latent's entries in token order; then a thread owns whole rows. Sums of 32 entries go into a float64 total, so that a latent that
-// fires on every token loses no more digits than in a blocked matmul.
-std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indices_, const Tensor& x_, int64_t F) {
+// rows[f] = sum of coef[n,j] x[n] over the entries with indices[n,j] = f, sums[f] = sum of their coef. A
+// counting sort lists each latent's entries in token order; then a thread owns whole rows. Sums of 32 entries
+// go into a float64 total, so that a latent that fires on every token loses no more digits than in a blocked
+// matmul.
+std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indices_, const Tensor& x_,
+                                        int64_t F) {
   const char* op = "scatter_rows";
   STD_TORCH_CHECK(x_.dim() == 2 && coef_.dim() == 2 && F >= 0, op, ": coef and x must have two dimensions");
   const int64_t N = x_.size(0), d = x_.size(1), k = coef_.size(1);
   check(op, x_, x_.scalar_type(), {N, d});
   check(op, coef_, x_.scalar_type(), {N, k});
   check(op, indices_, ScalarType::Long, {N, k});
-  Tensor x = torch::stable::contiguous(x_), coef = torch::stable::contiguous(coef_), indices = torch::stable::contiguous(indices_);
+  Tensor x = contiguous(x_), coef = contiguous(coef_), indices = contiguous(indices_);
   check_code(op, indices, F);
   Tensor rows = like(x, {F, d}), sums = like(x, {F});
   by_dtype(x, [&](auto zero) {
@@ -302,7 +334,8 @@ std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indic
     const T *c = in<T>(coef), *from = in<T>(x);
     for (int64_t at = 0; at < N * k; ++at) ++start[f[at] + 2];
     for (int64_t i = 2; i < F + 2; ++i) start[i] += start[i - 1];
-    for (int64_t at = 0; at < N * k; ++at) {  // after this the entries from start[f] to start[f + 1] belong to f
+    // After this the entries from start[f] to start[f + 1] belong to f.
+    for (int64_t at = 0; at < N * k; ++at) {
       const int64_t to = start[f[at] + 1]++;
       token[to] = at / k, sorted[to] = c[at];
     }
@@ -332,7 +365,8 @@ std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indic
 STABLE_TORCH_LIBRARY(tg, m) {
   m.def("topk_encode(Tensor h, Tensor W_enc, Tensor b_enc, int k) -> (Tensor, Tensor)");
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec) -> Tensor");
-  m.def("gradient_weighted_distortion(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec, Tensor h, Tensor g, bool want_h_hat) -> (Tensor, Tensor)");
+  m.def("gradient_weighted_distortion(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec, "
+        "Tensor h, Tensor g, bool want_h_hat) -> (Tensor, Tensor)");
   m.def("gather_dot(Tensor x, Tensor W, Tensor indices) -> Tensor");
   m.def("scatter_rows(Tensor coef, Tensor indices, Tensor x, int F) -> (Tensor, Tensor)");
 }

@@ -1,6 +1,6 @@
 // CUDA kernels of the operators whose schemas are in ops.cpp: float32, k <= 2048, every sum in a fixed order.
-// An index outside [0, F) is never followed: it makes NaN where it would have been used (checking it up front would cost a
-// synchronisation). Kernels that need fast arithmetic are left to a later issue; these must be right and bounded in memory.
+// An index outside [0, F) is never followed: it makes NaN where it would have been used (checking it up front
+// would cost a synchronisation). These are right and bounded in memory; they are not tuned for speed.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -18,21 +18,26 @@
 #include "keys.h"
 
 using torch::headeronly::ScalarType;
+using torch::stable::new_empty;
 using torch::stable::Tensor;
 
 namespace {
 
-constexpr int THREADS = 128, WARPS = THREADS / 32, STATS = 7;
+constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int STATS = 5;                                    // columns of a distortion, kernels.STATS
 constexpr int64_t TILE_TOKENS = 4096, TILE_LATENTS = 4096;  // 64 MB of pre-activations at most
-constexpr int64_t MAX_K = 2048;                             // 4096 keys of 8 bytes in shared memory, kernels.py knows it
+constexpr int64_t MAX_K = 2048;                             // 4096 keys of 8 bytes in shared memory
 
 const float* in(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 const int64_t* ints(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
 float* out(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-Tensor check(const char* op, const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype = ScalarType::Float) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index() && x.scalar_type() == dtype, op, ": float32 on one GPU only");
-  STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), x.sizes().begin(), x.sizes().end()), op, ": shapes do not match");
+Tensor check(const char* op, const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape,
+             ScalarType dtype = ScalarType::Float) {
+  const bool there = x.is_cuda() && x.get_device_index() == like.get_device_index();
+  STD_TORCH_CHECK(there && x.scalar_type() == dtype, op, ": float32 on one GPU only");
+  const bool same = std::equal(shape.begin(), shape.end(), x.sizes().begin(), x.sizes().end());
+  STD_TORCH_CHECK(same, op, ": shapes do not match");
   return torch::stable::contiguous(x);
 }
 
@@ -46,8 +51,9 @@ struct Launch {  // the device and stream that the caller's tensor lives on
   }
 };
 
-// ------------------------------------------------------------------------------------------------------------ encode
-// A key is order << 32 | ~index: the larger key ranks first, no two are equal, and 0 stands for no key at all.
+// ---------------------------------------------------------------------------------------------------- encode
+// A key is order << 32 | ~index: the larger key ranks first, no two are equal, and 0 stands for no key at
+// all.
 __device__ void sort_descending(uint64_t* keys, int size) {  // bitonic, size a power of two
   for (int run = 2; run <= size; run *= 2)
     for (int stride = run / 2; stride > 0; stride /= 2) {
@@ -61,11 +67,11 @@ __device__ void sort_descending(uint64_t* keys, int size) {  // bitonic, size a 
   __syncthreads();
 }
 
-// One block merges one token's tile row into its best k so far (sorted, in global memory between tiles). Candidates above the
-// k-th key gather behind the best k in shared memory until they might not fit, then all are sorted. Atomics only hand out
-// places; the sort makes the result independent of who got which.
-__global__ void merge_tile(const float* tile, const float* bias, int64_t cols, int64_t first, int k, int size, uint64_t* best, bool last,
-                           float* values, int64_t* indices) {
+// One block merges one token's tile row into its best k so far (sorted, in global memory between tiles).
+// Candidates above the k-th key gather behind the best k in shared memory until they might not fit, then all
+// are sorted. Atomics only hand out places; the sort makes the result independent of who got which.
+__global__ void merge_tile(const float* tile, const float* bias, int64_t cols, int64_t first, int k, int size,
+                           uint64_t* best, bool last, float* values, int64_t* indices) {
   extern __shared__ uint64_t keys[];
   __shared__ int count;
   const int64_t n = blockIdx.x;
@@ -96,7 +102,8 @@ __global__ void merge_tile(const float* tile, const float* bias, int64_t cols, i
     for (int i = threadIdx.x; i < k; i += THREADS) best[n * k + i] = keys[i];
     return;
   }
-  for (int i = threadIdx.x; i < k; i += THREADS) keys[i] = keys[i] << 32 | keys[i] >> 32;  // ~index on top: descending is ascending
+  // ~index comes on top: descending keys are ascending indices.
+  for (int i = threadIdx.x; i < k; i += THREADS) keys[i] = keys[i] << 32 | keys[i] >> 32;
   sort_descending(keys, size);
   for (int i = threadIdx.x; i < k; i += THREADS) {
     values[n * k + i] = relu(from_order<float>(uint32_t(keys[i])));
@@ -105,50 +112,57 @@ __global__ void merge_tile(const float* tile, const float* bias, int64_t cols, i
 }
 
 void gemm(const Tensor& a, const Tensor& bT, const Tensor& result) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(bT), torch::stable::detail::from(result)};
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(bT), from(result)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// cuBLAS through the dispatcher into one bounded tile (so the caller's TF32 setting holds), then a merge per token.
+// cuBLAS through the dispatcher into one bounded tile (so the caller's TF32 setting holds), then a merge per
+// token.
 std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const Tensor& b_, int64_t k) {
   const char* op = "topk_encode";
   STD_TORCH_CHECK(h_.dim() == 2 && W_.dim() == 2, op, ": h and W_enc must have two dimensions");
   const int64_t N = h_.size(0), d = h_.size(1), F = W_.size(0);
   Tensor h = check(op, h_, h_, {N, d}), W = check(op, W_, h_, {F, d}), b = check(op, b_, h_, {F});
-  STD_TORCH_CHECK(k >= 1 && k <= std::min(F, MAX_K) && F < (int64_t(1) << 32), op, ": k=", k, " is not in 1..min(F, ", MAX_K, ")");
-  Tensor values = torch::stable::new_empty(h, {N, k}), indices = torch::stable::new_empty(h, {N, k}, ScalarType::Long);
+  const bool fits = k >= 1 && k <= std::min(F, MAX_K) && F < (int64_t(1) << 32);
+  STD_TORCH_CHECK(fits, op, ": k=", k, " is not in 1..min(F, ", MAX_K, ")");
+  Tensor values = new_empty(h, {N, k}), indices = new_empty(h, {N, k}, ScalarType::Long);
   if (N == 0) return {values, indices};
   const Launch on(h);
   const int64_t tokens = std::min(N, TILE_TOKENS), width = std::min(F, TILE_LATENTS);
   int size = 1;
   while (size < k + 2 * THREADS) size *= 2;
-  Tensor tile = torch::stable::new_empty(h, {tokens, width}), best = torch::stable::new_empty(h, {tokens, k}, ScalarType::Long);
+  Tensor tile = new_empty(h, {tokens, width}), best = new_empty(h, {tokens, k}, ScalarType::Long);
   auto* keys = static_cast<uint64_t*>(best.mutable_data_ptr());
   auto view = [&](const float* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
-    return torch::stable::from_blob(const_cast<float*>(p), {rows, cols}, {row_stride, col_stride}, h.device(), ScalarType::Float);
+    return torch::stable::from_blob(const_cast<float*>(p), {rows, cols}, {row_stride, col_stride}, h.device(),
+                                    ScalarType::Float);
   };
   for (int64_t n0 = 0; n0 < N; n0 += tokens) {
     const int64_t rows = std::min(tokens, N - n0);
     STD_CUDA_CHECK(cudaMemsetAsync(keys, 0, rows * k * sizeof(uint64_t), on.stream));
     for (int64_t f0 = 0; f0 < F; f0 += width) {
       const int64_t cols = std::min(width, F - f0);
-      gemm(view(in(h) + n0 * d, rows, d, d, 1), view(in(W) + f0 * d, d, cols, 1, d), view(out(tile), rows, cols, cols, 1));
+      gemm(view(in(h) + n0 * d, rows, d, d, 1), view(in(W) + f0 * d, d, cols, 1, d),
+           view(out(tile), rows, cols, cols, 1));
       merge_tile<<<rows, THREADS, size * sizeof(uint64_t), on.stream>>>(
-          out(tile), in(b) + f0, cols, f0, k, size, keys, f0 + cols == F, out(values) + n0 * k, static_cast<int64_t*>(indices.mutable_data_ptr()) + n0 * k);
+          out(tile), in(b) + f0, cols, f0, k, size, keys, f0 + cols == F, out(values) + n0 * k,
+          static_cast<int64_t*>(indices.mutable_data_ptr()) + n0 * k);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   }
   return {values, indices};
 }
 
-// ------------------------------------------------------------------------------------------------------------ decode
+// ---------------------------------------------------------------------------------------------------- decode
 __device__ float entry(float value, int64_t f, const float* W, int64_t F, int64_t d, int64_t i) {
   return uint64_t(f) < uint64_t(F) ? value * W[f * d + i] : nanf("");
 }
 
 // Column i of one token's h_hat, in the order of the CPU kernel: fours, then what is left, then the bias.
-__device__ float decode_at(const float* v, const int64_t* f, int64_t k, const float* W, const float* b, int64_t F, int64_t d, int64_t i) {
+__device__ float decode_at(const float* v, const int64_t* f, int64_t k, const float* W, const float* b,
+                           int64_t F, int64_t d, int64_t i) {
   float acc = 0;
   int64_t j = 0;
   for (; j + 4 <= k; j += 4)
@@ -158,21 +172,25 @@ __device__ float decode_at(const float* v, const int64_t* f, int64_t k, const fl
   return acc + b[i];
 }
 
-__global__ void decode(const float* values, const int64_t* indices, int64_t k, const float* W, const float* b, int64_t F, int64_t d, float* h_hat) {
+__global__ void decode(const float* values, const int64_t* indices, int64_t k, const float* W, const float* b,
+                       int64_t F, int64_t d, float* h_hat) {
   const int64_t n = blockIdx.x;
-  for (int64_t i = threadIdx.x; i < d; i += THREADS) h_hat[n * d + i] = decode_at(values + n * k, indices + n * k, k, W, b, F, d, i);
+  for (int64_t i = threadIdx.x; i < d; i += THREADS)
+    h_hat[n * d + i] = decode_at(values + n * k, indices + n * k, k, W, b, F, d, i);
 }
 
-// The same, with the seven sums taken from h_hat while it is in a register; float64 per token, reduced in a fixed tree.
-__global__ void distort(const float* values, const int64_t* indices, int64_t k, const float* W, const float* b, int64_t F, int64_t d,
-                        const float* h, const float* g, float* stats, float* h_hat) {
+// The same, with the sums taken from h_hat while it is in a register; float64 per token, reduced in a
+// fixed tree.
+__global__ void distort(const float* values, const int64_t* indices, int64_t k, const float* W,
+                        const float* b, int64_t F, int64_t d, const float* h, const float* g, float* stats,
+                        float* h_hat) {
   const int64_t n = blockIdx.x;
   double sums[STATS] = {};
   for (int64_t i = threadIdx.x; i < d; i += THREADS) {
     const float rounded = decode_at(values + n * k, indices + n * k, k, W, b, F, d, i);
     if (h_hat) h_hat[n * d + i] = rounded;
     const double y = rounded, x = h[n * d + i], delta = y - x;
-    const double terms[STATS] = {g[n * d + i] * delta, delta * delta, y * y, x * y, x * x, delta, x};
+    const double terms[STATS] = {g[n * d + i] * delta, delta * delta, y * y, x * y, x * x};
     for (int s = 0; s < STATS; ++s) sums[s] += terms[s];
   }
   __shared__ double warp[STATS][WARPS];
@@ -192,8 +210,10 @@ Tensor sparse_decode(const Tensor& values_, const Tensor& indices_, const Tensor
   const char* op = "sparse_decode";
   STD_TORCH_CHECK(values_.dim() == 2 && W_.dim() == 2, op, ": values and W_dec must have two dimensions");
   const int64_t N = values_.size(0), k = values_.size(1), F = W_.size(0), d = W_.size(1);
-  Tensor values = check(op, values_, values_, {N, k}), indices = check(op, indices_, values_, {N, k}, ScalarType::Long);
-  Tensor W = check(op, W_, values_, {F, d}), b = check(op, b_, values_, {d}), h_hat = torch::stable::new_empty(values, {N, d});
+  Tensor values = check(op, values_, values_, {N, k});
+  Tensor indices = check(op, indices_, values_, {N, k}, ScalarType::Long);
+  Tensor W = check(op, W_, values_, {F, d}), b = check(op, b_, values_, {d});
+  Tensor h_hat = new_empty(values, {N, d});
   if (N == 0) return h_hat;
   const Launch on(values);
   decode<<<N, THREADS, 0, on.stream>>>(in(values), ints(indices), k, in(W), in(b), F, d, out(h_hat));
@@ -201,24 +221,28 @@ Tensor sparse_decode(const Tensor& values_, const Tensor& indices_, const Tensor
   return h_hat;
 }
 
-std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values_, const Tensor& indices_, const Tensor& W_, const Tensor& b_,
-                                                        const Tensor& h_, const Tensor& g_, bool want_h_hat) {
+std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values_, const Tensor& indices_,
+                                                        const Tensor& W_, const Tensor& b_, const Tensor& h_,
+                                                        const Tensor& g_, bool want_h_hat) {
   const char* op = "gradient_weighted_distortion";
   STD_TORCH_CHECK(values_.dim() == 2 && W_.dim() == 2, op, ": values and W_dec must have two dimensions");
   const int64_t N = values_.size(0), k = values_.size(1), F = W_.size(0), d = W_.size(1);
-  Tensor values = check(op, values_, values_, {N, k}), indices = check(op, indices_, values_, {N, k}, ScalarType::Long);
+  Tensor values = check(op, values_, values_, {N, k});
+  Tensor indices = check(op, indices_, values_, {N, k}, ScalarType::Long);
   Tensor W = check(op, W_, values_, {F, d}), b = check(op, b_, values_, {d});
   Tensor h = check(op, h_, values_, {N, d}), g = check(op, g_, values_, {N, d});
-  Tensor stats = torch::stable::new_empty(h, {N, STATS}), h_hat = torch::stable::new_empty(h, {want_h_hat ? N : 0, d});
+  Tensor stats = new_empty(h, {N, STATS}), h_hat = new_empty(h, {want_h_hat ? N : 0, d});
   if (N == 0) return {stats, h_hat};
   const Launch on(values);
-  distort<<<N, THREADS, 0, on.stream>>>(in(values), ints(indices), k, in(W), in(b), F, d, in(h), in(g), out(stats), want_h_hat ? out(h_hat) : nullptr);
+  distort<<<N, THREADS, 0, on.stream>>>(in(values), ints(indices), k, in(W), in(b), F, d, in(h), in(g),
+                                        out(stats), want_h_hat ? out(h_hat) : nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {stats, h_hat};
 }
 
-// ---------------------------------------------------------------------------------------------------------- backward
-__global__ void gather(const float* x, const float* W, const int64_t* indices, int64_t k, int64_t F, int64_t d, float* dots) {
+// -------------------------------------------------------------------------------------------------- backward
+__global__ void gather(const float* x, const float* W, const int64_t* indices, int64_t k, int64_t F,
+                       int64_t d, float* dots) {
   const int64_t n = blockIdx.x;  // a warp per entry of the token
   for (int64_t j = threadIdx.x / 32; j < k; j += WARPS) {
     const int64_t f = indices[n * k + j];
@@ -231,10 +255,11 @@ __global__ void gather(const float* x, const float* W, const int64_t* indices, i
 
 Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
   const char* op = "gather_dot";
-  STD_TORCH_CHECK(x_.dim() == 2 && W_.dim() == 2 && indices_.dim() == 2, op, ": all operands must have two dimensions");
+  const bool matrices = x_.dim() == 2 && W_.dim() == 2 && indices_.dim() == 2;
+  STD_TORCH_CHECK(matrices, op, ": all operands must have two dimensions");
   const int64_t N = x_.size(0), d = x_.size(1), F = W_.size(0), k = indices_.size(1);
-  Tensor x = check(op, x_, x_, {N, d}), W = check(op, W_, x_, {F, d}), indices = check(op, indices_, x_, {N, k}, ScalarType::Long);
-  Tensor dots = torch::stable::new_empty(x, {N, k});
+  Tensor x = check(op, x_, x_, {N, d}), W = check(op, W_, x_, {F, d});
+  Tensor indices = check(op, indices_, x_, {N, k}, ScalarType::Long), dots = new_empty(x, {N, k});
   if (N == 0) return dots;
   const Launch on(x);
   gather<<<N, THREADS, 0, on.stream>>>(in(x), in(W), ints(indices), k, F, d, out(dots));
@@ -252,10 +277,10 @@ __device__ int64_t lower_bound(const int64_t* sorted, int64_t count, int64_t f) 
   return low;
 }
 
-// A block owns one latent's row and walks its entries in token order; sums of 32 into float64 as on the CPU. Latents that no entry names
-// (and entries that name no latent) cost one search.
-__global__ void sum_segments(const float* coef, const int64_t* sorted, const int64_t* place, int64_t entries, int64_t k, const float* x, int64_t d,
-                             float* rows, float* sums) {
+// A block owns one latent's row and walks its entries in token order; sums of 32 into float64 as on the CPU.
+// Latents that no entry names (and entries that name no latent) cost one search.
+__global__ void sum_segments(const float* coef, const int64_t* sorted, const int64_t* place, int64_t entries,
+                             int64_t k, const float* x, int64_t d, float* rows, float* sums) {
   const int64_t f = blockIdx.x;
   __shared__ int64_t bounds[2];
   if (threadIdx.x < 2) bounds[threadIdx.x] = lower_bound(sorted, entries, f + threadIdx.x);
@@ -264,27 +289,33 @@ __global__ void sum_segments(const float* coef, const int64_t* sorted, const int
     double total = 0;
     for (int64_t e0 = bounds[0]; e0 < bounds[1]; e0 += 32) {
       float part = 0;
-      for (int64_t e = e0; e < min(e0 + 32, bounds[1]); ++e) part += i < d ? coef[place[e]] * x[place[e] / k * d + i] : coef[place[e]];
+      for (int64_t e = e0; e < min(e0 + 32, bounds[1]); ++e)
+        part += i < d ? coef[place[e]] * x[place[e] / k * d + i] : coef[place[e]];
       total += part;
     }
     (i < d ? rows[f * d + i] : sums[f]) = float(total);
   }
 }
 
-std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indices_, const Tensor& x_, int64_t F) {
+std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indices_, const Tensor& x_,
+                                        int64_t F) {
   const char* op = "scatter_rows";
   STD_TORCH_CHECK(x_.dim() == 2 && coef_.dim() == 2 && F >= 0, op, ": coef and x must have two dimensions");
   const int64_t N = x_.size(0), d = x_.size(1), k = coef_.size(1);
-  Tensor x = check(op, x_, x_, {N, d}), coef = check(op, coef_, x_, {N, k}), indices = check(op, indices_, x_, {N, k}, ScalarType::Long);
+  Tensor x = check(op, x_, x_, {N, d}), coef = check(op, coef_, x_, {N, k});
+  Tensor indices = check(op, indices_, x_, {N, k}, ScalarType::Long);
   Tensor rows = torch::stable::new_zeros(x, {F, d}), sums = torch::stable::new_zeros(x, {F});
   if (N * k == 0 || F == 0) return {rows, sums};
   const Launch on(x);
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(torch::stable::reshape(indices, {N * k})),
-                                    torch::stable::detail::from(std::optional<bool>(true)), torch::stable::detail::from(int64_t(0)),
-                                    torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]), place = torch::stable::detail::to<Tensor>(stack[1]);
-  sum_segments<<<F, THREADS, 0, on.stream>>>(in(coef), ints(sorted), ints(place), N * k, k, in(x), d, out(rows), out(sums));
+  using torch::stable::detail::from, torch::stable::detail::to;
+  Tensor flat = torch::stable::reshape(indices, {N * k});
+  const std::optional<bool> stable = true;
+  std::array<StableIValue, 4> stack{from(flat), from(stable), from(int64_t(0)), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  Tensor sorted = to<Tensor>(stack[0]), place = to<Tensor>(stack[1]);
+  sum_segments<<<F, THREADS, 0, on.stream>>>(in(coef), ints(sorted), ints(place), N * k, k, in(x), d,
+                                             out(rows), out(sums));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {rows, sums};
 }

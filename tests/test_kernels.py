@@ -1,11 +1,12 @@
-"""The operators against float64, against the dense sparse autoencoder, and against their own other paths: no
-recorded output.
+"""The operators against float64, against the dense sparse autoencoder and against their own other paths.
+
+No recorded output.
 """
 
 import subprocess
 import sys
 
-from transport_geometry import kernels
+from transport_geometry import ROOT, kernels
 from transport_geometry.kernels import STATS, gradient_weighted_distortion, sparse_decode, topk_encode
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 CUDA = pytest.param(
     "cuda",
     marks=pytest.mark.skipif(
-        not (torch.cuda.is_available() and kernels.BUILT and "cuda" in kernels._module.devices),
+        not (torch.cuda.is_available() and "cuda" in kernels.DEVICES),
         reason="no GPU, or built without CUDA",
     ),
 )
@@ -39,11 +40,12 @@ def made(N, d, F, k, seed=0, dtype=torch.float64, integer=False, device="cpu"):
     exact).
     """
     gen = torch.Generator().manual_seed(seed)
-    draw = (
-        (lambda *s: torch.randint(-2, 3, s, generator=gen))
-        if integer
-        else (lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64))
-    )
+
+    def draw(*shape):
+        if integer:
+            return torch.randint(-2, 3, shape, generator=gen)
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
     return [draw(*shape).to(dtype).to(device) for shape in ((N, d), (F, d), (F,), (F, d), (d,), (N, d))]
 
 
@@ -63,7 +65,7 @@ shapes = st.tuples(
 )
 
 
-# ------------------------------------------------------------------------------------------------------ encode
+# ---------------------------------------------------------------------------------------------------- encode
 @PATHS
 @settings(max_examples=25, deadline=None)
 @given(shape=shapes, integer=st.booleans(), dtype=st.sampled_from([torch.float64, torch.float32]))
@@ -220,41 +222,21 @@ def test_distortion_statistics(device, path, scale):
     assert gradient_weighted_distortion(*args)[1].shape == (0, d)
     y, x, grad = kept.double(), h.double(), g.double()
     delta = y - x
-    truth = torch.stack(
-        [
-            (grad * delta).sum(1),
-            (delta**2).sum(1),
-            (y**2).sum(1),
-            (x * y).sum(1),
-            (x**2).sum(1),
-            delta.sum(1),
-            x.sum(1),
-        ],
-        1,
-    )
-    size = torch.stack(
-        [
-            (grad * delta).abs().sum(1),
-            truth[:, 1],
-            truth[:, 2],
-            (x * y).abs().sum(1),
-            truth[:, 4],
-            delta.abs().sum(1),
-            x.abs().sum(1),
-        ],
-        1,
-    )
+    terms = torch.stack([grad * delta, delta**2, y**2, x * y, x**2], 1)
+    truth, size = terms.sum(2), terms.abs().sum(2)
     error, rounding = (stats.double() - truth).abs(), 2.0**-24 * truth.abs()
     # a term is delta (rounded, in its square twice), a product and d sums, here and in the truth: in float64,
     # or in float32 on a GPU's plain path; then comes the last rounding, to float32
     wide = 2.0**-24 if (path, device) == ("ref", "cuda") else 2.0**-53
     allowed = rounding + 2 * (d + 3) * wide * size
-    assert len(STATS) == 7 and (error <= allowed).all(), dict(zip(STATS, (error / allowed).amax(0).tolist()))
+    assert stats.shape == (N, len(STATS)) and (error <= allowed).all(), dict(
+        zip(STATS, (error / allowed).amax(0).tolist())
+    )
     if device == "cpu":
         assert torch.equal(kept, h_hat)
 
 
-# ---------------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------------------------- gradients
 @PATHS
 @pytest.mark.parametrize("N,d,F,k", [(30, 9, 50, 4), (7, 5, 6, 6), (64, 16, 1100, 1)])
 def test_gradients_equal_the_dense_autoencoder(path, N, d, F, k):
@@ -293,9 +275,12 @@ def test_gradcheck(path):
 def test_opcheck(device):
     h, W, b, W_dec, b_dec, g = made(9, 5, 30, 4, dtype=torch.float32, device=device)
     values, indices = topk_encode(h, W, b, 4)
-    grad = lambda *xs: [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in xs]
-    torch.library.opcheck(torch.ops.tg.topk_encode, (*grad(h, W, b), 4))
-    torch.library.opcheck(torch.ops.tg.sparse_decode, tuple(grad(values, indices, W_dec, b_dec)))
+
+    def leaf(x):
+        return x.detach().clone().requires_grad_()
+
+    torch.library.opcheck(torch.ops.tg.topk_encode, (leaf(h), leaf(W), leaf(b), 4))
+    torch.library.opcheck(torch.ops.tg.sparse_decode, (leaf(values), indices, leaf(W_dec), leaf(b_dec)))
     torch.library.opcheck(
         torch.ops.tg.gradient_weighted_distortion, (values, indices, W_dec, b_dec, h, g, True)
     )
@@ -303,9 +288,11 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.tg.scatter_rows, (values, indices, g, 30))
 
 
-# ------------------------------------------------------------------------------------------ memory, bad arguments
+# ------------------------------------------------------------------------------------- memory, bad arguments
 PEAK = """
-import resource, torch, kernels
+import resource
+from transport_geometry import kernels
+import torch
 torch.set_num_threads(2)
 kernels.use("ext")  # whatever KERNELS says
 N, d, F, k = 4096, 8, 65536, 8
@@ -326,14 +313,9 @@ def test_no_array_of_tokens_by_latents():
     """A step on 4096 tokens x 65536 latents (1 GB if dense, 128 MB if only a thread's tokens were) may add 48
     MB to that of 256 tokens.
     """
-    extra = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", PEAK], cwd=kernels.HERE, check=True, capture_output=True, text=True
-            ).stdout
-        )
-        / 1024
-    )
+    command = [sys.executable, "-c", PEAK]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    extra = int(done.stdout) / 1024
     assert extra < 48, f"{extra:.0f} MB"
 
 

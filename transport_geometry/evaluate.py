@@ -240,20 +240,10 @@ def patch_quantities(
 
 
 def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """The columns kernels.STATS [N,7] of a reconstruction that has no code."""
+    """The columns kernels.STATS [N,5] of a reconstruction that has no code."""
     delta = h_hat - h
-    return torch.stack(
-        [
-            (g * delta).sum(1),
-            delta.square().sum(1),
-            h_hat.square().sum(1),
-            (h * h_hat).sum(1),
-            h.square().sum(1),
-            delta.sum(1),
-            h.sum(1),
-        ],
-        1,
-    )
+    terms = (g * delta, delta.square(), h_hat.square(), h * h_hat, h.square())
+    return torch.stack([term.sum(1) for term in terms], 1)
 
 
 def fired_in(patch: Patch, n_latents: int, half: np.ndarray) -> np.ndarray:

@@ -14,29 +14,32 @@ read out of bounds.
 import hashlib
 import importlib
 import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 from transport_geometry import PACKAGE, ROOT
 
 import torch
 
-# columns of the distortion statistics
-STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq", "delta_sum", "h_sum")
+Tensor = torch.Tensor
+
+# columns of the distortion: g.delta, |delta|^2, |h_hat|^2, h.h_hat, |h|^2
+STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq")
 OPS = ("topk_encode", "sparse_decode", "gradient_weighted_distortion", "scatter_rows", "gather_dot")
 TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
 MAX_K_CUDA = 2048  # the CUDA selection sorts 2k keys in shared memory
 
 
 def _source_hash() -> str:
-    """Names and bytes of csrc, hashed as setup.py does it."""
+    """Names and bytes of csrc, hashed as setup.py does it; "" where csrc is not there."""
     files = sorted(p for p in (ROOT / "csrc").glob("*") if p.suffix in (".cpp", ".cu", ".h"))
-    return (
-        hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12]
-        if files
-        else ""
-    )
+    if not files:
+        return ""
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12]
 
 
-def _load():
+def _load() -> tuple[ModuleType | None, str]:
     """-> (extension module or None, why not). Import torch first: the extension links against it."""
     try:
         module = importlib.import_module("transport_geometry._kernels")
@@ -45,18 +48,19 @@ def _load():
         if error.name != "transport_geometry._kernels":
             return None, f"_kernels does not load: {error}"
         note = PACKAGE / "_kernels_not_built.txt"
-        return None, note.read_text(
-            encoding="utf-8"
-        ).strip() if note.is_file() else "not compiled: pip install -e . -c constraints.txt"
+        if note.is_file():
+            return None, note.read_text(encoding="utf-8").strip()
+        return None, "not compiled: pip install -e . -c constraints.txt"
     missing = [op for op in OPS if not hasattr(torch.ops.tg, op)]
-    return (
-        (None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall") if missing else (module, "")
-    )
+    if missing:
+        return None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall"
+    return module, ""
 
 
 _module, WHY_NOT = _load()
 BUILT = _module is not None
-_forced = "ref" if os.environ.get("KERNELS") == "ref" else None
+DEVICES: str = _module.devices if _module else ""  # what the extension was built for, as "cpu+cuda 8.0;9.0"
+_forced: str | None = "ref" if os.environ.get("KERNELS") == "ref" else None
 
 
 def use(which: str | None) -> None:
@@ -72,20 +76,19 @@ def use(which: str | None) -> None:
 def describe() -> str:
     """One line for the start of a run: what serves the operators, and whether that is what csrc now says."""
     version = f"torch {torch.__version__}"
-    if not BUILT:
+    if _module is None:
         return f"kernels: NOT BUILT ({WHY_NOT}) - plain PyTorch, same numbers, slower; {version}"
     if _forced == "ref":
         return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
-    stale = _source_hash() not in ("", _module.source)
-    return f"kernels: C++ ({_module.devices}), {version}" + (
-        " - STALE: csrc has changed since the build, reinstall" if stale else ""
-    )
+    if _source_hash() not in ("", _module.source):
+        version += " - STALE: csrc has changed since the build, reinstall"
+    return f"kernels: C++ ({DEVICES}), {version}"
 
 
-def _extension_serves(x: torch.Tensor, k: int = 1) -> bool:
+def _extension_serves(x: Tensor, k: int = 1) -> bool:
     if not BUILT or _forced == "ref":
         return False
-    cuda = x.is_cuda and "cuda" in _module.devices and x.dtype == torch.float32 and k <= MAX_K_CUDA
+    cuda = x.is_cuda and "cuda" in DEVICES and x.dtype == torch.float32 and k <= MAX_K_CUDA
     cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     if _forced == "ext" and not (cpu or cuda):
         raise RuntimeError(f"use('ext'): the extension does not serve {x.dtype} on {x.device} with k={k}")
@@ -93,13 +96,13 @@ def _extension_serves(x: torch.Tensor, k: int = 1) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ plain PyTorch
-def _blocks(N: int, row: int):
+def _blocks(N: int, row: int) -> Iterator[slice]:
     """Slices over N tokens, each of at most TILE elements when a token needs `row` of them."""
     step = max(1, TILE // max(row, 1))
-    return [slice(i, min(i + step, N)) for i in range(0, N, step)]
+    return (slice(i, min(i + step, N)) for i in range(0, N, step))
 
 
-def topk_encode_ref(h, W_enc, b_enc, k):
+def topk_encode_ref(h: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`topk_encode` without gradient and without C++: at most TILE pre-activations at a time.
 
     torch.topk leaves the order of equal values open, so one value more than k is asked for: where it equals
@@ -123,12 +126,12 @@ def topk_encode_ref(h, W_enc, b_enc, k):
     return values, indices
 
 
-def _rows(W, indices):
+def _rows(W: Tensor, indices: Tensor) -> Tensor:
     # unlike W[indices], refuses a negative one
     return W.index_select(0, indices.flatten()).view(*indices.shape, W.shape[1])
 
 
-def sparse_decode_ref(values, indices, W_dec, b_dec):
+def sparse_decode_ref(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """`sparse_decode` without gradient and without C++."""
     h_hat = values.new_empty(len(values), W_dec.shape[1])
     for s in _blocks(len(values), values.shape[1] * W_dec.shape[1]):
@@ -136,9 +139,10 @@ def sparse_decode_ref(values, indices, W_dec, b_dec):
     return h_hat
 
 
-def gather_dot_ref(x, W, indices):
-    """x [N,d], W [F,d], indices [N,k] -> x[n] . W[indices[n,j]], [N,k]: the gradient of `sparse_decode` to
-    its values.
+def gather_dot_ref(x: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+    """The gradient of `sparse_decode` to its values: x[n] . W[indices[n,j]].
+
+    x [N,d], W [F,d], indices [N,k] -> [N,k].
     """
     out = x.new_empty(indices.shape)
     for s in _blocks(len(x), indices.shape[1] * W.shape[1]):
@@ -146,12 +150,11 @@ def gather_dot_ref(x, W, indices):
     return out
 
 
-def scatter_rows_ref(coef, indices, x, F):
-    """coef, indices [N,k], x [N,d] -> (Z^T x [F,d], column sums of Z [F]), Z [N,F] being the code that (coef,
-    indices) stand for.
+def scatter_rows_ref(coef: Tensor, indices: Tensor, x: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    """Z^T x [F,d] and the column sums of Z [F], Z [N,F] being the code that coef and indices [N,k] stand for.
 
-    A dense tile of Z and one matmul: no atomic addition meets another (a token's indices differ), so it is
-    deterministic on a GPU too, and MPS has every operator of it. MPS is wrong for some transposed left
+    x [N,d]. A dense tile of Z and one matmul: no atomic addition meets another (a token's indices differ), so
+    it is deterministic on a GPU too, and MPS has every operator of it. MPS is wrong for some transposed left
     operands, hence contiguous().
     """
     rows, sums = x.new_zeros(F, x.shape[1]), x.new_zeros(F)
@@ -163,26 +166,35 @@ def scatter_rows_ref(coef, indices, x, F):
     return rows, sums
 
 
-def gradient_weighted_distortion_ref(values, indices, W_dec, b_dec, h, g, want_h_hat=False):
-    """`gradient_weighted_distortion` without C++; sums in float64 on the CPU, in the input's precision
-    elsewhere.
+def gradient_weighted_distortion_ref(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    h: Tensor,
+    g: Tensor,
+    want_h_hat: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`gradient_weighted_distortion` without C++; sums in float64 on the CPU, elsewhere in float32, or in
+    float64 where that is the input's precision.
     """
     N, d = h.shape
     stats, kept = h.new_empty(N, len(STATS)), h.new_empty(N if want_h_hat else 0, d)
-    wide = torch.float64 if h.device.type == "cpu" else h.dtype if h.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if h.device.type == "cpu" or h.dtype == torch.float64 else torch.float32
     for s in _blocks(N, values.shape[1] * d):
         h_hat = sparse_decode_ref(values[s], indices[s], W_dec, b_dec)
         y, x, grad = h_hat.to(wide), h[s].to(wide), g[s].to(wide)
         delta = y - x
-        columns = (grad * delta, delta * delta, y * y, x * y, x * x, delta, x)
-        stats[s] = torch.stack([c.sum(1) for c in columns], 1).to(h.dtype)
+        terms = (grad * delta, delta * delta, y * y, x * y, x * x)
+        stats[s] = torch.stack([term.sum(1) for term in terms], 1).to(h.dtype)
         if want_h_hat:
             kept[s] = h_hat
     return stats, kept
 
 
-def _call(op: str, x: torch.Tensor, *args, k: int = 1):
-    return getattr(torch.ops.tg, op)(*args) if _extension_serves(x, k) else globals()[op + "_ref"](*args)
+def _call(op: str, x: Tensor, *args: Any) -> Any:
+    """An operator without its autograd, by the extension where that serves tensors like x."""
+    return getattr(torch.ops.tg, op)(*args) if _extension_serves(x) else globals()[op + "_ref"](*args)
 
 
 # ------------------------------------------------------------------------------------------------ autograd
@@ -210,12 +222,12 @@ def _decode_context(ctx, inputs, output):
 def _decode_backward(ctx, grad):
     values, indices, W_dec = ctx.saved_tensors
     d_values = _call("gather_dot", grad, grad, W_dec, indices) if ctx.needs_input_grad[0] else None
-    d_W = (
-        _call("scatter_rows", grad, values, indices, grad, W_dec.shape[0])[0]
-        if ctx.needs_input_grad[2]
-        else None
-    )
-    return d_values, None, d_W, grad.sum(0) if ctx.needs_input_grad[3] else None
+    d_W = d_b = None
+    if ctx.needs_input_grad[2]:
+        d_W, _ = _call("scatter_rows", grad, values, indices, grad, W_dec.shape[0])
+    if ctx.needs_input_grad[3]:
+        d_b = grad.sum(0)
+    return d_values, None, d_W, d_b
 
 
 class _EncodeRef(torch.autograd.Function):
@@ -223,19 +235,15 @@ class _EncodeRef(torch.autograd.Function):
     keep [N,F] alive.
     """
 
-    forward, setup_context, backward = (
-        staticmethod(topk_encode_ref),
-        staticmethod(_encode_context),
-        staticmethod(_encode_backward),
-    )
+    forward = staticmethod(topk_encode_ref)
+    setup_context = staticmethod(_encode_context)
+    backward = staticmethod(_encode_backward)
 
 
 class _DecodeRef(torch.autograd.Function):
-    forward, setup_context, backward = (
-        staticmethod(sparse_decode_ref),
-        staticmethod(_decode_context),
-        staticmethod(_decode_backward),
-    )
+    forward = staticmethod(sparse_decode_ref)
+    setup_context = staticmethod(_decode_context)
+    backward = staticmethod(_decode_backward)
 
 
 if BUILT:  # shapes for torch.compile and opcheck; the C++ side has schema and numbers only
@@ -266,77 +274,77 @@ if BUILT:  # shapes for torch.compile and opcheck; the C++ side has schema and n
 
 
 # --------------------------------------------------------------------------------------- public functions
-def _check(where: str, like: torch.Tensor, **named) -> None:
+def _check(about: str, like: Tensor, **named: tuple[Tensor, tuple[int, ...]]) -> None:
     """Each of `named` is (tensor, shape): right shape, floating dtype and device of `like` (int64 where
     called indices).
     """
     for name, (x, shape) in named.items():
         dtype = torch.int64 if name == "indices" else like.dtype
-        if tuple(x.shape) != tuple(shape):
-            raise ValueError(f"{where}: {name} is {list(x.shape)}, expected {list(shape)}")
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{about}: {name} is {list(x.shape)}, expected {list(shape)}")
         if x.dtype != dtype or x.device != like.device:
-            raise ValueError(f"{where}: {name} is {x.dtype} on {x.device}, expected {dtype} on {like.device}")
+            raise ValueError(f"{about}: {name} is {x.dtype} on {x.device}, expected {dtype} on {like.device}")
     if not like.is_floating_point():
-        raise ValueError(f"{where}: {like.dtype} is not a floating dtype")
+        raise ValueError(f"{about}: {like.dtype} is not a floating dtype")
 
 
-def _matrix(where: str, name: str, x: torch.Tensor) -> torch.Size:
+def _matrix(about: str, name: str, x: Tensor) -> torch.Size:
     if x.dim() != 2:
-        raise ValueError(f"{where}: {name} is {list(x.shape)}, expected two dimensions")
+        raise ValueError(f"{about}: {name} is {list(x.shape)}, expected two dimensions")
     return x.shape
 
 
-def topk_encode(h, W_enc, b_enc, k):
+def topk_encode(h: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations h W_enc^T + b_enc of each token, cut at zero from below.
 
     h [N,d], W_enc [F,d], b_enc [F] -> values [N,k] >= 0, indices [N,k] int64, ascending within a token. Equal
     values: the lower index wins. A NaN counts as the largest value and is kept as NaN. Gradients to h, W_enc,
     b_enc run through the entries with a positive value only. Extra memory is a tile, whatever N and F.
+    Raises ValueError on shapes, dtypes and devices that do not fit together, and on a k outside 1..F.
     """
     N, d = _matrix("topk_encode", "h", h)
     F = _matrix("topk_encode", "W_enc", W_enc)[0]
     _check("topk_encode", h, W_enc=(W_enc, (F, d)), b_enc=(b_enc, (F,)))
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"topk_encode: k={k}, expected an int from 1 to F={F}")
-    return (
-        torch.ops.tg.topk_encode(h, W_enc, b_enc, k)
-        if _extension_serves(h, k)
-        else _EncodeRef.apply(h, W_enc, b_enc, k)
-    )
+    encode = torch.ops.tg.topk_encode if _extension_serves(h, k) else _EncodeRef.apply
+    return encode(h, W_enc, b_enc, k)
 
 
-def sparse_decode(values, indices, W_dec, b_dec):
-    """h_hat[n] = b_dec + sum_j values[n,j] W_dec[indices[n,j]]; values, indices [N,k], W_dec [F,d], b_dec [d]
-    -> [N,d].
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """h_hat[n] = b_dec + sum_j values[n,j] W_dec[indices[n,j]].
+
+    values, indices [N,k], W_dec [F,d], b_dec [d] -> [N,d]. Raises ValueError on shapes, dtypes and devices
+    that do not fit together.
     """
     F, d = _matrix("sparse_decode", "W_dec", W_dec)
     N, k = _matrix("sparse_decode", "values", values)
     _check("sparse_decode", values, indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
-    return (torch.ops.tg.sparse_decode if _extension_serves(values) else _DecodeRef.apply)(
-        values, indices, W_dec, b_dec
-    )
+    decode = torch.ops.tg.sparse_decode if _extension_serves(values) else _DecodeRef.apply
+    return decode(values, indices, W_dec, b_dec)
 
 
 @torch.no_grad()
-def gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, want_h_hat=False):
-    """What every distortion of delta = h_hat - h needs, per token, in one pass: -> stats [N,7], h_hat [N,d]
-    (or [0,d]).
+def gradient_weighted_distortion(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    h: Tensor,
+    g: Tensor,
+    want_h_hat: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What every distortion of delta = h_hat - h needs, per token, in one pass.
 
-    values, indices [N,k], W_dec [F,d], b_dec [d], h [N,d], g [N,d] (gradient of the summed CE). Columns as in
-    STATS: g.delta, |delta|^2, |h_hat|^2, h.h_hat, |h|^2, sum of delta, sum of h. h_hat is `sparse_decode`'s,
-    rounded to the dtype as the patch will see it; delta is formed elementwise from it (|h|^2 - 2 h.h_hat +
-    |h_hat|^2 would cancel when |h| >> |delta|) and summed in float64 by the extension. No gradient.
+    values, indices [N,k], W_dec [F,d], b_dec [d], h [N,d], g [N,d] (gradient of the summed CE) -> stats
+    [N,5], h_hat [N,d] (or [0,d]). Columns as in STATS: g.delta, |delta|^2, |h_hat|^2, h.h_hat, |h|^2. h_hat
+    is `sparse_decode`'s, rounded to the dtype as the patch will see it; delta is formed elementwise from it
+    (|h|^2 - 2 h.h_hat + |h_hat|^2 would cancel when |h| >> |delta|) and summed in float64 by the extension.
+    No gradient. Raises ValueError on shapes, dtypes and devices that do not fit together.
     """
-    where = "gradient_weighted_distortion"
-    F, d = _matrix(where, "W_dec", W_dec)
-    N, k = _matrix(where, "values", values)
-    _check(
-        where,
-        values,
-        indices=(indices, (N, k)),
-        W_dec=(W_dec, (F, d)),
-        b_dec=(b_dec, (d,)),
-        h=(h, (N, d)),
-        g=(g, (N, d)),
-    )
-    return _call(where, values, values, indices, W_dec, b_dec, h, g, bool(want_h_hat))
+    op = "gradient_weighted_distortion"
+    F, d = _matrix(op, "W_dec", W_dec)
+    N, k = _matrix(op, "values", values)
+    code = dict(indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
+    _check(op, values, **code, h=(h, (N, d)), g=(g, (N, d)))
+    return _call(op, values, values, indices, W_dec, b_dec, h, g, bool(want_h_hat))
