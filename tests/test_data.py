@@ -17,7 +17,7 @@ from unittest import mock
 
 from conftest import tiny_model
 from hub import commit, serve
-from transport_geometry import lm, sae, text, train
+from transport_geometry import sae, text, train
 from transport_geometry.errors import UserError
 
 import numpy as np
@@ -162,7 +162,7 @@ def job(data: str, tokens: int, **more) -> dict:
     )
 
 
-def train(data: str, cache: pathlib.Path) -> None:
+def trained(data: str, cache: pathlib.Path) -> None:
     jobs = [job(data, 16_000, split="test"), job(data, 9000, seed=1, split="test")]
     train.train_missing(tiny_model(dtype=torch.float32), Letters(), jobs, cache, text.find(data))
 
@@ -219,8 +219,8 @@ def test_sides_share_no_document_however_often_it_is_repeated(hub, tmp_path):
     write(
         hub.folder / "datasets/org/echo/train.jsonl", [{"text": TEXTS[i % 100 * (i % 3)]} for i in range(300)]
     )
-    train, held = (elsewhere(sided, "org/echo", side) for side in ("train", "heldout"))
-    assert not set(train) & set(held) and len(train) + len(held) == 300 and 0 < len(held) < 100
+    seen, held = (elsewhere(sided, "org/echo", side) for side in ("train", "heldout"))
+    assert not set(seen) & set(held) and len(seen) + len(held) == 300 and 0 < len(held) < 100
 
 
 def sided(data: str, side: str) -> list[str]:
@@ -347,10 +347,10 @@ def test_near_duplicates_stand_on_one_side():
 
 
 def test_held_out_files_of_the_standard_library_are_not_in_the_training_text():
-    train = np.unique(np.concatenate([text.windows(t) for _, t in text.stdlib_documents("train")]))
+    seen = np.unique(np.concatenate([text.windows(t) for _, t in text.stdlib_documents("train")]))
     held = dict(text.stdlib_documents("heldout"))
     for name, document in held.items():
-        assert np.isin(text.windows(document), train).mean() <= text.NEAR, name
+        assert np.isin(text.windows(document), seen).mean() <= text.NEAR, name
     moved = [name for name, _ in text.stdlib_documents("train") if text.one_in_ten(name)]
     assert {"chunk.py", "token.py", "posixpath.py"} <= set(moved) and len(moved) < len(held)
 
@@ -618,20 +618,20 @@ def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_
             hub.folder / f"datasets/org/runs/data/test-0000{i}-of-00003.jsonl",
             [{"text": t} for t in TEXTS[60 * i : 60 * i + 60]],
         )
-    elsewhere(train, "org/runs", tmp_path / "whole")
+    elsewhere(trained, "org/runs", tmp_path / "whole")
     saved = []
     for answered in (0, 1):  # the third shard is lost on the first pass over the text, then on the second
         hub.heal()
         hub.fail("*test-00002-of*", times=answered)
         hub.fail("*test-00002-of*", after=50)
         with pytest.raises(UserError, match="--data org/runs@.*row 120"):
-            elsewhere(train, "org/runs", tmp_path / "broken")
+            elsewhere(trained, "org/runs", tmp_path / "broken")
         saved.append(
             sorted(torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt"))
         )
     assert saved == [[4, 4], [12]]
     hub.heal()
-    elsewhere(train, "org/runs", tmp_path / "broken")
+    elsewhere(trained, "org/runs", tmp_path / "broken")
     assert (
         contents(tmp_path / "whole") == contents(tmp_path / "broken")
         and len(contents(tmp_path / "whole")) == 6
@@ -639,23 +639,23 @@ def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_
 
 
 def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(sae, "CHUNK", 1024)
+    monkeypatch.setattr(train, "CHUNK", 1024)
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
     model, jobs = (
         tiny_model(dtype=torch.float32),
         [job(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)],
     )
     train.train_missing(model, Letters(), jobs, tmp_path / "whole", text.find(jobs[0]["data"]))
-    whole, calls = lm.head, itertools.count(1)
+    calls = itertools.count(1)
 
-    def head(*args):
+    def interrupt(*_):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return whole(*args)
 
-    monkeypatch.setattr(sae, "head", head)
+    hook = model.gpt_neox.layers[0].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
+    hook.remove()
     assert [torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")] == [8, 8]
     train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
     assert (

@@ -1,6 +1,7 @@
 """What goes wrong and is said in one line: bad input and faults, and what a library's own errors become."""
 
 import contextlib
+import io
 import os
 import pathlib
 import pickle
@@ -23,6 +24,14 @@ class Fault(Exception):
     """A run gone wrong (a loss that is not finite, a disk that is full): one line, exit status 1."""
 
 
+# ------------------------------------------------------------------------------------- errors of libraries
+# what reading a file raises that is there and holds something else than it should
+CONTENT_ERRORS = (
+    *(ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+
+
 def reason(error: BaseException) -> str:
     """What a library's error says, in one line."""
     import huggingface_hub.errors as hub
@@ -31,46 +40,40 @@ def reason(error: BaseException) -> str:
         return "gated on the hub (401 or 403): accept its terms there and log in with `hf auth login`"
     if isinstance(error, hub.RepositoryNotFoundError):
         return "no local path, and no repository of the hub that you may read (401 or 404)"
+    if isinstance(error, KeyError):
+        return f"no {error} in it"
     # advice, and torch's frames in C++
     text = re.split("For more information|Exception raised from", str(error))[0]
     text = textwrap.shorten(text, 280, placeholder=" ...")
-    if isinstance(error, KeyError):
-        return f"no {error} in it"
     plain = isinstance(error, (OSError, ValueError, UserError))
     return text if text and plain else f"{type(error).__name__} {text}"
 
 
 @contextlib.contextmanager
-def one_line(where: str) -> Iterator[None]:
-    """Whatever files or a network make the loaders raise is a UserError that says where."""
+def one_line(about: str) -> Iterator[None]:
+    """Whatever files or a network make the loaders raise is a UserError that says what it is about."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{where}: {reason(error)}") from error
+        raise UserError(f"{about}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
 def reading(path: pathlib.Path) -> Iterator[None]:
-    """A file that cannot be read, or not understood, is one line."""
+    """A file that cannot be read, or not understood, is one line: Damaged, or UserError where this user may
+    not read it, or not now, which is nobody's damage.
+    """
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise Damaged(f"{path}: {error.strerror}") from error
-    except OSError as error:  # not to be read by this user, or not now: nobody's damage
+    except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except CONTENT_ERRORS as error:
         raise Damaged(f"{path}: damaged ({type(error).__name__})") from error
 
 
+# ------------------------------------------------------------------------------------ text within a message
 def brief(text: str, most: int = 60) -> str:
     """`text`, or its beginning and how long it is."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
@@ -87,15 +90,17 @@ def printable(text: str, what: str) -> str:
     return text
 
 
+# ------------------------------------------------------------------------------------------------ a script
 def run_script(main: Callable[[], object]) -> None:
     """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what
     nobody foresaw.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a locale without R² is no reason to stop
-    name = pathlib.Path(sys.argv[0]).name + (
-        f", rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else ""
-    )
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale without R² is no reason to stop
+    name = pathlib.Path(sys.argv[0]).name
+    if "RANK" in os.environ:
+        name += f", rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
     try:
         main()
     except UserError as error:

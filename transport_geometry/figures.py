@@ -1,11 +1,20 @@
-"""TODO figures."""
+"""Plots: the program that draws them, colours that mean the same in every one, and bytes that do not change.
+
+matplotlib is imported where something is drawn, not before: it is slow, and a run without plots needs none.
+"""
 
 import io
+import types
+import typing
+from collections.abc import Sequence
 
 import numpy as np
 
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def pyplot():
+
+def pyplot() -> types.ModuleType:
     """matplotlib.pyplot, drawing to files."""
     import matplotlib
 
@@ -15,13 +24,14 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def model_colours(models: list[str]) -> dict:
-    """{model: colour}, dark to light from the smallest to the largest: the same in every plot."""
-    return dict(zip(models, pyplot().get_cmap("viridis")(np.linspace(0.1, 0.85, len(models)))))
+def model_colours(models: Sequence[str]) -> dict[str, np.ndarray]:
+    """{model: colour [4], RGBA}, dark to light from the first, the smallest: the same in every plot."""
+    viridis = pyplot().get_cmap("viridis")
+    return dict(zip(models, viridis(np.linspace(0.1, 0.85, len(models)))))
 
 
-def as_png(figure) -> bytes:
-    """A PNG without the program's version in it: the same bytes from the same numbers."""
+def as_png(figure: "Figure") -> bytes:
+    """A PNG without the program's version in it: the same bytes from the same numbers. Closes it."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
     pyplot().close(figure)

@@ -1,4 +1,9 @@
-"""TODO models."""
+"""Language models and their tokenizers: embedded, in a local folder, or on the hub.
+
+They are loaded here, and known here: by hashes of what they compute, and by the names that results call them.
+A stranger's files bring no code: only safetensors are read, nothing of a repository is run, and what would
+fill the memory is refused before it does.
+"""
 
 import hashlib
 import json
@@ -6,7 +11,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from transport_geometry import ROOT
 from transport_geometry.errors import UserError, one_line
@@ -15,45 +21,43 @@ from transport_geometry.lm import blocks
 import torch
 
 EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
-
-
-# ------------------------------------------------------------------------------------- language models
 # what a config.json counts out
 COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024
 MASKS = 2**26  # numbers; GPT-Neo's are context^2 a block
+# what is downloaded of a repository: files of its top level only
+WANTED = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
+UNWANTED = ["*/*", "consolidated*"]
 
 
+# -------------------------------------------------------------------------------------------------- loading
 def load_model(
     name: str, device: torch.device, revision: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple:
+) -> tuple[Any, Any]:
     """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id. Raises
     UserError.
 
     The dtype is asked for by name: left to itself `from_pretrained` takes the file's, which for Pythia is
-    float16. A stranger's files bring no code: safetensors only, and nothing of the repository is run. Every
-    weight is the file's: transformers would draw at random what it lacks.
+    float16. Every weight is the file's: transformers would draw at random what it lacks.
 
     bfloat16 is the model's only: h, g, log-probabilities and all that follows are float32. Measured on 8 x 64
     tokens at six hooks of stdlib-s and -m, against float32, largest difference: R^2 0.003, CE 0.002, patched
     CE and dCE 0.03 nats, CE_rec 0.01, KL 2%, SWD over tokens 6%, exact Fisher forms 4%. `swd_sampled` draws
     other labels: within twofold, its own noise there.
     """
-    import huggingface_hub
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    downloads_shown = not huggingface_hub.utils.are_progress_bars_disabled()
-    transformers.utils.logging.disable_progress_bar()
-    if downloads_shown:
-        huggingface_hub.utils.enable_progress_bars()
-    source = EMBEDDED.get(name, name)
-    if revision and os.path.isdir(source):
+    _quiet()
+    source = str(EMBEDDED.get(name, name))
+    local = os.path.isdir(source)
+    if revision and local:
         raise UserError(f"--revision {revision}: {name} does not come from the hub")
-    where = f"--models {name}" + (f" at revision {revision}" if revision else "")
-    where += "" if "/" in name or os.path.isdir(source) else f" (embedded are {', '.join(EMBEDDED)})"
-    with one_line(where):
-        folder = source if os.path.isdir(source) else _download(name, revision)
+    about = f"--models {name}"
+    if revision:
+        about += f" at revision {revision}"
+    if not local and "/" not in name:
+        about += f" (embedded are {', '.join(EMBEDDED)})"
+    with one_line(about):
+        folder = source if local else _download(name, revision)
         check_size(read_config(folder), weight_files(pathlib.Path(folder)))
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -61,26 +65,44 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # they are in the report
         )
-    with one_line(f"{where}: its tokenizer"):
+    with one_line(f"{about}: its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer("Two or more words.", add_special_tokens=False).input_ids
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for weight, there, wanted in sorted(report["mismatched_keys"]):
-        raise UserError(f"{where}: {weight} is {list(there)} in the file and {list(wanted)} by config.json")
-    if missing := sorted(report["missing_keys"] & parameters.keys()):
-        raise UserError(f"{where}: the file lacks {len(missing)} of the model's weights ({missing[0]} ...)")
-    for weight, tensor in parameters.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{where}: {weight} holds a number that is not finite")
+    _check_weights(model, report, about)
     if len(set(ids)) < 2:  # what transformers makes of a folder without tokenizer files
-        raise UserError(f"{where}: it has no tokenizer, or one that knows no words")
+        raise UserError(f"{about}: it has no tokenizer, or one that knows no words")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: its tokenizer has no end-of-text token to join documents with")
+        raise UserError(f"{about}: its tokenizer has no end-of-text token to join documents with")
     blocks(model)
     model.eval().requires_grad_(False)
     return model.to(device), tokenizer
+
+
+def _quiet() -> None:
+    """Loaders say nothing of their own; downloads keep their bar."""
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    downloads_shown = not huggingface_hub.utils.are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()  # the hub's too
+    if downloads_shown:
+        huggingface_hub.utils.enable_progress_bars()
+
+
+def _check_weights(model: Any, report: dict[str, Any], about: str) -> None:
+    """Raises UserError where a weight is not the file's, by transformers' loading report, or not finite."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for weight, there, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(f"{about}: {weight} is {list(there)} in the file and {list(wanted)} by config.json")
+    if missing := sorted(report["missing_keys"] & parameters.keys()):
+        raise UserError(f"{about}: the file lacks {len(missing)} of the model's weights ({missing[0]} ...)")
+    for weight, tensor in parameters.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{about}: {weight} holds a number that is not finite")
 
 
 def _download(name: str, revision: str | None) -> str:
@@ -94,17 +116,14 @@ def _download(name: str, revision: str | None) -> str:
         raise OSError(f"no such folder (embedded: {', '.join(EMBEDDED)}; else a local folder or a hub id)")
     try:
         return huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"],
+            name, revision=revision, ignore_patterns=UNWANTED, allow_patterns=WANTED
         )
     # says what is not in the cache; its cause, why
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise error.__cause__ or error
 
 
-def read_config(source: str, revision: str | None = None):
+def read_config(source: str, revision: str | None = None) -> Any:
     """transformers' configuration of a local folder or hub id. Raises what transformers raises, and
     UserError.
 
@@ -129,7 +148,7 @@ def read_config(source: str, revision: str | None = None):
     return config
 
 
-def _numbers(content, name: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """(field, number) of all that a JSON value holds; an item of a list goes by the list's name."""
     if isinstance(content, dict):
         for key, value in content.items():
@@ -141,7 +160,7 @@ def _numbers(content, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, content
 
 
-def check_size(config, files: list[pathlib.Path]) -> None:
+def check_size(config: Any, files: Sequence[pathlib.Path]) -> None:
     """Raises UserError for a model by `config` that is larger than its safetensors, before its memory is
     spent.
 
@@ -153,13 +172,15 @@ def check_size(config, files: list[pathlib.Path]) -> None:
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    wanted, there = sum(t.numel() for t in (*model.parameters(), *model.buffers())), 0
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    there = 0
     for file in files:
         with safe_open(file, "pt") as tensors:
             there += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     if wanted > 2 * there + MASKS:
         raise UserError(
-            f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} numbers"
+            f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} "
+            "numbers"
         )
 
 
@@ -184,22 +205,27 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in sorted(names)]
 
 
-def fingerprint(model) -> str:
+# ----------------------------------------------------------------------------------------- identity and names
+# of a configuration: what says where a model came from or how it is run, not what it computes
+NOT_COMPUTED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint(module: torch.nn.Module) -> str:
     """Short hash of the weights, so that a model retrained under the same name does not meet another's
     SAEs.
     """
     whole = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         # numpy has no bfloat16
         whole.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:16]
 
 
-# of a configuration: what says where a model came from or how it is run, not what it computes
-NOT_COMPUTED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
-
-
-def model_hash(model) -> str:
+def model_hash(model: Any) -> str:
     """Short hash of what a model computes: its weights as they are held (so the dtype too) and its
     configuration.
     """
@@ -208,50 +234,45 @@ def model_hash(model) -> str:
         for key, value in model.config.to_dict().items()
         if value is not None and key not in NOT_COMPUTED
     }
-    whole = json.dumps(config, sort_keys=True, default=str) + fingerprint(model)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return short_hash(json.dumps(config, sort_keys=True, default=str) + fingerprint(model))
 
 
-def tokenizer_hash(tokenizer) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Short hash of what turns documents into tokens: the same weights see another text through another
     tokenizer.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend
-        else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    )
-    return hashlib.sha256(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}".encode()).hexdigest()[
-        :16
-    ]
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        rules = backend.to_str()
+    else:
+        rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    return short_hash(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}")
 
 
-def readable_names(names: list[str]) -> dict[str, str]:
+def readable_names(names: Sequence[str]) -> dict[str, str]:
     """{name as typed: what results call it}. A local path is called by its last part, or by as many as tell
     it from the others.
 
     Results are for sharing: where a folder lies on this machine is nobody's business (run.json says it).
     """
-    parts = {
-        name: pathlib.Path(name).resolve().parts
-        for name in names
-        if name not in EMBEDDED and os.path.exists(name)
-    }
+    parts = {name: _parts(name) for name in names}
     called = {}
-    for name in names:
-        own = parts.get(name, (name,))
-        others = [other for other in (parts.get(n, (n,)) for n in names) if other != own]
-        n = next(
-            n
-            for n in range(1, len(own) + 1)
-            if n == len(own) or all(own[-n:] != other[-n:] for other in others)
-        )
+    for name, own in parts.items():
+        others = [other for other in parts.values() if other != own]
+        n = 1
+        while n < len(own) and any(own[-n:] == other[-n:] for other in others):
+            n += 1
         called[name] = "/".join(own[-n:])
     return called
 
 
-def pick_layer(model, name: str, layer: int | None) -> int:
+def _parts(name: str) -> tuple[str, ...]:
+    """Of a local path; any other name is one."""
+    if name in EMBEDDED or not os.path.exists(name):
+        return (name,)
+    return pathlib.Path(name).resolve().parts
+
+
+def pick_layer(model: Any, name: str, layer: int | None) -> int:
     """The layer asked for, or the middle one. Raises UserError for one that the model has not."""
     n = model.config.num_hidden_layers
     if layer is None:

@@ -1,11 +1,20 @@
 """Files that outlive a run: written whole or not at all, checked when they are read again, one writer at a
 time.
 
-A folder that a run writes has a record (`run.json` of results, `provenance.json` of a cached SAE) with the
-SHA-256 of every file that the run put there. `put` changes several files as one: the new ones are written
-beside the old, the record says that they are coming, then they take their places. Killed at any moment, the
-next `settle` finds all of the old files or all of the new ones. What is not in the record is somebody else's:
-it is not removed, and renamed before its name is taken.
+A folder that a run writes has a record, `run.json` of results or `provenance.json` of a cached SAE. It holds
+facts (settings, versions, ...), and with them
+
+    files   {name: SHA-256} of every file that a run put there
+    coming  {name: SHA-256; null: to be removed} of a change that is being made
+    check   the SHA-256 of the rest, so that an edit by hand is seen
+
+`put` changes several files as one: the new ones are written beside the old, the record says that they are
+coming, then they take their places. Killed at any moment, the next `settle` finds all of the old files or all
+of the new ones. What is not in the record is somebody else's: it is not removed, and renamed before its name
+is taken.
+
+In this module `record` is the path of a record, `content` the bytes of a file or what writes them, and
+`digest` a SHA-256 in hex.
 """
 
 import atexit
@@ -18,7 +27,8 @@ import pathlib
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from transport_geometry.errors import Damaged, Fault, UserError, reading
 from transport_geometry.tables import Content, as_json
@@ -37,12 +47,9 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        why = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else " ".join(str(error).split())[:200]
-        )
-        raise Fault(f"{path}: cannot be written ({why})") from error
+        strerror = error.strerror if isinstance(error, OSError) else None
+        reason = strerror or " ".join(str(error).split())[:200]
+        raise Fault(f"{path}: cannot be written ({reason})") from error
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -69,7 +76,10 @@ def _write_beside(path: pathlib.Path, content: Content) -> pathlib.Path:
     """
     temporary = _beside(path)
     with temporary.open("wb") as file:
-        file.write(content) if isinstance(content, bytes) else content(file)
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            content(file)
         file.flush()
         os.fsync(file.fileno())
     return temporary
@@ -99,50 +109,51 @@ def set_aside(path: pathlib.Path, word: str) -> pathlib.Path:
 
 
 # ------------------------------------------------------------------------------------ a folder and its record
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _check(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def load(record: pathlib.Path) -> dict:
-    """What a record holds; {} where there is none. Raises Damaged: edited, not one of ours, or about files
-    elsewhere.
+def load(record: pathlib.Path) -> dict[str, Any]:
+    """What a record holds, without its check; {} where there is none. Raises Damaged: edited, not one of
+    ours, or about files elsewhere.
     """
     if not os.path.lexists(record):
         return {}
     with reading(record):
-        content = json.loads(record.read_text(encoding="utf-8"))
-        check = content.pop("check", None)
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        check = facts.pop("check", None)
         if check is None:
             raise Damaged(f"{record}: not a record of this program, or one of an older version")
-        if check != _digest(content):
+        if check != _check(facts):
             raise Damaged(f"{record}: damaged, or edited by hand")
-        for name in {**content.get("files", {}), **content.get("coming", {})}:
+        for name in {**facts.get("files", {}), **facts.get("coming", {})}:
             if name in ("", "..", record.name) or name != pathlib.PurePath(name).name:
                 raise Damaged(f"{record}: names a file that is not beside it")
-    return content
+    return facts
 
 
-def _write_record(record: pathlib.Path, content: dict) -> None:
-    write(record, as_json(content | {"check": _digest(content)}))
+def _write_record(record: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    write(record, as_json({**facts, "check": _check(facts)}))
 
 
-def put(record: pathlib.Path, contents: dict[str, Content | None], **facts) -> None:
+def put(record: pathlib.Path, contents: Mapping[str, Content | None], **facts: Any) -> None:
     """Write files of the record's folder (None: remove), and facts of the record, as one change. Raises
     Fault, Damaged.
 
     A file that lies there and is not the one that was put there is the user's: it is kept under another name.
     """
     settle(record)
-    now, coming = load(record), {}
+    before = load(record)
+    coming: dict[str, str | None] = {}
     with _writing(record.parent):
         record.parent.mkdir(parents=True, exist_ok=True)
         try:
             for name, content in contents.items():
                 path = record.parent / name
                 coming[name] = None if content is None else sha256(_write_beside(path, content))
-            _write_record(record, now | facts | {"files": now.get("files", {}), "coming": coming})
+            _write_record(record, before | facts | {"files": before.get("files", {}), "coming": coming})
         except BaseException:
-            if load(record) == now:  # nothing was promised
+            if load(record) == before:  # nothing was promised
                 _clear(record.parent)
             raise
         _move_in(record)
@@ -158,19 +169,24 @@ def settle(record: pathlib.Path) -> None:
 
 
 def _move_in(record: pathlib.Path) -> None:
-    now = load(record)
-    files = now.get("files", {})
-    for name, digest in now.pop("coming").items():
+    """Let the files that are coming take their places."""
+    facts = load(record)
+    files = facts.get("files", {})
+    for name, digest in facts.pop("coming").items():
         path, temporary = record.parent / name, _beside(record.parent / name)
         if digest is None or temporary.exists():
             if os.path.lexists(path) and not _is(path, files.get(name)):
                 print(f"{path} was changed by someone else: kept as {set_aside(path, 'kept').name}")
-            os.replace(temporary, path) if digest else path.unlink(missing_ok=True)
+            if digest is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.replace(temporary, path)
         elif not _is(path, digest):  # neither there nor to come: a copy that left hidden files behind
             continue
-        files = {key: value for key, value in (files | {name: digest}).items() if value}
+        files[name] = digest
+    files = {name: digest for name, digest in sorted(files.items()) if digest}
     _sync(record.parent)
-    _write_record(record, now | {"files": dict(sorted(files.items()))})
+    _write_record(record, facts | {"files": files})
 
 
 def _is(path: pathlib.Path, digest: str | None) -> bool:
@@ -189,8 +205,8 @@ def checked(record: pathlib.Path, name: str) -> pathlib.Path:
 
     Raises Damaged, and UserError where it may not be read.
     """
-    path, content = record.parent / name, load(record)
-    wanted = {content.get("files", {}).get(name), content.get("coming", {}).get(name)} - {None}
+    path, facts = record.parent / name, load(record)
+    wanted = {facts.get("files", {}).get(name), facts.get("coming", {}).get(name)} - {None}
     if not wanted:
         raise Damaged(f"{path}: not in {record.name}, so not written by this program")
     with reading(path):
@@ -217,7 +233,7 @@ def remove(record: pathlib.Path) -> None:
         record.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------ one writer at a time
+# ------------------------------------------------------------------------------------ one writer at a time
 def writable(folder: pathlib.Path, flag: str) -> None:
     """Raises UserError before any work is done for a folder that cannot be written."""
     try:
@@ -231,7 +247,8 @@ _held: dict[pathlib.Path, filelock.FileLock] = {}
 
 
 def claim(folder: pathlib.Path, name: str = LOCK, wait: Callable[[str], object] | None = None) -> None:
-    """This process alone writes here, until `release` or its end; a dead process holds nothing.
+    """This process alone writes here, until `release` or its end; a dead process holds nothing. name: of the
+    lock, in that folder.
 
     Another holder: wait(who) is called and its end awaited, or, without `wait`, UserError names it.
     """
@@ -262,7 +279,7 @@ def _holder(path: pathlib.Path) -> str:
 
 @atexit.register
 def release(folder: pathlib.Path | None = None, name: str = LOCK) -> None:
-    """Give up one lock, or all."""
+    """Give up the lock of one folder, or all that this process holds."""
     for path in [folder.resolve() / name] if folder else list(_held):
         if lock := _held.pop(path, None):
             # while it is held: who waits for it sees that it has no name, and opens it anew
