@@ -1,7 +1,9 @@
-"""Builds csrc into the extension `_kernels` against the torch that is installed, or the tested one where none
-is.
+"""What of the build must be code; pyproject.toml says the rest.
 
-    pip install -e . -c constraints.txt          REQUIRE_KERNELS=1 makes a failing build an error instead of a warning
+Builds csrc into the extension `transport_geometry._kernels` against the torch that is installed, or the
+tested one where none is, and puts into a wheel what the package otherwise finds beside it in the checkout.
+
+    pip install -e . -c constraints.txt      REQUIRE_KERNELS=1: a failing build is an error, no warning
 """
 
 import hashlib
@@ -11,8 +13,20 @@ import sys
 import sysconfig
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
+# what an installed copy carries of the checkout, and under which folder of the package
+CARRIED = {
+    "demo/stdlib-*/*": "",
+    "outputs/reference/seed_sd.*": "",
+    "common.py": "scripts",
+    "exp*.py": "scripts",
+}
+NOT_BUILT = """
+WARNING: kernels NOT built: {why}
+The install goes on with plain PyTorch: same numbers, slower.
+"""
 # pip's build isolation hides the environment's own torch: look for it there
 sys.path.append(sysconfig.get_path("purelib"))
 try:
@@ -24,7 +38,22 @@ except ImportError:
     # pip fetches these into the build environment and runs this file again
     torch, needs = None, ["torch==2.13.0", "ninja"]
 
-command, extensions = {}, []
+
+class Carry(build_py):
+    """The modules, and in all but an editable install what is CARRIED."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        for pattern, folder in CARRIED.items():
+            for source in sorted(ROOT.glob(pattern)):
+                target = pathlib.Path(self.build_lib, "transport_geometry", folder, source.relative_to(ROOT))
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
+
+
+commands, extensions = {"build_py": Carry}, []
 if torch:
     import pybind11  # pyproject.toml asks for it
 
@@ -55,10 +84,8 @@ if torch:
         """
 
         def run(self):
-            note = (
-                pathlib.Path(self.get_ext_fullpath("transport_geometry._kernels")).parent
-                / "_kernels_not_built.txt"
-            )
+            extension = pathlib.Path(self.get_ext_fullpath("transport_geometry._kernels"))
+            note = extension.with_name("_kernels_not_built.txt")
             note.unlink(missing_ok=True)
             try:
                 super().run()
@@ -68,37 +95,8 @@ if torch:
                 why = " ".join(str(error).split())[:300]
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.write_text(f"the C++ build failed: {why}\n", encoding="utf-8")
-                print(
-                    f"\nWARNING: kernels NOT built: {why}\nThe install goes on with plain PyTorch: same numbers, slower.\n",
-                    file=sys.stderr,
-                )
+                print(NOT_BUILT.format(why=why), file=sys.stderr)
 
-    command = {"build_ext": Build}
+    commands["build_ext"] = Build
 
-setup(
-    name="transport-geometry",
-    version="0.1.0",
-    python_requires=">=3.11",
-    packages=["transport_geometry"],
-    install_requires=[
-        "torch>=2.10",
-        "numpy>=1.26",
-        "scipy>=1.11",
-        "transformers>=4.50",
-        "datasets>=3",
-        "tokenizers>=0.20",
-        "safetensors>=0.4",
-        "huggingface_hub>=0.25",
-        "tqdm>=4.60",
-        "matplotlib>=3.8",
-        "filelock>=3.16",
-    ],
-    extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "pybind11>=3"],
-        # whose trainers and files the tests compare with
-        "parity": ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "dictionary-learning==0.1.0"],
-    },
-    setup_requires=needs,
-    ext_modules=extensions,
-    cmdclass=command,
-)
+setup(setup_requires=needs, ext_modules=extensions, cmdclass=commands)

@@ -32,6 +32,26 @@ WIDTHS = {"stdlib-s": 64, "stdlib-m": 128, "stdlib-l": 256}
 VOCAB, CTX, BATCH, EOT = 2048, 512, 16, "<|endoftext|>"
 MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 0.015, 18, 0.4  # peak rates; steps; share of the run
 CHECKPOINT_EVERY = 50
+CARD = """\
+# {name}
+
+GPT-NeoX, 6 blocks, d_model {d}, {heads} heads, context {ctx}, vocabulary {vocab} (byte-level BPE), untied; \
+weights kept in float16.
+
+| | bits per byte on held-out files |
+|---|---|
+| **{name}** | **{bits:.4f}** ± {error:.4f} (standard error over {n_rows} rows of {ctx} tokens) |
+| the same, untrained | {untrained:.4f} |
+| unigram frequencies | {unigram:.4f} |
+
+Data: the standard library of Python {python} (modules and pydoc topics; tests, idlelib and site-packages \
+left out), split by
+file: {train_bytes:,} bytes ({train_tokens:,} tokens) to train on, {held_bytes:,} bytes ({held_tokens:,} \
+tokens) held out.
+Trained on {tokens:,} tokens ({passes:.2f} passes): {steps} steps of {batch} x {ctx}.
+
+Made by `python demo/train.py {name} --steps {steps}`.
+"""
 
 
 def train_tokenizer() -> None:
@@ -46,11 +66,11 @@ def train_tokenizer() -> None:
 
 
 def token_stream(split: str) -> tuple[np.ndarray, int]:
-    """All documents of a split, each closed by the end-of-text token: (ids [n], bytes of text)."""
+    """All documents of a split, each closed by the end-of-text token: (token ids [n], bytes of text)."""
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     texts = [text for _, text in stdlib_documents(split)]
-    ids = [np.array(encoding.ids + [0], dtype=np.int64) for encoding in tokenizer.encode_batch(texts)]
-    return np.concatenate(ids), sum(len(text.encode()) for text in texts)
+    input_ids = [np.array(encoding.ids + [0], dtype=np.int64) for encoding in tokenizer.encode_batch(texts)]
+    return np.concatenate(input_ids), sum(len(text.encode()) for text in texts)
 
 
 def build(name: str) -> GPTNeoXForCausalLM:
@@ -76,16 +96,15 @@ def build(name: str) -> GPTNeoXForCausalLM:
 
 
 def batch_at(step: int, stream: torch.Tensor) -> torch.Tensor:
-    """Row starts are a pure function of the step, so a continued run reads what an unbroken one would have
-    read.
+    """input_ids [BATCH,CTX] of a step: a pure function of it, so a continued run reads what an unbroken one
+    would have read.
     """
-    rows_per_epoch = (len(stream) - CTX) // CTX
-    steps_per_epoch = rows_per_epoch // BATCH
-    epoch, i = divmod(step, steps_per_epoch)
+    pieces = (len(stream) - CTX) // CTX
+    epoch, i = divmod(step, pieces // BATCH)
     rng = np.random.default_rng([1, epoch])
     offset = int(rng.integers(CTX))  # every epoch cuts the stream at other places
-    rows = rng.permutation(rows_per_epoch)[i * BATCH : (i + 1) * BATCH]
-    return torch.stack([stream[offset + r * CTX : offset + (r + 1) * CTX] for r in rows.tolist()])
+    drawn = offset + CTX * rng.permutation(pieces)[i * BATCH : (i + 1) * BATCH]
+    return torch.stack([stream[start : start + CTX] for start in drawn.tolist()])
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -96,8 +115,9 @@ def learning_rate(step: int, steps: int) -> float:
 def train(name: str, steps: int, device: str) -> GPTNeoXForCausalLM:
     stream = torch.from_numpy(token_stream("train")[0])
     model = build(name).to(device).train()
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
-    other = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+    hidden, other = [], []
+    for parameter, weight in model.named_parameters():
+        (hidden if weight.ndim == 2 and "layers" in parameter else other).append(weight)
     optimisers = [
         torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(other, lr=ADAM_LR, weight_decay=0.01, betas=(0.9, 0.95)),
@@ -111,8 +131,8 @@ def train(name: str, steps: int, device: str) -> GPTNeoXForCausalLM:
         start = state["step"]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name)
     for step in bar:
-        rows = batch_at(step, stream).to(device)
-        loss = model(input_ids=rows, labels=rows).loss
+        input_ids = batch_at(step, stream).to(device)
+        loss = model(input_ids=input_ids, labels=input_ids).loss
         for optimiser, peak in zip(optimisers, (MUON_LR, ADAM_LR)):
             for group in optimiser.param_groups:
                 group["lr"] = peak * learning_rate(step, steps)
@@ -134,21 +154,15 @@ def train(name: str, steps: int, device: str) -> GPTNeoXForCausalLM:
 
 @torch.no_grad()
 def nats_per_token(model: GPTNeoXForCausalLM, device: str) -> np.ndarray:
-    """Held-out CE of every row of CTX tokens, [rows]; all positions that have a target, the first ones
-    too.
-    """
-    ids = torch.from_numpy(token_stream("heldout")[0])
-    rows = ids[: len(ids) // CTX * CTX].view(-1, CTX)
-    out = []
-    for chunk in rows.split(16):
-        chunk = chunk.to(device)
-        logits = model(chunk).logits[:, :-1].float()
-        out.append(
-            torch.nn.functional.cross_entropy(logits.transpose(1, 2), chunk[:, 1:], reduction="none")
-            .mean(1)
-            .cpu()
-        )
-    return torch.cat(out).double().numpy()
+    """Held-out CE [n] of n sequences of CTX tokens: all positions that have a target, the first ones too."""
+    stream = torch.from_numpy(token_stream("heldout")[0])
+    losses = []
+    for input_ids in stream[: len(stream) // CTX * CTX].view(-1, CTX).split(16):
+        input_ids = input_ids.to(device)
+        logits = model(input_ids).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.mT, input_ids[:, 1:], reduction="none")
+        losses.append(loss.mean(1).cpu())
+    return torch.cat(losses).double().numpy()
 
 
 def unigram_nats() -> float:
@@ -181,25 +195,30 @@ def write_card(name: str, steps: int, device: str) -> None:
     held, held_bytes = token_stream("heldout")
     # nats per token -> bits per byte; end marks counted as tokens, not as bytes
     bits = len(held) / held_bytes / math.log(2)
-    rows = nats_per_token(load_model(name, torch.device(device))[0], device)
-    untrained = nats_per_token(build(name).to(device).eval(), device).mean() * bits
-    d, tokens = WIDTHS[name], steps * BATCH * CTX
-    (HERE / name / "README.md").write_text(f"""# {name}
-
-GPT-NeoX, 6 blocks, d_model {d}, {d // 32} heads, context {CTX}, vocabulary {VOCAB} (byte-level BPE), untied; weights kept in float16.
-
-| | bits per byte on held-out files |
-|---|---|
-| **{name}** | **{rows.mean() * bits:.4f}** ± {rows.std(ddof=1) / math.sqrt(len(rows)) * bits:.4f} (standard error over {len(rows)} rows of {CTX} tokens) |
-| the same, untrained | {untrained:.4f} |
-| unigram frequencies | {unigram_nats() * bits:.4f} |
-
-Data: the standard library of Python {platform.python_version()} (modules and pydoc topics; tests, idlelib and site-packages left out), split by
-file: {train_bytes:,} bytes ({len(stream):,} tokens) to train on, {held_bytes:,} bytes ({len(held):,} tokens) held out.
-Trained on {tokens:,} tokens ({tokens / len(stream):.2f} passes): {steps} steps of {BATCH} x {CTX}.
-
-Made by `python demo/train.py {name} --steps {steps}`.
-""")
+    nats = nats_per_token(load_model(name, torch.device(device))[0], device)
+    tokens = steps * BATCH * CTX
+    card = CARD.format(
+        name=name,
+        d=WIDTHS[name],
+        heads=WIDTHS[name] // 32,
+        ctx=CTX,
+        vocab=VOCAB,
+        bits=nats.mean() * bits,
+        error=nats.std(ddof=1) / math.sqrt(len(nats)) * bits,
+        n_rows=len(nats),
+        untrained=nats_per_token(build(name).to(device).eval(), device).mean() * bits,
+        unigram=unigram_nats() * bits,
+        python=platform.python_version(),
+        train_bytes=train_bytes,
+        train_tokens=len(stream),
+        held_bytes=held_bytes,
+        held_tokens=len(held),
+        tokens=tokens,
+        passes=tokens / len(stream),
+        steps=steps,
+        batch=BATCH,
+    )
+    (HERE / name / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,79 +1,208 @@
-"""What setup.py, constraints.txt and kernels.py must agree on, without building an environment (that is
-.ci/run's part).
-"""
+"""What pyproject.toml, setup.py, constraints.txt and the package must agree on, and what a wheel holds."""
 
+import importlib
+import os
+import pathlib
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 
-from transport_geometry import kernels
+from transport_geometry import PACKAGE, commands, kernels
 
 import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-ROOT = kernels.HERE
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+SMALL = "--models stdlib-s --k 4 --tokens 2k --eval-seqs 4 --ctx 32".split()
+# an installed copy asks nobody, and knows of no checkout
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+
+
+def pins(file: str) -> dict[str, str]:
+    """{name: version} of a constraints file."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    pinned = (line.split("#")[0].strip().split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pinned}
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """The dependencies, and those of extras."""
+    return list(
+        map(Requirement, sum((PROJECT["optional-dependencies"][e] for e in extras), PROJECT["dependencies"]))
+    )
+
+
+def run(*command, **kwargs) -> str:
+    """What a command prints. Fails with what it says where it fails."""
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ALONE, **kwargs)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
 
 
 @pytest.fixture(scope="module")
-def declared():
-    setuptools = pytest.importorskip("setuptools")
-    pytest.importorskip("pybind11")
-    kept, original = {}, setuptools.setup
-    setuptools.setup = lambda **kw: kept.update(kw)
-    try:
-        runpy.run_path(str(ROOT / "setup.py"))
-    finally:
-        setuptools.setup = original
-    return kept
+def setup():
+    """What setup.py defines, and under "given" what it gives to setuptools."""
+    given: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", given.update)
+        patch.setattr(sys, "path", sys.path.copy())
+        return runpy.run_path(str(ROOT / "setup.py")) | {"given": given}
 
 
-def test_modules_exist_and_the_hash_is_the_one_kernels_compares(declared):
-    assert all((ROOT / f"{name}.py").is_file() for name in declared["py_modules"])
-    flags = declared["ext_modules"][0].extra_compile_args["cxx"]
+# ---------------------------------------------------------------------------------------- what is declared
+def test_the_hash_of_csrc_is_the_one_kernels_compares(setup):
+    flags = setup["given"]["ext_modules"][0].extra_compile_args["cxx"]
     assert f'-DBUILD_SOURCE="{kernels._source_hash()}"' in flags
-    assert not any("fast-math" in f or "march" in f for f in flags)
+    assert not any("fast-math" in flag or "march" in flag for flag in flags)
 
 
-def test_every_requirement_is_pinned_within_its_range(declared):
-    requirements = pytest.importorskip("packaging.requirements")
-    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
-    canonical = lambda name: re.sub("[-_.]+", "-", name).lower()
-    pins = {canonical(name): version for name, version in (x.split("==") for x in lines)}
+def test_every_requirement_is_pinned_within_its_range():
+    pinned = pins("constraints.txt")
+    for wanted in requirements("test"):
+        assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), wanted
     # pins itself, and is in no committed result
-    assert all("==" in text for text in declared["extras_require"]["parity"])
-    for text in declared["install_requires"] + declared["extras_require"]["test"]:
-        wanted = requirements.Requirement(text)
-        assert wanted.specifier.contains(pins[canonical(wanted.name)]), text
-    assert f'"torch=={pins["torch"]}"' in (ROOT / "setup.py").read_text()  # the build environment's torch
-    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    assert not any(r.startswith("torch") for r in requires) and f"pybind11=={pins['pybind11']}" in requires
+    assert all("==" in text for text in PROJECT["optional-dependencies"]["parity"])
 
 
-def said_in(folder, *, env_python=sys.executable):
-    code = "import torch, kernels; x = torch.ones(2, 3); print(kernels.topk_encode(x, x, x[:, 0], 1)[1].tolist(), kernels.describe())"
-    return subprocess.run(
-        [env_python, "-c", code], cwd=folder, check=True, capture_output=True, text=True
-    ).stdout
+def test_the_build_is_against_the_pinned_torch(setup):
+    pinned, requires = pins("constraints.txt"), PYPROJECT["build-system"]["requires"]
+    assert f'"torch=={pinned["torch"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert (
+        not any(text.startswith("torch") for text in requires)
+        and f"pybind11=={pinned['pybind11']}" in requires
+    )
+    assert setup["given"]["setup_requires"] == []  # torch is here: nothing is fetched for the build
 
 
-def test_without_the_extension_it_runs_and_gives_the_reason(tmp_path):
-    shutil.copy(ROOT / "kernels.py", tmp_path)
-    (tmp_path / "_kernels.py").write_text(
+def test_the_promised_floors_are_what_ci_tests():
+    oldest = pins(".ci/oldest.txt")
+    assert oldest.pop("torch") == pins("constraints.txt")["torch"]  # the file says why
+    floors = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in requirements()}
+    for name, floor in floors.items():
+        if name != "torch":
+            released = re.fullmatch(rf"{re.escape(floor)}(\.0)*", oldest[name])
+            assert released, f"{name}>={floor} is promised, and {oldest[name]} tested"
+
+
+def test_commands_run_the_scripts_that_a_wheel_carries(setup, monkeypatch, capsys):
+    assert list(PROJECT["scripts"]) == "transport-expa transport-expb transport-expc transport-audit".split()
+    for command, target in PROJECT["scripts"].items():
+        module, _, function = target.partition(":")
+        monkeypatch.setattr(sys, "argv", [f"/bin/{command}", "--help"])
+        monkeypatch.setattr(sys, "path", sys.path.copy())
+        with pytest.raises(SystemExit) as stopped:
+            getattr(importlib.import_module(module), function)()
+        assert stopped.value.code == 0
+        # the name is also that of the results folder
+        name = {"transport-expc": "expc_fisher.py", "transport-audit": "audit"}.get(
+            command, f"{command[10:]}.py"
+        )
+        assert capsys.readouterr().out.startswith(f"usage: {name} ") and sys.path[0] == str(ROOT)
+    carried = {
+        path.name for pattern in setup["CARRIED"] for path in ROOT.glob(pattern) if path.parent == ROOT
+    }
+    assert carried == {"common.py", "expa.py", "expb.py", "expc_fisher.py"}
+
+
+def test_an_audit_names_saes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/transport-audit", "--k=4"])
+    with pytest.raises(SystemExit) as stopped:
+        commands.audit()
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("audit: --sae PATH_OR_ID")
+
+
+# ---------------------------------------------------------------------------------- without the extension
+def said_in(folder: pathlib.Path) -> str:
+    code = (
+        "import torch; from transport_geometry import kernels; x = torch.ones(2, 3);"
+        "print(kernels.topk_encode(x, x, x[:, 0], 1)[1].tolist(), kernels.describe())"
+    )
+    return run(sys.executable, "-c", code, cwd=folder)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with what `kernels` needs of the package, and no extension."""
+    (tmp_path / "transport_geometry").mkdir()
+    for name in ("__init__.py", "kernels.py"):
+        shutil.copy(PACKAGE / name, tmp_path / "transport_geometry")
+    return tmp_path
+
+
+def test_without_the_extension_it_runs_and_gives_the_reason(copy):
+    package = copy / "transport_geometry"
+    (package / "_kernels.py").write_text(
         "raise ImportError('libtorch_cuda.so: cannot open shared object file', name='libtorch_cuda')\n"
     )
-    broken = said_in(tmp_path)
+    broken = said_in(copy)
     assert "[[0], [0]]" in broken and "NOT BUILT" in broken and "libtorch_cuda.so" in broken
-    (tmp_path / "_kernels.py").write_text("raise ModuleNotFoundError('no _kernels', name='_kernels')\n")
-    (tmp_path / "_kernels_not_built.txt").write_text("the C++ build failed: no compiler\n")
-    assert "NOT BUILT (the C++ build failed: no compiler)" in said_in(tmp_path)
+    (package / "_kernels.py").unlink()
+    (package / "_kernels_not_built.txt").write_text("the C++ build failed: no compiler\n")
+    assert "NOT BUILT (the C++ build failed: no compiler)" in said_in(copy)
 
 
 @pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}")
-def test_a_stale_extension_says_so(tmp_path):
-    shutil.copy(ROOT / "kernels.py", tmp_path)
-    shutil.copy(kernels._module.__file__, tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "csrc" / "ops.cpp").write_text("// edited\n")
-    assert "C++ (" in (said := said_in(tmp_path)) and "STALE" in said
+def test_a_stale_extension_says_so(copy):
+    shutil.copy(kernels._module.__file__, copy / "transport_geometry")
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    (copy / "csrc/ops.cpp").write_text("// edited\n")
+    assert "C++ (" in (said := said_in(copy)) and "STALE" in said
+
+
+# ------------------------------------------------------------------------------------------------- a wheel
+def files_of(folder: pathlib.Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_build_holds_the_models_and_the_scripts_inside_the_package(tmp_path):
+    egg_info, built = ["egg_info", "--egg-base", tmp_path], tmp_path / "built"
+    run(sys.executable, "setup.py", "-q", *egg_info, "build_py", "--build-lib", built, cwd=ROOT)
+    modules = {f"transport_geometry/{path.name}" for path in PACKAGE.glob("*.py")}
+    scripts = {f"transport_geometry/scripts/{name}.py" for name in "common expa expb expc_fisher".split()}
+    seeds = {f"transport_geometry/outputs/reference/seed_sd.{kind}" for kind in ("csv", "json")}
+    models = {f"transport_geometry/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("demo/stdlib-*/*")}
+    assert files_of(built) == modules | scripts | seeds | models and len(models) == 18
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_source_archive_runs_its_demo_anywhere(tmp_path):
+    """In an environment that sees this one's libraries, but none of its editable installs."""
+    run(
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "sdist",
+        "-d",
+        tmp_path,
+        cwd=ROOT,
+    )
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", archive, "-w", tmp_path, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    run(*pip, "--python", environment / "bin/python", "install", "--no-deps", wheel, cwd=tmp_path)
+    (site,) = environment.glob("lib/python*/site-packages")
+    top = {path.name for path in site.iterdir()}
+    assert top == {"transport_geometry", f"transport_geometry-{PROJECT['version']}.dist-info"}
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (work := tmp_path / "work").mkdir()
+    said = run(environment / "bin/transport-expb", *SMALL, cwd=work)
+    assert "report: outputs/expb/report.md" in said
+    assert "kernels: C++" in said or not kernels.BUILT
+    (sae,) = (work / "outputs/cache").iterdir()
+    audit = [environment / "bin/transport-audit", "--sae", sae, *SMALL[:2], *SMALL[-4:]]
+    assert "report: outputs/audit/report.md" in run(*audit, cwd=work)

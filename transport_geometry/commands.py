@@ -1,0 +1,49 @@
+"""The commands that an install puts on PATH: transport-expa, transport-expb, transport-expc, transport-audit.
+
+Each runs its script as `python expb.py` would: the script's folder first on the path, the script's name for
+messages and for the results folder. The scripts lie in the checkout, or in an installed copy inside the
+package.
+"""
+
+import importlib
+import sys
+
+from transport_geometry import PACKAGE, ROOT
+from transport_geometry.errors import UserError, run_script
+
+SCRIPTS = PACKAGE / "scripts" if ROOT == PACKAGE else ROOT
+
+
+def _run(script: str, name: str) -> None:
+    """`name` stands in for sys.argv[0]. (runpy.run_path would put the script's path there.)"""
+    sys.path.insert(0, str(SCRIPTS))
+    sys.argv[0] = name
+    run_script(importlib.import_module(script).main)
+
+
+def expa() -> None:
+    """Exp-A, into outputs/expa."""
+    _run("expa", "expa.py")
+
+
+def expb() -> None:
+    """Exp-B, into outputs/expb."""
+    _run("expb", "expb.py")
+
+
+def expc() -> None:
+    """Exp-C, into outputs/expc_fisher."""
+    _run("expc_fisher", "expc_fisher.py")
+
+
+def audit() -> None:
+    """Exp-B on SAEs that exist, into outputs/audit: can their R² be trusted?"""
+    sys.argv[0] = "audit"
+    run_script(_saes_asked_for)
+    _run("expb", "audit")
+
+
+def _saes_asked_for() -> None:
+    """Raises UserError where the arguments name no SAE: Exp-B would train its own."""
+    if not {"--sae", "--from", "--help", "-h"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
+        raise UserError("--sae PATH_OR_ID,..., please: the SAEs to audit (see --help)")
