@@ -60,7 +60,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for target_name, target in targets.items():
-        board += leaderboard.leaderboard(
+        board += leaderboard.board(
             scores,
             target,
             values[MAGNITUDE[target_name]],

@@ -250,7 +250,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
     board = []
     for name, target in targets.items():
-        board += leaderboard.leaderboard(
+        board += leaderboard.board(
             scores,
             target,
             values[MAGNITUDE[name]],

@@ -1,8 +1,12 @@
-"""stats.py against ground truth: hand cases, scipy, planted effects, simulated error rates."""
+"""stats.py and leaderboard.py against ground truth: hand cases, scipy, planted effects, simulated error
+rates.
+"""
 
 import collections
 import csv
+import dataclasses
 import io
+import itertools
 import json
 
 from transport_geometry import leaderboard, stats
@@ -16,36 +20,31 @@ from hypothesis import strategies as st
 
 CONTROLS = ["r2_nosink", "r2_ln", "cosine"]
 MODELS = ("small", "medium", "large")
-LEADERBOARD = """proxy,target,stratum,n_cells,n_clusters,pearson,pearson_lo,pearson_hi,spearman,spearman_lo,spearman_hi,
-partial,partial_lo,partial_hi,diff_r2,diff_r2_lo,diff_r2_hi,p_r2,diff_control,diff_control_lo,diff_control_hi,p_control,
-gamma,gamma_lo,gamma_hi,in_range,same_ranks_as,loho,loho_bias,diff_loho_control,p_loho""".replace(
-    "\n", ""
-).split(",")
+LEADERBOARD = """
+proxy target stratum n_cells n_clusters pearson pearson_lo pearson_hi spearman spearman_lo spearman_hi
+partial partial_lo partial_hi diff_r2 diff_r2_lo diff_r2_hi p_r2
+diff_control diff_control_lo diff_control_hi p_control gamma gamma_lo gamma_hi in_range same_ranks_as
+loho loho_bias diff_loho_control p_loho
+""".split()
 
 
 def grid(models=MODELS, layers=range(6), ks=(4, 12, 32), budgets=(10,), seeds=1):
     """meta of a full grid, seeds innermost; the default is the one that ships, 18 hooks."""
-    rows = [
-        (m, l, k, b, s) for m in models for l in layers for k in ks for b in budgets for s in range(seeds)
-    ]
-    model, layer, k, tokens, seed = map(np.array, zip(*rows))
-    cell = np.array([f"{m}@{l} k{k} {b}M" for m, l, k, b, _ in rows])
-    return {
-        "model": model,
-        "depth": layer,
-        "layer": layer,
-        "k": k,
-        "tokens": tokens,
-        "seed": seed,
-        "cell": cell,
-    }
+    conditions = list(itertools.product(models, layers, ks, budgets, range(seeds)))
+    model, layer, k, tokens, seed = map(np.array, zip(*conditions))
+    cell = np.array([f"{m}@{at} k{k} {b}M" for m, at, k, b, _ in conditions])
+    return dict(model=model, depth=layer, layer=layer, k=k, tokens=tokens, seed=seed, cell=cell)
+
+
+def hooks_of(meta):
+    return np.array([f"{model} {layer}" for model, layer in zip(meta["model"], meta["layer"])])
 
 
 def noise(meta, rng, sd=1.0, icc=0.9):
     """Normal noise [C] that correlates by `icc` within a hook, as what the SAEs of one hook have in common
     does.
     """
-    ids = np.unique([f"{m} {l}" for m, l in zip(meta["model"], meta["layer"])], return_inverse=True)[1]
+    ids = np.unique(hooks_of(meta), return_inverse=True)[1]
     return sd * (icc**0.5 * rng.normal(size=len(ids))[ids] + (1 - icc) ** 0.5 * rng.normal(size=len(ids)))
 
 
@@ -65,11 +64,16 @@ def study(seed=0, n_resamples=200, swd=0.02, control=0.6, shift=0.0, meta=None, 
     """
     rng, meta = np.random.default_rng(seed), grid() if meta is None else meta
     y = curve(meta, rng, sd, icc)
-    rows = lambda v: v + rng.normal(0, 1e-3, (3 + n_resamples, len(y)))
-    euclidean = lambda: rows(y + noise(meta, rng, control, icc) + shift * (meta["model"] == "large"))
-    scores = {name: euclidean() for name in ("r2", *CONTROLS)}
-    scores["swd_tok"] = rows(y + noise(meta, rng, swd, icc))
-    target = rows(y)
+
+    def measured(v):
+        return v + rng.normal(0, 1e-3, (3 + n_resamples, len(y)))
+
+    scores = {
+        name: measured(y + noise(meta, rng, control, icc) + shift * (meta["model"] == "large"))
+        for name in ("r2", *CONTROLS)
+    }
+    scores["swd_tok"] = measured(y + noise(meta, rng, swd, icc))
+    target = measured(y)
     return scores, target, size(target), meta, [m for m in MODELS if m in meta["model"]]
 
 
@@ -78,13 +82,13 @@ def part(meta, keep):
 
 
 def by_hook(v, meta):
-    hooks = [f"{m} {l}" for m, l in zip(meta["model"], meta["layer"])]
-    return np.array([np.mean([x for x, h in zip(v, hooks) if h == name]) for name in dict.fromkeys(hooks)])
+    hooks = hooks_of(meta)
+    return np.array([v[hooks == name].mean() for name in dict.fromkeys(hooks)])
 
 
 def board(data, n_resamples=200, seed=0):
     scores, y, magnitude, meta, models = data
-    return leaderboard.leaderboard(
+    return leaderboard.board(
         scores,
         y,
         magnitude,
@@ -112,29 +116,44 @@ def binomial_sd(p, n):
 
 
 # ---------------------------------------------------------------------------------------------- correlations
+def correlate(x, y, ranked):
+    """Of x and y [C] as they are, or of their ranks: the parts that the leaderboard's columns are made of."""
+    design = stats.weighted_design(np.ones((1, len(x))), np.ones((len(x), 1)))
+    x, y = (np.atleast_2d(np.asarray(v, float)) for v in (x, y))
+    if ranked:
+        x, y = (stats.weighted_ranks(v, design.weights) for v in (x, y))
+    return stats.correlation(stats.unit_residual(x, design), stats.unit_residual(y, design))[0]
+
+
+def pearson(x, y):
+    return correlate(x, y, ranked=False)
+
+
+def spearman(x, y):
+    return correlate(x, y, ranked=True)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=3, max_size=12))
 def test_pearson_and_spearman_are_scipys(pairs):
     x, y = np.array(pairs, float).T
     if np.ptp(x) == 0 or np.ptp(y) == 0:
-        assert np.isnan(stats.pearson(x, y)) and np.isnan(stats.spearman(x, y))
+        assert np.isnan(pearson(x, y)) and np.isnan(spearman(x, y))
     else:
-        assert stats.pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0], abs=1e-12)
-        assert stats.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0], abs=1e-12)
+        assert pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0], abs=1e-12)
+        assert spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0], abs=1e-12)
 
 
 @pytest.mark.parametrize("budgets", [(10,), (10, 50, 100)])
 def test_partial_spearman_is_the_correlation_of_rank_residuals(budgets):
     meta, rng = grid(budgets=budgets), np.random.default_rng(1)
     x, y = curve(meta, rng), curve(meta, rng)
-    Z = np.array(
-        [
-            [1.0, *(k == v for v in (12, 32)), *(b == v for v in budgets[1:])]
-            for k, b in zip(meta["k"], meta["tokens"])
-        ]
+    of_k, of_budget = meta["k"][:, None] == (12, 32), meta["tokens"][:, None] == budgets[1:]
+    Z = np.hstack([np.ones((len(x), 1)), of_k, of_budget])
+    residuals = (
+        ranks - Z @ np.linalg.lstsq(Z, ranks, rcond=None)[0] for ranks in map(scipy.stats.rankdata, (x, y))
     )
-    residual = lambda v: v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
-    expected = np.corrcoef(residual(scipy.stats.rankdata(x)), residual(scipy.stats.rankdata(y)))[0, 1]
+    expected = np.corrcoef(*residuals)[0, 1]
     assert stats.partial_spearman(x, y, meta) == pytest.approx(expected, abs=1e-12)
 
 
@@ -145,7 +164,7 @@ def test_partial_spearman_forgets_k():
     assert stats.partial_spearman(-(y**3), y, meta) == pytest.approx(-1)
     knows_k = [10 * np.log2(meta["k"]) + rng.normal(size=54) for _ in range(300)]
     # at least 8/9: three values of k, and no order within
-    assert min(stats.spearman(x, y) for x in knows_k) > 0.8
+    assert min(spearman(x, y) for x in knows_k) > 0.8
     assert abs(np.mean([stats.partial_spearman(x, y, meta) for x in knows_k])) < 0.05
     assert np.isnan(stats.partial_spearman(np.log2(meta["k"]), y, meta))  # nothing left given k
 
@@ -153,19 +172,19 @@ def test_partial_spearman_forgets_k():
 def test_undefined():
     one_each = grid(models=("small",), layers=(3,))  # as many k as conditions
     assert np.isnan(stats.partial_spearman(np.arange(3.0), np.arange(3.0), one_each))
-    assert np.isnan(stats.pearson([1.0, 2.0], [1.0, 2.0]))
+    assert np.isnan(pearson([1.0, 2.0], [1.0, 2.0]))
     # constant, though not after rounding
-    assert np.isnan(stats.pearson(np.full(7, 0.1), np.arange(7.0) ** 1.5))
-    assert np.isnan(stats.spearman([1.0, np.nan, 2.0, 3.0], np.arange(4.0)))
+    assert np.isnan(pearson(np.full(7, 0.1), np.arange(7.0) ** 1.5))
+    assert np.isnan(spearman([1.0, np.nan, 2.0, 3.0], np.arange(4.0)))
     # a distortion of 0 still has a rank
-    assert stats.spearman([1.0, 2.0, np.inf], [1.0, 2.0, 3.0]) == pytest.approx(1)
+    assert spearman([1.0, 2.0, np.inf], [1.0, 2.0, 3.0]) == pytest.approx(1)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=10))
 def test_weighted_ranks_are_the_ranks_of_the_repeated_sample(pairs):
     x, times = np.array(pairs).T
-    ranks = stats._midrank(x[None].astype(float), times[None].astype(float))[0]
+    ranks = stats.weighted_ranks(x[None].astype(float), times[None].astype(float))[0]
     repeated = scipy.stats.rankdata(np.repeat(x, times)) - 0.5
     assert np.allclose(np.repeat(ranks, times), repeated)
 
@@ -247,11 +266,12 @@ def test_interval_covers_the_planted_correlation():
     the count.
     """
     meta, rng, hits, n = grid(), np.random.default_rng(0), 0, 500
-    design = stats._design(stats.bootstrap_weights(meta, 400, seed=0), stats.given(meta))
+    design = stats.weighted_design(stats.bootstrap_weights(meta, 400, seed=0), stats.given(meta))
     for _ in range(n):
         y = noise(meta, rng)[None]
         x = 0.8 * y + 0.6 * noise(meta, rng)
-        lo, hi = stats.interval(stats._dot(stats._unit(x, design), stats._unit(y, design))[3:], fisher=True)
+        draws = stats.correlation(stats.unit_residual(x, design), stats.unit_residual(y, design))
+        lo, hi = stats.interval(draws[3:], fisher=True)
         hits += lo < 0.8 < hi
     assert abs(hits / n - 0.927) < 4 * binomial_sd(0.927, n)
 
@@ -303,16 +323,20 @@ def test_swap_test_enumerates_64_patterns():
     """
     rng, stale = np.random.default_rng(3), []
     rank, Z = scipy.stats.rankdata, (SIX["k"][:, None] == [4, 12]).astype(float)
-    residual = lambda v: v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
+
+    def residual(v):
+        return v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
+
+    def difference(v, w, y):
+        return np.subtract(*(np.corrcoef(residual(x), residual(rank(y)))[0, 1] for x in (v, w)))
+
     for _ in range(5):
         a, b, y = rng.normal(size=(3, 12))
         ra, rb = rank(a), rank(b)
-        r = lambda v, y=y: np.corrcoef(residual(v), residual(rank(y)))[0, 1]
         swaps = [np.repeat(bits, 2) == 1 for bits in patterns(6)]
-        values, once = (
-            [r(again(np.where(s, rb, ra))) - r(again(np.where(s, ra, rb))) for s in swaps]
-            for again in (rank, lambda v: v)
-        )
+        traded = [(np.where(s, rb, ra), np.where(s, ra, rb)) for s in swaps]
+        values = [difference(rank(v), rank(w), y) for v, w in traded]
+        once = [difference(v, w, y) for v, w in traded]
         diff, p = stats.swap_test(a, b, y, SIX)
         assert diff == pytest.approx(values[0])
         assert diff == pytest.approx(stats.partial_spearman(a, y, SIX) - stats.partial_spearman(b, y, SIX))
@@ -327,7 +351,7 @@ def test_identical_proxies_differ_by_exactly_nothing(layers):
     a, y = rng.normal(size=(2, len(meta["k"])))
     assert stats.swap_test(a, a, y, meta) == (0.0, 1.0)
     assert stats.swap_test(np.exp(a), a, y, meta) == (0.0, 1.0)  # the same ranks
-    diff, p = stats.swap_test(np.stack([y, a]), a, y, meta)
+    diff, p = stats.swap_tests(np.stack([y, a]), a, y, meta)
     assert diff[1] == 0 and p[1] == 1 and 0 < p[0] <= 1
     assert 0 < stats.swap_test(y, -y, y, meta)[1] < 0.05  # the two ends: only all swapped is as far apart
     assert stats.flip_test(np.zeros(len(layers) * 2)) == 1
@@ -354,9 +378,10 @@ def test_many_proxies_at_once_are_the_same_as_one_by_one():
     rng, meta = np.random.default_rng(7), grid()
     a, b, y = rng.normal(size=(3, 54)), rng.normal(size=54), rng.normal(size=54)
     a[1, 0] = np.nan
-    together = stats.swap_test(a, b, y, meta, n_draws=200)
+    together = stats.swap_tests(a, b, y, meta, n_draws=200)
     alone = np.transpose([stats.swap_test(x, b, y, meta, n_draws=200) for x in a])
     assert np.array_equal(together, alone, equal_nan=True) and np.isnan(together[0][1])
+    assert np.isnan(stats.swap_tests(a, np.r_[np.inf, b[1:]], y, meta, n_draws=200)).all()
 
 
 @pytest.mark.parametrize("seeds, n", [(1, 500), (3, 150)])
@@ -387,22 +412,17 @@ def test_swap_test_finds_a_planted_difference(few_patterns):
     assert np.mean(found) > 0.9 - 5 * binomial_sd(0.9, 60) and min(found) >= 0
 
 
-# ---------------------------------------------------------------------------------------------- leave one hook out
+# ----------------------------------------------------------------------------------------- leave one hook out
 def test_loho_errors_are_a_plain_loop_with_polyfit():
     rng = np.random.default_rng(10)
     # the last: hooks of unequal size
     for meta in (grid(), SIX, part(grid(seeds=2), rng.permutation(108)[:80])):
         y = curve(meta, rng)
         x, magnitude = y + noise(meta, rng, 0.3), size(y)
-        hooks, expected = (
-            np.array([f"{m} {l}" for m, l in zip(meta["model"], meta["layer"])]),
-            np.empty(len(y)),
-        )
+        hooks, log, expected = hooks_of(meta), np.log10(magnitude), np.empty(len(y))
         for hook in np.unique(hooks):
             out = hooks == hook
-            expected[out] = np.polyval(np.polyfit(x[~out], np.log10(magnitude[~out]), 2), x[out]) - np.log10(
-                magnitude[out]
-            )
+            expected[out] = np.polyval(np.polyfit(x[~out], log[~out], 2), x[out]) - log[out]
         assert np.allclose(stats.loho_errors(x, magnitude, meta), expected, atol=1e-9)
         # no unit of its own
         assert np.allclose(stats.loho_errors(1e6 * x + 1e7, magnitude, meta), expected, atol=1e-7)
@@ -444,7 +464,7 @@ def test_loho_columns_by_hand():
     rng = np.random.default_rng(13)
     y, magnitude = y[:3], magnitude[:3]
     scores = {p: np.stack([s[0], *(v + rng.normal(0, 0.2, 54) for v in s[1:3])]) for p, s in scores.items()}
-    hooks = np.array([f"{m} {l}" for m, l in zip(meta["model"], meta["layer"])])
+    hooks = hooks_of(meta)
 
     def errors(name, row):
         e, log, x = np.empty(54), np.log10(magnitude[row]), scores[name][row]
@@ -571,8 +591,8 @@ def test_leaderboard(few_patterns):
         x, t, here = scores[name][0, inside], y[0, inside], part(meta, inside)
         assert (row["n_cells"], row["n_clusters"]) == (inside.sum(), inside.sum() / 3)
         for key, value in (
-            ("pearson", stats.pearson(x, t)),
-            ("spearman", stats.spearman(x, t)),
+            ("pearson", pearson(x, t)),
+            ("spearman", spearman(x, t)),
             ("partial", stats.partial_spearman(x, t, here)),
         ):
             assert row[key] == pytest.approx(value, nan_ok=True)
@@ -649,8 +669,13 @@ def test_draw_r_uses_sequence_resample_r():
     """
     scores, y, magnitude, meta, models = study(n_resamples=200)
     scores = {p: scores[p] for p in ("r2", "cosine")}
-    run = lambda scores, y: board((scores, y, magnitude, meta, models))[0]
-    like_first = lambda v, W: np.r_[v[:3], np.repeat(v[:1], W - 3, axis=0)]
+
+    def run(scores, y):
+        return board((scores, y, magnitude, meta, models))[0]
+
+    def like_first(v, W):
+        return np.r_[v[:3], np.repeat(v[:1], W - 3, axis=0)]
+
     none, still = (run({p: like_first(s, W) for p, s in scores.items()}, like_first(y, W)) for W in (3, 203))
     assert none == still
     turned = scores | {"r2": np.r_[scores["r2"][:3], y[3:103], -y[103:]]}
@@ -681,16 +706,10 @@ def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
         found = []
         for seed in range(8):
             scores, y, _, meta, _ = study(seed, meta=grid(**of_grid), control=1.0, swd=1.0, n_resamples=0)
-            many = lambda v: np.repeat(v, repeats, axis=-1)
-            found.append(
-                leaderboard.smallest_detectable(
-                    {p: many(s) for p, s in scores.items()},
-                    many(y),
-                    {key: many(v) for key, v in meta.items()},
-                    controls=CONTROLS,
-                    n_resamples=500,
-                )
-            )
+            control = leaderboard.best_control(scores, y, meta, CONTROLS)
+            x, base, y = (np.repeat(v[2], repeats) for v in (scores["swd_tok"], scores[control], y))
+            many = {key: np.repeat(v, repeats) for key, v in meta.items()}
+            found.append(stats.smallest_detectable(x, base, y, many, n_resamples=500))
         return np.mean(found)
 
     few = mean()
@@ -702,6 +721,59 @@ def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
 
 
 # ---------------------------------------------------------------------------------------------- verdict
+ALL_HOLD = (
+    18,
+    leaderboard.Order(
+        "c", gain=0.2, p=0.01, gain_r2=0.2, p_r2=0.01, room=0.3, p_perfect=0.01, detectable=0.1
+    ),
+    leaderboard.Transfer("c", 0.1, 0.4, 0.3, 0.1, 0.5, in_range=0.5, in_range_control=0.9),
+    leaderboard.Size("c", gain=0.1, p=0.01),
+)
+NOT_A, WORSE, AS_R2 = {"gain": 0.09}, {"gain": -0.2}, {"p_r2": 0.05}
+NO_SIZE = {"gain": 0.1, "p": 0.05}  # smaller, and not shown to be
+
+
+@pytest.mark.parametrize(
+    "order, transfer, size, leaf, why",
+    [
+        ({}, {}, {}, "supported", "transfers across scale better"),
+        ({"p": np.nan}, {}, {"gain": np.nan}, "undecided", "to the best control is undefined"),
+        ({}, {"gamma": np.nan}, {"gain": np.nan}, "undecided", "no logarithm"),
+        ({}, {"gamma": np.nan}, {"gain": 0.0}, "undecided", "disagree: it ranks better"),
+        ({}, {"in_range": 0.1}, {"gain": -0.1}, "undecided", "disagree: it ranks better"),
+        (NOT_A | {"room": 0.01}, {}, {}, "undecided", "disagree: it predicts the size"),
+        (WORSE, {}, {}, "undecided", "disagree: it predicts the size"),
+        (NOT_A | {"room": 0.01}, {}, NO_SIZE, "beats-r2-only", "better than r2"),
+        ({"p": 0.05}, {}, {"gain": np.nan}, "beats-r2-only", "better than r2"),
+        (WORSE | AS_R2 | {"room": 0.01}, {}, NO_SIZE, leaderboard.CANNOT, "0.10; and it ranks worse"),
+        (
+            NOT_A | AS_R2 | {"p_perfect": 0.05},
+            {},
+            NO_SIZE,
+            leaderboard.CANNOT,
+            "would be 0.05 for the target",
+        ),
+        (NOT_A | AS_R2 | {"detectable": 0.4}, {}, NO_SIZE, leaderboard.CANNOT, "the 0.40 that shows here"),
+        (WORSE | AS_R2 | {"detectable": 0.4}, {}, NO_SIZE, "rejected", "ranks worse"),
+        (NOT_A | AS_R2, {"gamma": np.nan}, NO_SIZE, "rejected", "nor than r2"),
+        ({}, {"gamma": np.nan, "in_range": np.nan}, {}, "undecided", "scale undefined"),
+        ({}, {"gamma_control": np.nan}, {}, "undecided", "scale undefined"),
+        ({}, {"in_range": 0.49}, {}, "not-transferable", "too few"),
+        ({}, {"in_range_control": 0.49}, {}, "not-transferable", "too few"),
+        ({}, {"gamma": -0.21}, {}, "rejected", "not shown to transfer better"),
+        ({}, {"gain_lo": 0.0}, {}, "rejected", "not shown to transfer better"),
+        ({}, {"gain_lo": np.nan}, {}, "rejected", "not shown to transfer better"),
+    ],
+)
+def test_the_first_leaf_that_applies(order, transfer, size, leaf, why):
+    """Changes to evidence of which every claim holds; most of them let several leaves apply."""
+    n, *parts = ALL_HOLD
+    evidence = [dataclasses.replace(part, **new) for part, new in zip(parts, (order, transfer, size))]
+    said, reason = leaderboard.leaf_h2(n, *evidence)
+    assert said == leaf and why in reason
+    assert leaderboard.leaf_h2(5, *evidence) == ("undecided", "5 hooks, 6 needed")
+
+
 def decide(data, gate="H1", n_resamples=100):
     scores, y, magnitude, meta, models = data
     verdict = leaderboard.verdict_h2(

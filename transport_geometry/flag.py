@@ -1,7 +1,13 @@
-"""TODO flag."""
+"""The flag of one SAE: does the model feel its error as much as R² says?
+
+R² weighs an error by its length alone. The flag compares how the model feels it with how it would feel an
+isotropic error, as long at every token: `fed_excess`, the log of the ratio, from the same sampled labels.
+Shapes: C SAEs, W weightings of the documents, of which 0 is all of them and 3.. are resamples.
+"""
 
 import math
 
+from transport_geometry.stats import percentiles
 from transport_geometry.tables import bounds, span
 
 import numpy as np
@@ -19,9 +25,23 @@ KL_FLOOR = 1e-6  # nats a token: less is lost in float32, and its ratio to anyth
 # an interval narrower than this comes of one sequence, or of an error that every text makes alike
 NO_WIDTH = 1e-6
 
+FLAG_COLUMNS = ["rho", "fed_nosink", "isotropic fed", "excess", "2KL/swd", "2KL/swd interval", "flag"]
+FLAG_TEXT = (
+    "The flag compares the SAE's error with an isotropic one, as long at every token but in a random "
+    "direction: where the model feels it at least a quarter more (the 95% interval of the excess lies above "
+    f"{MIN_EFFECT:+.2f}) R² flatters the SAE, where it feels it that much less (below {-MIN_EFFECT:+.2f}) R² "
+    "underrates it. The flag is withheld where first order, on which it stands, is off by more than a factor "
+    "of two: where 2 KL / swd_sampled, 1 for a small error, lies outside "
+    f"{FIRST_ORDER[0]:g} to {FIRST_ORDER[1]:g}.\n\n"
+    "fed: the log of how much larger the error is in Fisher than in Euclidean geometry, relative to the "
+    "activations. isotropic fed: what fed_nosink would be for the isotropic error. excess: fed_nosink minus "
+    "it, from the same sampled labels. Intervals: documents resampled. rho: the excess not as a log, over all "
+    "positions, and not weighted by where the error is long."
+)
+
 
 def flag(lo: float, hi: float, kl_swd_ratio: float) -> str:
-    """The plain sentence about one SAE: from the 95% interval of fed_excess (`proxies.metrics`), and 2 KL /
+    """The plain sentence about one SAE: from the 95% interval of fed_excess (`metrics.metrics`), and 2 KL /
     swd_sampled.
 
     Above MIN_EFFECT the model feels the error more than an isotropic one of the same lengths, so that R² says
@@ -32,51 +52,34 @@ def flag(lo: float, hi: float, kl_swd_ratio: float) -> str:
         return "undefined"
     if not FIRST_ORDER[0] <= kl_swd_ratio <= FIRST_ORDER[1]:
         return "withheld: first order does not hold here"
-    return (
-        "R² flatters this SAE"
-        if lo > MIN_EFFECT
-        else "R² underrates it"
-        if hi < -MIN_EFFECT
-        else "no difference shown"
-    )
+    if lo > MIN_EFFECT:
+        return "R² flatters this SAE"
+    if hi < -MIN_EFFECT:
+        return "R² underrates it"
+    return "no difference shown"
 
 
-def flagged(saes: list[dict], values: dict) -> list[dict]:
+def flagged(saes: list[dict], values: dict[str, np.ndarray]) -> list[dict]:
     """The rows of C SAEs, each with its flag and what it stands on. values {metric: [W,C]}, as
-    `conditions.measured` gives them.
+    `results.measured` gives them.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(values["kl"][:1] > KL_FLOOR, 2 * values["kl"] / values["swd_sampled"], np.nan)
-    ends = {
-        name: np.percentile(v[3:], [2.5, 97.5], axis=0)
-        for name, v in (("fed_excess", values["fed_excess"]), ("kl_swd_ratio", ratio))
-    }
-    rows = []
-    for i, row in enumerate(saes):
-        new = {"kl_swd_ratio": ratio[0, i]} | {
-            f"{name}_{end}": v[j, i] for name, v in ends.items() for j, end in enumerate(("lo", "hi"))
+    excess_lo, excess_hi = percentiles(values["fed_excess"][3:])
+    ratio_lo, ratio_hi = percentiles(ratio[3:])
+    return [
+        row
+        | {
+            "kl_swd_ratio": ratio[0, i],
+            "fed_excess_lo": excess_lo[i],
+            "fed_excess_hi": excess_hi[i],
+            "kl_swd_ratio_lo": ratio_lo[i],
+            "kl_swd_ratio_hi": ratio_hi[i],
+            "flag": flag(excess_lo[i], excess_hi[i], ratio[0, i]),
+            "isotropic fed": row["fed_iso_nosink"],
+            "excess": span(row["fed_excess"], excess_lo[i], excess_hi[i]),
+            "2KL/swd": ratio[0, i],
+            "2KL/swd interval": bounds(ratio_lo[i], ratio_hi[i]),
         }
-        rows.append(
-            row
-            | new
-            | {
-                "flag": flag(new["fed_excess_lo"], new["fed_excess_hi"], new["kl_swd_ratio"]),
-                "isotropic fed": row["fed_iso_nosink"],
-                "excess": span(row["fed_excess"], new["fed_excess_lo"], new["fed_excess_hi"]),
-                "2KL/swd": new["kl_swd_ratio"],
-                "2KL/swd interval": bounds(new["kl_swd_ratio_lo"], new["kl_swd_ratio_hi"]),
-            }
-        )
-    return rows
-
-
-FLAG_COLUMNS = ["rho", "fed_nosink", "isotropic fed", "excess", "2KL/swd", "2KL/swd interval", "flag"]
-FLAG_TEXT = (
-    "The flag compares the SAE's error with an isotropic one, as long at every token but in a random direction: where the model feels "
-    f"it at least a quarter more (the 95% interval of the excess lies above {MIN_EFFECT:+.2f}) R² flatters the SAE, where it feels it that much "
-    f"less (below {-MIN_EFFECT:+.2f}) R² underrates it. The flag is withheld where first order, on which it stands, is off by more than a "
-    f"factor of two: where 2 KL / swd_sampled, 1 for a small error, lies outside {FIRST_ORDER[0]:g} to {FIRST_ORDER[1]:g}.\n\n"
-    "fed: the log of how much larger the error is in Fisher than in Euclidean geometry, relative to the activations. isotropic fed: what "
-    "fed_nosink would be for the isotropic error. excess: fed_nosink minus it, from the same sampled labels. Intervals: documents "
-    "resampled. rho: the excess not as a log, over all positions, and not weighted by where the error is long."
-)
+        for i, row in enumerate(saes)
+    ]
