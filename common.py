@@ -8,6 +8,7 @@ Its answer is one of four words, `identical`, `same SAEs`, `reproduced` (exit 0)
 import argparse
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from transport_geometry import rerun
@@ -164,17 +165,17 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(doc: str, argv: list[str] | None = None, **defaults: Any) -> Command:
-    """The flags that mean the same in every script; `defaults` are the script's own grid. Raises UserError."""
+def parse_args(doc: str, own: Mapping[str, Any], argv: list[str] | None = None) -> Command:
+    """The flags that mean the same in every script; `own` is the script's grid. Raises UserError."""
     args = parser_of(doc).parse_args(argv)
     preset: dict[str, Any] = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
     if args.sae:  # they are what they are
         if typed := [f"--{name}" for name in TRAINING if getattr(args, name) is not None]:
             raise UserError(f"--sae evaluates SAEs that exist; {', '.join(typed)} would train some")
-        defaults = defaults | {"models": None, "k": "1", "seeds": "0", "tokens": "1", "expansion": 1}
+        own = {**own, "models": None, "k": "1", "seeds": "0", "tokens": "1", "expansion": 1}
     elif args.basis:
         raise UserError("--basis is about the SAEs of --sae")
-    for name, value in {**DEFAULTS, **defaults, **preset}.items():
+    for name, value in {**DEFAULTS, **own, **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     saes = [printable(spec, "--sae") for spec in dict.fromkeys((args.sae or "").split(",")) if spec]

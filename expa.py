@@ -1044,7 +1044,7 @@ def learning_plot(saes: list[dict], settings: dict) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
-    command = parse_args(__doc__, **GRID)
+    command = parse_args(__doc__, GRID)
     if command.grid.saes:
         raise UserError(
             "--sae: Exp-A is about how SAEs train; expb.py and expc_fisher.py evaluate existing ones"

@@ -2,8 +2,10 @@
 
     python expb.py                                   # embedded models, six CPU-minutes
     python expb.py --device mps
-    python expb.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --data NeelNanda/pile-small-tokenized-2b --tokens 10M
-    python expb.py --models EleutherAI/pythia-70m@3 --sae EleutherAI/sae-pythia-70m-32k      # SAEs that exist: can their R^2 be trusted?
+    python expb.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --tokens 10M \\
+                   --data NeelNanda/pile-small-tokenized-2b
+    # SAEs that exist: can their R^2 be trusted?
+    python expb.py --models EleutherAI/pythia-70m@3 --sae EleutherAI/sae-pythia-70m-32k
     python expb.py --from outputs/expb               # tables, verdict and plots again, without a model
 
 Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by CE_rec better than R^2, and
@@ -21,19 +23,18 @@ from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.leaderboard import (
     LEADERBOARD,
-    MAGNITUDE,
-    gate,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
     read_verdict,
 )
-from transport_geometry.metrics import BY_NAME, EUCLIDEAN_CONTROLS, PROXIES, Metric, oriented
+from transport_geometry.metrics import BY_NAME, PROXIES, Metric
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, run
 from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, readable_count
 
 import numpy as np
+from matplotlib.axes import Axes
 
 # 3 models x 6 layers = 18 hooks: hooks, not k and not seeds, are what the tests and the bootstrap count
 GRID = dict(
@@ -55,221 +56,171 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
     A pure function of conditions.csv, sequences.npz and the gate.
     """
     found = measured(out, settings, N_RESAMPLES)
-    nulls, mine, values, meta = found.nulls, found.saes, found.values, found.meta
-    scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in PROXIES}
-    targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
-    board = []
-    for target_name, target in targets.items():
-        board += leaderboard.board(
-            scores,
-            target,
-            values[MAGNITUDE[target_name]],
-            meta,
-            settings["models"],
-            target_name=target_name,
-            controls=EUCLIDEAN_CONTROLS,
-            n_resamples=N_RESAMPLES,
-        )
-    leaf, gate_text = gate(exp_a, settings)
-    verdict = leaderboard.verdict_h2(
-        [row for row in board if row["target"] == "ce_rec"],
-        scores,
-        targets["ce_rec"],
-        values["dce"],
-        meta,
-        settings["models"],
-        controls=EUCLIDEAN_CONTROLS,
-        gate=leaf,
-        n_resamples=N_RESAMPLES,
-    )
-    verdict = plain(verdict | {"settings": settings, "gate_text": gate_text, "rows_sha256": rows_hash(out)})
-    mine = flagged(mine, values)
-    audited, pairs = (
-        make(mine, values, settings) if "saes" in settings else [] for make in (audit.audit_rows, audit.pairs)
-    )
-    files = {
+    scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
+    board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
+    verdict = plain(h2 | {"settings": settings, "rows_sha256": rows_hash(out)})
+    saes = flagged(found.saes, found.values)
+    files: dict[str, store.Content | None] = {
         "leaderboard.csv": as_csv(board, LEADERBOARD),
         "verdict.json": as_json(verdict),
-        **plots(mine, board, settings),
-        "report.md": report(
-            nulls,
-            mine,
-            board,
-            verdict,
-            settings,
-            audit.audit_report(audited, pairs, settings) if audited else [],
-        ),
     }
-    if audited:
-        files |= {"audit.csv": as_csv(audited, audit.COLUMNS), "pairs.csv": as_csv(pairs, audit.PAIRS)}
-    store.put(out / store.RUN, files)
+    audited, pairs, about_files = [], [], []
+    if "saes" in settings:
+        audited = audit.audit_rows(saes, found.values, settings)
+        pairs = audit.pairs(saes, found.values, settings)
+        about_files = audit.audit_report(audited, pairs, settings)
+        files["audit.csv"] = as_csv(audited, audit.COLUMNS)
+        files["pairs.csv"] = as_csv(pairs, audit.PAIRS)
+    files["report.md"] = report(found.nulls, saes, board, verdict, settings, about_files)
+    store.put(out / store.RUN, files | plots(saes, board, settings))
     return verdict, audited, pairs
+
+
+LEAVES = {
+    "supported": "SWD ranks SAEs by CE_rec better than the best Euclidean control, and transfers across "
+    "scale better.",
+    "beats-r2-only": "SWD beats R², but not the best Euclidean control: no case for a sensitivity-weighted "
+    "geometry.",
+    "rejected": "SWD is not shown to predict CE_rec better than the best Euclidean control.",
+    "not-transferable": "SWD ranks better than the best control, but the models' ranges of the proxy hardly "
+    "meet, so whether it transfers across scale cannot be judged.",
+    leaderboard.CANNOT: "No data of this grid could have shown SWD to be better than the best Euclidean "
+    "control: there is too little left to gain.",
+    "undecided": "This grid cannot decide.",
+}
 
 
 def sentence(verdict: dict) -> str:
     """The verdict on H2 in words."""
-    leaf = verdict["leaf_if_ungated"] if verdict["leaf"] == "gated" else verdict["leaf"]
-    text = {
-        "supported": "SWD ranks SAEs by CE_rec better than the best Euclidean control, and transfers across scale better.",
-        "beats-r2-only": "SWD beats R², but not the best Euclidean control: no case for a sensitivity-weighted geometry.",
-        "rejected": "SWD is not shown to predict CE_rec better than the best Euclidean control.",
-        "not-transferable": "SWD ranks better than the best control, but the models' ranges of the proxy hardly meet, so whether it "
-        "transfers across scale cannot be judged.",
-        leaderboard.CANNOT: "No data of this grid could have shown SWD to be better than the best Euclidean control: there is too little left to gain.",
-        "undecided": "This grid cannot decide.",
-    }[leaf] + f" ({verdict['reason']}.)"
-    return (
-        f"H2: {leaf}. {text}"
-        if verdict["leaf"] != "gated"
-        else f"H2: gated ({verdict['gate_text']}). Ungated it would read: {leaf}. {text}"
-    )
+    leaf = verdict["leaf_if_ungated"]
+    text = f"{LEAVES[leaf]} ({verdict['reason']}.)"
+    if verdict["leaf"] == "gated":
+        return f"H2: gated ({verdict['gate_text']}). Ungated it would read: {leaf}. {text}"
+    return f"H2: {leaf}. {text}"
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def report(nulls, mine, board, verdict: dict, settings: dict, audited: list[str]) -> bytes:
-    text = [
-        "# Exp-B: which proxy predicts patched cross-entropy?",
-        "",
-        *audited,
-        f"**{sentence(verdict)}**",
-        "",
-        "![R² and SWD against CE_rec](swd_r2.png)",
-        "",
-        "## Leaderboard, all conditions, target CE_rec",
-        "",
-        leaderboard_table(board, "ce_rec", "pooled"),
-        "",
-        *how_to_read(verdict, settings),
-        "![leaderboard](leaderboard.png)",
-        "",
-        "## Target KL",
-        "",
-        leaderboard_table(board, "kl", "pooled"),
-        "",
+REPORT = """\
+# Exp-B: which proxy predicts patched cross-entropy?
+
+{audit}**{sentence}**
+
+![R² and SWD against CE_rec](swd_r2.png)
+
+## Leaderboard, all conditions, target CE_rec
+
+{board}
+
+{how_to_read}
+![leaderboard](leaderboard.png)
+
+## Target KL
+
+{board_kl}
+
+{within}## Every SAE
+
+{saes}
+
+{flag}
+
+## Null rows (never in a correlation)
+
+{nulls}
+
+null-gaussian is a drawn isotropic error, as long at every token as the error of the hook's middle SAE: its \
+fed_excess is 0 but for chance. `undefined`: the identity has no error, so fed, rho and the excess are 0/0; \
+a reconstruction without a code has no alive, l0 and bits.
+
+![every proxy](proxies.png)
+
+{about}"""
+OF_AN_SAE = "model layer k seed tokens r2 r2_nosink cosine swd_tok ce_rec frac_zero kl alive bits fed".split()
+OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_iso_nosink fed_excess".split()
+
+
+def report(
+    nulls: list[dict],
+    saes: list[dict],
+    board: list[dict],
+    verdict: dict,
+    settings: dict,
+    about_files: list[str],
+) -> bytes:
+    within = [
+        f"## Within {model}\n\n{leaderboard_table(board, 'ce_rec', model)}\n\n"
+        for model in settings["models"]
     ]
-    for model in settings["models"]:
-        text += [f"## Within {model}", "", leaderboard_table(board, "ce_rec", model), ""]
     shown = [
-        "model",
-        "layer",
-        "k",
-        "seed",
-        "tokens",
-        "r2",
-        "r2_nosink",
-        "cosine",
-        "swd_tok",
-        "ce_rec",
-        "frac_zero",
-        "kl",
-        "alive",
-        "bits",
-        "fed",
-        *FLAG_COLUMNS,
-    ]
-    flags = [
         row | {"tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
-        for row in marked(mine, settings)
+        for row in marked(saes, settings)
     ]
-    text += [
-        "## Every SAE",
-        "",
-        markdown(flags, shown),
-        "",
-        FLAG_TEXT,
-        "",
-        "## Null rows (never in a correlation)",
-        "",
-        markdown(
-            marked(nulls, settings),
-            [
-                "model",
-                "layer",
-                "sae",
-                "r2",
-                "cosine",
-                "swd_tok",
-                "dce",
-                "ce_rec",
-                "kl",
-                "rho",
-                "fed_nosink",
-                "fed_iso_nosink",
-                "fed_excess",
-            ],
-        ),
-        "",
-        "null-gaussian is a drawn isotropic error, as long at every token as the error of the hook's middle SAE: its fed_excess is 0 but for chance. "
-        "`undefined`: the identity has no error, so fed, rho and the excess are 0/0; a reconstruction without a code has no alive, l0 and bits.",
-        "",
-        "![every proxy](proxies.png)",
-        "",
-        *about_the_run(mine, settings),
-    ]
-    return "\n".join(text).encode()
-
-
-def plots(mine, board, settings: dict) -> dict[str, bytes]:
-    """{file: PNG}."""
-    plt, drawn = pyplot(), {"leaderboard.png": leaderboard_plot(board)}
-    colours = model_colours(settings["models"])
-
-    def panel(axis, proxy: Metric) -> None:
-        for model in settings["models"]:
-            here = [row for row in mine if row["model"] == model]
-            x = proxy.score(np.array([row[proxy.name] for row in here]))
-            axis.scatter(
-                x,
-                [row["ce_rec"] for row in here],
-                s=[12 + 2.5 * row["k"] for row in here],
-                color=colours[model],
-                alpha=0.75,
-                edgecolor="white",
-                linewidth=0.5,
-                label=model,
-            )
-        axis.set_xlabel(proxy.axis)
-        axis.set_ylabel("CE_rec")
-        axis.grid(alpha=0.3)
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    for axis, name in zip(axes, ("r2", "swd_tok")):
-        panel(axis, BY_NAME[name])
-    axes[0].legend(title="size = k", fontsize=8)
-    drawn["swd_r2.png"] = as_png(figure)
-
-    columns = 4
-    figure, axes = plt.subplots(
-        -(-len(PROXIES) // columns), columns, figsize=(13, 11), sharey=True, layout="constrained"
+    text = REPORT.format(
+        audit="".join(f"{line}\n" for line in about_files),
+        sentence=sentence(verdict),
+        board=leaderboard_table(board, "ce_rec", "pooled"),
+        how_to_read="\n".join(how_to_read(verdict, settings)),
+        board_kl=leaderboard_table(board, "kl", "pooled"),
+        within="".join(within),
+        saes=markdown(shown, [*OF_AN_SAE, *FLAG_COLUMNS]),
+        flag=FLAG_TEXT,
+        nulls=markdown(marked(nulls, settings), OF_A_NULL),
+        about="\n".join(about_the_run(saes, settings)),
     )
+    return text.encode()
+
+
+def plots(saes: list[dict], board: list[dict], settings: dict) -> dict[str, store.Content | None]:
+    """{file: PNG}."""
+    plt, columns = pyplot(), 4
+    two, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    for axis, name in zip(axes, ("r2", "swd_tok")):
+        panel(axis, BY_NAME[name], saes, settings["models"])
+    axes[0].legend(title="size = k", fontsize=8)
+
+    rows = -(-len(PROXIES) // columns)
+    every, axes = plt.subplots(rows, columns, figsize=(13, 11), sharey=True, layout="constrained")
     for axis in axes.flat[len(PROXIES) :]:
         axis.set_visible(False)
     for axis, proxy in zip(axes.flat, PROXIES):
-        panel(axis, proxy)
+        panel(axis, proxy, saes, settings["models"])
     axes.flat[0].legend(title="size = k", fontsize=8)
-    return drawn | {"proxies.png": as_png(figure)}
+    return {
+        "leaderboard.png": leaderboard_plot(board),
+        "swd_r2.png": as_png(two),
+        "proxies.png": as_png(every),
+    }
+
+
+def panel(axis: Axes, proxy: Metric, saes: list[dict], models: list[str]) -> None:
+    """CE_rec of every SAE against one proxy; colour = model, size = k."""
+    for model, colour in model_colours(models).items():
+        here = [row for row in saes if row["model"] == model]
+        axis.scatter(
+            proxy.score(np.array([row[proxy.name] for row in here])),
+            [row["ce_rec"] for row in here],
+            s=[12 + 2.5 * row["k"] for row in here],
+            color=colour,
+            alpha=0.75,
+            edgecolor="white",
+            linewidth=0.5,
+            label=model,
+        )
+    axis.set(xlabel=proxy.axis, ylabel="CE_rec")
+    axis.grid(alpha=0.3)
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
-    command = parse_args(__doc__, **GRID)
+    command = parse_args(__doc__, GRID)
     exp_a = read_verdict(command.verdict)
     if (done := run(command, Experiment("expb"))) is None:
         return
     out, settings = done
     verdict, audited, pairs = analyse(out, settings, exp_a)
-    if "saes" in settings:
-        print(
-            "\n".join(
-                [
-                    audit.headline(audited),
-                    *audit.warnings(audited),
-                    "",
-                    *audit.pair_sentences(pairs),
-                    *audit.pair_lines(pairs),
-                ]
-            )
-        )
+    if audited:
+        lines = [audit.headline(audited), *audit.warnings(audited), ""]
+        print("\n".join([*lines, *audit.pair_sentences(pairs), *audit.pair_lines(pairs)]))
     else:
         print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")

@@ -2,7 +2,8 @@
 cross-entropy than SWD?
 
     python expc_fisher.py                                   # embedded models, seven CPU-minutes
-    python expc_fisher.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --data NeelNanda/pile-small-tokenized-2b --tokens 10M
+    python expc_fisher.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --tokens 10M \\
+                          --data NeelNanda/pile-small-tokenized-2b
     python expc_fisher.py --from outputs/expc_fisher        # tables, verdict and plots again, without a model
 
 Hypothesis H2': delta^T G delta, G = J^T F J, adds predictive value beyond SWD, its one-label, data-label
@@ -15,7 +16,7 @@ import pathlib
 
 from common import parse_args, run_script
 from transport_geometry import fisher, leaderboard, stats, store
-from transport_geometry.condition import KEY
+from transport_geometry.condition import Condition
 from transport_geometry.evaluate import DRAWS
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.fisher_study import SHAPE, estimators, geometry, path_integral
@@ -23,15 +24,13 @@ from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.grid import Site
 from transport_geometry.leaderboard import (
     LEADERBOARD,
-    MAGNITUDE,
-    gate,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
     read_verdict,
 )
 from transport_geometry.lm import cross_entropy, kl_divergence
-from transport_geometry.metrics import DISTORTION, EUCLIDEAN_CONTROLS, PROXIES, Metric, mean, oriented
+from transport_geometry.metrics import DISTORTION, PROXIES, Metric, mean
 from transport_geometry.patch import Patch
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, eval_batch, run
@@ -240,261 +239,235 @@ def radius(row: dict) -> float:
     return max((alpha for i, alpha in enumerate(ALPHAS) if all(inside[: i + 1])), default=0.0)
 
 
+def leaf_c(added: float, p: float) -> str:
+    """C2' itself, without the gate."""
+    if np.isnan(added):
+        return "undecided"
+    return "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
+
+
 def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
     sequences.npz, geometry.csv and the gate.
     """
     found = measured(out, settings, N_RESAMPLES, OWN)
-    nulls, saes, values, meta, sums = found.nulls, found.saes, found.values, found.meta, found.sums
+    values, meta, sums = found.values, found.meta, found.sums
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in (*PROXIES, *FISHER)}
-    targets = {"ce_rec": values["ce_rec"], "kl": oriented("kl", values["kl"])}
-    board = []
-    for name, target in targets.items():
-        board += leaderboard.board(
-            scores,
-            target,
-            values[MAGNITUDE[name]],
-            meta,
-            settings["models"],
-            target_name=name,
-            controls=EUCLIDEAN_CONTROLS,
-            n_resamples=N_RESAMPLES,
-        )
-    leaf, gate_text = gate(exp_a, settings)
-    h2 = leaderboard.verdict_h2(
-        [row for row in board if row["target"] == "ce_rec"],
-        scores,
-        targets["ce_rec"],
-        values["dce"],
-        meta,
-        settings["models"],
-        controls=EUCLIDEAN_CONTROLS,
-        gate=leaf,
-        n_resamples=N_RESAMPLES,
-    )
-    added, p = added_value(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
-    gain = out_of_hook_gain(scores["fisher_seq"][0], scores["swd_tok"][0], targets["ce_rec"][0], meta)
-    open_gate = h2["leaf"] == "supported"
-    ungated = (
-        "undecided"
-        if np.isnan(added)
-        else "supported"
-        if added >= MIN_ADDED and p < stats.ALPHA
-        else "rejected"
-    )
-    rungs = ladder(values, meta)
+    board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
+    gate_text = h2.pop("gate_text")
+    of_all = scores["fisher_seq"][0], scores["swd_tok"][0], values["ce_rec"][0], meta
+    (added, p), gain = added_value(*of_all), out_of_hook_gain(*of_all)
+    leaf, rungs = leaf_c(added, p), ladder(values, meta)
     shown = [row for row in rungs[1:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
     lost = max(shown, key=lambda row: abs(row["step"]), default=None)
-    verdict = dict(
-        leaf=ungated if open_gate else "gated",
-        leaf_if_ungated=ungated,
-        gate=h2["leaf"],
-        gate_text=gate_text,
-        h2=h2,
-        added=added,
-        p=p,
-        gain=dict(zip(("value", "lo", "hi"), gain)),
-        ladder=rungs,
-        lost_at=lost and lost["rung"],
-        locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
-        radius=[{c: row[c] for c in KEY} | {"radius": radius(row)} for row in saes],
-        thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS),
-        settings=settings,
-        rows_sha256=rows_hash(out),
+    verdict = plain(
+        dict(
+            leaf=leaf if h2["leaf"] == "supported" else "gated",
+            leaf_if_ungated=leaf,
+            gate=h2["leaf"],
+            gate_text=gate_text,
+            h2=h2,
+            added=added,
+            p=p,
+            gain=dict(zip(("value", "lo", "hi"), gain)),
+            ladder=rungs,
+            lost_at=lost and lost["rung"],
+            locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
+            radius=[vars(Condition.of(row)) | {"radius": radius(row)} for row in found.saes],
+            thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS),
+            settings=settings,
+            rows_sha256=rows_hash(out),
+        )
     )
-    verdict = plain(verdict)
-    tables = {name: read_table(store.checked(out / store.RUN, name)) for name in TABLES} | {
-        "calibration": calibration(sums, meta)
+    tables = {name: read_table(store.checked(out / store.RUN, name)) for name in TABLES}
+    tables["calibration"] = calibration(sums, meta)
+    saes = flagged(found.saes, values)
+    files: dict[str, store.Content | None] = {
+        "leaderboard.csv": as_csv(board, LEADERBOARD),
+        "verdict.json": as_json(verdict),
+        "report.md": report(found.nulls, saes, board, verdict, tables, settings),
     }
-    store.put(
-        out / store.RUN,
-        {
-            "leaderboard.csv": as_csv(board, LEADERBOARD),
-            "verdict.json": as_json(verdict),
-            "report.md": report(nulls, flagged(saes, values), board, verdict, tables, settings),
-            **plots(sums, meta, board, settings),
-        },
-    )
+    store.put(out / store.RUN, files | plots(sums, meta, board, settings))
     return verdict
+
+
+LEAVES = {
+    "supported": "The pullback Fisher predicts CE_rec beyond SWD",
+    "rejected": "The pullback Fisher is not shown to predict CE_rec beyond SWD",
+    "undecided": "This grid cannot decide",
+}
 
 
 def sentence(verdict: dict) -> str:
     """The verdict in words."""
-    shown = (
-        "undefined"
-        if verdict["added"] is None
-        else f"partial Spearman with CE_rec given SWD and k {verdict['added']:+.2f}, p = {verdict['p']:.3f}"
-    )
-    text = {
-        "supported": "The pullback Fisher predicts CE_rec beyond SWD",
-        "rejected": "The pullback Fisher is not shown to predict CE_rec beyond SWD",
-        "undecided": "This grid cannot decide",
-    }[verdict["leaf_if_ungated"]]
+    leaf, shown = verdict["leaf_if_ungated"], "undefined"
+    if verdict["added"] is not None:
+        shown = "partial Spearman with CE_rec given SWD and k {added:+.2f}, p = {p:.3f}".format(**verdict)
+    text = f"{leaf}. {LEAVES[leaf]} ({shown})."
     if verdict["leaf"] == "gated":
-        return f"H2': gated (H2 is {verdict['gate']}; {verdict['gate_text']}). Ungated it would read: {verdict['leaf_if_ungated']}. {text} ({shown})."
-    return f"H2': {verdict['leaf']}. {text} ({shown})."
+        return "H2': gated (H2 is {gate}; {gate_text}). Ungated it would read: ".format(**verdict) + text
+    return f"H2': {text}"
 
 
 # ------------------------------------------------------------------------------------------ report, plots
-def report(nulls, saes, board, verdict: dict, tables: dict, settings: dict) -> bytes:
-    gain, table = verdict["gain"], tables["calibration"]
-    rungs = [
-        {
-            "rung": row["rung"],
-            "what joins": row["what joins"],
-            "partial Spearman": signed(row["rho"]),
-            "step": span(row["step"], row["step_lo"], row["step_hi"])
-            if row is not verdict["ladder"][0]
-            else "",
-        }
-        for row in verdict["ladder"]
-    ]
-    flags = [
+REPORT = """\
+# Exp-C: does the pullback Fisher add anything beyond SWD?
+
+**{sentence}**
+
+p: what CE_rec has beyond SWD changes its sign in whole hooks, {n_clusters} of them. Beside it, \
+descriptive: a linear model of CE_rec on k and SWD, each hook predicted from the others, leaves {gain} \
+less variance with the Fisher form in it (1 = all of it; negative: it predicts worse; hooks resampled).
+
+![calibration](calibration.png)
+
+## Leaderboard, target CE_rec
+
+{board}
+
+fisher_seq: δᵀGδ with all positions moved together, exact (half of it is KL for small δ); fisher_tok: each \
+position's δ alone on all it reaches, from {draws} draws of sampled labels; fisher_same: on its own \
+prediction only, exact; half_var: ½Var_p of the real logit change.
+
+{how_to_read}
+![leaderboard](leaderboard.png)
+
+## The ladder from ‖δ‖² to ΔCE
+
+{ladder}
+
+Partial Spearman with ΔCE given k; steps with 95% intervals as in the leaderboard. {lost}
+
+## Calibration
+
+{calibration}
+
+Over (SAE, sequence), patching h + αδ. kl_slope: KL = slope · α²½δᵀGδ; dce_slope: ΔCE = slope · (α g·δ + \
+α²½δᵀGδ); r2 of the prediction with slope 1. The quadratic model is believed up to the α where KL stays \
+within {radius:.0%} of it (`radius` below); beyond it ranks only. Median KL / quadratic: {locality}.
+
+## The shape of G
+
+{geometry}
+
+G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: \
+participation ratio of G (pr / d = 1 for an isotropic one), pr_sigma of the covariance; overlap_r: mean \
+squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the \
+covariance, below 1 = the model cares less for the directions in which h varies most. Intervals over \
+documents.{left_none}
+
+## Cheaper estimators of δᵀGδ
+
+{estimators}
+
+Of one SAE of each hook on a few sequences, over the exact form; sd of one estimate, se of the mean. A \
+mean further from 1 than its se explains is bias: the uncentred diagonal F adds (E_p u)², and is not even \
+defined up to a shift of all logits. Rows drawn uniformly meet p's mass less often than rows drawn from p: \
+their sd. A row of the Jacobian is a backward pass of its own for every token, a set of sampled labels one \
+for all of them; the data's labels are one draw that cannot be repeated.
+
+## ΔCE as an integral along h → ĥ
+
+{path}
+
+The upper anchor of any gradient proxy: nodes of Gauss-Legendre until the integral of g·δ is the measured \
+ΔCE (nats per token); 0 nodes: first order at h.
+
+## Every SAE
+
+{saes}
+
+{flag}
+
+## Null rows (never in a correlation)
+
+{nulls}
+
+`undefined`: the identity has no error, so fed, rho and the excess are 0/0.
+
+{about}"""
+LOST = "The largest step that the interval shows is at {}: there the rank correlation changes."
+NOT_LOST = (
+    "No step's interval leaves out 0, so this grid names no rung at which the rank correlation is lost."
+)
+OF_AN_SAE = (
+    "model layer sae recipe k seed tokens r2 swd_tok fisher_seq fisher_tok fisher_same kl ce_rec "
+    "locality_0.1 locality_1 radius fed"
+).split()
+OF_A_NULL = (
+    "model layer sae r2 fisher_seq fisher_same kl ce_rec rho fed_nosink fed_iso_nosink fed_excess".split()
+)
+
+
+def report(
+    nulls: list[dict],
+    saes: list[dict],
+    board: list[dict],
+    verdict: dict,
+    tables: dict[str, list[dict]],
+    settings: dict,
+) -> bytes:
+    gain, shapes = verdict["gain"], [shape_words(row) for row in tables["geometry.csv"]]
+    left_none = any(row["trace"] == "undefined" for row in shapes)
+    lost = LOST.format(verdict["lost_at"]) if verdict["lost_at"] else NOT_LOST
+    shown = [
         row | {"tokens": readable_count(row["tokens"]), "radius": radius(row)}
         for row in marked(saes, settings)
     ]
+    text = REPORT.format(
+        sentence=sentence(verdict),
+        n_clusters=verdict["h2"]["n_clusters"],
+        gain=span(gain["value"], gain["lo"], gain["hi"]),
+        board=leaderboard_table(board, "ce_rec", "pooled"),
+        draws=DRAWS,
+        how_to_read="\n".join(how_to_read(verdict["h2"], settings)),
+        ladder=whole([rung_words(row) for row in verdict["ladder"]]),
+        lost=lost,
+        calibration=whole(tables["calibration"]),
+        radius=RADIUS,
+        locality=", ".join(f"α = {a}: {signed(v)}" for a, v in verdict["locality"].items()),
+        geometry=markdown(shapes, ["model", "layer", "sinks", *SHAPE[:2], "pr / d", *SHAPE[2:]]),
+        left_none=" `undefined`: no positions are left without the sinks." if left_none else "",
+        estimators=whole(tables["estimators.csv"]),
+        path=whole(tables["path.csv"]),
+        saes=markdown(shown, [*OF_AN_SAE, *FLAG_COLUMNS]),
+        flag=FLAG_TEXT,
+        nulls=markdown(marked(nulls, settings), OF_A_NULL),
+        about="\n".join(about_the_run(saes, settings)),
+    )
+    return text.encode()
 
-    def of(row: dict, key: str) -> str:
+
+def whole(rows: list[dict]) -> str:
+    """A table with all its columns."""
+    return markdown(rows, list(rows[0]))
+
+
+def rung_words(row: dict) -> dict:
+    """The first rung has nothing below it to step from."""
+    step = "" if row["rung"] == LADDER[0][1] else span(row["step"], row["step_lo"], row["step_hi"])
+    return {
+        "rung": row["rung"],
+        "what joins": row["what joins"],
+        "partial Spearman": signed(row["rho"]),
+        "step": step,
+    }
+
+
+def shape_words(row: dict) -> dict:
+    """A row of geometry.csv, each number with its interval."""
+    words = {}
+    for name in SHAPE:
         value, lo, hi = (
-            f"{row[name]:.3g}" if np.isfinite(row[name]) else "undefined"
-            for name in (key, f"{key}_lo", f"{key}_hi")
+            f"{row[column]:.3g}" if np.isfinite(row[column]) else "undefined"
+            for column in (name, f"{name}_lo", f"{name}_hi")
         )
-        return (
-            value
-            if value == "undefined"
-            else f"{value} [undefined]"
-            if "undefined" in (lo, hi)
-            else f"{value} [{lo}, {hi}]"
-        )
-
-    shapes = [
-        row | {key: of(row, key) for key in SHAPE} | {"pr / d": row["pr"] / row["d"]}
-        for row in tables["geometry.csv"]
-    ]
-    left_none = any(row["trace"] == "undefined" for row in shapes)
-    cheap, integral = tables["estimators.csv"], tables["path.csv"]
-    text = [
-        "# Exp-C: does the pullback Fisher add anything beyond SWD?",
-        "",
-        f"**{sentence(verdict)}**",
-        "",
-        f"p: what CE_rec has beyond SWD changes its sign in whole hooks, {verdict['h2']['n_clusters']} of them. Beside it, descriptive: a linear model of CE_rec on k and SWD, each "
-        f"hook predicted from the others, leaves {span(gain['value'], gain['lo'], gain['hi'])} less variance with the Fisher form in it (1 = all of it; negative: it "
-        "predicts worse; hooks resampled).",
-        "",
-        "![calibration](calibration.png)",
-        "",
-        "## Leaderboard, target CE_rec",
-        "",
-        leaderboard_table(board, "ce_rec", "pooled"),
-        "",
-        "fisher_seq: δᵀGδ with all positions moved together, exact (half of it is KL for small δ); fisher_tok: each position's δ alone on all it reaches, from "
-        f"{DRAWS} draws of sampled labels; fisher_same: on its own prediction only, exact; half_var: ½Var_p of the real logit change.",
-        "",
-        *how_to_read(verdict["h2"], settings),
-        "![leaderboard](leaderboard.png)",
-        "",
-        "## The ladder from ‖δ‖² to ΔCE",
-        "",
-        markdown(rungs, list(rungs[0])),
-        "",
-        "Partial Spearman with ΔCE given k; steps with 95% intervals as in the leaderboard. "
-        + (
-            f"The largest step that the interval shows is at {verdict['lost_at']}: there the rank correlation changes."
-            if verdict["lost_at"]
-            else "No step's interval leaves out 0, so this grid names no rung at which the rank correlation is lost."
-        ),
-        "",
-        "## Calibration",
-        "",
-        markdown(table, list(table[0])),
-        "",
-        "Over (SAE, sequence), patching h + αδ. kl_slope: KL = slope · α²½δᵀGδ; dce_slope: ΔCE = slope · (α g·δ + α²½δᵀGδ); r2 of the prediction with slope 1. "
-        f"The quadratic model is believed up to the α where KL stays within {RADIUS:.0%} of it (`radius` below); beyond it ranks only. Median KL / quadratic: "
-        + ", ".join(f"α = {a}: {signed(v)}" for a, v in verdict["locality"].items())
-        + ".",
-        "",
-        "## The shape of G",
-        "",
-        markdown(shapes, ["model", "layer", "sinks", *SHAPE[:2], "pr / d", *SHAPE[2:]]),
-        "",
-        "G averaged over positions (all-downstream block, sampled labels), with sink positions in and out. pr: participation ratio of G (pr / d = 1 for an isotropic one), pr_sigma of the covariance; "
-        "overlap_r: mean squared cosine between the top r directions of G and of the covariance; alignment: 1 = G does not know the covariance, below 1 = the model "
-        "cares less for the directions in which h varies most. Intervals over documents."
-        + (" `undefined`: no positions are left without the sinks." if left_none else ""),
-        "",
-        "## Cheaper estimators of δᵀGδ",
-        "",
-        markdown(cheap, list(cheap[0])),
-        "",
-        "Of one SAE of each hook on a few sequences, over the exact form; sd of one estimate, se of the mean. A mean further from 1 than its se explains is bias: the uncentred "
-        "diagonal F adds (E_p u)², and is not even defined up to a shift of all logits. Rows drawn uniformly meet p's mass less often than rows drawn from p: their sd. "
-        "A row of the Jacobian is a backward pass of its own for every token, a set of sampled labels one for all of them; the data's labels are "
-        "one draw that cannot be repeated.",
-        "",
-        "## ΔCE as an integral along h → ĥ",
-        "",
-        markdown(integral, list(integral[0])),
-        "",
-        "The upper anchor of any gradient proxy: nodes of Gauss-Legendre until the integral of g·δ is the measured ΔCE (nats per token); 0 nodes: first order at h.",
-        "",
-        "## Every SAE",
-        "",
-        markdown(
-            flags,
-            [
-                "model",
-                "layer",
-                "sae",
-                "recipe",
-                "k",
-                "seed",
-                "tokens",
-                "r2",
-                "swd_tok",
-                "fisher_seq",
-                "fisher_tok",
-                "fisher_same",
-                "kl",
-                "ce_rec",
-                "locality_0.1",
-                "locality_1",
-                "radius",
-                "fed",
-                *FLAG_COLUMNS,
-            ],
-        ),
-        "",
-        FLAG_TEXT,
-        "",
-        "## Null rows (never in a correlation)",
-        "",
-        markdown(
-            marked(nulls, settings),
-            [
-                "model",
-                "layer",
-                "sae",
-                "r2",
-                "fisher_seq",
-                "fisher_same",
-                "kl",
-                "ce_rec",
-                "rho",
-                "fed_nosink",
-                "fed_iso_nosink",
-                "fed_excess",
-            ],
-        ),
-        "",
-        "`undefined`: the identity has no error, so fed, rho and the excess are 0/0.",
-        "",
-        *about_the_run(saes, settings),
-    ]
-    return "\n".join(text).encode()
+        ends = "undefined" if "undefined" in (lo, hi) else f"{lo}, {hi}"
+        words[name] = value if value == "undefined" else f"{value} [{ends}]"
+    return row | words | {"pr / d": row["pr"] / row["d"]}
 
 
-def plots(sums: dict, meta: dict, board, settings: dict) -> dict[str, bytes]:
+def plots(sums: dict, meta: dict, board: list[dict], settings: dict) -> dict[str, store.Content | None]:
     """{file: PNG}."""
     plt = pyplot()
     colours = model_colours(settings["models"])
@@ -525,7 +498,7 @@ def plots(sums: dict, meta: dict, board, settings: dict) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
-    command = parse_args(__doc__, **GRID)
+    command = parse_args(__doc__, GRID)
     exp_a = read_verdict(command.verdict)
     if (done := run(command, EXPERIMENT)) is None:
         return

@@ -50,14 +50,14 @@ NUMBERS = ["--k", "--seeds", "--tokens", "--expansion", "--eval-seqs", "--ctx"]
 )
 def test_absurd_arguments_get_one_short_line(flag, value, word):
     with pytest.raises(UserError) as caught:
-        common.parse_args("", [flag, value], **GRID)
+        common.parse_args("", GRID, [flag, value])
     line = str(caught.value)
     assert word in line and flag in line and len(line) < 350 and "\n" not in line
 
 
 def test_the_largest_arguments_are_taken():
     largest = ["--seeds", str(2**32 - 1), "--tokens", "1000B", "--expansion", str(10**9)]
-    grid = common.parse_args("", largest, **GRID).grid
+    grid = common.parse_args("", GRID, largest).grid
     assert (grid.seeds, grid.tokens, grid.expansion, grid.ctx) == ((2**32 - 1,), (10**12,), 10**9, 64)
     # how the last piece is drawn
     torch.Generator().manual_seed(grid.seeds[0] * 1_000_003 + 10**12 // train.CHUNK)
@@ -70,7 +70,7 @@ def test_the_largest_arguments_are_taken():
 @pytest.mark.parametrize("control", ["\0", "\n", "\t", "\x1b[31m", "\x7f", "\u2028", "\udc80"])
 def test_no_argument_holds_a_control_character(flag, control):
     with pytest.raises(UserError, match=f"{flag} .*control character") as caught:
-        common.parse_args("", [flag, f"a{control}b"], **GRID)
+        common.parse_args("", GRID, [flag, f"a{control}b"])
     assert control not in str(caught.value)
 
 

@@ -1,8 +1,8 @@
 """Every number of a condition, from one pass over the evaluation sequences of one hook.
 
-Per token and then per sequence, so that any re-weighting of the sequences (a bootstrap resample, a half) gives its
-metrics as ratios of weighted sums. One mask for everything: the positions that have a target, 0..T-2.
-Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences in all.
+Per token and then per sequence, so that any re-weighting of the sequences (a bootstrap resample, a half)
+gives its metrics as ratios of weighted sums. One mask for everything: the positions that have a target,
+0..T-2. Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences in all.
 """
 
 import math
@@ -43,7 +43,9 @@ class Activations:
     def batches(
         self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int
     ) -> Iterator[Clean]:
-        """The clean run, forward and backward, a batch at a time. uniforms [S,m,T-1]: see `Hook.clean_pass`."""
+        """The clean run, forward and backward, a batch at a time. uniforms [S,m,T-1]: see
+        `Hook.clean_pass`.
+        """
         for start in range(0, len(input_ids), batch):
             here, device = slice(start, start + batch), hook.device
             x, h = input_ids[here].to(device), self.h[here].to(device)
@@ -98,10 +100,10 @@ def evaluate(
 ) -> dict[Name, Result]:
     """Patch every reconstruction into every batch of input_ids [S,T].
 
-    The clean forward, g and its sampled twins are computed once per batch for all of them. An experiment's own
-    quantities [B,T-1] come from terms(patch). Per-token values are formed in float32 on the model's device,
-    summed in float64 on the CPU. shared: `activations`, where they are known. document [S], default one a
-    sequence: the halves are its even and odd numbers. Raises Fault on a loss that is not finite.
+    The clean forward, g and its sampled twins are computed once per batch for all of them. An experiment's
+    own quantities [B,T-1] come from terms(patch). Per-token values are formed in float32 on the model's
+    device, summed in float64 on the CPU. shared: `activations`, where they are known. document [S], default
+    one a sequence: the halves are its even and odd numbers. Raises Fault on a loss that is not finite.
     """
     half = (np.arange(len(input_ids)) if document is None else document) % 2
     shared = shared or activations(hook, input_ids, batch)

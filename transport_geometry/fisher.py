@@ -4,10 +4,11 @@ and estimated.
 J is the Jacobian of the logits with respect to the hook's activations, F = diag(p) - p p^T. Which positions J
 spans makes three different numbers (blocks):
 
-  sequence   all positions' delta pushed forward together: sum_tau Var_{p_tau}(u_tau), u = J delta. What patching does.
-  token      each position's delta alone, all positions it reaches: sum_t delta_t^T G_t delta_t, no cross terms
-             (only estimated, from sampled labels).
-  same       each position's delta alone, its own prediction only: sum_t delta_t^T G_tt delta_t.
+  sequence  all positions' delta pushed forward together: sum_tau Var_{p_tau}(u_tau), u = J delta. What
+            patching does.
+  token     each position's delta alone, all positions it reaches: sum_t delta_t^T G_t delta_t, no cross
+            terms (only estimated, from sampled labels).
+  same      each position's delta alone, its own prediction only: sum_t delta_t^T G_tt delta_t.
 
 Shapes: B sequences, T positions, V = vocabulary, m = draws. Forms are per predicted position [B,T-1], in
 nats^2.
@@ -26,7 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ------------------------------------------------------------------------------------------ pushing forward
 def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """u = J delta [B,T-1,V]: how the logits move to first order when all positions of h [B,T,d] move by delta.
+    """u = J delta [B,T-1,V]: how the logits move to first order when all positions of h [B,T,d] move by
+    delta.
 
     Forward-mode AD in one pass up to the final norm; the unembedding, being linear, only meets the tangent.
     Attention runs in plain operations: the fused kernels have no forward derivative (pytorch #128971). On
@@ -51,7 +53,9 @@ def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: to
 
 
 def unembeds_linearly(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor) -> bool:
-    """Are the logits the unembedding and nothing else (no cap, no scale after it)? Looked at once per model."""
+    """Are the logits the unembedding and nothing else (no cap, no scale after it)? Looked at once per
+    model.
+    """
     model = hook.model
     if not hasattr(model, "unembeds_linearly"):
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""What Exp-C measures once per hook: the shape of the pullback Fisher G, cheaper estimators of its form, dCE as an integral.
+"""What Exp-C measures once per hook: the shape of the pullback Fisher G, cheaper estimators of its form, dCE
+as an integral.
 
 Shapes: B sequences of a batch, S in all, T positions, d = d_model, V = vocabulary.
 """

@@ -1,4 +1,6 @@
-"""SAEs that exist, of --sae: which of them read a hook that was asked for, and whether they read it as their files say."""
+"""SAEs that exist, of --sae: which of them read a hook that was asked for, and whether they read it as their
+files say.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,6 @@
-"""What a command asks for: the grid, as it was typed, and then every model, text and SAE of it found and checked."""
+"""What a command asks for: the grid, as it was typed, and then every model, text and SAE of it found and
+checked.
+"""
 
 import itertools
 import pathlib

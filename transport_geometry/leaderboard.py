@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from transport_geometry import store
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, pyplot
-from transport_geometry.metrics import EUCLIDEAN_CONTROLS
-from transport_geometry.results import behind
+from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
+from transport_geometry.results import Measured, behind
 from transport_geometry.stats import (
     ALPHA,
     MIN_CLUSTERS,
@@ -541,6 +541,40 @@ def _transfer(
     )
 
 
+def ranked(
+    scores: Scores, found: Measured, settings: dict, exp_a: dict | None, n_resamples: int
+) -> tuple[list[dict], dict]:
+    """(the board for both targets, the verdict on H2 behind Exp-A's gate) of a finished folder."""
+    values, meta, models = found.values, found.meta, settings["models"]
+    targets = {name: oriented(name, values[name]) for name in MAGNITUDE}
+    rows = []
+    for name, target in targets.items():
+        magnitude = values[MAGNITUDE[name]]
+        rows += board(
+            scores,
+            target,
+            magnitude,
+            meta,
+            models,
+            target_name=name,
+            controls=EUCLIDEAN_CONTROLS,
+            n_resamples=n_resamples,
+        )
+    leaf, gate_text = gate(exp_a, settings)
+    verdict = verdict_h2(
+        [row for row in rows if row["target"] == "ce_rec"],
+        scores,
+        targets["ce_rec"],
+        values["dce"],
+        meta,
+        models,
+        controls=EUCLIDEAN_CONTROLS,
+        gate=leaf,
+        n_resamples=n_resamples,
+    )
+    return rows, verdict | {"gate_text": gate_text}
+
+
 # ---------------------------------------------------------------------------------- Exp-A's verdict, the gate
 EXP_A = pathlib.Path("outputs/expa/verdict.json")
 LEAVES = {"undertrained", "H0", "H1", "H0+H1", "N", "undecided"}
@@ -671,10 +705,12 @@ def how_to_read(verdict: dict, settings: dict) -> list[str]:
     return [TWO_STATISTICS, "", counts, "", could_show, ""]
 
 
+COLOURS = {SENSITIVE: "C1", CONTROL: "C0"}
+
+
 def _colour(proxy: str) -> str:
-    if proxy.startswith(("swd", "gd")):
-        return "C1"
-    return "C0" if proxy in EUCLIDEAN_CONTROLS else "0.4"
+    """By its family; grey for others, and for an experiment's own."""
+    return COLOURS.get(BY_NAME[proxy].family, "0.4") if proxy in BY_NAME else "0.4"
 
 
 def leaderboard_plot(board: list[dict]) -> bytes:

@@ -1,7 +1,8 @@
-"""The language model split at a hook: what comes before it, what comes after it, and the clean run's gradients.
+"""The language model split at a hook: what comes before it, what comes after it, and the clean run's
+gradients.
 
-Shapes: B sequences, T positions, d = d_model, V = vocabulary. A hook is the output of transformer block `layer`,
-`resid_post`; input_ids are [B,T], int64.
+Shapes: B sequences, T positions, d = d_model, V = vocabulary. A hook is the output of transformer block
+`layer`, `resid_post`; input_ids are [B,T], int64.
 """
 
 import contextlib
@@ -144,7 +145,9 @@ class Hook:
 
     # ---------------------------------------------------------------------- how the model is run in parts
     def _block_output(self, input_ids: torch.Tensor) -> Any:
-        """What the block returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after it."""
+        """What the block returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after
+        it.
+        """
         kept = []
 
         def keep(module: Any, inputs: Any, output: Any) -> None:
@@ -189,21 +192,22 @@ class Hook:
         name, norm, one = type(self.model).__name__, torch.linalg.vector_norm, input_ids[:1]
         with torch.no_grad():
             whole, output = self.model(one, use_cache=False).logits, self._block_output(one)
-            h, way = (output[0], "tuple") if isinstance(output, tuple) else (output, "skip")
-            for way in (way, "replace"):
+            h, passed = (output[0], "tuple") if isinstance(output, tuple) else (output, "skip")
+            for way in (passed, "replace"):
                 with contextlib.suppress(Exception):  # a forward that does not take what it is given
                     split = self._logits(one, h, way)
                     # what is not finite is found, and said, later
                     if not norm(split - whole) > 1e-3 * norm(whole):
+                        known[self.layer] = way
                         break
             else:
                 raise UserError(
-                    f"{name}: its logits are no function of what block {self.layer} puts out, so nothing can be "
-                    "patched there"
+                    f"{name}: its logits are no function of what block {self.layer} puts out, so nothing can "
+                    "be patched there"
                 )
-        if way == "replace":
+        if known[self.layer] == "replace":
             print(f"{name} does not split after block {self.layer}: every patched run is a full forward")
-        return known.setdefault(self.layer, way)
+        return known[self.layer]
 
 
 class _Stop(Exception):
@@ -234,8 +238,8 @@ EXCHANGED = "transport_geometry"  # the name of our attention among those of tra
 
 @contextlib.contextmanager
 def attending(model: Any, function: Callable) -> Iterator[None]:
-    """Within, every attention of the model computes function(module, query, key, value, attention_mask, scaling,
-    **more) -> (out [B,T,H,e], plan [B,H,T,T]), as transformers' own attention functions do.
+    """Within, every attention of the model computes function(module, query, key, value, attention_mask,
+    scaling, **more) -> (out [B,T,H,e], plan [B,H,T,T]), as transformers' own attention functions do.
 
     query [B,H,T,e], key and value [B,H',T,e] with H' dividing H, attention_mask added to the scores. Raises
     UserError for a family whose attention cannot be exchanged: it would go on unseen.
@@ -256,7 +260,8 @@ def scores_are_plain(module: Any, more: dict) -> None:
     """Raises UserError where attention is more than a softmax of scaled scores."""
     if more.get("softcap") is not None or more.get("s_aux") is not None:
         raise UserError(
-            f"{type(module).__name__}: soft-capped scores or attention sinks of its own, which are not understood"
+            f"{type(module).__name__}: soft-capped scores or attention sinks of its own, which are not "
+            "understood"
         )
 
 
@@ -269,7 +274,9 @@ def plain_attention(
     scaling: float,
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(query key^T scaling + attention_mask) value, in plain operations: (out [B,T,H,e], plan [B,H,T,T])."""
+    """softmax(query key^T scaling + attention_mask) value, in plain operations: (out [B,T,H,e], plan
+    [B,H,T,T]).
+    """
     scores_are_plain(module, more)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
@@ -305,7 +312,7 @@ def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> 
     return kl
 
 
-# ------------------------------------------------------------------------------------------ is the device right?
+# --------------------------------------------------------------------------------------- is the device right?
 def check_parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> None:
     """Compare h, CE, g and TopK values of one batch between `device` and the CPU before any number from
     `device` is believed.
@@ -333,6 +340,6 @@ def check_parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> N
         error = ((there[name] - truth).norm() / truth.norm()).item()
         if not error <= tolerance:
             raise Fault(
-                f"{device} disagrees with the CPU on {name} at layer {hook.layer} (relative error {error:.1e}, "
-                f"allowed {tolerance:.0e}): its numbers cannot be believed; use --device cpu"
+                f"{device} disagrees with the CPU on {name} at layer {hook.layer} (relative error "
+                f"{error:.1e}, allowed {tolerance:.0e}): its numbers cannot be believed; use --device cpu"
             )

@@ -1,7 +1,9 @@
-"""Every metric of a condition, one entry each: its formula, how it reads as a score, and what kind of proxy it is.
+"""Every metric of a condition, one entry each: its formula, how it reads as a score, and what kind of proxy
+it is.
 
-A new proxy is a new entry of METRICS: it then has a column in conditions.csv, a row on the leaderboards and a panel in
-the plots. Shapes: C conditions, S sequences, W re-weightings of them, B sequences of a batch, T positions.
+A new proxy is a new entry of METRICS: it then has a column in conditions.csv, a row on the leaderboards and a
+panel in the plots. Shapes: C conditions, S sequences, W re-weightings of them, B sequences of a batch, T
+positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +20,8 @@ VALUE_BITS = 8  # that a latent's value is counted with
 class Sums:
     """Sums over sequences under every re-weighting: s["sse"] is [W,C], from per-sequence sums [C,S].
 
-    A metric is a ratio of such sums, never a mean of ratios, so that any re-weighting (a bootstrap resample, a
-    half) has it.
+    A metric is a ratio of such sums, never a mean of ratios, so that any re-weighting (a bootstrap resample,
+    a half) has it.
     """
 
     def __init__(self, quantities: dict[str, np.ndarray], weights: np.ndarray, d: int | np.ndarray):
@@ -76,7 +78,8 @@ class Metric:
     )  # [W,C]; None: from the counts of what fired, see `code_metrics`
     score: Score = ITSELF
     family: str = ""
-    # per-token quantity of the same name that the formula sums, [B,T-1] or [N]; None: `evaluate` forms what it needs
+    # per-token quantity of the same name that the formula sums, [B,T-1] or [N]; None: `evaluate` forms what
+    # it needs
     term: Callable[[Patch], torch.Tensor] | None = None
 
     @property

@@ -29,7 +29,8 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun: {int(os.environ['LOCAL_WORLD_SIZE'])} ranks on a machine of {torch.cuda.device_count()} GPUs"
+                f"torchrun: {int(os.environ['LOCAL_WORLD_SIZE'])} ranks on a machine of "
+                f"{torch.cuda.device_count()} GPUs"
             )
         torch.cuda.set_device(local)
     # a rank may wait for hours while another trains; one that dies is torchrun's to notice, at once

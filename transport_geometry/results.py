@@ -1,4 +1,5 @@
-"""The results folder: one row a condition and the sums behind it, added as one change, and read again for the tables.
+"""The results folder: one row a condition and the sums behind it, added as one change, and read again for the
+tables.
 
 Shapes: C conditions, S evaluation sequences, W re-weightings of their documents.
 """
@@ -76,7 +77,8 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
         raise UserError(f"{why}: use another --out, or move that folder away") from why
     if theirs := [name for name in RESULT_FILES if name not in listed and os.path.lexists(out / name)]:
         raise UserError(
-            f"--out {out} holds {', '.join(theirs)}, which no run.json lists: use another --out, or move them away"
+            f"--out {out} holds {', '.join(theirs)}, which no run.json lists: use another --out, or move "
+            "them away"
         )
     if fresh:
         for part in parts(out):
@@ -335,7 +337,8 @@ ABOUT = """\
 ## Settings
 
 Evaluation: {sizes}, drawn across the held-out side from {behind}, which is what the intervals count; \
-positions 0..T-2; sink positions (dropped in `_nosink`): position 0 and norms above 10 medians, {n_sink} of {n_tok} per hook.
+positions 0..T-2; sink positions (dropped in `_nosink`): position 0 and norms above 10 medians, {n_sink} \
+of {n_tok} per hook.
 
 Evaluation text SHA-256 {text_sha256}{python}.
 {notes}
@@ -344,7 +347,8 @@ Evaluation text SHA-256 {text_sha256}{python}.
 ```
 """
 ELSEWHERE = """\
-Computed on {device}, where a second run need not be the same to the byte: compare with `python common.py diff`.
+Computed on {device}, where a second run need not be the same to the byte: compare with \
+`python common.py diff`.
 """
 
 

@@ -1,4 +1,5 @@
-"""From a command to a results folder: what is missing there is trained and measured, by as many ranks as there are.
+"""From a command to a results folder: what is missing there is trained and measured, by as many ranks as
+there are.
 
 Shapes: C conditions, S evaluation sequences.
 """

@@ -1,4 +1,5 @@
-"""Training TopK SAEs: the stream of activations, the recipes, checkpoints, and filling the cache with what it lacks.
+"""Training TopK SAEs: the stream of activations, the recipes, checkpoints, and filling the cache with what it
+lacks.
 
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
@@ -47,8 +48,8 @@ def check_memory(d: int, d_sae: int, device: torch.device) -> None:
         called, there = device.type, torch.cuda.get_device_properties(device).total_memory
     if needed > there:
         raise UserError(
-            f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, and "
-            f"{called} has {there / 1e9:,.0f}"
+            f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, "
+            f"and {called} has {there / 1e9:,.0f}"
         )
 
 
@@ -379,7 +380,7 @@ def trunk(recipe: str, tokens: int, budgets: Sequence[int]) -> tuple[int, ...]:
     return tuple(b for b in budgets if RECIPES[recipe].TRUNK_FROM <= b < tokens and pace(b) == pace(tokens))
 
 
-# ------------------------------------------------------------------------------------------ the cache is filled
+# --------------------------------------------------------------------------------------- the cache is filled
 def lock_of(folder: pathlib.Path) -> str:
     return f".{folder.name}{store.LOCK}"
 
@@ -483,7 +484,9 @@ class Run:
         self.live = [recipe(statistics, spec.d_sae, spec.k, spec.seed, budgets)]
 
     def feed(self, h: torch.Tensor, bar: tqdm, about: str) -> list[Training]:
-        """Train on the next chunk; those that have come to their end. Interrupted inside, it stands nowhere."""
+        """Train on the next chunk; those that have come to their end. Interrupted inside, it stands
+        nowhere.
+        """
         trainings, self.live = self.live, []
         label = f"{about} k={self.spec.k} seed {self.spec.seed}"
         fed = [run for training in trainings for run in training.feed(h, self.chunks * CHUNK, bar, label)]
@@ -553,7 +556,8 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source)
         for number, (h, sink) in enumerate(chunks, first):
             if text.stamp(source.data) != source.stamp:
                 raise Fault(
-                    f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run again"
+                    f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run "
+                    "again"
                 )
             if not torch.isfinite(h).all():
                 raise Fault(f"{about}: an activation is not finite in chunk {number} of the training text")
