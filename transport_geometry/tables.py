@@ -91,6 +91,24 @@ def readable_count(n: int) -> str:
     return str(n)
 
 
+def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
+    """{values of the named columns: their rows}, in the order of the first of each."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def percent(value: float | None) -> str:
+    """12%; what is not a number says so."""
+    return f"{value:.0%}" if value is not None and math.isfinite(value) else cell(None)
+
+
+def estimate(row: dict, name: str, digits: int = 2) -> str:
+    """`span` of a column and its interval, the columns name_lo and name_hi."""
+    return span(row[name], row[f"{name}_lo"], row[f"{name}_hi"], digits)
+
+
 # ------------------------------------------------------------------------------------------------------ text
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """A table that reads as text and renders as Markdown.
