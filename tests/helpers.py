@@ -23,8 +23,8 @@ SMALL = (
 
 # ----------------------------------------------------------------------------------------------- small models
 def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dtype=torch.float64):
-    """A GPT-NeoX of random weights and a size that makes every term matter; float64 so that closed forms can be
-    met to 1e-9.
+    """A GPT-NeoX of random weights, so small that every term matters; float64 so that closed forms can be met
+    to 1e-9.
     """
     torch.manual_seed(seed)
     config = GPTNeoXConfig(

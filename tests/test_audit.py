@@ -6,9 +6,9 @@ import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
+import zygote
+from helpers import ROOT, contents, script
 from hub import serve
 from transport_geometry import formats
 from transport_geometry.flag import flag
@@ -24,12 +24,14 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL, DATA, SAES = (
     "EleutherAI/pythia-70m",
     "NeelNanda/pile-small-tokenized-2b",
     "EleutherAI/sae-pythia-70m-32k",
 )
+
+
+SIZE = "--eval-seqs 8 --ctx 64".split()
 
 
 def dictionary_learning(folder, sae, layer, **more):
@@ -156,8 +158,13 @@ def hub(tmp_path_factory):
         json.dumps({"k": 4, "d_in": 32, "num_latents": 512})
     )
     with serve(folder) as server:
-        server.cache = tmp_path_factory.mktemp("hf")
+        server.here = server.environment(tmp_path_factory.mktemp("hf"))
+        server.elsewhere = server.environment(
+            tmp_path_factory.mktemp("empty")
+        )  # where nothing was loaded yet
         yield server
+        zygote.end(server.here)
+        zygote.end(server.elsewhere)
 
 
 @pytest.fixture(autouse=True)
@@ -166,33 +173,10 @@ def healed(hub):
     hub.requests.clear()
 
 
-def expb(hub, out, sae, *more, models=f"{MODEL}@3", check=0, cache=None):
-    command = [
-        sys.executable,
-        str(ROOT / "expb.py"),
-        "--sae",
-        sae,
-        "--data",
-        DATA,
-        "--eval-seqs",
-        "8",
-        "--ctx",
-        "64",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        *more,
-    ]
-    done = subprocess.run(
-        command + (["--models", models] if models else []),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=hub.environment(cache or hub.cache),
-    )
-    assert done.returncode == check, done.stderr[-2000:]
-    return done
+def expb(hub, out, sae, *more, models=f"{MODEL}@3", check=0, environment=None):
+    named = ["--models", models] if models else []
+    command = ["--sae", sae, *named, "--data", DATA, *SIZE, "--device", "cpu", "--out", out, *more]
+    return script("expb.py", *command, check=check, environment=environment or hub.here)
 
 
 @pytest.fixture(scope="module")
@@ -263,19 +247,20 @@ def test_numbers_are_those_of_the_sae_on_the_held_out_rows(audit, hub):
 
 def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
     out, _ = audit
-    before = {p.name: p.read_bytes() for p in out.iterdir() if p.name != "run.json"}
+    before = contents(out)
     expb(hub, out, SAES)
-    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.name != "run.json"}
-    expb(hub, out, SAES, "--from", str(out))
-    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.name != "run.json"}
+    assert contents(out) == before
+    expb(hub, out, SAES, "--from", out)
+    assert contents(out) == before
 
 
 def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     """The same weights as sparsify, dictionary_learning and SAELens write them; the others through their own
     forward.
     """
-    saes = f"{SAES}/layers.3,org/bench/TopK*,org/bench/BatchTopK*,org/lens,org/lens-bos,org/sae-pythia-70m-deduped-x64-k32-layers-3,org/openai"
-    done = expb(hub, tmp_path / "out", saes)
+    saes = [f"{SAES}/layers.3", "org/bench/TopK*", "org/bench/BatchTopK*", "org/lens", "org/lens-bos"]
+    saes += ["org/sae-pythia-70m-deduped-x64-k32-layers-3", "org/openai"]
+    done = expb(hub, tmp_path / "out", ",".join(saes))
     rows = {row["sae"]: row for row in read_table(tmp_path / "out/audit.csv")}
     assert len(rows) == 7 and "left out" not in done.stdout
     one = read_table(audit[0] / "audit.csv")[0]
@@ -324,29 +309,9 @@ def test_exp_c_takes_them_too_and_says_what_is_odd(hub, tmp_path):
     config = json.loads((tmp_path / "16/config.json").read_text())
     config["trainer"]["lm_name"] += "-deduped"
     (tmp_path / "16/config.json").write_text(json.dumps(config))
-    command = [
-        "--sae",
-        "16",
-        "--models",
-        "stdlib-s",
-        "--eval-seqs",
-        "4",
-        "--ctx",
-        "32",
-        "--device",
-        "cpu",
-        "--out",
-        "out",
-    ]
-    for script in ("expc_fisher.py", "expb.py"):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *command, "--fresh"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=hub.environment(hub.cache),
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    command = "--sae 16 --models stdlib-s --eval-seqs 4 --ctx 32 --device cpu --out out --fresh".split()
+    for name in ("expc_fisher.py", "expb.py"):
+        done = script(name, *command, environment=hub.here, folder=tmp_path)
     (row,) = read_table(tmp_path / "out/audit.csv")
     assert (
         row["sae"] == "16"
@@ -388,41 +353,19 @@ WRONG = {  # --sae -> what the hub does, what must be said
 
 
 def test_what_a_hub_can_do_wrong_is_one_line(hub, tmp_path):
-    """One process, many commands: what it costs is the imports."""
     for rule, _ in WRONG.values():
         if rule:
             hub.fail(**rule)
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import common, expb
-for sae in {list(WRONG)!r}:
-    sys.argv = ["expb.py", "--models", {f"{MODEL}@3"!r}, "--sae", sae, "--data", {DATA!r}, "--eval-seqs", "8", "--ctx", "64", "--out", {str(tmp_path / "out")!r}]
-    try:
-        common.run_script(expb.main)
-    except SystemExit as end:
-        print("status", end.code, file=sys.stderr)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment(tmp_path / "hf")
-    )
-    lines = [
-        line.rpartition("\r")[2]
-        for line in done.stderr.splitlines()
-        if "expb.py: " in line or line.startswith("status")
-    ]
-    assert done.returncode == 0 and "Traceback" not in done.stderr and len(lines) == 2 * len(WRONG), (
-        done.stderr[-2000:]
-    )
-    for (sae, (_, says)), line, status in zip(WRONG.items(), lines[::2], lines[1::2]):
-        assert says in line and sae.split("@")[0] in line and status == "status 2", line
+    for sae, (_, says) in WRONG.items():
+        line = refused(expb(hub, tmp_path / "out", sae, check=2, environment=hub.elsewhere))
+        assert says in line and sae.split("@")[0] in line
     assert not (tmp_path / "out").exists()
     # nothing half-written that looks whole
-    assert not list((tmp_path / "hf").rglob("snapshots/**/sae_weights.safetensors"))
+    assert not list(pathlib.Path(hub.elsewhere["HF_HOME"]).rglob("snapshots/**/sae_weights.safetensors"))
 
 
 def test_dry_run_lists_them_and_downloads_no_weights(hub, tmp_path):
-    done = expb(hub, tmp_path / "out", SAES, "--dry-run", models=MODEL, cache=tmp_path / "hf")
+    done = expb(hub, tmp_path / "out", SAES, "--dry-run", models=MODEL, environment=hub.elsewhere)
     assert (
         f"{SAES}/layers.2" in done.stdout
         and f"{SAES}/layers.3" in done.stdout
@@ -433,13 +376,9 @@ def test_dry_run_lists_them_and_downloads_no_weights(hub, tmp_path):
 
 
 def test_the_two_commands_of_formats(hub, tmp_path):
-    run = lambda *a: subprocess.run(
-        [sys.executable, str(ROOT / "formats.py"), *map(str, a)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=hub.environment(hub.cache),
-    )
+    def run(*arguments, check=0):
+        return script("formats.py", *arguments, check=check, environment=hub.here, folder=tmp_path)
+
     listed = run("list", SAES).stdout
     assert "layers.3.mlp" in listed and "resid_post" in listed
     save_sae(
@@ -448,11 +387,7 @@ def test_the_two_commands_of_formats(hub, tmp_path):
         {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"},
     )
     assert "load_from_disk" in run("export", "mine", "there").stdout
-    assert formats.describe(formats.find(str(tmp_path / "there"))[0]).model == "stdlib-s"
-    assert (
-        "holds cfg.json and sae_weights.safetensors already"
-        in (twice := run("export", "mine", "there")).stderr
-        and twice.returncode == 2
-    )
-    bad = run("export", tmp_path / "there", "again")
-    assert bad.returncode == 2 and "not an SAE trained here" in bad.stderr
+    assert formats.describe(formats.find(str(tmp_path / "there"))[0])["model"] == "stdlib-s"
+    twice = run("export", "mine", "there", check=2)
+    assert "holds cfg.json and sae_weights.safetensors already" in twice.stderr
+    assert "not an SAE trained here" in run("export", tmp_path / "there", "again", check=2).stderr

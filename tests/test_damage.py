@@ -3,57 +3,33 @@ one line.
 """
 
 import json
+import os
 import pathlib
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 
 import zygote
+from helpers import ROOT, contents, one_line, script
+from transport_geometry import store
+from transport_geometry.errors import Damaged
+from transport_geometry.results import load_results
 from transport_geometry.store import LOCK, unused
 from transport_geometry.tables import as_npz, read_npz
 
 import pytest
+import torch
 from safetensors.torch import load_file, save
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-GRID = [
-    "--models",
-    "stdlib-s",
-    "--k",
-    "2,4",
-    "--tokens",
-    "6k",
-    "--eval-seqs",
-    "6",
-    "--ctx",
-    "64",
-    "--save-tokens",
-]
+SIZE = "--eval-seqs 6 --ctx 64".split()
+GRID = [*"--models stdlib-s --k 2,4 --tokens 6k --save-tokens".split(), *SIZE]
 
 
-def expb(folder, *arguments, check=0, **how):
-    done = zygote.run(
-        "expb.py",
-        *GRID,
-        "--out",
-        folder / "out",
-        "--cache",
-        folder / "cache",
-        *arguments,
-        setup=zygote.CHECKPOINTS,
-        **how,
-    )
-    assert done.returncode == check, done.stderr[-2000:]
-    return done
-
-
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
-    }
+def expb(folder, *arguments, **how):
+    folders = ["--out", folder / "out", "--cache", folder / "cache"]
+    return script("expb.py", *GRID, *folders, *arguments, setup=zygote.CHECKPOINTS, **how)
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +117,6 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_starts_anew(whole, half,
 
 def test_a_checkpoint_runs_no_code(whole, half, tmp_path):
     """Even one whose checksum somebody made right."""
-    import pickle
-
-    from transport_geometry import store
-
-    import torch
-
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     checkpoint = next(tmp_path.rglob("checkpoint.pt"))
     code = pickle.dumps(Code(str(tmp_path / "ran")))
@@ -176,8 +146,7 @@ def test_damaged_results_are_one_line(whole, tmp_path, name, harm):
     harm(path)
     before = contents(tmp_path)
     for arguments in (["--from", tmp_path / "out"], []):
-        said = expb(tmp_path, *arguments, check=2).stderr
-        assert f"expb.py: {path}: " in said and len(said.splitlines()) == 1, said
+        assert one_line(expb(tmp_path, *arguments, check=2)).startswith(f"expb.py: {path}: ")
     assert contents(tmp_path) == before
 
 
@@ -207,8 +176,6 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
 
 
 def test_a_damaged_verdict_opens_no_gate(whole, tmp_path):
-    from transport_geometry import store
-
     store.put(
         tmp_path / "expa/run.json",
         {"verdict.json": json.dumps({"leaf": "undertrained", "settings": {}}).encode()},
@@ -229,30 +196,14 @@ def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
     victim = sorted((tmp_path / "cache").iterdir())[0]
     for name, harm in (("sae.safetensors", weight), ("cfg.json", other_k)):
         harm(victim / name)
-        done = zygote.run(
-            "expb.py",
-            "--models",
-            "stdlib-s",
-            "--sae",
-            victim,
-            "--eval-seqs",
-            "6",
-            "--ctx",
-            "64",
-            "--out",
-            tmp_path / "out",
-        )
-        assert done.returncode == 2 and f"{name}: not as it was written" in done.stderr, done.stderr
+        command = ["--models", "stdlib-s", "--sae", victim, *SIZE, "--out", tmp_path / "out"]
+        assert f"{name}: not as it was written" in script("expb.py", *command, check=2).stderr
         shutil.rmtree(victim)
         shutil.copytree(whole / "cache" / victim.name, victim)
 
 
 def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
     """Two kills between writing the one and the other paired rows with another SAE's sums."""
-    from transport_geometry import store
-    from transport_geometry.errors import Damaged
-    from transport_geometry.results import load_results
-
     shutil.copytree(whole / "out", tmp_path / "out")
     sums = read_npz(tmp_path / "out/sequences.npz")
     store.put(
@@ -263,56 +214,53 @@ def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
         load_results(tmp_path / "out")
 
 
+BOUND = """
+import ctypes, os
+if os.geteuid() == 0:  # permissions bind root once it has given up its capabilities
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
+"""
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and sys.platform != "linux", reason="permissions do not bind root")
 def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
     """A colleague's cache: nothing to train, so nothing to write."""
-    shutil.copytree(whole / "cache", tmp_path / "cache")
+    cache = pathlib.Path(shutil.copytree(whole / "cache", tmp_path / "cache"))
     # of a run that was killed, or trains another
-    (tmp_path / "cache" / f".{next((tmp_path / 'cache').iterdir()).name}{LOCK}").touch()
-    before = contents(tmp_path / "cache")
-    setpriv = shutil.which("setpriv")
-    if sys.platform != "linux" or not setpriv:
-        pytest.skip("needs setpriv to be a user whom permissions bind")
-    bound = [setpriv, "--inh-caps=-all", "--bounding-set=-all"]
-    command = [*bound, sys.executable, ROOT / "expb.py", *GRID, "--cache", tmp_path / "cache"]
-    for path in [*(tmp_path / "cache").rglob("*"), tmp_path / "cache"]:
+    (cache / f".{next(cache.iterdir()).name}{LOCK}").touch()
+    before = contents(cache)
+    for path in [*cache.rglob("*"), cache]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    run = lambda *more: subprocess.run(
-        [*map(str, [*command, *more])], capture_output=True, text=True, cwd=ROOT
-    )
-    assert (done := run("--out", tmp_path / "out")).returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(whole / "out") and contents(tmp_path / "cache") == before
-    for more, words in ((["--seeds", "1"], "--cache"), (["--out", tmp_path / "cache/out"], "--out")):
-        done = run("--out", tmp_path / "new", *more)
-        assert (
-            done.returncode == 2
-            and words in done.stderr
-            and "not writable (Permission denied)" in done.stderr
-        ), done.stderr
-        assert (
-            len([line for line in done.stderr.splitlines() if line.startswith("expb.py")]) == 1
-            and "Traceback" not in done.stderr
-        )
-    victim = next(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    command = [*GRID, "--cache", cache]
+    script("expb.py", *command, "--out", tmp_path / "out", setup=BOUND)
+    assert contents(tmp_path / "out") == contents(whole / "out") and contents(cache) == before
+    for more, words in ((["--seeds", "1"], "--cache"), (["--out", cache / "out"], "--out")):
+        line = one_line(script("expb.py", *command, "--out", tmp_path / "new", *more, setup=BOUND, check=2))
+        assert words in line and "not writable (Permission denied)" in line
+    victim = next(path for path in cache.iterdir() if path.is_dir())
     (victim / "sae.safetensors").chmod(0)
-    done = run("--out", tmp_path / "unreadable")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "Permission denied" in done.stderr, (
-        done.stderr
-    )
+    done = script("expb.py", *command, "--out", tmp_path / "unreadable", setup=BOUND, check=2)
+    assert "Permission denied" in done.stderr and "Traceback" not in done.stderr
+
+
+GONE = """
+import shutil, sys
+from transport_geometry import run
+load_sae = run.load_sae  # to evaluate it: trained it is, or was
+def vanish(*a):
+    shutil.rmtree(sys.argv[sys.argv.index("--cache") + 1], ignore_errors=True)
+    return load_sae(*a)
+run.load_sae = vanish
+"""
 
 
 def test_a_cache_that_goes_away_is_one_line(whole, tmp_path):
     shutil.copytree(whole / "cache", tmp_path / "cache")
-    gone = (
-        "import conditions, shutil, sys\nload = conditions.load\n"
-        "def vanish(*a): shutil.rmtree(sys.argv[sys.argv.index('--cache') + 1], ignore_errors=True); return load(*a)\nconditions.load = vanish"
-    )
-    done = zygote.run("expb.py", *GRID, "--out", tmp_path / "out", "--cache", tmp_path / "cache", setup=gone)
-    last = done.stderr.replace("\r", "\n").splitlines()
-    assert (
-        done.returncode == 2
-        and sum(line.startswith("expb.py: ") for line in last) == 1
-        and "Traceback" not in done.stderr
-    ), done.stderr
+    command = [*GRID, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    done = script("expb.py", *command, setup=GONE, check=2)
+    said = done.stderr.replace("\r", "\n").splitlines()
+    assert [line.startswith("expb.py: ") for line in said].count(True) == 1, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_locale_without_our_letters(whole, tmp_path):

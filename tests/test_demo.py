@@ -1,16 +1,15 @@
 """The embedded models: what their folders promise, and a training run that survives an interruption."""
 
-import pathlib
 import re
 import sys
 
+from helpers import ROOT
 from transport_geometry import lm, models, text
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 import train as demo  # noqa: E402
 

@@ -10,8 +10,8 @@ from conftest import tiny_model
 from transport_geometry import text
 from transport_geometry.evaluate import evaluate
 from transport_geometry.flag import FLAG_COLUMNS, MIN_EFFECT, NO_WIDTH, flag
-from transport_geometry.lm import clean_pass, head
-from transport_geometry.metrics import metrics
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import load_model
 from transport_geometry.results import load_results
 from transport_geometry.stats import document_weights
@@ -91,12 +91,12 @@ def hook():
     of G [d,d], ascending.
     """
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
-    h, sink = next(activation_chunks(model, LAYER, "stdlib", tokenizer, 128, 40_000, "keep"))
+    h, sink = next(activation_chunks(Hook(model, LAYER), "stdlib", tokenizer, 128, 40_000, "keep"))
     training = Training(Statistics.of(h, sink), 256, 16, 0, [40_000])
     training.feed(h, 0, tqdm(disable=True), "")
     rows = next(text.train_rows("stdlib", tokenizer, CTX, 64))
     uniforms = torch.rand(4, 64, CTX - 1, generator=torch.Generator().manual_seed(0))
-    _, (_, *gradients) = clean_pass(model, LAYER, rows, head(model, LAYER, rows), uniforms)
+    _, (_, *gradients) = Hook(model, LAYER).clean_pass(rows, Hook(model, LAYER).head(rows), uniforms)
     G = sum(torch.einsum("btd,bte->de", g, g).double() for g in gradients)
     centred = (h - h.mean(0)).double()
     return (
@@ -227,7 +227,7 @@ def test_the_null_row_of_a_run_holds_zero(audited):
     rows, sums = load_results(audited[0])
     d = sums.pop("d")
     with np.errstate(invalid="ignore"):
-        excess = metrics(sums, document_weights(SEQS, 1000, 0), d)["fed_excess"]
+        excess = computed(Sums(sums, document_weights(SEQS, 1000, 0), d))["fed_excess"]
     at = {row["sae"]: i for i, row in enumerate(rows)}
     lo, hi = np.percentile(excess[3:, at["null-gaussian"]], [2.5, 97.5])
     assert lo < 0 < hi
@@ -252,12 +252,12 @@ def test_a_trained_error_turned_at_random_is_no_difference(hook):
         f"turned {seed}": lambda x, mean, Q=rotation(64, seed).float(): x + error(x) @ Q
         for seed in range(10, 14)
     }
-    results = evaluate(model, LAYER, rows, {"drawn anew": anew, **turned}, 16)
+    results = evaluate(Hook(model, LAYER), rows, {"drawn anew": anew, **turned}, 16)
     weights = document_weights(SEQS, 1000, 0)
     for name, result in results.items():
         values = {
             metric: v[:, 0]
-            for metric, v in metrics({q: v[None] for q, v in result["sums"].items()}, weights, 64).items()
+            for metric, v in computed(Sums({q: v[None] for q, v in result.sums.items()}, weights, 64)).items()
         }
         lo, hi = np.percentile(values["fed_excess"][3:], [2.5, 97.5])
         assert flag(lo, hi, 2 * values["kl"][0] / values["swd_sampled"][0]) == NO_DIFFERENCE, (name, lo, hi)
@@ -274,9 +274,9 @@ def test_isotropic_energy_is_the_mean_over_directions():
     rows = torch.randint(0, 41, (6, 12), generator=torch.Generator().manual_seed(5))
     length = lambda x: 0.1 * x.norm(dim=1, keepdim=True)  # another one at every token
     axes = {i: lambda x, mean, i=i: x + length(x) * torch.eye(16)[i] for i in range(16)}
-    results = evaluate(model, 1, rows, axes, 6)
+    results = evaluate(Hook(model, 1), rows, axes, 6)
     for form in ("fisher", "fisher_nosink"):
-        mean = sum(result["sums"][form] for result in results.values()) / 16
-        iso = results[0]["sums"][form.replace("fisher", "fisher_iso")]
+        mean = sum(result.sums[form] for result in results.values()) / 16
+        iso = results[0].sums[form.replace("fisher", "fisher_iso")]
         assert mean == pytest.approx(iso, rel=1e-4) and (iso > 0).all()
-    assert (results[0]["sums"]["fisher_iso"] > results[0]["sums"]["fisher_iso_nosink"]).all()
+    assert (results[0].sums["fisher_iso"] > results[0].sums["fisher_iso_nosink"]).all()

@@ -9,11 +9,12 @@ import shutil
 import zipfile
 
 from conftest import measured, tiny_model
-from transport_geometry import formats, lm
+from transport_geometry import formats
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
 from transport_geometry.libraries import definitions
-from transport_geometry.metrics import metrics
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
 
 import pytest
 import torch
@@ -883,7 +884,7 @@ def gate():
         if "dense_4h_to_h.bias" in name or "embed_in" in name:
             p.data += 1.0
     rows = torch.randint(0, 41, (8, 24), generator=torch.Generator().manual_seed(1))
-    return model, rows, formats.near(model, 1, rows)
+    return model, rows, formats.near(Hook(model, 1), rows)
 
 
 def test_gate_lets_through_what_is_as_its_files_say(gate):
@@ -911,14 +912,14 @@ def test_gate_refuses_the_other_basis_with_both_numbers(gate):
 def test_gate_refuses_the_block_after_its_own(gate):
     model, rows, near = gate
     with pytest.raises(UserError, match="layer 0, raw"):
-        formats.check_basis(best_of(formats.near(model, 0, rows)[0], 6), "raw", "x", 1, near)
+        formats.check_basis(best_of(formats.near(Hook(model, 0), rows)[0], 6), "raw", "x", 1, near)
 
 
 def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
     model, rows, near = gate
     assert list(near) == [0, 1, 2]
     # no position is ten medians long here
-    assert torch.equal(near[1], lm.head(model, 1, rows)[:, 1:].flatten(0, 1))
+    assert torch.equal(near[1], Hook(model, 1).head(rows)[:, 1:].flatten(0, 1))
 
 
 # ----------------------------------------------------------------------------------------------- the same metrics
@@ -930,8 +931,7 @@ def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
         rule="topk", W_enc=W, b_enc=random(F), W_dec=W, b_dec=random(d), b_in=random(d), k=4
     )
     results = evaluate(
-        model,
-        1,
+        Hook(model, 1),
         rows,
         {
             "general": general,
@@ -941,13 +941,15 @@ def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
         2,
     )
     values = {
-        name: metrics({q: v[None] for q, v in result["sums"].items()}, torch.ones(1, len(rows)).numpy(), d)
+        name: computed(
+            Sums({q: v[None] for q, v in result.sums.items()}, torch.ones(1, len(rows)).numpy(), d)
+        )
         for name, result in results.items()
     }
     for metric, value in values["fused"].items():
         assert value == pytest.approx(values["general"][metric], rel=1e-4, abs=1e-6), metric
         assert metric == "l0" or value == pytest.approx(values["dense"][metric], rel=1e-4, abs=1e-6), metric
-    assert torch.equal(results["general"]["fired"], results["fused"]["fired"])
+    assert torch.equal(results["general"].fired, results["fused"].fired)
 
 
 def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
@@ -960,10 +962,10 @@ def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
         b_dec=torch.zeros(d),
         threshold=torch.tensor(0.5),
     )
-    result = evaluate(model, 1, rows, {"x": sae}, 2)["x"]
-    dense = lm.head(model, 1, rows)[:, :-1] @ random(F, d).t()
-    assert (result["sums"]["l0"] == (dense > 0.5).sum((1, 2)).numpy()).all()
-    assert (result["fired"].sum(0) == (dense > 0.5).sum((0, 1))).all()
+    result = evaluate(Hook(model, 1), rows, {"x": sae}, 2)["x"]
+    dense = Hook(model, 1).head(rows)[:, :-1] @ random(F, d).t()
+    assert (result.sums["l0"] == (dense > 0.5).sum((1, 2)).numpy()).all()
+    assert (result.fired.sum(0) == (dense > 0.5).sum((0, 1))).all()
 
 
 # -------------------------------------------------------------------------------------- every library's R^2

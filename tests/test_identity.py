@@ -3,16 +3,14 @@ on.
 """
 
 import json
-import os
 import pathlib
 import platform
 import random
 import shutil
-import subprocess
-import sys
 
-import zygote
-from common import FIXED_CODE
+import helpers
+from helpers import ROOT, contents, process
+from transport_geometry import FIXED_CODE
 from transport_geometry.models import readable_names
 from transport_geometry.tables import read_table
 from transport_geometry.text import in_heldout
@@ -20,14 +18,12 @@ from transport_geometry.text import in_heldout
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-GRID = ["--k", "4", "--tokens", "10k", "--eval-seqs", "6", "--ctx", "64"]
+SIZE = "--eval-seqs 6 --ctx 64".split()
+GRID = ["--k", "4", "--tokens", "10k", *SIZE]
 
 
 def script(name, *arguments, check=0):
-    done = zygote.run(name, *arguments)
-    assert done.returncode == check, done.stderr[-2000:]
-    return done.stderr
+    return helpers.script(name, *arguments, check=check).stderr
 
 
 def documents(seed: int, side: str, n: int) -> list[str]:
@@ -73,26 +69,8 @@ def test_code_fixed_for_every_processor_is_a_setting_and_names_its_saes(tmp_path
     which processor.
     """
     for value in ("0", "1"):
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "expb.py"),
-                "--models",
-                "stdlib-s",
-                *GRID,
-                "--device",
-                "cpu",
-                "--out",
-                tmp_path / value,
-                "--cache",
-                tmp_path / "cache",
-            ],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "ANY_X86": value},
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        command = ["--models", "stdlib-s", *GRID, "--device", "cpu", "--out", tmp_path / value]
+        process("expb.py", *command, "--cache", tmp_path / "cache", env={"ANY_X86": value})
     plain, fixed = (json.loads((tmp_path / value / "run.json").read_text()) for value in ("0", "1"))
     assert plain["processor"] == fixed["processor"] != "" and plain["instructions"]["torch"]
     assert fixed["instructions"] == {"torch": "AVX2", "ANY_X86": "1", **FIXED_CODE}
@@ -142,18 +120,8 @@ def test_another_tokenizer_or_configuration_is_another_sae(tmp_path, model):
 
 def test_bfloat16_is_another_sae(tmp_path):
     for dtype in ("float32", "bfloat16"):
-        script(
-            "expb.py",
-            "--models",
-            "stdlib-s",
-            *GRID,
-            "--dtype",
-            dtype,
-            "--out",
-            tmp_path / dtype,
-            "--cache",
-            tmp_path / "cache",
-        )
+        command = ["--models", "stdlib-s", *GRID, "--dtype", dtype, "--out", tmp_path / dtype]
+        script("expb.py", *command, "--cache", tmp_path / "cache")
     assert len(saes(tmp_path / "cache")) == 2
 
 
@@ -173,20 +141,13 @@ def test_the_evaluation_is_no_part_of_an_sae(tmp_path):
 def test_results_do_not_say_where_things_lie(tmp_path, model):
     """They say a name and what was in it; run.json says where. Moved elsewhere, the same run goes on."""
     data = write(tmp_path / "a/texts/d.jsonl", train=1).parent
-    command = lambda place: [
-        "--models",
-        tmp_path / place / "model",
-        *GRID,
-        "--data",
-        tmp_path / place / "texts",
-        "--save-tokens",
-        "--out",
-        tmp_path / "out",
-        "--cache",
-        tmp_path / "cache",
-    ]
-    for name in ("expb.py", "expc_fisher.py"):
-        script(name, *command("a"), *(["--out", tmp_path / "c"] if name != "expb.py" else []))
+
+    def run(name: str, place: str, out: str) -> None:
+        command = ["--models", tmp_path / place / "model", "--data", tmp_path / place / "texts", *GRID]
+        script(name, *command, "--save-tokens", "--out", tmp_path / out, "--cache", tmp_path / "cache")
+
+    run("expb.py", "a", "out")
+    run("expc_fisher.py", "a", "c")
     verdict = tmp_path / "verdict.json"
     verdict.write_text(json.dumps({"leaf": "H1", "settings": {}}))
     script("expb.py", "--from", tmp_path / "out", "--verdict", verdict)
@@ -207,7 +168,7 @@ def test_results_do_not_say_where_things_lie(tmp_path, model):
     }
     before = {path: path.read_bytes() for path in files if path.parent.name == "out"}
     (tmp_path / "a").rename(tmp_path / "b")
-    script("expb.py", *command("b"))
+    run("expb.py", "b", "out")
     assert len(saes(tmp_path / "cache")) == 1 and all(
         path.read_bytes() == content for path, content in before.items() if path.name == "conditions.csv"
     )
@@ -220,9 +181,7 @@ def test_nor_do_they_where_an_sae_says_so_itself(tmp_path, model):
     config = json.loads((tmp_path / "lens/cfg.json").read_text())
     config["metadata"]["model_name"] = str(model)
     (tmp_path / "lens/cfg.json").write_text(json.dumps(config))
-    script(
-        "expb.py", "--models", f"{model}@3", "--sae", tmp_path / "lens", *GRID[4:], "--out", tmp_path / "2"
-    )
+    script("expb.py", "--models", f"{model}@3", "--sae", tmp_path / "lens", *SIZE, "--out", tmp_path / "2")
     for path in (tmp_path / "2").iterdir():
         assert path.name == "run.json" or str(tmp_path).encode() not in path.read_bytes(), path
     assert read_table(tmp_path / "2/audit.csv")[0]["trained_on"] == "model"
@@ -232,31 +191,10 @@ def test_other_models_of_a_grid_are_no_part_of_an_sae(tmp_path, model):
     """Nor is how the text is called."""
     other = pathlib.Path(shutil.copytree(model, tmp_path / "b/model"))
     data = write(tmp_path / "d.jsonl", train=1)
-    script(
-        "expb.py",
-        "--models",
-        model,
-        *GRID,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "1",
-        "--cache",
-        tmp_path / "cache",
-    )
+    command = [*GRID, "--cache", tmp_path / "cache"]
+    script("expb.py", "--models", model, *command, "--data", data, "--out", tmp_path / "1")
     data = data.rename(tmp_path / "e.jsonl")
-    script(
-        "expb.py",
-        "--models",
-        f"{model},{other}@2",
-        *GRID,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "2",
-        "--cache",
-        tmp_path / "cache",
-    )
+    script("expb.py", "--models", f"{model},{other}@2", *command, "--data", data, "--out", tmp_path / "2")
     assert len(saes(tmp_path / "cache")) == 2
     assert {row["model"] for row in read_table(tmp_path / "2/conditions.csv")} == {"a/model", "b/model"}
 
@@ -274,35 +212,16 @@ def test_paths_of_one_name_are_told_apart(tmp_path):
 
 
 def test_the_order_of_the_arguments_leaves_no_trace(tmp_path, model):
-    models, k = ["stdlib-s", str(model), f"{model}@1"], ["2", "4"]  # two of one size
-    grid = ["--tokens", "10k", "--eval-seqs", "6", "--ctx", "64"]
-    for name, turn in (("1", lambda x: x), ("2", lambda x: x[::-1])):
-        script(
-            "expb.py",
-            "--models",
-            ",".join(turn(models)),
-            "--k",
-            ",".join(turn(k)),
-            *grid,
-            "--out",
-            tmp_path / name,
-            "--cache",
-            tmp_path / f"c{name}",
-        )
-    contents = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
+
+    def run(name: str, models: list[str], k: str) -> None:
+        command = ["--models", ",".join(models), "--k", k, "--tokens", "10k", *SIZE]
+        script("expb.py", *command, "--out", tmp_path / name, "--cache", tmp_path / f"c{name}")
+
+    models = ["stdlib-s", str(model), f"{model}@1"]  # two of one size
+    run("1", models, "2,4")
+    run("2", models[::-1], "4,2")
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    script(
-        "expb.py",
-        "--models",
-        ",".join(models),
-        "--k",
-        "4,2",
-        *grid,
-        "--out",
-        tmp_path / "2",
-        "--cache",
-        tmp_path / "c2",
-    )  # the same run
+    run("2", models, "4,2")  # the same run
 
 
 def test_a_long_name_is_no_obstacle(tmp_path, model):

@@ -17,8 +17,8 @@ from transport_geometry import fisher, lm, models
 from transport_geometry.cost import shape_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import clean_pass, head, tail
-from transport_geometry.metrics import metrics
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import fingerprint, load_model
 from transport_geometry.sae import tied_init
 from transport_geometry.text import heldout_rows
@@ -106,12 +106,12 @@ def test_split_at_every_block(family, layer, rows):
     seen = []
     with lm.blocks(model)[layer].register_forward_hook(lambda module, inputs, output: seen.append(output)):
         whole = model(rows, use_cache=False).logits
-    h = head(model, layer, rows)
+    h = Hook(model, layer).head(rows)
     assert torch.equal(h, seen[0][0] if isinstance(seen[0], tuple) else seen[0])
     assert model.ways_to_patch[layer] != "replace"
-    torch.testing.assert_close(tail(model, layer, rows, h), whole, rtol=0, atol=1e-10)
+    torch.testing.assert_close(Hook(model, layer).tail(rows, h), whole, rtol=0, atol=1e-10)
     h_hat = moved(h).requires_grad_()
-    ours, truth = tail(model, layer, rows, h_hat), replaced(model, layer, rows, h_hat)
+    ours, truth = Hook(model, layer).tail(rows, h_hat), replaced(model, layer, rows, h_hat)
     torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10)
     assert (truth - whole).abs().max() > 1e-2  # the patch did something
     weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3), dtype=whole.dtype)
@@ -122,7 +122,7 @@ def test_split_at_every_block(family, layer, rows):
     torch.testing.assert_close(model(rows, use_cache=False).logits, whole, rtol=0, atol=0)
     single = model.float()
     assert torch.equal(
-        tail(single, layer, rows, head(single, layer, rows)), single(rows, use_cache=False).logits
+        Hook(single, layer).tail(rows, Hook(single, layer).head(rows)), single(rows, use_cache=False).logits
     )
 
 
@@ -171,10 +171,10 @@ def remembering():
 def test_families_that_do_not_split_are_patched_in_full_forwards(build, layer, slow, rows, capsys):
     model = build()
     whole = model(rows, use_cache=False).logits
-    h = head(model, layer, rows)
-    torch.testing.assert_close(tail(model, layer, rows, h), whole, rtol=0, atol=1e-10)
+    h = Hook(model, layer).head(rows)
+    torch.testing.assert_close(Hook(model, layer).tail(rows, h), whole, rtol=0, atol=1e-10)
     h_hat = moved(h).requires_grad_()
-    ours, truth = tail(model, layer, rows, h_hat), replaced(model, layer, rows, h_hat)
+    ours, truth = Hook(model, layer).tail(rows, h_hat), replaced(model, layer, rows, h_hat)
     torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10)
     g, g_truth = (torch.autograd.grad(logits.square().sum(), h_hat)[0] for logits in (ours, truth))
     torch.testing.assert_close(g, g_truth, rtol=1e-9, atol=1e-10)
@@ -186,21 +186,23 @@ def test_blocks_need_not_stand_in_a_module_list(rows):
     model = make("gpt_neox")
     whole = model(rows).logits
     model.gpt_neox.layers = torch.nn.Sequential(*model.gpt_neox.layers)
-    torch.testing.assert_close(tail(model, 1, rows, head(model, 1, rows)), whole, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        Hook(model, 1).tail(rows, Hook(model, 1).head(rows)), whole, rtol=0, atol=1e-10
+    )
 
 
 def test_what_has_no_hook_is_refused(rows):
     twice = make("gpt_neox")
     twice.gpt_neox.layers[2] = twice.gpt_neox.layers[1]
     before = twice(rows, use_cache=False).logits
-    assert torch.equal(tail(twice, 3, rows, head(twice, 3, rows)), before)  # a hook after both
+    assert torch.equal(Hook(twice, 3).tail(rows, Hook(twice, 3).head(rows)), before)  # a hook after both
     with pytest.raises(UserError, match="no function of what block 1 puts out"):
-        head(twice, 1, rows)
+        Hook(twice, 1).head(rows)
     assert torch.equal(twice(rows, use_cache=False).logits, before)
     none = make("gpt_neox")
     none.gpt_neox.layers = torch.nn.ModuleList(none.gpt_neox.layers[:3])
     with pytest.raises(UserError, match="no list of transformer blocks"):
-        head(none, 1, rows)
+        Hook(none, 1).head(rows)
 
 
 # ------------------------------------------------------------------------------------------------ dtypes
@@ -211,13 +213,13 @@ def test_everything_but_the_model_is_at_least_float32(rows):
         (torch.bfloat16, torch.float32),
     ):
         model = make("gpt_neox", dtype)
-        h = head(model, 1, rows)
+        h = Hook(model, 1).head(rows)
         assert h.dtype == outside
-        log_p, (g, g_y) = clean_pass(model, 1, rows, h, torch.rand(1, 2, 11))
+        log_p, (g, g_y) = Hook(model, 1).clean_pass(rows, h, torch.rand(1, 2, 11))
         assert g.dtype == g_y.dtype == outside and log_p.dtype == torch.float32
         assert (
-            torch.equal(tail(model, 1, rows, h), model(rows).logits)
-            and tail(model, 1, rows, h).dtype == dtype
+            torch.equal(Hook(model, 1).tail(rows, h), model(rows).logits)
+            and Hook(model, 1).tail(rows, h).dtype == dtype
         )
 
 
@@ -265,7 +267,7 @@ def both_dtypes():
     """
     single, tokenizer = load_model("stdlib-s", CPU)
     rows, layer = heldout_rows("stdlib", tokenizer, 64, 8).rows, 3
-    h = head(single, layer, rows).flatten(0, 1)
+    h = Hook(single, layer).head(rows).flatten(0, 1)
     sae = tied_init(h.shape[1], 8 * h.shape[1], 16, 0, h.mean(0))
     optimiser = torch.optim.Adam(sae.parameters(), lr=1e-3)
     for _ in range(30):
@@ -275,12 +277,12 @@ def both_dtypes():
     sae.requires_grad_(False)
     found = {}
     for model in (single, load_model("stdlib-s", CPU, dtype=torch.bfloat16)[0]):
-        sums = evaluate(model, layer, rows, {"sae": sae}, 8)["sae"]["sums"]
+        sums = evaluate(Hook(model, layer), rows, {"sae": sae}, 8)["sae"].sums
         assert all(np.isfinite(v).all() and v.dtype == np.float64 for v in sums.values())
-        h = head(model, layer, rows)
+        h = Hook(model, layer).head(rows)
         delta = sae.decode(*sae.encode(h.flatten(0, 1))).view_as(h) - h
         delta[:, -1] = 0
-        log_p, (g,) = clean_pass(model, layer, rows, h)
+        log_p, (g,) = Hook(model, layer).clean_pass(rows, h)
         forms = {
             name: form(model, layer, rows, h, delta, log_p.exp())
             for name, form in (("sequence", fisher.sequence_form), ("same", fisher.same_form))
@@ -289,8 +291,8 @@ def both_dtypes():
         found[model.dtype] = (
             {
                 name: v.item()
-                for name, v in metrics(
-                    {q: v[None] for q, v in sums.items()}, np.ones((1, 8)), h.shape[-1]
+                for name, v in computed(
+                    Sums({q: v[None] for q, v in sums.items()}, np.ones((1, 8)), h.shape[-1])
                 ).items()
             }
             | {name: form.sum().item() for name, form in forms.items()}

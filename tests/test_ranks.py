@@ -9,96 +9,56 @@ import subprocess
 import sys
 import time
 
+import zygote
+from helpers import ROOT, SMALL, contents, process, script
 from transport_geometry import ranks
+from transport_geometry.errors import UserError
 from transport_geometry.results import COLUMNS, add_results, gather, load_results
 
 import numpy as np
 import pytest
+import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-SMALL = [
-    "--models",
-    "stdlib-s@1,stdlib-s@3,stdlib-m@3",
-    "--k",
-    "2,4,8",
-    "--tokens",
-    "10k",
-    "--expansion",
-    "4",
-    "--eval-seqs",
-    "8",
-    "--ctx",
-    "64",
-    "--device",
-    "cpu",
-]
-SMALL_A = [
-    "--models",
-    "stdlib-s,stdlib-m",
-    "--k",
-    "2,4",
-    "--tokens",
-    "3k,10k",
-    "--seeds",
-    "0,1",
-    "--recipe",
-    "base,saelens",
-    "--sinks",
-    "keep,drop",
-    "--expansion",
-    "4",
-    "--eval-seqs",
-    "8",
-    "--ctx",
-    "64",
-    "--device",
-    "cpu",
-]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun gives each rank
+CPU = ["--device", "cpu"]
+SMALL_A = (
+    "--models stdlib-s,stdlib-m --k 2,4 --tokens 3k,10k --seeds 0,1 --recipe base,saelens --sinks keep,drop "
+    "--expansion 4 --eval-seqs 8 --ctx 64"
+).split()
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as torchrun gives each rank
+
+
+def alone(name: str, *arguments):
+    """The script without torchrun."""
+    return script(name, *arguments, *CPU, environment=zygote.OFFLINE | ONE_THREAD)
 
 
 def torchrun(n: int, *command) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(n),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        *map(str, command),
-    ]
+    meeting = "--rdzv-backend c10d --rdzv-endpoint localhost:0".split()
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(n), *meeting, *map(str, command), *CPU]
 
 
-def run(command, check=0):
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD)
-    assert done.returncode == check, done.stderr[-3000:]
-    return done
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "run.json"}
+def folders(tmp_path: pathlib.Path) -> list:
+    return ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    run([sys.executable, "expb.py", *SMALL, "--out", folder / "out", "--cache", folder / "cache"])
+    alone("expb.py", *SMALL, *folders(folder))
     return folder / "out"
 
 
 def test_two_ranks_leave_the_bytes_of_one(one, tmp_path):
-    done = run(torchrun(2, "expb.py", *SMALL, "--out", tmp_path / "out", "--cache", tmp_path / "cache"))
+    done = process(*torchrun(2, "expb.py", *SMALL, *folders(tmp_path)), env=ONE_THREAD)
     assert contents(tmp_path / "out") == contents(one)
     assert done.stdout.count("kernels: ") == done.stdout.count("report: ") == 1  # one rank speaks
     assert json.loads((tmp_path / "out/run.json").read_text())["ranks"] == 2
 
 
 def test_exp_a_on_three_ranks(tmp_path):
-    run([sys.executable, "expa.py", *SMALL_A, "--out", tmp_path / "one", "--cache", tmp_path / "a"])
-    run(torchrun(3, "expa.py", *SMALL_A, "--out", tmp_path / "three", "--cache", tmp_path / "b"))
+    alone("expa.py", *SMALL_A, "--out", tmp_path / "one", "--cache", tmp_path / "a")
+    three = torchrun(3, "expa.py", *SMALL_A, "--out", tmp_path / "three", "--cache", tmp_path / "b")
+    process(*three, env=ONE_THREAD)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(
         p.name for p in (tmp_path / "b").iterdir()
@@ -107,36 +67,25 @@ def test_exp_a_on_three_ranks(tmp_path):
 
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="finds the rank's process under /proc")
 def test_a_rank_that_dies_is_named_and_another_number_of_ranks_goes_on(one, tmp_path):
-    command = torchrun(
-        2, "expb.py", *SMALL, "--save-tokens", "--out", tmp_path / "out", "--cache", tmp_path / "cache"
-    )
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    command = [*SMALL, "--save-tokens", *folders(tmp_path)]
+    both = subprocess.Popen(
+        [sys.executable, *torchrun(2, "expb.py", *command)],
+        cwd=ROOT,
+        env={**os.environ, **ONE_THREAD},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
     part = tmp_path / "out/.rank1/conditions.csv"
-    while not part.exists() and process.poll() is None:
+    while not part.exists() and both.poll() is None:
         time.sleep(0.005)
-    children = [
-        int(pid)
-        for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
-    second = next(pid for pid in children if b"RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(second, signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and re.search(r"rank\s*: 1\b", said) and "-9" in said
+    children = pathlib.Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
+    (second,) = [pid for pid in children if b"RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    _, said = both.communicate(timeout=120)
+    assert both.returncode != 0 and re.search(r"rank\s*: 1\b", said) and "-9" in said
     assert part.exists()  # what it had measured is kept
-    run(
-        [
-            sys.executable,
-            "expb.py",
-            *SMALL,
-            "--save-tokens",
-            "--out",
-            tmp_path / "out",
-            "--cache",
-            tmp_path / "cache",
-        ]
-    )
+    alone("expb.py", *command)
     assert not list((tmp_path / "out").glob(".rank*"))
     mine = contents(tmp_path / "out")
     del mine["tokens.npz"]
@@ -148,20 +97,15 @@ def test_a_rank_that_dies_is_named_and_another_number_of_ranks_goes_on(one, tmp_
 
 
 def test_a_fault_says_which_rank(tmp_path):
-    done = run(torchrun(2, "expb.py", "--models", "nowhere/at-all", "--out", tmp_path), check=1)
+    nowhere = torchrun(2, "expb.py", "--models", "nowhere/at-all", "--out", tmp_path)
+    done = process(*nowhere, env=ONE_THREAD, check=1)
     assert "expb.py, rank 0 of 2: --models nowhere/at-all" in done.stderr
 
 
-def test_two_ranks_on_mps_are_refused():
-    code = "import torch, ranks; ranks.join(torch.device('mps'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert "MPS serves one process" in done.stderr
+def test_two_ranks_on_mps_are_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    with pytest.raises(UserError, match="MPS serves one process"):
+        ranks.join(torch.device("mps"))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -184,26 +128,20 @@ def test_shares_are_of_the_weight_not_of_the_number(monkeypatch):
         assert ranks.share(["a", "b", "c", "d"], [9, 1, 2, 3]) == part
 
 
+UNMET = """
+from transport_geometry import ranks
+ranks.RANK, ranks.WORLD = {rank}, 2
+ranks.join = ranks.wait = ranks.leave = lambda *a: None
+"""
+
+
 def test_a_rank_that_writes_elsewhere_is_missed(tmp_path):
     """Rank 0 of two whose folder the other does not share: no report of half the conditions."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import common, ranks, expb
-ranks.join = ranks.wait = ranks.leave = lambda *a: None
-sys.argv = ["expb.py", *{SMALL!r}, "--out", {str(tmp_path / "out")!r}, "--cache", {str(tmp_path / "cache")!r}]
-common.run_script(expb.main)
-"""
-    for rank in ("1", "0"):  # the other has trained its share, and measured it into another --out
-        done = subprocess.run(
-            [sys.executable, "-c", code.replace("/out", f"/out{rank}")],
-            capture_output=True,
-            text=True,
-            env={**ONE_THREAD, "RANK": rank, "WORLD_SIZE": "2"},
-        )
-    assert done.returncode == 1 and "do all ranks write to the same --out?" in done.stderr, done.stderr[
-        -2000:
-    ]
+    # the other has trained its share, and could not wait for what this one trains to measure any
+    for rank, status in ((1, 2), (0, 1)):
+        command = [*SMALL, "--out", tmp_path / f"out{rank}", "--cache", tmp_path / "cache"]
+        done = script("expb.py", *command, setup=UNMET.format(rank=rank), check=status)
+    assert "do all ranks write to the same --out?" in done.stderr, done.stderr[-2000:]
     assert not (tmp_path / "out0/report.md").exists()
 
 
@@ -214,12 +152,10 @@ def row(name, value):
 
 
 def test_gathering_twice_or_after_a_crash_counts_nothing_twice(tmp_path):
-    part = lambda name, value: (
-        [row(name, value)],
-        {"sse": np.full((1, 3), value), "d": np.array([4])},
-        {f"m@1/{name}/sse": np.ones(3)},
-        {},
-    )
+    def part(name: str, value: float) -> tuple:
+        sums = {"sse": np.full((1, 3), value), "d": np.array([4])}
+        return [row(name, value)], sums, {f"m@1/{name}/sse": np.ones(3)}, {}
+
     add_results(tmp_path, {}, *part("a", 1.0))
     # gathered once, and killed before its folder was removed
     add_results(tmp_path / ".rank1", {}, *part("a", 1.0))

@@ -10,15 +10,19 @@ import subprocess
 import sys
 import threading
 
+import helpers
+import zygote
+from helpers import ROOT, process
 from transport_geometry import store
 from transport_geometry.errors import Damaged, Fault, UserError
-from transport_geometry.results import open_output
+from transport_geometry.results import gather, open_output
+from transport_geometry.sae import save_sae, tied_init
 from transport_geometry.tables import as_csv, as_json, as_npz, plain, read_npz, read_table
 
 import numpy as np
 import pytest
+import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = store.RUN
 
 
@@ -27,11 +31,7 @@ class Killed(BaseException):
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return helpers.contents(folder, but="")  # the records too
 
 
 def kill_at(monkeypatch, moment: int) -> None:
@@ -48,14 +48,8 @@ def kill_at(monkeypatch, moment: int) -> None:
 
         return step
 
-    for where, name in (
-        (os, "replace"),
-        (os, "fsync"),
-        (pathlib.Path, "unlink"),
-        (pathlib.Path, "rename"),
-        (pathlib.Path, "mkdir"),
-    ):
-        monkeypatch.setattr(where, name, dying(getattr(where, name)))
+    for owner, name in zygote.STEPS:
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
 
 
 OLD = {"a.csv": b"old a", "b.npz": b"old b", "gone.csv": b"old c"}
@@ -177,17 +171,16 @@ def test_fresh_removes_what_runs_wrote_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../mine", "{tmp}/mine", "..", "", "run.json", "below/mine"])
-@pytest.mark.parametrize("where", ["files", "coming"])
-def test_a_record_speaks_of_its_own_folder_only(tmp_path, where, name):
+@pytest.mark.parametrize("part", ["files", "coming"])
+def test_a_record_speaks_of_its_own_folder_only(tmp_path, part, name):
     """Results are shared: a stranger's record must not have --fresh, or a mere resume, reach for other
     files.
     """
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out").mkdir()
     name = name.replace("{tmp}", str(tmp_path))
-    store._write_record(
-        tmp_path / "out" / RECORD, {"files": {}, "coming": {}, where: {name: store.sha256(tmp_path / "mine")}}
-    )
+    listed = {name: store.sha256(tmp_path / "mine")}
+    store._write_record(tmp_path / "out" / RECORD, {"files": {}, "coming": {}, part: listed})
     before = contents(tmp_path)
     for act in (store.load, store.settle, store.remove, store.written):
         with pytest.raises(Damaged, match="not beside it"):
@@ -216,12 +209,17 @@ def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
     assert not isinstance(caught.value, Damaged)
 
 
+PROBE = """
+import pathlib, sys
+from transport_geometry import store
+for _ in range(300):
+    store.writable(pathlib.Path(sys.argv[1]), "--cache")
+"""
+
+
 def test_probes_of_two_processes_do_not_meet(tmp_path):
-    probe = f"import store, pathlib\nfor _ in range(300): store.writable(pathlib.Path({str(tmp_path)!r}), '--cache')"
-    both = [
-        subprocess.Popen([sys.executable, "-c", probe], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", PROBE, str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[1] for process in both] == ["", ""] and not contents(tmp_path)
 
 
@@ -275,8 +273,6 @@ def test_a_rank_folder_that_is_none_is_left_alone(tmp_path, made):
         "link": lambda path: path.symlink_to(tmp_path / "else"),
         "folder": lambda path: (path.mkdir(), (path / "mine").write_text("mine")),
     }[made](tmp_path / ".rank0")
-    from transport_geometry.results import gather
-
     with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
         gather(tmp_path, {})
     with pytest.raises(UserError, match=".rank0: not what a rank of this program left"):
@@ -286,10 +282,6 @@ def test_a_rank_folder_that_is_none_is_left_alone(tmp_path, made):
 
 
 def test_the_umask_decides_who_reads(tmp_path):
-    from transport_geometry.sae import save_sae, tied_init
-
-    import torch
-
     before = os.umask(0o022)
     try:
         save_sae(tmp_path / "sae", tied_init(4, 8, 2, 0, torch.zeros(4)), {"k": 2})
@@ -316,58 +308,50 @@ def test_a_write_that_fails_leaves_the_old_and_says_so(tmp_path):
 
 
 LIMITED = """
-import resource, sys, pathlib
-import store, common
+import contextlib, pathlib, resource, sys
+from transport_geometry import store
+from transport_geometry.errors import run_script
+from transport_geometry.tables import as_npz
+import numpy, torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # a disk that takes no more
-def main():
-    import torch
-    store.put(pathlib.Path(sys.argv[1]) / "run.json", {"a.bin": {content}})
-common.run_script(main)
+for content in (
+    b"x" * 9000,
+    lambda file: torch.save(torch.zeros(9000), file),
+    as_npz({"x": numpy.random.default_rng(0).random(9000)}),
+):
+    try:
+        run_script(lambda: store.put(pathlib.Path(sys.argv[1]) / "run.json", {"a.bin": content}))
+    except SystemExit as end:
+        assert end.code == 1
 """
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "b'x' * 9000",
-        "lambda file: torch.save(torch.zeros(9000), file)",
-        "store.as_npz({'x': __import__('numpy').random.rand(9000)})",
-    ],
-)
-def test_a_full_disk_is_one_line(tmp_path, content):
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED.replace("{content}", content), str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        done.returncode == 1
-        and len(done.stderr.splitlines()) == 1
-        and "cannot be written" in done.stderr
-        and not contents(tmp_path)
-    ), done.stderr
+def test_a_full_disk_is_one_line(tmp_path):
+    """Of bytes, and of what torch and numpy write themselves."""
+    said = process("-c", LIMITED, tmp_path).stderr.splitlines()
+    assert len(said) == 3 and all("cannot be written" in line for line in said) and not contents(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------ one writer at a time
+# ------------------------------------------------------------------------------------ one writer at a time
 HOLD = """
-import store, sys, pathlib
+import pathlib, sys
+from transport_geometry import store
 store.claim(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
+def hold(folder: pathlib.Path) -> subprocess.Popen:
+    """A process that holds the folder until it hears something."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
 def test_one_writer_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
-    hold = lambda: subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    first = hold()
-    assert first.stdout.readline() == "held\n"
+    first = hold(tmp_path)
     with pytest.raises(UserError, match=f"in use by process {first.pid} on "):
         store.claim(tmp_path)
     first.kill()
@@ -377,30 +361,23 @@ def test_one_writer_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
     store.claim(tmp_path)  # what this process holds it may claim again
     store.release(tmp_path)
     assert not (tmp_path / store.LOCK).exists()
-    second = hold()
-    assert second.stdout.readline() == "held\n"
-    second.communicate("")
+    hold(tmp_path).communicate("")
     assert not (tmp_path / store.LOCK).exists()  # its end gave it up
 
 
 def test_who_waits_goes_on_when_the_other_ends(tmp_path):
-    first = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert first.stdout.readline() == "held\n"
-    waited = []
-    store.claim(
-        tmp_path, wait=lambda who: (waited.append(who), threading.Timer(0.3, first.communicate, [""]).start())
-    )
+    first, waited = hold(tmp_path), []
+
+    def wait(who: str) -> None:
+        waited.append(who)
+        threading.Timer(0.3, first.communicate, [""]).start()
+
+    store.claim(tmp_path, wait=wait)
     assert len(waited) == 1 and f"process {first.pid} on" in waited[0] and (tmp_path / store.LOCK).exists()
     store.release(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------ formats
+# ---------------------------------------------------------------------------------------------------- formats
 def test_numbers_have_one_format_and_gaps_a_name(tmp_path):
     store.write(
         tmp_path / "t.csv", as_csv([{"a": 1 / 3, "b": np.nan, "c": 7, "d": None, "e": "x"}], list("abcde"))

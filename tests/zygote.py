@@ -2,7 +2,7 @@
 everything forks one per command.
 
     done = run("expb.py", "--k", "8", "--out", folder)   # as subprocess.run: returncode, stdout, stderr
-    done = run("expb.py", ..., kill=7)                   # dies by SIGKILL before its 7th step that a disk sees
+    done = run("expb.py", ..., kill=7)                   # killed before its 7th step that a disk sees
     done = run("expb.py", ..., environment=hub.environment(cache))   # each environment has a process
 
 Not for what is read when a program starts (KERNELS, a locale, RANK): that wants a process of its own, see
