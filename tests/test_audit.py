@@ -236,7 +236,7 @@ def test_numbers_are_those_of_the_sae_on_the_held_out_rows(audit, hub):
     (row,) = read_table(audit[0] / "audit.csv")
     folder = hub.folder
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
-    rows = heldout_rows(str(folder / f"datasets/{DATA}/data"), tokenizer, 64, 8).rows
+    rows = heldout_rows(str(folder / f"datasets/{DATA}/data"), tokenizer, 64, 8).input_ids
     h = Hook(model, 3).head(rows)[:, :-1].flatten(0, 1).double()
     sae = formats.read(formats.find(str(folder / f"models/{SAES}/layers.3"))[0])
     delta = sae.reconstruct(h.float())[2].double() - h

@@ -234,9 +234,9 @@ def test_bos_begins_every_row(tmp_path):
         text.heldout_rows(str(tmp_path), Letters(), 10, 20, bos=40),
     )
     assert (
-        held.rows.shape == (20, 10)
-        and (held.rows[:, 0] == 40).all()
-        and torch.equal(held.rows[:, 1:], plain.rows)
+        held.input_ids.shape == (20, 10)
+        and (held.input_ids[:, 0] == 40).all()
+        and torch.equal(held.input_ids[:, 1:], plain.input_ids)
     )
     assert held.sha256 == plain.sha256 and (held.document == plain.document).all()
 
@@ -258,16 +258,16 @@ def test_rows_are_drawn_across_the_held_out_side_a_few_of_each_document(tmp_path
     found = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, len(held))
     source = [
         next(i for i, whole in ids.items() if " ".join(map(str, row)) in " ".join(map(str, whole)))
-        for row in found.rows[:, :15].tolist()
+        for row in found.input_ids[:, :15].tolist()
     ]
     # one of each, not the first few documents
     assert sorted(source) == sorted(ids) and len(set(found.document)) == len(held)
     more = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, 3 * len(held))
     assert (np.bincount(more.document) == 3).all() and len(
-        {tuple(row) for row in more.rows.tolist()}
+        {tuple(row) for row in more.input_ids.tolist()}
     ) == 3 * len(held)
     other = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, len(held), seed=1)
-    assert {tuple(row) for row in other.rows.tolist()} != {tuple(row) for row in found.rows.tolist()}
+    assert {tuple(row) for row in other.input_ids.tolist()} != {tuple(row) for row in found.input_ids.tolist()}
     with pytest.raises(
         UserError, match=f"gives {4 * len(held)} sequences of 16 tokens, at most 4 of a document"
     ):
@@ -294,7 +294,7 @@ def test_short_documents_are_joined_and_count_as_one(tmp_path):
     write(tmp_path / "t.jsonl", [{"text": t} for t in essays(900, 2)])
     found = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 32, 10)
     # an end of text in each
-    assert (found.document == np.arange(10)).all() and (found.rows == 0).any(1).all()
+    assert (found.document == np.arange(10)).all() and (found.input_ids == 0).any(1).all()
 
 
 @pytest.mark.parametrize("name", ["one.txt", "one.jsonl", "ids.jsonl", "line.txt"])

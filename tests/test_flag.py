@@ -240,7 +240,7 @@ def test_a_trained_error_turned_at_random_is_no_difference(hook):
     """
     model, sae, mean, *_ = hook
     tokenizer = load_model("stdlib-s", torch.device("cpu"))[1]
-    rows = text.heldout_rows("stdlib", tokenizer, CTX, SEQS).rows
+    rows = text.heldout_rows("stdlib", tokenizer, CTX, SEQS).input_ids
     noise = torch.Generator().manual_seed(3)
     error = lambda x: sae.reconstruct(x)[2] - x
 

@@ -266,7 +266,7 @@ def both_dtypes():
     tokens.
     """
     single, tokenizer = load_model("stdlib-s", CPU)
-    rows, layer = heldout_rows("stdlib", tokenizer, 64, 8).rows, 3
+    rows, layer = heldout_rows("stdlib", tokenizer, 64, 8).input_ids, 3
     h = Hook(single, layer).head(rows).flatten(0, 1)
     sae = tied_init(h.shape[1], 8 * h.shape[1], 16, 0, h.mean(0))
     optimiser = torch.optim.Adam(sae.parameters(), lr=1e-3)
