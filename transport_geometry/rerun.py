@@ -653,7 +653,7 @@ def off_as_a_whole(scores: list[Column]) -> tuple[list[str], list[str]]:
 
 
 def other_ranks(rho: float, hooks: int) -> tuple[list[str], list[str]]:
-    """(reasons, lines) of `rank_correlation`: the order of the proxies, where there are hooks enough to ask."""
+    """(reasons, lines) from `rank_correlation`, where there are hooks enough to ask."""
     if not math.isfinite(rho):
         return [], []
     if hooks < FEW_HOOKS:
