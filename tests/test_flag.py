@@ -203,9 +203,9 @@ def test_the_pairs_of_a_run(audited):
     assert row["delta_ce_rec"] == pytest.approx(row["ce_rec_a"] - row["ce_rec_b"], abs=2e-6)
     rows, sums = load_results(out)
     a, b = ([at["sae"] for at in rows].index(row[f"sae_{end}"]) for end in "ab")
-    ratio = lambda at, w: 2 - (w @ sums["ce_recon"][at]) / (w @ sums["ce_orig"][at])
-    draws = np.random.default_rng(5).multinomial(SEQS, np.full(SEQS, 1 / SEQS), 4000).astype(float)
-    width = np.subtract(*np.percentile(ratio(a, draws) - ratio(b, draws), [97.5, 2.5]))
+    w = np.random.default_rng(5).multinomial(SEQS, np.full(SEQS, 1 / SEQS), 4000).astype(float)
+    draws_a, draws_b = (2 - (w @ sums["ce_recon"][at]) / (w @ sums["ce_orig"][at]) for at in (a, b))
+    width = np.subtract(*np.percentile(draws_a - draws_b, [97.5, 2.5]))
     assert row["delta_ce_rec_hi"] - row["delta_ce_rec_lo"] == pytest.approx(width, rel=0.15)
     report = (out / "report.md").read_text()
     inverted = sum(row["kind"] == "inverts" for row in found.values())
@@ -240,28 +240,29 @@ def test_a_trained_error_turned_at_random_is_no_difference(hook):
     """
     model, sae, mean, *_ = hook
     tokenizer = load_model("stdlib-s", torch.device("cpu"))[1]
-    rows = text.heldout_rows("stdlib", tokenizer, CTX, SEQS).input_ids
+    input_ids = text.heldout_rows("stdlib", tokenizer, CTX, SEQS).input_ids
     noise = torch.Generator().manual_seed(3)
-    error = lambda x: sae.reconstruct(x)[2] - x
+
+    def error(x):
+        return sae.reconstruct(x)[2] - x
+
+    def turned(seed):
+        Q = rotation(64, seed).float()
+        return lambda x, mean: x + error(x) @ Q
 
     def anew(x, mean):
         direction = torch.randn(x.shape, generator=noise)
         return x + direction * (error(x).norm(dim=1) / direction.norm(dim=1))[:, None]
 
-    turned = {
-        f"turned {seed}": lambda x, mean, Q=rotation(64, seed).float(): x + error(x) @ Q
-        for seed in range(10, 14)
-    }
-    results = evaluate(Hook(model, LAYER), rows, {"drawn anew": anew, **turned}, 16)
+    reconstructions = {"drawn anew": anew} | {f"turned {seed}": turned(seed) for seed in range(10, 14)}
+    results = evaluate(Hook(model, LAYER), input_ids, reconstructions, 16)
     weights = document_weights(SEQS, 1000, 0)
     for name, result in results.items():
-        values = {
-            metric: v[:, 0]
-            for metric, v in computed(Sums({q: v[None] for q, v in result.sums.items()}, weights, 64)).items()
-        }
-        lo, hi = np.percentile(values["fed_excess"][3:], [2.5, 97.5])
-        assert flag(lo, hi, 2 * values["kl"][0] / values["swd_sampled"][0]) == NO_DIFFERENCE, (name, lo, hi)
-        assert abs(values["fed_excess"][0]) < MIN_EFFECT / 2, name
+        values = computed(Sums({q: v[None] for q, v in result.sums.items()}, weights, 64))
+        excess, kl, swd = (values[metric][:, 0] for metric in ("fed_excess", "kl", "swd_sampled"))
+        lo, hi = np.percentile(excess[3:], [2.5, 97.5])
+        assert flag(lo, hi, 2 * kl[0] / swd[0]) == NO_DIFFERENCE, (name, lo, hi)
+        assert abs(excess[0]) < MIN_EFFECT / 2, name
         if name == "drawn anew":
             assert lo < 0 < hi
 
@@ -271,10 +272,12 @@ def test_isotropic_energy_is_the_mean_over_directions():
     the axes sum to the trace.
     """
     model = tiny_model(dtype=torch.float32)
-    rows = torch.randint(0, 41, (6, 12), generator=torch.Generator().manual_seed(5))
-    length = lambda x: 0.1 * x.norm(dim=1, keepdim=True)  # another one at every token
-    axes = {i: lambda x, mean, i=i: x + length(x) * torch.eye(16)[i] for i in range(16)}
-    results = evaluate(Hook(model, 1), rows, axes, 6)
+    input_ids = torch.randint(0, 41, (6, 12), generator=torch.Generator().manual_seed(5))
+
+    def along(axis):  # by another length at every token
+        return lambda x, mean: x + 0.1 * x.norm(dim=1, keepdim=True) * torch.eye(16)[axis]
+
+    results = evaluate(Hook(model, 1), input_ids, {axis: along(axis) for axis in range(16)}, 6)
     for form in ("fisher", "fisher_nosink"):
         mean = sum(result.sums[form] for result in results.values()) / 16
         iso = results[0].sums[form.replace("fisher", "fisher_iso")]

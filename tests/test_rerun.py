@@ -18,17 +18,17 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SD = {"r2": 0.02, "nmse": 0.02, "dce": 0.06, "gd_mean": 0.01, "kl": 0.03, "alive": 0.004, "ce_orig": 0.0}
 SCALE = {"r2": "log of 1 - x", "gd_mean": "plain", "alive": "plain"}
-SPREADS = (
-    {
+PLACES = [(1000, k) for k in (4, 8, 32)]
+SPREADS = rerun.SeedSpreads(
+    columns={
         name: rerun.Spread(
-            SCALE.get(name, "log"),
-            {(1000, k): sd for k in (4, 8, 32)},
-            {(1000, k): 76 for k in (4, 8, 32)},
-            1.5,
+            SCALE.get(name, "log"), dict.fromkeys(PLACES, sd), dict.fromkeys(PLACES, 76), together=1.5
         )
         for name, sd in SD.items()
     },
-    {"said": "planted", "models": ["m0", "m1", "m2"], "conditions_beyond_3": 0.02},
+    said="planted",
+    models=["m0", "m1", "m2"],
+    beyond=0.02,
 )
 BASE = {"r2": 0.8, "nmse": 0.1, "dce": 0.3, "gd_mean": -0.02, "kl": 0.2, "alive": 0.9, "ce_orig": 3.0}
 SETTINGS = {
@@ -75,13 +75,12 @@ def saes(seed: int | None, shift: dict | None = None, times: float = 1.0) -> lis
             for name, value in BASE.items():
                 moved = SD[name] * (times * rng.normal() * (seed is not None) + (shift or {}).get(name, 0.0))
                 scale = SCALE.get(name, "log")
-                row[name] = (
-                    value + moved
-                    if scale == "plain"
-                    else value * math.exp(moved)
-                    if scale == "log"
-                    else 1 - (1 - value) * math.exp(moved)
-                )
+                if scale == "plain":
+                    row[name] = value + moved
+                elif scale == "log":
+                    row[name] = value * math.exp(moved)
+                else:
+                    row[name] = 1 - (1 - value) * math.exp(moved)
             rows.append(row)
     return rows
 
@@ -255,6 +254,18 @@ def test_the_same_rows_and_another_table(word, tmp_path):
     assert (
         outcome.word == "different" and "the same rows, another leaderboard.csv (1 numbers" in outcome.summary
     )
+    folder(tmp_path / "c", saes(1), board=[{**row, "new": i} for i, row in enumerate(BOARD)])
+    store.put(tmp_path / "c" / "run.json", {"sequences.npz": b"x"})
+    outcome = rerun.compare(runs[0], rerun.read(tmp_path / "c"), SPREADS)
+    assert "(8 numbers, the first leaderboard.csv[0].new: undefined | 0)" in outcome.summary
+
+
+def test_a_measurement_that_says_too_little_is_damaged(tmp_path):
+    for content, said in ((b'{"said": "x", "models": []}', "damaged"), (b"[", "damaged")):
+        (tmp_path / "sd.csv").write_bytes(rerun.SEED_SD.read_bytes())
+        (tmp_path / "sd.json").write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            rerun.seed_spreads(tmp_path / "sd.csv")
 
 
 def test_sae_files_are_not_trained_anew(tmp_path):
@@ -295,10 +306,10 @@ def test_nothing_to_compare_is_one_line(tmp_path):
 
 
 def test_the_committed_seed_sds_are_usable():
-    spreads, about = rerun.seed_spreads()
-    assert (
-        about["commit"] and about["processor"] and about["models"] and 0 < about["conditions_beyond_3"] < 0.2
-    )
+    measured = rerun.seed_spreads()
+    described = json.loads(rerun.SEED_SD.with_suffix(".json").read_text())
+    assert described["commit"] and described["processor"] and measured.models and 0 < measured.beyond < 0.2
+    spreads = measured.columns
     for name in ("r2", "nmse_tok", "swd_tok", "swd_seq", "gd_mean", "dce", "ce_rec", "kl", "fed"):
         assert min(spreads[name].sd.values()) > 0 and spreads[name].together > 0
     assert not any(spreads["ce_orig"].sd.values())
@@ -352,7 +363,7 @@ def test_measured_seed_sds(seeds):
         for k in (4, 8)
     }
     own = {k: np.mean([x.var(ddof=1) for x in group]) for k, group in log.items()}
-    spread = rerun.seed_spreads(seeds["sd"] / "seed_sd.csv")[0]["nmse"]
+    spread = rerun.seed_spreads(seeds["sd"] / "seed_sd.csv").columns["nmse"]
     for k in (4, 8):
         assert spread.sd[5000, k] == pytest.approx(
             math.sqrt((9 * own[k] + 4 * np.mean(list(own.values()))) / 13), rel=1e-5

@@ -96,6 +96,7 @@ def board(data, n_resamples=200, seed=0):
         models,
         target_name="ce_rec",
         controls=CONTROLS,
+        loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS),
         n_resamples=n_resamples,
         seed=seed,
     )
@@ -780,10 +781,10 @@ def decide(data, gate="H1", n_resamples=100):
         board(data, n_resamples),
         scores,
         y,
-        magnitude,
         meta,
         models,
         controls=CONTROLS,
+        loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS),
         gate=gate,
         n_resamples=n_resamples,
     )

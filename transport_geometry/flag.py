@@ -35,8 +35,8 @@ FLAG_TEXT = (
     f"{FIRST_ORDER[0]:g} to {FIRST_ORDER[1]:g}.\n\n"
     "fed: the log of how much larger the error is in Fisher than in Euclidean geometry, relative to the "
     "activations. isotropic fed: what fed_nosink would be for the isotropic error. excess: fed_nosink minus "
-    "it, from the same sampled labels. Intervals: documents resampled. rho: the excess not as a log, over all "
-    "positions, and not weighted by where the error is long."
+    "it, from the same sampled labels. Intervals: documents resampled. rho: the excess not as a log, over "
+    "all positions, and not weighted by where the error is long."
 )
 
 

@@ -121,6 +121,7 @@ def board(
     *,
     target_name: str,
     controls: Sequence[str],
+    loho_control: str | None,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> list[dict]:
@@ -133,14 +134,13 @@ def board(
     with p = 1. gamma, in_range: pooled only. same_ranks_as: the first earlier proxy that ranks the conditions
     identically; such a row adds no test to a count. loho, loho_bias: root mean square and mean of
     `loho_errors` of the magnitude, on all documents; in a model's rows its own hooks, predicted from all
-    others. diff_loho_control, p_loho: how much smaller the error is than the best control's, chosen (pooled)
-    and tested on halves like diff_control; signs flipped over hooks.
+    others. diff_loho_control, p_loho: how much smaller the error is than `loho_control`'s, the best on half A
+    (`best_by_loho`), on half B; signs flipped over hooks.
     """
     resample = resample_index(len(target), n_resamples)
     weights = bootstrap_weights(meta, n_resamples, seed)
     depths = depth_weights(meta, models, n_resamples, seed)
     hooks = cluster_ids(meta)
-    loho_control = best_by_loho(scores, magnitude, meta, controls)
     errors, errors_b = (
         {name: loho_errors(s[half], magnitude[half], meta) for name, s in scores.items()} for half in (0, 2)
     )
@@ -407,11 +407,11 @@ def verdict_h2(
     rows: list[dict],
     scores: Scores,
     target: np.ndarray,
-    magnitude: np.ndarray,
     meta: dict,
     models: list[str],
     *,
     controls: Sequence[str],
+    loho_control: str | None,
     gate: str | None,
     proxy: str = SWD,
     n_resamples: int = 2000,
@@ -419,8 +419,8 @@ def verdict_h2(
 ) -> dict:
     """The verdict of `leaf_h2`, and every number it used: plain Python, None for nan.
 
-    rows: of `board`, of this target. gate: the leaf of Exp-A or None; one that adjudicated nothing
-    (undecided, undertrained) gates as None does.
+    rows, loho_control: of `board`, for this target. gate: the leaf of Exp-A or None; one that adjudicated
+    nothing (undecided, undertrained) gates as None does.
     """
     pooled = [row for row in rows if row["stratum"] == "pooled"]
     by_proxy: dict[str | None, dict] = {row["proxy"]: row for row in pooled}
@@ -430,8 +430,7 @@ def verdict_h2(
     order = _order(mine, control, half_b, y, meta, n_resamples, seed)
     control = best_by_gamma(scores, target, meta, models, controls)
     transfer = _transfer(mine, by_proxy.get(control), half_b, y, meta, models, n_resamples, seed)
-    control = best_by_loho(scores, magnitude, meta, controls)
-    size = Size(control, mine["diff_loho_control"], mine["p_loho"])
+    size = Size(loho_control, mine["diff_loho_control"], mine["p_loho"])
     leaf, why = leaf_h2(mine["n_clusters"], order, transfer, size)
     return plain(
         {
@@ -544,20 +543,25 @@ def _transfer(
 def ranked(
     scores: Scores, found: Measured, settings: dict, exp_a: dict | None, n_resamples: int
 ) -> tuple[list[dict], dict]:
-    """(the board for both targets, the verdict on H2 behind Exp-A's gate) of a finished folder."""
-    values, meta, models = found.values, found.meta, settings["models"]
+    """(the board for both targets, the verdict on H2 behind Exp-A's gate) of a finished folder. exp_a: its
+    verdict, or None.
+    """
+    values, meta, models, controls = found.values, found.meta, settings["models"], EUCLIDEAN_CONTROLS
     targets = {name: oriented(name, values[name]) for name in MAGNITUDE}
+    loho_controls = {
+        name: best_by_loho(scores, values[magnitude], meta, controls) for name, magnitude in MAGNITUDE.items()
+    }
     rows = []
     for name, target in targets.items():
-        magnitude = values[MAGNITUDE[name]]
         rows += board(
             scores,
             target,
-            magnitude,
+            values[MAGNITUDE[name]],
             meta,
             models,
             target_name=name,
-            controls=EUCLIDEAN_CONTROLS,
+            controls=controls,
+            loho_control=loho_controls[name],
             n_resamples=n_resamples,
         )
     leaf, gate_text = gate(exp_a, settings)
@@ -565,10 +569,10 @@ def ranked(
         [row for row in rows if row["target"] == "ce_rec"],
         scores,
         targets["ce_rec"],
-        values["dce"],
         meta,
         models,
-        controls=EUCLIDEAN_CONTROLS,
+        controls=controls,
+        loho_control=loho_controls["ce_rec"],
         gate=leaf,
         n_resamples=n_resamples,
     )
