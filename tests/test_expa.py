@@ -66,8 +66,10 @@ def planted(
 
     def measured(value: np.ndarray) -> np.ndarray:
         """Seeds, then sequences: halves around the point, resamples too; each model has its own noise."""
-        point = value + seed_sd * rng.standard_normal(C) + seq_sd * np.where(large, *rng.standard_normal(2))
-        noise = seq_sd * np.where(large, *rng.standard_normal((2, n_resamples + 1, 1)))
+        seeds, of_large, of_small = rng.standard_normal(C), *rng.standard_normal(2)
+        point = value + seed_sd * seeds + seq_sd * np.where(large, of_large, of_small)
+        of_large, of_small = rng.standard_normal((2, n_resamples + 1, 1))
+        noise = seq_sd * np.where(large, of_large, of_small)
         return np.vstack([point, point + noise[0], point - noise[0], point + noise[1:]])
 
     values = {name: measured(v) for name, v in truth.items()}
