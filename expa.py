@@ -46,7 +46,7 @@ from transport_geometry.train import RECIPES
 
 import numpy as np
 
-GRID = dict(
+GRID: dict[str, Any] = dict(
     models="stdlib-s,stdlib-m,stdlib-l",
     k="4,8,16,32",
     tokens="10k,30k,100k",
@@ -140,6 +140,13 @@ class Evidence:
     transfer: Transfer
     normalisation: Normalisation
 
+    def record(self) -> dict[str, Any]:
+        """As verdict.json has it: flat."""
+        flat = dict(vars(self))
+        for question in ("equality", "transfer", "normalisation"):
+            flat |= vars(flat.pop(question))
+        return flat
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -161,15 +168,12 @@ class Verdict:
         return f"H0/H1: {self.leaf}. {LEAVES[self.leaf]} ({self.reason}.)"
 
     def record(self) -> dict[str, Any]:
-        """As verdict.json has it: flat, without what the tree did not come to, every threshold in it."""
-        flat: dict[str, Any] = {"thresholds": vars(THRESHOLDS)}
-        for part in (self, self.arm, self.found):
-            flat |= vars(part) if part else {}
-        for name in ("equality", "transfer", "normalisation"):
-            flat |= vars(flat.pop(name)) if self.found else {}
-        return {
-            name: flat[name] for name in flat.keys() - {"arm", "found"} if name != "budget" or self.budget
-        }
+        """As verdict.json has it: flat, without what the tree did not come to."""
+        flat = {name: getattr(self, name) for name in ("small", "large", "depths", "leaf", "reason")}
+        flat |= vars(self.arm) | {"thresholds": vars(THRESHOLDS)}
+        if self.budget is not None:
+            flat["budget"] = self.budget
+        return flat | (self.found.record() if self.found else {})
 
 
 def adjudicate(c: Conditions, arm: Arm) -> Verdict:
@@ -277,7 +281,7 @@ def gates(cells: list[dict]) -> dict[str, bool]:
 
 def equality(pair: Pair, cells: list[dict], earlier: np.ndarray) -> Equality:
     """C1, H0: Delta CE_rec is inside the margin in every cell, by two one-sided tests at 5%, which is a 90%
-    interval (Schuirmann 1987), and at a smaller budget, of `earlier` [b], it was not everywhere 0.
+    interval (Schuirmann 1987), and a smaller budget, one of `earlier` [b], shows a gap that could go.
     """
     margin = THRESHOLDS.margin
     equal = all(-margin < row["lo90"] and row["hi90"] < margin for row in cells)
@@ -505,31 +509,32 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
     found = measured(out, settings, N_RESAMPLES)
     alive = np.array([row["alive"] for row in found.saes])
     c = Conditions(found.values, found.meta, alive, settings["models"], min(settings["documents"]))
-    findings = Findings(found.saes, [], [], [], [], seed_correlation(c), settings)
+    deltas, verdicts, stars, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
         arm, sae = Arm(recipe, sinks), sae_name(settings["expansion"], sinks)
         part = c.only(c.mask(recipe=recipe, sae=sae))
-        findings.deltas.extend(delta_rows(part, arm))
-        findings.verdicts.append(adjudicate(part, arm))
+        deltas += delta_rows(part, arm)
+        verdicts.append(adjudicate(part, arm))
         of_arm = curves.Curves.of(part, N_RESAMPLES)
-        findings.stars.extend(curves.k_stars(of_arm, recipe, sinks))
-        findings.laws.extend(curves.laws(of_arm, recipe, sinks, decay=RECIPES[recipe].DECAY > 0))
-    verdict = findings.verdict.record() | dict(
-        other_arms=[other.record() for other in findings.verdicts[1:]],
-        kstar=[star.row() for star in findings.stars],
-        power_law=findings.laws,
+        stars += curves.k_stars(of_arm, recipe, sinks)
+        laws += curves.laws(of_arm, recipe, sinks, decay=RECIPES[recipe].DECAY > 0)
+    findings = Findings(found.saes, deltas, verdicts, stars, laws, seed_correlation(c), settings)
+    record = verdicts[0].record() | dict(
+        other_arms=[verdict.record() for verdict in verdicts[1:]],
+        kstar=[star.row() for star in stars],
+        power_law=laws,
         settings=settings,
         rows_sha256=rows_hash(out),
     )
     pictures = plots(findings)
     files: dict[str, Content | None] = {
-        "deltas.csv": as_csv(findings.deltas, COLUMNS),
-        "verdict.json": as_json(plain(verdict)),
+        "deltas.csv": as_csv(deltas, COLUMNS),
+        "verdict.json": as_json(plain(record)),
         "report.md": report(findings, sorted(pictures)),
         **pictures,
     }
     store.put(out / store.RUN, files)
-    return findings.verdict, findings.deltas
+    return verdicts[0], deltas
 
 
 # ----------------------------------------------------------------------------------------------- report.md

@@ -20,8 +20,8 @@ MIN_BUDGETS = 5  # for a power law
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """CE_rec, mean over seeds: [3 + n, k, budgets] for every (model, depth), under the bootstrap of `stats`: the
-    estimate thrice, then n resamples.
+    """CE_rec, mean over seeds, [3 + n, k, budgets] of every (model, depth): the estimate, which stands thrice
+    as in `stats.bootstrap_weights`, then n resamples.
     """
 
     k: np.ndarray

@@ -63,7 +63,7 @@ Comparison = tuple[str, float, float]  # what, published, measured
 
 
 def section(deltas: list[dict], saes: list[dict], stars: list[KStar], hooks: dict[str, str]) -> str:
-    """published | measured | difference, for whatever of the published grids a run holds; empty where nothing.
+    """published | measured | difference, for whatever of the published grids a run holds; else empty.
 
     Rows of deltas.csv and conditions.csv; hooks {model@layer: depth}.
     """

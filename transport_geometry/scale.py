@@ -17,7 +17,7 @@ import numpy as np
 
 
 def mean_over(values: np.ndarray, w: np.ndarray, here: np.ndarray) -> np.ndarray:
-    """Weighted mean [R] of values [R,C], weights w [R,C], over the conditions `here` (mask [C] or indices)."""
+    """Weighted mean [R] of values [R,C], weights w [R,C], over the conditions of a mask [C]."""
     with np.errstate(invalid="ignore"):
         return (w[:, here] * values[:, here]).sum(1) / w[:, here].sum(1)
 
