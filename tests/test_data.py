@@ -8,23 +8,21 @@ import multiprocessing
 import os
 import pathlib
 import random
-import subprocess
-import sys
 import types
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from unittest import mock
 
-from conftest import tiny_model
+from helpers import ROOT, contents, one_line, script, tiny_model
 from hub import commit, serve
-from transport_geometry import sae, text, train
+from transport_geometry import sources, store, text, train
 from transport_geometry.errors import UserError
+from transport_geometry.lm import Hook
+from transport_geometry.sae import TrainingSpec
 
 import numpy as np
 import pytest
 import torch
-
-HERE = pathlib.Path(__file__).parent
 
 
 class Letters:
@@ -82,7 +80,7 @@ def server(tmp_path_factory):
     write(folder / "datasets/org/words/train.jsonl", [{"tokens": t.split(), "sentence": t} for t in TEXTS])
     with serve(folder) as hub:
         environment = hub.environment(tmp_path_factory.mktemp("cache")) | {
-            "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
         }
         multiprocessing.get_context("forkserver").set_forkserver_preload(["test_data", "datasets"])
         with mock.patch.dict(os.environ, environment, clear=True):
@@ -97,7 +95,7 @@ def hub(server):
     return server
 
 
-# ------------------------------------------------------------------------------- what runs in the other process
+# ----------------------------------------------------------------------------- what runs in the other process
 WAITED = []  # pauses between attempts
 
 
@@ -113,7 +111,7 @@ def hurry() -> None:
     datasets.config.STREAMING_READ_RETRY_INTERVAL = (
         datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL
     ) = 0
-    text.time = types.SimpleNamespace(sleep=WAITED.append)
+    sources.time = types.SimpleNamespace(sleep=WAITED.append)
     train.CHUNK = 1024
 
 
@@ -133,38 +131,41 @@ def read(data: str) -> tuple[list, list, str | None]:
     """(documents, pauses, the error they end in)."""
     documents = []
     try:
-        documents += (document for document in text.foreign_documents(data) if documents.append(document))
+        documents += (document for document in sources.documents(data) if documents.append(document))
     except UserError as error:
         return documents, WAITED, str(error)
     return documents, WAITED, None
 
 
-def job(data: str, tokens: int, **more) -> dict:
-    return (
-        dict(
-            model="tiny",
-            weights="w",
-            layer=1,
-            data=data,
-            text="t",
-            ctx=16,
-            tokens=tokens,
-            trunk=[],
-            d_sae=32,
-            k=4,
-            seed=0,
-            recipe="base",
-            sinks="keep",
-            device="cpu",
-            version=1,
-        )
-        | more
+def spec(data: str, tokens: int, **more) -> TrainingSpec:
+    return TrainingSpec(
+        model="tiny",
+        weights="w",
+        tokenizer="t",
+        dtype="float32",
+        layer=1,
+        data=data,
+        data_content="c",
+        ctx=16,
+        device="cpu",
+        version=1,
+        tokens=tokens,
+        trunk=(),
+        d_sae=32,
+        k=4,
+        recipe="base",
+        sinks="keep",
+        **{"split": "train", "seed": 0, **more},
     )
 
 
-def trained(data: str, cache: pathlib.Path) -> None:
-    jobs = [job(data, 16_000, split="test"), job(data, 9000, seed=1, split="test")]
-    train.train_missing(tiny_model(dtype=torch.float32), Letters(), jobs, cache, text.find(data))
+def trained(model, specs: list[TrainingSpec], cache: pathlib.Path) -> None:
+    train.train_missing(Hook(model, 1), Letters(), specs, cache, text.find(specs[0].data))
+
+
+def trained_on(data: str, cache: pathlib.Path) -> None:
+    specs = [spec(data, 16_000, split="test"), spec(data, 9000, seed=1, split="test")]
+    trained(tiny_model(dtype=torch.float32), specs, cache)
 
 
 # ------------------------------------------------------------------------------------------- what is streamed
@@ -193,7 +194,7 @@ def test_local_files_give_the_same(tmp_path, name):
 def test_a_text_file_is_cut_at_line_ends_and_wholly_used(tmp_path):
     lines = [f"line {i} of a text\n" for i in range(5000)]
     (tmp_path / "t.txt").write_text("".join(lines))
-    pieces = list(text.foreign_documents(str(tmp_path / "t.txt")))
+    pieces = list(sources.documents(str(tmp_path / "t.txt")))
     assert "".join(pieces) == "".join(lines) and all(8000 <= len(piece) < 8100 for piece in pieces[:-1])
     sides = [list(text.documents(str(tmp_path / "t.txt"), side)) for side in ("train", "heldout")]
     assert sorted(sides[0] + sides[1]) == sorted(pieces) and len(sides[0]) > len(sides[1]) > 0
@@ -210,9 +211,7 @@ def test_a_row_without_text_is_passed_over_and_its_other_columns_too(tmp_path):
     write(
         tmp_path / "t.jsonl", [{"text": t if i % 3 else None, "source": "web"} for i, t in enumerate(TEXTS)]
     )
-    assert list(text.foreign_documents(str(tmp_path / "t.jsonl"))) == [
-        t for i, t in enumerate(TEXTS) if i % 3
-    ]
+    assert list(sources.documents(str(tmp_path / "t.jsonl"))) == [t for i, t in enumerate(TEXTS) if i % 3]
 
 
 def test_sides_share_no_document_however_often_it_is_repeated(hub, tmp_path):
@@ -229,19 +228,14 @@ def sided(data: str, side: str) -> list[str]:
 
 def test_bos_begins_every_row(tmp_path):
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
-    plain, held = (
-        text.heldout_rows(str(tmp_path), Letters(), 9, 20),
-        text.heldout_rows(str(tmp_path), Letters(), 10, 20, bos=40),
-    )
-    assert (
-        held.input_ids.shape == (20, 10)
-        and (held.input_ids[:, 0] == 40).all()
-        and torch.equal(held.input_ids[:, 1:], plain.input_ids)
-    )
+    plain = text.heldout_rows(str(tmp_path), Letters(), 9, 20)
+    held = text.heldout_rows(str(tmp_path), Letters(), 10, 20, bos=40)
+    assert held.input_ids.shape == (20, 10) and (held.input_ids[:, 0] == 40).all()
+    assert torch.equal(held.input_ids[:, 1:], plain.input_ids)
     assert held.sha256 == plain.sha256 and (held.document == plain.document).all()
 
 
-# ------------------------------------------------------------------------------------------- what is drawn to be measured
+# ------------------------------------------------------------------------------- what is drawn to be measured
 def essays(n: int, words: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     return [
@@ -252,40 +246,37 @@ def essays(n: int, words: int, seed: int = 0) -> list[str]:
 
 def test_rows_are_drawn_across_the_held_out_side_a_few_of_each_document(tmp_path):
     texts = essays(400, 60)
+    path = str(tmp_path / "t.jsonl")
     write(tmp_path / "t.jsonl", [{"text": t} for t in texts])
-    held = [t for t in texts if text.in_heldout(t)]
-    ids = {i: Letters()(t).input_ids for i, t in enumerate(held)}
-    found = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, len(held))
-    source = [
-        next(i for i, whole in ids.items() if " ".join(map(str, row)) in " ".join(map(str, whole)))
-        for row in found.input_ids[:, :15].tolist()
-    ]
+
+    def spelled(ids):
+        return " ".join(map(str, ids))
+
+    held = [spelled(Letters()(t).input_ids) for t in texts if text.in_heldout(t)]
+    n = len(held)
+    found = text.heldout_rows(path, Letters(), 16, n)
+    rows = [spelled(row) for row in found.input_ids[:, :15].tolist()]
+    origins = [next(i for i, whole in enumerate(held) if row in whole) for row in rows]
     # one of each, not the first few documents
-    assert sorted(source) == sorted(ids) and len(set(found.document)) == len(held)
-    more = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, 3 * len(held))
-    assert (np.bincount(more.document) == 3).all() and len(
-        {tuple(row) for row in more.input_ids.tolist()}
-    ) == 3 * len(held)
-    other = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, len(held), seed=1)
-    assert {tuple(row) for row in other.input_ids.tolist()} != {tuple(row) for row in found.input_ids.tolist()}
-    with pytest.raises(
-        UserError, match=f"gives {4 * len(held)} sequences of 16 tokens, at most 4 of a document"
-    ):
-        text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 16, 10**4)
+    assert sorted(origins) == list(range(n)) and len(set(found.document)) == n
+    more = text.heldout_rows(path, Letters(), 16, 3 * n)
+    assert (np.bincount(more.document) == 3).all()
+    assert len(set(map(tuple, more.input_ids.tolist()))) == 3 * n
+    other = text.heldout_rows(path, Letters(), 16, n, seed=1)
+    assert set(map(tuple, other.input_ids.tolist())) != set(map(tuple, found.input_ids.tolist()))
+    with pytest.raises(UserError, match=f"gives {4 * n} sequences of 16 tokens, at most 4 of a document"):
+        text.heldout_rows(path, Letters(), 16, 10**4)
 
 
-def test_a_document_is_drawn_in_proportion_to_its_length(tmp_path):
+def test_a_document_is_drawn_in_proportion_to_its_length(monkeypatch):
     """One is 9 times as long as the others: first of 20 in 9 / 28 of the draws, within 4 standard errors."""
     rng, first = random.Random(1), 0
     long, *short = essays(1, 900, 1) + essays(19, 100, 2)
     for seed in range(300):
         documents = [long, *short]
         rng.shuffle(documents)
-        text.documents, kept = lambda *args, documents=documents: iter(documents), text.documents
-        try:
-            first += text.drawn("stdlib", "train", seed, 1, 16)[0] == long
-        finally:
-            text.documents = kept
+        monkeypatch.setattr(text, "documents", lambda *args, documents=documents: iter(documents))
+        first += text.drawn("stdlib", "train", seed, 1, 16)[0] == long
     share = len(long) / (len(long) + sum(map(len, short)))
     assert abs(first / 300 - share) < 4 * (share * (1 - share) / 300) ** 0.5
 
@@ -299,37 +290,30 @@ def test_short_documents_are_joined_and_count_as_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["one.txt", "one.jsonl", "ids.jsonl", "line.txt"])
 def test_a_text_of_few_documents_is_cut_and_held_out_by_piece(tmp_path, name):
-    whole = "\n".join(essays(600, 100))
+    path, whole = tmp_path / name, "\n".join(essays(600, 100))
     if name == "line.txt":
         whole = whole.replace("\n", " ")
-    if name.endswith("txt"):
-        (tmp_path / name).write_text(whole)
+    if path.suffix == ".txt":
+        path.write_text(whole)
+    elif name == "one.jsonl":
+        write(path, [{"text": whole}])
     else:
-        write(
-            tmp_path / name,
-            [{"text": whole} if name == "one.jsonl" else {"tokens": Letters()(whole).input_ids}],
-        )
-    pieces = list(text.foreign_documents(str(tmp_path / name)))
-    joined = sum(pieces, []) if name.startswith("ids") else "".join(pieces)
-    assert (
-        text.is_cut(str(tmp_path / name))
-        and joined == (Letters()(whole).input_ids if name.startswith("ids") else whole)
-        and len(pieces) > 25
-    )
-    sides = [list(text.documents(str(tmp_path / name), side)) for side in ("train", "heldout")]
+        whole = Letters()(whole).input_ids
+        write(path, [{"tokens": whole}])
+    pieces = list(sources.documents(str(path)))
+    joined = list(itertools.chain(*pieces)) if name == "ids.jsonl" else "".join(pieces)
+    assert text.is_cut(str(path)) and joined == whole and len(pieces) > 25
+    sides = [list(text.documents(str(path), side)) for side in ("train", "heldout")]
     assert len(sides[0]) > len(sides[1]) > 0 and len(sides[0]) + len(sides[1]) == len(pieces)
-    found = text.heldout_rows(str(tmp_path / name), Letters(), 64, 2 * len(sides[1]))
+    found = text.heldout_rows(str(path), Letters(), 64, 2 * len(sides[1]))
     assert len(set(found.document)) == len(sides[1])
 
 
 def test_many_documents_stay_whole(tmp_path):
     for i, t in enumerate(essays(120, 3000)):
         (tmp_path / f"{i}.txt").write_text(t)
-    assert (
-        not text.is_cut(str(tmp_path))
-        and len(list(text.foreign_documents(str(tmp_path)))) == 120
-        and not text.is_cut("stdlib")
-    )
+    assert not text.is_cut(str(tmp_path)) and len(list(sources.documents(str(tmp_path)))) == 120
+    assert not text.is_cut("stdlib")
 
 
 def test_near_duplicates_stand_on_one_side():
@@ -347,30 +331,26 @@ def test_near_duplicates_stand_on_one_side():
 
 
 def test_held_out_files_of_the_standard_library_are_not_in_the_training_text():
-    seen = np.unique(np.concatenate([text.windows(t) for _, t in text.stdlib_documents("train")]))
-    held = dict(text.stdlib_documents("heldout"))
-    for name, document in held.items():
-        assert np.isin(text.windows(document), seen).mean() <= text.NEAR, name
+    seen: set[int] = set()
+    for _, document in text.stdlib_documents("train"):
+        seen.update(text.windows(document).tolist())
+    held = text.stdlib_documents("heldout")
+    for name, document in held:
+        hashes = text.windows(document).tolist()
+        assert sum(one in seen for one in hashes) <= text.NEAR * len(hashes), name
     moved = [name for name, _ in text.stdlib_documents("train") if text.one_in_ten(name)]
     assert {"chunk.py", "token.py", "posixpath.py"} <= set(moved) and len(moved) < len(held)
 
 
 def test_a_budget_beyond_the_text_says_that_it_repeats(tmp_path, capsys):
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
-    model, jobs = (
-        tiny_model(dtype=torch.float32),
-        [job(str(tmp_path / "t.jsonl"), tokens) for tokens in (1000, 20_000)],
-    )
-    train.train_missing(model, Letters(), jobs, tmp_path / "cache", text.find(jobs[0]["data"]))
+    specs = [spec(str(tmp_path / "t.jsonl"), tokens) for tokens in (1000, 20_000)]
+    trained(tiny_model(dtype=torch.float32), specs, tmp_path / "cache")
     one_pass = len(expected(TEXTS, "train", 16))
-    assert 1000 < one_pass < 20_000 and f"holds {one_pass:,} tokens; from here it repeats" in "".join(
-        capsys.readouterr()
-    )
-    records = [
-        json.loads((sae.cache_folder(tmp_path / "cache", one) / "provenance.json").read_text())
-        for one in jobs
-    ]
-    assert "one_pass" not in records[0] and records[1]["one_pass"] == one_pass
+    assert 1000 < one_pass < 20_000
+    assert f"holds {one_pass:,} tokens; from here it repeats" in "".join(capsys.readouterr())
+    within, beyond = (store.load(one.folder(tmp_path / "cache") / store.PROVENANCE) for one in specs)
+    assert "one_pass" not in within and beyond["one_pass"] == one_pass
 
 
 # ------------------------------------------------------------------------------------------------- what fails
@@ -404,13 +384,9 @@ def test_a_network_that_stays_away_is_one_line_with_the_row(hub, name, file, ans
     hub.fail(f"*{file}*", times=answered)
     hub.fail(f"*{file}*", after=100)
     documents, waited, error = elsewhere(read, f"org/{name}")
-    assert documents == ROWS[name][:row] and waited == list(text.PAUSES)
-    assert (
-        error.startswith(f"--data org/{name}: ")
-        and f"row {row}" in error
-        and "closed connection" in error
-        and "\n" not in error
-    )
+    assert documents == ROWS[name][:row] and waited == list(sources.PAUSES)
+    assert error.startswith(f"--data org/{name}: ") and "\n" not in error
+    assert f"row {row}" in error and "closed connection" in error
     assert sum(file in path for path in hub.requests) <= answered + 40
 
 
@@ -418,7 +394,7 @@ def test_every_row_that_comes_makes_the_count_begin_anew(hub):
     for shard in ("00001-of", "00002-of"):
         hub.fail(f"*{shard}*", times=24, status=500)  # four attempts: the fifth is the last
     documents, waited, error = elsewhere(read, "org/text-jsonl")
-    assert error is None and documents == TEXTS and waited == 2 * list(text.PAUSES)
+    assert error is None and documents == TEXTS and waited == 2 * list(sources.PAUSES)
 
 
 @pytest.mark.parametrize(
@@ -448,21 +424,17 @@ def test_a_hub_data_set_is_held_to_its_commit(hub):
     write(folder / "train.jsonl", [{"text": t} for t in TEXTS[:40]])
     write(folder.with_name("moving@v1") / "train.jsonl", [{"text": t} for t in TEXTS[50:60]])
     first, old = (elsewhere(text.find, name) for name in ("org/moving", "org/moving@v1"))
-    assert first == text.Source(
-        f"org/moving@{commit(folder)}", "org/moving", commit(folder)
-    ) and old.content == commit(folder.with_name("moving@v1"))
-    assert (
-        elsewhere(read, first.data)[0] == TEXTS[:40]
-        and elsewhere(read, old.data)[0] == elsewhere(read, "org/moving@v1")[0] == TEXTS[50:60]
-    )
+    assert first == text.Source(f"org/moving@{commit(folder)}", "org/moving", commit(folder))
+    assert old.content == commit(folder.with_name("moving@v1"))
+    assert elsewhere(read, first.data)[0] == TEXTS[:40]
+    assert elsewhere(read, old.data)[0] == elsewhere(read, "org/moving@v1")[0] == TEXTS[50:60]
     write(folder / "train.jsonl", [{"text": t} for t in TEXTS[5:45]])
     second = elsewhere(text.find, "org/moving")
-    assert (
-        second.content == commit(folder) != first.content and elsewhere(read, second.data)[0] == TEXTS[5:45]
-    )
+    assert second.content == commit(folder) != first.content
+    assert elsewhere(read, second.data)[0] == TEXTS[5:45]
     with pytest.raises(UserError, match="--data org/moving@v2: "):
         elsewhere(text.find, "org/moving@v2")
-    for name in ("@v1", f"{HERE}@v1"):  # a local path would be known by its time stamps only
+    for name in ("@v1", f"{ROOT}@v1"):  # a local path would be known by its time stamps only
         with pytest.raises(UserError, match=f"--data {name}: only hub data sets have revisions"):
             text.find(name)
 
@@ -478,23 +450,12 @@ def test_the_commit_is_asked_for_again_when_the_network_fails(hub):
 def test_a_local_text_is_known_by_what_is_in_it(tmp_path):
     write(tmp_path / "a/t.jsonl", [{"text": t} for t in TEXTS])
     write(tmp_path / "b/texts/t.jsonl", [{"text": t} for t in TEXTS])
-    one, two = text.find(str(tmp_path / "a/t.jsonl")), text.find(str(tmp_path / "b/texts"))
+    paths = [str(tmp_path / "a/t.jsonl"), str(tmp_path / "b/texts")]
+    one, two = map(text.find, paths)
     assert (one.name, two.name, one.content == two.content) == ("t.jsonl", "texts", True)
     write(tmp_path / "b/texts/u.jsonl", [{"text": "more"}])
     (tmp_path / "a/t.jsonl").write_text((tmp_path / "a/t.jsonl").read_text().replace("0 and", "1 and", 1))
-    assert (
-        len(
-            {
-                source.content
-                for source in (
-                    one,
-                    text.find(str(tmp_path / "a/t.jsonl")),
-                    text.find(str(tmp_path / "b/texts")),
-                )
-            }
-        )
-        == 3
-    )
+    assert len({one.content, *(text.find(path).content for path in paths)}) == 3
     assert text.find("stdlib") == text.find("stdlib") and text.find("stdlib").data == "stdlib"
 
 
@@ -520,23 +481,19 @@ def damaged(folder: pathlib.Path, name: str) -> pathlib.Path:
 
     path, rows = folder / name, [{"text": f"document {i}. " * 20} for i in range(800)]
     how = path.stem
-    lines = [json.dumps(row) for row in rows]
     other = {
         "invalid": '{"text": broken}',
         "list": '{"text": [1, 2]}',
         "number": '{"text": 3}',
         "object": '{"text": {"a": 1}}',
     }
+    other_ids = {"words": ["a", "b"], "halves": [1.5, 2.5]}
     if how in other:
+        lines = [json.dumps(row) for row in rows]
         path.write_text("\n".join([*lines[:499], *[other[how]] * 100, *lines[599:]]))
-    elif how == "words":
-        path.write_text(
-            "\n".join(json.dumps({"tokens": [1, 2] if i < 499 else ["a", "b"]}) for i in range(800))
-        )
-    elif how == "halves":
-        path.write_text(
-            "\n".join(json.dumps({"tokens": [1, 2] if i < 499 else [1.5, 2.5]}) for i in range(800))
-        )
+    elif how in other_ids:
+        columns = [{"tokens": [1, 2]}] * 499 + [{"tokens": other_ids[how]}] * 301
+        path.write_text("\n".join(map(json.dumps, columns)))
     elif how == "rowless":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows).slice(0, 0), path)
     elif how == "folder":
@@ -566,34 +523,16 @@ def test_a_damaged_file_is_one_line_and_nothing_beside_it(name, tmp_path, capfd)
     with pytest.raises(UserError) as caught:
         text.heldout_rows(str(path), Letters(), 64, 10**6)
     line = str(caught.value)
-    assert (
-        line.startswith(f"--data {path}: ")
-        and "\n" not in line
-        and len(line) < len(str(path)) + 300
-        and "BatchSize" not in line
-    )
+    assert line.startswith(f"--data {path}: ") and "\n" not in line and len(line) < len(str(path)) + 300
+    assert "BatchSize" not in line
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_damaged_file_ends_a_script_in_one_line(tmp_path):
     path = damaged(tmp_path, "invalid.jsonl")
-    done = subprocess.run(
-        [
-            sys.executable,
-            HERE.parent / "expb.py",
-            "--models",
-            "stdlib-s",
-            "--data",
-            path,
-            "--out",
-            tmp_path / "out",
-            "--cache",
-            tmp_path / "cache",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("expb.py: --data") and done.stderr.count("\n") == 1
+    folders = "--out", tmp_path / "out", "--cache", tmp_path / "cache"
+    done = script("expb.py", "--models", "stdlib-s", "--data", path, *folders, check=2)
+    assert one_line(done).startswith("expb.py: --data")
 
 
 def test_only_hub_data_sets_have_splits(hub, tmp_path):
@@ -605,60 +544,48 @@ def test_only_hub_data_sets_have_splits(hub, tmp_path):
         elsewhere(packed, "org/text-jsonl", "train", 16, "dev")
 
 
-# ------------------------------------------------------------------------------------------- what is trained on it
-def contents(folder: pathlib.Path) -> dict:
-    return {
-        path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-
-
+# -------------------------------------------------------------------------------------- what is trained on it
 def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_path):
     for i in range(3):
         write(
             hub.folder / f"datasets/org/runs/data/test-0000{i}-of-00003.jsonl",
             [{"text": t} for t in TEXTS[60 * i : 60 * i + 60]],
         )
-    elsewhere(trained, "org/runs", tmp_path / "whole")
+    elsewhere(trained_on, "org/runs", tmp_path / "whole")
     saved = []
     for answered in (0, 1):  # the third shard is lost on the first pass over the text, then on the second
         hub.heal()
         hub.fail("*test-00002-of*", times=answered)
         hub.fail("*test-00002-of*", after=50)
         with pytest.raises(UserError, match="--data org/runs@.*row 120"):
-            elsewhere(trained, "org/runs", tmp_path / "broken")
+            elsewhere(trained_on, "org/runs", tmp_path / "broken")
         saved.append(
             sorted(torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt"))
         )
     assert saved == [[4, 4], [12]]
     hub.heal()
-    elsewhere(trained, "org/runs", tmp_path / "broken")
-    assert (
-        contents(tmp_path / "whole") == contents(tmp_path / "broken")
-        and len(contents(tmp_path / "whole")) == 6
-    )
+    elsewhere(trained_on, "org/runs", tmp_path / "broken")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "broken")
+    assert len(contents(tmp_path / "whole")) == 6
 
 
 def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CHUNK", 1024)
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
-    model, jobs = (
-        tiny_model(dtype=torch.float32),
-        [job(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)],
-    )
-    train.train_missing(model, Letters(), jobs, tmp_path / "whole", text.find(jobs[0]["data"]))
-    calls = itertools.count(1)
+    model = tiny_model(dtype=torch.float32)
+    specs = [spec(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)]
+    trained(model, specs, tmp_path / "whole")
+    batches = itertools.count(1)
 
     def interrupt(*_):
-        if next(calls) == 3:
+        if next(batches) == 3:
             raise KeyboardInterrupt
 
-    hook = model.gpt_neox.layers[0].register_forward_pre_hook(interrupt)
+    first = model.gpt_neox.layers[0].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
-    hook.remove()
+        trained(model, specs, tmp_path / "broken")
+    first.remove()
     assert [torch.load(path)["chunks"] for path in (tmp_path / "broken").rglob("checkpoint.pt")] == [8, 8]
-    train.train_missing(model, Letters(), jobs, tmp_path / "broken", text.find(jobs[0]["data"]))
-    assert (
-        contents(tmp_path / "whole") == contents(tmp_path / "broken")
-        and len(contents(tmp_path / "whole")) == 6
-    )
+    trained(model, specs, tmp_path / "broken")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "broken")
+    assert len(contents(tmp_path / "whole")) == 6

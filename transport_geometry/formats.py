@@ -1,13 +1,12 @@
-"""SAEs that others trained: where they lie, what their files mean, and one module that computes any of them.
+"""SAEs that others trained: where they lie, what their files say, and one module that computes any of them.
 
-    python formats.py list PATH_OR_ID                  # the SAEs of a folder or hub repository, and what their files say
-    python formats.py export SAE_FOLDER TO             # an SAE trained here, in SAELens' format
+    python -m transport_geometry.formats list PATH_OR_ID      # the SAEs of a folder or hub repository
+    python -m transport_geometry.formats export SAE_FOLDER TO # an SAE trained here, in SAELens' format
 
 Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's sparse_autoencoder and mlsae. Each
 format's formula stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
 """
 
-import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -19,13 +18,15 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from transport_geometry import kernels, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
 from transport_geometry.lm import Hook
 from transport_geometry.models import fingerprint
-from transport_geometry.sae import SAE, TopKSAE, must_vary, sink_positions
+from transport_geometry.sae import SAE, TopKSAE, load_sae, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
 
 import torch
@@ -39,9 +40,10 @@ FORMATS = {
     "ae.pt": ("dictionary_learning", "config.json"),
     "model.safetensors": ("mlsae", "config.json"),
 }
+# other files that are read where they are there
 BESIDE = {
     "saelens": ("activation_scaler.json", "activation_whitening.safetensors"),
-    "sparsify": ("provenance.json",),
+    "sparsify": (store.PROVENANCE,),
 }
 SAELENS_VERSION = "6.54.12"  # whose files the export writes and the tests compare with
 # Another reading is called better when it leaves less than this share of the declared one's unexplained
@@ -49,8 +51,11 @@ SAELENS_VERSION = "6.54.12"  # whose files the export writes and the tests compa
 # neighbouring block; read one block too late: .73 to .93.
 BASIS_MARGIN, LAYER_MARGIN = 0.99, 0.95
 
+Json = Mapping[str, Any]  # a configuration
+Tensors = Mapping[str, Any]  # by name, and in a pickle plain values among them
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclass(frozen=True)
 class SaeFile:
     """Where one SAE lies.
 
@@ -68,26 +73,22 @@ class SaeFile:
     fetch: Callable[[str], pathlib.Path]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Declared:
-    """What an SAE's files say of it; None where they do not say.
-
-    site and layer: its hook; model: the name of the language model; ctx: tokens of a training sequence; bos:
-    whether every one began with the beginning-of-text token; basis: of the activations, `raw` or `centred`
-    (TransformerLens' processed weights); width: F; unseen: what says that it never saw some positions.
-    """
+    """What an SAE's files say of it; None where they do not say."""
 
     format: str
-    site: str | None = None
+    site: str | None = None  # of its hook
     layer: int | None = None
-    model: str | None = None
-    ctx: int | None = None
-    bos: bool | None = None
-    basis: str = "raw"
-    width: int | None = None
-    unseen: tuple[str, ...] = ()
+    model: str | None = None  # the language model's name
+    ctx: int | None = None  # tokens of a training sequence
+    bos: bool | None = None  # whether every one began with the beginning-of-text token
+    basis: str = "raw"  # of its activations; or `centred`: TransformerLens' processed weights
+    width: int | None = None  # F
+    unseen: tuple[str, ...] = ()  # what says that it never saw some positions
 
 
+# ---------------------------------------------------------------------------------- what computes any of them
 class FileSAE(SAE):
     """Any SAE whose code is a function of single tokens, for raw activations h [N,d].
 
@@ -97,37 +98,39 @@ class FileSAE(SAE):
     b_mag) where z > 0, z' = z - b_enc).
     """
 
+    b_in: torch.Tensor
+    threshold: torch.Tensor
+    gain: torch.Tensor
+    b_mag: torch.Tensor
+    W_skip: torch.Tensor | None
+
     def __init__(
         self,
         rule: str,
-        W_enc,
-        b_enc,
-        W_dec,
-        b_dec,
-        b_in=None,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        b_in: torch.Tensor | None = None,
         k: int | None = None,
         norm: str = "none",
-        **more,
+        threshold: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+        b_mag: torch.Tensor | None = None,
+        W_skip: torch.Tensor | None = None,
     ):
-        """W_enc, W_dec [F,d]; b_enc [F]; b_dec, b_in [d]; more: threshold [F] or [], gain [F], b_mag [F],
-        W_skip [d,d].
-        """
+        """W_enc, W_dec [F,d]; b_enc, gain, b_mag [F]; b_dec, b_in [d]; threshold [F] or []; W_skip [d,d]."""
         super().__init__()
         self.rule, self.k, self.norm = rule, k, norm
         # True: an SAE of h less its mean over d (TransformerLens' processed weights), which is added again
         self.centred = False
-        tensors = dict(
-            W_enc=W_enc,
-            b_enc=b_enc,
-            W_dec=W_dec,
-            b_dec=b_dec,
-            b_in=torch.zeros_like(b_dec) if b_in is None else b_in,
-            **more,
-        )
-        for name, tensor in tensors.items():
+        tensors = dict(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
+        tensors |= dict(b_in=torch.zeros_like(b_dec) if b_in is None else b_in)
+        optional = dict(threshold=threshold, gain=gain, b_mag=b_mag, W_skip=W_skip)
+        for name, tensor in (tensors | optional).items():
             self.register_buffer(name, tensor)
 
-    def normalised(self, h: torch.Tensor) -> tuple:
+    def normalised(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x [N,d], shift, scale): the way in, and the way back x scale + shift."""
         shift = h.mean(1, keepdim=True) if self.centred else torch.zeros_like(h[:, :1])
         x = h - shift
@@ -146,9 +149,11 @@ class FileSAE(SAE):
         """
         x = self.normalised(h)[0] - self.b_in
         if self.rule == "topk":
+            assert self.k is not None
             return kernels.topk_encode(x, self.W_enc, self.b_enc, self.k)
         z = torch.nn.functional.linear(x, self.W_enc)
         if self.rule == "groupmax":
+            assert self.k is not None
             values, within = (z + self.b_enc).relu().unflatten(1, (self.k, -1)).max(2)
             return values, within + torch.arange(self.k, device=z.device) * (z.shape[1] // self.k)
         if self.rule == "gated":
@@ -156,25 +161,45 @@ class FileSAE(SAE):
         else:
             z = z + self.b_enc
             a = z.relu() * (z > self.threshold)
-        token, latent = a.nonzero(as_tuple=True)
-        count = (a != 0).sum(1)
-        place = torch.arange(len(token), device=a.device) - (count.cumsum(0) - count)[token]
-        indices = torch.zeros(len(a), max(1, int(count.max())), dtype=torch.int64, device=a.device)
-        values = torch.zeros(indices.shape, dtype=a.dtype, device=a.device)
-        indices[token, place], values[token, place] = latent, a[token, latent]
-        return values, indices
+        return sparse(a)
 
     def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(values, indices, h_hat [N,d])."""
         values, indices = self.encode(h)
         _, shift, scale = self.normalised(h)
         h_hat = kernels.sparse_decode(values, indices, self.W_dec, self.b_dec) * scale + shift
-        return values, indices, h_hat + h @ self.W_skip.t() if hasattr(self, "W_skip") else h_hat
+        if self.W_skip is not None:
+            h_hat = h_hat + h @ self.W_skip.t()
+        return values, indices, h_hat
 
 
-# --------------------------------------------------------------------------------------------- formats
-# For each: declares(configuration, path, beside) -> Declared, without reading the weights; computes(tensors,
-# configuration, beside) -> arguments of FileSAE. beside: the contents of BESIDE's files that are there.
+def sparse(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices [N,K] of what is not 0 in a [N,F], ascending; K: the most that a row has."""
+    token, latent = a.nonzero(as_tuple=True)
+    count = (a != 0).sum(1)
+    place = torch.arange(len(token), device=a.device) - (count.cumsum(0) - count)[token]
+    indices = torch.zeros(len(a), max(1, int(count.max())), dtype=torch.int64, device=a.device)
+    values = torch.zeros(indices.shape, dtype=a.dtype, device=a.device)
+    indices[token, place], values[token, place] = latent, a[token, latent]
+    return values, indices
+
+
+def fused(sae: FileSAE) -> TopKSAE | FileSAE:
+    """The same SAE as the fused kernels' own kind, where it is of that kind."""
+    plain = sae.rule == "topk" and sae.norm == "none" and not sae.centred and sae.W_skip is None
+    if not plain or not torch.equal(sae.b_in, sae.b_dec):
+        return sae
+    assert sae.k is not None
+    return TopKSAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k).requires_grad_(False)
+
+
+def sae_fingerprint(sae: FileSAE) -> str:
+    """Short hash of all that an SAE computes with, so that a run is not continued with another one of the
+    same name.
+    """
+    return hashlib.sha256(f"{sae.rule} {sae.k} {sae.norm} {fingerprint(sae)}".encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------- configurations
 BELONGS = {
     str: "text",
     int: "a whole number of at least 0",
@@ -185,7 +210,7 @@ BELONGS = {
 }
 
 
-def field(config: dict, name: str, kind: type, default=None):
+def field(config: Json, name: str, kind: type, default: Any = None) -> Any:
     """config[name], or the default where it is null or not there. Raises UserError where it is of another
     kind.
 
@@ -196,320 +221,14 @@ def field(config: dict, name: str, kind: type, default=None):
         return default
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    # also what is finite
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**31
-    if kind is int and number and value == int(value) or kind is float and number and value > 0:
-        return kind(value)
-    if kind not in (int, float) and isinstance(value, kind) or kind is list and isinstance(value, bool):
+    if kind in (int, float):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and 0 <= value < 2**31:  # and so finite
+            if value > 0 if kind is float else value == int(value):
+                return kind(value)
+    elif isinstance(value, kind) or kind is list and isinstance(value, bool):
         return value
     raise UserError(f"{name} is {repr(value)[:60]}, where {BELONGS[kind]} belongs")
-
-
-def saelens_metadata(config: dict) -> dict:
-    """Version 5 keeps in one flat dictionary what version 6 keeps under `metadata`."""
-    meta = field(config, "metadata", dict, {})
-    version = field(meta, "sae_lens_version", str) or field(config, "sae_lens_version", str, "0")
-    return meta if int(re.match(r"\d*", version)[0] or 0) >= 6 else {"prepend_bos": True, **config}
-
-
-def saelens_declares(config: dict, path: str, beside: dict) -> Declared:
-    meta = saelens_metadata(config)
-    site, layer = hook_of_lens(field(meta, "hook_name", str) or field(meta, "hook_point", str, ""))
-    centred = field(field(meta, "model_from_pretrained_kwargs", dict, {}), "center_writing_weights", bool)
-    left_out = {name: field(meta, name, list, False) for name in ("exclude_special_tokens", "seqpos_slice")}
-    unseen = tuple(
-        name
-        for name, value in left_out.items()
-        if value is True or value and any(v is not None for v in value)
-    )
-    return Declared(
-        "saelens",
-        site=site,
-        layer=layer,
-        model=field(meta, "model_name", str),
-        ctx=field(meta, "context_size", int),
-        bos=field(meta, "prepend_bos", bool),
-        basis="centred" if centred else "raw",
-        width=field(config, "d_sae", int),
-        unseen=unseen,
-    )
-
-
-def saelens_computes(t: dict, config: dict, beside: dict) -> dict:
-    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z
-    |W_dec_i| where rescaled.
-    """
-    architecture, norm = (
-        field(config, "architecture", str, "standard"),
-        config.get("normalize_activations") or "none",
-    )
-    activation = field(config, "activation_fn_str", str) or field(config, "activation_fn", str, "relu")
-    k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
-    if activation == "topk":  # version 5 has it as a standard SAE's activation function
-        architecture = "topk"
-    elif activation != "relu":
-        raise UserError(f"activation function {activation!r} is not supported")
-    if config.get("finetuning_scaling_factor") or "scaling_factor" in t:
-        raise UserError("a finetuning scaling factor is not supported")
-    W_dec, b_dec = t["W_dec"], t["b_dec"]
-    args = dict(
-        W_enc=t["W_enc"].t(),
-        W_dec=W_dec,
-        b_dec=b_dec,
-        b_in=b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec),
-    )
-    if architecture == "gated":
-        args |= dict(rule="gated", b_enc=t["b_gate"], gain=t["r_mag"].exp(), b_mag=t["b_mag"])
-    elif architecture == "topk":
-        args |= dict(rule="topk", b_enc=t["b_enc"], k=k)
-    # a BatchTopK checkpoint keeps one threshold for all
-    elif architecture in ("jumprelu", "batchtopk", "standard"):
-        threshold = {"jumprelu": "threshold", "batchtopk": "topk_threshold"}.get(architecture)
-        args |= dict(
-            rule="threshold", b_enc=t["b_enc"], threshold=t[threshold] if threshold else torch.zeros(())
-        )
-    else:
-        raise UserError(
-            f"architecture {architecture!r} is not supported (topk, batchtopk, jumprelu, standard and gated are)"
-        )
-    # ranked by how much a latent writes
-    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture in ("topk", "batchtopk"):
-        length = W_dec.norm(dim=1).clamp(min=1e-8)
-        args |= dict(
-            W_enc=args["W_enc"] * length[:, None], W_dec=W_dec / length[:, None], b_enc=t["b_enc"] * length
-        )
-    # a checkpoint; a finished SAE has it folded in and says none
-    if norm in (True, "expected_average_only_in"):
-        scale = field(beside.get("activation_scaler.json", {}), "scaling_factor", float)
-        if scale is None:
-            raise UserError(
-                "trained on scaled activations, and activation_scaler.json, which holds the scale, is not beside it"
-            )
-        return rescaled(args, 1 / scale)
-    if norm == "covariance_whitening":
-        if "activation_whitening.safetensors" not in beside:
-            raise UserError(
-                "trained on whitened activations, and activation_whitening.safetensors is not beside it"
-            )
-        return unwhitened(args, beside["activation_whitening.safetensors"])
-    if norm not in ("none", "layer_norm", "constant_norm_rescale"):
-        raise UserError(f"normalize_activations {norm!r} is not supported")
-    return args | dict(norm=norm)
-
-
-def sparsify_declares(config: dict, path: str, beside: dict) -> Declared:
-    """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
-    made = beside.get("provenance.json", {})
-    site, layer = ("resid_post", field(made, "layer", int)) if "layer" in made else hook_of_path(path)
-    width = field(config, "num_latents", int) or field(config, "d_in", int, 0) * field(
-        config, "expansion_factor", int, 0
-    )
-    return Declared(
-        "sparsify",
-        site="transcoder" if field(config, "transcode", bool) else site,
-        layer=layer,
-        model=field(made, "model", str),
-        ctx=field(made, "ctx", int),
-        bos=False if made else None,
-        width=width,
-    )
-
-
-def sparsify_computes(t: dict, config: dict, beside: dict) -> dict:
-    """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec
-    + W_skip h; W_dec lies as [F,d].
-
-    num_latents may say 0 (then F = d_in expansion_factor): F is the tensor's.
-    """
-    activation = field(config, "activation", str, "topk")
-    if activation not in ("topk", "groupmax"):
-        raise UserError(f"activation {activation!r} is not supported")
-    return dict(
-        rule=activation,
-        k=field(config, "k", int),
-        W_enc=t["encoder.weight"],
-        b_enc=t["encoder.bias"],
-        W_dec=t["W_dec"],
-        b_dec=t["b_dec"],
-        b_in=t["b_dec"],
-    ) | ({"W_skip": t["W_skip"]} if "W_skip" in t else {})
-
-
-def dictionary_learning_declares(config: dict, path: str, beside: dict) -> Declared:
-    trainer, buffer = field(config, "trainer", dict, {}), field(config, "buffer", dict, {})
-    site, layer = hook_of_path(field(trainer, "submodule_name", str) or path)
-    return Declared(
-        "dictionary_learning",
-        site=site,
-        layer=field(trainer, "layer", int) if layer is None else layer,
-        model=field(trainer, "lm_name", str),
-        ctx=field(buffer, "ctx_len", int),
-        width=field(trainer, "dict_size", int),
-        unseen=("remove_bos",) if field(buffer, "remove_bos", bool) else (),
-    )
-
-
-def dictionary_learning_computes(t: dict, config: dict, beside: dict) -> dict:
-    """z = ReLU(W_enc (h - b_dec) + b_enc), then by class: all of it, the top k, or what exceeds the threshold
-    (BatchTopK).
-
-    TopK and BatchTopK leave the same tensors, so the class must be said. A checkpoint in mid-run is nested,
-    and its activations are divided by norm_factor.
-    """
-    factor = 1.0
-    if "ae" in t:
-        t, factor, config = (
-            field(t, "ae", dict),
-            field(t, "norm_factor", float, 1.0),
-            config or {"trainer": t.get("config")},
-        )
-    trainer = field(config, "trainer", dict, {})
-    # the first TopK files hold no k
-    name, k = field(trainer, "dict_class", str), field(t if "k" in t else trainer, "k", int)
-    if "r_mag" in t:
-        args = dict(
-            rule="gated",
-            W_enc=t["encoder.weight"],
-            b_enc=t["gate_bias"],
-            gain=t["r_mag"].exp(),
-            b_mag=t["mag_bias"],
-            W_dec=t["decoder.weight"].t(),
-            b_dec=t["decoder_bias"],
-            b_in=t["decoder_bias"],
-        )
-    elif "W_enc" in t:  # JumpReLU, and Matryoshka BatchTopK, which has a k and subtracts b_dec
-        args = dict(
-            rule="threshold",
-            W_enc=t["W_enc"].t(),
-            b_enc=t["b_enc"],
-            W_dec=t["W_dec"],
-            b_dec=t["b_dec"],
-            threshold=t["threshold"],
-            b_in=t["b_dec"] if "k" in t else None,
-        )
-    elif "k" in t or name in ("AutoEncoderTopK", "BatchTopKSAE"):
-        if name not in ("AutoEncoderTopK", "BatchTopKSAE"):
-            raise UserError(
-                f"TopK or BatchTopK? Their tensors are alike, and config.json beside them says {name or 'nothing'}"
-            )
-        args = dict(
-            W_enc=t["encoder.weight"],
-            b_enc=t["encoder.bias"],
-            W_dec=t["decoder.weight"].t(),
-            b_dec=t["b_dec"],
-            b_in=t["b_dec"],
-        )
-        args |= (
-            dict(rule="topk", k=k)
-            if name == "AutoEncoderTopK"
-            else dict(rule="threshold", threshold=t["threshold"])
-        )
-    else:  # AutoEncoder has one bias at both ends, AutoEncoderNew one after the decoder
-        args = dict(
-            rule="threshold",
-            W_enc=t["encoder.weight"],
-            b_enc=t["encoder.bias"],
-            W_dec=t["decoder.weight"].t(),
-            b_dec=t["bias"] if "bias" in t else t["decoder.bias"],
-            b_in=t.get("bias"),
-            threshold=torch.zeros(()),
-        )
-    return rescaled(args, factor)
-
-
-def openai_declares(config: dict, path: str, beside: dict) -> Declared:
-    """.../LOCATION/autoencoders/LAYER.pt, of GPT-2 small."""
-    file = pathlib.PurePosixPath(path)
-    site = next(
-        (s for s in ("mlp_post_act", "resid_delta_attn", "resid_delta_mlp", "resid_post_attn") if s in path),
-        "resid_post",
-    )
-    return Declared(
-        "openai",
-        site=site,
-        layer=int(file.stem) if file.stem.isdecimal() else None,
-        model="gpt2",
-    )
-
-
-def openai_computes(t: dict, config: dict, beside: dict) -> dict:
-    """z = W_enc (x - pre_bias) + latent_bias; where the activation is TopK, x is h less its mean over its
-    standard deviation.
-    """
-    args = dict(
-        W_enc=t["encoder.weight"],
-        b_enc=t["latent_bias"],
-        W_dec=t["decoder.weight"].t(),
-        b_dec=t["pre_bias"],
-        b_in=t["pre_bias"],
-    )
-    if t.get("activation") == "TopK":
-        return args | dict(
-            rule="topk", k=field(field(t, "activation_state_dict", dict, {}), "k", int), norm="layer_norm"
-        )
-    if t.get("activation") == "ReLU":
-        return args | dict(rule="threshold", threshold=torch.zeros(()))
-    raise UserError(f"activation {t.get('activation')!r} is not supported")
-
-
-def mlsae_declares(config: dict, path: str, beside: dict) -> Declared:
-    """One SAE may serve all layers; the repository's name ends in layers-L where it is of one."""
-    layer = re.search(r"layers-(\d+)(?![\d-])", path)
-    return Declared(
-        "mlsae",
-        site="resid_post" if "n_latents" in config else "language model",
-        layer=int(layer[1]) if layer else None,
-        width=field(config, "n_latents", int),
-    )
-
-
-def mlsae_computes(t: dict, config: dict, beside: dict) -> dict:
-    """OpenAI's TopK without a bias on the latents."""
-    W_enc = t["encoder.weight"]
-    return dict(
-        rule="topk",
-        k=field(config, "k", int),
-        W_enc=W_enc,
-        b_enc=torch.zeros(len(W_enc)),
-        W_dec=t["decoder.weight"].t(),
-        b_dec=t["pre_encoder_bias"],
-        b_in=t["pre_encoder_bias"],
-        norm="layer_norm" if field(config, "standardize", bool, True) else "none",
-    )
-
-
-READERS = {
-    "saelens": (saelens_declares, saelens_computes),
-    "sparsify": (sparsify_declares, sparsify_computes),
-    "openai": (openai_declares, openai_computes),
-    "mlsae": (mlsae_declares, mlsae_computes),
-    "dictionary_learning": (dictionary_learning_declares, dictionary_learning_computes),
-}
-
-
-def rescaled(args: dict, factor: float) -> dict:
-    """The SAE of h whose own activations are h / factor: every bias and threshold grows by the factor, no
-    weight changes.
-    """
-    return args | {
-        name: args[name] * factor
-        for name in ("b_enc", "b_dec", "b_in", "b_mag", "threshold")
-        if args.get(name) is not None
-    }
-
-
-def unwhitened(args: dict, white: dict) -> dict:
-    """The SAE of h whose own activations are (h - mean) M: both maps are affine, so they fold into the
-    weights (in float64).
-    """
-    mean, matrix, inverse = (white[name].double() for name in ("mean", "matrix", "inverse_matrix"))
-    W_enc = args["W_enc"].double() @ matrix.t()
-    return args | dict(
-        W_enc=W_enc,
-        W_dec=args["W_dec"].double() @ inverse,
-        b_in=args["b_in"].double() @ inverse + mean,
-        b_dec=args["b_dec"].double() @ inverse + mean,
-    )
 
 
 def hook_of_lens(name: str) -> tuple[str | None, int | None]:
@@ -533,100 +252,429 @@ def hook_of_path(path: str) -> tuple[str | None, int | None]:
     return None, None
 
 
-def hub_name(said: str) -> str:
-    """The hub's name of a model that an SAE's file calls by TransformerLens' name."""
-    return (
-        said
-        if "/" in said
-        else f"EleutherAI/{said}"
-        if said.startswith("pythia")
-        else {"gpt2-small": "gpt2"}.get(said, said)
+def hub_name(name: str) -> str:
+    """The hub's name of a model that an SAE's file may call by TransformerLens' name."""
+    if "/" not in name and name.startswith("pythia"):
+        return f"EleutherAI/{name}"
+    return "gpt2" if name == "gpt2-small" else name
+
+
+# ---------------------------------------------------------------------------------------------------- SAELens
+# For each format: declares(configuration, path, beside) -> Declared, without reading the weights;
+# computes(tensors, configuration, beside) -> arguments of FileSAE. beside: what BESIDE's files hold that are
+# there, by name.
+def saelens_metadata(config: Json) -> Json:
+    """Version 5 keeps in one flat dictionary what version 6 keeps under `metadata`."""
+    meta = field(config, "metadata", dict, {})
+    version = field(meta, "sae_lens_version", str) or field(config, "sae_lens_version", str, "0")
+    if int(re.sub(r"\D.*", "", version) or 0) >= 6:
+        return meta
+    return {"prepend_bos": True, **config}
+
+
+def saelens_declares(config: Json, path: str, beside: Json) -> Declared:
+    meta = saelens_metadata(config)
+    site, layer = hook_of_lens(field(meta, "hook_name", str) or field(meta, "hook_point", str, ""))
+    centred = field(field(meta, "model_from_pretrained_kwargs", dict, {}), "center_writing_weights", bool)
+    unseen = []
+    for name in ("exclude_special_tokens", "seqpos_slice"):
+        value = field(meta, name, list, False)
+        if value is True or value and any(part is not None for part in value):
+            unseen.append(name)
+    return Declared(
+        "saelens",
+        site=site,
+        layer=layer,
+        model=field(meta, "model_name", str),
+        ctx=field(meta, "context_size", int),
+        bos=field(meta, "prepend_bos", bool),
+        basis="centred" if centred else "raw",
+        width=field(config, "d_sae", int),
+        unseen=tuple(unseen),
     )
 
 
-# ------------------------------------------------------------------------------------------ where they lie
+def saelens_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
+    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z
+    |W_dec_i| where rescaled.
+    """
+    architecture = field(config, "architecture", str, "standard")
+    activation = field(config, "activation_fn_str", str) or field(config, "activation_fn", str, "relu")
+    k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
+    if activation == "topk":  # version 5 has it as a standard SAE's activation function
+        architecture = "topk"
+    elif activation != "relu":
+        raise UserError(f"activation function {activation!r} is not supported")
+    if config.get("finetuning_scaling_factor") or "scaling_factor" in t:
+        raise UserError("a finetuning scaling factor is not supported")
+    W_dec, b_dec = t["W_dec"], t["b_dec"]
+    b_in = b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec)
+    args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_in)
+    match architecture:
+        case "topk":
+            args |= dict(rule="topk", b_enc=t["b_enc"], k=k)
+        case "gated":
+            args |= dict(rule="gated", b_enc=t["b_gate"], gain=t["r_mag"].exp(), b_mag=t["b_mag"])
+        case "jumprelu":
+            args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t["threshold"])
+        case "batchtopk":  # a checkpoint, which keeps one threshold for all
+            args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t["topk_threshold"])
+        case "standard":
+            args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=torch.zeros(()))
+        case _:
+            raise UserError(
+                f"architecture {architecture!r} is not supported "
+                "(topk, batchtopk, jumprelu, standard and gated are)"
+            )
+    # ranked by how much a latent writes
+    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture in ("topk", "batchtopk"):
+        length = W_dec.norm(dim=1).clamp(min=1e-8)
+        args["W_enc"] = args["W_enc"] * length[:, None]
+        args["W_dec"] = W_dec / length[:, None]
+        args["b_enc"] = args["b_enc"] * length
+    return saelens_normalised(args, config.get("normalize_activations") or "none", beside)
+
+
+def saelens_normalised(args: dict[str, Any], norm: Any, beside: Json) -> dict[str, Any]:
+    """The SAE of h, of one that was trained on activations normalised as its configuration says."""
+    # a checkpoint; a finished SAE has it folded in and says none
+    if norm in (True, "expected_average_only_in"):
+        scale = field(beside.get("activation_scaler.json", {}), "scaling_factor", float)
+        if scale is None:
+            raise UserError(
+                "trained on scaled activations, and activation_scaler.json, which holds the scale, is not "
+                "beside it"
+            )
+        return rescaled(args, 1 / scale)
+    if norm == "covariance_whitening":
+        if "activation_whitening.safetensors" not in beside:
+            raise UserError(
+                "trained on whitened activations, and activation_whitening.safetensors is not beside it"
+            )
+        return unwhitened(args, beside["activation_whitening.safetensors"])
+    if norm not in ("none", "layer_norm", "constant_norm_rescale"):
+        raise UserError(f"normalize_activations {norm!r} is not supported")
+    return args | dict(norm=norm)
+
+
+def rescaled(args: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The SAE of h whose own activations are h / factor: every bias and threshold grows by the factor, no
+    weight changes.
+    """
+    grow = ("b_enc", "b_dec", "b_in", "b_mag", "threshold")
+    return args | {name: args[name] * factor for name in grow if args.get(name) is not None}
+
+
+def unwhitened(args: dict[str, Any], white: Tensors) -> dict[str, Any]:
+    """The SAE of h whose own activations are (h - mean) M: both maps are affine, so they fold into the
+    weights (in float64).
+    """
+    mean, matrix, inverse = (white[name].double() for name in ("mean", "matrix", "inverse_matrix"))
+    return args | dict(
+        W_enc=args["W_enc"].double() @ matrix.t(),
+        W_dec=args["W_dec"].double() @ inverse,
+        b_in=args["b_in"].double() @ inverse + mean,
+        b_dec=args["b_dec"].double() @ inverse + mean,
+    )
+
+
+# -------------------------------------------------------------------------------------- EleutherAI's sparsify
+def sparsify_declares(config: Json, path: str, beside: Json) -> Declared:
+    """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
+    made = beside.get(store.PROVENANCE, {})
+    site, layer = ("resid_post", field(made, "layer", int)) if "layer" in made else hook_of_path(path)
+    width = field(config, "num_latents", int)
+    if not width:
+        width = field(config, "d_in", int, 0) * field(config, "expansion_factor", int, 0)
+    return Declared(
+        "sparsify",
+        site="transcoder" if field(config, "transcode", bool) else site,
+        layer=layer,
+        model=field(made, "model", str),
+        ctx=field(made, "ctx", int),
+        bos=False if made else None,
+        width=width,
+    )
+
+
+def sparsify_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
+    """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec
+    + W_skip h; W_dec lies as [F,d].
+
+    num_latents may say 0 (then F = d_in expansion_factor): F is the tensor's.
+    """
+    activation = field(config, "activation", str, "topk")
+    if activation not in ("topk", "groupmax"):
+        raise UserError(f"activation {activation!r} is not supported")
+    return dict(
+        rule=activation,
+        k=field(config, "k", int),
+        W_enc=t["encoder.weight"],
+        b_enc=t["encoder.bias"],
+        W_dec=t["W_dec"],
+        b_dec=t["b_dec"],
+        b_in=t["b_dec"],
+        W_skip=t.get("W_skip"),
+    )
+
+
+# ---------------------------------------------------------------------------------------- dictionary_learning
+def dictionary_learning_declares(config: Json, path: str, beside: Json) -> Declared:
+    trainer, buffer = field(config, "trainer", dict, {}), field(config, "buffer", dict, {})
+    site, layer = hook_of_path(field(trainer, "submodule_name", str) or path)
+    return Declared(
+        "dictionary_learning",
+        site=site,
+        layer=field(trainer, "layer", int) if layer is None else layer,
+        model=field(trainer, "lm_name", str),
+        ctx=field(buffer, "ctx_len", int),
+        width=field(trainer, "dict_size", int),
+        unseen=("remove_bos",) if field(buffer, "remove_bos", bool) else (),
+    )
+
+
+def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
+    """z = ReLU(W_enc (h - b_dec) + b_enc), then by class: all of it, the top k, or what exceeds the threshold
+    (BatchTopK).
+
+    TopK and BatchTopK leave the same tensors, so the class must be said. A checkpoint in mid-run is nested,
+    and its activations are divided by norm_factor.
+    """
+    factor = 1.0
+    if "ae" in t:
+        factor = field(t, "norm_factor", float, 1.0)
+        config = config or {"trainer": t.get("config")}
+        t = field(t, "ae", dict)
+    trainer = field(config, "trainer", dict, {})
+    name = field(trainer, "dict_class", str)
+    k = field(t if "k" in t else trainer, "k", int)  # the first TopK files hold none
+    if "r_mag" in t:
+        args = dict(
+            rule="gated",
+            W_enc=t["encoder.weight"],
+            b_enc=t["gate_bias"],
+            gain=t["r_mag"].exp(),
+            b_mag=t["mag_bias"],
+            W_dec=t["decoder.weight"].t(),
+            b_dec=t["decoder_bias"],
+            b_in=t["decoder_bias"],
+        )
+        return rescaled(args, factor)
+    if "W_enc" in t:  # JumpReLU, and Matryoshka BatchTopK, which has a k and subtracts b_dec
+        args = dict(
+            rule="threshold",
+            W_enc=t["W_enc"].t(),
+            b_enc=t["b_enc"],
+            W_dec=t["W_dec"],
+            b_dec=t["b_dec"],
+            b_in=t["b_dec"] if "k" in t else None,
+            threshold=t["threshold"],
+        )
+        return rescaled(args, factor)
+    args = dict(W_enc=t["encoder.weight"], b_enc=t["encoder.bias"], W_dec=t["decoder.weight"].t())
+    if "k" not in t and name not in ("AutoEncoderTopK", "BatchTopKSAE"):
+        # AutoEncoder has one bias at both ends, AutoEncoderNew one after the decoder
+        b_dec = t["bias"] if "bias" in t else t["decoder.bias"]
+        args |= dict(rule="threshold", b_dec=b_dec, b_in=t.get("bias"), threshold=torch.zeros(()))
+        return rescaled(args, factor)
+    args |= dict(b_dec=t["b_dec"], b_in=t["b_dec"])
+    match name:
+        case "AutoEncoderTopK":
+            args |= dict(rule="topk", k=k)
+        case "BatchTopKSAE":
+            args |= dict(rule="threshold", threshold=t["threshold"])
+        case _:
+            raise UserError(
+                "TopK or BatchTopK? Their tensors are alike, and config.json beside them says "
+                f"{name or 'nothing'}"
+            )
+    return rescaled(args, factor)
+
+
+# -------------------------------------------------------------------------------- OpenAI's sparse_autoencoder
+OPENAI_SITES = ("mlp_post_act", "resid_delta_attn", "resid_delta_mlp", "resid_post_attn")
+
+
+def openai_declares(config: Json, path: str, beside: Json) -> Declared:
+    """.../LOCATION/autoencoders/LAYER.pt, of GPT-2 small."""
+    stem = pathlib.PurePosixPath(path).stem
+    return Declared(
+        "openai",
+        site=next((site for site in OPENAI_SITES if site in path), "resid_post"),
+        layer=int(stem) if stem.isdecimal() else None,
+        model="gpt2",
+    )
+
+
+def openai_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
+    """z = W_enc (x - pre_bias) + latent_bias; where the activation is TopK, x is h less its mean over its
+    standard deviation.
+    """
+    args = dict(
+        W_enc=t["encoder.weight"],
+        b_enc=t["latent_bias"],
+        W_dec=t["decoder.weight"].t(),
+        b_dec=t["pre_bias"],
+        b_in=t["pre_bias"],
+    )
+    if t.get("activation") == "TopK":
+        k = field(field(t, "activation_state_dict", dict, {}), "k", int)
+        return args | dict(rule="topk", k=k, norm="layer_norm")
+    if t.get("activation") == "ReLU":
+        return args | dict(rule="threshold", threshold=torch.zeros(()))
+    raise UserError(f"activation {t.get('activation')!r} is not supported")
+
+
+# ------------------------------------------------------------------------------------------------------ mlsae
+def mlsae_declares(config: Json, path: str, beside: Json) -> Declared:
+    """One SAE may serve all layers; the repository's name ends in layers-L where it is of one."""
+    layer = re.search(r"layers-(\d+)(?![\d-])", path)
+    return Declared(
+        "mlsae",
+        site="resid_post" if "n_latents" in config else "language model",
+        layer=int(layer[1]) if layer else None,
+        width=field(config, "n_latents", int),
+    )
+
+
+def mlsae_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
+    """OpenAI's TopK without a bias on the latents."""
+    W_enc = t["encoder.weight"]
+    return dict(
+        rule="topk",
+        k=field(config, "k", int),
+        W_enc=W_enc,
+        b_enc=torch.zeros(len(W_enc)),
+        W_dec=t["decoder.weight"].t(),
+        b_dec=t["pre_encoder_bias"],
+        b_in=t["pre_encoder_bias"],
+        norm="layer_norm" if field(config, "standardize", bool, True) else "none",
+    )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Of one format."""
+
+    declares: Callable[[Json, str, Json], Declared]
+    computes: Callable[[Tensors, Json, Json], dict[str, Any]]
+
+
+READERS = {
+    "saelens": Reader(saelens_declares, saelens_computes),
+    "sparsify": Reader(sparsify_declares, sparsify_computes),
+    "dictionary_learning": Reader(dictionary_learning_declares, dictionary_learning_computes),
+    "openai": Reader(openai_declares, openai_computes),
+    "mlsae": Reader(mlsae_declares, mlsae_computes),
+}
+
+
+# --------------------------------------------------------------------------------------------- where they lie
+@dataclass(frozen=True)
+class Place:
+    """A local folder, or a hub repository, in which SAEs are looked for."""
+
+    name: str  # as typed
+    whole: str  # in full
+    files: frozenset[str]  # all in it
+    pattern: str  # the part of it that is asked for, "": all
+    fetch: Callable[[str], pathlib.Path]
+
+    def holds(self, path: str, file: str) -> bool:
+        """Is the SAE at this path, of this file, asked for?"""
+        at = self.pattern in ("", path, file) or path.startswith(f"{self.pattern}/")
+        return at or fnmatch.fnmatchcase(path, self.pattern)
+
+
 def find(spec: str) -> list[SaeFile]:
     """The SAEs that PATH_OR_ID[/SUB_PATH_OR_PATTERN][@REVISION] names, sorted by label. Raises UserError."""
     with one_line(f"--sae {spec}"):
-        parts = pathlib.Path(spec).parts
-        plain = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
-        root, pattern = pathlib.Path(*parts[:plain]), "/".join(parts[plain:])
-        if root.exists() and plain:
-            if root.is_file():
-                root, pattern = root.parent, root.name
-            files = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
-            name, whole, fetch = (
-                "/".join(root.parts[-2:]) if root.is_absolute() else str(root),
-                str(root.resolve()),
-                lambda file: root / file,
-            )
-        else:
-            import huggingface_hub
-
-            there, _, revision = spec.partition("@")
-            name, pattern = "/".join(there.split("/")[:2]), "/".join(there.split("/")[2:]).rstrip("/")
-            if (
-                not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-                or spec.startswith(".")
-                or pathlib.Path(parts[0]).exists()
-            ):
-                raise UserError("no such file or folder, and no hub id")
-            files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)
-            whole, fetch = (
-                name,
-                lambda file: pathlib.Path(
-                    huggingface_hub.hf_hub_download(name, file, revision=revision or None)
-                ),
-            )
-        found = []
-        for file in sorted(files):
-            folder, last = os.path.split(file)
-            if last in FORMATS:
-                (kind, config), path = FORMATS[last], folder
-            # a checkpoint of dictionary_learning; only where asked for
-            elif file == pattern and last.startswith("ae"):
-                (kind, config), path = FORMATS["ae.pt"], file
-            elif last.endswith(".pt") and (file == pattern or re.search(r"autoencoders?/", file)):
-                (kind, config), path = ("openai", None), file
-            else:
-                continue
-            if (
-                pattern
-                and pattern not in (path, file)
-                and not path.startswith(f"{pattern}/")
-                and not fnmatch.fnmatchcase(path, pattern)
-            ):
-                continue
-            beside = lambda name: os.path.join(folder, name) if os.path.join(folder, name) in files else None
-            label = printable("/".join(filter(None, (name, path))), "its name")
-            found.append(
-                SaeFile(
-                    label=label,
-                    path="/".join(filter(None, (whole, path))),
-                    format=kind,
-                    weights=file,
-                    config=config and beside(config),
-                    beside=tuple(b for b in map(beside, BESIDE.get(kind, ())) if b),
-                    fetch=fetch,
-                )
-            )
+        place = local_folder(spec) or repository(spec)
+        found = [sae for file in sorted(place.files) if (sae := sae_at(place, file))]
         if not found:
-            raise UserError(
-                f"no SAE {f'at {pattern} ' if pattern else ''}in it ({', '.join(FORMATS)} or OpenAI's autoencoders/*.pt)"
-                + (
-                    f"; it holds {', '.join(sorted(files)[:6])}{', ...' if len(files) > 6 else ''}"
-                    if files
-                    else ""
-                )
-            )
+            raise UserError(nothing_in(place))
         return sorted(found, key=lambda file: file.label)
 
 
+def local_folder(spec: str) -> Place | None:
+    """Where spec begins with a path that is there."""
+    parts = pathlib.Path(spec).parts
+    plain = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
+    root, pattern = pathlib.Path(*parts[:plain]), "/".join(parts[plain:])
+    if not plain or not root.exists():
+        return None
+    if root.is_file():
+        root, pattern = root.parent, root.name
+    files = frozenset(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    # where it lies on this machine is nobody's business
+    name = "/".join(root.parts[-2:]) if root.is_absolute() else str(root)
+    return Place(name, str(root.resolve()), files, pattern, root.joinpath)
+
+
+def repository(spec: str) -> Place:
+    """Of the hub. Raises UserError where spec is no hub id, and what the hub's client raises."""
+    import huggingface_hub
+
+    there, _, revision = spec.partition("@")
+    parts = there.split("/")
+    name, pattern = "/".join(parts[:2]), "/".join(parts[2:]).rstrip("/")
+    # what begins as a path that is there is a path
+    path = spec.startswith(".") or pathlib.Path(pathlib.Path(spec).parts[0]).exists()
+    if path or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError("no such file or folder, and no hub id")
+
+    def fetch(file: str) -> pathlib.Path:
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
+
+    files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)
+    return Place(name, name, frozenset(files), pattern, fetch)
+
+
+def sae_at(place: Place, file: str) -> SaeFile | None:
+    """The SAE whose weights this file is, if it is one and asked for. Raises UserError."""
+    folder, last = os.path.split(file)
+    path, config = file, None
+    if last in FORMATS:
+        (kind, config), path = FORMATS[last], folder
+    elif file == place.pattern and last.startswith("ae"):
+        kind, config = FORMATS["ae.pt"]  # a checkpoint of dictionary_learning; only where asked for
+    elif last.endswith(".pt") and (file == place.pattern or re.search(r"autoencoders?/", file)):
+        kind = "openai"
+    else:
+        return None
+    if not place.holds(path, file):
+        return None
+
+    def there(name: str | None) -> str | None:
+        beside = name and os.path.join(folder, name)
+        return beside if beside in place.files else None
+
+    return SaeFile(
+        label=printable("/".join(filter(None, (place.name, path))), "its name"),
+        path="/".join(filter(None, (place.whole, path))),
+        format=kind,
+        weights=file,
+        config=there(config),
+        beside=tuple(filter(None, map(there, BESIDE.get(kind, ())))),
+        fetch=place.fetch,
+    )
+
+
+def nothing_in(place: Place) -> str:
+    """What is said where no SAE is."""
+    at = f"at {place.pattern} " if place.pattern else ""
+    line = f"no SAE {at}in it ({', '.join(FORMATS)} or OpenAI's autoencoders/*.pt)"
+    if place.files:
+        first = ", ".join(sorted(place.files)[:6])
+        line += f"; it holds {first}{', ...' if len(place.files) > 6 else ''}"
+    return line
+
+
+# --------------------------------------------------------------------------------------------- files are read
 def describe(file: SaeFile) -> Declared:
     """What an SAE's files say of it, without reading its weights. Raises UserError."""
     with one_line(f"--sae {file.label}"):
-        config, beside = _configuration(file)
-        declared = READERS[file.format][0](config, file.path, beside)
+        declared = READERS[file.format].declares(read_config(file), file.path, read_beside(file))
         kinds = dict(site=str, layer=int, model=str, ctx=int, bos=bool, width=int)
         for name, kind in kinds.items():
             field(vars(declared), name, kind)
@@ -637,26 +685,35 @@ def describe(file: SaeFile) -> Declared:
         return declared
 
 
-def _configuration(file: SaeFile) -> tuple[dict, dict]:
-    if file.config is None and file.format not in ("openai", "dictionary_learning"):
-        raise UserError(f"{FORMATS[os.path.basename(file.weights)][1]} is missing beside {file.weights}")
-
-    def load(name: str) -> dict:
-        path = file.fetch(name)
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with one_line(os.path.basename(name)):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise UserError(f"{repr(content)[:60]}, where named values belong")
-            return content
-
-    return load(file.config) if file.config else {}, {
-        os.path.basename(name): load(name) for name in file.beside
-    }
+def read_config(file: SaeFile) -> Json:
+    """{} where the format has none. Raises UserError."""
+    if file.config is not None:
+        return read_json(file, file.config)
+    if file.format in ("openai", "dictionary_learning"):
+        return {}
+    raise UserError(f"{FORMATS[os.path.basename(file.weights)][1]} is missing beside {file.weights}")
 
 
-def read_tensors(path: pathlib.Path) -> dict:
+def read_beside(file: SaeFile) -> dict[str, Any]:
+    """{name: what it holds} of the other files. Raises UserError."""
+    out: dict[str, Any] = {}
+    for name in file.beside:
+        tensors = name.endswith(".safetensors")
+        out[os.path.basename(name)] = load_file(file.fetch(name)) if tensors else read_json(file, name)
+    return out
+
+
+def read_json(file: SaeFile, name: str) -> dict[str, Any]:
+    """Named values. Raises UserError."""
+    path = file.fetch(name)
+    with one_line(os.path.basename(name)):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise UserError(f"{repr(content)[:60]}, where named values belong")
+        return content
+
+
+def read_tensors(path: pathlib.Path) -> Tensors:
     """What a weights file holds, by name. Raises UserError: a pickle that wants to run code, or a small file
     of large tensors.
 
@@ -679,14 +736,19 @@ def read_tensors(path: pathlib.Path) -> dict:
         ) from error
     if not isinstance(tensors, dict):
         raise UserError(f"it holds a {type(tensors).__name__}, not tensors by name")
-    levels = [tensors, *(value for value in tensors.values() if isinstance(value, dict))]
-    for name, value in (item for level in levels for item in level.items()):
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_complex() or value.is_quantized:
-                raise UserError(f"{name} is no plain tensor of numbers")
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise UserError(f"{name} claims {value.numel()} values, more than are stored")
+    for level in (tensors, *(value for value in tensors.values() if isinstance(value, dict))):
+        for name, value in level.items():
+            if isinstance(value, torch.Tensor):
+                check_tensor(name, value)
     return tensors
+
+
+def check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raises UserError for anything but numbers that are all stored."""
+    if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+        raise UserError(f"{name} is no plain tensor of numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{name} claims {tensor.numel()} values, more than are stored")
 
 
 def read(file: SaeFile) -> FileSAE:
@@ -694,67 +756,43 @@ def read(file: SaeFile) -> FileSAE:
     that is not supported.
     """
     with one_line(f"--sae {file.label}"):
-        config, beside = _configuration(file)
+        config, beside = read_config(file), read_beside(file)
         weights = file.fetch(file.weights)
-        if "files" in beside.get(store.PROVENANCE, {}):  # made here: it says what was written
+        if file.config and "files" in beside.get(store.PROVENANCE, {}):  # made here: it says what was written
             for path in (weights, file.fetch(file.config)):
                 store.checked(weights.parent / store.PROVENANCE, path.name)
-        args = READERS[file.format][1](read_tensors(weights), config, beside)
-        args = {
-            name: v.float().contiguous() if isinstance(v, torch.Tensor) else v for name, v in args.items()
-        }
-        F, d = args["W_enc"].shape if args["W_enc"].ndim == 2 else (0, 0)
-        if not F * d:
-            raise UserError(f"its encoder is {list(args['W_enc'].shape)}, where a matrix belongs")
-        shapes = dict(
-            W_enc=(F, d),
-            W_dec=(F, d),
-            b_enc=(F,),
-            b_dec=(d,),
-            b_in=(d,),
-            gain=(F,),
-            b_mag=(F,),
-            W_skip=(d, d),
-            threshold=(F,),
-        )
-        for name, tensor in args.items():
-            if isinstance(tensor, torch.Tensor):
-                if tuple(tensor.shape) != shapes[name] and not (
-                    name == "threshold" and tensor.shape in ((), (1,))
-                ):
-                    raise UserError(
-                        f"{name} is {list(tensor.shape)}, and W_enc {[F, d]} asks for {list(shapes[name])}"
-                    )
-                if not torch.isfinite(tensor).all():
-                    raise UserError(f"{name} holds values that are not finite")
-        if "k" in args and not 1 <= (args["k"] or 0) <= F:
-            raise UserError(f"k = {args['k']} of {F} latents")
-        if args["rule"] == "groupmax" and F % args["k"]:
-            raise UserError(f"k = {args['k']} groups of equal size cannot be made of {F} latents")
+        args = READERS[file.format].computes(read_tensors(weights), config, beside)
+        for name, value in args.items():
+            if isinstance(value, torch.Tensor):
+                args[name] = value.float().contiguous()
+        check_args(args)
         return FileSAE(**args)
 
 
-def fused(sae: FileSAE) -> TopKSAE | FileSAE:
-    """The same SAE as the fused kernels' own kind, where it is of that kind."""
-    if (
-        sae.rule == "topk"
-        and sae.norm == "none"
-        and not sae.centred
-        and not hasattr(sae, "W_skip")
-        and torch.equal(sae.b_in, sae.b_dec)
-    ):
-        return TopKSAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k).requires_grad_(False)
-    return sae
+def check_args(args: dict[str, Any]) -> None:
+    """Raises UserError where the arguments of a FileSAE do not fit together, or are not finite."""
+    F, d = args["W_enc"].shape if args["W_enc"].ndim == 2 else (0, 0)
+    if not F * d:
+        raise UserError(f"its encoder is {list(args['W_enc'].shape)}, where a matrix belongs")
+    shapes = dict(W_enc=(F, d), W_dec=(F, d), W_skip=(d, d), b_dec=(d,), b_in=(d,))
+    shapes |= dict.fromkeys(("b_enc", "gain", "b_mag", "threshold"), (F,))
+    for name, tensor in args.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        one_for_all = name == "threshold" and tensor.shape in ((), (1,))
+        if tensor.shape != shapes[name] and not one_for_all:
+            raise UserError(
+                f"{name} is {list(tensor.shape)}, and W_enc {[F, d]} asks for {list(shapes[name])}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} holds values that are not finite")
+    if "k" in args and not 1 <= (args["k"] or 0) <= F:
+        raise UserError(f"k = {args['k']} of {F} latents")
+    if args["rule"] == "groupmax" and F % args["k"]:
+        raise UserError(f"k = {args['k']} groups of equal size cannot be made of {F} latents")
 
 
-def sae_fingerprint(sae: FileSAE) -> str:
-    """Short hash of all that an SAE computes with, so that a run is not continued with another one of the
-    same name.
-    """
-    return hashlib.sha256(f"{sae.rule} {sae.k} {sae.norm} {fingerprint(sae)}".encode()).hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------- the basis gate
+# --------------------------------------------------------------------------------------------- the basis gate
 def near(hook: Hook, input_ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it. Raises Fault
     where the hook's are all one.
@@ -778,44 +816,45 @@ def unexplained(sae: FileSAE, h: torch.Tensor, centred: bool) -> float:
 
 
 def check_basis(
-    sae: FileSAE, basis: str, label: str, layer: int, activations: dict[int, torch.Tensor]
+    sae: FileSAE, basis: str, label: str, layer: int, activations: Mapping[int, torch.Tensor]
 ) -> dict[str, float]:
     """{reading: unexplained variance}, as the files say first; raises UserError where another reading
-    explains more.
+    explains more. basis: `raw` or `centred`, as declared. activations: see `near`.
 
     An SAE of TransformerLens' centred activations read as raw ones, or at the block after its own, still
     gives a number that looks like one; only beside the other readings does it look wrong. (One read at the
-    block before its own need not: the residual stream grows, and its beginning is as easy.) activations: see
-    `near`.
+    block before its own need not: the residual stream grows, and its beginning is as easy.)
     """
-    centred = basis == "centred"
-    name = lambda l, c: f"layer {l}, {'centred' if c else 'raw'}"
-    readings = {
-        name(layer, centred): unexplained(sae, activations[layer], centred),
-        name(layer, not centred): unexplained(sae, activations[layer], not centred),
-    }
-    readings |= {name(l, centred): unexplained(sae, h, centred) for l, h in activations.items() if l != layer}
-    (as_said, fvu), (other_basis, _), *_ = readings.items()
-    for other, value in readings.items():
-        if (
-            other != as_said
-            and value < fvu * (BASIS_MARGIN if other == other_basis else LAYER_MARGIN)
-            or not math.isfinite(fvu)
-        ):
+    centred, h = basis == "centred", activations[layer]
+    as_declared, other_basis = reading_name(layer, centred), reading_name(layer, not centred)
+    fvu = unexplained(sae, h, centred)
+    readings = {as_declared: fvu, other_basis: unexplained(sae, h, not centred)}
+    for other, activation in activations.items():
+        if other != layer:
+            readings[reading_name(other, centred)] = unexplained(sae, activation, centred)
+    for name, value in readings.items():
+        margin = BASIS_MARGIN if name == other_basis else LAYER_MARGIN
+        better = name != as_declared and value < fvu * margin
+        if better or not math.isfinite(fvu):
             raise UserError(
-                f"--sae {label}: read as its files say ({as_said}) it leaves {fvu:.4f} of the variance unexplained, read as {other} "
-                f"{value:.4f}: refused; --basis raw or --basis centred goes on in that basis, with the layer as said"
+                f"--sae {label}: read as its files say ({as_declared}) it leaves {fvu:.4f} of the variance "
+                f"unexplained, read as {name} {value:.4f}: refused; --basis raw or --basis centred goes on "
+                "in that basis, with the layer as said"
             )
     return readings
 
 
-# --------------------------------------------------------------------------------------------------- export
-def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: dict) -> None:
+def reading_name(layer: int, centred: bool) -> str:
+    return f"layer {layer}, {'centred' if centred else 'raw'}"
+
+
+# ----------------------------------------------------------------------------------------------------- export
+def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: Json) -> None:
     """An SAE trained here in SAELens' format (cfg.json, sae_weights.safetensors), where it computes the same.
-    made: provenance.json.
+    made: provenance.json. Raises UserError, Fault.
     """
     d_sae, d = sae.W_dec.shape
-    meta = dict(
+    metadata = dict(
         sae_lens_version=SAELENS_VERSION,
         model_name=made["model"],
         hook_name=f"blocks.{made['layer']}.hook_resid_post",
@@ -835,50 +874,54 @@ def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: dict) -> None:
         normalize_activations="none",
         reshape_activations="none",
         rescale_acts_by_decoder_norm=False,
-        metadata=meta,
+        metadata=metadata,
     )
     tensors = dict(W_enc=sae.W_enc.t(), b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-    if theirs := [name for name in ("cfg.json", "sae_weights.safetensors") if os.path.lexists(folder / name)]:
+    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    files = {"cfg.json": as_json(config), "sae_weights.safetensors": weights}
+    if theirs := [name for name in files if os.path.lexists(folder / name)]:
         raise UserError(f"{folder} holds {' and '.join(theirs)} already: export to another folder")
-    store.write(folder / "cfg.json", as_json(config))
-    store.write(
-        folder / "sae_weights.safetensors",
-        save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}),
-    )
+    for name, content in files.items():
+        store.write(folder / name, content)
+
+
+# ------------------------------------------------------------------------------------------- the two commands
+COLUMNS = (*"sae format site layer model ctx bos basis width".split(), "why not")
+
+
+def listed(spec: str) -> str:
+    """A table of the SAEs of a folder or repository, and what their files say, or why they cannot be told."""
+    rows = []
+    for file in find(spec):
+        row: dict[str, Any] = {"sae": file.label, "format": file.format}
+        try:
+            row |= vars(describe(file))
+        except UserError as error:
+            row["why not"] = str(error).rpartition(": ")[2]
+        rows.append({column: "" if row.get(column) is None else row[column] for column in COLUMNS})
+    return markdown(rows, COLUMNS)
+
+
+def export(source: str, to: str) -> str:
+    """Writes the SAE of this cache folder to another, in SAELens' format. Raises UserError, Fault."""
+    folder = pathlib.Path(source)
+    if not (folder / store.PROVENANCE).exists():
+        raise UserError(f"{source}: not an SAE trained here (no provenance.json); they lie in outputs/cache/")
+    sae = load_sae(folder, torch.device("cpu"))
+    write_saelens(pathlib.Path(to), sae, store.load(folder / store.PROVENANCE))
+    return f"{to}: cfg.json, sae_weights.safetensors; SAE.load_from_disk({to!r}) reads it"
 
 
 def main() -> None:
     match sys.argv[1:]:
         case ["list", spec]:
-            rows = []
-            for file in find(spec):
-                try:
-                    rows.append({"sae": file.label, **vars(describe(file)), "why not": ""})
-                except UserError as error:
-                    rows.append(
-                        {
-                            "sae": file.label,
-                            "format": file.format,
-                            "why not": str(error).rpartition(": ")[2],
-                        }
-                    )
-            columns = ["sae", "format", "site", "layer", "model", "ctx", "bos", "basis", "width", "why not"]
-            print(
-                markdown(
-                    [{c: "" if row.get(c) is None else row[c] for c in columns} for row in rows], columns
-                )
-            )
+            print(listed(spec))
         case ["export", source, to]:
-            folder = pathlib.Path(source)
-            if not (folder / "provenance.json").exists():
-                raise UserError(
-                    f"{source}: not an SAE trained here (no provenance.json); they lie in outputs/cache/"
-                )
-            sae = fused(read(find(source)[0]))
-            write_saelens(pathlib.Path(to), sae, store.load(folder / store.PROVENANCE))
-            print(f"{to}: cfg.json, sae_weights.safetensors; SAE.load_from_disk({to!r}) reads it")
+            print(export(source, to))
         case _:
-            raise UserError("usage: python formats.py list PATH_OR_ID | export SAE_FOLDER TO")
+            raise UserError(
+                "usage: python -m transport_geometry.formats list PATH_OR_ID | export SAE_FOLDER TO"
+            )
 
 
 if __name__ == "__main__":
