@@ -77,7 +77,8 @@ def main() -> None:
     values, indices = kernels.topk_encode(h, W_enc, b_enc, k)
 
     def our_step() -> tuple[torch.Tensor, ...]:
-        h_hat = kernels.sparse_decode(*kernels.topk_encode(h, *leaves[:2], k), *leaves[2:])
+        W_enc, b_enc, W_dec, b_dec = leaves
+        h_hat = kernels.sparse_decode(*kernels.topk_encode(h, W_enc, b_enc, k), W_dec, b_dec)
         return torch.autograd.grad((h_hat - h).square().mean(), leaves)
 
     jobs: dict[str, Callable[[], object]] = {

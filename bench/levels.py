@@ -174,16 +174,18 @@ def coverage(n: int) -> None:
     for icc in (0, 0.5, 0.9):
         many = grid(3, 2000, 3)
         y = target(many)
-        truth, row = stats.partial_spearman(y + NOISE * draw(many, icc), y, many), {"ICC": icc}
+        truth = stats.partial_spearman(y + NOISE * draw(many, icc), y, many)
+        row: dict = {"ICC": icc}
         for name, shape in GRIDS.items():
-            meta, hits, bias = grid(*shape), 0, []
+            meta, hits, bias = grid(*shape), 0, 0.0
             for i in range(n):
                 y = target(meta)
                 x = y + NOISE * draw(meta, icc)
                 draws = stats.partial_draws(x[None], y[None], meta, RESAMPLES, seed=i)
                 lo, hi = stats.interval(draws[3:], fisher=True)
-                hits, bias = hits + (lo <= truth <= hi), [*bias, draws[0] - truth]
-            row |= {f"{name}, covered": percent(hits / n, n), f"{name}, bias": f"{np.mean(bias):+.3f}"}
+                hits += lo <= truth <= hi
+                bias += (draws[0] - truth) / n
+            row |= {f"{name}, covered": percent(hits / n, n), f"{name}, bias": f"{bias:+.3f}"}
         rows.append(row | {"truth": f"{truth:.3f}"})
     show("95% interval of partial Spearman, percent covered.", rows)
 

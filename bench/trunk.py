@@ -86,8 +86,8 @@ def main() -> None:
             branches.append(trainer.train(k, seed, budgets))
             alone.append({b: trainer.train(k, seed, [b])[b] for b in budgets[1:]})
         for before, b in zip(budgets, budgets[1:]):
-            of = [np.array([run[at] for run in runs]) for runs, at in ((branches, b), (alone, b))]
-            rows.append(row_of(k, b, *of, np.array([run[before] for run in branches])))
+            branch, last = (np.array([run[at] for run in branches]) for at in (b, before))
+            rows.append(row_of(k, b, branch, np.array([run[b] for run in alone]), last))
     print(markdown(rows, list(rows[0])))
 
 
