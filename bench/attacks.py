@@ -1,9 +1,10 @@
 """Kill runs at every step that the disk would see and at random moments; damage every kind of file that is
 read again.
 
-    python bench/attacks.py kills 200 [SEED]           # over the three scripts, and two ranks under torchrun (`ranks 30`: these alone)
+    python bench/attacks.py kills 200 [SEED]      # over the three scripts, and two ranks under torchrun
+    python bench/attacks.py ranks 30 [SEED]       # those alone
     python bench/attacks.py corruptions 300 [SEED]
-    python bench/attacks.py pairs 8                    # two runs in one --out at the same time
+    python bench/attacks.py pairs 8               # two runs in one --out at the same time
 
 A killed run, once or several times in a row, must end by the same command in the bytes of the unbroken one,
 with nothing left behind. A damaged file must be named in one line (exit 2), or set aside and made again with
@@ -21,34 +22,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import zygote  # noqa: E402
+import bench
+import zygote
+from common import run_script
+from helpers import contents
 from transport_geometry import results, store
 from transport_geometry.tables import markdown, read_npz
 
-GRID = ["--tokens", "6k", "--eval-seqs", "6", "--ctx", "32", "--device", "cpu"]
+GRID = "--tokens 6k --eval-seqs 6 --ctx 32 --device cpu".split()
 RUNS = {
     "expa.py": ["--models", "stdlib-s,stdlib-m", "--k", "2", "--seeds", "0", *GRID, "--tokens", "2k,6k"],
     "expb.py": ["--models", "stdlib-s@1,stdlib-s", "--k", "2,4", *GRID, "--save-tokens"],
     "expc_fisher.py": ["--models", "stdlib-s", "--k", "2,4", *GRID],
 }
-CHECKPOINTS = (
-    zygote.CHECKPOINTS
-    + """import expa, expb, expc_fisher
-expa.N_RESAMPLES = expb.N_RESAMPLES = expc_fisher.N_RESAMPLES = 40
+CHECKPOINTS = f"""{zygote.CHECKPOINTS}
+import expa, expb, expc_fisher
+expa.N_RESAMPLES = expb.N_RESAMPLES = expc_fisher.N_RESAMPLES = 40  # few, for speed
 """
-)  # few, for speed
-
-
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
-    }
+RANK = """import sys
+sys.path.insert(0, {root!r})
+{setup}
+import common
+common.run_script(expb.main)
+"""
+WAYS = "a bit,a bit,a bit,a byte,cut,empty,garbage,longer,a folder,gone".split(",")
+STATES = "results results cache checkpoint parts verdict".split()
+Finding = tuple[str, str]  # what was done, and what went wrong: nothing, it should be
 
 
 class Attack:
@@ -61,97 +62,76 @@ class Attack:
         self.steps = int(done.stderr.split()[-2])  # that the disk sees
         self.truth = {name: contents(self.whole / name) for name in ("out", "cache")}
 
-    def go(self, where: pathlib.Path, **how) -> subprocess.CompletedProcess:
-        return zygote.run(
-            self.script,
-            *RUNS[self.script],
-            "--out",
-            where / "out",
-            "--cache",
-            where / "cache",
-            setup=self.setup,
-            **how,
-        )
+    def arguments(self, at: pathlib.Path) -> list[str]:
+        """Of the run whose results and cache lie at this place."""
+        return [*RUNS[self.script], "--out", str(at / "out"), "--cache", str(at / "cache")]
 
-    def wrong(self, where: pathlib.Path, kept=()) -> str:
-        """What differs from the unbroken run: nothing, it should be. kept: prefixes of names that may be
-        there besides.
-        """
+    def go(
+        self, at: pathlib.Path, kill: int | None = None, after: float | None = None
+    ) -> subprocess.CompletedProcess:
+        return zygote.run(self.script, *self.arguments(at), kill=kill, after=after, setup=self.setup)
+
+    def wrong(self, at: pathlib.Path, kept: tuple[str, ...] = ()) -> str:
+        """What differs from the unbroken run. kept: words in names that may be there besides."""
         for name, truth in self.truth.items():
             found = {
                 file: content
-                for file, content in contents(where / name).items()
+                for file, content in contents(at / name).items()
                 if not any(word in file for word in kept)
             }
-            if found != truth:
-                return f"{name}: {sorted(file for file in {*found, *truth} if found.get(file) != truth.get(file))}"
+            if differ := sorted(file for file in {*found, *truth} if found.get(file) != truth.get(file)):
+                return f"{name}: {differ}"
         return ""
+
+    def wrong_after(self, done: subprocess.CompletedProcess, at: pathlib.Path) -> str:
+        """The same, of a run that had to end well."""
+        if "Traceback" in done.stderr:
+            return "traceback"
+        return done.stderr if done.returncode else self.wrong(at)
 
 
 # ---------------------------------------------------------------------------------------------------- kills
-def only_ranks(n: int, rng: random.Random, folder: pathlib.Path):
+def kills(n: int, scripts: list[str], rng: random.Random, folder: pathlib.Path) -> Iterator[Finding]:
+    attacks, at = [Attack(script, folder / script) for script in scripts], folder / "again"
+    for i in range(n):
+        attack, how = attacks[i % len(attacks)], []
+        if i % 8 == 7 and "expb.py" in scripts:
+            yield ranks(attacks[scripts.index("expb.py")], rng, at)
+            continue
+        # a second kill meets what the first left, often while it puts that in order
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            kind = rng.choice(("step", "step", "early", "time"))
+            if kind == "time":
+                attack.go(at, after=rng.uniform(0.1, 8))
+            else:
+                attack.go(at, kill=rng.randrange(attack.steps if kind == "step" else 30))
+            how.append(kind)
+        yield f"{attack.script}, killed {len(how)} times", attack.wrong_after(attack.go(at), at)
+        shutil.rmtree(at)
+
+
+def only_ranks(n: int, scripts: list[str], rng: random.Random, folder: pathlib.Path) -> Iterator[Finding]:
     attack = Attack("expb.py", folder / "expb.py")
     for _ in range(n):
         yield ranks(attack, rng, folder / "again")
 
 
-def kills(n: int, rng: random.Random, folder: pathlib.Path):
-    attacks = [Attack(script, folder / script) for script in RUNS]
-    for i in range(n):
-        if i % 8 == 7:
-            yield ranks(attacks[1], rng, folder / "again")
-            continue
-        attack, where, how = attacks[i % 3], folder / "again", []
-        # a second kill meets what the first left, often while it puts that in order
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            kind = rng.choice(("step", "step", "early", "time"))
-            kill = {"step": rng.randrange(attack.steps), "early": rng.randrange(30)}.get(kind)
-            attack.go(where, kill=kill, after=rng.uniform(0.1, 8) if kind == "time" else None)
-            how.append(kind)
-        done = attack.go(where)
-        yield (
-            f"{attack.script}, killed {len(how)} times",
-            "traceback"
-            if "Traceback" in done.stderr
-            else done.stderr
-            if done.returncode
-            else attack.wrong(where),
-        )
-        shutil.rmtree(where)
-
-
-def ranks(attack: Attack, rng: random.Random, where: pathlib.Path):
+def ranks(attack: Attack, rng: random.Random, at: pathlib.Path) -> Finding:
     """Two ranks under torchrun, one or both of them killed; then one process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {CHECKPOINTS.strip().replace(chr(10), '; ')}; import common, expb; common.run_script(expb.main)"
-    script = where.parent / "ranks.py"
-    script.write_text(code)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        str(script),
-        *RUNS["expb.py"],
-        "--out",
-        str(where / "out"),
-        "--cache",
-        str(where / "cache"),
-    ]
+    script = at.parent / "ranks.py"
+    script.write_text(RANK.format(root=str(bench.ROOT), setup=CHECKPOINTS))
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *torchrun.split(), str(script), *attack.arguments(at)],
+        cwd=bench.ROOT,
+        env={**os.environ, "PYTHONPATH": str(bench.ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 90
-    while (
-        not list((where / "cache").glob("*/provenance.json"))
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
+    while process.poll() is None and time.monotonic() < deadline:
+        if list((at / "cache").glob("*/provenance.json")):
+            break
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 4))
     both = rng.random() < 0.5
@@ -162,11 +142,8 @@ def ranks(attack: Attack, rng: random.Random, where: pathlib.Path):
     process.wait()
     while running(script):
         time.sleep(0.01)
-    done = attack.go(where)
-    wrong = (
-        "traceback" if "Traceback" in done.stderr else done.stderr if done.returncode else attack.wrong(where)
-    )
-    shutil.rmtree(where)
+    wrong = attack.wrong_after(attack.go(at), at)
+    shutil.rmtree(at)
     return f"expb.py on two ranks, {'both' if both else 'one'} killed", wrong
 
 
@@ -177,165 +154,160 @@ def running(script: pathlib.Path) -> dict[int, str]:
         with contextlib.suppress(OSError):
             # a dead one has none
             if task.name.isdecimal() and str(script).encode() in (task / "cmdline").read_bytes():
-                found[int(task.name)] = dict(
-                    pair.partition("=")[::2] for pair in (task / "environ").read_text().split("\0")
-                ).get("RANK", "")
+                pairs = (pair.partition("=") for pair in (task / "environ").read_text().split("\0"))
+                found[int(task.name)] = {name: value for name, _, value in pairs}.get("RANK", "")
     return found
 
 
 # ---------------------------------------------------------------------------------------------- corruptions
 def damage(path: pathlib.Path, rng: random.Random) -> str:
+    """-> the way in which the file was damaged."""
     content = bytearray(path.read_bytes())
-    way = rng.choice(
-        ("a bit", "a bit", "a bit", "a byte", "cut", "empty", "garbage", "longer", "a folder", "gone")
-    )
-    place = rng.randrange(len(content))
+    way, place = rng.choice(WAYS), rng.randrange(len(content))
     path.unlink()
+    if way == "a bit":
+        content[place] ^= 1 << rng.randrange(8)
+    elif way == "a byte":
+        content[place] = (content[place] + rng.randrange(1, 256)) % 256
+    elif way == "cut":
+        del content[place:]
+    elif way == "empty":
+        content.clear()
+    elif way == "garbage":
+        content[:] = rng.randbytes(len(content))
+    elif way == "longer":
+        content += b"\n1"
     if way == "a folder":
         path.mkdir()
     elif way != "gone":
-        if way == "a bit":
-            content[place] ^= 1 << rng.randrange(8)
-        elif way == "a byte":
-            content[place] = (content[place] + rng.randrange(1, 256)) % 256
-        path.write_bytes(
-            {
-                "cut": content[:place],
-                "empty": b"",
-                "garbage": rng.randbytes(len(content)),
-                "longer": content + b"\n1",
-            }.get(way, content)
-        )
+        path.write_bytes(content)
     return way
 
 
-def corruptions(n: int, rng: random.Random, folder: pathlib.Path):
-    attacks = {script: Attack(script, folder / script) for script in RUNS}
-    half = folder / "half"  # a run that was killed in the midst of training: its checkpoints
-    for attack in attacks.values():
-        steps = 2
-        while len(list((half / attack.script / "cache").rglob("checkpoint.pt"))) < 1:
-            shutil.rmtree(half / attack.script, ignore_errors=True)
-            attack.go(half / attack.script, kill=steps)
-            steps += 3
-    parts = folder / "parts"  # and one whose second rank's share was not gathered yet
-    shutil.copytree(attacks["expb.py"].whole, parts)
-    settings, (rows, sums) = (
-        store.load(parts / "out/run.json")["settings"],
-        results.load_results(parts / "out"),
-    )
-    results.add_results(parts / "out/.rank1", settings, rows, sums, read_npz(parts / "out/tokens.npz"), {})
+def interrupted(attack: Attack, at: pathlib.Path) -> pathlib.Path:
+    """A run that was killed in the midst of training: its checkpoints."""
+    steps = 2
+    while not list((at / "cache").rglob("checkpoint.pt")):
+        shutil.rmtree(at, ignore_errors=True)
+        attack.go(at, kill=steps)
+        steps += 3
+    return at
+
+
+def with_a_part(whole: pathlib.Path, at: pathlib.Path) -> pathlib.Path:
+    """A finished run with a second rank's share, not gathered yet."""
+    shutil.copytree(whole, at)
+    rows, sums = results.load_results(at / "out")
+    share = results.Measurements(rows, sums, read_npz(at / "out/tokens.npz"), {})
+    results.add_results(at / "out/.rank1", store.load(at / "out/run.json")["settings"], share)
+    return at
+
+
+def corruptions(n: int, scripts: list[str], rng: random.Random, folder: pathlib.Path) -> Iterator[Finding]:
+    attacks, at = {script: Attack(script, folder / script) for script in RUNS}, folder / "again"
+    half = {script: interrupted(attack, folder / "half" / script) for script, attack in attacks.items()}
+    parts = with_a_part(attacks["expb.py"].whole, folder / "parts")
     for i in range(n):
-        attack, where = attacks[list(RUNS)[i % 3]], folder / "again"
-        state = rng.choice(("results", "results", "cache", "checkpoint", "parts", "verdict"))
-        source = {"checkpoint": half / attack.script, "parts": parts}.get(state, attack.whole)
-        attack = attacks["expb.py"] if state in ("parts", "verdict") else attack
-        source = attack.whole if state == "verdict" else source
-        shutil.copytree(source, where)
-        below = {"results": "out", "parts": "out/.rank1", "verdict": "out"}.get(state, "cache")
-        files = [
-            p
-            for p in (where / below).rglob("*")
-            if p.is_file() and (state != "checkpoint" or p.name in ("checkpoint.pt", "provenance.json"))
-        ]
-        verdict = []
-        if state == "cache":
-            shutil.rmtree(where / "out")  # what is measured already does not ask for its SAE
-        elif state == "verdict":
-            shutil.copytree(attacks["expa.py"].whole / "out", where / "expa")
-            files, verdict = [where / "expa/verdict.json"], ["--verdict", where / "expa/verdict.json"]
-        path = rng.choice(files)
-        way = damage(path, rng)
-        again = (
-            ["--from", where / "out"]
-            if state in ("results", "verdict") and rng.random() < 0.7
-            else [*RUNS[attack.script], "--out", where / "out"]
-        )
-        done = zygote.run(attack.script, *again, "--cache", where / "cache", *verdict, setup=CHECKPOINTS)
-        said = [
-            line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith(attack.script)
-        ]
-        if "Traceback" in done.stderr or done.returncode not in (0, 2):
-            wrong = f"traceback: {done.stderr[-600:]}"
-        elif done.returncode == 2:
-            wrong = "" if len(said) == 1 else f"{len(said)} lines: {said}"
-        else:
-            wrong = attack.wrong(where, kept=(".kept", ".damaged", "expa/"))
-            wrong = f"used: {wrong}" if wrong else ""
-            if (
-                not wrong
-                and state == "cache"
-                and way not in ("a bit", "a byte")
-                and ".damaged" not in done.stdout
-                and path.name != "sae.safetensors"
-            ):
-                wrong = "not said"
-        kind = path.name if path.suffix != ".png" else "*.png"
-        outcome = (
-            "named, exit 2"
-            if done.returncode
-            else "made again"
-            if "set aside" in done.stdout or "kept as" in done.stdout or way == "gone"
-            else "same bytes"
-        )
-        yield f"{kind} ({state}): {outcome}", wrong and f"{way} of {path}: {wrong}"
-        shutil.rmtree(where)
+        state = rng.choice(STATES)
+        script = "expb.py" if state in ("parts", "verdict") else list(RUNS)[i % 3]
+        source = {"checkpoint": half[script], "parts": parts}.get(state, attacks[script].whole)
+        shutil.copytree(source, at)
+        if state == "verdict":
+            shutil.copytree(attacks["expa.py"].whole / "out", at / "expa")
+        elif state == "cache":
+            shutil.rmtree(at / "out")  # what is measured already does not ask for its SAE
+        yield corruption(attacks[script], state, at, rng)
+        shutil.rmtree(at)
+
+
+def files_of(state: str, at: pathlib.Path) -> list[pathlib.Path]:
+    """What is damaged in this state."""
+    if state == "verdict":
+        return [at / "expa/verdict.json"]
+    below = {"results": "out", "parts": "out/.rank1"}.get(state, "cache")
+    files = [path for path in (at / below).rglob("*") if path.is_file()]
+    if state == "checkpoint":
+        return [path for path in files if path.name in ("checkpoint.pt", "provenance.json")]
+    return files
+
+
+def corruption(attack: Attack, state: str, at: pathlib.Path, rng: random.Random) -> Finding:
+    """One file damaged, and the command that reads it."""
+    path = rng.choice(files_of(state, at))
+    way = damage(path, rng)
+    arguments = attack.arguments(at)
+    if state in ("results", "verdict") and rng.random() < 0.7:
+        arguments = ["--from", str(at / "out"), "--cache", str(at / "cache")]
+    if state == "verdict":
+        arguments += ["--verdict", str(at / "expa/verdict.json")]
+    done = zygote.run(attack.script, *arguments, setup=CHECKPOINTS)
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    said = [line for line in lines if line.startswith(attack.script)]
+    wrong = ""
+    if "Traceback" in done.stderr or done.returncode not in (0, 2):
+        wrong = f"traceback: {done.stderr[-600:]}"
+    elif done.returncode == 2:
+        wrong = "" if len(said) == 1 else f"{len(said)} lines: {said}"
+    elif differs := attack.wrong(at, kept=(".kept", ".damaged", "expa/")):
+        wrong = f"used: {differs}"
+    elif state == "cache" and path.name != "sae.safetensors" and ".damaged" not in done.stdout:
+        wrong = "not said" if way not in ("a bit", "a byte") else ""
+    outcome = "same bytes"
+    if done.returncode:
+        outcome = "named, exit 2"
+    elif "set aside" in done.stdout or "kept as" in done.stdout or way == "gone":
+        outcome = "made again"
+    kind = path.name if path.suffix != ".png" else "*.png"
+    return f"{kind} ({state}): {outcome}", wrong and f"{way} of {path}: {wrong}"
 
 
 # ---------------------------------------------------------------------------------------------------- pairs
-def pairs(n: int, rng: random.Random, folder: pathlib.Path):
-    attack = Attack("expb.py", folder / "expb.py", setup="")
+def pairs(n: int, scripts: list[str], rng: random.Random, folder: pathlib.Path) -> Iterator[Finding]:
+    attack, at = Attack("expb.py", folder / "expb.py", setup=""), folder / "again"
+    command = [sys.executable, str(bench.ROOT / "expb.py"), *attack.arguments(at)]
+    quiet = dict(cwd=bench.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for _ in range(n):
-        where = folder / "again"
-        command = [
-            sys.executable,
-            str(ROOT / "expb.py"),
-            *RUNS["expb.py"],
-            "--out",
-            str(where / "out"),
-            "--cache",
-            str(where / "cache"),
-        ]
         both = []
         for _ in range(2):
-            both.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-                )
-            )
+            both.append(subprocess.Popen(command, **quiet))
             time.sleep(rng.uniform(0, 2))
         said = [process.communicate()[1] for process in both]
         status = sorted(process.returncode for process in both)
         refused = status == [0, 2] and any("in use by process" in text for text in said)
+        well = refused or status == [0, 0]
         yield (
-            "two runs in one --out: one refused" if refused else "two runs in one --out: one after the other",
-            "" if refused or status == [0, 0] else f"{status} {said}",
+            f"two runs in one --out: one {'refused' if refused else 'after the other'}",
+            "" if well else f"{status} {said}",
         )
-        yield "... the bytes of one run", attack.wrong(where)
-        shutil.rmtree(where)
+        yield "... the bytes of one run", attack.wrong(at)
+        shutil.rmtree(at)
+
+
+CAMPAIGNS = {"kills": kills, "ranks": only_ranks, "corruptions": corruptions, "pairs": pairs}
 
 
 def main() -> None:
-    what, n, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    counted, bad = collections.Counter(), []
+    parser = bench.parser_of(__doc__)
+    parser.add_argument("what", choices=CAMPAIGNS)
+    parser.add_argument("n", type=int)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--scripts", default=",".join(RUNS), help="that kills are over")
+    args = parser.parse_args()
+    counted: collections.Counter = collections.Counter()
+    wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        for i, (kind, wrong) in enumerate(
-            {"kills": kills, "ranks": only_ranks, "corruptions": corruptions, "pairs": pairs}[what](
-                n, random.Random(seed), pathlib.Path(folder)
-            )
-        ):
+        campaign = CAMPAIGNS[args.what]
+        found = campaign(args.n, args.scripts.split(","), random.Random(args.seed), pathlib.Path(folder))
+        for i, (kind, problem) in enumerate(found):
             counted[kind] += 1
-            if wrong:
-                bad.append((kind, wrong))
-                print(f"{i}: {kind}: {wrong}", flush=True)
-    print(
-        markdown(
-            [{"what": kind, "times": times} for kind, times in sorted(counted.items())], ["what", "times"]
-        )
-    )
-    print(f"{sum(counted.values())} {what}, {len(bad)} wrong (seed {seed})")
-    sys.exit(bool(bad))
+            if problem:
+                wrong += 1
+                print(f"{i}: {kind}: {problem}", flush=True)
+    rows = [{"what": kind, "times": times} for kind, times in sorted(counted.items())]
+    print(markdown(rows, ["what", "times"]))
+    print(f"{sum(counted.values())} {args.what}, {wrong} wrong (seed {args.seed})")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,49 +1,60 @@
 """What the exact Fisher form of one SAE costs beside its patched forward: CPU time, one thread, interleaved.
 
-OMP_NUM_THREADS=1 python bench/bench_fisher.py [stdlib-l | EleutherAI/pythia-70m]      # the latter: its shape, random weights
+OMP_NUM_THREADS=1 python bench/bench_fisher.py [stdlib-l]
+OMP_NUM_THREADS=1 python bench/bench_fisher.py EleutherAI/pythia-70m      # its shape, random weights
 """
 
-import pathlib
-import statistics
-import sys
-import time
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import bench
+from common import run_script
 from transport_geometry import fisher
 from transport_geometry.cost import PYTHIA, shape_of
-from transport_geometry.lm import head, log_probs, tail
+from transport_geometry.lm import Hook
 from transport_geometry.models import load_model
-from transport_geometry.run import eval_batch
+from transport_geometry.run import CPU, eval_batch
 from transport_geometry.text import heldout_rows
 
 import torch
 
-name, ctx = (sys.argv[1:] + ["stdlib-l"])[0], 256
-if name in PYTHIA:
-    model = shape_of(name).to_empty(device="cpu").eval().requires_grad_(False)
-    model.init_weights()
-    x = torch.randint(model.config.vocab_size, (2, ctx), generator=torch.Generator().manual_seed(0))
-else:
-    model, tokenizer = load_model(name, torch.device("cpu"))
-    x = heldout_rows("stdlib", tokenizer, ctx, eval_batch(model, ctx, torch.device("cpu"))).rows
-layer = model.config.num_hidden_layers // 2
-h = head(model, layer, x)
-delta = 0.3 * h.std() * torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    p = log_probs(tail(model, layer, x, h)).exp()
-    jobs = {
-        "patched forward": lambda: log_probs(tail(model, layer, x, h + delta)),
-        "sequence form": lambda: fisher.sequence_form(model, layer, x, h, delta, p),
-        "same form": lambda: fisher.same_form(model, layer, x, h, delta, p),
-    }
-    times = {job: [] for job in jobs}
-    for _ in range(15):
-        for job, f in jobs.items():
-            start = time.process_time()
-            f()
-            times[job].append(time.process_time() - start)
-base = statistics.median(times["patched forward"])
-for job, values in times.items():
-    print(
-        f"{name} layer {layer}, {tuple(h.shape)}: {job:16} {statistics.median(values) * 1e3:7.1f} ms, {statistics.median(values) / base:.2f} x the patched forward"
-    )
+LINE = "{name} layer {layer}, {shape}: {job:16} {ms:7.1f} ms, {ratio:.2f} x the patched forward"
+
+
+def hook_and_text(name: str, ctx: int) -> tuple[Hook, torch.Tensor]:
+    """The middle hook, and input_ids [B,T] of an evaluation batch; random ids for random weights."""
+    generator = torch.Generator().manual_seed(0)
+    if name in PYTHIA:
+        model = shape_of(name, None).to_empty(device="cpu").eval().requires_grad_(False)
+        model.init_weights()
+        hook = Hook(model, model.config.num_hidden_layers // 2)
+        return hook, torch.randint(model.config.vocab_size, (2, ctx), generator=generator)
+    model, tokenizer = load_model(name, CPU)
+    hook = Hook(model, model.config.num_hidden_layers // 2)
+    return hook, heldout_rows("stdlib", tokenizer, ctx, eval_batch(hook, ctx)).input_ids
+
+
+def main() -> None:
+    parser = bench.parser_of(__doc__)
+    parser.add_argument("model", nargs="?", default="stdlib-l")
+    parser.add_argument("--ctx", type=int, default=256)
+    parser.add_argument("--n", type=int, default=15, help="rounds")
+    args = parser.parse_args()
+    hook, x = hook_and_text(args.model, args.ctx)
+    h = hook.head(x)
+    delta = 0.3 * h.std() * torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p = hook.log_probs(x, h).exp()
+        jobs = {
+            "patched forward": lambda: hook.log_probs(x, h + delta),
+            "sequence form": lambda: fisher.sequence_form(hook, x, h, delta, p),
+            "same form": lambda: fisher.same_form(hook, x, h, delta, p),
+        }
+        seconds = bench.take_turns(jobs, args.n)
+    for job, median in seconds.items():
+        ratio = median / seconds["patched forward"]
+        shape = tuple(h.shape)
+        print(
+            LINE.format(name=args.model, layer=hook.layer, shape=shape, job=job, ms=1e3 * median, ratio=ratio)
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

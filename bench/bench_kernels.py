@@ -7,113 +7,109 @@ All candidates take turns, n rounds; the figures are medians, and the ratios are
 process.
 """
 
-import argparse
-import pathlib
-import statistics
-import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import bench
+from common import run_script
+from transport_geometry import kernels
+from transport_geometry.evaluate import dense_statistics
 
 import torch
-import torch.nn.functional as functional
+from torch.nn.functional import embedding_bag
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from transport_geometry import kernels
+HEAD = (
+    "{kernels}; {device} ({called}), d={d} F={F} N={N} k={k}, median of {n} interleaved\n"
+    "bare encode GEMM {gemm:.1f} ms\n"
+    "                ours ms  torch ms  ours/torch  ours/gemm"
+)
+LINE = "{name:12}{ours:10.1f}{theirs:10.1f}{by_torch:12.3f}{by_gemm:11.3f}"
 
 
-def composition(h, W_enc, b_enc, W_dec, b_dec, g, k):
+@dataclass(frozen=True, eq=False)
+class Composition:
     """The same results from PyTorch's own operations: a dense encode, torch.topk, embedding_bag; a dense code
     in the backward.
     """
 
-    def encode(h, W_enc, b_enc):
-        return (h @ W_enc.T + b_enc).relu().topk(k, dim=1)
+    h: torch.Tensor
+    g: torch.Tensor
+    leaves: tuple[torch.Tensor, ...]  # W_enc, b_enc, W_dec, b_dec
+    k: int
 
-    def decode(values, indices, W_dec, b_dec):
-        return functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+    def encode(self) -> Any:
+        W_enc, b_enc = self.leaves[:2]
+        return (self.h @ W_enc.T + b_enc).relu().topk(self.k, dim=1)
 
-    def distortion(values, indices):
-        h_hat = decode(values, indices, W_dec, b_dec)
-        delta = h_hat - h
-        return torch.stack(
-            [
-                (g * delta).sum(1),
-                delta.square().sum(1),
-                h_hat.square().sum(1),
-                (h * h_hat).sum(1),
-                h.square().sum(1),
-                delta.sum(1),
-                h.sum(1),
-            ],
-            1,
-        ), h_hat
+    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        W_dec, b_dec = self.leaves[2:]
+        return embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
 
-    def step(leaves):
-        h_, W_enc_, b_enc_, W_dec_, b_dec_ = leaves
-        values, indices = encode(h_, W_enc_, b_enc_)
-        Z = torch.zeros(len(h_), len(W_enc_), device=h_.device).scatter(1, indices, values)
-        return torch.autograd.grad((Z @ W_dec_ + b_dec_ - h_).square().mean(), leaves[1:])
+    def distortion(self, values: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h_hat = self.decode(values, indices)
+        return dense_statistics(self.h, h_hat, self.g), h_hat
 
-    return encode, decode, distortion, step
+    def step(self) -> tuple[torch.Tensor, ...]:
+        values, indices = self.encode()
+        W_enc, _, W_dec, b_dec = self.leaves
+        Z = torch.zeros(len(self.h), len(W_enc), device=self.h.device).scatter(1, indices, values)
+        return torch.autograd.grad((Z @ W_dec + b_dec - self.h).square().mean(), self.leaves)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = bench.parser_of(__doc__)
     for name, default in (("d", 512), ("F", 16384), ("N", 4096), ("k", 32), ("n", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
-    a = parser.parse_args()
+    args = parser.parse_args()
+    d, F, N, k = args.d, args.F, args.N, args.k
     torch.manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, device=a.device)
-    h, g, b_enc, b_dec = draw(a.N, a.d), draw(a.N, a.d), 0.1 * draw(a.F), draw(a.d)
-    W_enc, W_dec = draw(a.F, a.d) / a.d**0.5, draw(a.F, a.d) / a.d**0.5
-    leaves = [h] + [x.clone().requires_grad_() for x in (W_enc, b_enc, W_dec, b_dec)]
-    encode, decode, distortion, step = composition(h, W_enc, b_enc, W_dec, b_dec, g, a.k)
-    values, indices = kernels.topk_encode(h, W_enc, b_enc, a.k)
 
-    def our_step():
-        h_hat = kernels.sparse_decode(*kernels.topk_encode(h, *leaves[1:3], a.k), *leaves[3:])
-        return torch.autograd.grad((h_hat - h).square().mean(), leaves[1:])
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=args.device)
 
-    pairs = {  # name: (ours, PyTorch's)
-        "encode": (lambda: kernels.topk_encode(h, W_enc, b_enc, a.k), lambda: encode(h, W_enc, b_enc)),
-        "decode": (
-            lambda: kernels.sparse_decode(values, indices, W_dec, b_dec),
-            lambda: decode(values, indices, W_dec, b_dec),
+    h, g, b_enc, b_dec = draw(N, d), draw(N, d), 0.1 * draw(F), draw(d)
+    W_enc, W_dec = draw(F, d) / d**0.5, draw(F, d) / d**0.5
+    leaves = tuple(x.clone().requires_grad_() for x in (W_enc, b_enc, W_dec, b_dec))
+    plain, trained = Composition(h, g, (W_enc, b_enc, W_dec, b_dec), k), Composition(h, g, leaves, k)
+    values, indices = kernels.topk_encode(h, W_enc, b_enc, k)
+
+    def our_step() -> tuple[torch.Tensor, ...]:
+        W_enc, b_enc, W_dec, b_dec = leaves
+        h_hat = kernels.sparse_decode(*kernels.topk_encode(h, W_enc, b_enc, k), W_dec, b_dec)
+        return torch.autograd.grad((h_hat - h).square().mean(), leaves)
+
+    jobs: dict[str, Callable[[], object]] = {
+        "gemm": lambda: h @ W_enc.T,
+        "our encode": lambda: kernels.topk_encode(h, W_enc, b_enc, k),
+        "torch encode": plain.encode,
+        "our decode": lambda: kernels.sparse_decode(values, indices, W_dec, b_dec),
+        "torch decode": lambda: plain.decode(values, indices),
+        "our distortion": lambda: kernels.gradient_weighted_distortion(
+            values, indices, W_dec, b_dec, h, g, True
         ),
-        "distortion": (
-            lambda: kernels.gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, True),
-            lambda: distortion(values, indices),
-        ),
-        "step": (our_step, lambda: step(leaves)),
+        "torch distortion": lambda: plain.distortion(values, indices),
+        "our step": our_step,
+        "torch step": trained.step,
     }
-    candidates = {"gemm": lambda: h @ W_enc.T} | {
-        f"{who} {name}": f for name, both in pairs.items() for who, f in zip(("ours", "torch"), both)
-    }
-    seconds = {name: [] for name in candidates}
-    for _ in range(a.n + 1):  # the first round warms up
-        for name, run in candidates.items():
-            if a.device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if a.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(s[1:]) for name, s in seconds.items()}
-    where = torch.cuda.get_device_name() if a.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(
-        f"{kernels.describe()}; {a.device} ({where}), d={a.d} F={a.F} N={a.N} k={a.k}, median of {a.n} interleaved"
-    )
-    print(f"bare encode GEMM {1e3 * median['gemm']:.1f} ms")
-    print(f"{'':12}{'ours ms':>10}{'torch ms':>10}{'ours/torch':>12}{'ours/gemm':>11}")
-    for name in pairs:
-        ours, theirs = median[f"ours {name}"], median[f"torch {name}"]
-        print(
-            f"{name:12}{1e3 * ours:10.1f}{1e3 * theirs:10.1f}{ours / theirs:12.3f}{ours / median['gemm']:11.3f}"
-        )
+    called = f"{torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        called = torch.cuda.get_device_name()
+
+    def now() -> float:
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    ms = {name: 1e3 * s for name, s in bench.take_turns(jobs, args.n, warm_up=1, clock=now).items()}
+    print(HEAD.format(kernels=kernels.describe(), called=called, gemm=ms["gemm"], **vars(args)))
+    for name in ("encode", "decode", "distortion", "step"):
+        ours, theirs = ms[f"our {name}"], ms[f"torch {name}"]
+        by_torch, by_gemm = ours / theirs, ours / ms["gemm"]
+        print(LINE.format(name=name, ours=ours, theirs=theirs, by_torch=by_torch, by_gemm=by_gemm))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

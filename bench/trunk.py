@@ -5,83 +5,91 @@ fraction, paired by seed.
     python bench/trunk.py 25k,80k,250k               # the recipe's own batch and rate for these budgets
 """
 
-import argparse
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from common import parse_count
-from transport_geometry.lm import head
+import bench
+from common import parse_count, run_script
+from transport_geometry.lm import Hook
 from transport_geometry.models import load_model
+from transport_geometry.run import CPU
 from transport_geometry.tables import markdown, readable_count
 from transport_geometry.text import heldout_rows
-from transport_geometry.train import CHUNK, Training, activation_chunks
+from transport_geometry.train import CHUNK, Statistics, Training, activation_chunks
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("budgets")
-parser.add_argument("--model", default="stdlib-s")
-parser.add_argument("--k", default="4,16")
-parser.add_argument("--seeds", type=int, default=6)
-parser.add_argument("--batch", type=int, help="tokens per step, instead of the recipe's own")
-args = parser.parse_args()
-budgets, layer, expansion = [parse_count(b) for b in args.budgets.split(",")], 3, 4
-if args.batch:
-    # the recipe's rate for it
-    Training.pace = staticmethod(lambda tokens: (args.batch, 5 * (args.batch / 256) ** 0.5))
-model, tokenizer = load_model(args.model, torch.device("cpu"))
-chunks = list(activation_chunks(model, layer, "stdlib", tokenizer, 256, budgets[-1], "keep"))
-held = head(model, layer, heldout_rows("stdlib", tokenizer, 256, 48).rows).flatten(0, 1)
-sst = (held - held.mean(0)).square().sum()
+LAYER, EXPANSION, CTX = 3, 4, 256
 
 
-def measure(training):
-    sae = training.finished()
-    values, indices = sae.encode(held)
-    return 1 - ((sae.decode(values, indices) - held).square().sum() / sst).item(), len(
-        indices[values > 0].unique()
-    ) / len(sae.W_dec)
+class Trainer:
+    """Trains on one stream of activations and measures on held-out ones, held [n,d]."""
+
+    def __init__(self, chunks: list[tuple[torch.Tensor, torch.Tensor]], held: torch.Tensor):
+        self.chunks, self.held = chunks, held
+
+    def train(self, k: int, seed: int, budgets: list[int]) -> dict[int, tuple[float, float]]:
+        """{budget: (R^2, alive)} of one run and its branches."""
+        h, sink = self.chunks[0]
+        statistics = Statistics.of(h[: budgets[0]], sink[: budgets[0]])
+        runs = [Training(statistics, EXPANSION * h.shape[1], k, seed, budgets)]
+        bar = tqdm(disable=True)
+        for number, (h, _) in enumerate(self.chunks):
+            runs = [run for training in runs for run in training.feed(h, number * CHUNK, bar, "")]
+        return {run.budgets[-1]: self.measure(run) for run in runs}
+
+    def measure(self, training: Training) -> tuple[float, float]:
+        sae, held = training.finished(), self.held
+        values, indices, h_hat = sae.reconstruct(held)
+        r2 = 1 - ((h_hat - held).square().sum() / (held - held.mean(0)).square().sum()).item()
+        return r2, len(indices[values > 0].unique()) / len(sae.W_dec)
 
 
-def train(k, seed, budgets):
-    """{budget: (R^2, alive)} of one run and its branches."""
-    first = budgets[0]
-    runs = [
-        Training(
-            Training.describe(*(x[:first] for x in chunks[0])), expansion * held.shape[1], k, seed, budgets
-        )
-    ]
-    for number, (h, _) in enumerate(chunks):
-        runs = [run for training in runs for run in training.feed(h, number * CHUNK, tqdm(disable=True), "")]
-    return {run.budgets[-1]: measure(run) for run in runs}
+def row_of(k: int, budget: int, branch: np.ndarray, alone: np.ndarray, before: np.ndarray) -> dict:
+    """branch, alone and before (the branch of the last budget) are [seeds,2]: R^2 and alive."""
+    difference = branch[:, 0] - alone[:, 0]
+    return {
+        "k": k,
+        "tokens": readable_count(budget),
+        "R2 branch": branch[:, 0].mean(),
+        "R2 alone": alone[:, 0].mean(),
+        "difference": difference.mean(),
+        "its SE": difference.std(ddof=1) / len(difference) ** 0.5,
+        "seed SD": alone[:, 0].std(ddof=1),
+        "since last budget": alone[:, 0].mean() - before[:, 0].mean(),
+        "alive branch": branch[:, 1].mean(),
+        "alive alone": alone[:, 1].mean(),
+    }
 
 
-rows = []
-for k in map(int, args.k.split(",")):
-    shared, alone = {b: [] for b in budgets}, {b: [] for b in budgets}
-    for seed in tqdm(range(args.seeds), desc=f"k={k}", leave=False):
-        for b, value in train(k, seed, budgets).items():
-            shared[b].append(value)
-        for b in budgets[1:]:
-            alone[b].append(train(k, seed, [b])[b])
-    for before, b in zip(budgets, budgets[1:]):
-        s, a = np.array(shared[b]).T, np.array(alone[b]).T
-        difference = (s - a)[0]
-        rows.append(
-            {
-                "k": k,
-                "tokens": readable_count(b),
-                "R2 branch": s[0].mean(),
-                "R2 alone": a[0].mean(),
-                "difference": difference.mean(),
-                "its SE": difference.std(ddof=1) / len(difference) ** 0.5,
-                "seed SD": a[0].std(ddof=1),
-                "since last budget": a[0].mean() - np.mean(shared[before], 0)[0],
-                "alive branch": s[1].mean(),
-                "alive alone": a[1].mean(),
-            }
-        )
-print(markdown(rows, list(rows[0])))
+def main() -> None:
+    parser = bench.parser_of(__doc__)
+    parser.add_argument("budgets", help="tokens, ascending")
+    parser.add_argument("--model", default="stdlib-s")
+    parser.add_argument("--k", type=bench.ints, default="4,16")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--batch", type=int, help="tokens per step, instead of the recipe's own")
+    parser.add_argument("--held", type=int, default=48, help="held-out sequences")
+    args = parser.parse_args()
+    budgets = [parse_count(budget) for budget in args.budgets.split(",")]
+    if args.batch:
+        pace = args.batch, 5 * (args.batch / 256) ** 0.5  # the recipe's rate for it
+        Training.pace = staticmethod(lambda tokens: pace)  # type: ignore[method-assign]
+    model, tokenizer = load_model(args.model, CPU)
+    hook = Hook(model, LAYER)
+    chunks = list(activation_chunks(hook, "stdlib", tokenizer, CTX, budgets[-1], "keep"))
+    held = hook.head(heldout_rows("stdlib", tokenizer, CTX, args.held).input_ids).flatten(0, 1)
+    trainer = Trainer(chunks, held)
+    rows = []
+    for k in args.k:
+        branches, alone = [], []
+        for seed in tqdm(range(args.seeds), desc=f"k={k}", leave=False):
+            branches.append(trainer.train(k, seed, budgets))
+            alone.append({b: trainer.train(k, seed, [b])[b] for b in budgets[1:]})
+        for before, b in zip(budgets, budgets[1:]):
+            branch, last = (np.array([run[at] for run in branches]) for at in (b, before))
+            rows.append(row_of(k, b, branch, np.array([run[b] for run in alone]), last))
+    print(markdown(rows, list(rows[0])))
+
+
+if __name__ == "__main__":
+    run_script(main)
