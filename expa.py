@@ -176,7 +176,7 @@ class Verdict:
         return flat | (self.found.record() if self.found else {})
 
 
-def adjudicate(c: Conditions, arm: Arm) -> Verdict:
+def adjudicate(conditions: Conditions, arm: Arm) -> Verdict:
     """The pre-registered verdict on H0 and H1 between the smallest and the largest model. The first leaf that
     applies:
 
@@ -192,16 +192,16 @@ def adjudicate(c: Conditions, arm: Arm) -> Verdict:
     margin or more, 95% interval without 0). Where most of the larger model's R^2 lie outside the smaller
     one's range, R^2 is not transferable: h1 is None, not judged.
     """
-    small, large = c.models[0], c.models[-1]
-    of_depth = {depth: set(c.meta["model"][c.mask(depth=depth)]) for depth in np.unique(c.meta["depth"])}
-    shared = [depth for depth, models in of_depth.items() if {small, large} <= models]
+    small, large = conditions.models[0], conditions.models[-1]
+    depths = [set(conditions.meta["depth"][conditions.mask(model=model)]) for model in (small, large)]
+    shared = sorted(depths[0] & depths[1])
     verdict = Verdict(arm, small, large, depths=[str(depth) for depth in shared])
     if small == large:
         return verdict.stopped("one model")
     if not shared:
         return verdict.stopped("no layers of equal depth in the smallest and the largest model")
 
-    pair = c.only(np.isin(c.meta["depth"], shared)).pair(small, large)
+    pair = conditions.only(np.isin(conditions.meta["depth"], shared)).pair(small, large)
     budgets = np.unique(pair.meta["tokens"])
     enough = [b for b in budgets if seeds_in_both(pair, b) >= THRESHOLDS.min_seeds]
     if not enough:
@@ -327,7 +327,7 @@ def normalisation(pair: Pair, last: int) -> Normalisation:
         gamma_control_half_b=of_control,
         gamma_r2_half_b=of_r2,
         normalised_away=abs(of_control) < THRESHOLDS.normalisation * abs(of_r2),
-        gamma_controls={c: pair.transfer_gap(c, judged, everything)[0] for c in EUCLIDEAN_CONTROLS},
+        gamma_controls={name: pair.transfer_gap(name, judged, everything)[0] for name in EUCLIDEAN_CONTROLS},
     )
 
 
@@ -424,11 +424,11 @@ COLUMNS = [
 ]
 
 
-def delta_rows(c: Conditions, arm: Arm) -> list[dict]:
+def delta_rows(conditions: Conditions, arm: Arm) -> list[dict]:
     """deltas.csv of one arm: larger minus smaller at every depth that both have, per k and budget."""
     rows = []
-    for small, large in itertools.combinations(c.models, 2):
-        pair = c.pair(small, large)
+    for small, large in itertools.combinations(conditions.models, 2):
+        pair = conditions.pair(small, large)
         for cell in pair.grid("depth", "k", "tokens"):
             if all(pair.mask(model=model, **cell).any() for model in pair.models):
                 key = dict(small=small, large=large, depth=cell["depth"], **vars(arm))
@@ -462,17 +462,17 @@ def headline(deltas: list[dict], verdict: Verdict) -> list[dict]:
     return [row for row in deltas if about.items() <= row.items()]
 
 
-def seed_correlation(c: Conditions) -> float:
+def seed_correlation(conditions: Conditions) -> float:
     """Correlation of what a seed does to CE_rec in the smallest and in the largest model, over cells: would
     pairing be justified? nan with fewer than three pairs.
     """
     names = ["model", "depth", "recipe", "sae", "k", "tokens"]
-    columns = [*(c.meta[name] for name in names), c.values["ce_rec"][0]]
+    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][0]]
     cells = grouped([dict(zip([*names, "ce"], row)) for row in zip(*columns)], names)
     pairs: list[tuple[float, float]] = []
     for (model, *cell), here in cells.items():  # conditions come sorted by seed
-        there = cells.get((c.models[-1], *cell), [])
-        if model == c.models[0] != c.models[-1] and len(here) == len(there) > 1:
+        there = cells.get((conditions.models[-1], *cell), [])
+        if model == conditions.models[0] != conditions.models[-1] and len(here) == len(there) > 1:
             ours, theirs = (np.array([row["ce"] for row in side]) for side in (here, there))
             pairs += zip(ours - ours.mean(), theirs - theirs.mean())
     return float(np.corrcoef(np.array(pairs).T)[0, 1]) if len(pairs) > 2 else np.nan
@@ -508,17 +508,17 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
     """
     found = measured(out, settings, N_RESAMPLES)
     alive = np.array([row["alive"] for row in found.saes])
-    c = Conditions(found.values, found.meta, alive, settings["models"], min(settings["documents"]))
+    conditions = Conditions(found.values, found.meta, alive, settings["models"], min(settings["documents"]))
     deltas, verdicts, stars, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
         arm, sae = Arm(recipe, sinks), sae_name(settings["expansion"], sinks)
-        part = c.only(c.mask(recipe=recipe, sae=sae))
+        part = conditions.only(conditions.mask(recipe=recipe, sae=sae))
         deltas += delta_rows(part, arm)
         verdicts.append(adjudicate(part, arm))
         of_arm = curves.Curves.of(part, N_RESAMPLES)
         stars += curves.k_stars(of_arm, recipe, sinks)
         laws += curves.laws(of_arm, recipe, sinks, decay=RECIPES[recipe].DECAY > 0)
-    findings = Findings(found.saes, deltas, verdicts, stars, laws, seed_correlation(c), settings)
+    findings = Findings(found.saes, deltas, verdicts, stars, laws, seed_correlation(conditions), settings)
     record = verdicts[0].record() | dict(
         other_arms=[verdict.record() for verdict in verdicts[1:]],
         kstar=[star.row() for star in stars],

@@ -73,7 +73,7 @@ def planted(
         return np.vstack([point, point + noise[0], point - noise[0], point + noise[1:]])
 
     values = {name: measured(v) for name, v in truth.items()}
-    values = {metric: values["ce_rec"] for metric in expa.DELTAS + expa.MORE_DELTAS} | values
+    values = dict.fromkeys(expa.DELTAS + expa.MORE_DELTAS, values["ce_rec"]) | values
     return Conditions(values, meta, np.broadcast_to(alive, C), MODELS, N_DOC)
 
 
@@ -228,7 +228,7 @@ def test_the_leaves_have_an_order():
             without = dataclasses.replace(without, equality=not_equal)
             more = "; about 37 seeds in each model would show equality if the means stay"
             assert expa.leaf_of(without, 3) == ("undecided", expa.NEITHER + unjudged + more)
-    assert {leaf for leaf in expa.LEAVES} == {"undecided", "undertrained", "N", "H0+H1", "H0", "H1"}
+    assert set(expa.LEAVES) == {"undecided", "undertrained", "N", "H0+H1", "H0", "H1"}
 
 
 def test_a_budget_that_cannot_be_judged_stops_the_tree():

@@ -29,18 +29,18 @@ class Curves:
     ce: dict[tuple[str, str], np.ndarray]
 
     @classmethod
-    def of(cls, c: Conditions, n_resamples: int) -> "Curves":
+    def of(cls, conditions: Conditions, n_resamples: int) -> "Curves":
         """Resamples seeds within models, and documents with them; nan where a model has one seed."""
-        w = stats.bootstrap_weights(
-            c.meta, n_resamples, 0, clusters=("model", "seed"), stratum="model", least=2
-        )
-        values = c.values["ce_rec"][: len(w)]  # resample r of the documents with resample r of the seeds
-        k, budgets = np.unique(c.meta["k"]), np.unique(c.meta["tokens"])
+        meta, units = conditions.meta, ("model", "seed")
+        w = stats.bootstrap_weights(meta, n_resamples, 0, clusters=units, stratum="model", least=2)
+        # resample r of the documents with resample r of the seeds
+        values = conditions.values["ce_rec"][: len(w)]
+        k, budgets = np.unique(meta["k"]), np.unique(meta["tokens"])
         curves = {}
-        for model, depth in sorted(set(zip(c.meta["model"].tolist(), c.meta["depth"].tolist()))):
+        for model, depth in sorted(set(zip(meta["model"].tolist(), meta["depth"].tolist()))):
             ce = np.empty((len(w), len(k), len(budgets)))
             for i, j in np.ndindex(ce.shape[1:]):
-                here = c.mask(model=model, depth=depth, k=k[i], tokens=budgets[j])
+                here = conditions.mask(model=model, depth=depth, k=k[i], tokens=budgets[j])
                 ce[:, i, j] = mean_over(values, w, here)
             curves[model, depth] = ce
         return cls(k, budgets, curves)

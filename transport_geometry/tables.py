@@ -92,7 +92,11 @@ def readable_count(n: int) -> str:
 
 
 def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
-    """{values of the named columns: their rows}, in the order of the first of each."""
+    """{values of the named columns: their rows}, in the order of the first of each.
+
+    >>> grouped([{"k": 8, "seed": 0}, {"k": 4, "seed": 0}, {"k": 8, "seed": 1}], ["k"])
+    {(8,): [{'k': 8, 'seed': 0}, {'k': 8, 'seed': 1}], (4,): [{'k': 4, 'seed': 0}]}
+    """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -100,12 +104,20 @@ def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
 
 
 def percent(value: float | None) -> str:
-    """12%; what is not a number says so."""
-    return f"{value:.0%}" if value is not None and math.isfinite(value) else cell(None)
+    """A share in text.
+
+    >>> percent(0.123), percent(None)
+    ('12%', 'undefined')
+    """
+    return UNDEFINED if value is None or is_undefined(value) else f"{value:.0%}"
 
 
 def estimate(row: dict, name: str, digits: int = 2) -> str:
-    """`span` of a column and its interval, the columns name_lo and name_hi."""
+    """`span` of a column and its interval.
+
+    >>> estimate({"r2": 0.12, "r2_lo": 0.1, "r2_hi": 0.14}, "r2")
+    '+0.12 [+0.10, +0.14]'
+    """
     return span(row[name], row[f"{name}_lo"], row[f"{name}_hi"], digits)
 
 
