@@ -8,7 +8,7 @@ import random as chance
 import shutil
 import zipfile
 
-from conftest import measured, tiny_model
+from helpers import measured, tiny_model
 from transport_geometry import formats
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
@@ -16,6 +16,7 @@ from transport_geometry.libraries import definitions
 from transport_geometry.lm import Hook
 from transport_geometry.metrics import Sums, computed
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ W_ENC, W_DEC, B_ENC, B_DEC = random(D, F), random(F, D, seed=2), random(F, seed=
 THRESHOLD, R_MAG, B_MAG = random(F, seed=5).abs(), random(F, seed=6) / 3, random(F, seed=7)
 
 
-# ------------------------------------------------------------------------------- the truths, dense and in float64
+# --------------------------------------------------------------------------- the truths, dense and in float64
 def top(z, k=K):
     return z * (z >= z.topk(k, 1).values[:, -1:])
 
@@ -44,9 +45,8 @@ def truth(x, code, b_in=B_DEC, b_dec=B_DEC, W_enc=W_ENC, W_dec=W_DEC, b_enc=B_EN
 
 def gated(x):
     u = (x - B_DEC.double()) @ W_ENC.double()
-    return (
-        (u + B_ENC.double() > 0) * (u * R_MAG.double().exp() + B_MAG.double()).relu()
-    ) @ W_DEC.double() + B_DEC.double()
+    opened = u + B_ENC.double() > 0
+    return (opened * (u * R_MAG.double().exp() + B_MAG.double()).relu()) @ W_DEC.double() + B_DEC.double()
 
 
 def layer_normed(f):
@@ -57,8 +57,26 @@ def layer_normed(f):
     return of
 
 
-relu_top = lambda z: top(z).relu()
-jump = lambda z: z.relu() * (z > THRESHOLD.double())
+def relu_top(z):
+    return top(z).relu()
+
+
+def jump(z):
+    return z.relu() * (z > THRESHOLD.double())
+
+
+def above(threshold):
+    return lambda z: z * (z > threshold)
+
+
+def constant_norm(x):
+    scale = x.norm(dim=1, keepdim=True) / D**0.5
+    return truth(x / scale, relu_top) * scale
+
+
+def whitened(x):
+    mean, matrix, inverse = (WHITE[name].double() for name in ("mean", "matrix", "inverse_matrix"))
+    return rescaled((x - mean) @ matrix) @ inverse + mean
 
 
 def rescaled(x):
@@ -76,7 +94,7 @@ WHITE = {"mean": random(D, seed=8), "matrix": random(D, D, seed=9) + 4 * torch.e
 WHITE["inverse_matrix"] = WHITE["matrix"].double().inverse().float().contiguous()
 
 
-# ------------------------------------------------------------------------------- files as the libraries write them
+# -------------------------------------------------------------------------- files as the libraries write them
 def saelens(folder, architecture="topk", tensors=None, beside=(), **config):
     tensors = tensors or {"W_enc": W_ENC, "W_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC}
     folder.mkdir(parents=True)
@@ -91,38 +109,26 @@ def saelens(folder, architecture="topk", tensors=None, beside=(), **config):
     (folder / "cfg.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
     save_file(tensors, folder / "sae_weights.safetensors")
     for name, content in dict(beside).items():
-        save_file(content, folder / name) if name.endswith("safetensors") else (folder / name).write_text(
-            json.dumps(content)
-        )
+        if name.endswith("safetensors"):
+            save_file(content, folder / name)
+        else:
+            (folder / name).write_text(json.dumps(content))
     return folder
 
 
-def sparsify(folder, **config):
-    extra = {"W_skip": config.pop("W_skip")} if "W_skip" in config else {}
+def sparsify(folder, W_skip=None, **config):
     folder.mkdir(parents=True)
-    (folder / "cfg.json").write_text(
-        json.dumps(
-            {
-                "activation": "topk",
-                "expansion_factor": 32,
-                "num_latents": 0,
-                "k": K,
-                "d_in": D,
-                "transcode": False,
-                **config,
-            }
-        )
-    )
-    save_file(
-        {
-            "encoder.weight": W_ENC.t().contiguous(),
-            "encoder.bias": B_ENC,
-            "W_dec": W_DEC,
-            "b_dec": B_DEC,
-            **extra,
-        },
-        folder / "sae.safetensors",
-    )
+    default = {"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": K, "d_in": D}
+    (folder / "cfg.json").write_text(json.dumps({**default, "transcode": False, **config}))
+    tensors = {
+        "encoder.weight": W_ENC.t().contiguous(),
+        "encoder.bias": B_ENC,
+        "W_dec": W_DEC,
+        "b_dec": B_DEC,
+    }
+    if W_skip is not None:
+        tensors["W_skip"] = W_skip
+    save_file(tensors, folder / "sae.safetensors")
     return folder
 
 
@@ -138,21 +144,15 @@ def dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", **tra
     }
     torch.save(tensors, folder / file)
     if name:
-        (folder / "config.json").write_text(
-            json.dumps(
-                {
-                    "trainer": {
-                        "dict_class": name,
-                        "lm_name": "org/m",
-                        "layer": 1,
-                        "submodule_name": "resid_post_layer_1",
-                        "dict_size": F,
-                        **trainer,
-                    },
-                    "buffer": {"ctx_len": 32},
-                }
-            )
-        )
+        said = {
+            "dict_class": name,
+            "lm_name": "org/m",
+            "layer": 1,
+            "submodule_name": "resid_post_layer_1",
+            "dict_size": F,
+            **trainer,
+        }
+        (folder / "config.json").write_text(json.dumps({"trainer": said, "buffer": {"ctx_len": 32}}))
     return folder
 
 
@@ -204,12 +204,35 @@ V5 = dict(
     model_name="m",
     sae_lens_version="3.20.0",
 )
+V5_TOPK = dict(**V5, activation_fn_str="topk", activation_fn_kwargs={"k": K})
+SCALED = dict(
+    normalize_activations="expected_average_only_in",
+    beside={"activation_scaler.json": {"scaling_factor": 0.3}},
+)
+WHITENED = dict(
+    normalize_activations="covariance_whitening",
+    rescale_acts_by_decoder_norm=True,
+    beside={"activation_whitening.safetensors": WHITE},
+)
+JUMP = {**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}
+GATED_LENS = {**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}
+GATED = {
+    "encoder.weight": PLAIN["encoder.weight"],
+    "decoder.weight": PLAIN["decoder.weight"],
+    "decoder_bias": B_DEC,
+    "r_mag": R_MAG,
+    "gate_bias": B_ENC,
+    "mag_bias": B_MAG,
+}
+MATRYOSHKA = {**LENS, "b_enc": B_ENC, "threshold": torch.tensor(1.5), "k": torch.tensor(K)}
+ZERO, W_SKIP = torch.zeros(D), random(D, D, seed=3)
+# name, which begins with the format's -> (what writes it, how, the truth)
 CASES = {
     "saelens topk": (saelens, {}, lambda x: truth(x, relu_top)),
     "saelens topk, no b_dec at the input": (
         saelens,
         dict(apply_b_dec_to_input=False),
-        lambda x: truth(x, relu_top, b_in=torch.zeros(D)),
+        lambda x: truth(x, relu_top, b_in=ZERO),
     ),
     "saelens topk, rescaled": (saelens, dict(rescale_acts_by_decoder_norm=True), rescaled),
     "saelens topk, layer_norm": (
@@ -220,44 +243,14 @@ CASES = {
     "saelens topk, constant norm": (
         saelens,
         dict(normalize_activations="constant_norm_rescale"),
-        lambda x: (
-            truth(x * D**0.5 / x.norm(dim=1, keepdim=True), relu_top) * x.norm(dim=1, keepdim=True) / D**0.5
-        ),
+        constant_norm,
     ),
-    "saelens topk checkpoint, scaled": (
-        saelens,
-        dict(
-            normalize_activations="expected_average_only_in",
-            beside={"activation_scaler.json": {"scaling_factor": 0.3}},
-        ),
-        lambda x: truth(0.3 * x, relu_top) / 0.3,
-    ),
-    "saelens topk checkpoint, whitened": (
-        saelens,
-        dict(
-            normalize_activations="covariance_whitening",
-            rescale_acts_by_decoder_norm=True,
-            beside={"activation_whitening.safetensors": WHITE},
-        ),
-        lambda x: (
-            rescaled((x - WHITE["mean"].double()) @ WHITE["matrix"].double())
-            @ WHITE["inverse_matrix"].double()
-            + WHITE["mean"].double()
-        ),
-    ),
-    "saelens jumprelu": (
-        saelens,
-        dict(architecture="jumprelu", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}),
-        lambda x: truth(x, jump),
-    ),
+    "saelens topk checkpoint, scaled": (saelens, SCALED, lambda x: truth(0.3 * x, relu_top) / 0.3),
+    "saelens topk checkpoint, whitened": (saelens, WHITENED, whitened),
+    "saelens jumprelu": (saelens, dict(architecture="jumprelu", tensors=JUMP), lambda x: truth(x, jump)),
     "saelens jumprelu, scaled": (
         saelens,
-        dict(
-            architecture="jumprelu",
-            tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD},
-            normalize_activations="expected_average_only_in",
-            beside={"activation_scaler.json": {"scaling_factor": 0.3}},
-        ),
+        dict(architecture="jumprelu", tensors=JUMP, **SCALED),
         lambda x: truth(0.3 * x, jump) / 0.3,
     ),
     "saelens batchtopk checkpoint": (
@@ -266,23 +259,19 @@ CASES = {
             architecture="batchtopk",
             tensors={**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()},
         ),
-        lambda x: truth(x, lambda z: z * (z > 2)),
+        lambda x: truth(x, above(2)),
     ),
     "saelens standard": (saelens, dict(architecture="standard"), lambda x: truth(x, torch.relu)),
-    "saelens gated": (
-        saelens,
-        dict(architecture="gated", tensors={**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}),
-        gated,
-    ),
+    "saelens gated": (saelens, dict(architecture="gated", tensors=GATED_LENS), gated),
     "saelens 5 topk": (
         saelens,
-        dict(**V5, activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations=False),
+        dict(**V5_TOPK, normalize_activations=False),
         lambda x: truth(x, relu_top),
     ),
     "saelens 5 standard": (
         saelens,
         dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False),
-        lambda x: truth(x, torch.relu, b_in=torch.zeros(D)),
+        lambda x: truth(x, torch.relu, b_in=ZERO),
     ),
     "saelens 5 topk by its other name": (
         saelens,
@@ -293,8 +282,8 @@ CASES = {
     "sparsify groupmax": (sparsify, dict(activation="groupmax"), lambda x: truth(x, groupmax)),
     "sparsify skip": (
         sparsify,
-        dict(skip_connection=True, W_skip=random(D, D, seed=3)),
-        lambda x: truth(x, relu_top) + x @ random(D, D, seed=3).double().t(),
+        dict(skip_connection=True, W_skip=W_SKIP),
+        lambda x: truth(x, relu_top) + x @ W_SKIP.double().t(),
     ),
     "dictionary_learning TopK": (dictionary, {}, lambda x: truth(x, relu_top)),
     "dictionary_learning TopK, early": (
@@ -305,7 +294,7 @@ CASES = {
     "dictionary_learning BatchTopK": (
         dictionary,
         dict(name="BatchTopKSAE", tensors=BATCH),
-        lambda x: truth(x, lambda z: z * (z > 1.5)),
+        lambda x: truth(x, above(1.5)),
     ),
     "dictionary_learning standard": (
         dictionary,
@@ -315,40 +304,23 @@ CASES = {
     "dictionary_learning AutoEncoderNew": (
         dictionary,
         dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
-        lambda x: truth(x, torch.relu, b_in=torch.zeros(D)),
+        lambda x: truth(x, torch.relu, b_in=ZERO),
     ),
-    "dictionary_learning gated": (
-        dictionary,
-        dict(
-            name="GatedAutoEncoder",
-            tensors={
-                "encoder.weight": PLAIN["encoder.weight"],
-                "decoder.weight": PLAIN["decoder.weight"],
-                "decoder_bias": B_DEC,
-                "r_mag": R_MAG,
-                "gate_bias": B_ENC,
-                "mag_bias": B_MAG,
-            },
-        ),
-        gated,
-    ),
+    "dictionary_learning gated": (dictionary, dict(name="GatedAutoEncoder", tensors=GATED), gated),
     "dictionary_learning JumpReLU": (
         dictionary,
-        dict(name="JumpReluAutoEncoder", tensors={**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}),
-        lambda x: truth(x, jump, b_in=torch.zeros(D)),
+        dict(name="JumpReluAutoEncoder", tensors=JUMP),
+        lambda x: truth(x, jump, b_in=ZERO),
     ),
     "dictionary_learning Matryoshka": (
         dictionary,
-        dict(
-            name="MatryoshkaBatchTopKSAE",
-            tensors={**LENS, "b_enc": B_ENC, "threshold": torch.tensor(1.5), "k": torch.tensor(K)},
-        ),
-        lambda x: truth(x, lambda z: z * (z > 1.5)),
+        dict(name="MatryoshkaBatchTopKSAE", tensors=MATRYOSHKA),
+        lambda x: truth(x, above(1.5)),
     ),
     "dictionary_learning mid-run, scaled": (
         dictionary,
         dict(name="BatchTopKSAE", tensors={"ae": BATCH, "step": 9, "norm_factor": 2.5}),
-        lambda x: truth(x / 2.5, lambda z: z * (z > 1.5)) * 2.5,
+        lambda x: truth(x / 2.5, above(1.5)) * 2.5,
     ),
     "openai topk": (
         openai,
@@ -369,10 +341,24 @@ CASES = {
 }
 
 
+def written(case, tmp_path):
+    """The folder of one of CASES, whose name says layer 1 where a format's does."""
+    write, how, _ = CASES[case]
+    return write(tmp_path / ("layers-1" if case.startswith("mlsae") else "layers.1"), **how)
+
+
+def the_file(folder):
+    (file,) = formats.find(str(folder))
+    return file
+
+
+def declared(folder):
+    return formats.describe(the_file(folder))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_format_is_its_formula(case, tmp_path):
-    write, how, dense = CASES[case]
-    (file,) = formats.find(str(write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how)))
+    file, dense = the_file(written(case, tmp_path)), CASES[case][2]
     sae = formats.read(file)
     values, indices, h_hat = sae.reconstruct(H)
     expected = dense(H.double())
@@ -383,15 +369,14 @@ def test_a_format_is_its_formula(case, tmp_path):
     of = formats.describe(file)
     assert (of.format, of.site, of.layer) == (case.split()[0].rstrip(","), "resid_post", 1)
     fused = formats.fused(sae)
-    assert (
-        torch.equal(fused.reconstruct(H)[2], h_hat)
-        if type(fused) is type(sae)
-        else (fused.reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
-    )
+    if type(fused) is type(sae):
+        assert torch.equal(fused.reconstruct(H)[2], h_hat)
+    else:
+        assert (fused.reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
 
 
 def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
-    sae = formats.read(formats.find(str(sparsify(tmp_path / "layers.1")))[0])
+    sae = formats.read(the_file(sparsify(tmp_path / "layers.1")))
     sae.centred = True
     mean = H.double().mean(1, keepdim=True)
     expected = truth(H.double() - mean, relu_top) + mean
@@ -434,11 +419,6 @@ def test_hook_names_in_paths(path, hook):
     assert formats.hook_of_path(path) == hook
 
 
-def declared(folder):
-    (file,) = formats.find(str(folder))
-    return formats.describe(file)
-
-
 def test_what_files_declare_is_read(tmp_path):
     assert declared(saelens(tmp_path / "a")) == formats.Declared(
         "saelens", site="resid_post", layer=1, model="m", ctx=32, bos=True, basis="raw", width=F
@@ -446,13 +426,7 @@ def test_what_files_declare_is_read(tmp_path):
     left_out = {"exclude_special_tokens": True, "seqpos_slice": [1, None]}
     some = saelens(tmp_path / "c", metadata={"sae_lens_version": "6.1", **left_out})
     assert declared(some).unseen == tuple(left_out)
-    old = saelens(
-        tmp_path / "b",
-        **V5,
-        activation_fn_str="topk",
-        activation_fn_kwargs={"k": K},
-        model_from_pretrained_kwargs={"center_writing_weights": True},
-    )
+    old = saelens(tmp_path / "b", **V5_TOPK, model_from_pretrained_kwargs={"center_writing_weights": True})
     # version 5 puts a BOS in front unless it says otherwise
     assert declared(old).basis == "centred" and declared(old).bos is True and declared(old).layer == 1
     assert declared(sparsify(tmp_path / "layers.4.mlp")).site == "mlp"
@@ -485,63 +459,61 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 class Evil:
     def __reduce__(self):
         return print, ("code was run",)
 
 
-def broken(tmp_path, how):
-    if how == "truncated":
-        folder = sparsify(tmp_path / "layers.1")
-        (folder / "sae.safetensors").write_bytes((folder / "sae.safetensors").read_bytes()[:-100])
-    elif how == "not finite":
-        folder = saelens(tmp_path / "x", tensors={**LENS, "b_enc": B_ENC * float("nan")})
-    elif how == "b_enc is":
-        folder = saelens(tmp_path / "x", tensors={**LENS, "b_enc": B_ENC[:-1]})
-    elif how == "run code":
-        folder = dictionary(tmp_path / "x", tensors={"k": 1})
-        (folder / "ae.pt").write_bytes(pickle.dumps(Evil()))
-    elif how == "TopK or BatchTopK":
-        folder = dictionary(tmp_path / "x", name=None)
-    elif how == "cfg.json is missing":
-        folder = sparsify(tmp_path / "layers.1")
-        (folder / "cfg.json").unlink()
-    elif how == "'temporal' is not supported":
-        folder = saelens(tmp_path / "x", architecture="temporal")
-    elif how == "no 'W_dec' in it":
-        folder = saelens(tmp_path / "x", tensors={"W_enc": W_ENC})
-    elif how == "holds the scale":
-        folder = saelens(tmp_path / "x", normalize_activations="expected_average_only_in")
-    elif how == "k = 41 of 40":
-        folder = saelens(tmp_path / "x", k=41)
-    elif how == "Expecting":
-        folder = saelens(tmp_path / "x")
-        (folder / "cfg.json").write_text("{")
+def truncated(tmp_path):
+    file = sparsify(tmp_path / "layers.1") / "sae.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return file.parent
+
+
+def running_code(tmp_path):
+    folder = dictionary(tmp_path / "x")
+    (folder / "ae.pt").write_bytes(pickle.dumps(Evil()))
     return folder
 
 
+def without_configuration(tmp_path):
+    folder = sparsify(tmp_path / "layers.1")
+    (folder / "cfg.json").unlink()
+    return folder
+
+
+def not_json(tmp_path):
+    folder = saelens(tmp_path / "x")
+    (folder / "cfg.json").write_text("{")
+    return folder
+
+
+def a_saelens(**how):
+    return lambda tmp_path: saelens(tmp_path / "x", **how)
+
+
 @pytest.mark.parametrize(
-    "how",
+    "broken, word",
     [
-        "truncated",
-        "not finite",
-        "b_enc is",
-        "run code",
-        "TopK or BatchTopK",
-        "cfg.json is missing",
-        "'temporal' is not supported",
-        "no 'W_dec' in it",
-        "holds the scale",
-        "k = 41 of 40",
-        "Expecting",
+        (truncated, "SafetensorError"),
+        (a_saelens(tensors={**LENS, "b_enc": B_ENC * float("nan")}), "not finite"),
+        (a_saelens(tensors={**LENS, "b_enc": B_ENC[:-1]}), "b_enc is"),
+        (running_code, "run code"),
+        (lambda tmp_path: dictionary(tmp_path / "x", name=None), "TopK or BatchTopK"),
+        (without_configuration, "cfg.json is missing"),
+        (a_saelens(architecture="temporal"), "'temporal' is not supported"),
+        (a_saelens(tensors={"W_enc": W_ENC}), "no 'W_dec' in it"),
+        (a_saelens(normalize_activations="expected_average_only_in"), "holds the scale"),
+        (a_saelens(k=41), "k = 41 of 40"),
+        (not_json, "Expecting"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(how, tmp_path, capsys):
+def test_bad_files_are_refused_in_one_line(broken, word, tmp_path, capsys):
     with pytest.raises(UserError) as caught:
-        formats.read(formats.find(str(broken(tmp_path, how)))[0])
-    assert str(tmp_path.name) in str(caught.value) and "\n" not in str(caught.value)
-    assert (how in str(caught.value)) or how == "truncated"
+        formats.read(the_file(broken(tmp_path)))
+    line = str(caught.value)
+    assert tmp_path.name in line and word in line and "\n" not in line
     assert "code was run" not in capsys.readouterr().out
 
 
@@ -636,78 +608,45 @@ WHOLE = [[], [1], "x", 3, None, True]
     + [(write, lambda config, whole=whole: whole, "json") for write in SAID for whole in WHOLE],
 )
 def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word, tmp_path):
-    (file,) = formats.find(str(write(tmp_path / "layers.1")))
+    file = the_file(write(tmp_path / "layers.1"))
     path = tmp_path / "layers.1" / file.config
-    said = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(
-            change(said)
-            if callable(change)
-            else said
-            | {
-                name: {**said.get(name, {}), **value}
-                if isinstance(value, dict) and name == "metadata"
-                else value
-                for name, value in change.items()
-            }
-        )
-    )
+    config = json.loads(path.read_text())
+    if callable(change):
+        config = change(config)
+    else:
+        for name, value in change.items():
+            inside = name == "metadata" and isinstance(value, dict)
+            config[name] = {**config[name], **value} if inside else value
+    path.write_text(json.dumps(config))
     with pytest.raises(UserError) as caught:
         formats.describe(file)
         formats.read(file)
     line = str(caught.value)
-    assert (
-        line.startswith(f"--sae {file.label}: ")
-        and word in line
-        and "\n" not in line
-        and len(line) < 400
-        and "Error" not in line
-    )
+    assert line.startswith(f"--sae {file.label}: ") and word in line
+    assert "\n" not in line and len(line) < 400 and "Error" not in line
 
 
 def test_whole_numbers_may_be_written_as_floats(tmp_path):
-    (file,) = formats.find(
-        str(
-            saelens(
-                tmp_path / "x", k=5.0, d_sae=40.0, metadata={"sae_lens_version": "6.1", "context_size": 32.0}
-            )
-        )
-    )
+    metadata = {"sae_lens_version": "6.1", "context_size": 32.0}
+    file = the_file(saelens(tmp_path / "x", k=5.0, d_sae=40.0, metadata=metadata))
     k = formats.read(file).k
     assert formats.describe(file).ctx == 32 and k == 5 and isinstance(k, int)
 
 
 STRANGE = [
-    "x",
-    "",
-    0,
-    -1,
-    2.5,
-    1e30,
-    10**30,
-    True,
-    False,
-    None,
-    [],
-    [1],
-    ["x"],
-    {},
-    {"a": 1},
-    [[]],
-    "\0",
-    "\ud800",
-    "9" * 5000,
-    float("nan"),
-    float("inf"),
+    *("x", "", "\0", "\ud800", "9" * 5000),
+    *(0, -1, 2.5, 1e30, 10**30, float("nan"), float("inf")),
+    *(True, False, None),
+    *([], [1], ["x"], [[]], {}, {"a": 1}),
 ]
 
 
 def anywhere(config, path=()):
     """The place of every value of a JSON value."""
     yield path
-    items = (
-        config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    )
+    items = ()
+    if isinstance(config, (dict, list)):
+        items = config.items() if isinstance(config, dict) else enumerate(config)
     for key, value in items:
         yield from anywhere(value, (*path, key))
 
@@ -732,11 +671,7 @@ def survives(folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_value_of_a_configuration_is_a_traceback(case, tmp_path, capfd):
-    write, how, _ = CASES[case]
-    folder, rng = (
-        write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how),
-        chance.Random(case),
-    )
+    folder, rng = written(case, tmp_path), chance.Random(case)
     for path in folder.glob("*.json"):
         good = json.loads(path.read_text())
         for place in anywhere(good):
@@ -749,11 +684,7 @@ def test_no_value_of_a_configuration_is_a_traceback(case, tmp_path, capfd):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_damage_is_a_traceback(case, tmp_path, capfd):
-    write, how, _ = CASES[case]
-    folder, rng = (
-        write(tmp_path / ("layers-1" if "mlsae" in case else "layers.1"), **how),
-        chance.Random(case),
-    )
+    folder, rng = written(case, tmp_path), chance.Random(case)
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         good = path.read_bytes()
         garbage = rng.randbytes(300)
@@ -812,10 +743,10 @@ def test_no_damage_is_a_traceback(case, tmp_path, capfd):
     ids=lambda content: type(content).__name__,
 )
 def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
-    torch.save(content, dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE") / "ae.pt")
-    (file,) = formats.find(str(tmp_path))
+    folder = dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE")
+    torch.save(content, folder / "ae.pt")
     with pytest.raises(UserError) as caught:
-        formats.read(file)
+        formats.read(the_file(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -825,29 +756,28 @@ def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
 def test_a_small_file_is_no_large_one(how, word, tmp_path):
     folder = enlarged(tmp_path / "resid_post_layer_1", how)
     assert (folder / "ae.pt").stat().st_size < 4e6
-    said, peak = measured(
-        "import formats, sys\ntry: formats.read(formats.find(sys.argv[1])[0])\nexcept formats.UserError as error: print(error)",
-        folder,
-    )
-    assert len(said) == 1 and word in said[0] and peak < 600  # reading formats.py takes 220
+    code = """import sys
+from transport_geometry import formats
+try: formats.read(formats.find(sys.argv[1])[0])
+except formats.UserError as error: print(error)"""
+    lines, peak = measured(code, folder)
+    assert len(lines) == 1 and word in lines[0] and peak < 600  # reading formats.py takes 220
 
 
 @pytest.mark.parametrize(
-    "spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "/tmp/nowhere*/x"]
+    "spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "{tmp}/nowhere*/x"]
 )
-def test_no_such_place(spec):
-    """Said at once, without looking through the disk or asking the hub."""
+def test_no_such_place(spec, tmp_path):
+    """Said at once, without asking the hub."""
     with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
-        formats.find(spec)
+        formats.find(spec.format(tmp=tmp_path))
 
 
 def test_fingerprint_is_of_all_that_computes(tmp_path):
-    prints = [
-        formats.sae_fingerprint(formats.read(formats.find(str(saelens(tmp_path / str(i), **how)))[0]))
-        for i, how in enumerate(
-            ({}, {}, {"k": 4}, {"normalize_activations": "layer_norm"}, {"apply_b_dec_to_input": False})
-        )
-    ]
+    norm = {"normalize_activations": "layer_norm"}
+    ways = ({}, {}, {"k": 4}, norm, {"apply_b_dec_to_input": False})
+    folders = [saelens(tmp_path / str(i), **how) for i, how in enumerate(ways)]
+    prints = [formats.sae_fingerprint(formats.read(the_file(folder))) for folder in folders]
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
@@ -859,21 +789,14 @@ def test_gate_refuses_what_it_cannot_read(gate):
         formats.check_basis(sae, "raw", "x", 1, near)
 
 
-# ------------------------------------------------------------------------------------------------ the basis gate
+# --------------------------------------------------------------------------------------------- the basis gate
 def best_of(h, dimensions):
     """The ReLU SAE that keeps the first principal directions of h: +-u as latents."""
     mean = h.mean(0)
     U = torch.linalg.eigh((h - mean).T @ (h - mean)).eigenvectors[:, -dimensions:]
-    rows = torch.cat([U.T, -U.T]).contiguous()
-    return formats.FileSAE(
-        rule="threshold",
-        W_enc=rows,
-        b_enc=torch.zeros(len(rows)),
-        W_dec=rows,
-        b_dec=mean,
-        b_in=mean,
-        threshold=torch.zeros(()),
-    )
+    W = torch.cat([U.T, -U.T]).contiguous()
+    zeros = torch.zeros(len(W))
+    return formats.FileSAE("threshold", W, zeros, W, mean, b_in=mean, threshold=torch.zeros(()))
 
 
 @pytest.fixture
@@ -883,12 +806,12 @@ def gate():
     for name, p in model.named_parameters():
         if "dense_4h_to_h.bias" in name or "embed_in" in name:
             p.data += 1.0
-    rows = torch.randint(0, 41, (8, 24), generator=torch.Generator().manual_seed(1))
-    return model, rows, formats.near(Hook(model, 1), rows)
+    input_ids = torch.randint(0, 41, (8, 24), generator=torch.Generator().manual_seed(1))
+    return model, input_ids, formats.near(Hook(model, 1), input_ids)
 
 
 def test_gate_lets_through_what_is_as_its_files_say(gate):
-    model, rows, near = gate
+    model, input_ids, near = gate
     readings = formats.check_basis(best_of(near[1], 4), "raw", "x", 1, near)
     assert list(readings)[0] == "layer 1, raw" and len(readings) == 4
     centred = best_of(near[1] - near[1].mean(1, keepdim=True), 4)
@@ -896,79 +819,64 @@ def test_gate_lets_through_what_is_as_its_files_say(gate):
 
 
 def test_gate_refuses_the_other_basis_with_both_numbers(gate):
-    model, rows, near = gate
+    model, input_ids, near = gate
     centred = best_of(near[1] - near[1].mean(1, keepdim=True), 15)
-    as_said, other = formats.unexplained(centred, near[1], False), formats.unexplained(centred, near[1], True)
+    as_said, other = (formats.unexplained(centred, near[1], basis) for basis in (False, True))
     assert other < 0.01 < as_said
     with pytest.raises(UserError, match="centred") as caught:
         formats.check_basis(centred, "raw", "x", 1, near)
-    assert (
-        f"{as_said:.4f}" in str(caught.value)
-        and f"{other:.4f}" in str(caught.value)
-        and "--basis" in str(caught.value)
-    )
+    for word in (f"{as_said:.4f}", f"{other:.4f}", "--basis"):
+        assert word in str(caught.value)
 
 
 def test_gate_refuses_the_block_after_its_own(gate):
-    model, rows, near = gate
+    model, input_ids, near = gate
+    of_block_0 = best_of(formats.near(Hook(model, 0), input_ids)[0], 6)
     with pytest.raises(UserError, match="layer 0, raw"):
-        formats.check_basis(best_of(formats.near(Hook(model, 0), rows)[0], 6), "raw", "x", 1, near)
+        formats.check_basis(of_block_0, "raw", "x", 1, near)
 
 
 def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
-    model, rows, near = gate
+    model, input_ids, near = gate
     assert list(near) == [0, 1, 2]
     # no position is ten medians long here
-    assert torch.equal(near[1], Hook(model, 1).head(rows)[:, 1:].flatten(0, 1))
+    assert torch.equal(near[1], Hook(model, 1).head(input_ids)[:, 1:].flatten(0, 1))
 
 
-# ----------------------------------------------------------------------------------------------- the same metrics
+# ------------------------------------------------------------------------------------------- the same metrics
 def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
     """One function in three dresses: the fused kind, the general kind by its own code, and without a code."""
-    model, d, F = tiny_model(dtype=torch.float32), 16, 40
+    hook, d, F = Hook(tiny_model(dtype=torch.float32), 1), 16, 40
     W = random(F, d)
-    general = formats.FileSAE(
-        rule="topk", W_enc=W, b_enc=random(F), W_dec=W, b_dec=random(d), b_in=random(d), k=4
-    )
-    results = evaluate(
-        Hook(model, 1),
-        rows,
-        {
-            "general": general,
-            "fused": formats.fused(general),
-            "dense": lambda h, mean: general.reconstruct(h)[2],
-        },
-        2,
-    )
+    general = formats.FileSAE("topk", W, random(F), W, random(d), b_in=random(d), k=4)
+    dresses = {
+        "general": general,
+        "fused": formats.fused(general),
+        "dense": lambda h, mean: general.reconstruct(h)[2],
+    }
+    results = evaluate(hook, rows, dresses, 2)
+    ones = np.ones((1, len(rows)))
     values = {
-        name: computed(
-            Sums({q: v[None] for q, v in result.sums.items()}, torch.ones(1, len(rows)).numpy(), d)
-        )
+        name: computed(Sums({q: v[None] for q, v in result.sums.items()}, ones, d))
         for name, result in results.items()
     }
     for metric, value in values["fused"].items():
         assert value == pytest.approx(values["general"][metric], rel=1e-4, abs=1e-6), metric
         assert metric == "l0" or value == pytest.approx(values["dense"][metric], rel=1e-4, abs=1e-6), metric
-    assert torch.equal(results["general"].fired, results["fused"].fired)
+    assert (results["general"].fired == results["fused"].fired).all() and results["dense"].fired is None
 
 
 def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
-    model, d, F = tiny_model(dtype=torch.float32), 16, 40
-    sae = formats.FileSAE(
-        rule="threshold",
-        W_enc=random(F, d),
-        b_enc=torch.zeros(F),
-        W_dec=random(F, d),
-        b_dec=torch.zeros(d),
-        threshold=torch.tensor(0.5),
-    )
-    result = evaluate(Hook(model, 1), rows, {"x": sae}, 2)["x"]
-    dense = Hook(model, 1).head(rows)[:, :-1] @ random(F, d).t()
-    assert (result.sums["l0"] == (dense > 0.5).sum((1, 2)).numpy()).all()
-    assert (result.fired.sum(0) == (dense > 0.5).sum((0, 1))).all()
+    hook, d, F = Hook(tiny_model(dtype=torch.float32), 1), 16, 40
+    W = random(F, d)
+    sae = formats.FileSAE("threshold", W, torch.zeros(F), W, torch.zeros(d), threshold=torch.tensor(0.5))
+    result = evaluate(hook, rows, {"x": sae}, 2)["x"]
+    active = hook.head(rows)[:, :-1] @ W.t() > 0.5
+    assert (result.sums["l0"] == active.sum((1, 2)).numpy()).all()
+    assert (result.fired.sum(0) == active.sum((0, 1)).numpy()).all()
 
 
-# -------------------------------------------------------------------------------------- every library's R^2
+# ---------------------------------------------------------------------------------------- every library's R^2
 def test_libraries_disagree_about_one_reconstruction_as_they_were_seen_to():
     """d=512, two dimensions of high variance, one token in 128 six times as long: the table that made us name
     them all.
@@ -980,15 +888,14 @@ def test_libraries_disagree_about_one_reconstruction_as_they_were_seen_to():
     h[:, 0] *= 6
     everything = torch.ones(16, 128, dtype=torch.bool)
     mean = h.flatten(0, 1).mean(0).expand_as(h)
-    r2 = lambda h_hat: 1 - (h - h_hat).square().sum() / (h - mean).square().sum()
+    r2_biased = 1 - 2**2 * h.numel() / (h - mean).square().sum()
     at_mean, biased, same = (definitions(h, x, everything) for x in (mean, h + 2, h))
     assert all(value == pytest.approx(1) for value in same.values())
-    assert at_mean["r2_dictionary_learning"] == pytest.approx(0, abs=1e-9) and at_mean[
-        "r2_per_dim"
-    ] == pytest.approx(0, abs=1e-9)
-    assert at_mean["r2_saelens_legacy"] == pytest.approx(0, abs=1e-9) and at_mean["r2_sparsify"] < 0
+    for name in ("r2_dictionary_learning", "r2_per_dim", "r2_saelens_legacy"):
+        assert at_mean[name] == pytest.approx(0, abs=1e-9), name
+    assert at_mean["r2_sparsify"] < 0
     # a constant error is free there
-    assert biased["r2_dictionary_learning"] == pytest.approx(1) and r2(h + 2) < 0.8
+    assert biased["r2_dictionary_learning"] == pytest.approx(1) and r2_biased < 0.8
     noisy = h + 0.6 * torch.randn(h.shape, generator=generator) * h.norm(dim=-1, keepdim=True) / 512**0.5
     several = definitions(h, noisy, everything)
     assert max(several.values()) - min(several.values()) > 0.2
@@ -1010,15 +917,15 @@ def test_definitions_by_hand():
     assert one["r2_openai"] == pytest.approx(1 - (1 / 1 + 1 / 9 + 1 / 4) / 3)
 
 
-# --------------------------------------------------------------------------------------------------------- export
+# ----------------------------------------------------------------------------------------------------- export
 def test_an_exported_sae_reads_back_as_itself(tmp_path):
-    sae = formats.fused(formats.read(formats.find(str(sparsify(tmp_path / "layers.1")))[0]))
-    formats.write_saelens(
-        tmp_path / "out", sae, {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
-    )
-    (file,) = formats.find(str(tmp_path / "out"))
-    again = formats.fused(formats.read(file))
+    sae = formats.fused(formats.read(the_file(sparsify(tmp_path / "layers.1"))))
+    made = {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
+    formats.write_saelens(tmp_path / "out", sae, made)
+    again = formats.fused(formats.read(the_file(tmp_path / "out")))
     assert torch.equal(sae.reconstruct(H)[2], again.reconstruct(H)[2])
-    assert formats.describe(file) == formats.Declared(
+    assert declared(tmp_path / "out") == formats.Declared(
         "saelens", site="resid_post", layer=1, model="stdlib-s", ctx=64, bos=False, basis="raw", width=F
     )
+    with pytest.raises(UserError, match="holds cfg.json and sae_weights.safetensors already"):
+        formats.write_saelens(tmp_path / "out", sae, made)

@@ -1,7 +1,7 @@
 """How values are written and read again: one number format for every table, and files of one kind each.
 
-Numbers in text come first, then tables in text (Markdown), then files: CSV, JSON and npz, the same bytes from
-the same values. What is not a number is never a blank or a nan: it is called `undefined`.
+Numbers in text come first, then rows and tables in text (Markdown), then files: CSV, JSON and npz, the same
+bytes from the same values. What is not a number is never a blank or a nan: it is called `undefined`.
 """
 
 import contextlib
@@ -79,6 +79,24 @@ def span(value: float | None, lo: float | None, hi: float | None, digits: int = 
     return f"{number} [{interval}]" if interval == UNDEFINED else f"{number} {interval}"
 
 
+def estimate(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
+    """`span` of a column and its interval, the columns name_lo and name_hi.
+
+    >>> estimate({"dce": 0.12, "dce_lo": 0.1, "dce_hi": 0.14}, "dce")
+    '+0.12 [+0.10, +0.14]'
+    """
+    return span(row[name], row[f"{name}_lo"], row[f"{name}_hi"], digits)
+
+
+def percent(value: float | None) -> str:
+    """A share in text.
+
+    >>> percent(0.123), percent(math.nan)
+    ('12%', 'undefined')
+    """
+    return UNDEFINED if value is None or is_undefined(value) else f"{value:.0%}"
+
+
 def readable_count(n: int) -> str:
     """A whole number by its scale, where nothing is lost; `common.parse_count` reads it.
 
@@ -91,34 +109,17 @@ def readable_count(n: int) -> str:
     return str(n)
 
 
-def grouped(rows: list[dict], names: list[str]) -> dict[tuple, list[dict]]:
+# ------------------------------------------------------------------------------------------------------ rows
+def grouped(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[tuple, list[dict[str, Any]]]:
     """{values of the named columns: their rows}, in the order of the first of each.
 
-    >>> grouped([{"k": 8, "seed": 0}, {"k": 4, "seed": 0}, {"k": 8, "seed": 1}], ["k"])
-    {(8,): [{'k': 8, 'seed': 0}, {'k': 8, 'seed': 1}], (4,): [{'k': 4, 'seed': 0}]}
+    >>> grouped([{"k": 8, "r": 1}, {"k": 4, "r": 2}, {"k": 8, "r": 3}], ["k"])[8,]
+    [{'k': 8, 'r': 1}, {'k': 8, 'r': 3}]
     """
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
-
-
-def percent(value: float | None) -> str:
-    """A share in text.
-
-    >>> percent(0.123), percent(None)
-    ('12%', 'undefined')
-    """
-    return UNDEFINED if value is None or is_undefined(value) else f"{value:.0%}"
-
-
-def estimate(row: dict, name: str, digits: int = 2) -> str:
-    """`span` of a column and its interval.
-
-    >>> estimate({"r2": 0.12, "r2_lo": 0.1, "r2_hi": 0.14}, "r2")
-    '+0.12 [+0.10, +0.14]'
-    """
-    return span(row[name], row[f"{name}_lo"], row[f"{name}_hi"], digits)
 
 
 # ------------------------------------------------------------------------------------------------------ text
