@@ -9,6 +9,7 @@ import random
 import shutil
 
 import helpers
+import zygote
 from helpers import ROOT, contents, process
 from transport_geometry import FIXED_CODE
 from transport_geometry.models import readable_names
@@ -23,7 +24,7 @@ GRID = ["--k", "4", "--tokens", "10k", *SIZE]
 
 
 def script(name, *arguments, check=0):
-    return helpers.script(name, *arguments, check=check).stderr
+    return helpers.script(name, *arguments, check=check, setup=zygote.UNDRAWN).stderr
 
 
 def documents(seed: int, side: str, n: int) -> list[str]:

@@ -31,12 +31,18 @@ STEPS = (
 )
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
-# for `setup`: small chunks, and a checkpoint after each, so that there is something to kill and to damage
+# for `setup`:
+# small chunks, and a checkpoint after each, so that there is something to kill and to damage
 CHECKPOINTS = """
 import itertools, types
 from transport_geometry import train
 train.CHUNK = 2048
 train.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
+"""
+# a figure costs more than a small run; what is drawn is looked at elsewhere
+UNDRAWN = """
+import matplotlib.figure
+matplotlib.figure.Figure.savefig = lambda figure, file, **how: file.write(b"not drawn")
 """
 
 
@@ -115,13 +121,17 @@ def serve() -> None:
     import expa
     import expb
     import expc_fisher
-    from transport_geometry import formats
+    from transport_geometry import formats, text
 
     import datasets  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import scipy.stats  # noqa: F401
-    import transformers  # noqa: F401
 
+    # what a model's first loading would import
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM  # noqa: F401
+
+    text.stdlib_sides()  # the embedded text is read once, too
     mains = {
         "expa.py": expa.main,
         "expb.py": expb.main,
