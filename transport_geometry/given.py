@@ -45,8 +45,8 @@ class Given:
 
     def in_settings(self) -> dict[str, Any]:
         """What a results folder keeps of it, so that a run is not continued with another one of its name."""
-        said = dataclasses.asdict(self.declared)
-        return said | {"unseen": list(self.declared.unseen), "fingerprint": self.fingerprint}
+        declared = dataclasses.asdict(self.declared)
+        return declared | {"unseen": list(self.declared.unseen), "fingerprint": self.fingerprint}
 
     def load(self) -> SAE:
         """On the CPU."""

@@ -81,11 +81,11 @@ def section(deltas: list[dict], saes: list[dict], stars: list[KStar], hooks: dic
 
 def of_deltas(deltas: list[dict]) -> Iterator[Comparison]:
     for row in deltas:
-        said = DELTAS.get((row["small"], row["large"], row["k"], row["tokens"]))
-        if said is None or row["depth"] != MIDDLE:
+        theirs = DELTAS.get((row["small"], row["large"], row["k"], row["tokens"]))
+        if theirs is None or row["depth"] != MIDDLE:
             continue
         cell = f"k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']}"
-        for name, value in vars(said).items():
+        for name, value in vars(theirs).items():
             if value is not None:
                 yield f"{name} ({cell})", value, row[name]
 
@@ -93,18 +93,18 @@ def of_deltas(deltas: list[dict]) -> Iterator[Comparison]:
 def of_saes(saes: list[dict]) -> Iterator[Comparison]:
     """Means over seeds."""
     for (model, k, recipe, sae), here in grouped(saes, ["model", "k", "recipe", "sae"]).items():
-        if said := SAES.get((model, k)):
-            for name, value in vars(said).items():
+        if theirs := SAES.get((model, k)):
+            for name, value in vars(theirs).items():
                 mean = float(np.mean([row[name] for row in here]))
                 yield f"{name} ({model}, k={k}, {recipe}, {sae})", value, mean
 
 
 def of_k_stars(stars: list[KStar]) -> Iterator[Comparison]:
     for star in stars:
-        said = K_STARS.get((star.model, star.target))
-        if said is not None and star.tokens == TOKENS and star.depth == MIDDLE:
+        theirs = K_STARS.get((star.model, star.target))
+        if theirs is not None and star.tokens == TOKENS and star.depth == MIDDLE:
             cell = f"{star.model}, {star.recipe}, sinks {star.sinks}"
-            yield f"k* at {star.target} ({cell})", said, star.estimate
+            yield f"k* at {star.target} ({cell})", theirs, star.estimate
 
 
 def of_correlation(saes: list[dict]) -> Iterator[Comparison]:
