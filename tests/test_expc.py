@@ -25,7 +25,10 @@ def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embe
     exact = model.double()
     h = Hook(exact, 3).head(x)
     delta = 0.5 * h.std() * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(0))
-    f = lambda y: Hook(exact, 3).tail(x, y)[:, :-1]
+
+    def f(y):
+        return Hook(exact, 3).tail(x, y)[:, :-1]
+
     u = fisher.push_forward(Hook(exact, 3), x, h, delta)
     with sdpa_kernel(SDPBackend.MATH):
         torch.testing.assert_close(fisher.push_forward_twice(f, h, delta), u, rtol=1e-9, atol=1e-10)
@@ -124,7 +127,7 @@ def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
     assert shapes["in"]["top1_lo"] <= shapes["in"]["top1"] <= shapes["in"]["top1_hi"]
 
 
-# --------------------------------------------------------------------------------------------- the flag
+# --------------------------------------------------------------------------------------------------- the flag
 def test_planted_errors_get_their_flag():
     """Isotropic: rho = 1. Along the top eigenvector of G: flatters. Along G's null space: underrates."""
     from transport_geometry.flag import flag
@@ -158,7 +161,7 @@ def test_planted_errors_get_their_flag():
     assert abs(off["isotropic"]) < 4 and off["top"] > 4 and off["null"] < -4
 
 
-# -------------------------------------------------------------------------------------------------- C2'
+# -------------------------------------------------------------------------------------------------------- C2'
 def conditions(rng, own: float, layers: int = 6, models: int = 3, ks=(4, 12, 32), icc: float = 0.9):
     """(x, base, y, meta): y rises with base, and by `own` with what x has beyond it, all apart from k; the
     default grid is the one that ships, and what varies, what neither knows too, correlates by `icc` within a
@@ -168,9 +171,12 @@ def conditions(rng, own: float, layers: int = 6, models: int = 3, ks=(4, 12, 32)
         v.ravel() for v in np.meshgrid(np.arange(models), np.arange(layers), ks, indexing="ij")
     )
     hook = model * layers + layer
-    vary = lambda: (
-        icc**0.5 * rng.standard_normal(models * layers)[hook] + (1 - icc) ** 0.5 * rng.standard_normal(len(k))
-    )
+
+    def vary():
+        return icc**0.5 * rng.standard_normal(models * layers)[hook] + (1 - icc) ** 0.5 * rng.standard_normal(
+            len(k)
+        )
+
     base, extra, rest = vary(), vary(), vary()
     meta = dict(model=model, layer=layer, k=k, tokens=np.zeros(len(k)), cell=np.arange(len(k)).astype(str))
     return (
@@ -248,9 +254,12 @@ def test_out_of_hook_gain_leaves_whole_hooks_out():
 
 
 def test_added_value_is_undefined_where_nothing_is_left():
-    undefined = lambda *data: (
-        np.isnan(expc_fisher.added_value(*data)).all() and np.isnan(expc_fisher.out_of_hook_gain(*data)).all()
-    )
+    def undefined(*data):
+        return (
+            np.isnan(expc_fisher.added_value(*data)).all()
+            and np.isnan(expc_fisher.out_of_hook_gain(*data)).all()
+        )
+
     assert undefined(*conditions(np.random.default_rng(0), 1.0, models=1, layers=5))  # below 6 hooks
     assert undefined(*conditions(np.random.default_rng(0), 1.0, models=1, layers=1, ks=range(1, 19)))
     x, base, y, meta = conditions(np.random.default_rng(0), 1.0, models=2, layers=3, ks=(4,))
@@ -263,7 +272,10 @@ def test_added_value_is_undefined_where_nothing_is_left():
 
 def test_the_ladder_is_differences_of_the_leaderboards_draws():
     *_, meta = conditions(rng := np.random.default_rng(3), 0.0)
-    noise = lambda sd: sd * rng.standard_normal(18)[meta["model"] * 6 + meta["layer"]]
+
+    def noise(sd):
+        return sd * rng.standard_normal(18)[meta["model"] * 6 + meta["layer"]]
+
     dce = -np.log(meta["k"]) + noise(0.5)
     names = [name for name, *_ in expc_fisher.LADDER]
     values = {name: np.tile(np.exp(dce + noise(0.01 if name == "kl" else 0.6)), (3, 1)) for name in names} | {

@@ -88,7 +88,10 @@ def test_two_backward_passes_give_what_forward_mode_gives(truth):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     model, rows, h, delta, p, J = truth
-    f = lambda x: Hook(model, LAYER).tail(rows, x)[:, :-1]
+
+    def f(x):
+        return Hook(model, LAYER).tail(rows, x)[:, :-1]
+
     with sdpa_kernel(SDPBackend.MATH):
         twice = fisher.push_forward_twice(f, h, delta)
     u = fisher.push_forward(Hook(model, LAYER), rows, h, delta)

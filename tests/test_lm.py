@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-# ---------------------------------------------------------------------------------------------- model split
+# ------------------------------------------------------------------------------------------------ model split
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_patched_run_equals_hooked_full_forward(tiny, rows, layer):
     h = Hook(tiny, layer).head(rows)
@@ -40,7 +40,7 @@ def test_a_failing_tail_leaves_the_model_whole(tiny, rows):
     assert torch.equal(tiny(rows).logits, before)
 
 
-# ------------------------------------------------------------------------------------------------ gradients
+# -------------------------------------------------------------------------------------------------- gradients
 def summed_ce(model, layer, rows, h):
     return cross_entropy(log_probs(Hook(model, layer).tail(rows, h).double()), rows).sum()
 
@@ -63,7 +63,10 @@ def test_g_against_central_differences(tiny, rows, layer, exact):
     for _ in range(3):
         delta = torch.randn(h.shape, generator=generator, dtype=h.dtype)
         eps = 1e-5
-        ce = lambda x: cross_entropy(double_log_probs(Hook(tiny, layer).tail(rows, x)), rows).sum()
+
+        def ce(x):
+            return cross_entropy(double_log_probs(Hook(tiny, layer).tail(rows, x)), rows).sum()
+
         slope = (ce(h + eps * delta) - ce(h - eps * delta)) / (2 * eps)
         assert abs(slope - (g * delta).sum()) < 1e-7 * slope.abs().clamp(min=1)
 
@@ -141,7 +144,7 @@ def test_drawn_labels_follow_p(tiny, rows):
     assert all(torch.isfinite(g).all() for g in gradients)  # both ends of [0, 1) are labels
 
 
-# ------------------------------------------------------------------------------------------------------- KL
+# --------------------------------------------------------------------------------------------------------- KL
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 60.0])
 def test_kl_is_right_at_every_size(size):
     generator = torch.Generator().manual_seed(0)
@@ -153,14 +156,17 @@ def test_kl_is_right_at_every_size(size):
         ),
     )
     truth = (log_p.exp() * (log_p - log_q)).sum(-1)
-    kl = lambda a, b: kl_divergence(a.exp(), a, b)
+
+    def kl(a, b):
+        return kl_divergence(a.exp(), a, b)
+
     ours = kl(log_p.float(), log_q.float()).double()
     # at 1e-4 the KL is 3e-9, and rounding the inputs to float32 alone moves it by 1e-3
     assert ((ours - truth).abs() / truth).max() < (1e-3 if size > 1e-4 else 5e-3)
     assert kl(log_p.float(), log_p.float()).abs().max() == 0
 
 
-# ------------------------------------------------------------------------------------------- attention plans
+# -------------------------------------------------------------------------------------------- attention plans
 def test_plans_are_those_of_the_models_own_eager_attention(tiny, rows):
     """Fed the clean h, what is looked at after the hook is what transformers returns of a whole run; the logits
     are the tail's, and the model is left as it was."""

@@ -151,7 +151,7 @@ class PretendMps(TorchDispatchMode):
         raise Refused(f"{func}: no MPS kernel")
 
 
-# ------------------------------------------------------------------------------------------------- the guard itself
+# ------------------------------------------------------------------------------------------- the guard itself
 REFUSED = {
     "float64 made": ("float64", lambda x: torch.zeros(2, dtype=torch.float64, device=x.device)),
     "float64 moved": ("float64", lambda x: torch.ones(2, dtype=torch.float64).to(x.device)),
@@ -180,7 +180,7 @@ def test_guard_refuses(why, call):
         call(torch.ones(4, 4).to(MPS))
 
 
-# ----------------------------------------------------------------------------------------------------- the pipeline
+# ----------------------------------------------------------------------------------------------- the pipeline
 def tiny_model(vocab: int = 128):
     torch.manual_seed(0)
     config = transformers.GPTNeoXConfig(
@@ -209,9 +209,10 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
     """
     document = folder / "text.txt"
     document.write_text("\n".join(str(i * 7919 % 10007) for i in range(20000)))
-    tokenizer = lambda document, add_special_tokens: types.SimpleNamespace(
-        input_ids=[ord(c) for c in document]
-    )
+
+    def tokenizer(document, add_special_tokens):
+        return types.SimpleNamespace(input_ids=[ord(c) for c in document])
+
     tokenizer.eos_token_id = 0
     specs = [
         TrainingSpec(
@@ -254,7 +255,10 @@ def tiny_site(candidates, tokenizer=None, source=None) -> Site:
 
 def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
     """The rows of SAEs from files, by each rule and norm there is."""
-    random = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 4
+
+    def random(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 4
+
     common_tensors = {"W_enc": random(32, 64), "W_dec": random(64, 32), "b_dec": random(32)}
     kinds = {
         "jumprelu": {"threshold": random(64).abs(), "b_enc": random(64)},
@@ -338,7 +342,10 @@ WRONG = {  # a block before the hook, one after it, and one that is wrong only i
 def test_parity_check(what):
     """An honest device passes; one that gets a block wrong is not believed."""
     model, (layer, wrong) = tiny_model(), WRONG[what]
-    mistake = lambda module, inputs, y: wrong(y) if y.device.type == "mps" else None
+
+    def mistake(module, inputs, y):
+        return wrong(y) if y.device.type == "mps" else None
+
     with PretendMps():
         lm.check_parity(Hook(model, 1), tiny_rows(), MPS)
         model.gpt_neox.layers[layer].mlp.register_forward_hook(mistake)

@@ -107,9 +107,16 @@ def test_everything_against_dense_float64(hook):
     sink[:, 0] = True
     calm = h - h[~sink].mean(0)
     u = torch.linalg.svd(centred.reshape(-1, d), full_matrices=False).Vh[0]
-    off = lambda v: v - (v @ u)[..., None] * u
-    ln = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    sq = lambda v: v.square().sum(-1)
+
+    def off(v):
+        return v - (v @ u)[..., None] * u
+
+    def ln(v):
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+    def sq(v):
+        return v.square().sum(-1)
+
     patched = Hook(exact, layer).tail(rows, torch.cat([h_hat, whole[:, -1:]], 1))[:, :-1]
     log_q, log_p = torch.log_softmax(patched, -1), torch.log_softmax(logits, -1)
     recon = -log_q.gather(-1, rows[:, 1:, None]).squeeze(-1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 
-# ----------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 def test_held_out_files_are_disjoint_and_a_tenth():
     train, held = (dict(text.stdlib_documents(split)) for split in ("train", "heldout"))
     assert not train.keys() & held.keys()

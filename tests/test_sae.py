@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line():
         training.feed(h, 0, BAR, "stdlib-x k=3")
 
 
-# ---------------------------------------------------------------------------------------------- trunk and branches
+# ----------------------------------------------------------------------------------------- trunk and branches
 def test_budgets_share_a_trunk_where_batch_and_rate_agree():
     # few steps: each budget is a run of its own
     assert trunk("base", 250_000, [9_000, 80_000, 250_000]) == ()
@@ -354,7 +354,7 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
 
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(trainer, "CHUNK", 1024)
-    monkeypatch.setattr(trainer.time, "monotonic", lambda ticks=itertools.count(step=100.0): next(ticks))
+    monkeypatch.setattr(trainer.time, "monotonic", itertools.count(step=100.0).__next__)
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
     specs = [
         spec(text, 4, tokens, trunk=before, recipe="saelens")
