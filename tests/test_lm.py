@@ -168,8 +168,9 @@ def test_kl_is_right_at_every_size(size):
 
 # -------------------------------------------------------------------------------------------- attention plans
 def test_plans_are_those_of_the_models_own_eager_attention(tiny, rows):
-    """Fed the clean h, what is looked at after the hook is what transformers returns of a whole run; the logits
-    are the tail's, and the model is left as it was."""
+    """Fed the clean h, what is looked at after the hook is what transformers returns of a whole run; the
+    logits are the tail's, and the model is left as it was.
+    """
     hook, seen = Hook(tiny, 0), {}
     h = hook.head(rows)
     logits = hook.plans(rows, h, lambda block, plan: seen.setdefault(block, plan))
