@@ -265,11 +265,14 @@ def corruption(attack: Attack, state: str, at: pathlib.Path, rng: random.Random)
 def pairs(n: int, scripts: list[str], rng: random.Random, folder: pathlib.Path) -> Iterator[Finding]:
     attack, at = Attack("expb.py", folder / "expb.py", setup=""), folder / "again"
     command = [sys.executable, str(bench.ROOT / "expb.py"), *attack.arguments(at)]
-    quiet = dict(cwd=bench.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for _ in range(n):
         both = []
         for _ in range(2):
-            both.append(subprocess.Popen(command, **quiet))
+            both.append(
+                subprocess.Popen(
+                    command, cwd=bench.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+            )
             time.sleep(rng.uniform(0, 2))
         said = [process.communicate()[1] for process in both]
         status = sorted(process.returncode for process in both)

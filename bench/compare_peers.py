@@ -2,9 +2,8 @@
 by hand:
 
     python3 -m venv /tmp/peers && . /tmp/peers/bin/activate
-    pip install -e . -c constraints.txt
-    pip install sae-lens==6.54.12 eai-sparsify==1.3.3 -c constraints.txt
-    python bench/compare_peers.py                     # 200k tokens, k = 8 and 32, one seed: about 6 CPU-minutes
+    pip install -e '.[parity]' -c constraints.txt && pip uninstall -y torchvision
+    python bench/compare_peers.py            # 200k tokens, k = 8 and 32, one seed: about 6 CPU-minutes
     python bench/compare_peers.py --seeds 0,1,2
     python bench/compare_peers.py --tokens 1M
 
@@ -16,8 +15,8 @@ busy machine OMP_NUM_THREADS=1 is faster.
 Shapes: N tokens, d = d_model, F = d_sae.
 """
 
-import argparse
 import contextlib
+import functools
 import importlib.metadata
 import io
 import os
@@ -26,21 +25,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # with triton installed it fails on a CPU
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from common import parse_count, parse_ints
+import bench
+from common import parse_count, run_script
 from transport_geometry import kernels
 from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import head
-from transport_geometry.metrics import metrics
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import load_model
+from transport_geometry.run import CPU
 from transport_geometry.sae import TopKSAE, save_sae, sink_positions
-from transport_geometry.tables import readable_count
+from transport_geometry.tables import markdown, readable_count
 from transport_geometry.text import heldout_rows
-from transport_geometry.train import CHUNK, Training, activation_chunks
+from transport_geometry.train import CHUNK, Statistics, Training, activation_chunks
 
 import numpy as np
 import torch
@@ -57,21 +59,44 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
-from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
+from sparsify import SparseCoder, SparseCoderConfig, TrainConfig
+from sparsify import Trainer as SparsifyTrainer
 from tqdm import tqdm
 
-MODEL, LAYER, CTX, EXPANSION = "stdlib-l", 3, 256, 8
-EVAL_SEQS, PARITY_SEQS, BATCH = 48, 16, 8  # sequences
+LAYER, EXPANSION = 3, 8
+BATCH = 8  # sequences
 TOLERANCE = 1e-4
 LENS_STEP = 4096  # tokens per step: LanguageModelSAERunnerConfig.train_batch_size_tokens
-SPARSIFY_STEP = 32 * CTX  # TrainConfig.batch_size is 32 sequences
+SPARSIFY_STEP = 32 * 256  # TrainConfig.batch_size is 32 sequences
+BASE = "**this project, `base`**"
+
+# h [n,d] -> (h_hat [n,d], active [n,F] bool)
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (h [N,d], order [N], d_sae, k, seed) -> Forward. `order` is the order in which recipe `base` draws its
+# tokens, so that all see the same tokens in the same order.
+Trainer = Callable[[torch.Tensor, torch.Tensor, int, int, int], Forward]
+
+HEAD = """{versions}; {kernels}
+
+{model} layer {layer}, F = {d_sae}, {tokens} training tokens, the same in the same order.
+Held out: {positions} positions of {seqs} sequences, {sinks} sinks. Seeds {seeds}; ± half the range.
+Time: CPU time of the process, base = 1.
+"""
+SAME = """
+Where definitions coincide: our metrics, and SAELens' get_sparsity_and_variance_metrics (r2, mse, cosine, l0)
+and get_downstream_reconstruction_metrics (CE, KL), positions 0..T-2 of {seqs} sequences.
+Difference: absolute, relative above 1.
+"""
+APART = """
+Where they do not: run_evals as it comes (h and KL at T positions, no end-of-text; second r2: legacy).
+"""
+READ = """
+A saved SAE read by sparsify's SparseCoder.load_from_disk: largest |difference of h_hat| / |h|, and
+how many tokens have other latents.
+"""
 
 
 # ------------------------------------------------------------------------------------------- three trainers
-# Each takes h [N,d], order [N], d_sae, k, seed, and gives a function h [n,d] -> (h_hat [n,d], active [n,F] bool).
-# `order` is the order in which recipe `base` draws its tokens, so that all see the same tokens in the same order.
-
-
 def quiet() -> contextlib.ExitStack:
     stack = contextlib.ExitStack()
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -81,32 +106,33 @@ def quiet() -> contextlib.ExitStack:
 
 def train_order(n: int, seed: int) -> torch.Tensor:
     """The order of Training.feed over all its chunks."""
-    shuffle = lambda size, i: torch.randperm(
-        size, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)
-    )
-    return torch.cat(
-        [start + shuffle(min(CHUNK, n - start), i) for i, start in enumerate(range(0, n, CHUNK))]
-    )
+    order = []
+    for i, start in enumerate(range(0, n, CHUNK)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        order.append(start + torch.randperm(min(CHUNK, n - start), generator=generator))
+    return torch.cat(order)
 
 
-def run_topk_sae(sae: TopKSAE) -> Callable:
-    def forward(h):
-        values, indices = sae.encode(h)
+def run_topk_sae(sae: TopKSAE) -> Forward:
+    def forward(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices, h_hat = sae.reconstruct(h)
         active = torch.zeros(len(h), len(sae.W_enc), dtype=torch.bool)
-        return sae.decode(values, indices), active.scatter_(1, indices.long(), values > 0)
+        return h_hat, active.scatter_(1, indices, values > 0)
 
     return forward
 
 
-def base(h, sink, d_sae, k, seed) -> TopKSAE:
+def base(h: torch.Tensor, sink: torch.Tensor, d_sae: int, k: int, seed: int) -> TopKSAE:
     n = len(h)
-    training = Training(Training.describe(h[:CHUNK], sink[:CHUNK]), d_sae, k, seed, [n])
+    training = Training(Statistics.of(h[:CHUNK], sink[:CHUNK]), d_sae, k, seed, [n])
     for start in range(0, n, CHUNK):
         training.feed(h[start : start + CHUNK], start, tqdm(disable=True), "base")
     return training.finished()
 
 
-def saelens(h, order, d_sae, k, seed, step, helped=False) -> Callable:
+def saelens(
+    h: torch.Tensor, order: torch.Tensor, d_sae: int, k: int, seed: int, step: int, helped: bool = False
+) -> Forward:
     """SAETrainer, whose data_provider is any iterator of activation batches. Its defaults suit neither raw
     activations of this norm nor a run under 1000 steps; `helped` turns on its own normalisation, and AuxK
     after a tenth of the run.
@@ -119,18 +145,14 @@ def saelens(h, order, d_sae, k, seed, step, helped=False) -> Callable:
         config.dead_feature_window = len(batches) // 10
         config.n_batches_for_norm_estimate = min(100, len(batches))
         first = batches[: config.n_batches_for_norm_estimate]  # it draws these before it trains
+    scaling = "expected_average_only_in" if helped else "none"
     sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=h.shape[1],
-            d_sae=d_sae,
-            k=k,
-            normalize_activations="expected_average_only_in" if helped else "none",
-        )
+        TopKTrainingSAEConfig(d_in=h.shape[1], d_sae=d_sae, k=k, normalize_activations=scaling)
     )
     with quiet():
         sae = SAETrainer(config, sae, (h[i] for i in (*first, *batches))).fit().requires_grad_(False)
 
-    def forward(h):
+    def forward(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         code = sae.encode(h)
         return sae.decode(code), code != 0
 
@@ -152,7 +174,9 @@ class StreamAsModel(torch.nn.Module):
         return self.stream(input_ids)
 
 
-def sparsify(h, order, d_sae, k, seed, step, **settings) -> Callable:
+def sparsify(
+    h: torch.Tensor, order: torch.Tensor, d_sae: int, k: int, seed: int, step: int, **settings: Any
+) -> Forward:
     """Its own Trainer.fit, one "sequence" per step; what it saves (ScheduleFree's average) is what counts."""
     with tempfile.TemporaryDirectory() as folder, quiet():
         config = TrainConfig(
@@ -165,110 +189,171 @@ def sparsify(h, order, d_sae, k, seed, step, **settings) -> Callable:
             log_to_wandb=False,
             **settings,
         )
-        Trainer(config, [{"input_ids": i} for i in order.split(step)], StreamAsModel(h)).fit()
+        SparsifyTrainer(config, [{"input_ids": i} for i in order.split(step)], StreamAsModel(h)).fit()
         torch.set_float32_matmul_precision("highest")  # fit() lowers it for the whole process
         return run_sparsify(SparseCoder.load_from_disk(f"{folder}/unnamed/stream").requires_grad_(False))
 
 
-def run_sparsify(sae: SparseCoder) -> Callable:
-    def forward(h):
+def run_sparsify(sae: SparseCoder) -> Forward:
+    def forward(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         code = sae.encode(h)
         active = torch.zeros(len(h), sae.num_latents, dtype=torch.bool)
-        return sae.decode(code.top_acts, code.top_indices), active.scatter_(
-            1, code.top_indices, code.top_acts > 0
-        )
+        active.scatter_(1, code.top_indices, code.top_acts > 0)
+        return sae.decode(code.top_acts, code.top_indices), active
 
     return forward
 
 
-def quality(forward: Callable, h: torch.Tensor, sink: torch.Tensor) -> dict:
-    """R^2 = 1 - SSE/SST in float64 with one mean for the set, over all positions and without sinks; alive
-    share; L0.
-    """
-    h_hat, active = (torch.cat(parts) for parts in zip(*(forward(part) for part in h.split(4096))))
-    r2 = lambda x, y: 1 - ((y - x).square().sum() / (x - x.mean(0)).square().sum()).item()
-    x, y = h.double(), h_hat.double()
-    return {
-        "r2": r2(x, y),
-        "r2_nosink": r2(x[~sink], y[~sink]),
-        "alive": active.any(0).double().mean().item(),
-        "l0": active.sum(1).double().mean().item(),
-    }
-
-
-def trainers(tokens: int) -> dict[str, Callable]:
+def trainers(tokens: int) -> dict[str, Trainer]:
     """Peers at their defaults, and with what a short run needs: more steps, and schedules that fit into the
     run.
     """
     ours = min(max(tokens // 1000, 256), 4096)
-    steps = tokens // ours
+    steps, by = tokens // ours, functools.partial
+    adam = by(sparsify, step=ours, optimizer="adam")
     return {
-        f"SAELens, its defaults ({LENS_STEP} tokens a step)": lambda *a: saelens(*a, LENS_STEP),
-        f"SAELens, {ours} a step": lambda *a: saelens(*a, ours),
-        f"SAELens, {ours} a step, normalised, AuxK after {steps // 10} steps": lambda *a: saelens(
-            *a, ours, helped=True
+        f"SAELens, its defaults ({LENS_STEP} tokens a step)": by(saelens, step=LENS_STEP),
+        f"SAELens, {ours} a step": by(saelens, step=ours),
+        f"SAELens, {ours} a step, normalised, AuxK after {steps // 10} steps": by(
+            saelens, step=ours, helped=True
         ),
-        f"sparsify, its defaults (signum, {SPARSIFY_STEP} tokens a step)": lambda *a: sparsify(
-            *a, SPARSIFY_STEP
-        ),
-        f"sparsify signum, {8 * ours} a step": lambda *a: sparsify(*a, 8 * ours),
-        f"sparsify signum, {ours} a step": lambda *a: sparsify(*a, ours),
-        f"sparsify adam, {ours} a step": lambda *a: sparsify(*a, ours, optimizer="adam"),
-        f"sparsify adam, {ours} a step, warm-up {steps // 20} steps": lambda *a: sparsify(
-            *a, ours, optimizer="adam", lr_warmup_steps=steps // 20
-        ),
+        f"sparsify, its defaults (signum, {SPARSIFY_STEP} tokens a step)": by(sparsify, step=SPARSIFY_STEP),
+        f"sparsify signum, {8 * ours} a step": by(sparsify, step=8 * ours),
+        f"sparsify signum, {ours} a step": by(sparsify, step=ours),
+        f"sparsify adam, {ours} a step": adam,
+        f"sparsify adam, {ours} a step, warm-up {steps // 20} steps": by(adam, lr_warmup_steps=steps // 20),
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What all train on, and what all are measured on."""
+
+    hook: Hook
+    h: torch.Tensor  # [N,d]
+    sink: torch.Tensor  # [N] bool
+    input_ids: torch.Tensor  # [S,T], held out
+    held: torch.Tensor  # [n,d]
+    held_sink: torch.Tensor  # [n] bool
+
+    @property
+    def d_sae(self) -> int:
+        return EXPANSION * self.h.shape[1]
+
+
+def r2(x: torch.Tensor, y: torch.Tensor) -> float:
+    """1 - SSE/SST of y for x [n,d], with one mean for the set."""
+    return 1 - ((y - x).square().sum() / (x - x.mean(0)).square().sum()).item()
+
+
+def quality(forward: Forward, data: Data) -> dict[str, float]:
+    """R^2 in float64, over all positions and without sinks; alive share; L0."""
+    h_hat, active = (torch.cat(parts) for parts in zip(*(forward(part) for part in data.held.split(4096))))
+    x, y, calm = data.held.double(), h_hat.double(), ~data.held_sink
+    return {
+        "R²": r2(x, y),
+        "R² no sinks": r2(x[calm], y[calm]),
+        "alive": active.any(0).double().mean().item(),
+        "L0": active.sum(1).double().mean().item(),
+    }
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and half the range over seeds."""
+    half = (max(values) - min(values)) / 2
+    return f"{np.mean(values):{form}}" + (f" ± {half:{form}}" if len(values) > 1 else "")
+
+
+def compare_trainers(data: Data, k: int, seeds: list[int]) -> tuple[list[dict], list[str], TopKSAE]:
+    """(rows of the table, who explains more than recipe `base`, the first seed's SAE of it)."""
+    results: dict[str, list[dict[str, float]]] = {}
+    seconds: dict[str, float] = {}
+    mine: list[TopKSAE] = []
+
+    def train_base(h: torch.Tensor, order: torch.Tensor, d_sae: int, k: int, seed: int) -> Forward:
+        mine.append(base(h, data.sink, d_sae, k, seed))
+        return run_topk_sae(mine[-1])
+
+    everyone = {BASE: train_base, **trainers(len(data.h))}
+    with tqdm(total=len(seeds) * len(everyone), desc=f"k={k}", leave=False) as bar:
+        for seed in seeds:
+            order = train_order(len(data.h), seed)
+            for name, train in everyone.items():
+                start = time.process_time()
+                forward = train(data.h, order, data.d_sae, k, seed)
+                seconds[name] = seconds.get(name, 0) + time.process_time() - start
+                results.setdefault(name, []).append(quality(forward, data))
+                bar.update()
+    rows = []
+    for name, runs in results.items():
+        row: dict[str, Any] = {"k": k, "trainer": name}
+        for metric, form in (("R²", ".4f"), ("R² no sinks", ".4f"), ("alive", ".3f"), ("L0", ".2f")):
+            row[metric] = spread([run[metric] for run in runs], form)
+        rows.append(row | {"time": f"{seconds[name] / seconds[BASE]:.1f}"})
+    mean = {name: np.mean([run["R²"] for run in runs]) for name, runs in results.items()}
+    better = [name for name in mean if mean[name] > mean[BASE]]
+    return rows, [f"k={k}: {name} has a higher R² than base" for name in better], mine[0]
 
 
 # --------------------------------------------------------------------------------------- SAELens' evaluation
 class Rows:
     """All that SAELens' evaluation asks of its ActivationsStore: the next batch of token rows."""
 
-    def __init__(self, rows: torch.Tensor):
-        self.rows, self.context_size, self.store_batch_size_prompts = rows, rows.shape[1], BATCH
+    def __init__(self, input_ids: torch.Tensor):
+        self.input_ids, self.context_size, self.store_batch_size_prompts = (
+            input_ids,
+            input_ids.shape[1],
+            BATCH,
+        )
         self.reset_input_dataset()
 
-    def reset_input_dataset(self):
-        self.batches = iter(self.rows.split(BATCH))
+    def reset_input_dataset(self) -> None:
+        self.batches = iter(self.input_ids.split(BATCH))
 
     def get_batch_tokens(self, n: int) -> torch.Tensor:
         return next(self.batches)
 
 
-def as_saelens(sae: TopKSAE, hook: str) -> LensSAE:
+def as_saelens(sae: TopKSAE, hook_name: str) -> LensSAE:
     d_sae, d = sae.W_dec.shape
-    theirs = LensSAE(TopKSAEConfig(d_in=d, d_sae=d_sae, k=sae.k, metadata=SAEMetadata(hook_name=hook)))
+    theirs = LensSAE(TopKSAEConfig(d_in=d, d_sae=d_sae, k=sae.k, metadata=SAEMetadata(hook_name=hook_name)))
     theirs.load_state_dict({"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec})
     return theirs.requires_grad_(False)
 
 
-def parity(model, lens, rows: torch.Tensor, sae: TopKSAE, hook: str) -> list[list[tuple]]:
-    """[(metric, ours, SAELens')] where the definitions coincide, and where run_evals' own choice of positions
-    differs.
+Triples = list[tuple[str, float, float]]  # (metric, ours, SAELens')
+
+
+def parity(hook: Hook, lens: HookedProxyLM, x: torch.Tensor, sae: TopKSAE) -> tuple[Triples, Triples]:
+    """Metrics on input_ids x [B,T] where the definitions coincide, and where run_evals' own choice of
+    positions differs.
 
     Our mask is the positions that have a target, 0..T-2. SAELens' CE has the same; its h-side metrics and KL
     take every position, so they get rows without the last token: under a causal model that leaves positions
     0..T-2 as they were.
     """
     d = sae.W_dec.shape[1]
-    sums = evaluate(model, LAYER, rows, {"sae": sae}, BATCH)["sae"]["sums"]
-    ours = metrics({q: v[None] for q, v in sums.items()}, np.ones((1, len(rows))), d)
-    ours = {name: v.item() for name, v in ours.items()}
-    theirs, scaler, n = as_saelens(sae, hook), ActivationScaler(), len(rows) // BATCH
-    downstream = lambda rows, **which: get_downstream_reconstruction_metrics(
-        theirs,
-        lens,
-        Rows(rows),
-        scaler,
-        **{"compute_kl": False, "compute_ce_loss": False, **which},
-        n_batches=n,
-        eval_batch_size_prompts=BATCH,
-    )
-    ce, kl = downstream(rows, compute_ce_loss=True), downstream(rows[:, :-1], compute_kl=True)
+    sums = evaluate(hook, x, {"sae": sae}, BATCH)["sae"].sums
+    found = computed(Sums({q: v[None] for q, v in sums.items()}, np.ones((1, len(x))), d))
+    ours = {name: v.item() for name, v in found.items()}
+    theirs, scaler, n = as_saelens(sae, hook_name(hook)), ActivationScaler(), len(x) // BATCH
+
+    def downstream(x: torch.Tensor, **which: bool) -> dict[str, float]:
+        return get_downstream_reconstruction_metrics(
+            theirs,
+            lens,
+            Rows(x),
+            scaler,
+            **{"compute_kl": False, "compute_ce_loss": False, **which},
+            n_batches=n,
+            eval_batch_size_prompts=BATCH,
+        )
+
+    ce, kl = downstream(x, compute_ce_loss=True), downstream(x[:, :-1], compute_kl=True)
     h_side, _ = get_sparsity_and_variance_metrics(
         theirs,
         lens,
-        Rows(rows[:, :-1]),
+        Rows(x[:, :-1]),
         scaler,
         n_batches=n,
         eval_batch_size_prompts=BATCH,
@@ -297,7 +382,7 @@ def parity(model, lens, rows: torch.Tensor, sae: TopKSAE, hook: str) -> list[lis
         compute_variance_metrics=True,
     )
     # its defaults: every position, special tokens (here: end of text) left unpatched and out of the means
-    groups, _ = run_evals(theirs, Rows(rows), lens, scaler, config)
+    groups, _ = run_evals(theirs, Rows(x), lens, scaler, config)
     whole = {name: v for group in groups.values() for name, v in group.items()}
     apart = [
         ("r2", whole["explained_variance"]),
@@ -305,125 +390,108 @@ def parity(model, lens, rows: torch.Tensor, sae: TopKSAE, hook: str) -> list[lis
         ("frac_zero", whole["ce_loss_score"]),
         ("kl", whole["kl_div_with_sae"]),
     ]
-    return [[(name, ours[name], value) for name, value in part] for part in (same.items(), apart)]
+    return [(m, ours[m], value) for m, value in same.items()], [(m, ours[m], value) for m, value in apart]
+
+
+def hook_name(hook: Hook) -> str:
+    return f"gpt_neox.layers.{hook.layer}"
 
 
 # ---------------------------------------------------------------------------------------------------- report
-def table(columns: list[str], rows: list[list]) -> None:
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
-    print(flush=True)
+def read_by_sparsify(sae: TopKSAE, held: torch.Tensor) -> tuple[float, int]:
+    """(largest |difference of h_hat| / |h|, tokens with other latents) of an SAE saved here, read there."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_sae(pathlib.Path(folder), sae, {})
+        theirs, active = run_sparsify(SparseCoder.load_from_disk(folder).requires_grad_(False))(held)
+    ours, my_active = run_topk_sae(sae)(held)
+    difference = ((theirs - ours).norm(dim=1) / held.norm(dim=1)).max().item()
+    return difference, int((active != my_active).any(1).sum())
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean, and half the range over seeds."""
-    half = (max(values) - min(values)) / 2
-    return f"{np.mean(values):{form}}" + (f" ± {half:{form}}" if len(values) > 1 else "")
+def show(rows: list[dict]) -> None:
+    print(markdown(rows, list(rows[0])), flush=True)
+
+
+def loaded(model: str, tokens: int, ctx: int, seqs: int) -> tuple[Data, Any]:
+    """(data, tokenizer)."""
+    language_model, tokenizer = load_model(model, CPU)
+    hook = Hook(language_model, LAYER)
+    chunks = activation_chunks(hook, "stdlib", tokenizer, ctx, tokens, "keep")
+    h, sink = (torch.cat(parts) for parts in zip(*chunks))
+    input_ids = heldout_rows("stdlib", tokenizer, ctx, seqs).input_ids
+    held = torch.cat([hook.head(part) for part in input_ids.split(BATCH)])[:, :-1]
+    norms = held.norm(dim=-1)
+    held_sink = sink_positions(norms, norms[:, 1:].median().item()).flatten()
+    return Data(hook, h, sink, input_ids, held.flatten(0, 1), held_sink), tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser_of(__doc__)
+    parser.add_argument("--model", default="stdlib-l")
     parser.add_argument("--tokens", default="200k", type=parse_count)
-    parser.add_argument("--k", default="8,32")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--k", default="8,32", type=bench.ints)
+    parser.add_argument("--seeds", default="0", type=bench.ints)
+    parser.add_argument("--ctx", default=256, type=int)
+    parser.add_argument("--eval-seqs", default=48, type=int, help="held out, for R²")
+    parser.add_argument("--parity-seqs", default=16, type=int, help="of them, for SAELens' evaluation")
     args = parser.parse_args()
-    ks, seeds = parse_ints(args.k, "--k", 1), parse_ints(args.seeds, "--seeds", 0)
-    model, tokenizer = load_model(MODEL, torch.device("cpu"))
-    chunks = activation_chunks(model, LAYER, "stdlib", tokenizer, CTX, args.tokens, "keep")
-    h, sink = (torch.cat(parts) for parts in zip(*chunks))
-    rows = heldout_rows("stdlib", tokenizer, CTX, EVAL_SEQS).rows
-    held = torch.cat([head(model, LAYER, part) for part in rows.split(BATCH)])[:, :-1]
-    norms = held.norm(dim=-1)
-    held_sink = sink_positions(norms, norms[:, 1:].median().item()).flatten()
-    held, d_sae, failures = held.flatten(0, 1), EXPANSION * held.shape[-1], []
-
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "sae-lens", "eai-sparsify", "transformer-lens", "transformers")
-    )
-    print(f"{versions}; {kernels.describe()}\n")
+    data, tokenizer = loaded(args.model, args.tokens, args.ctx, args.eval_seqs)
+    libraries = ("torch", "sae-lens", "eai-sparsify", "transformer-lens", "transformers")
     print(
-        f"{MODEL} layer {LAYER}, F = {d_sae}, {readable_count(args.tokens)} training tokens, the same in the same "
-        f"order.\nHeld out: {len(held)} positions of {EVAL_SEQS} sequences, {int(held_sink.sum())} sinks. Seeds "
-        f"{args.seeds}; ± half the range.\nTime: CPU time of the process, base = 1.\n"
+        HEAD.format(
+            versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries),
+            kernels=kernels.describe(),
+            model=args.model,
+            layer=LAYER,
+            d_sae=data.d_sae,
+            tokens=readable_count(args.tokens),
+            positions=len(data.held),
+            seqs=args.eval_seqs,
+            sinks=int(data.held_sink.sum()),
+            seeds=",".join(map(str, args.seeds)),
+        )
     )
-    saes, lines = {}, []
-    for k in ks:
-        results, seconds = {}, {}
-        everyone = {"**this project, `base`**": None, **trainers(args.tokens)}
-        bar = tqdm(total=len(seeds) * len(everyone), desc=f"k={k}", leave=False)
-        for seed in seeds:
-            order = train_order(len(h), seed)
-            for name, train in everyone.items():
-                start = time.process_time()
-                if train is None:
-                    saes[k, seed] = base(h, sink, d_sae, k, seed)
-                    forward = run_topk_sae(saes[k, seed])
-                else:
-                    forward = train(h, order, d_sae, k, seed)
-                seconds[name] = seconds.get(name, 0) + time.process_time() - start
-                results.setdefault(name, []).append(quality(forward, held, held_sink))
-                bar.update()
-        bar.close()
-        mine, *others = results
-        for name, runs in results.items():
-            column = lambda metric, form: spread([run[metric] for run in runs], form)
-            lines.append(
-                [
-                    k,
-                    name,
-                    column("r2", ".4f"),
-                    column("r2_nosink", ".4f"),
-                    column("alive", ".3f"),
-                    column("l0", ".2f"),
-                    f"{seconds[name] / seconds[mine]:.1f}",
-                ]
-            )
-        mean_r2 = lambda name: np.mean([run["r2"] for run in results[name]])
-        failures += [
-            f"k={k}: {name} has a higher R² than base" for name in others if mean_r2(name) > mean_r2(mine)
-        ]
-    table(["k", "trainer", "R²", "R² no sinks", "alive", "L0", "time"], lines)
+    quality_rows: list[dict] = []
+    failures: list[str] = []
+    saes = {}
+    for k in args.k:
+        rows, better, saes[k] = compare_trainers(data, k, args.seeds)
+        quality_rows += rows
+        failures += better
+    show(quality_rows)
 
-    hook = f"gpt_neox.layers.{LAYER}"
-    lens = HookedProxyLM(load_model(MODEL, torch.device("cpu"))[0], tokenizer, hook_names=[hook])
-    same_lines, apart_lines, read_lines = [], [], []
-    for k in ks:
-        sae = saes[k, seeds[0]]
-        same, apart = parity(model, lens, rows[:PARITY_SEQS], sae, hook)
+    lens = HookedProxyLM(load_model(args.model, CPU)[0], tokenizer, hook_names=[hook_name(data.hook)])
+    same_rows, apart_rows, read_rows = [], [], []
+    for k, sae in saes.items():
+        same, apart = parity(data.hook, lens, data.input_ids[: args.parity_seqs], sae)
         for metric, ours, theirs in same:
             difference = abs(ours - theirs) / max(1.0, abs(ours))
-            failures += [f"k={k}: {metric} differs from SAELens'"] * (not difference <= TOLERANCE)
-            same_lines.append([k, metric, f"{ours:.7f}", f"{theirs:.7f}", f"{difference:.1e}"])
-        apart_lines += [[k, metric, f"{ours:.4f}", f"{theirs:.4f}"] for metric, ours, theirs in apart]
-        with tempfile.TemporaryDirectory() as folder:
-            save_sae(pathlib.Path(folder), sae, {})
-            theirs, active = run_sparsify(SparseCoder.load_from_disk(folder).requires_grad_(False))(held)
-        ours, my_active = run_topk_sae(sae)(held)
-        difference = ((theirs - ours).norm(dim=1) / held.norm(dim=1)).max().item()
-        failures += [f"k={k}: sparsify reads another SAE"] * (not difference <= TOLERANCE)
-        read_lines.append([k, f"{difference:.1e}", int((active != my_active).any(1).sum())])
-    print(
-        "Where definitions coincide: proxies.metrics, and SAELens' get_sparsity_and_variance_metrics (r2, mse,\n"
-        "cosine, l0) and get_downstream_reconstruction_metrics (CE, KL), positions 0..T-2 of "
-        f"{PARITY_SEQS} sequences.\nDifference: absolute, relative above 1.\n"
-    )
-    table(["k", "metric", "ours", "SAELens", "difference"], same_lines)
-    print(
-        "Where they do not: run_evals as it comes (h and KL at T positions, no end-of-text; second r2: legacy).\n"
-    )
-    table(["k", "metric", "ours", "run_evals"], apart_lines)
-    print(
-        "A saved SAE read by sparsify's SparseCoder.load_from_disk: largest |difference of h_hat| / |h|, and\n"
-        "how many tokens have other latents.\n"
-    )
-    table(["k", "difference", "tokens"], read_lines)
-    print("\n".join(f"FAILED {why}" for why in failures) or "passed")
+            if not difference <= TOLERANCE:
+                failures.append(f"k={k}: {metric} differs from SAELens'")
+            same_rows.append(
+                {
+                    "k": k,
+                    "metric": metric,
+                    "ours": f"{ours:.7f}",
+                    "SAELens": f"{theirs:.7f}",
+                    "difference": f"{difference:.1e}",
+                }
+            )
+        for metric, ours, theirs in apart:
+            apart_rows.append({"k": k, "metric": metric, "ours": f"{ours:.4f}", "run_evals": f"{theirs:.4f}"})
+        difference, tokens = read_by_sparsify(sae, data.held)
+        if not difference <= TOLERANCE:
+            failures.append(f"k={k}: sparsify reads another SAE")
+        read_rows.append({"k": k, "difference": f"{difference:.1e}", "tokens": tokens})
+    print(SAME.format(seqs=args.parity_seqs))
+    show(same_rows)
+    print(APART)
+    show(apart_rows)
+    print(READ)
+    show(read_rows)
+    print("\n" + ("\n".join(f"FAILED {why}" for why in failures) or "passed"))
     sys.exit(bool(failures))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

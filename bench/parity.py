@@ -10,57 +10,79 @@ and patched CE from their h_hat and from ours.
 """
 
 import pathlib
-import sys
 import tempfile
+from collections.abc import Callable
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import peers  # noqa: E402
+import bench
+import peers
+from common import parse_count, run_script
 from transport_geometry import formats
 from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import head
-from transport_geometry.metrics import metrics
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import load_model
+from transport_geometry.run import CPU
 from transport_geometry.tables import markdown
 from transport_geometry.text import heldout_rows
 from transport_geometry.train import activation_chunks
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-MODEL, LAYER, CTX, TOKENS, F, K = "stdlib-s", 3, 128, 40_000, 512, 16
-
-torch.set_num_threads(1)
-model, tokenizer = load_model(MODEL, torch.device("cpu"))
-h = torch.cat([h for h, _ in activation_chunks(model, LAYER, "stdlib", tokenizer, CTX, TOKENS, "keep")])
-rows = heldout_rows("stdlib", tokenizer, CTX, 16).rows
-held = head(model, LAYER, rows)[:, :-1].flatten(0, 1)
-table = []
-with tempfile.TemporaryDirectory() as folder:
-    for name, (path, theirs) in peers.everything(pathlib.Path(folder), h, F, K).items():
-        (entry,) = formats.find(str(path))
-        sae = formats.fused(formats.read(entry))
-        with torch.no_grad():
-            expected, got = theirs(held), sae.reconstruct(held)[2]
-        results = evaluate(model, LAYER, rows, {"theirs": lambda h, mean: theirs(h).detach(), "ours": sae}, 4)
-        value = {
-            who: metrics({q: v[None] for q, v in result["sums"].items()}, np.ones((1, len(rows))), h.shape[1])
-            for who, result in results.items()
-        }
-        one = lambda who, metric: f"{value[who][metric].item():.6f}"
-        table.append(
-            {
-                "library, architecture": name,
-                "forward error": ((got - expected).norm(dim=1) / expected.norm(dim=1)).max().item(),
-                "L0": value["ours"]["l0"].item(),
-                "R2 theirs": one("theirs", "r2"),
-                "R2 ours": one("ours", "r2"),
-                "CE theirs": one("theirs", "ce_recon"),
-                "CE ours": one("ours", "ce_recon"),
-            }
-        )
-print(
-    f"{MODEL} block {LAYER}, F = {F}, k = {K}, {TOKENS} activations, {len(rows)} x {CTX} held-out tokens, clean CE {value['ours']['ce_orig'].item():.6f} nats\n"
+MODEL, LAYER = "stdlib-s", 3
+END = (
+    "{model} block {layer}, F = {width}, k = {k}, {n} activations, {seqs} x {ctx} held-out tokens, "
+    "clean CE {clean:.6f} nats\n"
 )
-print(markdown(table, list(table[0])))
+
+
+def compared(
+    name: str, path: pathlib.Path, theirs: Callable[[torch.Tensor], torch.Tensor], hook: Hook, x: torch.Tensor
+) -> tuple[dict, float]:
+    """(row of the table, clean CE) of one SAE on input_ids x [B,T]."""
+    held = hook.head(x)[:, :-1].flatten(0, 1)
+    (file,) = formats.find(str(path))
+    sae = formats.fused(formats.read(file))
+    with torch.no_grad():
+        expected, got = theirs(held), sae.reconstruct(held)[2]
+    reconstructions = {"theirs": lambda h, mean: theirs(h).detach(), "ours": sae}
+    value = {}
+    for who, result in evaluate(hook, x, reconstructions, 4).items():
+        sums = Sums({q: v[None] for q, v in result.sums.items()}, np.ones((1, len(x))), held.shape[1])
+        value[who] = {metric: v.item() for metric, v in computed(sums).items()}
+    row = {
+        "library, architecture": name,
+        "forward error": ((got - expected).norm(dim=1) / expected.norm(dim=1)).max().item(),
+        "L0": value["ours"]["l0"],
+    }
+    for metric, called in (("r2", "R2"), ("ce_recon", "CE")):
+        row |= {f"{called} {who}": f"{value[who][metric]:.6f}" for who in ("theirs", "ours")}
+    return row, value["ours"]["ce_orig"]
+
+
+def main() -> None:
+    parser = bench.parser_of(__doc__)
+    parser.add_argument("--tokens", type=parse_count, default="40k", help="activations each trains on")
+    parser.add_argument("--seqs", type=int, default=16, help="held-out sequences")
+    parser.add_argument("--ctx", type=int, default=128)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--k", type=int, default=16)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(MODEL, CPU)
+    hook = Hook(model, LAYER)
+    chunks = activation_chunks(hook, "stdlib", tokenizer, args.ctx, args.tokens, "keep")
+    h = torch.cat([h for h, _ in chunks])
+    x = heldout_rows("stdlib", tokenizer, args.ctx, args.seqs).input_ids
+    rows, clean = [], float("nan")
+    with tempfile.TemporaryDirectory() as folder:
+        everything = peers.everything(pathlib.Path(folder), h, args.width, args.k)
+        for name, (path, theirs) in everything.items():
+            row, clean = compared(name, path, theirs, hook, x)
+            rows.append(row)
+    print(END.format(model=MODEL, layer=LAYER, n=len(h), clean=clean, **vars(args)))
+    print(markdown(rows, list(rows[0])))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,15 +1,17 @@
 """The 70M row of `--preset fast3` at Pythia-70m's true shape with random weights, from a hub on the loopback.
 Run by hand:
 
-    timeout -s INT 600 python bench/pythia_row.py            # ten minutes of its training, at its own step size
-    python bench/pythia_row.py --tokens 4096                 # hardly any training, all of its evaluation; any flag of expb.py
+    timeout -s INT 600 python bench/pythia_row.py     # ten minutes of its training, at its own step size
+    python bench/pythia_row.py --tokens 4096          # hardly any training, all of its evaluation
 
-What it cannot say: anything about R^2 or CE of the real model. What it does: wall time, peak memory, tokens a
-second in training and in evaluation, and what of it is the language model. The tokenizer is a byte-level BPE
-of 50k entries trained on the standard library.
+Takes the flags of expb.py, and one of its own: --small, a toy shape, vocabulary and text, to see whether it
+runs. What it cannot say: anything about R^2 or CE of the real model. What it does: wall time, peak memory,
+tokens a second in training and in evaluation, and what of it is the language model. The tokenizer is a
+byte-level BPE of 50k entries trained on the standard library.
+
+Hugging Face's clients read the environment when they are imported, so what imports them is imported late.
 """
 
-import atexit
 import collections
 import contextlib
 import functools
@@ -19,133 +21,182 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import bench
+import hub
 
-from hub import serve  # noqa: E402
-
-temporary = tempfile.TemporaryDirectory()
-FOLDER = pathlib.Path(temporary.name)
-server = serve(FOLDER / "hub")
-hub = server.__enter__()
-atexit.register(server.__exit__, None, None, None)
-os.environ.update(hub.environment(FOLDER / "hf"))  # the clients read it when they are imported
-
-import common
-import expb  # noqa: E402
-from transport_geometry import evaluate as evaluation
-from transport_geometry import grid, train
-from transport_geometry import run as running
-from transport_geometry.text import packed_rows, stdlib_documents
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-
-MODEL, DATA = "EleutherAI/pythia-70m", "NeelNanda/pile-small-tokenized-2b"
+MODEL, DATA, END_OF_TEXT = "EleutherAI/pythia-70m", "NeelNanda/pile-small-tokenized-2b", "<|endoftext|>"
+ROW, FILES = 1024, 4  # ids of a row of the data set, and its files
 
 
-def make_hub(folder: pathlib.Path) -> None:
+@dataclass(frozen=True)
+class Size:
+    shape: tuple[int, int, int]  # width, blocks, heads
+    entries: int  # that the tokenizer learns
+    vocabulary: int  # of the model
+    documents: int | None = None  # of the standard library; None: all of its training side
+
+
+TRUE, SMALL = Size((512, 6, 8), 50_000, 50_304), Size((32, 2, 2), 500, 512, 100)
+HUB = "hub: {model} {d} x {blocks}, {entries} entries; {data} {rows} rows of {row} ids"
+WHOLE = """
+{threads} threads, tokens {tokens}, k {k}, evaluation {seqs} x {ctx}: {wall:.0f} s, peak {peak:.1f} GB"""
+PART = "{what:28s} {seconds:8.1f} s  {share:5.1%}"
+TRAINED = "training: {n} SAE-tokens, {rate:.0f} a second ({saes} SAEs on one stream)"
+EVALUATED = "evaluation: {rate:.0f} tokens/s for {saes} SAEs and {nulls} null rows"
+
+
+def make_hub(folder: pathlib.Path, size: Size) -> None:
+    """The model, its tokenizer and the data set, as files of a hub."""
+    from transport_geometry.text import packed_rows, stdlib_documents
+
     import pyarrow
     import pyarrow.parquet
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(
-        (text for _, text in stdlib_documents("train")),
-        trainers.BpeTrainer(vocab_size=50_000, special_tokens=["<|endoftext|>"], show_progress=False),
+        (text for _, text in stdlib_documents("train")[: size.documents]),
+        trainers.BpeTrainer(vocab_size=size.entries, special_tokens=[END_OF_TEXT], show_progress=False),
     )
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+        tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT
     )
     torch.manual_seed(0)
+    d, blocks, heads = size.shape
     config = transformers.GPTNeoXConfig(
-        hidden_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        intermediate_size=2048,
-        vocab_size=50304,
+        hidden_size=d,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=4 * d,
+        vocab_size=size.vocabulary,
         max_position_embeddings=2048,
         rotary_pct=0.25,
     )
     # float16, as Pythia's file is
     transformers.GPTNeoXForCausalLM(config).half().save_pretrained(folder / f"models/{MODEL}")
     tokenizer.save_pretrained(folder / f"models/{MODEL}")
-    rows = [{"tokens": row.tolist()} for row in packed_rows("stdlib", "train", tokenizer, 1024)]
-    (folder / f"datasets/{DATA}/data").mkdir(parents=True)
-    for i in range(4):
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows[i::4]),
-            folder / f"datasets/{DATA}/data/train-0000{i}-of-00004.parquet",
+    packed = packed_rows("stdlib", "train", tokenizer, ROW)
+    rows = [{"tokens": row.tolist()} for _, row in zip(range(size.documents or sys.maxsize), packed)]
+    data = folder / f"datasets/{DATA}/data"
+    data.mkdir(parents=True)
+    for i in range(FILES):
+        path = data / f"train-{i:05}-of-{FILES:05}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[i::FILES]), path)
+    print(
+        HUB.format(
+            model=MODEL, d=d, blocks=blocks, entries=len(tokenizer), data=DATA, rows=len(rows), row=ROW
         )
-    print(
-        f"hub: {MODEL} {config.hidden_size} x {config.num_hidden_layers}, {len(tokenizer)} entries; {DATA} {len(rows)} rows of 1024 ids"
     )
 
 
-spent, depth = collections.Counter(), collections.Counter()
+class Clock:
+    """Seconds by what they are spent on; of calls within calls of one kind the outer ones count."""
+
+    def __init__(self) -> None:
+        self.spent: collections.Counter[str] = collections.Counter()
+        self.depth: collections.Counter[str] = collections.Counter()
+        self.trained = 0  # tokens, of all SAEs
+
+    def phase(self) -> str:
+        return next((what for what in ("training", "evaluation") if self.depth[what]), "loading")
+
+    def watch(self, owner: Any, name: str, kind: Callable[[], str]) -> None:
+        """Count the seconds in owner.name as kind()."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def around(*args: Any, **kwargs: Any) -> Any:
+            what = kind()
+            self.depth[what] += 1
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth[what] -= 1
+                if not self.depth[what]:
+                    self.spent[what] += time.perf_counter() - start  # type: ignore[assignment]
+
+        setattr(owner, name, around)
+
+    def watch_run(self) -> None:
+        """Loading, training and evaluation, and what of each is the language model."""
+        from transport_geometry import run
+        from transport_geometry.lm import Hook
+        from transport_geometry.train import Training
+
+        self.watch(run, "plan", lambda: "loading")
+        self.watch(run, "train", lambda: "training")
+        self.watch(run, "measure", lambda: "evaluation")
+        for name in ("head", "tail", "clean_pass"):
+            self.watch(Hook, name, lambda: f"{self.phase()}: language model")
+        step = Training.one_step
+
+        def counted(training: Training, h: Any) -> Any:
+            self.trained += len(h)
+            return step(training, h)
+
+        Training.one_step = counted  # type: ignore[method-assign, assignment]
 
 
-def timed(module, name: str, what: str) -> None:
-    """Count the seconds in module.name as `what`, nested calls once."""
-    function = getattr(module, name)
+def measure(served: hub.Hub, folder: pathlib.Path, size: Size, flags: list[str]) -> None:
+    """expb.py on the hub, and where its time goes."""
+    import common
+    import expb
+    from transport_geometry.condition import NULLS
 
-    @functools.wraps(function)
-    def around(*args, **kwargs):
-        depth[what] += 1
-        start = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            depth[what] -= 1
-            spent[what] += 0 if depth[what] else time.perf_counter() - start
+    import torch
 
-    setattr(module, name, around)
-
-
-make_hub(FOLDER / "hub")
-timed(train, "head", "training: language model")
-for name in ("head", "tail", "clean_pass"):
-    timed(evaluation, name, "evaluation: language model")
-step, trained = train.Training.one_step, collections.Counter()
-train.Training.one_step = lambda self, h: trained.update({self.sae.k: len(h)}) or step(self, h)
-timed(running, "train", "training")
-timed(running, "run_hook", "evaluation")
-timed(running, "plan", "loading, held-out rows")
-sys.argv = [
-    "expb.py",
-    "--preset",
-    "fast3",
-    "--models",
-    MODEL,
-    "--device",
-    "cpu",
-    "--out",
-    str(FOLDER / "out"),
-    "--cache",
-    str(FOLDER / "cache"),
-    *sys.argv[1:],
-]
-args = common.parse_args("", **expb.GRID)
-start = time.perf_counter()
-with contextlib.suppress(SystemExit):  # of an interrupt: what was measured is printed
-    common.run_script(expb.main)
-wall = time.perf_counter() - start
-assert any(path.endswith("model.safetensors") for path in hub.requests) and any(
-    path.endswith(".parquet") for path in hub.requests
-)
-
-print(
-    f"\n{torch.get_num_threads()} threads, tokens {args.tokens}, k {args.k}, evaluation {args.eval_seqs} x {args.ctx}: {wall:.0f} s, "
-    f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
-)
-for what, seconds in sorted(spent.items()):
-    print(f"{what:28s} {seconds:8.1f} s  {seconds / wall:5.1%}")
-print(
-    f"training: {sum(trained.values())} SAE-tokens, {sum(trained.values()) / spent['training']:.0f} a second ({len(args.k)} SAEs on one stream)"
-)
-if spent["evaluation"]:
+    make_hub(folder / "hub", size)
+    clock = Clock()
+    clock.watch_run()
+    preset = f"--preset fast3 --models {MODEL} --device cpu".split()
+    places = ["--out", str(folder / "out"), "--cache", str(folder / "cache")]
+    sys.argv = ["expb.py", *preset, *places, *flags]
+    grid = common.parse_args("", expb.GRID).grid
+    start = time.perf_counter()
+    with contextlib.suppress(SystemExit):  # of an interrupt: what was measured is printed
+        common.run_script(expb.main)
+    wall = time.perf_counter() - start
+    for suffix in ("model.safetensors", ".parquet"):
+        assert any(path.endswith(suffix) for path in served.requests), f"no {suffix} was asked for"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(
-        f"evaluation: {args.eval_seqs * (args.ctx - 1) / spent['evaluation']:.0f} tokens/s for {len(args.k)} SAEs and {len(grid.NULLS)} null rows"
+        WHOLE.format(
+            threads=torch.get_num_threads(),
+            tokens=list(grid.tokens),
+            k=list(grid.k),
+            seqs=grid.eval_seqs,
+            ctx=grid.ctx,
+            wall=wall,
+            peak=peak,
+        )
     )
+    for what, seconds in sorted(clock.spent.items()):
+        print(PART.format(what=what, seconds=seconds, share=seconds / wall))
+    saes, training, evaluation = len(grid.k), clock.spent["training"], clock.spent["evaluation"]
+    if training:
+        print(TRAINED.format(n=clock.trained, rate=clock.trained / training, saes=saes))
+    if evaluation:
+        rate = grid.eval_seqs * (grid.ctx - 1) / evaluation
+        print(EVALUATED.format(rate=rate, saes=saes, nulls=len(NULLS)))
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    size = SMALL if "--small" in flags else TRUE
+    if {"-h", "--help"} & set(flags):
+        bench.parser_of(__doc__).parse_args(flags)
+    with tempfile.TemporaryDirectory() as folder, hub.serve(pathlib.Path(folder) / "hub") as served:
+        os.environ.update(served.environment(pathlib.Path(folder) / "hf"))
+        measure(served, pathlib.Path(folder), size, [flag for flag in flags if flag != "--small"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """What another seed does to every column of conditions.csv, for `python common.py diff` to judge reruns by.
 
     python expb.py --seeds 0,1,2,3,4 --out outputs/seeds && python bench/seed_sd.py outputs/seeds
-    python bench/seed_sd.py outputs/seed0 outputs/seed1 ...        # or a folder for each; then their tables are compared, too
-    python bench/seed_sd.py outputs/seeds outputs/expa             # grids may differ: SDs are kept per budget and k
-    python bench/seed_sd.py FOLDER ... --out DIRECTORY             # where to write; outputs/reference unless said
+    python bench/seed_sd.py outputs/seed0 outputs/seed1 ...   # or a folder each; their tables are compared
+    python bench/seed_sd.py outputs/seeds outputs/expa        # grids may differ: SDs are of a budget and k
+    python bench/seed_sd.py FOLDER ... --out DIRECTORY        # where to write; outputs/reference unless said
 
 Writes seed_sd.csv (column, scale, tokens, k, sd, df, together) and seed_sd.json beside it: where the SDs come
 from, and how often two seeds are further apart than 3 of the SDs of the others. SDs are pooled over the cells
@@ -12,19 +12,18 @@ freedom came from there), so that a k at which five SAEs happened to agree, as w
 0.
 """
 
-import argparse
 import itertools
 import math
 import pathlib
 import subprocess
-import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import bench
 from common import run_script
 from transport_geometry import rerun, store
 from transport_geometry.errors import UserError
+from transport_geometry.rerun import Run, Spread
 from transport_geometry.tables import as_csv, as_json, markdown, plain
 
 import numpy as np
@@ -33,8 +32,14 @@ import numpy as np
 LOG_OF_1_MINUS = ("r2", "cosine", "ce_rec", "frac_")
 PLAIN = ("gd_mean", "fed", "alive", "delta")
 PRIOR = 4
+SAID = "{seeds} seeds of {cells} cells, {scripts}, tokens {tokens}, k {k}, {processor}"
+END = "---\n{said}\nbeyond 3 SDs in some column: {beyond} of {pairs} pairs; largest |z| {largest:.2f}\n{path}"
+Cell = tuple  # (tokens, k, number of the group of runs, the rest of a condition without its seed)
+Cells = dict[Cell, dict[int, float]]  # {cell: {seed: value}} of one column
+Between = dict[tuple[int, int], dict[Cell, float]]  # {pair of seeds: {cell: z}}
 
 
+# ------------------------------------------------------------------------------------------------- the cells
 def scale_of(column: str, values: np.ndarray) -> str:
     """The scale on which a seed's SD hardly depends on the value."""
     if column.startswith(LOG_OF_1_MINUS) and (values < 1).all():
@@ -42,89 +47,154 @@ def scale_of(column: str, values: np.ndarray) -> str:
     return "plain" if column.startswith(PLAIN) or not (values > 0).all() else "log"
 
 
-def grouped(runs: list[rerun.Run]) -> list[list[rerun.Run]]:
+def grouped(runs: list[Run]) -> list[list[Run]]:
     """Runs that differ in their seeds alone together."""
-    groups = []
+    groups: list[list[Run]] = []
     for run in runs:
-        group = next(
-            (group for group in groups if not rerun.other_settings(group[0].settings, run.settings)[0]), None
-        )
-        if group is None:
-            groups.append(group := [])
-        group.append(run)
+        for group in groups:
+            if not rerun.other_settings(group[0].settings, run.settings)[0]:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
     return groups
 
 
-def cells_of(groups: list[list[rerun.Run]], column: str) -> dict[tuple, dict]:
-    """{(tokens, k, group, the rest of a cell): {seed: value}} of trained SAEs, where the column is a number
-    for every seed.
-    """
-    found, rest = {}, [c for c in rerun.LABELS if c not in ("tokens", "k", "seed")]
+def cells_of(groups: list[list[Run]], column: str) -> Cells:
+    """Of trained SAEs, where the column is a number for every one of two seeds or more."""
+    found: dict[Cell, dict] = {}
+    rest = [label for label in rerun.LABELS if label not in ("tokens", "k", "seed")]
     for number, group in enumerate(groups):
-        for row in (row for run in group for row in run.rows if row["recipe"] != "null" and column in row):
-            found.setdefault((row["tokens"], row["k"], number, *(row[c] for c in rest)), {})[row["seed"]] = (
-                row[column]
-            )
+        for row in (row for run in group for row in run.rows):
+            if row["recipe"] != "null" and column in row:
+                cell = (row["tokens"], row["k"], number, *(row[label] for label in rest))
+                found.setdefault(cell, {})[row["seed"]] = row[column]
     return {
-        key: there
-        for key, there in found.items()
-        if len(there) > 1 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in there.values())
+        cell: seeds for cell, seeds in found.items() if len(seeds) > 1 and all(map(known, seeds.values()))
     }
 
 
-def spread_of(column: str, cells: dict[tuple, dict]) -> rerun.Spread:
+def known(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------------- their SDs
+def pooled(variances: Iterable[tuple[float, int]]) -> float:
+    """One variance of several (variance, degrees of freedom)."""
+    known = list(variances)
+    return sum(v * df for v, df in known) / sum(df for _, df in known)
+
+
+def spread_of(column: str, cells: Cells) -> Spread:
     """SDs of 0 throughout: evaluation alone makes the column."""
-    scale = scale_of(column, np.array([v for there in cells.values() for v in there.values()], dtype=float))
-    bare, groups = rerun.Spread(scale, {}, {}, 1.0), {}
-    for key, there in cells.items():
-        values = [bare.on_scale(v) for v in there.values()]
-        groups.setdefault(key[:2], []).append((np.var(values, ddof=1), len(values) - 1))
-    pool = lambda group: sum(v * n for v, n in group) / sum(n for _, n in group)
-    whole = pool(list(itertools.chain.from_iterable(groups.values())))
-    df = {key: sum(n for _, n in group) for key, group in groups.items()}
-    sd = {
-        key: math.sqrt((pool(group) * df[key] + whole * PRIOR) / (df[key] + PRIOR)) if whole > 1e-16 else 0.0
-        for key, group in groups.items()
-    }
-    spread = rerun.Spread(scale, sd, {key: n + PRIOR for key, n in df.items()}, 1.0)
-    means = [
-        np.mean(list(there.values())) ** 2 * len(there) for there in z_between(column, cells, spread).values()
-    ]
-    return rerun.Spread(scale, sd, spread.df, float(np.mean(means)) if means else 1.0)
+    scale = scale_of(column, np.array([v for seeds in cells.values() for v in seeds.values()], dtype=float))
+    bare = Spread(scale, {}, {}, 1.0)
+    places: dict[tuple, list[tuple[float, int]]] = {}
+    for cell, seeds in cells.items():
+        values = [bare.on_scale(v) for v in seeds.values()]
+        places.setdefault(cell[:2], []).append((float(np.var(values, ddof=1)), len(values) - 1))
+    whole = pooled(itertools.chain.from_iterable(places.values()))
+    df = {place: sum(n for _, n in variances) for place, variances in places.items()}
+    sd = dict.fromkeys(places, 0.0)
+    if whole > 1e-16:
+        for place, variances in places.items():
+            n = df[place]
+            sd[place] = math.sqrt((pooled(variances) * n + whole * PRIOR) / (n + PRIOR))
+    df = {place: n + PRIOR for place, n in df.items()}
+    between = z_between(column, cells, Spread(scale, sd, df, 1.0))
+    squares = [np.mean(list(z.values())) ** 2 * len(z) for z in between.values()]
+    return Spread(scale, sd, df, float(np.mean(squares)) if squares else 1.0)
 
 
-def z_between(column: str, cells: dict[tuple, dict], spread: rerun.Spread | None = None) -> dict[tuple, dict]:
-    """{pair of seeds: {cell: z}} in SDs of `spread`; without it, of the other seeds, where there are two
-    others, and else of all.
-    """
-    out, whole = {}, spread or spread_of(column, cells)
-    for i, j in itertools.combinations(sorted({seed for there in cells.values() for seed in there}), 2):
-        left = {
-            key: {seed: v for seed, v in there.items() if seed not in (i, j)} for key, there in cells.items()
-        }
-        left = {key: there for key, there in left.items() if len(there) > 1}
-        others = spread_of(column, left) if left and not spread else whole
-        judge = {place: others if others.sd.get(place) else whole for place in whole.sd if whole.sd[place]}
-        z = {
-            key: judge[key[:2]].z(whole.on_scale(there[j]) - whole.on_scale(there[i]), key[:2])
-            for key, there in cells.items()
-            if i in there and j in there and key[:2] in judge
-        }
-        out |= {(i, j): z} if z else {}
+def z_between(column: str, cells: Cells, spread: Spread | None = None) -> Between:
+    """In SDs of `spread`; without it, of the other seeds, where there are two others, and else of all."""
+    out: Between = {}
+    whole = spread or spread_of(column, cells)
+    places = [place for place in whole.sd if whole.sd[place]]
+    for i, j in itertools.combinations(sorted({seed for seeds in cells.values() for seed in seeds}), 2):
+        others = whole if spread else spread_without(column, cells, i, j) or whole
+        z = {}
+        for cell, seeds in cells.items():
+            place = cell[:2]
+            if i in seeds and j in seeds and place in places:
+                judge = others if others.sd.get(place) else whole
+                z[cell] = judge.z(whole.on_scale(seeds[j]) - whole.on_scale(seeds[i]), place)
+        if z:
+            out[i, j] = z
     return out
 
 
-def tables_between(runs: list[rerun.Run]) -> list[dict]:
+def spread_without(column: str, cells: Cells, *left_out: int) -> Spread | None:
+    """Of the other seeds; None where no cell has two of them."""
+    others = {
+        cell: {seed: v for seed, v in seeds.items() if seed not in left_out} for cell, seeds in cells.items()
+    }
+    others = {cell: seeds for cell, seeds in others.items() if len(seeds) > 1}
+    return spread_of(column, others) if others else None
+
+
+# ------------------------------------------------------------------------------------------------- the report
+@dataclass(frozen=True, eq=False)
+class Column:
+    name: str
+    spread: Spread
+    between: Between  # each pair of seeds in SDs of the others
+
+    @property
+    def z(self) -> list[float]:
+        return [z for cells in self.between.values() for z in cells.values()]
+
+    def rows(self) -> list[dict]:
+        """Of seed_sd.csv."""
+        spread = self.spread
+        return [
+            {
+                "column": self.name,
+                "scale": spread.scale,
+                "tokens": tokens,
+                "k": k,
+                "sd": sd,
+                "df": spread.df[tokens, k],
+                "together": spread.together,
+            }
+            for (tokens, k), sd in sorted(spread.sd.items())
+        ]
+
+    def shown(self) -> dict:
+        """Its row of the table that is printed."""
+        z, sds = self.z, self.spread.sd.values()
+        return {
+            "column": self.name,
+            "scale": self.spread.scale,
+            "sd, least": min(sds),
+            "sd, most": max(sds),
+            "rms z": float(np.sqrt(np.mean(np.square(z)))) if z else math.nan,
+            "largest": max(map(abs, z), default=math.nan),
+            "|z| > 3": sum(abs(v) > rerun.FAR for v in z),
+            "of": len(z),
+            "together": self.spread.together,
+        }
+
+
+def column_of(name: str, groups: list[list[Run]]) -> Column | None:
+    """None where no cell has the column for two seeds."""
+    cells = cells_of(groups, name)
+    if not cells:
+        return None
+    spread = spread_of(name, cells)
+    return Column(name, spread, z_between(name, cells) if any(spread.sd.values()) else {})
+
+
+def tables_between(runs: list[Run]) -> list[dict]:
     """What the tables of two seeds have in common, for every pair of folders of one seed each."""
     rows = []
     for a, b in itertools.combinations(runs, 2):
-        if a.settings.get("seeds") != b.settings.get("seeds") and len(a.settings["seeds"]) == len(
-            b.settings["seeds"]
-        ):
+        seeds, others = a.settings["seeds"], b.settings["seeds"]
+        if seeds != others and len(seeds) == len(others):
             out, n = rerun.outside(a, b)
             rows.append(
                 {
-                    "seeds": f"{a.settings['seeds']} {b.settings['seeds']}",
+                    "seeds": f"{seeds} {others}",
                     "outside": len(out),
                     "estimates": n,
                     "share": len(out) / max(n, 1),
@@ -135,107 +205,84 @@ def tables_between(runs: list[rerun.Run]) -> list[dict]:
     return rows
 
 
+def checked(folder: pathlib.Path) -> Run:
+    """Raises UserError for what no run left as it is."""
+    run = rerun.read(folder)
+    if not run.record:
+        raise UserError(f"{run.folder}: no run.json, so no run to measure by")
+    if edited := rerun.not_as_written(run):
+        raise UserError(edited[0])
+    if not run.settings.get("tokens"):
+        raise UserError(f"{run.folder}: SAEs that nobody trained there")
+    return run
+
+
+def listed(values: Iterable) -> str:
+    """Each once, as they come."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser_of(__doc__)
     parser.add_argument("folders", nargs="+", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, default=rerun.SEED_SD.parent)
     args = parser.parse_args()
-    runs = [rerun.read(folder) for folder in args.folders]
-    for run in runs:
-        if not run.record:
-            raise UserError(f"{run.folder}: no run.json, so no run to measure by")
-        if edited := rerun.not_as_written(run):
-            raise UserError(edited[0])
-        if not run.settings.get("tokens"):
-            raise UserError(f"{run.folder}: SAEs that nobody trained there")
+    runs = [checked(folder) for folder in args.folders]
     groups = grouped(runs)
-    columns = [
-        c
-        for c in dict.fromkeys(c for run in runs for c in run.rows[0])
-        if c not in rerun.EXACT and c not in rerun.LABELS
+    names = dict.fromkeys(name for run in runs for name in run.rows[0])
+    measured = [
+        column_of(name, groups) for name in names if name not in rerun.EXACT and name not in rerun.LABELS
     ]
-    table, shown, beyond, largest = [], [], {}, 0.0
+    columns = [column for column in measured if column]
+    beyond: dict[tuple, bool] = {}  # of a pair of seeds and a cell: in some column
     for column in columns:
-        cells = cells_of(groups, column)
-        if not cells:
-            continue
-        spread = spread_of(column, cells)
-        table += [
-            {
-                "column": column,
-                "scale": spread.scale,
-                "tokens": tokens,
-                "k": k,
-                "sd": sd,
-                "df": spread.df[tokens, k],
-                "together": spread.together,
-            }
-            for (tokens, k), sd in sorted(spread.sd.items())
-        ]
-        z = z_between(column, cells) if any(spread.sd.values()) else {}
-        flat = [v for there in z.values() for v in there.values()]
-        largest = max([largest, *map(abs, flat)])
-        for pair, there in z.items():
-            for key, value in there.items():
-                beyond[pair, key] = beyond.get((pair, key), False) or abs(value) > rerun.FAR
-        shown.append(
-            {
-                "column": column,
-                "scale": spread.scale,
-                "sd, least": min(spread.sd.values()),
-                "sd, most": max(spread.sd.values()),
-                "rms z": float(np.sqrt(np.mean(np.square(flat)))) if flat else math.nan,
-                "largest": max(map(abs, flat), default=math.nan),
-                "|z| > 3": int(sum(abs(v) > rerun.FAR for v in flat)),
-                "of": len(flat),
-                "together": spread.together,
-            }
-        )
+        for pair, cells in column.between.items():
+            for cell, z in cells.items():
+                beyond[pair, cell] = beyond.get((pair, cell), False) or abs(z) > rerun.FAR
     if not beyond:
-        raise UserError(f"{', '.join(map(str, args.folders))}: no cell with two seeds")
-    # of conditions, with two more counted than were seen, so that none is not taken for never
-    share = (sum(beyond.values()) + 2) / (len(beyond) + 4)
-    every = lambda name: sorted({value for run in runs for value in run.settings[name]})
-    seeds, cells = sorted({seed for pair, _ in beyond for seed in pair}), len({key for _, key in beyond})
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    processor = ", ".join(
-        dict.fromkeys(run.record.get("processor") or run.record.get("platform") for run in runs)
-    )
-    scripts = ", ".join(dict.fromkeys(f"{run.settings['script']}.py" for run in runs))
-    said = (
-        f"{len(seeds)} seeds of {cells} cells, {scripts}, tokens {', '.join(map(str, every('tokens')))}, "
-        f"k {', '.join(map(str, every('k')))}, {processor}"
-    )
-    about = dict(
-        said=said,
-        models=every("models"),
-        hooks=every("hooks"),
-        tokens=every("tokens"),
-        k=every("k"),
-        seeds=seeds,
-        cells=cells,
-        conditions_beyond_3=share,
-        pairs=len(beyond),
-        largest_z=largest,
+        raise UserError(f"{listed(args.folders)}: no cell with two seeds")
+    every = {
+        name: sorted({value for run in runs for value in run.settings[name]})
+        for name in ("models", "hooks", "tokens", "k")
+    }
+    seeds, n_cells = sorted({seed for pair, _ in beyond for seed in pair}), len({cell for _, cell in beyond})
+    git = ["git", "-C", str(bench.ROOT), "describe", "--always", "--dirty"]
+    processor = listed(run.record.get("processor") or run.record.get("platform") for run in runs)
+    said = SAID.format(
+        seeds=len(seeds),
+        cells=n_cells,
+        scripts=listed(f"{run.settings['script']}.py" for run in runs),
+        tokens=listed(every["tokens"]),
+        k=listed(every["k"]),
         processor=processor,
-        versions=runs[0].record["versions"],
-        commit=commit,
-        settings=[group[0].settings for group in groups],
-        tables=[row for group in groups for row in tables_between(group)],
     )
+    largest = max(abs(z) for column in columns for z in column.z)
+    tables = [row for group in groups for row in tables_between(group)]
+    record = {
+        "said": said,
+        **every,
+        "seeds": seeds,
+        "cells": n_cells,
+        # of conditions, with two more counted than were seen, so that none is not taken for never
+        "conditions_beyond_3": (sum(beyond.values()) + 2) / (len(beyond) + 4),
+        "pairs": len(beyond),
+        "largest_z": largest,
+        "processor": processor,
+        "versions": runs[0].record["versions"],
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "settings": [group[0].settings for group in groups],
+        "tables": tables,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
-    store.write(args.out / "seed_sd.csv", as_csv(table, list(table[0])))
-    store.write(args.out / "seed_sd.json", as_json(plain(about)))
+    path = args.out / "seed_sd.csv"
+    rows = [row for column in columns for row in column.rows()]
+    store.write(path, as_csv(rows, list(rows[0])))
+    store.write(args.out / "seed_sd.json", as_json(plain(record)))
+    shown = [column.shown() for column in columns]
     print(markdown(shown, list(shown[0])))
-    if about["tables"]:
-        print("\n" + markdown(about["tables"], list(about["tables"][0])))
-    print(
-        f"---\n{said}\nbeyond 3 SDs in some column: {sum(beyond.values())} of {len(beyond)} pairs; largest |z| {largest:.2f}\n{args.out / 'seed_sd.csv'}"
-    )
+    if tables:
+        print("\n" + markdown(tables, list(tables[0])))
+    print(END.format(said=said, beyond=sum(beyond.values()), pairs=len(beyond), largest=largest, path=path))
 
 
 if __name__ == "__main__":
