@@ -134,7 +134,7 @@ def test_exp_a_opens_the_gate_only_for_the_same_run(run, tmp_path):
         ("undecided", settings, True),
     ):
         (tmp_path / "a.json").write_text(json.dumps({"leaf": leaf, "settings": about}))
-        expb("--from", tmp_path / "copy", "--verdict", tmp_path / "a.json")
+        expb("--from", tmp_path / "copy", "--verdict", tmp_path / "a.json", setup=zygote.UNDRAWN)
         assert (json.loads((tmp_path / "copy" / "verdict.json").read_text())["leaf"] == "gated") is gated
 
 
@@ -279,19 +279,17 @@ def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, 
     verdict = json.loads((run_a[0] / "verdict.json").read_text())
     for leaf, gated in (("undertrained", True), ("H0", False)):
         (tmp_path / "a.json").write_text(json.dumps(verdict | {"leaf": leaf}))
-        done = expb("--from", tmp_path / "copy", "--verdict", tmp_path / "a.json")
+        done = expb("--from", tmp_path / "copy", "--verdict", tmp_path / "a.json", setup=zygote.UNDRAWN)
         assert (json.loads((tmp_path / "copy" / "verdict.json").read_text())["leaf"] == "gated") is gated
         assert ("Exp-A says undertrained" in done.stdout) is gated
 
 
 def test_published_grids_are_priced_without_network(tmp_path):
-    nowhere = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     for name in ("phase2", "fast2", "fast3"):
-        done = expa("--preset", name, "--dry-run", *folders(tmp_path), environment=nowhere)
+        done = expa("--preset", name, "--dry-run", *folders(tmp_path))  # offline, see zygote
         for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "hours", "32x"):
             assert word in done.stdout, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
-    zygote.end(nowhere)
 
 
 @pytest.mark.parametrize(
@@ -371,10 +369,8 @@ def test_the_package_has_no_cycle_and_its_two_bases_know_nothing_of_it():
     modules = {
         path.stem: path for path in (ROOT / "transport_geometry").glob("*.py") if path.stem != "__init__"
     }
-    wanted = {
-        name: {other for other in modules if f"transport_geometry.{other}" in imports(path)}
-        for name, path in modules.items()
-    }
+    named = {f"transport_geometry.{name}": name for name in modules}
+    wanted = {name: {named[full] for full in imports(path) & named.keys()} for name, path in modules.items()}
     assert wanted["kernels"] == wanted["stats"] == set() and len(wanted["run"]) > 5
     graphlib.TopologicalSorter(wanted).prepare()  # raises CycleError, which names the cycle
 

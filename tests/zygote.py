@@ -29,7 +29,9 @@ STEPS = (
     (pathlib.Path, "mkdir"),
     (pathlib.Path, "rmdir"),
 )
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+# no network, and a cache that nothing is ever in
+EMPTY = os.path.join(tempfile.gettempdir(), "transport-geometry-offline")
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": EMPTY}
 
 # for `setup`:
 # small chunks, and a checkpoint after each, so that there is something to kill and to damage
