@@ -146,9 +146,9 @@ def test_a_rank_that_writes_elsewhere_is_missed(tmp_path):
 
 
 def row(name, value):
-    return dict(model="m", layer=1, sae=name, recipe="base", d_sae=4, k=2, seed=0, tokens=10) | {
-        c: value for c in COLUMNS[8:]
-    }
+    return dict(model="m", layer=1, sae=name, recipe="base", d_sae=4, k=2, seed=0, tokens=10) | dict.fromkeys(
+        COLUMNS[8:], value
+    )
 
 
 def test_gathering_twice_or_after_a_crash_counts_nothing_twice(tmp_path):
