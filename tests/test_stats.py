@@ -738,6 +738,8 @@ NO_SIZE = {"gain": 0.1, "p": 0.05}  # smaller, and not shown to be
     "order, transfer, size, leaf, why",
     [
         ({}, {}, {}, "supported", "transfers across scale better"),
+        ({"gain": 0.10}, {}, {}, "supported", "transfers across scale better"),
+        ({"gain": 0.10, "p": 0.05}, {}, NO_SIZE, "beats-r2-only", "not shown to rank better than c"),
         ({"p": np.nan}, {}, {"gain": np.nan}, "undecided", "to the best control is undefined"),
         ({}, {"gamma": np.nan}, {"gain": np.nan}, "undecided", "no logarithm"),
         ({}, {"gamma": np.nan}, {"gain": 0.0}, "undecided", "disagree: it ranks better"),
@@ -757,6 +759,7 @@ NO_SIZE = {"gain": 0.1, "p": 0.05}  # smaller, and not shown to be
         (NOT_A | AS_R2 | {"detectable": 0.4}, {}, NO_SIZE, leaderboard.CANNOT, "the 0.40 that shows here"),
         (WORSE | AS_R2 | {"detectable": 0.4}, {}, NO_SIZE, "rejected", "ranks worse"),
         (NOT_A | AS_R2, {"gamma": np.nan}, NO_SIZE, "rejected", "nor than r2"),
+        (WORSE | AS_R2 | {"p": 0.05}, {}, NO_SIZE, "rejected", "nor than r2"),
         ({}, {"gamma": np.nan, "in_range": np.nan}, {}, "undecided", "scale undefined"),
         ({}, {"gamma_control": np.nan}, {}, "undecided", "scale undefined"),
         ({}, {"in_range": 0.49}, {}, "not-transferable", "too few"),
