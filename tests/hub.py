@@ -1,9 +1,11 @@
 """A Hugging Face hub on the loopback, for the real clients: files out of a folder, faults on demand.
 
-    with serve(folder) as hub:                                     # models/ORG/NAME/..., datasets/ORG/NAME/...
-        hub.fail("*/resolve/*/train.jsonl", after=10_000, times=2)  # cut the first two answers after that many bytes
+    with serve(folder) as hub:                  # models/ORG/NAME/..., datasets/ORG/NAME/...
+        # cut the first two answers after that many bytes
+        hub.fail("*/resolve/*/train.jsonl", after=10_000, times=2)
         hub.fail("/api/datasets/org/closed*", status=401, code="GatedRepo")
-        subprocess.run(script, env=hub.environment(tmp_path))      # the clients read HF_ENDPOINT when they are imported
+        # the clients read HF_ENDPOINT when they are imported
+        subprocess.run(script, env=hub.environment(tmp_path))
         assert "/api/models/org/name/revision/main" in hub.requests
 
 A folder NAME@REV is revision REV of NAME; NAME itself is `main`. Commits are hashes of the content, and are
@@ -11,6 +13,7 @@ revisions too.
 """
 
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import hashlib
@@ -27,42 +30,49 @@ import urllib.parse
 LFS = {".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".npz", ".gz", ".zst"}
 
 
+@dataclasses.dataclass
+class Rule:
+    """What becomes of a request: see `Hub.fail`."""
+
+    pattern: str = "*"
+    status: int | None = None
+    after: int | None = None
+    times: int | None = None
+    code: str = ""
+    delay: float = 0.0
+
+
 class Hub:
     """What a test sees of the server. `requests` are the paths asked for, unquoted and without the query."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.requests, self.rules, self.lock = pathlib.Path(folder), [], [], threading.Lock()
+    url: str
 
-    def fail(
-        self,
-        pattern: str,
-        status: int | None = None,
-        after: int | None = None,
-        times: int | None = None,
-        code: str | None = None,
-        delay: float = 0.0,
-    ) -> None:
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.lock = pathlib.Path(folder), threading.Lock()
+        self.requests: list[str] = []
+        self.rules: list[Rule] = []
+
+    def fail(self, pattern: str, **how) -> None:
         """Paths that match the pattern (of fnmatch) get `status` (with X-Error-Code `code`), or are cut
         `after` bytes of their body.
 
         Only the first `times` such requests, or all. `delay` seconds pass before the answer. An earlier rule
         goes first.
         """
-        self.rules.append(
-            dict(pattern=pattern, status=status, after=after, times=times, code=code, delay=delay)
-        )
+        self.rules.append(Rule(pattern, **how))
 
     def heal(self) -> None:
         self.rules.clear()
 
-    def rule(self, path: str) -> dict:
+    def rule(self, path: str) -> Rule:
+        """The one that this request falls under; it is counted."""
         with self.lock:
             self.requests.append(path)
             for rule in self.rules:
-                if fnmatch.fnmatchcase(path, rule["pattern"]) and rule["times"] != 0:
-                    rule["times"] = None if rule["times"] is None else rule["times"] - 1
+                if fnmatch.fnmatchcase(path, rule.pattern) and rule.times != 0:
+                    rule.times = None if rule.times is None else rule.times - 1
                     return rule
-        return {}
+        return Rule()
 
     def environment(self, cache: pathlib.Path) -> dict[str, str]:
         """The environment of a subprocess whose clients know this hub only, and keep what they load under
@@ -90,11 +100,8 @@ class Hub:
     def root(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
         """The folder of a revision, given by name or commit; None if there is none."""
         folder = self.folder / kind / name
-        for root in (folder, *folder.parent.glob(f"{folder.name}@*")):
-            if root.is_dir() and revision in (
-                "main" if root == folder else urllib.parse.unquote(root.name.partition("@")[2]),
-                commit(root),
-            ):
+        for branch, root in branches(folder).items():
+            if root.is_dir() and revision in (branch, commit(root)):
                 return root
         return None
 
@@ -113,17 +120,20 @@ def serve(folder: pathlib.Path):
         server.server_close()
 
 
-# ---------------------------------------------------------------------------------------------- what is served
+# --------------------------------------------------------------------------------------------- what is served
 def files(root: pathlib.Path) -> dict[str, pathlib.Path]:
     return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+def branches(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{revision: its folder} of a repository."""
+    others = folder.parent.glob(f"{folder.name}@*")
+    return {"main": folder} | {urllib.parse.unquote(root.name.partition("@")[2]): root for root in others}
+
+
 def commit(root: pathlib.Path) -> str:
-    return hashlib.sha1(
-        "".join(
-            f"{root.name} {name} {entry(name, path)['oid']}\n" for name, path in files(root).items()
-        ).encode()
-    ).hexdigest()
+    lines = [f"{root.name} {name} {entry(name, path)['oid']}\n" for name, path in files(root).items()]
+    return hashlib.sha1("".join(lines).encode()).hexdigest()
 
 
 def entry(name: str, path: pathlib.Path) -> dict:
@@ -141,20 +151,17 @@ def hashes(path: pathlib.Path, size: int, changed: int) -> tuple[str, str]:
 
 
 def tree(root: pathlib.Path, below: str, recursive: bool) -> list[dict]:
+    """Files and folders below a path, "": the whole."""
     entries = {}
     for name, path in files(root).items():
-        if below and not name.startswith(below + "/"):
+        if below and not name.startswith(f"{below}/"):
             continue
-        parts = name[len(below) + 1 if below else 0 :].split("/")
-        for i in range(1, len(parts) if recursive else min(len(parts), 2)):
-            folder = "/".join([*([below] if below else []), *parts[:i]])
-            entries[folder] = {
-                "type": "directory",
-                "oid": hashlib.sha1(folder.encode()).hexdigest(),
-                "size": 0,
-                "path": folder,
-            }
-        if recursive or len(parts) == 1:
+        parents = [parent.as_posix() for parent in pathlib.PurePosixPath(name).parents]
+        inside = [parent for parent in parents[-2::-1] if not below or parent.startswith(f"{below}/")]
+        for folder in inside if recursive else inside[:1]:
+            oid = hashlib.sha1(folder.encode()).hexdigest()
+            entries[folder] = {"type": "directory", "oid": oid, "size": 0, "path": folder}
+        if recursive or not inside:
             entries[name] = entry(name, path)
     return list(entries.values())
 
@@ -195,9 +202,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
         # a quoted revision holds slashes
         parts = [urllib.parse.unquote(part) for part in raw.strip("/").split("/")]
         self.fault = self.hub.rule("/" + "/".join(parts))
-        time.sleep(self.fault.get("delay", 0))
-        if status := self.fault.get("status"):
-            return self.refuse(status, self.fault["code"] or "")
+        time.sleep(self.fault.delay)
+        if self.fault.status:
+            return self.refuse(self.fault.status, self.fault.code)
         if parts[0] == "api" and len(parts) >= 4:
             return self.api(parts[1], "/".join(parts[2:4]), *parts[4:])
         kind = parts.pop(0) if parts[0] == "datasets" else "models"
@@ -224,33 +231,22 @@ class Answer(http.server.BaseHTTPRequestHandler):
             wanted = [wanted] if isinstance(wanted, str) else wanted
             return self.json([e for e in tree(root, "", True) if e["path"] in wanted])
         if what == "refs":
-            branches = {"main": root} | {
-                urllib.parse.unquote(r.name.partition("@")[2]): r for r in root.parent.glob(f"{root.name}@*")
-            }
-            return self.json(
-                {
-                    "branches": [
-                        {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit(r)}
-                        for branch, r in branches.items()
-                    ],
-                    "converts": [],
-                    "tags": [],
-                }
-            )
+            told = [
+                {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit(of)}
+                for branch, of in branches(root).items()
+            ]
+            return self.json({"branches": told, "converts": [], "tags": []})
         self.refuse(404, "")
 
     def revision(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
         root = self.hub.root(kind, name, revision)
-        if (
-            root is None
-            and self.hub.root(kind, name, "main") is None
-            and not list((self.hub.folder / kind).glob(f"{name}@*"))
-        ):
-            # what the hub tells those without a token, who might be missing a private one
-            self.refuse(401, "RepoNotFound")
-        elif root is None:
+        if root is not None:
+            return root
+        if any(of.is_dir() for of in branches(self.hub.folder / kind / name).values()):
             self.refuse(404, "RevisionNotFound")
-        return root
+        else:  # what the hub tells those without a token, who might be missing a private one
+            self.refuse(401, "RepoNotFound")
+        return None
 
     def file(self, kind: str, name: str, revision: str, file: str):
         if (root := self.revision(kind, name, revision)) is None:
@@ -282,27 +278,23 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def json(self, content):
         self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def refuse(self, status: int, code: str, head: dict[str, str] = {}):
-        said = {
+    def refuse(self, status: int, code: str, head: dict[str, str] | None = None):
+        messages = {
             "RepoNotFound": "Repository not found",
             "GatedRepo": "Access to this repository is restricted",
-        }.get(code, code or "Sorry")
-        self.send(
-            status,
-            json.dumps({"error": said}).encode(),
-            head | {"X-Error-Message": said, **({"X-Error-Code": code} if code else {})},
-        )
+        }
+        message = messages.get(code, code or "Sorry")
+        head = {**(head or {}), "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self.send(status, json.dumps({"error": message}).encode(), head)
 
     def send(self, status: int, body: bytes, head: dict[str, str]):
         self.send_response(status)
-        for name, value in (
-            {"Content-Type": "application/json"} | head | {"Content-Length": str(len(body))}
-        ).items():
+        head = {"Content-Type": "application/json", **head, "Content-Length": str(len(body))}
+        for name, value in head.items():
             self.send_header(name, value)
         self.end_headers()
-        after = self.fault.get("after")
         if self.command != "HEAD":
             # a client that has seen enough hangs up
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.wfile.write(body[:after])
-        self.close_connection |= after is not None
+                self.wfile.write(body[: self.fault.after])
+        self.close_connection |= self.fault.after is not None

@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where Triton is installed it would want a GPU
 
-import torch  # noqa: E402
-from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder  # noqa: E402
-from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer  # noqa: E402
-from dictionary_learning.trainers.gdm import GatedSAETrainer  # noqa: E402
-from dictionary_learning.trainers.jumprelu import JumpReluTrainer  # noqa: E402
-from dictionary_learning.trainers.standard import StandardTrainer  # noqa: E402
-from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer  # noqa: E402
-from dictionary_learning.training import trainSAE  # noqa: E402
-from sae_lens import (  # noqa: E402  # noqa: E402
+import torch
+from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
+from dictionary_learning.trainers.gdm import GatedSAETrainer
+from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+from dictionary_learning.trainers.standard import StandardTrainer
+from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
+from dictionary_learning.training import trainSAE
+from sae_lens import (
     SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -32,11 +32,11 @@ from sae_lens import (  # noqa: E402  # noqa: E402
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
-from sae_lens.config import SAETrainerConfig  # noqa: E402
-from sae_lens.saes.sae import SAEMetadata  # noqa: E402
-from sae_lens.training.activation_scaler import ActivationScaler  # noqa: E402
-from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
-from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer  # noqa: E402
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.sae_trainer import SAETrainer
+from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
 
 STEP = 128  # activations
 
@@ -68,23 +68,18 @@ def saelens(
         model_name="stdlib-s", hook_name="blocks.3.hook_resid_post", prepend_bos=False, context_size=64
     )
     sae = make(config(d_in=h.shape[1], d_sae=F, metadata=meta, **more, **settings))
-    batches = list(h.split(STEP))
-    batches, estimate = (
-        list(h.split(STEP)),
-        settings.get("normalize_activations") == "expected_average_only_in",
-    )  # from batches drawn first
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            len(h),
-            STEP,
-            lr_end=3e-5,
-            n_batches_for_norm_estimate=10,
-            n_checkpoints=int(checkpoint),
-            checkpoint_path=str(folder) if checkpoint else None,
-        ),
-        sae,
-        iter(batches[:10] * estimate + batches),
+    training = SAETrainerConfig(
+        len(h),
+        STEP,
+        lr_end=3e-5,
+        n_batches_for_norm_estimate=10,
+        n_checkpoints=int(checkpoint),
+        checkpoint_path=str(folder) if checkpoint else None,
     )
+    batches = list(h.split(STEP))
+    if settings.get("normalize_activations") == "expected_average_only_in":
+        batches = batches[:10] + batches  # the scale is estimated from batches drawn first
+    trainer = SAETrainer(training, sae, iter(batches))
     with quiet():
         finished = trainer.fit()
         if not checkpoint:
@@ -178,43 +173,38 @@ def dictionary_learning(
     return lambda x: saved(x).detach()
 
 
+LAYER_NORM = dict(normalize_activations="layer_norm")
+SCALED = dict(normalize_activations="expected_average_only_in")
+# name -> (what writes it, its kind there, how)
+PEERS: dict[str, tuple[Callable, str, dict]] = {
+    "SAELens topk": (saelens, "topk", {}),
+    "SAELens topk, layer_norm": (saelens, "topk", LAYER_NORM),
+    "SAELens topk, scaled": (saelens, "topk", SCALED),
+    "SAELens topk checkpoint, scaled": (saelens, "topk", {**SCALED, "checkpoint": True}),
+    "SAELens batchtopk (saved as jumprelu)": (saelens, "batchtopk", {}),
+    "SAELens jumprelu": (saelens, "jumprelu", {}),
+    "SAELens standard": (saelens, "standard", {}),
+    "SAELens gated": (saelens, "gated", {}),
+    "sparsify topk": (sparsify, "topk", {}),
+    "sparsify groupmax": (sparsify, "groupmax", {}),
+    "sparsify skip": (sparsify, "skip", {}),
+    "dictionary_learning topk": (dictionary_learning, "topk", {}),
+    "dictionary_learning topk, scaled": (dictionary_learning, "topk", {"scaled": True}),
+    "dictionary_learning batchtopk": (dictionary_learning, "batchtopk", {}),
+    "dictionary_learning standard": (dictionary_learning, "standard", {}),
+    "dictionary_learning gated": (dictionary_learning, "gated", {}),
+    "dictionary_learning jumprelu": (dictionary_learning, "jumprelu", {}),
+}
+BELOW = {saelens: "", sparsify: "run/layers.3", dictionary_learning: "trainer_0"}  # where its files then lie
+
+
 def everything(
     folder: pathlib.Path, h: torch.Tensor, F: int, k: int
 ) -> dict[str, tuple[pathlib.Path, Callable]]:
-    """{library and architecture: (folder of the file it wrote, what the library computes)}."""
+    """{name: (folder of the file it wrote, what the library computes)}."""
     out = {}
-    for name, kind, settings in (
-        ("topk", "topk", {}),
-        ("topk, layer_norm", "topk", dict(normalize_activations="layer_norm")),
-        ("topk, scaled", "topk", dict(normalize_activations="expected_average_only_in")),
-        (
-            "topk checkpoint, scaled",
-            "topk",
-            dict(normalize_activations="expected_average_only_in", checkpoint=True),
-        ),
-        ("batchtopk (saved as jumprelu)", "batchtopk", {}),
-        ("jumprelu", "jumprelu", {}),
-        ("standard", "standard", {}),
-        ("gated", "gated", {}),
-    ):
-        at = folder / "saelens" / name.replace(" ", "-")
-        out[f"SAELens {name}"] = at, saelens(at, h, F, k, kind, **settings)
-    for kind in ("topk", "groupmax", "skip"):
-        out[f"sparsify {kind}"] = (
-            folder / "sparsify" / kind / "run/layers.3",
-            sparsify(folder / "sparsify" / kind, h, F, k, kind),
-        )
-    for kind, scaled in (
-        ("topk", False),
-        ("topk", True),
-        ("batchtopk", False),
-        ("standard", False),
-        ("gated", False),
-        ("jumprelu", False),
-    ):
-        at = folder / "dictionary_learning" / f"{kind}{'-scaled' * scaled}"
-        out[f"dictionary_learning {kind}{', scaled' * scaled}"] = (
-            at / "trainer_0",
-            dictionary_learning(at, h, F, k, kind, scaled),
-        )
+    for number, (name, (train, kind, how)) in enumerate(PEERS.items()):
+        at = folder / str(number)
+        forward = train(at, h, F, k, kind, **how)
+        out[name] = at / BELOW[train], forward
     return out
