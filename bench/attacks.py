@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import bench
 import zygote
@@ -66,10 +67,9 @@ class Attack:
         """Of the run whose results and cache lie at this place."""
         return [*RUNS[self.script], "--out", str(at / "out"), "--cache", str(at / "cache")]
 
-    def go(
-        self, at: pathlib.Path, kill: int | None = None, after: float | None = None
-    ) -> subprocess.CompletedProcess:
-        return zygote.run(self.script, *self.arguments(at), kill=kill, after=after, setup=self.setup)
+    def go(self, at: pathlib.Path, **how: Any) -> subprocess.CompletedProcess:
+        """how: when it is killed, see `zygote.run`."""
+        return zygote.run(self.script, *self.arguments(at), setup=self.setup, **how)
 
     def wrong(self, at: pathlib.Path, kept: tuple[str, ...] = ()) -> str:
         """What differs from the unbroken run. kept: words in names that may be there besides."""
@@ -186,11 +186,9 @@ def damage(path: pathlib.Path, rng: random.Random) -> str:
 
 def interrupted(attack: Attack, at: pathlib.Path) -> pathlib.Path:
     """A run that was killed in the midst of training: its checkpoints."""
-    steps = 2
-    while not list((at / "cache").rglob("checkpoint.pt")):
+    while not list((at / "cache").rglob("checkpoint.pt")):  # it may have gone on before it was killed
         shutil.rmtree(at, ignore_errors=True)
-        attack.go(at, kill=steps)
-        steps += 3
+        attack.go(at, when=(at / "cache", "*/checkpoint.pt", 1))
     return at
 
 

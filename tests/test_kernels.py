@@ -152,7 +152,10 @@ def gamma(n):
     return n * 2.0**-24 / (1 - n * 2.0**-24)
 
 
-def product(A, B, bias=torch.zeros(())):
+NO_BIAS = torch.zeros(())
+
+
+def product(A, B, bias=NO_BIAS):
     """A B + bias in float64, and how far float32 may be from it: a sum of n terms, in any order, fused or
     not, rounds each of them n times at most (Higham 2002, (3.5)). Zeros round nothing."""
     A, B, bias = A.double(), B.double(), bias.double()

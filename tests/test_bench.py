@@ -1,0 +1,161 @@
+"""Every script of bench/ at the smallest size: it ends well, and its tables hold what they are about."""
+
+import importlib.util
+import json
+import math
+import re
+import runpy
+import sys
+
+from helpers import ROOT, process, script
+from transport_geometry import rerun
+from transport_geometry.tables import read_table
+
+import pytest
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem != "bench")
+absent = [
+    name for name in ("sae_lens", "sparsify", "dictionary_learning") if not importlib.util.find_spec(name)
+]
+needs_peers = pytest.mark.skipif(bool(absent), reason=f"the extra [parity] is not installed: no {absent}")
+
+
+def bench(name: str, *arguments, **how) -> str:
+    """What it prints."""
+    return script(f"bench/{name}.py", *arguments, **how).stdout
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The Markdown tables in it: rows {column: cell}."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        head, _, *rows = (
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()
+        )
+        found.append([dict(zip(head, row)) for row in rows])
+    return found
+
+
+def test_every_script_is_started_here():
+    assert [name for name in SCRIPTS if f"test_{name}" not in globals()] == []
+
+
+# ------------------------------------------------------------------------------------------------- the timers
+@pytest.mark.parametrize(
+    "model, shape", [("stdlib-s", ", 16, 64)"), ("EleutherAI/pythia-70m", "(2, 16, 512)")]
+)
+def test_bench_fisher(model, shape):
+    said = bench("bench_fisher", model, "--ctx", 16, "--n", 1)
+    assert said.count(shape) == 3
+    ratios = [float(ratio) for ratio in re.findall(r"([\d.]+) x the patched forward", said)]
+    assert ratios[0] == 1 and len(ratios) == 3 and min(ratios) > 0
+
+
+def test_bench_kernels():
+    said = bench("bench_kernels", *"--d 8 --F 32 --N 16 --k 4 --n 1".split())
+    names, *numbers = zip(*(line.split() for line in said.splitlines()[-4:]))
+    assert names == ("encode", "decode", "distortion", "step") and len(numbers) == 4
+    ours, torchs, by_torch, by_gemm = ([float(x) for x in column] for column in numbers)
+    assert min(by_torch + by_gemm) > 0
+
+
+# ----------------------------------------------------------------------------------------------- SAEs trained
+def test_trunk():
+    ((row,),) = tables(bench("trunk", *"2k,4k --k 4 --seeds 2 --held 2".split()))
+    assert row["k"] == "4" and row["tokens"] == "4k"
+    branch, alone, difference = (float(row[name]) for name in ("R2 branch", "R2 alone", "difference"))
+    assert 0 < branch < 1 and 0 < alone < 1 and abs(branch - alone - difference) < 2e-3
+    assert float(row["its SE"]) > 0 and 0 < float(row["alive alone"]) <= 1
+
+
+def test_budgets(tmp_path):
+    path = tmp_path / "budgets.csv"
+    grid = ["--k", "4", "--seeds", "2", "--text", "4k", "--held", "2", "--table", path]
+    report = bench("budgets", "--tokens", "1k,2k", *grid)
+    rows = read_table(path)
+    assert [(row["tokens"], row["seed"]) for row in rows] == [(1000, 0), (1000, 1), (2000, 0), (2000, 1)]
+    assert all(0 < row["r2"] < 1 and 0 < row["alive"] <= 1 for row in rows)
+    r2 = tables(report)[0]
+    assert r2[0]["2k"].startswith(f"{(rows[2]['r2'] + rows[3]['r2']) / 2:.3f}"[:4])
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    before = path.read_bytes()
+    assert bench("budgets", "--tokens", "1k,2k", *grid) == report and path.read_bytes() == before
+
+
+def test_coverage(tmp_path):
+    cache = tmp_path / "cache"
+    run = "--models stdlib-s@2 --k 2,4 --tokens 1k --eval-seqs 4 --ctx 32".split()
+    script("expb.py", *run, "--out", tmp_path / "out", "--cache", cache)
+    saes = sorted(path for path in cache.iterdir() if path.is_dir())
+    small = "--pool 12 --documents 3,4 --ctx 32 --draws 2".split()
+    both = tables(bench("coverage", *saes, *small))
+    ways = ["3 documents", "4 documents", "3 documents, two rows of each", "6 rows in a row, rows resampled"]
+    for found in both:
+        assert {"r2", "swd_tok", "difference in ce_rec"} < {row[""] for row in found}
+        assert all(list(row) == ["", *ways] for row in found)
+        assert {row[way] for row in found for way in ways} <= {"0.0%", "50.0%", "100.0%"}
+    assert len(both) == 2
+
+
+@pytest.mark.slow
+def test_pythia_row():
+    small = "--small --tokens 2k --k 4 --eval-seqs 4 --ctx 32".split()
+    said = process("bench/pythia_row.py", *small).stdout
+    assert "hub: EleutherAI/pythia-70m 32 x 2, 500 entries" in said
+    seconds = dict(re.findall(r"^(\S.*?) +([\d.]+) s +[\d.]+%$", said, re.MULTILINE))
+    assert {"loading", "training", "evaluation", "evaluation: language model"} <= seconds.keys()
+    assert re.search(r"^training: 1792 SAE-tokens, ", said, re.MULTILINE)  # 7 steps of 256
+
+
+# -------------------------------------------------------------------------------------------- numbers of runs
+def test_levels():
+    found = tables(bench("levels", 1))
+    assert [len(rows) for rows in found] == [27, 9, 8, 6, 3]
+    level, *_, covered = found
+    assert {row["swap, hooks"] for row in level} <= {"0.0 ± 0.0", "100.0 ± 0.0"}
+    assert all(0.5 < float(row["truth"]) < 1 for row in covered)
+
+
+def test_seed_sd(tmp_path):
+    shown, *_ = tables(bench("seed_sd", ROOT / "outputs/reference/expa", "--out", tmp_path))
+    rows, record = read_table(tmp_path / "seed_sd.csv"), json.loads((tmp_path / "seed_sd.json").read_text())
+    assert record["seeds"] == [0, 1, 2] and record["pairs"] == 3 * record["cells"]
+    assert {row["column"] for row in rows} == {row["column"] for row in shown} == set(rerun.seed_spreads()[0])
+    assert all(math.isfinite(row["sd"]) and row["df"] > 4 for row in rows)
+    # what evaluation alone makes has no seed
+    assert {row["column"] for row in rows if row["sd"] == 0} == {"ce_orig", "ce_zero", "ce_mean", "l0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["kills", "corruptions"])
+def test_attacks(what, monkeypatch, capsys):
+    """Here and not in the fork server, which it asks for runs of its own."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.setattr(sys, "argv", ["attacks.py", what, "1", "--scripts", "expb.py"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "bench/attacks.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert not end.value.code and f"1 {what}, 0 wrong" in said, said
+
+
+# ------------------------------------------------------------------------------------------------------ peers
+@needs_peers
+@pytest.mark.slow
+def test_parity():
+    (rows,) = tables(bench("parity", *"--tokens 4k --seqs 4 --ctx 64 --width 128 --k 8".split()))
+    assert len(rows) == 17 and all(float(row["forward error"]) < 1e-5 for row in rows)
+    assert all(abs(float(row["CE theirs"]) - float(row["CE ours"])) < 1e-4 for row in rows)
+
+
+@needs_peers
+@pytest.mark.slow
+def test_compare_peers():
+    """Where definitions coincide it agrees, whoever trains better in so few steps."""
+    small = "--model stdlib-s --tokens 9k --k 4 --ctx 64 --eval-seqs 8 --parity-seqs 8".split()
+    said = bench("compare_peers", *small, check=None)
+    quality, same, apart, read = tables(said)
+    assert len(quality) == 9 and all(float(row["L0"]) <= 4 for row in quality)
+    assert len(same) == 9 and all(float(row["difference"]) < 1e-4 for row in same)
+    assert float(read[0]["difference"]) < 1e-4
+    failures = re.findall(r"^FAILED (.*)$", said, re.MULTILINE)
+    assert all("higher R²" in why for why in failures)
