@@ -387,7 +387,7 @@ def test_the_two_commands_of_formats(hub, tmp_path):
         {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"},
     )
     assert "load_from_disk" in run("export", "mine", "there").stdout
-    assert formats.describe(formats.find(str(tmp_path / "there"))[0])["model"] == "stdlib-s"
+    assert formats.describe(formats.find(str(tmp_path / "there"))[0]).model == "stdlib-s"
     twice = run("export", "mine", "there", check=2)
     assert "holds cfg.json and sae_weights.safetensors already" in twice.stderr
     assert "not an SAE trained here" in run("export", tmp_path / "there", "again", check=2).stderr

@@ -120,7 +120,7 @@ def _download(name: str, revision: str | None) -> str:
         )
     # says what is not in the cache; its cause, why
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise error.__cause__ or error
+        raise (error.__cause__ or error) from None
 
 
 def read_config(source: str, revision: str | None = None) -> Any:
