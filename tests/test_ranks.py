@@ -13,7 +13,7 @@ import zygote
 from helpers import ROOT, SMALL, contents, process, script
 from transport_geometry import ranks
 from transport_geometry.errors import UserError
-from transport_geometry.results import COLUMNS, add_results, gather, load_results
+from transport_geometry.results import COLUMNS, Measurements, add_results, gather, load_results
 
 import numpy as np
 import pytest
@@ -152,14 +152,14 @@ def row(name, value):
 
 
 def test_gathering_twice_or_after_a_crash_counts_nothing_twice(tmp_path):
-    def part(name: str, value: float) -> tuple:
+    def part(name: str, value: float) -> Measurements:
         sums = {"sse": np.full((1, 3), value), "d": np.array([4])}
-        return [row(name, value)], sums, {f"m@1/{name}/sse": np.ones(3)}, {}
+        return Measurements([row(name, value)], sums, {f"m@1/{name}/sse": np.ones(3)}, {})
 
-    add_results(tmp_path, {}, *part("a", 1.0))
+    add_results(tmp_path, {}, part("a", 1.0))
     # gathered once, and killed before its folder was removed
-    add_results(tmp_path / ".rank1", {}, *part("a", 1.0))
-    add_results(tmp_path / ".rank1", {}, *part("b", 2.0))
+    add_results(tmp_path / ".rank1", {}, part("a", 1.0))
+    add_results(tmp_path / ".rank1", {}, part("b", 2.0))
     gather(tmp_path, {})
     rows, sums = load_results(tmp_path)
     assert [r["sae"] for r in rows] == ["a", "b"] and sums["sse"].tolist() == [[1.0] * 3, [2.0] * 3]
