@@ -56,7 +56,7 @@ class Experiment:
     more_passes: int = 0  # what its terms cost an SAE, in passes through the tail
 
 
-@dataclass
+@dataclass(eq=False)
 class Share:
     """What one rank measures of a site, at once."""
 
@@ -67,10 +67,8 @@ class Share:
     @property
     def needed(self) -> list[Candidate]:
         """The SAEs that it takes: those it measures, and the one that the null rows take as their model."""
-        wanted = {id(one): one for one in self.candidates}
-        if self.with_nulls:
-            wanted.setdefault(id(self.site.middle), self.site.middle)
-        return [one for one in self.site.candidates if id(one) in wanted]
+        model = [self.site.middle] if self.with_nulls else []
+        return [one for one in self.site.candidates if one in self.candidates or one in model]
 
     def __len__(self) -> int:
         return len(self.candidates) + self.with_nulls
