@@ -173,10 +173,10 @@ def healed(hub):
     hub.requests.clear()
 
 
-def expb(hub, out, sae, *more, models=f"{MODEL}@3", check=0, environment=None):
+def expb(hub, out, sae, *more, models=f"{MODEL}@3", environment=None, **how):
     named = ["--models", models] if models else []
     command = ["--sae", sae, *named, "--data", DATA, *SIZE, "--device", "cpu", "--out", out, *more]
-    return script("expb.py", *command, check=check, environment=environment or hub.here)
+    return script("expb.py", *command, environment=environment or hub.here, **how)
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +254,7 @@ def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     """The same weights as sparsify, dictionary_learning and SAELens write them; the others through their own
     forward.
@@ -301,6 +302,7 @@ def test_an_edited_configuration_is_another_sae(hub, tmp_path):
     assert "fingerprint" in refused(expb(hub, tmp_path / "out", str(folder), check=2))
 
 
+@pytest.mark.slow
 def test_exp_c_takes_them_too_and_says_what_is_odd(hub, tmp_path):
     """A threshold SAE, and one whose files name another model, by the number of a folder."""
     shutil.copytree(
@@ -352,12 +354,20 @@ WRONG = {  # --sae -> what the hub does, what must be said
 }
 
 
+HURRIED = """
+import types, huggingface_hub.utils._http as http
+http.time = types.SimpleNamespace(sleep=lambda seconds: None)  # the client waits before it tries again
+"""
+
+
+@pytest.mark.slow
 def test_what_a_hub_can_do_wrong_is_one_line(hub, tmp_path):
     for rule, _ in WRONG.values():
         if rule:
             hub.fail(**rule)
     for sae, (_, says) in WRONG.items():
-        line = refused(expb(hub, tmp_path / "out", sae, check=2, environment=hub.elsewhere))
+        done = expb(hub, tmp_path / "out", sae, check=2, environment=hub.elsewhere, setup=HURRIED)
+        line = refused(done)
         assert says in line and sae.split("@")[0] in line
     assert not (tmp_path / "out").exists()
     # nothing half-written that looks whole

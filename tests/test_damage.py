@@ -263,6 +263,7 @@ def test_a_cache_that_goes_away_is_one_line(whole, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_locale_without_our_letters(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
     environment = {

@@ -30,6 +30,7 @@ def test_folders_load_the_ordinary_way_in_float32():
     )
 
 
+@pytest.mark.slow
 def test_held_out_loss_falls_with_scale():
     """On every eighth row of the held-out text of the Python at hand; differences paired by row, far outside
     their noise.

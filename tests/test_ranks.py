@@ -21,7 +21,7 @@ import torch
 
 CPU = ["--device", "cpu"]
 SMALL_A = (
-    "--models stdlib-s,stdlib-m --k 2,4 --tokens 3k,10k --seeds 0,1 --recipe base,saelens --sinks keep,drop "
+    "--models stdlib-s,stdlib-m --k 2 --tokens 3k,10k --seeds 0,1 --recipe base,saelens --sinks keep,drop "
     "--expansion 4 --eval-seqs 8 --ctx 64"
 ).split()
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as torchrun gives each rank
@@ -48,6 +48,7 @@ def one(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_the_bytes_of_one(one, tmp_path):
     done = process(*torchrun(2, "expb.py", *SMALL, *folders(tmp_path)), env=ONE_THREAD)
     assert contents(tmp_path / "out") == contents(one)
@@ -55,6 +56,7 @@ def test_two_ranks_leave_the_bytes_of_one(one, tmp_path):
     assert json.loads((tmp_path / "out/run.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_exp_a_on_three_ranks(tmp_path):
     alone("expa.py", *SMALL_A, "--out", tmp_path / "one", "--cache", tmp_path / "a")
     three = torchrun(3, "expa.py", *SMALL_A, "--out", tmp_path / "three", "--cache", tmp_path / "b")
@@ -65,6 +67,7 @@ def test_exp_a_on_three_ranks(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="finds the rank's process under /proc")
 def test_a_rank_that_dies_is_named_and_another_number_of_ranks_goes_on(one, tmp_path):
     command = [*SMALL, "--save-tokens", *folders(tmp_path)]
@@ -96,6 +99,7 @@ def test_a_rank_that_dies_is_named_and_another_number_of_ranks_goes_on(one, tmp_
         assert len({name.rpartition("/")[0] for name in tokens.files}) == 3 * (3 + 4)
 
 
+@pytest.mark.slow
 def test_a_fault_says_which_rank(tmp_path):
     nowhere = torchrun(2, "expb.py", "--models", "nowhere/at-all", "--out", tmp_path)
     done = process(*nowhere, env=ONE_THREAD, check=1)
@@ -135,6 +139,7 @@ ranks.join = ranks.wait = ranks.leave = lambda *a: None
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_writes_elsewhere_is_missed(tmp_path):
     """Rank 0 of two whose folder the other does not share: no report of half the conditions."""
     # the other has trained its share, and could not wait for what this one trains to measure any
@@ -145,16 +150,12 @@ def test_a_rank_that_writes_elsewhere_is_missed(tmp_path):
     assert not (tmp_path / "out0/report.md").exists()
 
 
-def row(name, value):
-    return dict(model="m", layer=1, sae=name, recipe="base", d_sae=4, k=2, seed=0, tokens=10) | dict.fromkeys(
-        COLUMNS[8:], value
-    )
-
-
 def test_gathering_twice_or_after_a_crash_counts_nothing_twice(tmp_path):
     def part(name: str, value: float) -> Measurements:
+        key = dict(model="m", layer=1, sae=name, recipe="base", d_sae=4, k=2, seed=0, tokens=10)
         sums = {"sse": np.full((1, 3), value), "d": np.array([4])}
-        return Measurements([row(name, value)], sums, {f"m@1/{name}/sse": np.ones(3)}, {})
+        rows = [dict.fromkeys(COLUMNS, value) | key]
+        return Measurements(rows, sums, {f"m@1/{name}/sse": np.ones(3)}, {})
 
     add_results(tmp_path, {}, part("a", 1.0))
     # gathered once, and killed before its folder was removed
