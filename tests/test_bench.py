@@ -83,6 +83,7 @@ def test_budgets(tmp_path):
     assert bench("budgets", "--tokens", "1k,2k", *grid) == report and path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_coverage(tmp_path):
     cache = tmp_path / "cache"
     run = "--models stdlib-s@2 --k 2,4 --tokens 1k --eval-seqs 4 --ctx 32".split()
