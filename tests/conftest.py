@@ -1,5 +1,6 @@
 """Fixtures that several test files take."""
 
+import os
 import random
 
 from helpers import get_saes, log_probs_64, measured, tiny_model  # noqa: F401
@@ -7,6 +8,12 @@ from helpers import get_saes, log_probs_64, measured, tiny_model  # noqa: F401
 import numpy as np
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    """Where several processes run the tests (-n 2), each takes one thread, and so does what it starts."""
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,7 @@ MODEL, DATA, SAES = (
     "NeelNanda/pile-small-tokenized-2b",
     "EleutherAI/sae-pythia-70m-32k",
 )
-
-
+pytestmark = pytest.mark.slow  # the hub's first SAEs and the clients' process take as long
 SIZE = "--eval-seqs 8 --ctx 64".split()
 
 
@@ -254,7 +253,6 @@ def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
     assert contents(out) == before
 
 
-@pytest.mark.slow
 def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     """The same weights as sparsify, dictionary_learning and SAELens write them; the others through their own
     forward.
@@ -302,7 +300,6 @@ def test_an_edited_configuration_is_another_sae(hub, tmp_path):
     assert "fingerprint" in refused(expb(hub, tmp_path / "out", str(folder), check=2))
 
 
-@pytest.mark.slow
 def test_exp_c_takes_them_too_and_says_what_is_odd(hub, tmp_path):
     """A threshold SAE, and one whose files name another model, by the number of a folder."""
     shutil.copytree(
@@ -360,7 +357,6 @@ http.time = types.SimpleNamespace(sleep=lambda seconds: None)  # the client wait
 """
 
 
-@pytest.mark.slow
 def test_what_a_hub_can_do_wrong_is_one_line(hub, tmp_path):
     for rule, _ in WRONG.values():
         if rule:

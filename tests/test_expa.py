@@ -130,6 +130,7 @@ def pairs(n: int, **how: Any) -> Iterator[tuple[Pair, list[dict]]]:
         yield pair, expa.cells_at(pair, BUDGETS[2], BUDGETS[1])
 
 
+@pytest.mark.slow
 def test_h0_is_accepted_wrongly_in_at_most_one_of_twenty():
     """Delta CE_rec at the margin for one k: the worst case that is not equivalence, where 5% is reached."""
     earlier = np.array(BUDGETS[:2])
@@ -137,6 +138,7 @@ def test_h0_is_accepted_wrongly_in_at_most_one_of_twenty():
     assert abs(np.mean(wrong) - 0.05) < 4 * (0.05 * 0.95 / 800) ** 0.5  # standard errors
 
 
+@pytest.mark.slow
 def test_h1_is_accepted_wrongly_in_at_most_one_of_twenty():
     """No gap, under noise that makes estimates of 0.03 common: only the interval protects."""
     noise = dict(delta=0.05, seed_sd=0.03, seq_sd=0.02)

@@ -447,6 +447,7 @@ def test_a_bad_folder_gets_one_line(good, tmp_path, spoil, word):
         shape_of(str(folder), None)
 
 
+@pytest.mark.slow
 def test_a_size_is_seen_before_its_memory_is_spent(good, tmp_path):
     """Neither the wide block's 5 GB nor the list of blocks is ever there."""
     for name, change in (("wide", dict(intermediate_size=10**7)), ("deep", dict(num_hidden_layers=10**7))):
@@ -512,6 +513,7 @@ ASKED = {  # (name, revision): which weights, or a word of the one line
 }
 
 
+@pytest.mark.slow
 def test_models_come_from_the_hub_by_name_and_revision(good, tmp_path):
     hub = pytest.importorskip("hub")
     repositories = tmp_path / "hub" / "models" / "org"

@@ -306,6 +306,7 @@ def test_saes_from_files(tmp_path):
         np.testing.assert_allclose([a[m] for m in numbers], [b[m] for m in numbers], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_pipeline(tmp_path):
     """Nothing in it is refused, and its numbers are those of the CPU."""
     with PretendMps() as guard:

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import math
 import pathlib
-import subprocess
-import sys
 
 import zygote
+from helpers import script
 from transport_geometry import rerun, store
 from transport_geometry.errors import UserError
 from transport_geometry.tables import as_csv, as_json, read_table
@@ -15,7 +14,6 @@ from transport_geometry.tables import as_csv, as_json, read_table
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SD = {"r2": 0.02, "nmse": 0.02, "dce": 0.06, "gd_mean": 0.01, "kl": 0.03, "alive": 0.004, "ce_orig": 0.0}
 SCALE = {"r2": "log of 1 - x", "gd_mean": "plain", "alive": "plain"}
 PLACES = [(1000, k) for k in (4, 8, 32)]
@@ -318,40 +316,22 @@ def test_the_committed_seed_sds_are_usable():
 
 
 # ------------------------------------------------------------------------------------------------ real SAEs
+REAL = ("--models stdlib-s@1,stdlib-s@3,stdlib-s@5 --k 4,8 --tokens 5k --eval-seqs 8 --ctx 64").split()
+
+
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
     """{seeds: results folder}, and "sd": the seed SDs that bench/seed_sd.py measures of them."""
     path = tmp_path_factory.mktemp("seeds")
     for which in ("0,1,2,3", "0", "1"):
-        done = zygote.run(
-            "expb.py",
-            "--models",
-            "stdlib-s@1,stdlib-s@3,stdlib-s@5",
-            "--k",
-            "4,8",
-            "--tokens",
-            "5k",
-            "--eval-seqs",
-            "8",
-            "--ctx",
-            "64",
-            "--seeds",
-            which,
-            "--out",
-            path / which,
-            "--cache",
-            path / "cache",
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench/seed_sd.py", path / "0,1,2,3", "--out", path / "sd"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "4 seeds of 6 cells" in done.stdout, done.stderr
+        command = [*REAL, "--seeds", which, "--out", path / which, "--cache", path / "cache"]
+        script("expb.py", *command, setup=zygote.UNDRAWN)
+    done = script("bench/seed_sd.py", path / "0,1,2,3", "--out", path / "sd")
+    assert "4 seeds of 6 cells" in done.stdout
     return {which: path / which for which in ("0,1,2,3", "0", "1", "sd")}
 
 
+@pytest.mark.slow
 def test_measured_seed_sds(seeds):
     """Against the SD written out, for one column at one k."""
     rows = [row for row in read_table(seeds["0,1,2,3"] / "conditions.csv") if row["recipe"] == "base"]
@@ -375,6 +355,7 @@ def test_measured_seed_sds(seeds):
     )
 
 
+@pytest.mark.slow
 def test_two_seeds_of_a_real_grid(seeds):
     one, other = (rerun.read(seeds[which]) for which in "01")
     outcome = rerun.compare(one, other, rerun.seed_spreads(seeds["sd"] / "seed_sd.csv"))
@@ -387,6 +368,7 @@ def test_two_seeds_of_a_real_grid(seeds):
     assert rerun.compare(one, rerun.read(seeds["0"])).word == "identical"
 
 
+@pytest.mark.slow
 def test_the_command_says_one_word_last(seeds, tmp_path):
     done = zygote.run("common.py", "diff", seeds["0"], seeds["0"])
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("identical: 8 files")

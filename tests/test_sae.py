@@ -171,6 +171,7 @@ def test_the_rate_never_falls_as_budgets_grow():
     assert {Training.pace(b) for b in budgets if b >= Training.TRUNK_FROM} == {(4096, 20.0)}
 
 
+@pytest.mark.slow
 def test_more_tokens_do_not_make_a_worse_sae():
     """A dense planted dictionary with noise, over and over. At a rate that falls as sqrt(10M / tokens) it
     went from .835 to .830.
@@ -232,6 +233,7 @@ def test_branches_decay_the_trunk_does_not():
     assert twin.sae is not trunk_run.sae and twin.optimiser.param_groups[0]["params"][0] is twin.sae.W_enc
 
 
+@pytest.mark.slow
 def test_a_later_branch_is_as_good_as_a_run_of_its_own():
     """Planted data, eight seeds: the mean difference in R^2 is small beside what the budget before it
     lacks.
