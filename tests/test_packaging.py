@@ -147,7 +147,10 @@ def test_without_the_extension_it_runs_and_gives_the_reason(copy):
     )
     broken = said_in(copy)
     assert "[[0], [0]]" in broken and "NOT BUILT" in broken and "libtorch_cuda.so" in broken
-    (package / "_kernels.py").unlink()
+    # a file that is not there would be looked for in the editable install
+    (package / "_kernels.py").write_text(
+        "raise ModuleNotFoundError('no _kernels', name='transport_geometry._kernels')\n"
+    )
     (package / "_kernels_not_built.txt").write_text("the C++ build failed: no compiler\n")
     assert "NOT BUILT (the C++ build failed: no compiler)" in said_in(copy)
 
