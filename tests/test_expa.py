@@ -147,6 +147,7 @@ def test_h1_is_accepted_wrongly_in_at_most_one_of_twenty():
     assert np.mean([one.h1 is True for one in found]) <= 0.07
 
 
+@pytest.mark.slow
 def test_a_gap_is_found():
     assert share(verdicts(60, gap=0.06), "H0+H1") > 0.85
     assert share(verdicts(60, gap=0.06, delta=0.05), "H1") > 0.85

@@ -750,6 +750,7 @@ def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, word", [("repeated", "claims 134217728 values, more than are stored"), ("packed", "inflate")]
 )

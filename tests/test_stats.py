@@ -385,6 +385,7 @@ def test_many_proxies_at_once_are_the_same_as_one_by_one():
     assert np.isnan(stats.swap_tests(a, np.r_[np.inf, b[1:]], y, meta, n_draws=200)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds, n", [(1, 500), (3, 150)])
 def test_tests_keep_their_size_where_a_hook_is_one_draw(few_patterns, seeds, n):
     """Two proxies equally good, 18 hooks, correlation .9 within one: p < .05 in at most 7% of n data sets,
