@@ -1,13 +1,12 @@
-"""Fixtures that several test files take."""
+"""Fixtures that several test files take.
+
+Nothing is imported here that takes long: where several processes run the tests, one more gives them out.
+"""
 
 import os
 import random
 
-from helpers import get_saes, log_probs_64, measured, tiny_model  # noqa: F401
-
-import numpy as np
 import pytest
-import torch
 
 
 def pytest_configure(config):
@@ -19,6 +18,9 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeded():
     """What a test draws without a generator of its own is the same alone and in any order of the tests."""
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -26,9 +28,13 @@ def seeded():
 
 @pytest.fixture
 def tiny():
+    from helpers import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture
 def rows():
+    import torch
+
     return torch.randint(0, 41, (3, 12), generator=torch.Generator().manual_seed(1))

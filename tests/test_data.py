@@ -545,6 +545,7 @@ def test_only_hub_data_sets_have_splits(hub, tmp_path):
 
 
 # -------------------------------------------------------------------------------------- what is trained on it
+@pytest.mark.slow
 def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_path):
     for i in range(3):
         write(

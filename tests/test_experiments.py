@@ -293,6 +293,7 @@ def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, 
         assert ("Exp-A says undertrained" in done.stdout) is gated
 
 
+@pytest.mark.slow
 def test_published_grids_are_priced_without_network(tmp_path):
     for name in ("phase2", "fast2", "fast3"):
         done = expa("--preset", name, "--dry-run", *folders(tmp_path))  # offline, see zygote

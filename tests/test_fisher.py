@@ -2,7 +2,7 @@
 intervals.
 """
 
-from conftest import log_probs_64, tiny_model
+from helpers import log_probs_64, tiny_model
 from transport_geometry import fisher
 from transport_geometry.lm import Hook, attending
 

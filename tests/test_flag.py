@@ -6,7 +6,7 @@ import json
 import math
 
 import zygote
-from conftest import tiny_model
+from helpers import tiny_model
 from transport_geometry import text
 from transport_geometry.evaluate import evaluate
 from transport_geometry.flag import FLAG_COLUMNS, MIN_EFFECT, NO_WIDTH, flag
@@ -156,6 +156,7 @@ def audited(hook, tmp_path_factory):
         "raw",
         "--out",
         folder / "out",
+        setup=zygote.UNDRAWN,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "out", done.stdout

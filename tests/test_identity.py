@@ -122,6 +122,7 @@ def test_another_tokenizer_or_configuration_is_another_sae(tmp_path, model):
     assert len(saes(cache)) == 3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_another_sae(tmp_path):
     for dtype in ("float32", "bfloat16"):
         command = ["--models", "stdlib-s", *GRID, "--dtype", dtype, "--out", tmp_path / dtype]
@@ -193,6 +194,7 @@ def test_nor_do_they_where_an_sae_says_so_itself(tmp_path, model):
     assert read_table(tmp_path / "2/audit.csv")[0]["trained_on"] == "model"
 
 
+@pytest.mark.slow
 def test_other_models_of_a_grid_are_no_part_of_an_sae(tmp_path, model):
     """Nor is how the text is called."""
     other = pathlib.Path(shutil.copytree(model, tmp_path / "b/model"))

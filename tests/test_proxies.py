@@ -4,7 +4,7 @@ promises.
 
 import math
 
-from conftest import tiny_model
+from helpers import tiny_model
 from transport_geometry import evaluate as evaluation
 from transport_geometry import formats, sae
 from transport_geometry.errors import Fault
