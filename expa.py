@@ -22,6 +22,7 @@ from typing import Any
 
 from common import parse_args, run_script
 from transport_geometry import curves, published, stats, store
+from transport_geometry.condition import hook_of
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, pyplot
 from transport_geometry.grid import sae_name
@@ -778,7 +779,7 @@ def plots(f: Findings) -> dict[str, bytes]:
     if f.headline:
         drawn["deltas.png"] = delta_plot(f.headline, f"{f.verdict.large} − {f.verdict.small}")
         drawn["mismatch.png"] = mismatch_plot(f.headline)
-    depths = [f.settings["hooks"][f"{row['model']}@{row['layer']}"] for row in f.saes]
+    depths = [f.settings["hooks"][hook_of(row)] for row in f.saes]
     for depth in sorted(set(depths)):
         here = [row for row, its in zip(f.saes, depths) if its == depth]
         name = f"learning-{depth}.png" if len(set(depths)) > 1 else "learning.png"

@@ -21,7 +21,7 @@ from transport_geometry.evaluate import DRAWS
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.fisher_study import SHAPE, estimators, geometry, path_integral
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
-from transport_geometry.grid import Site
+from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import (
     LEADERBOARD,
     how_to_read,
@@ -112,17 +112,17 @@ FISHER = (
 OWN = (*FISHER, Metric("delta_sq", mean("sse"), DISTORTION), *map(locality, ALPHAS))
 
 
-def study(site: Site, sae: SAE, device: torch.device) -> dict[str, list[dict]]:
+def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> dict[str, list[dict]]:
     """What is measured once per hook, on few sequences or without an SAE: {table: rows}. sae: the middle one
     of the grid.
     """
-    hook, input_ids, condition = site.hook, site.held.input_ids, site.middle.condition
+    hook, input_ids, condition = eval_set.hook, eval_set.held.input_ids, eval_set.middle.condition
     batch = eval_batch(hook, input_ids.shape[1])
     few = input_ids[:batch].to(device)
     name = {"model": condition.model, "layer": condition.layer}
     which = name | {key: getattr(condition, key) for key in ("recipe", "k", "seed", "tokens")}
     return {
-        "geometry.csv": [name | row for row in geometry(hook, input_ids, batch, site.held.document)],
+        "geometry.csv": [name | row for row in geometry(hook, input_ids, batch, eval_set.held.document)],
         "estimators.csv": [which | row for row in estimators(hook, few, sae)],
         "path.csv": [which | row for row in path_integral(hook, few, sae)],
     }

@@ -302,7 +302,7 @@ def test_a_text_of_few_documents_is_cut_and_held_out_by_piece(tmp_path, name):
         write(path, [{"tokens": whole}])
     pieces = list(sources.documents(str(path)))
     joined = list(itertools.chain(*pieces)) if name == "ids.jsonl" else "".join(pieces)
-    assert text.is_cut(str(path)) and joined == whole and len(pieces) > 25
+    assert sources.is_cut(str(path)) and joined == whole and len(pieces) > 25
     sides = [list(text.documents(str(path), side)) for side in ("train", "heldout")]
     assert len(sides[0]) > len(sides[1]) > 0 and len(sides[0]) + len(sides[1]) == len(pieces)
     found = text.heldout_rows(str(path), Letters(), 64, 2 * len(sides[1]))
@@ -312,8 +312,8 @@ def test_a_text_of_few_documents_is_cut_and_held_out_by_piece(tmp_path, name):
 def test_many_documents_stay_whole(tmp_path):
     for i, t in enumerate(essays(120, 3000)):
         (tmp_path / f"{i}.txt").write_text(t)
-    assert not text.is_cut(str(tmp_path)) and len(list(sources.documents(str(tmp_path)))) == 120
-    assert not text.is_cut("stdlib")
+    assert not sources.is_cut(str(tmp_path)) and len(list(sources.documents(str(tmp_path)))) == 120
+    assert not sources.is_cut("stdlib")
 
 
 def test_near_duplicates_stand_on_one_side():

@@ -16,7 +16,7 @@ import expc_fisher
 from transport_geometry import errors, formats, lm, metrics, run, text
 from transport_geometry.condition import Condition
 from transport_geometry.given import Given
-from transport_geometry.grid import Candidate, Site, null_conditions
+from transport_geometry.grid import Candidate, EvalSet, null_conditions
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook
 from transport_geometry.run import Experiment
@@ -239,18 +239,18 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
         for k in (2, 4)
     ]
     candidates = [Candidate(Condition("tiny", 1, "x", one.recipe, 128, one.k, 0, 1280), one) for one in specs]
-    site = tiny_site(candidates, tokenizer, text.find(str(document)))
-    share = run.Share(site, candidates, with_nulls=True)
+    eval_set = tiny_eval_set(candidates, tokenizer, text.find(str(document)))
+    share = run.Share(eval_set, candidates, with_nulls=True)
     run.train([share], folder / device.type, device)
     saes = types.SimpleNamespace(save_tokens=True, saes=())
     command = types.SimpleNamespace(grid=saes, cache=folder / device.type)
     return run.measure(share, command, device, expc_fisher.EXPERIMENT).rows
 
 
-def tiny_site(candidates, tokenizer=None, source=None) -> Site:
+def tiny_eval_set(candidates, tokenizer=None, source=None) -> EvalSet:
     nulls = null_conditions("tiny", 1, "", candidates[0])
     held = text.HeldOut(tiny_rows(), np.arange(len(tiny_rows())), "")
-    return Site("tiny", Hook(tiny_model(), 1), tokenizer, source, held, tuple(candidates), nulls)
+    return EvalSet("tiny", Hook(tiny_model(), 1), tokenizer, source, held, tuple(candidates), nulls)
 
 
 def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
@@ -293,9 +293,9 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
             )
             condition = Condition("tiny", 1, file.label, "saelens", 64, 4, 0, 0)
             candidates.append(Candidate(condition, of_file))
-    site = tiny_site(candidates)
+    eval_set = tiny_eval_set(candidates)
     command = types.SimpleNamespace(grid=types.SimpleNamespace(save_tokens=False, saes=("x",)), cache=None)
-    return run.measure(run.Share(site, candidates, True), command, device, Experiment("expb")).rows
+    return run.measure(run.Share(eval_set, candidates, True), command, device, Experiment("expb")).rows
 
 
 def test_saes_from_files(tmp_path):

@@ -12,7 +12,7 @@ from transport_geometry.formats import hub_name
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.results import behind
 from transport_geometry.stats import isotonic_predict, percentiles
-from transport_geometry.tables import bounds, markdown, span
+from transport_geometry.tables import bounds, estimate, grouped, markdown
 
 import numpy as np
 
@@ -219,11 +219,6 @@ def pair_sentences(found: list[dict]) -> list[str]:
     return text
 
 
-def _delta(row: dict, metric: str) -> str:
-    key = f"delta_{metric}"
-    return span(row[key], row[f"{key}_lo"], row[f"{key}_hi"], 3)
-
-
 def pair_lines(found: list[dict]) -> list[str]:
     """The pairs to look at, inverted ones first, the clearest first."""
     order = list(SAYS)
@@ -231,10 +226,10 @@ def pair_lines(found: list[dict]) -> list[str]:
         (row for row in found if row["kind"] in order),
         key=lambda row: (order.index(row["kind"]), -clearness(row), _place(row)),
     )
-    lines = [
-        ONE_PAIR.format(**row, says=SAYS[row["kind"]], r2=_delta(row, "r2"), ce_rec=_delta(row, "ce_rec"))
-        for row in worth[:NAMED]
-    ]
+    lines = []
+    for row in worth[:NAMED]:
+        r2, ce_rec = (estimate(row, f"delta_{metric}", 3) for metric in ("r2", "ce_rec"))
+        lines.append(ONE_PAIR.format(**row, says=SAYS[row["kind"]], r2=r2, ce_rec=ce_rec))
     return lines + ([f"- and {len(worth) - NAMED} more in pairs.csv"] if len(worth) > NAMED else [])
 
 
@@ -245,9 +240,7 @@ def pair_report(found: list[dict], settings: dict) -> list[str]:
         return text
     if lines := pair_lines(found):
         text += [*lines, ""]
-    groups: dict[tuple, list[dict]] = {}
-    for row in found:
-        groups.setdefault(tuple(row[column] for column in GROUP), []).append(row)
+    groups = grouped(found, GROUP)
     if len(groups) > 1:
         table = [
             dict(zip(GROUP, group)) | {"pairs": len(rows)} | counted(rows) for group, rows in groups.items()
@@ -326,14 +319,9 @@ def headline(rows: list[dict]) -> str:
     """One line per SAE, best CE_rec first."""
     lines = []
     for row in _best_first(rows):
-        ends = row["ce_rec_residual_lo"], row["ce_rec_residual_hi"]
-        lines.append(
-            row
-            | {
-                "ce_rec interval": bounds(row["ce_rec_lo"], row["ce_rec_hi"], 3),
-                "residual": span(row["ce_rec_residual"], *ends, 3),
-            }
-        )
+        interval = bounds(row["ce_rec_lo"], row["ce_rec_hi"], 3)
+        residual = estimate(row, "ce_rec_residual", 3)
+        lines.append(row | {"ce_rec interval": interval, "residual": residual})
     return markdown(lines, HEADLINE)
 
 

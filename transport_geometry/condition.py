@@ -5,6 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def hook_of(row: Mapping[str, Any]) -> str:
+    """model@layer of a row, as settings and reports call its hook."""
+    return f"{row['model']}@{row['layer']}"
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Condition:
     """The key of a row of conditions.csv, in the order in which rows are sorted."""
@@ -27,7 +32,7 @@ class Condition:
 
     @property
     def hook(self) -> str:
-        return f"{self.model}@{self.layer}"
+        return hook_of(vars(self))
 
     @property
     def within_hook(self) -> str:

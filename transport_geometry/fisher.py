@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from transport_geometry.lm import Hook, attending, scores_are_plain
+from transport_geometry.lm import Hook, attending, for_every_head
 
 import torch
 from torch.autograd import forward_ad
@@ -120,9 +120,7 @@ def self_position_attention(
 
     query [B,H,T,e], key and value [B,H',T,e] with H' dividing H.
     """
-    scores_are_plain(module, more)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    key, value = for_every_head(module, query, key, value, more)
     scores = query @ key.detach().transpose(2, 3)
     own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
     scores = torch.where(own, (query * key).sum(-1, keepdim=True), scores) * scaling

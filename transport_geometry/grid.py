@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import ANY_X86, given, text
+from transport_geometry import ANY_X86, given, sources, text
 from transport_geometry.condition import NULLS, Condition
 from transport_geometry.errors import UserError
 from transport_geometry.given import Chosen, Given
@@ -70,7 +70,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class EvalSet:
     """One evaluation set, for the SAEs at one hook."""
 
     name: str  # of the model, as results call it
@@ -97,7 +97,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Place:
-    """What the SAEs of a site have in common, as asked for."""
+    """What the SAEs of an evaluation set have in common, as asked for."""
 
     model: str
     layer: int | None
@@ -113,7 +113,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     weights: str  # hash
-    tokens: str  # hash of the tokenizer
+    tokenizer_hash: str
 
     @property
     def size(self) -> int:
@@ -140,8 +140,8 @@ def sae_name(expansion: int, sinks: str) -> str:
     return f"topk-x{expansion}" + ("-nosinks" if sinks == "drop" else "")
 
 
-def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any], list[Site]]:
-    """(settings, sites): every model and SAE file loaded (on the CPU), every argument checked against it,
+def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any], list[EvalSet]]:
+    """(settings, eval_sets): every model and SAE file loaded (on the CPU), every argument checked against it,
     before anything is written. Settings are what a results folder is the results of, as its run.json keeps
     them. Raises UserError.
     """
@@ -157,7 +157,7 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
     if not chosen:
         places = [Place(name, layer, grid.ctx, False) for name, layer in grid.models]
     rows: dict[tuple, text.HeldOut] = {}
-    sites = []
+    eval_sets = []
     for place in places:
         loaded = models[place.model]
         which = (place.model, place.ctx, place.bos)
@@ -173,16 +173,16 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
         # SAEs of one place that want other contexts have null rows of their own
         suffix = f"-{'bos-' if place.bos else ''}ctx{place.ctx}" if several else ""
         nulls = null_conditions(loaded.called, hook.layer, suffix, candidates[len(candidates) // 2])
-        sites.append(
-            Site(loaded.called, hook, loaded.tokenizer, source, rows[which], tuple(candidates), nulls)
+        eval_sets.append(
+            EvalSet(loaded.called, hook, loaded.tokenizer, source, rows[which], tuple(candidates), nulls)
         )
-    if not chosen and len({(site.name, site.hook.layer) for site in sites}) < len(sites):
+    if not chosen and len({(eval_set.name, eval_set.hook.layer) for eval_set in eval_sets}) < len(eval_sets):
         raise UserError(
             "--models: the same model and layer twice (a name without @LAYER means the middle layer)"
         )
     if text.stamp(source.data) != source.stamp:
         raise UserError(f"--data {grid.data} is being changed: run again when it is still")
-    return settings(grid, device, script, sites, list(models.values()), list(rows.values())), sites
+    return settings(grid, device, script, eval_sets, list(models.values()), list(rows.values())), eval_sets
 
 
 def evaluation_rows(loaded: Loaded, place: Place, source: text.Source, grid: Grid) -> text.HeldOut:
@@ -234,14 +234,15 @@ def trained_here(
             f"--k {grid.k[-1]}: more than the {d_sae} latents of an SAE at {grid.expansion}x on {name}"
         )
     check_memory(d, d_sae, device)
+    # called by its own name, whatever other models the command names: the same SAE in every grid
+    own_name = readable_names([name])[name]
     out = []
     arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
     for sinks, recipe, tokens, k, seed in arms:
         spec = TrainingSpec(
-            # called by its own name, whatever other models the command names: the same SAE in every grid
-            model=readable_names([name])[name],
+            model=own_name,
             weights=loaded.weights,
-            tokenizer=loaded.tokens,
+            tokenizer=loaded.tokenizer_hash,
             dtype=grid.dtype,
             layer=hook.layer,
             data=source.name,
@@ -257,7 +258,7 @@ def trained_here(
             seed=seed,
             recipe=recipe,
             sinks=sinks,
-            instructions=instructions(device),
+            instructions=any_x86(device),
         )
         called = sae_name(grid.expansion, sinks)
         condition = Condition(loaded.called, hook.layer, called, recipe, d_sae, k, seed, tokens)
@@ -280,7 +281,7 @@ def settings(
     grid: Grid,
     device: torch.device,
     script: str,
-    sites: Sequence[Site],
+    eval_sets: Sequence[EvalSet],
     models: Sequence[Loaded],
     rows: Sequence[text.HeldOut],
 ) -> dict[str, Any]:
@@ -289,16 +290,18 @@ def settings(
     out: dict[str, Any] = dict(
         script=script,
         device=device.type,
-        data=sites[0].source.name,
+        data=eval_sets[0].source.name,
         text_sha256=", ".join(sorted({held.sha256 for held in rows})),
         documents=sorted({int(held.document.max()) + 1 for held in rows}),
-        cut=text.is_cut(grid.data),
+        cut=sources.is_cut(grid.data),
         python=platform.python_version() if grid.data == "stdlib" else None,
         models=[one.called for one in sorted(models, key=lambda one: (one.size, one.called))],
-        hooks={f"{site.name}@{site.hook.layer}": depth(site.hook) for site in sites},
-        last_blocks=sorted({f"{site.name}@{site.hook.layer}" for site in sites if site.hook.is_last}),
+        hooks={f"{eval_set.name}@{eval_set.hook.layer}": depth(eval_set.hook) for eval_set in eval_sets},
+        last_blocks=sorted(
+            {f"{eval_set.name}@{eval_set.hook.layer}" for eval_set in eval_sets if eval_set.hook.is_last}
+        ),
         weights={one.called: one.weights for one in models},
-        tokenizers={one.called: one.tokens for one in models},
+        tokenizers={one.called: one.tokenizer_hash for one in models},
         k=trained and list(trained.k),
         seeds=trained and list(trained.seeds),
         tokens=trained and list(trained.tokens),
@@ -309,9 +312,9 @@ def settings(
         ctx=grid.ctx,
         save_tokens=grid.save_tokens,
     )
-    origins = [(one.condition.sae, one.origin) for site in sites for one in site.candidates]
+    origins = [(one.condition.sae, one.origin) for eval_set in eval_sets for one in eval_set.candidates]
     if trained:
-        out["data_content"] = sites[0].source.content
+        out["data_content"] = eval_sets[0].source.content
     else:
         out["saes"] = {sae: one.in_settings() for sae, one in origins if isinstance(one, Given)}
     # what is not the default
@@ -319,7 +322,7 @@ def settings(
         ("revision", grid.revision, None),
         ("split", grid.split, "train"),
         ("dtype", grid.dtype, "float32"),
-        ("instructions", instructions(device), None),
+        ("instructions", any_x86(device), None),
     ):
         if value != default:
             out[name] = value
@@ -331,6 +334,6 @@ def depth(hook: Hook) -> str:
     return f"{(hook.layer / hook.model.config.num_hidden_layers):.2f}"
 
 
-def instructions(device: torch.device) -> str | None:
+def any_x86(device: torch.device) -> str | None:
     """A setting of runs, and of SAEs in the cache, whose bytes are the same on every x86-64 processor."""
     return "any x86-64" if ANY_X86 and device.type == "cpu" else None

@@ -43,7 +43,7 @@ from transport_geometry.stats import (
     weighted_design,
     weighted_ranks,
 )
-from transport_geometry.tables import markdown, plain, signed, span
+from transport_geometry.tables import estimate, markdown, plain, signed
 
 import numpy as np
 
@@ -637,10 +637,6 @@ def _partial(row: dict) -> float:
 
 def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
     """Markdown, the best partial Spearman first."""
-
-    def estimate(row: dict, name: str) -> str:
-        return span(row[name], row[f"{name}_lo"], row[f"{name}_hi"])
-
     chosen = [row for row in board if row["target"] == target and row["stratum"] == stratum]
     chosen.sort(key=_partial, reverse=True)
     table = [

@@ -256,13 +256,19 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def scores_are_plain(module: Any, more: dict) -> None:
-    """Raises UserError where attention is more than a softmax of scaled scores."""
+def for_every_head(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, more: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """key and value [B,H',T,e] repeated for the H heads of query. Raises UserError where attention is more
+    than a softmax of scaled scores.
+    """
     if more.get("softcap") is not None or more.get("s_aux") is not None:
         raise UserError(
             f"{type(module).__name__}: soft-capped scores or attention sinks of its own, which are not "
             "understood"
         )
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
 
 def plain_attention(
@@ -277,9 +283,7 @@ def plain_attention(
     """softmax(query key^T scaling + attention_mask) value, in plain operations: (out [B,T,H,e], plan
     [B,H,T,T]).
     """
-    scores_are_plain(module, more)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    key, value = for_every_head(module, query, key, value, more)
     plan = torch.softmax(query @ key.transpose(2, 3) * scaling + attention_mask, -1)
     return (plan @ value).transpose(1, 2).contiguous(), plan
 

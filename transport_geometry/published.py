@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from transport_geometry.condition import hook_of
 from transport_geometry.curves import KStar
 from transport_geometry.tables import grouped, markdown, readable_count
 
@@ -68,7 +69,7 @@ def section(deltas: list[dict], saes: list[dict], stars: list[KStar], hooks: dic
     Rows of deltas.csv and conditions.csv; hooks {model@layer: depth}.
     """
     middle = [row for row in saes if row["tokens"] == TOKENS]
-    middle = [row for row in middle if hooks[f"{row['model']}@{row['layer']}"] == MIDDLE]
+    middle = [row for row in middle if hooks[hook_of(row)] == MIDDLE]
     found = [*of_deltas(deltas), *of_saes(middle), *of_k_stars(stars), *of_correlation(middle)]
     rows = []
     for what, published, measured in found:

@@ -21,6 +21,7 @@ from typing import Any
 
 from transport_geometry import ROOT, store
 from transport_geometry.errors import UserError, reading
+from transport_geometry.results import without_shared
 from transport_geometry.store import RUN
 from transport_geometry.tables import cell, read_table
 
@@ -297,14 +298,10 @@ def other_settings(a: dict, b: dict) -> tuple[list[str], list[str]]:
         if x == y:
             continue
         if isinstance(x, dict) and isinstance(y, dict):
-            x, y = _without_shared(x, y), _without_shared(y, x)
+            x, y = without_shared(x, y), without_shared(y, x)
         text = f"{WORDS.get(key, f'other {key}')} ({key}: {_shortened(str(x))} | {_shortened(str(y))})"
         (notes if key in MAY_DIFFER else reasons).append(text)
     return reasons, notes
-
-
-def _without_shared(x: dict, y: dict) -> dict:
-    return {key: value for key, value in x.items() if y.get(key) != value}
 
 
 def _shortened(text: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transport_geometry import FIXED_CODE, kernels, store
-from transport_geometry.condition import KEY, Condition
+from transport_geometry.condition import KEY, Condition, hook_of
 from transport_geometry.errors import Damaged, UserError
 from transport_geometry.metrics import METRICS, Metric, Sums, computed
 from transport_geometry.stats import document_weights
@@ -56,9 +56,7 @@ class Measured:
     sums: dict[str, np.ndarray]  # {quantity: [C,S]}
 
 
-# --------------------------------------------------------------------------------------------- the folder
-
-
+# ------------------------------------------------------------------------------------------------ the folder
 def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | None = None) -> None:
     """Make `out` ready for a run with these settings, this process its only writer, or raise UserError and
     change nothing.
@@ -115,9 +113,13 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
 def difference(key: str, there: Any, here: Any) -> str:
     """Of one setting; of one that holds several, of those that differ."""
     if isinstance(there, dict) and isinstance(here, dict):
-        both = {name for name in there if here.get(name) == there[name]}
-        there, here = ({n: v for n, v in side.items() if n not in both} for side in (there, here))
+        there, here = without_shared(there, here), without_shared(here, there)
     return f"{key}: there {there}, here {here}"
+
+
+def without_shared(x: dict, y: dict) -> dict:
+    """What x holds otherwise than y."""
+    return {key: value for key, value in x.items() if y.get(key) != value}
 
 
 def processor() -> str:
@@ -180,7 +182,7 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     store.claim(out)
     store.settle(record)
     check_data(record)
-    missing = settings["hooks"].keys() - {f"{row['model']}@{row['layer']}" for row in load_results(out)[0]}
+    missing = settings["hooks"].keys() - set(map(hook_of, load_results(out)[0]))
     if missing or about.get("seconds") is None:
         which = ", ".join(sorted(missing)) or "some conditions"
         raise UserError(f"--from {out}: no finished run there ({which} not measured yet)")
@@ -312,7 +314,7 @@ def meta_of(saes: list[dict], settings: dict) -> dict[str, np.ndarray]:
     # power of two
     active = 2 ** np.round(np.log2(np.maximum([row["l0"] for row in saes], 1))).astype(int)
     meta["k"] = np.where(meta["k"] > 0, meta["k"], active)
-    meta["depth"] = np.array([settings["hooks"][f"{row['model']}@{row['layer']}"] for row in saes])
+    meta["depth"] = np.array([settings["hooks"][hook_of(row)] for row in saes])
     meta["cell"] = np.array(["-".join(str(row[c]) for c in KEY if c != "seed") for row in saes])
     return meta
 
@@ -327,10 +329,7 @@ def rows_hash(out: pathlib.Path) -> str:
 def marked(rows: list[dict], settings: dict) -> list[dict]:
     """Rows to show, the hook of a model's last block marked: no attention follows it."""
     last = settings["last_blocks"]
-    return [
-        row | {"layer": f"{row['layer']} last"} if f"{row['model']}@{row['layer']}" in last else row
-        for row in rows
-    ]
+    return [row | {"layer": f"{row['layer']} last"} if hook_of(row) in last else row for row in rows]
 
 
 ABOUT = """\

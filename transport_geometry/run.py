@@ -16,7 +16,7 @@ from transport_geometry.cost import OVERHEAD, block_size, dry_run
 from transport_geometry.errors import Fault
 from transport_geometry.evaluate import Activations, Reconstruction, Result, Terms, activations, evaluate
 from transport_geometry.given import Given
-from transport_geometry.grid import Candidate, Command, Site, plan
+from transport_geometry.grid import Candidate, Command, EvalSet, plan
 from transport_geometry.libraries import r2_by_library
 from transport_geometry.lm import Hook, check_parity, pick_device
 from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, computed
@@ -51,24 +51,24 @@ class Experiment:
     name: str  # of the script
     terms: Terms | None = None  # Patch -> {quantity: [B,T-1]}
     metrics: tuple[Metric, ...] = ()  # columns that it appends, from those quantities' sums
-    # (site, middle SAE, device) -> {file name: rows}, each row with the hook's model and layer; once per hook
-    study: Callable[[Site, SAE, torch.device], dict[str, Table]] | None = None
+    # (eval_set, middle SAE, device) -> {file name: rows}, each row with model and layer; once per hook
+    study: Callable[[EvalSet, SAE, torch.device], dict[str, Table]] | None = None
     more_passes: int = 0  # what its terms cost an SAE, in passes through the tail
 
 
 @dataclass(eq=False)
 class Share:
-    """What one rank measures of a site, at once."""
+    """What one rank measures of an evaluation set, at once."""
 
-    site: Site
+    eval_set: EvalSet
     candidates: list[Candidate] = field(default_factory=list)
     with_nulls: bool = False
 
     @property
     def needed(self) -> list[Candidate]:
         """The SAEs that it takes: those it measures, and the one that the null rows take as their model."""
-        model = [self.site.middle] if self.with_nulls else []
-        return [one for one in self.site.candidates if one in self.candidates or one in model]
+        model = [self.eval_set.middle] if self.with_nulls else []
+        return [one for one in self.eval_set.candidates if one in self.candidates or one in model]
 
     def __len__(self) -> int:
         return len(self.candidates) + self.with_nulls
@@ -95,14 +95,14 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     device = pick_device(command.device)
     ranks.join(device)
     ranks.say(kernels.describe())
-    settings, sites = plan(grid, device, experiment.name)
+    settings, eval_sets = plan(grid, device, experiment.name)
     if device.type == "mps" and command.device == "auto":
         try:
-            check_parity(sites[0].hook, sites[0].held.input_ids[:2], device)
+            check_parity(eval_sets[0].hook, eval_sets[0].held.input_ids[:2], device)
         except Fault as why:
             print(f"{why}; going on with the CPU")
             device = CPU
-            settings, sites = plan(grid, device, experiment.name)
+            settings, eval_sets = plan(grid, device, experiment.name)
     start = time.time()
     if ranks.RANK == 0:
         typed = [*(name for name, _ in grid.models), grid.data]
@@ -110,7 +110,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
         open_output(out, settings, command.fresh, paths)
         gather(out, settings)
     ranks.wait()
-    missing = not_measured(sites, out)
+    missing = not_measured(eval_sets, out)
     if not grid.saes:
         train(missing, command.cache, device)
     ranks.wait()
@@ -121,34 +121,34 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     if ranks.RANK:
         return None
     gather(out, settings)
-    if lost := sum(map(len, not_measured(sites, out))):
+    if lost := sum(map(len, not_measured(eval_sets, out))):
         raise Fault(f"{lost} of the results are not in {out}: do all ranks write to the same --out?")
-    one_pass = sorted(passes(sites, command))
+    one_pass = sorted(passes(eval_sets, command))
     seconds = round(time.time() - start, 1)
     store.put(out / RUN, {}, ranks=ranks.WORLD, seconds=seconds, one_pass=one_pass)
     return out, with_passes(settings, one_pass)
 
 
-def passes(sites: list[Site], command: Command) -> set[int]:
+def passes(eval_sets: list[EvalSet], command: Command) -> set[int]:
     """Tokens of the training texts that budgets repeat, as this run's SAEs and those before it met them."""
     found = set(store.load(command.out / RUN).get("one_pass", []))
-    for candidate in (one for site in sites for one in site.candidates):
+    for candidate in (one for eval_set in eval_sets for one in eval_set.candidates):
         if isinstance(candidate.origin, TrainingSpec):
             record = candidate.origin.folder(command.cache) / store.PROVENANCE
             found |= {store.load(record).get("one_pass")} - {None}
     return found
 
 
-def not_measured(sites: list[Site], out: pathlib.Path) -> list[Share]:
-    """What the results folder has no rows of, site by site."""
+def not_measured(eval_sets: list[EvalSet], out: pathlib.Path) -> list[Share]:
+    """What the results folder has no rows of, one evaluation set at a time."""
     there = {Condition.of(row) for row in load_results(out)[0]}
     return [
         Share(
-            site,
-            [one for one in site.candidates if one.condition not in there],
-            with_nulls=site.nulls[0] not in there,
+            eval_set,
+            [one for one in eval_set.candidates if one.condition not in there],
+            with_nulls=eval_set.nulls[0] not in there,
         )
-        for site in sites
+        for eval_set in eval_sets
     ]
 
 
@@ -164,40 +164,40 @@ def train(missing: list[Share], cache: pathlib.Path, device: torch.device) -> No
             key = (number, spec.sinks, spec.recipe, spec.k, spec.seed)
             families.setdefault(key, []).append(spec)
     work = [
-        sum(spec.tokens * (spec.d_sae * missing[number].site.d + OVERHEAD) for spec in specs)
+        sum(spec.tokens * (spec.d_sae * missing[number].eval_set.d + OVERHEAD) for spec in specs)
         for (number, *_), specs in families.items()
     ]
     streams: dict[tuple, list[TrainingSpec]] = {}
     for (number, sinks, *_), specs in ranks.share(list(families.items()), work):
         streams.setdefault((number, sinks), []).extend(specs)
     for number, share in enumerate(missing):
-        site = share.site
+        eval_set = share.eval_set
         for specs in (specs for (at, _), specs in streams.items() if at == number):
-            believe(site, device)
-            train_missing(site.hook.to(device), site.tokenizer, specs, cache, site.source)
-        site.hook.to(CPU)
+            believe(eval_set, device)
+            train_missing(eval_set.hook.to(device), eval_set.tokenizer, specs, cache, eval_set.source)
+        eval_set.hook.to(CPU)
 
 
-def believe(site: Site, device: torch.device) -> None:
+def believe(eval_set: EvalSet, device: torch.device) -> None:
     """Raises Fault where the device computes this hook otherwise than the CPU."""
     if device.type != "cpu":
-        check_parity(site.hook, site.held.input_ids[:2], device)
+        check_parity(eval_set.hook, eval_set.held.input_ids[:2], device)
 
 
 # ------------------------------------------------------------------------------------------ measuring
 def shares(missing: list[Share]) -> list[Share]:
     """This rank's share of the missing rows, cut where the SAEs would fill the memory."""
-    items: list[tuple[Site, Candidate | None]] = []  # None: the null rows
+    items: list[tuple[EvalSet, Candidate | None]] = []  # None: the null rows
     for share in missing:
-        items += [(share.site, one) for one in share.candidates]
-        items += [(share.site, None)] if share.with_nulls else []
-    work = [tail_work(site.hook) * (len(NULLS) if one is None else 1) for site, one in items]
+        items += [(share.eval_set, one) for one in share.candidates]
+        items += [(share.eval_set, None)] if share.with_nulls else []
+    work = [tail_work(eval_set.hook) * (len(NULLS) if one is None else 1) for eval_set, one in items]
     out: list[Share] = []
     filled = 0
-    for site, one in ranks.share(items, work):
-        size = 8 * site.d * (one or site.candidates[0]).condition.d_sae
-        if not out or out[-1].site is not site or filled + size > SAES_AT_ONCE:
-            out.append(Share(site))
+    for eval_set, one in ranks.share(items, work):
+        size = 8 * eval_set.d * (one or eval_set.candidates[0]).condition.d_sae
+        if not out or out[-1].eval_set is not eval_set or filled + size > SAES_AT_ONCE:
+            out.append(Share(eval_set))
             filled = 0
         if one is None:
             out[-1].with_nulls = True
@@ -229,17 +229,17 @@ def load(candidate: Candidate, cache: pathlib.Path) -> SAE:
     return load_sae(candidate.origin.folder(cache), CPU)
 
 
-def null_rows(site: Site, trained: SAE) -> dict[Condition, Reconstruction]:
+def null_rows(eval_set: EvalSet, trained: SAE) -> dict[Condition, Reconstruction]:
     """What a score must be seen beside: nothing lost, everything lost, an untrained dictionary, and an error
     without direction.
 
     The random dictionary and the Gaussian error (same norm per token) take the middle SAE of the grid as
     their model.
     """
-    origin, b_dec = site.middle.origin, trained.b_dec
+    origin, b_dec = eval_set.middle.origin, trained.b_dec
     if isinstance(origin, Given):  # it may be of normalised activations
         b_dec = origin.mean.to(trained.b_dec.device)
-    identity, everything, random, gaussian = site.nulls
+    identity, everything, random, gaussian = eval_set.nulls
     noise = torch.Generator().manual_seed(10**6)
 
     def turned(h: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -251,22 +251,22 @@ def null_rows(site: Site, trained: SAE) -> dict[Condition, Reconstruction]:
     return {
         identity: lambda h, mean: h,
         everything: lambda h, mean: mean.expand_as(h),
-        random: tied_init(site.d, random.d_sae, random.k, 10**6, b_dec).requires_grad_(False),
+        random: tied_init(eval_set.d, random.d_sae, random.k, 10**6, b_dec).requires_grad_(False),
         gaussian: turned,
     }
 
 
 def measure(share: Share, command: Command, device: torch.device, experiment: Experiment) -> Measurements:
     """Evaluate a share: its SAEs, its null rows, and what the experiment studies once per hook with them."""
-    site, grid = share.site, command.grid
-    believe(site, device)
-    hook, input_ids, document = site.hook.to(device), site.held.input_ids, site.held.document
+    eval_set, grid = share.eval_set, command.grid
+    believe(eval_set, device)
+    hook, input_ids, document = eval_set.hook.to(device), eval_set.held.input_ids, eval_set.held.document
     reconstructions: dict[Condition, Reconstruction] = {
         one.condition: load(one, command.cache).to(device) for one in share.candidates
     }
     if share.with_nulls:
-        trained = load(site.middle, command.cache).to(device)
-        reconstructions |= null_rows(site, trained)
+        trained = load(eval_set.middle, command.cache).to(device)
+        reconstructions |= null_rows(eval_set, trained)
     batch = eval_batch(hook, input_ids.shape[1])
     shared = activations(hook, input_ids, batch)
     results = evaluate(
@@ -278,15 +278,15 @@ def measure(share: Share, command: Command, device: torch.device, experiment: Ex
         terms=experiment.terms,
         shared=shared,
         document=document,
-        label=site.label,
+        label=eval_set.label,
     )
-    tables = experiment.study(site, trained, device) if experiment.study and share.with_nulls else {}
+    tables = experiment.study(eval_set, trained, device) if experiment.study and share.with_nulls else {}
     definitions = r2_by_library(shared, reconstructions, device) if grid.saes else {}
     hook.to(CPU)
     conditions = list(results)
     names = results[conditions[0]].sums
     sums = {q: np.stack([results[one].sums[q] for one in conditions]) for q in names}
-    rows = table(site, results, sums, shared, experiment)
+    rows = table(eval_set, results, sums, shared, experiment)
     for one, row in zip(conditions, rows):
         row |= definitions.get(one, {})
     if grid.saes:
@@ -294,7 +294,7 @@ def measure(share: Share, command: Command, device: torch.device, experiment: Ex
         for one, row in zip(conditions, rows):
             for column in ("fvu_as_said", "fvu_otherwise"):
                 row[column] = getattr(origins.get(one), column, np.nan)
-    sums["d"] = np.full(len(conditions), site.d)
+    sums["d"] = np.full(len(conditions), eval_set.d)
     sums["document"] = np.tile(document, (len(conditions), 1))
     tokens = {
         f"{one.hook}/{one.within_hook}/{q}": v for one in conditions for q, v in results[one].tokens.items()
@@ -303,17 +303,17 @@ def measure(share: Share, command: Command, device: torch.device, experiment: Ex
 
 
 def table(
-    site: Site,
+    eval_set: EvalSet,
     results: dict[Condition, Result],
     sums: dict[str, np.ndarray],
     shared: Activations,
     experiment: Experiment,
 ) -> Table:
     """The rows of conditions.csv; sums {quantity: [C,S]}."""
-    n_seq, ctx = site.held.input_ids.shape
-    values = computed(Sums(sums, np.ones((1, n_seq)), site.d), (*METRICS, *experiment.metrics))
+    n_seq, ctx = eval_set.held.input_ids.shape
+    values = computed(Sums(sums, np.ones((1, n_seq)), eval_set.d), (*METRICS, *experiment.metrics))
     counts = {"n_seq": n_seq, "n_tok": n_seq * (ctx - 1), "n_sink": int(shared.sink.sum())}
-    n_tok = np.bincount(site.held.document % 2, minlength=2) * (ctx - 1)
+    n_tok = np.bincount(eval_set.held.document % 2, minlength=2) * (ctx - 1)
     rows = []
     for i, (condition, result) in enumerate(results.items()):
         row = vars(condition) | counts | dict.fromkeys(("alive", "bits_idx", "bits"), np.nan)

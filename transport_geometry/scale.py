@@ -129,5 +129,5 @@ def mismatch(
         return rate, np.nan, np.nan
     rng = np.random.default_rng(0)
     w = [rng.multinomial(n - 1, np.full(n, 1 / n), n_resamples) / (n - 1) for n in apart.shape]
-    lo, hi = np.quantile(np.einsum("rl,ls,rs->r", w[0], apart, w[1]), [0.025, 0.975])
+    lo, hi = stats.percentiles(np.einsum("rl,ls,rs->r", w[0], apart, w[1]))
     return (rate, float(lo), float(hi)) if lo < hi else (rate, np.nan, np.nan)

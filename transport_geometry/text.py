@@ -21,7 +21,6 @@ from transport_geometry import sources
 from transport_geometry.errors import UserError
 from transport_geometry.models import readable_names
 from transport_geometry.sources import Document, commit_of, local_files
-from transport_geometry.sources import is_cut as is_cut  # of a text, for whoever asks this module about one
 
 import numpy as np
 import torch

@@ -53,10 +53,6 @@ def check_memory(d: int, d_sae: int, device: torch.device) -> None:
         )
 
 
-def silent(tokens: int) -> None:
-    """Nobody is told where a text begins again."""
-
-
 def activation_chunks(
     hook: Hook,
     data: str,
@@ -66,7 +62,7 @@ def activation_chunks(
     sinks: str,
     first: int = 0,
     split: str = "train",
-    once: Callable[[int], None] = silent,
+    once: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of
     every sequence.
