@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from transport_geometry import rerun
+from transport_geometry import plant, rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
 from transport_geometry.grid import Command, Grid
 from transport_geometry.tables import readable_count
@@ -73,6 +73,15 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     (
         "--models",
         dict(metavar="NAME[@LAYER],...", help="embedded name, local folder or hub id; layer: the middle one"),
+    ),
+    (
+        "--plant",
+        dict(
+            metavar="PLANT,...",
+            help="beside the last model, its twins with a known truth planted: a sink of that norm "
+            "(null3700, visible3700, relative3700), SAEs on half the tokens (starved0.5), errors turned "
+            "towards what the model feels (turned0.5); joined by +",
+        ),
     ),
     ("--revision", dict(help="of the models, where they come from the hub: a branch, tag or commit")),
     (
@@ -180,6 +189,8 @@ def parse_args(doc: str, own: Mapping[str, Any], argv: list[str] | None = None) 
             setattr(args, name, value)
     saes = [printable(spec, "--sae") for spec in dict.fromkeys((args.sae or "").split(",")) if spec]
     models = parse_models(args.models) if args.models else []
+    if args.plant:
+        models = with_twins(models, args.plant)
     for name in ("revision", "data", "split", "out", "cache", "finished", "verdict"):
         printable(str(getattr(args, name)), f"--{name.replace('finished', 'from')}")
     if not (models or saes):
@@ -205,6 +216,18 @@ def parse_args(doc: str, own: Mapping[str, Any], argv: list[str] | None = None) 
     return Command(
         grid, args.device, args.out, args.cache, args.fresh, args.finished, args.verdict, args.dry_run
     )
+
+
+def with_twins(models: list[tuple[str, int | None]], plants: str) -> list[tuple[str, int | None]]:
+    """The models, and of the last one, at its layers, a twin for each of the plants."""
+    if not models:
+        raise UserError("--plant: of which model? --models says")
+    last = models[-1][0]
+    names = [f"{last}+{printable(one, '--plant')}" for one in dict.fromkeys(plants.split(","))]
+    if unknown := [name for name in names if not plant.plants(name)]:
+        raise UserError(f"--plant {brief(unknown[0].rpartition('+')[2])}: {plant.FORMS}, please")
+    layers = [layer for name, layer in models if name == last]
+    return models + [(name, layer) for name in names for layer in layers]
 
 
 def parse_path(text: str) -> pathlib.Path:

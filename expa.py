@@ -4,6 +4,7 @@ SAE?
     python expa.py                                          # embedded models, five CPU-minutes
     python expa.py --tokens 100k,300k,1M --out outputs/expa-long
     python expa.py --recipe base,saelens --sinks keep,drop  # is it the trainer, or the sink positions?
+    python expa.py --plant null3700                         # and with a sink in the larger model?
     python expa.py --preset phase2 --dry-run
     python expa.py --from outputs/expa                      # tables, verdict and plots again, without a model
 
@@ -27,6 +28,7 @@ from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, pyplot
 from transport_geometry.grid import sae_name
 from transport_geometry.metrics import EUCLIDEAN_CONTROLS
+from transport_geometry.plant import split
 from transport_geometry.results import about_the_run, measured, rows_hash
 from transport_geometry.run import Experiment, run
 from transport_geometry.scale import Conditions, Pair, mismatch
@@ -226,6 +228,18 @@ def adjudicate(conditions: Conditions, arm: Arm) -> Verdict:
     )
     leaf, reason = leaf_of(found, seeds_in_both(pair, last))
     return dataclasses.replace(verdict, leaf=leaf, reason=reason, found=found)
+
+
+def compared(models: list[str]) -> list[list[str]]:
+    """Of models from the smallest to the largest, the sets that a verdict is about: those in which nothing is
+    planted, and for each planted twin the same with it in its model's place, or beside it where that is
+    alone.
+    """
+    plain = [model for model in models if not split(model)[1]]
+    twins = [model for model in models if split(model)[1] and split(model)[0] in plain]
+    others = {twin: [model for model in plain if model != split(twin)[0]] or plain for twin in twins}
+    sets = [plain] * (len(plain) > 1) + [[*others[twin], twin] for twin in twins]
+    return sets or [models]
 
 
 def seeds_in_both(pair: Pair, tokens: int) -> int:
@@ -515,7 +529,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
         arm, sae = Arm(recipe, sinks), sae_name(settings["expansion"], sinks)
         part = conditions.only(conditions.mask(recipe=recipe, sae=sae))
         deltas += delta_rows(part, arm)
-        verdicts.append(adjudicate(part, arm))
+        verdicts += [adjudicate(part.of(models), arm) for models in compared(settings["models"])]
         of_arm = curves.Curves.of(part, N_RESAMPLES)
         stars += curves.k_stars(of_arm, recipe, sinks)
         laws += curves.laws(of_arm, recipe, sinks, decay=RECIPES[recipe].DECAY > 0)
@@ -721,27 +735,28 @@ def arms_section(f: Findings) -> str:
     """What the trainer and the sinks have to do with it; empty where the run has one arm."""
     if len(f.verdicts) == 1:
         return ""
-    models = f.verdict.small, f.verdict.large
-    between = [row for row in f.deltas if (row["small"], row["large"]) == models]
     flips = {
-        Arm(*key): float(np.mean([row["mismatch"] for row in here]))
-        for key, here in grouped(between, ["recipe", "sinks"]).items()
+        (small, large, Arm(*key)): float(np.mean([row["mismatch"] for row in here]))
+        for (small, large, *key), here in grouped(f.deltas, ["small", "large", "recipe", "sinks"]).items()
     }
+    pairs = list(dict.fromkeys((v.small, v.large) for v in f.verdicts))
     rows = []
     for v in f.verdicts:
         rows.append(
             {
+                "small": v.small,
+                "large": v.large,
                 "recipe": v.arm.recipe,
                 "sinks in training": v.arm.sinks,
                 "leaf": v.leaf,
                 "Γ of R²": estimate(vars(v.found.transfer), "gamma_r2", 3) if v.found else "undefined",
-                "mean mismatch": percent(flips.get(v.arm)),
+                "mean mismatch": percent(flips.get((v.small, v.large, v.arm))),
                 "why": v.reason,
             }
         )
-    parts = [ARMS.format(table=markdown(rows, list(rows[0])))]
+    parts = [ARMS.format(table=markdown(rows, list(rows[0])[0 if len(pairs) > 1 else 2 :]))]
     for sinks in dict.fromkeys(v.arm.sinks for v in f.verdicts):
-        theirs, ours = flips.get(Arm("saelens", sinks)), flips.get(Arm("base", sinks))
+        theirs, ours = (flips.get((*pairs[0], Arm(recipe, sinks))) for recipe in ("saelens", "base"))
         if theirs is None or ours is None:
             continue
         share = SHARE.format(share=1 - ours / theirs) if theirs > 0 and ours <= theirs else ""

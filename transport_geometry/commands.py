@@ -5,8 +5,11 @@ messages and for the results folder. The scripts lie in the checkout, or in an i
 package.
 """
 
+import contextlib
 import importlib
+import io
 import sys
+from collections.abc import Sequence
 
 from transport_geometry import PACKAGE, ROOT
 from transport_geometry.errors import UserError, run_script
@@ -19,6 +22,21 @@ def _run(script: str, name: str) -> None:
     sys.path.insert(0, str(SCRIPTS))
     sys.argv[0] = name
     run_script(importlib.import_module(script).main)
+
+
+def call(script: str, arguments: Sequence[str]) -> None:
+    """Run a script in this process, as its command line would be; what it prints is not shown. Raises what it
+    raises.
+    """
+    typed = sys.argv
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    try:
+        sys.argv = [f"{script}.py", *arguments]
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(script).main()
+    finally:
+        sys.argv = typed
 
 
 def expa() -> None:

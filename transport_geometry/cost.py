@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from transport_geometry import given
+from transport_geometry import given, plant
 from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
 from transport_geometry.evaluate import DRAWS
@@ -35,6 +35,7 @@ def shape_of(name: str, revision: str | None) -> Any:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    name, _ = plant.split(name)
     hint = "" if "/" in name else f" (embedded are {', '.join(EMBEDDED)})"
     with one_line(f"--models {name}{hint}"):
         if name in PYTHIA:

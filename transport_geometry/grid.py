@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import ANY_X86, given, sources, text
+from transport_geometry import ANY_X86, given, plant, sources, text
 from transport_geometry.condition import NULLS, Condition
 from transport_geometry.errors import UserError
 from transport_geometry.given import Chosen, Given
@@ -67,6 +67,7 @@ class Candidate:
 
     condition: Condition
     origin: TrainingSpec | Given
+    turn: float = 0.0  # how far its errors are turned, see `plant`
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,7 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
         if which not in rows:
             rows[which] = evaluation_rows(loaded, place, source, grid)
         hook = Hook(loaded.model, pick_layer(loaded.model, place.model, place.layer))
+        check_plant(place.model, hook, bool(chosen))
         if chosen:
             here = [one for one in chosen if place_of[one.file.label] == place]
             candidates = from_files(here, hook, loaded, rows[which], place, grid, device)
@@ -183,6 +185,15 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
     if text.stamp(source.data) != source.stamp:
         raise UserError(f"--data {grid.data} is being changed: run again when it is still")
     return settings(grid, device, script, eval_sets, list(models.values()), list(rows.values())), eval_sets
+
+
+def check_plant(name: str, hook: Hook, from_files: bool) -> None:
+    """Raises UserError where what the name plants has no place at this hook."""
+    for planted in plant.plants(name):
+        if planted.in_model and hook.is_last:
+            raise UserError(f"--models {name}@{hook.layer}: no block comes after it that could read the sink")
+        if from_files and not planted.in_model:
+            raise UserError(f"--models {name}: {planted.kind} is about SAEs trained here, not about --sae")
 
 
 def evaluation_rows(loaded: Loaded, place: Place, source: text.Source, grid: Grid) -> text.HeldOut:
@@ -234,8 +245,11 @@ def trained_here(
             f"--k {grid.k[-1]}: more than the {d_sae} latents of an SAE at {grid.expansion}x on {name}"
         )
     check_memory(d, d_sae, device)
+    planted, trained_on = plant.plants(name), plant.own_name(name)
     # called by its own name, whatever other models the command names: the same SAE in every grid
-    own_name = readable_names([name])[name]
+    own_name = readable_names([trained_on])[trained_on]
+    turn = sum(one.turn(hook.layer, hook.model.config.num_hidden_layers) for one in planted)
+    had = {tokens: plant.had(planted, tokens) for tokens in grid.tokens}
     out = []
     arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
     for sinks, recipe, tokens, k, seed in arms:
@@ -251,8 +265,8 @@ def trained_here(
             ctx=grid.ctx,
             device=device.type,
             version=TRAIN_VERSION,
-            tokens=tokens,
-            trunk=trunk(recipe, tokens, grid.tokens),
+            tokens=had[tokens],
+            trunk=trunk(recipe, had[tokens], list(had.values())),
             d_sae=d_sae,
             k=k,
             seed=seed,
@@ -262,7 +276,7 @@ def trained_here(
         )
         called = sae_name(grid.expansion, sinks)
         condition = Condition(loaded.called, hook.layer, called, recipe, d_sae, k, seed, tokens)
-        out.append(Candidate(condition, spec))
+        out.append(Candidate(condition, spec, turn))
     return out
 
 

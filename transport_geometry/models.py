@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from transport_geometry import ROOT
+from transport_geometry import ROOT, plant
 from transport_geometry.errors import UserError, one_line
 from transport_geometry.lm import blocks
 
@@ -33,8 +33,8 @@ UNWANTED = ["*/*", "consolidated*"]
 def load_model(
     name: str, device: torch.device, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id. Raises
-    UserError.
+    """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id, and what
+    `plant` may plant in it. Raises UserError.
 
     The dtype is asked for by name: left to itself `from_pretrained` takes the file's, which for Pythia is
     float16. Every weight is the file's: transformers would draw at random what it lacks.
@@ -47,6 +47,7 @@ def load_model(
     import transformers
 
     _quiet()
+    whole_name, (name, _) = name, plant.split(name)
     source = str(EMBEDDED.get(name, name))
     local = os.path.isdir(source)
     if revision and local:
@@ -77,6 +78,7 @@ def load_model(
         raise UserError(f"{about}: its tokenizer has no end-of-text token to join documents with")
     blocks(model)
     model.eval().requires_grad_(False)
+    plant.planted(model, whole_name)
     return model.to(device), tokenizer
 
 
@@ -266,10 +268,12 @@ def readable_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Of a local path; any other name is one."""
-    if name in EMBEDDED or not os.path.exists(name):
+    """Of a local path, what is planted in it with its last part; any other name is one."""
+    path, planted = plant.split(name)
+    if path in EMBEDDED or not os.path.exists(path):
         return (name,)
-    return pathlib.Path(name).resolve().parts
+    *folders, last = pathlib.Path(path).resolve().parts
+    return (*folders, last + planted)
 
 
 def pick_layer(model: Any, name: str, layer: int | None) -> int:

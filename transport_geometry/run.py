@@ -10,16 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from transport_geometry import kernels, ranks, store
+from transport_geometry import kernels, plant, ranks, store, text
 from transport_geometry.condition import NULLS, Condition
 from transport_geometry.cost import OVERHEAD, block_size, dry_run
 from transport_geometry.errors import Fault
 from transport_geometry.evaluate import Activations, Reconstruction, Result, Terms, activations, evaluate
 from transport_geometry.given import Given
-from transport_geometry.grid import Candidate, Command, EvalSet, plan
+from transport_geometry.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.libraries import r2_by_library
 from transport_geometry.lm import Hook, check_parity, pick_device
 from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, computed
+from transport_geometry.plant import TurnedSAE, felt
 from transport_geometry.results import (
     Measurements,
     add_results,
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 # bytes of SAEs evaluated together; the clean pass is computed once for each such lot
 SAES_AT_ONCE = 4 * 10**9
+TURNED_BY = 16  # rows that say which directions the model feels
 CPU = torch.device("cpu")
 Table = list[dict]
 
@@ -105,7 +107,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
             settings, eval_sets = plan(grid, device, experiment.name)
     start = time.time()
     if ranks.RANK == 0:
-        typed = [*(name for name, _ in grid.models), grid.data]
+        typed = [*(plant.split(name)[0] for name, _ in grid.models), grid.data]
         paths = {name: str(pathlib.Path(name).resolve()) for name in typed if os.path.exists(name)}
         open_output(out, settings, command.fresh, paths)
         gather(out, settings)
@@ -261,9 +263,8 @@ def measure(share: Share, command: Command, device: torch.device, experiment: Ex
     eval_set, grid = share.eval_set, command.grid
     believe(eval_set, device)
     hook, input_ids, document = eval_set.hook.to(device), eval_set.held.input_ids, eval_set.held.document
-    reconstructions: dict[Condition, Reconstruction] = {
-        one.condition: load(one, command.cache).to(device) for one in share.candidates
-    }
+    saes = {one.condition: load(one, command.cache).to(device) for one in share.candidates}
+    reconstructions: dict[Condition, Reconstruction] = {**saes, **turned(share, saes, grid)}
     if share.with_nulls:
         trained = load(eval_set.middle, command.cache).to(device)
         reconstructions |= null_rows(eval_set, trained)
@@ -300,6 +301,20 @@ def measure(share: Share, command: Command, device: torch.device, experiment: Ex
         f"{one.hook}/{one.within_hook}/{q}": v for one in conditions for q, v in results[one].tokens.items()
     }
     return Measurements(rows, sums, tokens, tables)
+
+
+def turned(share: Share, saes: dict[Condition, SAE], grid: Grid) -> dict[Condition, Reconstruction]:
+    """Those whose errors are to be turned, turned: by what the model feels on a few rows of the training
+    text.
+    """
+    turns = {one.condition: one.turn for one in share.candidates if one.turn}
+    if not turns:
+        return {}
+    eval_set, hook = share.eval_set, share.eval_set.hook
+    ctx = eval_set.held.input_ids.shape[1]
+    rows = text.train_rows(eval_set.source.data, eval_set.tokenizer, ctx, TURNED_BY, grid.split)
+    directions = felt(hook, next(rows).to(hook.device))
+    return {one: TurnedSAE(saes[one], directions, turn) for one, turn in turns.items()}
 
 
 def table(

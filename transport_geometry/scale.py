@@ -42,6 +42,11 @@ class Conditions:
         meta = {name: column[mask] for name, column in self.meta.items()}
         return dataclasses.replace(self, values=values, meta=meta, alive=self.alive[mask])
 
+    def of(self, models: list[str]) -> "Conditions":
+        """The conditions of these models, which are from the smallest to the largest."""
+        part = self.only(np.isin(self.meta["model"], models))
+        return dataclasses.replace(part, models=models)
+
     def pair(self, small: str, large: str) -> "Pair":
         """The conditions of two models."""
         part = self.only(np.isin(self.meta["model"], [small, large]))
