@@ -163,7 +163,8 @@ def test_the_gate_is_matched_to_the_verdict_that_decided_it(tmp_path):
     assert lines_of(text, "none")[1] == "  - The gate of H2: left shut: no Exp-A verdict yet."
     assert lines_of(text, "fisher")[1] == (
         "  - The gate of H2: opened by `expa-long`, which says H1. "
-        "The gate of H2′: H2 on its own SAEs is rejected."
+        "Its own gate: H2 on its own SAEs is rejected; in `elsewhere` it is gated; in `none` it is gated; in "
+        "`open` it is supported."
     )
     marked = {
         name for name in ("open", "elsewhere", "none", "fisher") if outline.NOT_YET in lines_of(text, name)[0]
@@ -310,8 +311,8 @@ def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path):
     run(tmp_path, "b", "expb", exp_b("supported", "no"), settings=other)
     text = of(tmp_path)
     assert lines_of(text, "a")[2] == (
-        "  - About stdlib-s (weights aaaaaaaa) @ 3 and stdlib-l @ 3,10; 3 hooks; trained on 10k, 100k tokens; "
-        "text stdlib, 40 documents, SHA-256 cccccccccccc."
+        "  - About stdlib-s (weights aaaaaaaa) @ 3 and stdlib-l @ 3,10; 3 hooks; trained on "
+        "10k, 100k tokens; text stdlib, 40 documents, SHA-256 cccccccccccc."
     )
     assert "stdlib-s (weights dddddddd)" in lines_of(text, "b")[2]
 

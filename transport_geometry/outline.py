@@ -7,7 +7,7 @@ that its verdict names; nothing is computed here. Only what lies there as its ru
 outline is a pure function of those files: same folders, same bytes.
 
 A *run* is a folder with a run.json, directly in the folder or one below; its name is its path from there. A
-*claim* is a hypothesis, or a question that is behind no gate.
+*claim* is a hypothesis, or the question of an experiment that has none.
 """
 
 import json
@@ -32,7 +32,9 @@ NOT_YET = "*not to be interpreted yet*"
 
 @dataclass(frozen=True)
 class Claim:
-    """label: as the outline calls it; script: decides it; gated: it stands behind another claim."""
+    """label: as the outline calls it; words: what a verdict that says *supported* supports, or the question
+    that it answers; script: decides it; gated: it stands behind H2, or is H2 behind Exp-A.
+    """
 
     label: str
     words: str
@@ -40,7 +42,7 @@ class Claim:
     gated: bool = False
 
 
-# in the order in which they may be interpreted, then what is behind no gate
+# in the order in which they may be interpreted, then what is in no order
 CLAIMS = (
     Claim(
         "H0",
@@ -65,15 +67,27 @@ CLAIMS = (
     Claim("planted control", "does the instrument find what was put there?", "expp_planted"),
     Claim(
         "attention plan",
-        "where does the plan break first, and does it break more in larger models and at low-PR middle "
-        "layers?",
+        "the divergence between attention rows before and after the patch predicts CE_rec beyond the best "
+        "Euclidean control",
         "expe_attention",
+        gated=True,
     ),
-    Claim("rate", "what is left of the gap between models at equal bits per token?", "expf_rate"),
+    Claim(
+        "rate",
+        "at equal bits, is what the larger model's SAE loses over the smaller one's the same in R² as in CE?",
+        "expf_rate",
+    ),
 )
 SCRIPTS = tuple(dict.fromkeys(claim.script for claim in CLAIMS))
 ORDER = " → ".join(claim.label for claim in CLAIMS[:6])
-TITLES = {"expa": "Exp-A", "expb": "Exp-B", "expc_fisher": "Exp-C", "expd_mi": "Exp-D"}
+TITLES = {
+    "expa": "Exp-A",
+    "expb": "Exp-B",
+    "expc_fisher": "Exp-C",
+    "expd_mi": "Exp-D",
+    "expe_attention": "Exp-E",
+    "expf_rate": "Exp-F",
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ def read(root: pathlib.Path) -> list[Run]:
     if not root.is_dir():
         raise UserError(f"report {root}: no such folder")
     runs = [read_run(root, path) for path in tqdm(list(folders(root)), desc="runs", leave=False, delay=2)]
-    if not any(not run.missing for run in runs):
+    if all(run.missing for run in runs):
         there = "; ".join(f"{run.name}: {run.missing}" for run in runs)
         raise UserError(f"report {root}: no finished run in it" + (f" ({there})" if there else ""))
     order = {script: place for place, script in enumerate(SCRIPTS)}
@@ -201,8 +215,8 @@ def word(claim: Claim, run: Run) -> tuple[str, bool]:
 
 def openers(run: Run, runs: Sequence[Run]) -> list[Run]:
     """Those whose verdict is the one that this run's gate was decided by: its verdict names the SHA-256."""
-    named = re.search(r"\(sha256 ([0-9a-f]{12})\)", run.verdict.get("gate_text", ""))
-    return [one for one in runs if named and one.script == "expa" and one.sha256.startswith(named[1])]
+    found = re.search(r"\(sha256 ([0-9a-f]{12})\)", run.verdict.get("gate_text", ""))
+    return [one for one in runs if found and one.script == "expa" and one.sha256.startswith(found[1])]
 
 
 def gate_line(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
@@ -225,12 +239,17 @@ def gate_line(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
         said = f"{run.gate_of_h2} by a verdict that is not in this folder: {text}"
     else:
         said = f"{run.gate_of_h2}: {text}"
-    own = (
-        f" The gate of {claim.label}: H2 on its own SAEs is {run.verdict['h2']['leaf']}."
-        if "h2" in run.verdict
-        else ""
-    )
-    return f"The gate of H2: {said}.{own}"
+    return f"The gate of H2: {said}.{own_gate(run, runs)}"
+
+
+def own_gate(run: Run, runs: Sequence[Run]) -> str:
+    """What H2 came to on the run's own SAEs, where it stands behind that, and where Exp-B says otherwise."""
+    if "h2" not in run.verdict:
+        return ""
+    own = run.verdict["h2"]["leaf"]
+    others = [one for one in runs if one.script == "expb" and not one.missing and one.leaf != own]
+    otherwise = "".join(f"; in {code(one.name)} it is {one.leaf}" for one in others)
+    return f" Its own gate: H2 on its own SAEs is {own}{otherwise}."
 
 
 def about(run: Run, several: set[str]) -> str:
