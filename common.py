@@ -1,8 +1,10 @@
 """What every experiment's command line shares: the flags and the published grids.
 
-    python common.py diff A B      # are two results folders one run?
+    python common.py diff A B            # are two results folders one run?
+    python common.py report outputs/     # what all finished experiments say, gate by gate
 
-Its answer is one of four words, `identical`, `same SAEs`, `reproduced` (exit 0) or `different` (1).
+The answer of `diff` is one of four words, `identical`, `same SAEs`, `reproduced` (exit 0) or `different` (1).
+`report` writes outputs/report.md: the verdicts of the runs in that folder, joined; nothing is computed.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from transport_geometry import plant, rerun
+from transport_geometry import outline, plant, rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
 from transport_geometry.grid import Command, Grid
 from transport_geometry.tables import readable_count
@@ -261,9 +263,12 @@ def parse_models(text: str) -> list[tuple[str, int | None]]:
 
 # -------------------------------------------------------------------------------------------------- command
 def main() -> None:
-    if len(sys.argv) != 4 or sys.argv[1] != "diff":
-        raise UserError("usage: python common.py diff FOLDER FOLDER")
-    sys.exit(rerun.diff(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])))
+    folders = [pathlib.Path(text) for text in sys.argv[2:]]
+    if sys.argv[1:2] == ["diff"] and len(folders) == 2:
+        sys.exit(rerun.diff(*folders))
+    if sys.argv[1:2] == ["report"] and len(folders) == 1:
+        return outline.write(*folders)
+    raise UserError("usage: python common.py diff FOLDER FOLDER | report FOLDER")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,359 @@
+"""The outline of all finished experiments: its order, its gates, its links, and what it does not show."""
+
+import json
+import pathlib
+import re
+import shutil
+import urllib.parse
+
+import expa
+import expb
+import expc_fisher
+from helpers import ROOT, contents, one_line, script
+from transport_geometry import leaderboard, outline, store
+from transport_geometry.errors import UserError
+from transport_geometry.tables import as_json
+
+import pytest
+
+REFERENCE = ROOT / "outputs/reference"
+SETTINGS = {
+    "models": ["stdlib-s", "stdlib-l"],
+    "weights": {"stdlib-s": "a" * 16, "stdlib-l": "b" * 16},
+    "hooks": {"stdlib-s@3": "0.50", "stdlib-l@3": "0.50", "stdlib-l@10": "0.83"},
+    "tokens": [10_000, 100_000],
+    "data": "stdlib",
+    "documents": [40],
+    "text_sha256": "c" * 64,
+}
+
+
+# ----------------------------------------------------------------------------------------------- planted runs
+def run(
+    root: pathlib.Path,
+    name: str,
+    script: str,
+    verdict: dict,
+    answer: str = "It is so.",
+    seconds: float | None = 1.0,
+    settings: dict = SETTINGS,
+) -> str:
+    """A folder as a run of this script would leave it; the first digits of its verdict's SHA-256."""
+    files: dict[str, store.Content | None] = {
+        "conditions.csv": b"model\n",
+        "verdict.json": as_json(verdict),
+        "report.md": f"# Is it?\n\n**{answer}**\n\n**Not this.**\n".encode(),
+    }
+    record = root / name / "run.json"
+    store.put(record, files, settings=settings | {"script": script}, seconds=seconds)
+    return store.load(record)["files"]["verdict.json"][:12]
+
+
+def exp_a(leaf: str, **flags) -> dict:
+    return {"leaf": leaf, "reason": "planted", **flags}
+
+
+def exp_b(leaf: str, gate_text: str, ungated: str = "rejected") -> dict:
+    ungated = ungated if leaf == "gated" else leaf
+    return {"leaf": leaf, "leaf_if_ungated": ungated, "reason": "planted", "gate_text": gate_text}
+
+
+def exp_c(leaf: str, h2: str, gate_text: str) -> dict:
+    verdict = {"leaf": leaf, "leaf_if_ungated": "supported" if leaf == "gated" else leaf, "gate": h2}
+    return verdict | {"gate_text": gate_text, "h2": {"leaf": h2}, "added": 0.8, "p": 0.004}
+
+
+def says(leaf: str, sha: str) -> str:
+    return f"Exp-A says {leaf} (sha256 {sha})"
+
+
+def of(root: pathlib.Path) -> str:
+    return outline.outline(outline.read(root))
+
+
+def lines_of(text: str, name: str) -> list[str]:
+    """A run's own lines of the outline."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"- `{name}`"))
+    end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith("  - ")), len(lines))
+    return lines[start:end]
+
+
+def table(text: str) -> dict[str, str]:
+    """{claim: the verdicts}"""
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in cells[1:]}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """(a copy of the reference folder with its outline, what the command printed)."""
+    root = tmp_path_factory.mktemp("reported") / "reference"
+    shutil.copytree(REFERENCE, root, ignore=shutil.ignore_patterns("report.json"))
+    (root / "report.md").unlink(missing_ok=True)
+    return root, script("common.py", "report", root).stdout
+
+
+# ------------------------------------------------------------------------------------- the reference folders
+def test_the_reference_folders_in_the_order_in_which_they_may_be_read(reported):
+    root, printed = reported
+    text = (root / "report.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
+    assert list(table(text)) == [claim.label for claim in outline.CLAIMS]
+    assert "H0 → H1 → N → H2 → H2′ → H3." in text
+    shown = [line for line in text.splitlines() if line.startswith("- `")]
+    assert [re.findall("`(.*?)`", line)[0] for line in shown][:4] == [
+        "expa",
+        "expa-long",
+        "expb",
+        "expc_fisher",
+    ]
+    for name in ("expa", "expa-long", "expb", "expc_fisher"):
+        answer = (root / name / "report.md").read_text(encoding="utf-8").splitlines()[2].strip("*")
+        assert lines_of(text, name)[0].endswith(f": {answer}")
+        verdict = json.loads((root / name / "verdict.json").read_text(encoding="utf-8"))
+        assert f"{name}: " in printed and verdict["leaf"] in printed
+    assert printed.splitlines()[-2] == text.splitlines()[2].strip("*").replace("`", "").replace("*", "")
+
+
+def test_every_link_leads_to_a_file(reported):
+    root, _ = reported
+    links = re.findall(r"\]\((.*?)\)", (root / "report.md").read_text(encoding="utf-8"))
+    assert {"expa/deltas.csv", "expb/leaderboard.csv", "expc_fisher/geometry.csv"} <= set(links)
+    assert all((root / urllib.parse.unquote(link)).is_file() for link in links)
+
+
+def test_nothing_else_in_the_folder_changes_and_the_bytes_are_the_same_again(reported):
+    root, _ = reported
+    before = contents(root, but="")
+    script("common.py", "report", root)
+    assert contents(root, but="") == before
+    reference = contents(REFERENCE, but="")
+    ours = {"report.md", "report.json"}
+    assert {k: v for k, v in before.items() if k not in ours} == {
+        k: v for k, v in reference.items() if k not in ours
+    }
+
+
+def test_the_bytes_do_not_depend_on_where_the_folder_lies(tmp_path):
+    run(tmp_path / "here", "a", "expa", exp_a("H0"))
+    run(tmp_path / "here", "b", "expb", exp_b("supported", "no"))
+    (tmp_path / "here/b/conditions.csv").write_text("other")
+    shutil.copytree(tmp_path / "here", tmp_path / "deeper/there")
+    assert of(tmp_path / "here") == of(tmp_path / "deeper/there")
+
+
+# ------------------------------------------------------------------------------------------------------ gates
+def test_the_gate_is_matched_to_the_verdict_that_decided_it(tmp_path):
+    run(tmp_path, "expa", "expa", exp_a("undertrained"))
+    long = run(tmp_path, "expa-long", "expa", exp_a("H1", h0=False, h1=True))
+    run(tmp_path, "open", "expb", exp_b("supported", says("H1", long)))
+    run(tmp_path, "elsewhere", "expb", exp_b("gated", says("undecided", "0" * 12)))
+    run(tmp_path, "none", "expb", exp_b("gated", "no Exp-A verdict yet"))
+    run(tmp_path, "fisher", "expc_fisher", exp_c("gated", "rejected", says("H1", long)))
+    text = of(tmp_path)
+
+    assert lines_of(text, "expa")[1] == "  - The gate of H2: read by no other run here."
+    assert lines_of(text, "expa-long")[1] == "  - The gate of H2: opened for `open`, `fisher`."
+    assert lines_of(text, "open")[1] == "  - The gate of H2: opened by `expa-long`, which says H1."
+    assert (
+        "left shut by a verdict that is not in this folder: Exp-A says undecided"
+        in lines_of(text, "elsewhere")[1]
+    )
+    assert lines_of(text, "none")[1] == "  - The gate of H2: left shut: no Exp-A verdict yet."
+    assert lines_of(text, "fisher")[1] == (
+        "  - The gate of H2: opened by `expa-long`, which says H1. "
+        "Its own gate: H2 on its own SAEs is rejected; in `elsewhere` it is gated; in `none` it is gated; in "
+        "`open` it is supported."
+    )
+    marked = {
+        name for name in ("open", "elsewhere", "none", "fisher") if outline.NOT_YET in lines_of(text, name)[0]
+    }
+    assert marked == {"elsewhere", "none", "fisher"}
+    said = table(text)
+    assert said["H0"].endswith("[`expa-long`](expa-long/report.md): not shown")
+    assert said["H1"].endswith("[`expa-long`](expa-long/report.md): shown")
+    assert "`expa`](expa/report.md): *not to be interpreted yet* (undertrained)" in said["N"]
+    assert "[`open`](open/report.md): supported" in said["H2"]
+    assert said["H2′"] == "[`fisher`](fisher/report.md): *not to be interpreted yet* (gated)"
+
+
+def test_a_gate_opened_by_a_folder_that_was_changed_since_says_so(tmp_path):
+    sha = run(tmp_path, "expa", "expa", exp_a("H0"))
+    run(tmp_path, "expb", "expb", exp_b("supported", says("H0", sha)))
+    (tmp_path / "expa/conditions.csv").write_text("other")
+    assert "opened by `expa`, which says H0; of `expa` itself no statement is shown" in of(tmp_path)
+
+
+FLAGS = {"H0": (True, False), "H1": (False, True), "H0+H1": (True, True), "N": (False, True)}
+
+
+@pytest.mark.parametrize("leaf", expa.LEAVES)
+def test_each_word_of_exp_a(leaf, tmp_path):
+    h0, h1 = FLAGS.get(leaf, (False, True))  # of an undertrained one h1 may be true, and is not to be read
+    answer = f"H0/H1: {leaf}. {expa.LEAVES[leaf]} (planted.)"
+    run(tmp_path, "expa", "expa", exp_a(leaf, h0=h0, h1=h1), answer)
+    text = of(tmp_path)
+    assert lines_of(text, "expa")[0] == f"- `expa`: {answer}"
+    said = [table(text)[claim].rpartition("): ")[2] for claim in ("H0", "H1", "N")]
+    assert (
+        said
+        == {
+            "undertrained": ["undertrained", "undertrained", "*not to be interpreted yet* (undertrained)"],
+            "undecided": ["undecided", "undecided", "*not to be interpreted yet* (undecided)"],
+            "H0": ["shown", "not shown", "not shown"],
+            "H1": ["not shown", "shown", "not shown"],
+            "H0+H1": ["shown", "shown", "not shown"],
+            "N": ["not shown", "shown, and N says how", "shown"],
+        }[leaf]
+    )
+
+
+def test_an_r2_that_is_not_transferable_leaves_h1_unjudged(tmp_path):
+    run(tmp_path, "expa", "expa", exp_a("H0", h0=True, h1=None))
+    assert table(of(tmp_path))["H1"].endswith(": not judged")
+
+
+@pytest.mark.parametrize("leaf", ["gated", *expb.LEAVES])
+def test_each_word_of_h2(leaf, tmp_path):
+    verdict = exp_b(leaf, "no Exp-A verdict yet", leaderboard.CANNOT)
+    answer = expb.sentence(verdict)
+    run(tmp_path, "expb", "expb", verdict, answer)
+    text, shut = of(tmp_path), leaf == "gated"
+    assert lines_of(text, "expb")[0] == f"- `expb`{', *not to be interpreted yet*' if shut else ''}: {answer}"
+    assert table(text)["H2"].endswith("*not to be interpreted yet* (gated)" if shut else f"): {leaf}")
+    if shut:
+        assert "**Not to be interpreted yet: H2. Not run: H0, H1, N, H2′" in text
+    else:
+        assert f"**May be read: H2 (`expb`: {leaf}). Not run: H0, H1, N, H2′" in text
+
+
+@pytest.mark.parametrize("leaf", ["gated", *expc_fisher.LEAVES])
+def test_each_word_of_h2_prime(leaf, tmp_path):
+    verdict = exp_c(leaf, "gated" if leaf == "gated" else "supported", "no Exp-A verdict yet")
+    answer = expc_fisher.sentence(verdict)
+    run(tmp_path, "expc", "expc_fisher", verdict, answer)
+    first = lines_of(of(tmp_path), "expc")[0]
+    assert first == f"- `expc`{', *not to be interpreted yet*' if leaf == 'gated' else ''}: {answer}"
+
+
+# --------------------------------------------------------------------------------------- what is not shown
+@pytest.mark.parametrize("file", ["leaderboard.csv", "verdict.json", "report.md", "sequences.npz"])
+def test_a_file_that_is_not_as_its_run_wrote_it_is_named(file, tmp_path):
+    shutil.copytree(REFERENCE, tmp_path / "r")
+    path = tmp_path / "r/expb" / file
+    path.write_bytes(path.read_bytes() + b"\n")
+    (line,) = lines_of(of(tmp_path / "r"), "expb")
+    assert line.startswith(f"- `expb`: **no statement** ({file}: not as it was written (SHA-256 ")
+    assert table(of(tmp_path / "r"))["H2"] == "`expb`: no statement"
+
+
+def test_a_file_that_is_gone_and_an_edited_record(tmp_path):
+    run(tmp_path, "a", "expa", exp_a("H0"))
+    run(tmp_path, "b", "expb", exp_b("supported", "no"))
+    run(tmp_path, "c", "expc_fisher", exp_c("supported", "supported", "no"))
+    run(tmp_path, "d", "expd_mi", {"leaf": "undecided"})
+    (tmp_path / "b/report.md").unlink()
+    edited = (tmp_path / "c/run.json").read_text().replace('"seconds": 1.0', '"seconds": 2.0')
+    (tmp_path / "c/run.json").write_text(edited)
+    (tmp_path / "d/run.json").write_text("{")
+    text = of(tmp_path)
+    assert lines_of(text, "b") == ["- `b`: **no statement** (report.md: No such file or directory)"]
+    assert lines_of(text, "c") == ["- `c`: **no statement** (run.json: damaged, or edited by hand)"]
+    assert lines_of(text, "d") == ["- `d`: **no statement** (run.json: damaged (JSONDecodeError))"]
+    assert "No statement: H2, H2′, `d`." in text and "## Folders that could not be read" in text
+
+
+def test_a_run_that_is_not_finished_says_so(tmp_path):
+    run(tmp_path, "a", "expa", exp_a("H0"))
+    run(tmp_path, "b", "expb", exp_b("supported", "no"), seconds=None)
+    store.put(tmp_path / "c/run.json", {}, settings=SETTINGS | {"script": "expc_fisher"}, seconds=1.0)
+    text = of(tmp_path)
+    assert lines_of(text, "b") == [
+        "- `b`: **no statement** (unfinished: the same command goes on from there)"
+    ]
+    (line,) = lines_of(text, "c")
+    assert "measured, no verdict yet: `python expc_fisher.py --from` makes it" in line
+    assert "supported" not in text
+
+
+def test_a_verdict_without_a_leaf_and_settings_of_another_form(tmp_path):
+    run(tmp_path, "a", "expa", exp_a("H0"))
+    run(tmp_path, "b", "expb", {"gate_text": "no"})
+    run(tmp_path, "c", "expb", {"leaf": "supported"}, settings={"hooks": [3]})
+    text = of(tmp_path)
+    assert lines_of(text, "b") == ["- `b`: **no statement** (verdict.json: damaged (KeyError))"]
+    assert lines_of(text, "c") == ["- `c`: **no statement** (run.json: damaged (AttributeError))"]
+
+
+# ---------------------------------------------------------------------------------------- what else is shown
+def test_an_experiment_that_the_outline_does_not_know(tmp_path):
+    run(tmp_path, "mine", "expz", {"leaf": "undecided"}, "Z: undecided.")
+    text = of(tmp_path)
+    assert text.index("| rate |") < text.index("## `expz.py`, an experiment that this outline does not know")
+    assert lines_of(text, "mine")[0] == "- `mine`: Z: undecided."
+    assert "other            mine: undecided" in outline.in_short(outline.read(tmp_path))
+
+
+def test_a_folder_below_a_folder_and_a_name_with_odd_characters(tmp_path):
+    run(tmp_path, "reference/expa", "expa", exp_a("H0", h0=True))
+    run(tmp_path, "my run|2 (b)", "expa", exp_a("H1", h1=True))
+    run(tmp_path, "one/too/deep", "expa", exp_a("N"))
+    run(tmp_path, ".rank0", "expa", exp_a("N"))
+    text = of(tmp_path)
+    assert [one.name for one in outline.read(tmp_path)] == ["my run|2 (b)", "reference/expa"]
+    assert "[`my run\\|2 (b)`](my%20run%7C2%20%28b%29/report.md): not judged" in table(text)["H0"] + text
+
+
+def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path):
+    run(tmp_path, "a", "expa", exp_a("H0"))
+    other = SETTINGS | {"weights": {"stdlib-s": "d" * 16, "stdlib-l": "b" * 16}}
+    run(tmp_path, "b", "expb", exp_b("supported", "no"), settings=other)
+    text = of(tmp_path)
+    assert lines_of(text, "a")[2] == (
+        "  - About stdlib-s (weights aaaaaaaa) @ 3 and stdlib-l @ 3,10; 3 hooks; trained on "
+        "10k, 100k tokens; text stdlib, 40 documents, SHA-256 cccccccccccc."
+    )
+    assert "stdlib-s (weights dddddddd)" in lines_of(text, "b")[2]
+
+
+def test_an_audit_answers_in_two_paragraphs():
+    pairs = "# Exp-B: which?\n\n## Can its R² be trusted?\n\n**One pair.**\n\n- **a warning**\n\n"
+    audit = f"{pairs}**H2: undecided.**\n"
+    assert outline.answer_of(audit) == "One pair. H2: undecided."
+    assert outline.answer_of("# Nothing bold\n") == ""
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def test_a_report_that_the_command_did_not_write_is_kept(tmp_path):
+    run(tmp_path, "a", "expa", exp_a("H0"))
+    (tmp_path / "report.md").write_text("mine")
+    done = script("common.py", "report", tmp_path)
+    assert (tmp_path / "report.kept.md").read_text() == "mine" and "kept as report.kept.md" in done.stdout
+    written = (tmp_path / "report.md").read_text(encoding="utf-8")
+    (tmp_path / "report.md").write_text("with notes")
+    script("common.py", "report", tmp_path)
+    assert (tmp_path / "report.kept-2.md").read_text() == "with notes"
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == written
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a", "report.md", "report.json", "report.kept.md", "report.kept-2.md"}
+
+    (tmp_path / "report.json").write_text("{}")
+    done = script("common.py", "report", tmp_path, check=2)
+    assert "report.json: not a record of this program" in one_line(done)
+
+
+def test_folders_without_a_finished_run(tmp_path):
+    for arguments in ((), ("report",), ("report", tmp_path, tmp_path), ("diff", tmp_path)):
+        assert "usage: python common.py diff FOLDER FOLDER | report FOLDER" in one_line(
+            script("common.py", *arguments, check=2)
+        )
+    assert one_line(script("common.py", "report", tmp_path, check=2)).endswith("no finished run in it")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="no such folder"):
+        outline.read(tmp_path / "gone")
+    run(tmp_path, "b", "expb", exp_b("supported", "no"), seconds=None)
+    with pytest.raises(UserError, match=r"no finished run in it \(b: unfinished"):
+        outline.read(tmp_path)
+    with pytest.raises(UserError, match="a run's own folder; name the folder above it"):
+        outline.read(tmp_path / "b")
