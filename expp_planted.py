@@ -6,36 +6,36 @@
 
 Verdicts on real SAEs say *undertrained*, *gated*, *undecided*: honest, and no proof that an effect would be
 found. Here the effects are planted (`transport_geometry/plant.py`), in twins of one model and in their SAEs,
-and what Exp-A and Exp-B say of them, by their own commands on real text, is held against what must come out. A
-sink at position 0, which owns the variance and changes no logit. Errors turned towards what the model feels,
-so that H2 is true. SAEs that lag behind, and catch up. What must come out was written before.
+and what Exp-A and Exp-B say of them, by their own commands on real text, is held against what must come out.
+A sink at position 0, which owns the variance and changes no logit. Errors turned towards what the model
+feels, so that H2 is true. SAEs that lag behind, and catch up.
 """
 
 import hashlib
 import json
 import pathlib
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common import GRID_FLAGS, parser_of, run_script
 from transport_geometry import commands, ranks, store
-from transport_geometry.condition import NULLS
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Activations, activations, evaluate
 from transport_geometry.figures import as_png, pyplot
+from transport_geometry.flag import flagged
 from transport_geometry.lm import Hook
 from transport_geometry.metrics import BY_NAME, METRICS, PROXIES, Sums, computed
 from transport_geometry.models import load_model
-from transport_geometry.plant import Gauge, regauge, split
-from transport_geometry.run import eval_batch
+from transport_geometry.plant import Gauge, plants, regauge, split
+from transport_geometry.results import check_data, measured, open_output
 from transport_geometry.scale import mismatch
 from transport_geometry.tables import (
     as_csv,
     as_json,
     estimate,
-    grouped,
     markdown,
     percent,
     plain,
@@ -48,16 +48,22 @@ from transport_geometry.text import heldout_rows
 import numpy as np
 import torch
 
-MODEL, LAYER, CTX, SEQS = "stdlib-s", 3, 256, 24
+MODEL, LAYER, BLOCKS, CTX, SEQS = "stdlib-s", 3, 6, 256, 16
+N_RESAMPLES = 1000  # of the flags
 NORM = 3700  # SST times 19 here, times 18 between the published models
 SINKS = [f"{kind}{NORM}" for kind in ("null", "visible", "relative")]
 NORMS = [462, 925, 1850, NORM]
-LEAVES = {  # twin: the leaf of Exp-A's tree that must come out, and why
-    "null900": ("N", "a sink moves R² alone, and little enough to be judged"),
-    "starved0.1:50000": ("H0", "its SAEs had a tenth of the first budget and all of the later ones"),
-    "turned0.6": ("H1", "its errors are felt more at every budget, and are as long"),
-    "starved0.4+turned-0.5": ("H0+H1", "its errors are longer and felt less: CE_rec is as before"),
-    f"null{NORM}": ("undecided", "the sink takes R² out of the plain model's range"),
+# {part: {twin: the leaf of Exp-A's tree that must come out, and why}}
+LEAVES = {
+    "leaves": {
+        "null900": ("N", "a sink moves R² alone, and little enough to be judged"),
+        "turned0.6": ("H1", "its errors are as long at every budget, and felt more"),
+        f"null{NORM}": ("undecided", "the sink takes R² out of the plain model's range"),
+    },
+    "equal": {
+        "starved0.1:50000": ("H0", "its SAEs had a tenth of the first budget, and all of the later ones"),
+        "starved0.25+turned-0.7": ("H0+H1", "its errors are longer and felt less, and CE_rec is as before"),
+    },
 }
 AMOUNTS = (0.0, 0.5, 1.0)  # of turning, over hooks of two twins
 MET = 0.005  # how far R² of the null twin may be from the closed form
@@ -87,34 +93,35 @@ def with_plants(plants: Sequence[str], flags: str) -> str:
 
 
 def twins(amount: float) -> list[str]:
-    """Two twins whose errors are turned: the first mostly away from what the model feels, the second towards
-    it, and by different amounts at different blocks.
+    """Twins whose errors are turned, at the first blocks towards what the model feels and at the last ones
+    away from it, while R² falls from block to block; and from twin to twin more towards it.
     """
-    return [f"{MODEL}+turned{a * amount:g}:{b * amount:g}" for a, b in ((-1, 0.4), (-0.4, 1))]
+    return [f"{MODEL}+turned{a * amount:g}:{b * amount:g}" for a, b in ((0.4, -1), (0.7, -0.7), (1, -0.4))]
 
 
 def at_all_blocks(models: Sequence[str], blocks: int = 6) -> str:
     return ",".join(f"{model}@{layer}" for model in models for layer in range(blocks))
 
 
-GEOMETRY = "--k 8,24 --tokens 50k --expansion 4 --eval-seqs 16 --ctx 256"
+GEOMETRY = "--k 6,32 --tokens 50k --expansion 4 --eval-seqs 16 --ctx 256"
 GATE = Part(
     "gate",
     "expa",
-    f"--models {','.join(f'{twin}@{LAYER}' for twin in twins(1))} --k 8,24 --tokens 10k,40k,50k "
+    f"--models {','.join(f'{twin}@{LAYER}' for twin in twins(1))} --k 6,32 --tokens 10k,40k,50k "
     "--seeds 0,1,2 --expansion 4 --eval-seqs 16 --ctx 256",
 )
 PARTS = (
     Part("sinks", "expa", with_plants(SINKS, "--k 8 --tokens 30k,100k --sinks keep,drop")),
     Part("saelens", "expa", with_plants(SINKS[:2], "--k 8 --tokens 300k --recipe saelens")),
     Part("norms", "expa", with_plants([f"null{norm}" for norm in NORMS], "--k 8 --tokens 100k")),
-    Part("leaves", "expa", with_plants(list(LEAVES), "--k 8,32 --tokens 10k,80k,100k")),
+    Part("leaves", "expa", with_plants(list(LEAVES["leaves"]), "--k 8,32 --tokens 10k,90k,100k")),
+    Part("equal", "expa", with_plants(list(LEAVES["equal"]), "--k 16,32 --tokens 10k,90k,100k")),
     GATE,
     *(
         Part(f"turned-{amount:g}", "expb", f"--models {at_all_blocks(twins(amount))} {GEOMETRY}")
         for amount in AMOUNTS
     ),
-    Part("few-hooks", "expb", f"--models {at_all_blocks(twins(1), 2)} {GEOMETRY}"),
+    Part("few-hooks", "expb", f"--models {at_all_blocks(twins(1)[:2], 2)} {GEOMETRY}"),
     Part(
         "sink-over-hooks",
         "expb",
@@ -134,7 +141,7 @@ def run_parts(out: pathlib.Path, args: Any) -> None:
         commands.call(part.script, flags)
 
 
-# ---------------------------------------------------------------------------- the models, and what they compute
+# --------------------------------------------------------------------- the models, and what they compute
 def planted_models() -> list[str]:
     """The plain model, and every twin with a sink that a part trains SAEs on."""
     sinks = dict.fromkeys([*SINKS, *(f"null{norm}" for norm in NORMS)])
@@ -229,7 +236,7 @@ def half(gauge: Gauge | None, ctx: int) -> Callable[[torch.Tensor, torch.Tensor]
     return reconstruct
 
 
-# --------------------------------------------------------------------------------- what must come out, and did
+# --------------------------------------------------------------------- what must come out, and did
 @dataclass(frozen=True)
 class Check:
     """One planted truth: what was put there, what the instrument must say of it, and what it says."""
@@ -248,6 +255,7 @@ class Findings:
     deltas: dict[str, list[dict]]  # {part of Exp-A: deltas.csv}
     saes: dict[str, list[dict]]  # {part: rows of conditions.csv, without null rows}
     flags: dict[str, list[dict]]  # {part of Exp-B: rows with their flag}
+    partials: dict[str, dict[str, float]]  # {part of Exp-B: {proxy: partial Spearman with CE_rec}}
     canyon: list[dict]
     gauges: list[dict]
 
@@ -265,7 +273,7 @@ class Findings:
 
 def findings(out: pathlib.Path) -> Findings:
     """Raises UserError where a part is not finished, Damaged where a file is not as it was written."""
-    verdicts, deltas, saes, flags = {}, {}, {}, {}
+    verdicts, deltas, saes, flags, partials = {}, {}, {}, {}, {}
     for part in PARTS:
         record = part.folder(out) / store.RUN
         if "verdict.json" not in store.written(record):
@@ -278,8 +286,11 @@ def findings(out: pathlib.Path) -> Findings:
         else:
             found = measured(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
             flags[part.name] = flagged(found.saes, found.values)
+            board = read_table(store.checked(record, "leaderboard.csv"))
+            pooled = [row for row in board if (row["target"], row["stratum"]) == ("ce_rec", "pooled")]
+            partials[part.name] = {row["proxy"]: row["partial"] for row in pooled}
     tables = [read_table(store.checked(out / store.RUN, name)) for name in ("canyon.csv", "gauges.csv")]
-    return Findings(verdicts, deltas, saes, flags, *tables)
+    return Findings(verdicts, deltas, saes, flags, partials, *tables)
 
 
 def checks(f: Findings) -> list[Check]:
@@ -312,7 +323,7 @@ def of_sinks(f: Findings) -> list[Check]:
 
 
 def closed_form(f: Findings) -> float:
-    """R² of the null twin less what the plain model's SSE over the twin's SST says: 1 − (1 − R²) SST / SST′."""
+    """R² of the null twin less what the plain model's errors under its variance would have: 1 − SSE / SST′."""
     r2 = {twin: mean_at_end(f.saes["sinks"], f"{MODEL}{twin}", "r2") for twin in ("", f"+null{NORM}")}
     ratio = next(row["sst_ratio"] for row in f.canyon if row["model"] == f"{MODEL}+null{NORM}")
     return r2[f"+null{NORM}"] - (1 - (1 - r2[""]) / ratio)
@@ -346,7 +357,9 @@ def of_geometry(f: Findings) -> list[Check]:
     right, wrong = flags_of(f.flags[f"turned-{AMOUNTS[-1]:g}"])
     says = f"{percent(right)} of those turned by 0.4 or more point there, {percent(wrong)} the other way"
     return [
-        Check("errors turned", "H2: supported, behind an open gate", whole["leaf"], whole["leaf"] == "supported"),
+        Check(
+            "errors turned", "H2: supported, behind an open gate", whole["leaf"], whole["leaf"] == "supported"
+        ),
         Check("errors turned", "flags point that way", says, right >= 0.5 and wrong == 0),
         Check(
             "errors turned by 0",
@@ -354,7 +367,9 @@ def of_geometry(f: Findings) -> list[Check]:
             none["leaf_if_ungated"],
             none["leaf_if_ungated"] != "supported",
         ),
-        Check("four hooks", "H2: undecided", few["leaf_if_ungated"], few["leaf_if_ungated"] == "undecided"),
+        Check(
+            "too few hooks", "H2: undecided", few["leaf_if_ungated"], few["leaf_if_ungated"] == "undecided"
+        ),
         Check(
             "a sink in half the hooks",
             "H2: beats-r2-only",
@@ -368,7 +383,9 @@ def flags_of(saes: list[dict]) -> tuple[float, float]:
     """(share that points the right way, the wrong way) of the SAEs whose errors are turned by 0.4 or more."""
     points = {"R² flatters this SAE": 1, "R² underrates it": -1}
     turns = [plants(row["model"])[0].turn(row["layer"], BLOCKS) for row in saes]
-    judged = [(np.sign(turn), points.get(row["flag"], 0)) for turn, row in zip(turns, saes) if abs(turn) >= 0.4]
+    judged = [
+        (np.sign(turn), points.get(row["flag"], 0)) for turn, row in zip(turns, saes) if abs(turn) >= 0.4
+    ]
     right, wrong = ([turn == sign * flag for turn, flag in judged] for sign in (1, -1))
     return float(np.mean(right)), float(np.mean(wrong))
 
@@ -391,3 +408,391 @@ def of_gauges(f: Findings) -> list[Check]:
         Check("three gauges", f"{', '.join(MUST_PASS)} stay", ", ".join(kept), len(kept) == len(MUST_PASS)),
         Check("the shift", f"{', '.join(MUST_FAIL)} move", ", ".join(moved), len(moved) == len(MUST_FAIL)),
     ]
+
+
+# ----------------------------------------------------------------------------------------------- report.md
+REPORT = """\
+# Exp-P: does the instrument find what was put there?
+
+**{sentence}**
+
+{checks}
+
+What must come out stood in this file before anything was run. Twins are called by what is planted in \
+them: `+null{norm}` is a sink of that norm which LayerNorm does not see, `+visible` one that a patch \
+has to rebuild, `+relative` one beside which an error is felt less; `+starved0.1:50000` had a tenth of \
+every training budget below 50,000 tokens; `+turned1:-0.4` has its errors turned, at equal length and \
+equal angle to h, by 1 towards what the model feels at the first block and by 0.4 away from it at the \
+last. {model}, block {layer}; 3 seeds; every part is a folder of its own, made by the command under it.
+
+## A sink at position 0
+
+![planted and published](signature.png)
+
+{sinks}
+
+Plain against twin, the same function, F = 4 d, at the largest budget of each part; intervals over \
+seeds and documents. Published: pythia-70m against pythia-410m, mid layer, 10M tokens, k = 8. PR of the \
+plain model is {pr:.1f}. By 1 − (1 − R²) SST / SST′, the plain SAE's errors under the null twin's \
+variance, R² would be {predicted:.3f}; it is {measured:.3f}.
+
+**What this shows.** One position is enough for R² to rise and CE_rec to fall together, in a model \
+whose function is the same to the bit of a logit that matters. It owns the variance that R² divides by, \
+and in training it owns the loss that is minimised: what the other positions get is worse. Left out of \
+training, CE_rec is as before, and R² is not: it then counts a position that nobody reconstructs. \
+**What is not reproduced.** The published sign flip goes with the token budget. Here:
+
+{budgets}
+
+What a sink would do to real Pythia models, nobody has measured here; natural ones carry more than a \
+norm.
+
+### How large must it be?
+
+![the norm of the sink](norms.png)
+
+{norms}
+
+### Which scores still order the SAEs as CE_rec does?
+
+{proxies}
+
+Share of the 9 pairs of seeds in which the score and CE_rec disagree about plain or twin being better \
+(0%: it survives; 100%: it is fooled).
+
+## Errors turned towards what the model feels
+
+![power](power.png)
+
+{geometry}
+
+Two or three twins of one model at all blocks, whose errors are as long as before. R², NMSE and cosine \
+do not see that, and CE does: H2 is true by construction, the more the further they are turned. The \
+twins share their SAEs, so that these hooks are fewer than they count, which is no matter for a truth \
+that is planted and would be one for any other.
+
+## Every leaf and every word
+
+{words}
+
+## Gauges
+
+{gauges}
+
+The same reconstruction of the same model, the hook written in another way: a shift along the all-ones \
+direction, another at each position; a rotation around it; another length of each token. `stays`: to a \
+thousandth. A score that moves says something about how the hook is written, not only about the SAE.
+
+## The parts
+
+{parts}
+"""
+PUBLISHED = {
+    "": "published",
+    "PR": "3.96 → 1.18",
+    "SST ×": 18.2,
+    "ΔR²": "+0.150",
+    "ΔR² no sink": "not published",
+    "Δcosine": "-0.047",
+    "ΔCE_rec": "-0.099 [-0.117, -0.082]",
+    "mismatch": "100%",
+    "leaf": "",
+}
+WORDS = (
+    "gated",
+    "supported",
+    "beats-r2-only",
+    "rejected",
+    "not-transferable",
+    "cannot be shown here",
+    "undecided",
+)
+OF_THE_TREE = ("undertrained", "N", "H0+H1", "H0", "H1", "undecided")
+
+
+def sentence(found: Sequence[Check]) -> str:
+    missed = [f"{check.planted} ({check.must}): {check.says}" for check in found if not check.found]
+    if not missed:
+        return f"All {len(found)} planted truths were found."
+    n = len(found)
+    return f"{n - len(missed)} of {n} planted truths were found. Not found: {'; '.join(missed)}."
+
+
+def sink_rows(f: Findings) -> list[dict]:
+    """The planted table, with the published numbers last."""
+    at = {row["model"]: row for row in f.canyon}
+    arms = [("sinks", twin, sinks) for sinks in ("keep", "drop") for twin in SINKS]
+    arms += [("saelens", twin, "keep") for twin in SINKS[:2]]
+    rows = []
+    for part, twin, sinks in arms:
+        delta, of_model = f.delta(part, twin, sinks=sinks), at[f"{MODEL}+{twin}"]
+        leaves = [
+            v["leaf"]
+            for v in (f.verdicts[part], *f.verdicts[part]["other_arms"])
+            if v["large"].endswith(f"+{twin}") and v["sinks"] == sinks
+        ]
+        rows.append(
+            {
+                "": f"{twin}, {part if part == 'saelens' else 'base'}{', dropped' * (sinks == 'drop')}",
+                "PR": f"{at[MODEL]['pr']:.1f} → {of_model['pr']:.2f}",
+                "SST ×": of_model["sst_ratio"],
+                "ΔR²": estimate(delta, "delta_r2", 3),
+                "ΔR² no sink": estimate(delta, "delta_r2_nosink", 3),
+                "Δcosine": estimate(delta, "delta_cosine", 3),
+                "ΔCE_rec": estimate(delta, "delta_ce_rec", 3),
+                "mismatch": percent(delta["mismatch"]),
+                "leaf": ", ".join(leaves),
+            }
+        )
+    return [*rows, PUBLISHED]
+
+
+def budget_rows(f: Findings) -> list[dict]:
+    """What each budget says of the null twin."""
+    pair = {"small": MODEL, "large": f"{MODEL}+{SINKS[0]}", "sinks": "keep"}
+    return [
+        {
+            "tokens": readable_count(row["tokens"]),
+            "ΔR²": estimate(row, "delta_r2", 3),
+            "ΔCE_rec": estimate(row, "delta_ce_rec", 3),
+            "mismatch": percent(row["mismatch"]),
+        }
+        for row in f.deltas["sinks"]
+        if pair.items() <= row.items()
+    ]
+
+
+def norm_rows(f: Findings) -> list[dict]:
+    """Means over seeds, by norm of the null sink, 0 first."""
+    shown = ("r2", "r2_nosink", "r2_defl1", "r2_ln", "nmse_tok", "cosine", "swd_tok", "ce_rec")
+    at = {row["model"]: row for row in f.canyon}
+    rows = []
+    for norm in (0, *NORMS):
+        name = f"{MODEL}+null{norm}" if norm else MODEL
+        means = {metric: mean_at_end(f.saes["norms"], name, metric) for metric in shown}
+        rows.append({"norm": norm, "SST ×": at[name]["sst_ratio"], "PR": at[name]["pr"]} | means)
+    return rows
+
+
+def proxy_rows(f: Findings) -> list[dict]:
+    """How often every score disagrees with CE_rec about plain and twin."""
+    plain_saes, rows = at_end(f.saes["sinks"], MODEL), []
+    for proxy in (*PROXIES, BY_NAME["kl"]):
+        row: dict[str, Any] = {"score": proxy.name}
+        for twin in SINKS:
+            sides = plain_saes, at_end(f.saes["sinks"], f"{MODEL}+{twin}")
+            score, ce = (
+                [of(np.array([sae[name] for sae in side])) for side in sides]
+                for of, name in ((proxy.score, proxy.name), (np.asarray, "ce_rec"))
+            )
+            row[twin] = percent(mismatch(score, ce)[0])
+        rows.append(row)
+    return rows
+
+
+def geometry_rows(f: Findings) -> list[dict]:
+    rows = []
+    for amount in AMOUNTS:
+        verdict, saes = f.verdicts[f"turned-{amount:g}"], f.flags[f"turned-{amount:g}"]
+        right, wrong = flags_of(saes) if amount else (np.nan, np.nan)
+        gammas = (signed(verdict[f"gamma_{name}"], 3) for name in ("proxy", "control"))
+        rows.append(
+            {
+                "turned by": f"{amount:g}",
+                "SWD": signed(verdict["partial"]),
+                "minus R²": estimate(verdict, "diff_r2"),
+                "p_r2": verdict["p_r2"],
+                "minus best control": estimate(verdict, "diff_control"),
+                "p_ctl": verdict["p_control"],
+                "loho gain": signed(verdict["diff_loho_control"], 3),
+                "p_loho": verdict["p_loho"],
+                "Γ, SWD / control": " / ".join(gammas),
+                "H2 ungated": verdict["leaf_if_ungated"],
+                "flags right": percent(right),
+                "flags wrong": percent(wrong),
+            }
+        )
+    return rows
+
+
+def word_rows(f: Findings) -> list[dict]:
+    """Where each leaf of Exp-A's tree and each word of H2 was reached."""
+    reached: dict[tuple[str, str], list[str]] = {}
+    for part in PARTS:
+        verdict = f.verdicts[part.name]
+        if part.script == "expa":
+            for one in (verdict, *verdict["other_arms"]):
+                where = f"{part.name}: {split(one['large'])[1]}"
+                reached.setdefault(("H0/H1", one["leaf"]), []).append(where)
+        else:
+            for word in dict.fromkeys((verdict["leaf"], verdict["leaf_if_ungated"])):
+                reached.setdefault(("H2", word), []).append(part.name)
+    rows = []
+    for about, words in (("H0/H1", OF_THE_TREE), ("H2", WORDS)):
+        for word in words:
+            where = list(dict.fromkeys(reached.get((about, word), ["not reached here"])))
+            rows.append({"": about, "word": word, "reached by": ", ".join(where)})
+    return rows
+
+
+def gauge_rows(f: Findings) -> list[dict]:
+    names = [name for name in f.gauges[0] if name not in ("metric", "as it is")]
+    return [
+        {"metric": row["metric"], "as it is": row["as it is"]}
+        | {name: "stays" if passes(row, name) else signed(row[name], 3) for name in names}
+        for row in f.gauges
+        if row["metric"] in BY_NAME and (BY_NAME[row["metric"]].family or row["metric"] in SHOWN_TOO)
+    ]
+
+
+SHOWN_TOO = ("ce_rec", "kl", "ce_recon", "fed", "fed_excess", "rho")
+
+
+def whole(rows: list[dict]) -> str:
+    """A table with all its columns."""
+    return markdown(rows, list(rows[0]))
+
+
+def report(f: Findings, found: Sequence[Check]) -> bytes:
+    of_checks = [
+        {
+            "planted": c.planted,
+            "must come out": c.must,
+            "says": c.says,
+            "": "found" if c.found else "NOT FOUND",
+        }
+        for c in found
+    ]
+    at = {row["model"]: row for row in f.canyon}
+    measured_r2 = mean_at_end(f.saes["sinks"], f"{MODEL}+null{NORM}", "r2")
+    text = REPORT.format(
+        sentence=sentence(found),
+        checks=whole(of_checks),
+        norm=NORM,
+        model=MODEL,
+        layer=LAYER,
+        sinks=whole(sink_rows(f)),
+        pr=at[MODEL]["pr"],
+        predicted=measured_r2 - closed_form(f),
+        measured=measured_r2,
+        budgets=whole(budget_rows(f)),
+        norms=whole(norm_rows(f)),
+        proxies=whole(proxy_rows(f)),
+        geometry=whole(geometry_rows(f)),
+        words=whole(word_rows(f)),
+        gauges=whole(gauge_rows(f)),
+        parts="\n\n".join(f"[{part.name}]({part.name}/report.md)\n\n    {part.command()}" for part in PARTS),
+    )
+    return text.encode()
+
+
+# --------------------------------------------------------------------------------------------------- plots
+def plots(f: Findings) -> dict[str, store.Content | None]:
+    """{file: PNG}."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    published = dict(delta_r2=0.150, delta_ce_rec=-0.099, delta_ce_rec_lo=-0.117, delta_ce_rec_hi=-0.082)
+    published |= dict(delta_r2_lo=np.nan, delta_r2_hi=np.nan)
+    rows = [(twin, f.delta("sinks", twin, sinks="keep")) for twin in SINKS]
+    rows += [(f"{SINKS[0]}, dropped in training", f.delta("sinks", SINKS[0], sinks="drop"))]
+    rows = [("published, 410M minus 70M", published), *rows][::-1]
+    for name, label, colour, marker in (
+        ("delta_r2", "ΔR²", "C0", "o"),
+        ("delta_ce_rec", "ΔCE_rec", "C1", "s"),
+    ):
+        at = np.arange(len(rows)) + (0.12 if name == "delta_r2" else -0.12)
+        value, lo, hi = (np.array([row[f"{name}{end}"] for _, row in rows]) for end in ("", "_lo", "_hi"))
+        axis.hlines(at, lo, hi, color=colour)
+        axis.plot(value, at, marker, color=colour, label=label)
+    axis.axvline(0, color="0.4", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=0.2)
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axis.set_title("A sink at position 0: R² up, CE_rec down", fontsize=10)
+    axis.legend(fontsize=8)
+
+    norms, two = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+    by_norm = norm_rows(f)
+    for metric, style in (("r2", "o-"), ("r2_nosink", "s--"), ("cosine", "^:"), ("ce_rec", "D-")):
+        two.plot([row["norm"] for row in by_norm], [row[metric] for row in by_norm], style, label=metric)
+    two.set(xlabel="norm of the sink", ylabel="score")
+    two.set_title("One position moves R² to where it says nothing", fontsize=10)
+    two.grid(alpha=0.3)
+    two.legend(fontsize=8)
+
+    power, three = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+    for name, style in (("swd_tok", "D-"), ("r2", "o--"), ("nmse_tok", "s:"), ("cosine", "^:")):
+        three.plot(AMOUNTS, [f.partials[f"turned-{amount:g}"][name] for amount in AMOUNTS], style, label=name)
+    words = [f.verdicts[f"turned-{amount:g}"]["leaf_if_ungated"] for amount in AMOUNTS]
+    three.set_xticks(AMOUNTS, [f"{amount:g}\n{word}" for amount, word in zip(AMOUNTS, words)])
+    three.set(
+        xlabel="how far errors are turned, and what H2 then reads", ylabel="partial Spearman with CE_rec"
+    )
+    three.set_title("H2 is true by construction, the more to the right", fontsize=10)
+    three.grid(alpha=0.3)
+    three.legend(fontsize=8)
+    return {"signature.png": as_png(figure), "norms.png": as_png(norms), "power.png": as_png(power)}
+
+
+# ---------------------------------------------------------------------------------------------------- main
+def analyse(out: pathlib.Path) -> list[Check]:
+    """verdict.json, report.md and the plots: a pure function of what the parts left and of the two tables."""
+    f = findings(out)
+    found = checks(f)
+    verdict = dict(
+        leaf="found" if all(check.found for check in found) else "not all found",
+        checks=[vars(check) for check in found],
+        words=word_rows(f),
+        thresholds=dict(closed_form=MET, norm=NORM, amounts=AMOUNTS),
+        settings=settings(),
+        rows_sha256=hashlib.sha256(
+            "".join(verdict["rows_sha256"] for verdict in f.verdicts.values()).encode()
+        ).hexdigest(),
+    )
+    files: dict[str, store.Content | None] = {
+        "verdict.json": as_json(plain(verdict)),
+        "report.md": report(f, found),
+    }
+    store.put(out / store.RUN, files | plots(f))
+    return found
+
+
+def settings() -> dict[str, Any]:
+    return {"script": "expp_planted", "models": [MODEL], "parts": {p.name: p.command() for p in PARTS}}
+
+
+def main() -> None:
+    args = parser_of(__doc__).parse_args()
+    own = [flag for flag, how in GRID_FLAGS if getattr(args, dest(flag)) != how.get("default")]
+    if own or args.verdict or args.save_tokens:
+        typed = ", ".join([*own, *["--verdict"] * bool(args.verdict), *["--save-tokens"] * args.save_tokens])
+        raise UserError(f"{typed}: its grids are planted; expa.py --plant plants in other models")
+    if args.dry_run:
+        print("\n".join(part.command() for part in PARTS))
+        return
+    if ranks.WORLD > 1:
+        raise UserError("one process, please: it runs several commands after one another")
+    out = args.finished or args.out
+    if args.finished:
+        if check_data(out / store.RUN).get("settings") != settings():
+            raise UserError(f"--from {out}: no finished run of expp_planted.py there")
+        store.claim(out)
+    else:
+        start = time.time()
+        open_output(out, settings(), args.fresh)
+        run_parts(out, args)
+        tables = {"canyon.csv": canyon(), "gauges.csv": gauge_suite()}
+        files = {name: as_csv(rows, list(rows[0])) for name, rows in tables.items()}
+        store.put(out / store.RUN, files, seconds=round(time.time() - start, 1))
+    found = analyse(out)
+    for check in found:
+        print(f"{'found    ' if check.found else 'NOT FOUND'}  {check.planted}: {check.must}: {check.says}")
+    print(f"---\n{sentence(found)}\nreport: {out / 'report.md'}")
+
+
+def dest(flag: str) -> str:
+    """Where argparse puts a flag's value."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+if __name__ == "__main__":
+    run_script(main)
