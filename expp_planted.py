@@ -94,8 +94,11 @@ def with_plants(plants: Sequence[str], flags: str) -> str:
 
 def twins(amount: float) -> list[str]:
     """Twins whose errors are turned, at the first blocks towards what the model feels and at the last ones
-    away from it, while R² falls from block to block; and from twin to twin more towards it.
+    away from it, while R² falls from block to block; and from twin to twin more towards it. By 0: twins that
+    differ in how long their SAEs were trained, so that they are no copies of one another.
     """
+    if not amount:
+        return [MODEL, f"{MODEL}+starved0.6", f"{MODEL}+starved0.8"]
     return [f"{MODEL}+turned{a * amount:g}:{b * amount:g}" for a, b in ((0.4, -1), (0.7, -0.7), (1, -0.4))]
 
 
@@ -323,7 +326,7 @@ def of_sinks(f: Findings) -> list[Check]:
 
 
 def closed_form(f: Findings) -> float:
-    """R² of the null twin less what the plain model's errors under its variance would have: 1 − SSE / SST′."""
+    """R² of the null twin less 1 − SSE / SST′, of the plain model's errors under the twin's variance."""
     r2 = {twin: mean_at_end(f.saes["sinks"], f"{MODEL}{twin}", "r2") for twin in ("", f"+null{NORM}")}
     ratio = next(row["sst_ratio"] for row in f.canyon if row["model"] == f"{MODEL}+null{NORM}")
     return r2[f"+null{NORM}"] - (1 - (1 - r2[""]) / ratio)
@@ -382,7 +385,7 @@ def of_geometry(f: Findings) -> list[Check]:
 def flags_of(saes: list[dict]) -> tuple[float, float]:
     """(share that points the right way, the wrong way) of the SAEs whose errors are turned by 0.4 or more."""
     points = {"R² flatters this SAE": 1, "R² underrates it": -1}
-    turns = [plants(row["model"])[0].turn(row["layer"], BLOCKS) for row in saes]
+    turns = [sum(one.turn(row["layer"], BLOCKS) for one in plants(row["model"])) for row in saes]
     judged = [
         (np.sign(turn), points.get(row["flag"], 0)) for turn, row in zip(turns, saes) if abs(turn) >= 0.4
     ]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from helpers import ROOT, measured
-from transport_geometry import lm, models
+from transport_geometry import lm, models, plant
 from transport_geometry.cost import shape_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
@@ -121,6 +121,23 @@ def test_split_at_every_block(family, layer, input_ids):
     torch.testing.assert_close(model(input_ids, use_cache=False).logits, whole, rtol=0, atol=0)
     model.float()
     assert torch.equal(hook.tail(input_ids, hook.head(input_ids)), model(input_ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sink_can_be_planted_in_every_family(family, input_ids):
+    """The hook is moved by the sink alone, and a patch is read as it is in the plain model."""
+    plain_model, twin = make(family), make(family)
+    gauge = plant.sink(plant.Plant("visible", 500.0), 32)
+    plant.regauge(twin, gauge)
+    h, h_twin = Hook(plain_model, 1).head(input_ids), Hook(twin, 1).head(input_ids)
+    torch.testing.assert_close(h_twin[:, 0], h[:, 0] + gauge.offset[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(h_twin[:, 1:], h[:, 1:], rtol=0, atol=1e-9)
+    patches = (
+        Hook(plain_model, 1).tail(input_ids, moved(h)),
+        Hook(twin, 1).tail(input_ids, gauge.write(moved(h))),
+    )
+    torch.testing.assert_close(*patches, rtol=0, atol=1e-9)
+    assert type(lm.blocks(twin)[0]).__name__ == type(lm.blocks(plain_model)[0]).__name__
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neo"])
