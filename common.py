@@ -145,7 +145,8 @@ TRAINING = (
 )  # nothing of it applies to --sae
 
 
-def parser_of(doc: str) -> argparse.ArgumentParser:
+def parser_of(doc: str, flags: Mapping[str, dict] | None = None) -> argparse.ArgumentParser:
+    """flags {--flag: what argparse is told}: of one script."""
     parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     grid = parser.add_argument_group("the grid")
     for flag, how in GRID_FLAGS:
@@ -173,12 +174,18 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     )
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
+    for flag, how in (flags or {}).items():
+        parser.add_argument(flag, **how)
     return parser
 
 
-def parse_args(doc: str, own: Mapping[str, Any], argv: list[str] | None = None) -> Command:
-    """The flags that mean the same in every script; `own` is the script's grid. Raises UserError."""
-    args = parser_of(doc).parse_args(argv)
+def parse_args(
+    doc: str, own: Mapping[str, Any], argv: list[str] | None = None, flags: Mapping[str, dict] | None = None
+) -> Command:
+    """The flags that mean the same in every script; `own` is the script's grid. `flags` are the script's own,
+    as `parser_of` takes them: their values are settings of its results. Raises UserError.
+    """
+    args = parser_of(doc, flags).parse_args(argv)
     preset: dict[str, Any] = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
     if args.sae:  # they are what they are
         if typed := [f"--{name}" for name in TRAINING if getattr(args, name) is not None]:
@@ -215,8 +222,17 @@ def parse_args(doc: str, own: Mapping[str, Any], argv: list[str] | None = None) 
         ctx=parse_int(str(args.ctx), "--ctx", 2),
         save_tokens=args.save_tokens,
     )
+    own_names = [flag.removeprefix("--").replace("-", "_") for flag in flags or {}]
     return Command(
-        grid, args.device, args.out, args.cache, args.fresh, args.finished, args.verdict, args.dry_run
+        grid,
+        args.device,
+        args.out,
+        args.cache,
+        args.fresh,
+        args.finished,
+        args.verdict,
+        args.dry_run,
+        own={name: getattr(args, name) for name in own_names},
     )
 
 

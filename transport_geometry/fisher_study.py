@@ -79,13 +79,19 @@ def geometry(hook: Hook, input_ids: torch.Tensor, batch: int, document: np.ndarr
 
 
 def moments(
-    hook: Hook, input_ids: torch.Tensor, shared: Activations, batch: int, block: np.ndarray, blocks: int
+    hook: Hook,
+    input_ids: torch.Tensor,
+    shared: Activations,
+    batch: int,
+    block: np.ndarray,
+    blocks: int,
+    draws: int = 2 * DRAWS,
 ) -> tuple[Moments, Moments]:
-    """(over all positions, without sinks); block [S] of each sequence."""
+    """(over all positions, without sinks); block [S] of each sequence, draws of sampled labels."""
     d = shared.h.shape[-1]
     both = Moments.none(blocks, d), Moments.none(blocks, d)
     uniforms = torch.rand(
-        len(input_ids), 2 * DRAWS, input_ids.shape[1] - 1, generator=torch.Generator().manual_seed(1)
+        len(input_ids), draws, input_ids.shape[1] - 1, generator=torch.Generator().manual_seed(1)
     )
     start = 0
     for clean in shared.batches(hook, input_ids, uniforms, batch):

@@ -6,7 +6,7 @@ import itertools
 import pathlib
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transport_geometry import ANY_X86, given, plant, sources, text
@@ -58,6 +58,7 @@ class Command:
     finished: pathlib.Path | None  # of --from
     verdict: pathlib.Path | None
     dry_run: bool
+    own: dict[str, Any] = field(default_factory=dict)  # a script's own flags: settings too
 
 
 # ------------------------------------------------------------------------------------------ found and checked

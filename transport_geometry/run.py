@@ -105,6 +105,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
             print(f"{why}; going on with the CPU")
             device = CPU
             settings, eval_sets = plan(grid, device, experiment.name)
+    settings |= command.own
     start = time.time()
     if ranks.RANK == 0:
         typed = [*(plant.split(name)[0] for name, _ in grid.models), grid.data]
