@@ -53,6 +53,31 @@ def get_saes(model, tokenizer, specs, cache) -> list:
     return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
 
 
+def one_hook(eval_seqs: int, ctx: int):
+    """The evaluation set of stdlib-s at block 3, as a command for one SAE of k = 8 and 50k tokens has it."""
+    from transport_geometry.grid import Grid, plan
+
+    grid = Grid(
+        models=(("stdlib-s", 3),),
+        k=(8,),
+        seeds=(0,),
+        tokens=(50_000,),
+        expansion=4,
+        recipes=("base",),
+        sinks=("keep",),
+        saes=(),
+        basis=None,
+        data="stdlib",
+        split="train",
+        revision=None,
+        dtype="float32",
+        eval_seqs=eval_seqs,
+        ctx=ctx,
+        save_tokens=False,
+    )
+    return plan(grid, torch.device("cpu"), "test")[1][0]
+
+
 # ---------------------------------------------------------------------------------------------------- folders
 def contents(folder: pathlib.Path, but: str = "run.json") -> dict[str, bytes]:
     """Every file below a folder but run.json, the one that may differ between two runs."""

@@ -31,6 +31,7 @@ WINDOW = 8  # words, or token ids, in a row: what two documents share when one w
 # a held-out file of the standard library that shares more of its windows with the training side goes there
 NEAR = 0.2
 PER_DOCUMENT = 4  # evaluation rows from one document at most
+SPREAD = 5  # rows of the training side are neighbours, most of them of one document: one in so many is taken
 # of a stream's held-out side: documents, and characters a token, for each row that is drawn from them
 POOL = 8
 
@@ -251,6 +252,14 @@ def train_rows(
             raise UserError(f"--data {data}: the training side is too short for one sequence of {ctx} tokens")
         if once and number == 0:
             once(given)
+
+
+def spread_rows(data: str, tokenizer: Any, ctx: int, n: int, split: str = "train") -> torch.Tensor:
+    """[n,ctx]: every SPREAD-th row of the training side, in an order set by a seed: for few steps, that must
+    not be about few documents. Raises UserError.
+    """
+    rows = itertools.islice(train_rows(data, tokenizer, ctx, 1, split), 0, n * SPREAD, SPREAD)
+    return torch.cat(list(rows))[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,19 @@ def activation_chunks(
 
 
 # ---------------------------------------------------------------------------------------------- training
+@torch.no_grad()
+def unit_norm_step(optimiser: torch.optim.Optimizer, W_dec: torch.Tensor) -> None:
+    """A step of the optimiser, before and after which the decoder's rows W_dec [F,d] have norm 1. What of the
+    gradient is along a row would be undone after the step, and is taken out before it, or Adam would count
+    it.
+    """
+    assert W_dec.grad is not None
+    along = torch.einsum("fd,fd->f", W_dec.grad, W_dec)
+    W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
+    optimiser.step()
+    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Of the raw activations that are no sinks."""
@@ -261,13 +274,7 @@ class Training:
         self.optimiser.zero_grad()
         total.backward()
         self.optimiser.param_groups[0]["lr"] = self.rate()
-        with torch.no_grad():
-            W_dec = self.sae.W_dec
-            assert W_dec.grad is not None
-            along = torch.einsum("fd,fd->f", W_dec.grad, W_dec)
-            W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
-            self.optimiser.step()
-            W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+        unit_norm_step(self.optimiser, self.sae.W_dec)
         self.step += 1
         return loss.detach()
 
