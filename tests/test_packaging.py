@@ -94,7 +94,9 @@ def test_the_promised_floors_are_what_ci_tests():
 
 
 def test_commands_run_the_scripts_that_a_wheel_carries(setup, monkeypatch, capsys):
-    assert list(PROJECT["scripts"]) == "transport-expa transport-expb transport-expc transport-audit".split()
+    scripts = {path.stem for path in ROOT.glob("exp*.py")}
+    names = {f"transport-{name.partition('_')[0]}": f"{name}.py" for name in sorted(scripts)}
+    assert list(PROJECT["scripts"]) == [*names, "transport-audit"]
     for command, target in PROJECT["scripts"].items():
         module, _, function = target.partition(":")
         monkeypatch.setattr(sys, "argv", [f"/bin/{command}", "--help"])
@@ -103,14 +105,12 @@ def test_commands_run_the_scripts_that_a_wheel_carries(setup, monkeypatch, capsy
             getattr(importlib.import_module(module), function)()
         assert stopped.value.code == 0
         # the name is also that of the results folder
-        name = {"transport-expc": "expc_fisher.py", "transport-audit": "audit"}.get(
-            command, f"{command[10:]}.py"
-        )
+        name = names.get(command, "audit")
         assert capsys.readouterr().out.startswith(f"usage: {name} ") and sys.path[0] == str(ROOT)
     carried = {
         path.name for pattern in setup["CARRIED"] for path in ROOT.glob(pattern) if path.parent == ROOT
     }
-    assert carried == {"common.py", "expa.py", "expb.py", "expc_fisher.py"}
+    assert carried == {"common.py", *names.values()}
 
 
 def test_an_audit_names_saes(monkeypatch, capsys):
@@ -172,7 +172,9 @@ def test_a_build_holds_the_models_and_the_scripts_inside_the_package(tmp_path):
     egg_info, built = ["egg_info", "--egg-base", tmp_path], tmp_path / "built"
     run(sys.executable, "setup.py", "-q", *egg_info, "build_py", "--build-lib", built, cwd=ROOT)
     modules = {f"transport_geometry/{path.name}" for path in PACKAGE.glob("*.py")}
-    scripts = {f"transport_geometry/scripts/{name}.py" for name in "common expa expb expc_fisher".split()}
+    scripts = {
+        f"transport_geometry/scripts/{path.name}" for path in (*ROOT.glob("exp*.py"), ROOT / "common.py")
+    }
     seeds = {f"transport_geometry/outputs/reference/seed_sd.{kind}" for kind in ("csv", "json")}
     models = {f"transport_geometry/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("demo/stdlib-*/*")}
     assert files_of(built) == modules | scripts | seeds | models and len(models) == 18

@@ -121,10 +121,9 @@ def _end_all() -> None:
 
 # ------------------------------------------------------------------------------------ in the server's process
 def serve() -> None:
+    import importlib
+
     import common
-    import expa
-    import expb
-    import expc_fisher
     from transport_geometry import formats, text
 
     import datasets  # noqa: F401
@@ -137,9 +136,7 @@ def serve() -> None:
 
     text.stdlib_sides()  # the embedded text is read once, too
     mains = {
-        "expa.py": expa.main,
-        "expb.py": expb.main,
-        "expc_fisher.py": expc_fisher.main,
+        **{path.name: importlib.import_module(path.stem).main for path in ROOT.glob("exp*.py")},
         "formats.py": formats.main,  # python -m transport_geometry.formats
         "common.py": common.main,
     }

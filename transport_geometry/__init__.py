@@ -1,4 +1,4 @@
-"""When does an SAE's R² lie? The machinery behind expa.py, expb.py and expc_fisher.py.
+"""When does an SAE's R² lie? The machinery behind the experiments, exp*.py.
 
 What numerical libraries read from the environment when they are loaded is set here, before any module of this
 package loads them; that is why this package is imported before torch and numpy wherever both are (the linter

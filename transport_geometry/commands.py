@@ -1,4 +1,4 @@
-"""The commands that an install puts on PATH: transport-expa, transport-expb, transport-expc, transport-audit.
+"""The commands that an install puts on PATH: transport-expa to -expf, transport-expp, transport-audit.
 
 Each runs its script as `python expb.py` would: the script's folder first on the path, the script's name for
 messages and for the results folder. The scripts lie in the checkout, or in an installed copy inside the
@@ -52,6 +52,26 @@ def expb() -> None:
 def expc() -> None:
     """Exp-C, into outputs/expc_fisher."""
     _run("expc_fisher", "expc_fisher.py")
+
+
+def expd() -> None:
+    """Exp-D, into outputs/expd_mi."""
+    _run("expd_mi", "expd_mi.py")
+
+
+def expe() -> None:
+    """Exp-E, into outputs/expe_attention."""
+    _run("expe_attention", "expe_attention.py")
+
+
+def expf() -> None:
+    """Exp-F, into outputs/expf_rate."""
+    _run("expf_rate", "expf_rate.py")
+
+
+def expp() -> None:
+    """Exp-P, into outputs/expp_planted."""
+    _run("expp_planted", "expp_planted.py")
 
 
 def audit() -> None:
