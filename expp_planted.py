@@ -48,7 +48,7 @@ from transport_geometry.text import heldout_rows
 import numpy as np
 import torch
 
-MODEL, LAYER, BLOCKS, CTX, SEQS = "stdlib-s", 3, 6, 256, 16
+MODEL, LAYER, BLOCKS, CTX, SEQS = "stdlib-s", 3, 6, 256, 12
 N_RESAMPLES = 1000  # of the flags
 NORM = 3700  # SST times 19 here, times 18 between the published models
 SINKS = [f"{kind}{NORM}" for kind in ("null", "visible", "relative")]
@@ -58,14 +58,13 @@ LEAVES = {
     "leaves": {
         "null900": ("N", "a sink moves R² alone, and little enough to be judged"),
         "turned0.6": ("H1", "its errors are as long at every budget, and felt more"),
-        f"null{NORM}": ("undecided", "the sink takes R² out of the plain model's range"),
     },
     "equal": {
         "starved0.1:50000": ("H0", "its SAEs had a tenth of the first budget, and all of the later ones"),
-        "starved0.25+turned-0.7": ("H0+H1", "its errors are longer and felt less, and CE_rec is as before"),
+        "starved0.2+turned-0.7": ("H0+H1", "its errors are longer and felt less, and CE_rec is as before"),
     },
 }
-AMOUNTS = (0.0, 0.5, 1.0)  # of turning, over hooks of two twins
+AMOUNTS = (0.0, 0.5, 1.0)  # of turning, over the hooks of three twins
 MET = 0.005  # how far R² of the null twin may be from the closed form
 
 
@@ -110,12 +109,12 @@ GEOMETRY = "--k 6,32 --tokens 50k --expansion 4 --eval-seqs 16 --ctx 256"
 GATE = Part(
     "gate",
     "expa",
-    f"--models {','.join(f'{twin}@{LAYER}' for twin in twins(1))} --k 6,32 --tokens 10k,40k,50k "
+    f"--models {','.join(f'{twin}@{LAYER}' for twin in twins(1))} --k 6,32 --tokens 10k,45k,50k "
     "--seeds 0,1,2 --expansion 4 --eval-seqs 16 --ctx 256",
 )
 PARTS = (
     Part("sinks", "expa", with_plants(SINKS, "--k 8 --tokens 30k,100k --sinks keep,drop")),
-    Part("saelens", "expa", with_plants(SINKS[:2], "--k 8 --tokens 300k --recipe saelens")),
+    Part("saelens", "expa", with_plants(SINKS[:2], "--k 8 --tokens 200k --recipe saelens")),
     Part("norms", "expa", with_plants([f"null{norm}" for norm in NORMS], "--k 8 --tokens 100k")),
     Part("leaves", "expa", with_plants(list(LEAVES["leaves"]), "--k 8,32 --tokens 10k,90k,100k")),
     Part("equal", "expa", with_plants(list(LEAVES["equal"]), "--k 16,32 --tokens 10k,90k,100k")),
@@ -125,11 +124,6 @@ PARTS = (
         for amount in AMOUNTS
     ),
     Part("few-hooks", "expb", f"--models {at_all_blocks(twins(1)[:2], 2)} {GEOMETRY}"),
-    Part(
-        "sink-over-hooks",
-        "expb",
-        f"--models {at_all_blocks([MODEL, f'{MODEL}+null900'], 5)} {GEOMETRY}",
-    ),
 )
 
 
@@ -356,7 +350,7 @@ def of_leaves(f: Findings) -> list[Check]:
 
 def of_geometry(f: Findings) -> list[Check]:
     whole, none = f.verdicts[f"turned-{AMOUNTS[-1]:g}"], f.verdicts["turned-0"]
-    few, over = f.verdicts["few-hooks"], f.verdicts["sink-over-hooks"]
+    few = f.verdicts["few-hooks"]
     right, wrong = flags_of(f.flags[f"turned-{AMOUNTS[-1]:g}"])
     says = f"{percent(right)} of those turned by 0.4 or more point there, {percent(wrong)} the other way"
     return [
@@ -372,12 +366,6 @@ def of_geometry(f: Findings) -> list[Check]:
         ),
         Check(
             "too few hooks", "H2: undecided", few["leaf_if_ungated"], few["leaf_if_ungated"] == "undecided"
-        ),
-        Check(
-            "a sink in half the hooks",
-            "H2: beats-r2-only",
-            over["leaf_if_ungated"],
-            over["leaf_if_ungated"] == "beats-r2-only",
         ),
     ]
 
@@ -421,10 +409,11 @@ REPORT = """\
 
 {checks}
 
-What must come out stood in this file before anything was run. Twins are called by what is planted in \
-them: `+null{norm}` is a sink of that norm which LayerNorm does not see, `+visible` one that a patch \
-has to rebuild, `+relative` one beside which an error is felt less; `+starved0.1:50000` had a tenth of \
-every training budget below 50,000 tokens; `+turned1:-0.4` has its errors turned, at equal length and \
+How much is planted was chosen in trials, so that each truth is large enough to be seen; the rules of \
+Exp-A and Exp-B are theirs, and nothing of them knows what is planted. Twins are called by what is \
+planted in them: `+null{norm}` is a sink of that norm which LayerNorm does not see, `+visible` one that a \
+patch has to rebuild, `+relative` one beside which an error is felt less; `+starved0.1:50000` had a tenth \
+of every training budget below 50,000 tokens; `+turned1:-0.4` has its errors turned, at equal length and \
 equal angle to h, by 1 towards what the model feels at the first block and by 0.4 away from it at the \
 last. {model}, block {layer}; 3 seeds; every part is a folder of its own, made by the command under it.
 
@@ -439,11 +428,11 @@ seeds and documents. Published: pythia-70m against pythia-410m, mid layer, 10M t
 plain model is {pr:.1f}. By 1 − (1 − R²) SST / SST′, the plain SAE's errors under the null twin's \
 variance, R² would be {predicted:.3f}; it is {measured:.3f}.
 
-**What this shows.** One position is enough for R² to rise and CE_rec to fall together, in a model \
-whose function is the same to the bit of a logit that matters. It owns the variance that R² divides by, \
-and in training it owns the loss that is minimised: what the other positions get is worse. Left out of \
-training, CE_rec is as before, and R² is not: it then counts a position that nobody reconstructs. \
-**What is not reproduced.** The published sign flip goes with the token budget. Here:
+**What this shows.** One position is enough for R² to rise and CE_rec to fall together, in a model that \
+computes the same function. It owns the variance that R² divides by, and in training it owns the loss \
+that is minimised: what the other positions get is worse. Left out of training, CE_rec is as before, and \
+R² is not: it then counts a position that nobody reconstructs. **What is not reproduced.** The published \
+sign flip goes with the token budget. Here:
 
 {budgets}
 
@@ -469,10 +458,10 @@ Share of the 9 pairs of seeds in which the score and CE_rec disagree about plain
 
 {geometry}
 
-Two or three twins of one model at all blocks, whose errors are as long as before. R², NMSE and cosine \
-do not see that, and CE does: H2 is true by construction, the more the further they are turned. The \
-twins share their SAEs, so that these hooks are fewer than they count, which is no matter for a truth \
-that is planted and would be one for any other.
+Three twins of one model at all blocks, whose errors are as long as before. R², NMSE and cosine do not \
+see that they are turned, and CE does: H2 is true by construction, the more the further. The twins share \
+their SAEs, so that their hooks are fewer than they count: fine for a truth that is planted, and for \
+nothing else. One draw of text and seeds at each amount: a curve, and no rate of success.
 
 ## Every leaf and every word
 
@@ -633,8 +622,8 @@ def word_rows(f: Findings) -> list[dict]:
     rows = []
     for about, words in (("H0/H1", OF_THE_TREE), ("H2", WORDS)):
         for word in words:
-            where = list(dict.fromkeys(reached.get((about, word), ["not reached here"])))
-            rows.append({"": about, "word": word, "reached by": ", ".join(where)})
+            parts = dict.fromkeys(reached.get((about, word), ["not reached here"]))
+            rows.append({"": about, "word": word, "reached by": ", ".join(parts)})
     return rows
 
 
