@@ -163,3 +163,32 @@ def test_compare_peers():
     assert float(read[0]["difference"]) < 1e-4
     failures = re.findall(r"^FAILED (.*)$", said, re.MULTILINE)
     assert all("higher R²" in why for why in failures) and done.returncode == bool(failures), done.stderr
+
+
+@needs_peers
+@pytest.mark.slow
+def test_planted_peers():
+    """Where the token is seen R^2, by any name, rises and CE_rec falls; left out it moves nothing."""
+    small = "--tokens 8k --seqs 8 --ctx 64 --seeds 0 --k 4".split()
+    stood, theirs, ours = tables(bench("planted_peers", *small))
+    fed = [(row["library"], row["fed"]) for row in stood]
+    assert len(fed) == 11 and fed == [(row["library"], row["fed"]) for row in ours]
+    assert {library for library, _ in fed} == {"SAELens", "sparsify", "dictionary_learning"}
+    first = [float(row["position 0"]) for row in stood]
+    seen = [share > 0.9 for share in first]
+    assert seen == [True, False, False, False, True, False, True, True, False, True, False]
+
+    def pair(feed: str, metric: str) -> list[float]:
+        (row,) = [row for row in ours if row["fed"] == feed]
+        return [float(number) for number in row[metric].split(",")]
+
+    for feed in ("rows that begin with it, one a step", "passages that begin with it"):
+        (plain, planted), (calm, calm_planted) = pair(feed, "r2"), pair(feed, "r2_nosink")
+        assert planted > 0.9 > plain and calm_planted < calm - 0.02
+        plain, planted = pair(feed, "ce_rec")
+        assert planted < plain - 0.02
+    changes = {(row["fed"], row["its score"]): float(row["difference"]) for row in theirs}
+    assert changes["rows that begin with it, one a step", "fvu of held-out rows"] < -0.3
+    assert changes["passages that begin with it", "frac_variance_explained"] > 0.3
+    assert abs(changes["rows that begin with it, exclude_tokens", "fvu of held-out rows"]) < 1e-3
+    assert abs(changes["its defaults: nowhere", "frac_variance_explained"]) < 1e-3
