@@ -300,7 +300,7 @@ def test_an_edited_configuration_is_another_sae(hub, tmp_path):
     assert "fingerprint" in refused(expb(hub, tmp_path / "out", str(folder), check=2))
 
 
-def test_exp_c_takes_them_too_and_says_what_is_odd(hub, tmp_path):
+def test_exp_c_and_exp_e_take_them_too_and_say_what_is_odd(hub, tmp_path):
     """A threshold SAE, and one whose files name another model, by the number of a folder."""
     shutil.copytree(
         hub.folder / "models/org/bench/BatchTopK_pythia-70m/resid_post_layer_3/trainer_0", tmp_path / "16"
@@ -309,7 +309,7 @@ def test_exp_c_takes_them_too_and_says_what_is_odd(hub, tmp_path):
     config["trainer"]["lm_name"] += "-deduped"
     (tmp_path / "16/config.json").write_text(json.dumps(config))
     command = "--sae 16 --models stdlib-s --eval-seqs 4 --ctx 32 --device cpu --out out --fresh".split()
-    for name in ("expc_fisher.py", "expb.py"):
+    for name in ("expc_fisher.py", "expe_attention.py", "expb.py"):
         done = script(name, *command, environment=hub.here, folder=tmp_path)
     (row,) = read_table(tmp_path / "out/audit.csv")
     assert (

@@ -206,7 +206,7 @@ def test_added_value_enumerates_64_patterns():
             np.corrcoef(rx, least(Z, ry * np.repeat([1 - 2 * (bits >> g & 1) for g in range(6)], 3)))[0, 1]
             for bits in range(64)
         ]
-        added, p = expc_fisher.added_value(x, base, y, meta)
+        added, p = stats.added_value(x, base, y, meta)
         assert added == pytest.approx(r[0]) and p == np.mean(np.abs(r) >= abs(r[0]) - 1e-9) and p >= 2 / 64
 
 
@@ -215,12 +215,12 @@ def test_added_value_is_found_and_not_invented(few_patterns):
     hooks it is 18%.
     """
     rng = np.random.default_rng(0)
-    found = [expc_fisher.added_value(*conditions(rng, 1.0)) for _ in range(60)]
+    found = [stats.added_value(*conditions(rng, 1.0)) for _ in range(60)]
     assert np.mean([r >= 0.2 and p < 0.05 for r, p in found]) > 0.9 - 5 * (0.9 * 0.1 / 60) ** 0.5
-    none = [expc_fisher.added_value(*conditions(rng, 0.0)) for _ in range(500)]
+    none = [stats.added_value(*conditions(rng, 0.0)) for _ in range(500)]
     assert np.mean([p < 0.05 for _, p in none]) < 0.07 + 4 * (0.07 * 0.93 / 500) ** 0.5
     gains = [
-        expc_fisher.out_of_hook_gain(*conditions(rng, own), n_resamples=50)[0]
+        stats.out_of_hook_gain(*conditions(rng, own), n_resamples=50)[0]
         for own in (1.0, 0.0)
         for _ in range(20)
     ]
@@ -242,12 +242,10 @@ def test_out_of_hook_gain_leaves_whole_hooks_out():
                 for h in range(18)
             )
         )
-    share, lo, hi = expc_fisher.out_of_hook_gain(x, base, y, meta)
+    share, lo, hi = stats.out_of_hook_gain(x, base, y, meta)
     assert share == pytest.approx(1 - left[1] / left[0]) and lo < share < hi
     by_heart = [
-        expc_fisher.out_of_hook_gain(
-            rng.standard_normal(18)[hook], *conditions(rng, 0.0)[1:], n_resamples=50
-        )[0]
+        stats.out_of_hook_gain(rng.standard_normal(18)[hook], *conditions(rng, 0.0)[1:], n_resamples=50)[0]
         for _ in range(40)
     ]
     assert np.mean(by_heart) < 0
@@ -255,10 +253,7 @@ def test_out_of_hook_gain_leaves_whole_hooks_out():
 
 def test_added_value_is_undefined_where_nothing_is_left():
     def undefined(*data):
-        return (
-            np.isnan(expc_fisher.added_value(*data)).all()
-            and np.isnan(expc_fisher.out_of_hook_gain(*data)).all()
-        )
+        return np.isnan(stats.added_value(*data)).all() and np.isnan(stats.out_of_hook_gain(*data)).all()
 
     assert undefined(*conditions(np.random.default_rng(0), 1.0, models=1, layers=5))  # below 6 hooks
     assert undefined(*conditions(np.random.default_rng(0), 1.0, models=1, layers=1, ks=range(1, 19)))
@@ -266,8 +261,8 @@ def test_added_value_is_undefined_where_nothing_is_left():
     meta["k"] = np.arange(6)  # one condition per k
     assert undefined(x, base, y, meta)
     x, base, y, meta = conditions(np.random.default_rng(0), 1.0)
-    assert np.isnan(expc_fisher.added_value(np.r_[np.nan, x[1:]], base, y, meta)).all()
-    assert np.isnan(expc_fisher.added_value(base, base, y, meta)).all()
+    assert np.isnan(stats.added_value(np.r_[np.nan, x[1:]], base, y, meta)).all()
+    assert np.isnan(stats.added_value(base, base, y, meta)).all()
 
 
 def test_the_ladder_is_differences_of_the_leaderboards_draws():

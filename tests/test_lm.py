@@ -166,6 +166,16 @@ def test_kl_is_right_at_every_size(size):
     assert kl(log_p.float(), log_p.float()).abs().max() == 0
 
 
+def test_kl_is_right_where_what_was_nothing_becomes_something():
+    """A log-probability may rise by 10, 30, 60 in a small KL."""
+    for p in (1e-7, 1e-15, 1e-29):
+        log_p, log_q = (torch.tensor([[[x, 1 - x]]], dtype=torch.float64).log() for x in (p, 5e-3))
+        truth = p * math.log(p / 5e-3) + (1 - p) * (math.log1p(-p) - math.log1p(-5e-3))
+        for dtype in (torch.float64, torch.float32):
+            found = kl_divergence(log_p.exp().to(dtype), log_p.to(dtype), log_q.to(dtype)).item()
+            assert found == pytest.approx(truth, rel=1e-4)
+
+
 # -------------------------------------------------------------------------------------------- attention plans
 def test_plans_are_those_of_the_models_own_eager_attention(tiny, rows):
     """Fed the clean h, what is looked at after the hook is what transformers returns of a whole run; the

@@ -306,6 +306,17 @@ def measured(out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[
     )
 
 
+def subset(found: Measured, keep: np.ndarray) -> Measured:
+    """The same of the SAEs in keep [C] bool alone, for a quantity that others do not have."""
+    return Measured(
+        found.nulls,
+        [row for row, kept in zip(found.saes, keep) if kept],
+        {name: value[:, keep] for name, value in found.values.items()},
+        {name: value[keep] for name, value in found.meta.items()},
+        {quantity: value[keep] for quantity, value in found.sums.items()},
+    )
+
+
 def meta_of(saes: list[dict], settings: dict) -> dict[str, np.ndarray]:
     """{name: [C]}: what `stats` knows of a condition."""
     names = ("model", "layer", "sae", "recipe", "k", "tokens", "seed")

@@ -56,6 +56,8 @@ class Experiment:
     # (eval_set, middle SAE, device) -> {file name: rows}, each row with model and layer; once per hook
     study: Callable[[EvalSet, SAE, torch.device], dict[str, Table]] | None = None
     more_passes: int = 0  # what its terms cost an SAE, in passes through the tail
+    # raises UserError for hooks that it cannot measure, before anything is trained or written
+    check: Callable[[list[EvalSet]], None] | None = None
 
 
 @dataclass(eq=False)
@@ -106,6 +108,8 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
             device = CPU
             settings, eval_sets = plan(grid, device, experiment.name)
     settings |= command.own
+    if experiment.check:
+        experiment.check(eval_sets)
     start = time.time()
     if ranks.RANK == 0:
         typed = [*(plant.split(name)[0] for name, _ in grid.models), grid.data]

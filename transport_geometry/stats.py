@@ -414,6 +414,55 @@ def loho_errors(x: np.ndarray, magnitude: np.ndarray, meta: dict) -> np.ndarray:
     return errors
 
 
+def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict) -> tuple[float, float]:
+    """Does x know of y what base does not? Partial Spearman of x with y given base, k and budget, and its p
+    by sign flips over hooks. x, base, y [C].
+
+    What y has beyond the rest changes its sign in whole hooks (Freedman and Lane 1983, with the wild
+    bootstrap's signs instead of a permutation, since SAEs of a hook move together). Two-sided. nan below 6
+    hooks.
+    """
+    if not np.isfinite([x, base, y]).all():
+        return np.nan, np.nan
+    ids, (x, base, y) = cluster_ids(meta), map(rankdata, (x, base, y))
+    Z = np.column_stack([given(meta), base])
+    residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
+    rx, ry = residual @ x, residual @ y
+    if ids.max() + 1 < MIN_CLUSTERS or min(rx @ rx, ry @ ry) < 1e-9 or len(Z) - np.linalg.matrix_rank(Z) < 2:
+        return np.nan, np.nan
+    e = (sign_patterns(ids.max() + 1)[:, ids] * ry) @ residual
+    r = e @ rx / np.sqrt((e * e).sum(1) * (rx @ rx))
+    return float(r[0]), p_value(r)
+
+
+def out_of_hook_gain(
+    x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict, n_resamples: int = 2000
+) -> tuple[float, float, float]:
+    """How much less of y's variance is left when x joins base, k and budget in a linear model, each hook
+    predicted by the others.
+
+    (share, lo, hi), hooks resampled. nan below 6 hooks, or where leaving one out leaves the larger model
+    without a degree of freedom.
+    """
+    Z, ids = np.column_stack([given(meta), base]), cluster_ids(meta)
+    G, errors = ids.max() + 1, []
+    for design in (Z, np.column_stack([Z, x])):
+        e = np.empty(len(y))
+        for hook in range(G):
+            out = ids == hook
+            if (
+                G < MIN_CLUSTERS
+                or np.linalg.matrix_rank(design[~out]) < design.shape[1]
+                or (~out).sum() <= design.shape[1]
+            ):
+                return np.nan, np.nan, np.nan
+            e[out] = y[out] - design[out] @ np.linalg.lstsq(design[~out], y[~out], rcond=None)[0]
+        errors.append(np.bincount(ids, e**2))
+    w = np.vstack([np.ones(G), np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), n_resamples)])
+    gain = 1 - (w @ errors[1]) / (w @ errors[0])
+    return float(gain[0]), *interval(gain[1:])
+
+
 def smallest_detectable(
     x: np.ndarray,
     base: np.ndarray,
