@@ -50,15 +50,16 @@ class Curves:
 def k_star(k: np.ndarray, ce: np.ndarray, target: float) -> np.ndarray:
     """k* [R]: the smallest k at which CE_rec reaches the target, linear between grid points.
 
-    k [n] ascending, ce [R,n]. -inf where the first k already reaches it, inf where none does, nan where a
-    point of the row is nan.
+    k [n] or [R,n] ascending (or another cost: bits), ce [R,n]. -inf where the first k already reaches it, inf
+    where none does, nan where a point of the row is nan.
     """
     reached = ce >= target
     at = reached.argmax(1)  # the first grid point that reaches it
     before, row = np.maximum(at - 1, 0), np.arange(len(ce))
+    k = np.broadcast_to(k, ce.shape)
     with np.errstate(invalid="ignore", divide="ignore"):
         part = (target - ce[row, before]) / (ce[row, at] - ce[row, before])
-        between = k[before] + part * (k[at] - k[before])
+        between = k[row, before] + part * (k[row, at] - k[row, before])
     found = np.where(at == 0, -np.inf, between)
     found = np.where(reached.any(1), found, np.inf)
     return np.where(np.isnan(ce).any(1), np.nan, found)

@@ -107,9 +107,7 @@ def evaluate(
     """
     half = (np.arange(len(input_ids)) if document is None else document) % 2
     shared = shared or activations(hook, input_ids, batch)
-    uniforms = torch.rand(
-        len(input_ids), DRAWS, input_ids.shape[1] - 1, generator=torch.Generator().manual_seed(seed)
-    )
+    uniforms = label_uniforms(input_ids, seed)
     pieces: dict[Name, list] = {name: [] for name in reconstructions}
     fired: dict[Name, np.ndarray] = {}
     start = 0
@@ -143,6 +141,12 @@ def evaluate(
         name: Result(joined([s for s, _ in parts]), fired.get(name), joined([t for _, t in parts]))
         for name, parts in pieces.items()
     }
+
+
+def label_uniforms(input_ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """[S,DRAWS,T-1] in [0,1) that draw the labels of the sampled gradients: see `Hook.clean_pass`."""
+    shape = len(input_ids), DRAWS, input_ids.shape[1] - 1
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

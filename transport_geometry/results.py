@@ -31,7 +31,16 @@ import torch
 
 COLUMNS = [*KEY, "n_seq", "n_tok", "n_sink", *(metric.name for metric in METRICS)]
 # and pictures: made again from the others
-DERIVED = ("verdict.json", "report.md", "leaderboard.csv", "deltas.csv", "audit.csv", "pairs.csv")
+DERIVED = (
+    "verdict.json",
+    "report.md",
+    "leaderboard.csv",
+    "deltas.csv",
+    "audit.csv",
+    "pairs.csv",
+    "rates.csv",
+    "ratios.csv",
+)
 RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", *DERIVED)
 
 

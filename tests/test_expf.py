@@ -1,0 +1,183 @@
+"""Exp-F: its rule on planted truths, its losses on reconstructions that are known, and the script itself."""
+
+import dataclasses
+import shutil
+from types import SimpleNamespace
+
+import expf_rate
+from helpers import ROOT, contents, one_line, script, tiny_model
+from transport_geometry.evaluate import evaluate
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
+from transport_geometry.tables import read_table
+
+import numpy as np
+import pytest
+import torch
+
+SMALL = (
+    "--models stdlib-s@3,stdlib-s@5,stdlib-m@3 --k 2,4,8 --tokens 3k --expansion 4 --eval-seqs 6 --ctx 64"
+).split()
+
+
+# ----------------------------------------------------------------------------------------------- the losses
+def test_nothing_and_everything_lost():
+    """1 - R²_Fisher is 0 for h itself and 1 for the mean, as 1 - R² is."""
+    model = tiny_model(dtype=torch.float32)
+    rows = torch.randint(0, 41, (6, 12), generator=torch.Generator().manual_seed(5))
+    results = evaluate(
+        Hook(model, 1), rows, {"h": lambda h, mean: h, "mean": lambda h, mean: mean.expand_as(h)}, 6
+    )
+    losses = {}
+    for name, result in results.items():
+        sums = Sums({q: v[None] for q, v in result.sums.items()}, np.ones((1, 6)), 16)
+        losses[name] = {q: v.item() for q, v in computed(sums, expf_rate.LOSSES).items()}
+    for name in ("1-r2", "1-r2_fisher", "1-cosine", "half_swd", "kl", "dce", "1-ce_rec"):
+        assert losses["h"][name] == pytest.approx(0, abs=1e-6), name
+    for name in ("1-r2", "1-r2_fisher"):
+        assert losses["mean"][name] == pytest.approx(1, abs=1e-5), name
+
+
+# ------------------------------------------------------------------------------------------------- the rule
+def planted(of_r2: np.ndarray, of_ce: np.ndarray, seed: int = 0):
+    """(curves, code) of two models of len(of_r2) depths: the large one's losses are the small one's, times
+    these factors, at equal bits.
+    """
+    rng, depths, ks = np.random.default_rng(seed), len(of_r2), (4, 12, 32)
+    model, depth, k = (v.ravel() for v in np.meshgrid(["s", "l"], np.arange(depths), ks, indexing="ij"))
+    bits = 10 * k + 3.0
+    level = rng.uniform(0.5, 1, depths)[depth]
+    large = model == "l"
+    factors = dict.fromkeys(expf_rate.NAMES, np.ones(depths)) | {"1-r2": of_r2, "1-ce_rec": of_ce}
+    losses = {name: level * bits**-0.5 * np.where(large, of[depth], 1.0) for name, of in factors.items()}
+    W = 3 + 20
+    meta = {"model": model, "depth": depth.astype(str), "k": k}
+    found = SimpleNamespace(meta=meta, values={"1-r2": np.tile(losses["1-r2"], (W, 1))})
+    lines = expf_rate.Curves(found, ["s", "l"], np.ones(len(k), bool), np.ones((W, len(k))))
+    code = expf_rate.Coded(
+        "0.5σ", np.tile(bits, (W, 1)), {name: np.tile(v, (W, 1)) for name, v in losses.items()}
+    )
+    return lines, code
+
+
+def said(of_r2, of_ce) -> tuple[str, dict]:
+    lines, code = planted(np.asarray(of_r2, float), np.asarray(of_ce, float))
+    of = expf_rate.geometries(expf_rate.ratio_rows(lines, [code]), "0.5σ")
+    return expf_rate.leaf_f(of["1-r2"]["apart"]), of
+
+
+def test_one_model_twice_has_ratio_1():
+    leaf, of = said(np.ones(6), np.ones(6))
+    assert leaf == "same"
+    assert all(loss["ratio"]["factor"] == 1 == loss["apart"]["factor"] for loss in of.values())
+
+
+def test_every_leaf():
+    spread = np.array([1, 1.02, 0.98, 1.05, 0.95, 1.0])
+    leaf, of = said(1.5 * spread, spread)
+    assert leaf == "differs" and of["1-r2"]["apart"]["factor"] == pytest.approx(1.5)
+    assert of["1-r2"]["apart"]["p"] == 2 / 64
+    assert said(1.5 * spread, 1.4 * spread)[0] == "same"  # both lose more: the same answer
+    assert said(spread / 1.5, spread)[0] == "differs"
+    assert said(1.5 * spread[:5], spread[:5])[0] == "undecided"  # 5 pairs
+    for wild in ([3, 0.4, 1.1, 2.5, 0.5, 1.0], [3, 0.8, 1.8, 2.5, 0.8, 1.2]):  # the second 1.45 in the mean
+        assert said(wild, np.ones(6))[0] == "undecided"
+
+
+def test_the_rule_rarely_invents_a_difference():
+    """No difference between the geometries, hooks that vary by a third: `differs` in at most 5% of 400."""
+    rng = np.random.default_rng(0)
+    leaves = [expf_rate.leaf_f(expf_rate.over_pairs(rng.normal(0, 0.3, 6))) for _ in range(400)]
+    assert leaves.count("differs") / 400 < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+    for edge in (1.25, 1 / 1.25):  # at the margin itself `same` is wrong
+        at = [expf_rate.leaf_f(expf_rate.over_pairs(rng.normal(np.log(edge), 0.1, 6))) for _ in range(400)]
+        assert at.count("same") / 400 < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_ratios_at_equal_behaviour():
+    """The large model loses twice in R² and nothing in CE: at equal CE it takes as many bits, and its R² is
+    twice as bad.
+    """
+    lines, code = planted(2 * np.ones(2), np.ones(2))
+    rows = {(row["at_equal"], row["of"], row["depth"]): row for row in expf_rate.ratio_rows(lines, [code])}
+    assert rows["1-ce_rec", "bits", "0"]["ratio"] == pytest.approx(1)
+    assert rows["1-ce_rec", "1-r2", "1"]["ratio"] == pytest.approx(2)
+    assert rows["bits", "1-r2", "0"]["lo"] == pytest.approx(2)
+
+
+def test_bits_star_says_what_lies_beyond_the_grid():
+    """CE_rec .80, .88, .94 at 4, 12, 32: below, on and beyond the grid, and half-way between two points."""
+    lines, code = planted(np.ones(1), np.ones(1))
+    lost = np.tile([0.2, 0.12, 0.06], (23, 2))
+    code = dataclasses.replace(code, of=code.of | {"1-ce_rec": lost})
+    eight = dataclasses.replace(code, name="8 bits", bits=2 * code.bits)
+    rows = {row["CE_rec"]: row for row in expf_rate.reached(lines, [eight, code]) if row["model"] == "s"}
+    assert rows[0.85]["k*"] == "9.0 [9.0, 9.0]" and rows[0.85]["bits*"] == "93.0 [93.0, 93.0]"
+    assert rows[0.85]["bits* at 8 bits"] == "186.0 [186.0, 186.0]"
+    assert rows[0.95]["k*"] == "> 32 [> 32, > 32]" and rows[0.95]["bits*"] == "> 323 [> 323, > 323]"
+    all_above = dataclasses.replace(code, of=code.of | {"1-ce_rec": lost / 10})
+    low = expf_rate.reached(lines, [dataclasses.replace(all_above, name="8 bits"), all_above])[0]
+    assert low["k*"].startswith("< 4") and low["bits*"].startswith("< 43")
+
+
+# ------------------------------------------------------------------------------------------------ the script
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(results folder, stdout) of one small run."""
+    folder = tmp_path_factory.mktemp("expf")
+    done = script("expf_rate.py", *SMALL, "--out", folder / "out", "--cache", folder / "cache")
+    return folder / "out", done.stdout
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(run):
+    out, printed = run
+    assert " ".join(sorted(p.name for p in out.iterdir())) == (
+        "conditions.csv directions.csv directions.png front.png quantised.csv rate.png rates.csv ratios.csv "
+        "ratios.png report.md run.json sequences.npz softmax.csv spectra.csv units.csv verdict.json"
+    )
+    report = (out / "report.md").read_text(encoding="utf-8").splitlines()
+    assert report[0].startswith("# Exp-F") and report[2].startswith("**Undecided") and "6 needed" in report[2]
+    assert printed.splitlines()[-1].startswith("report: ")
+    rates = read_table(out / "rates.csv")
+    assert len(rates) == 9 * 4
+    of = {(row["model"], row["layer"], row["k"]): row for row in read_table(out / "conditions.csv")}
+    for row in rates:
+        if row["code"] == "8 bits":
+            plain = of[row["model"], row["layer"], row["k"]]
+            assert row["bits"] == plain["bits"] and row["1-r2"] == pytest.approx(1 - plain["r2"], rel=1e-4)
+    # a coarser grid costs fewer bits and loses no less
+    by_code = {(r["model"], r["layer"], r["k"], r["code"]): r for r in rates}
+    for model, layer, k, code in by_code:
+        if code == "0.25σ":
+            fine, coarse, whole = (by_code[model, layer, k, c] for c in ("0.25σ", "1σ", "8 bits"))
+            assert coarse["bits"] < fine["bits"] < whole["bits"]
+            assert whole["1-r2"] < fine["1-r2"] < coarse["1-r2"]
+    (softmax,) = read_table(out / "softmax.csv")
+    assert max(softmax["sequence"], softmax["same"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_from_gives_the_same_bytes(run):
+    out, _ = run
+    before = contents(out)
+    for name in ("report.md", "verdict.json", "ratios.csv", "rate.png"):
+        (out / name).unlink()
+    script("expf_rate.py", "--from", out)
+    assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_rows_of_another_script_serve_at_8_bits(tmp_path):
+    """The committed folder of Exp-B: its tables are printed, and nothing in it changes."""
+    out = tmp_path / "expb"
+    shutil.copytree(ROOT / "outputs/reference/expb", out)
+    before = contents(out)
+    done = script("expf_rate.py", "--from", out)
+    assert "From the rows of expb.py" in done.stdout and "No verdict" in done.stdout
+    assert "54 of 54 SAEs" in done.stdout and contents(out) == before
+
+
+def test_files_of_saes_are_refused():
+    done = script("expf_rate.py", "--sae", "somewhere", "--models", "stdlib-s@3", check=2)
+    assert one_line(done).endswith("--sae: Exp-F quantises the codes of SAEs that it trains itself")
