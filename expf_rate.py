@@ -8,7 +8,9 @@ answer depend on the geometry in which the loss is measured?
 
 An SAE is a lossy code, and k is no price: models differ in width. Its rate is the ideal cross-fitted length
 of the active indices and of the values on a uniform grid; every distortion is measured after quantisation, in
-a patched run of the quantised code.
+a patched run of the quantised code. Beside it, of each hook's middle SAE: a short finish through the model,
+and which scores notice that; and what one bounded observer knows less of the next token from h_hat than from
+h.
 
 Question, fixed before any result: at equal bits and equal depth, is the ratio of the losses, largest model
 over smallest, the same in 1 - R^2 as in dCE / L_orig = 1 - CE_rec? The unit is a pair of hooks of one depth.
@@ -22,7 +24,7 @@ import pathlib
 from dataclasses import dataclass
 
 from common import parse_args, run_script
-from transport_geometry import curves, rate, stats, store, text
+from transport_geometry import curves, finish, observer, rate, stats, store, text
 from transport_geometry.condition import Condition, hook_of
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, model_colours, pyplot
@@ -62,7 +64,8 @@ N_RESAMPLES = 500
 FACTOR = 1.25  # by which two ratios must differ, or be shown not to
 TARGETS = (0.85, 0.90, 0.95)  # of CE_rec, for k* and bits*
 SAVED_ROWS = ("expb", "expc_fisher")  # scripts whose folders serve, at 8 bits a value
-QUANTISED, TABLES = "quantised.csv", ("spectra.csv", "directions.csv", "units.csv")
+QUANTISED = "quantised.csv"
+TABLES = ("spectra.csv", "directions.csv", "units.csv", "finish.csv", "observer.csv")
 
 R2, BEHAVIOUR = "1-r2", "1-ce_rec"
 # every loss, under the name and with the normalisation that tables give it
@@ -82,7 +85,9 @@ OWN = (Metric("r2_fisher", lambda s: 1 - s["fisher"] / s["fisher_h"]),)
 
 # ------------------------------------------------------------------------------------------- measurement
 def study(eval_set: EvalSet, sae: SAE, device: torch.device, *, command: Command) -> dict[str, list[dict]]:
-    """What is measured once per hook, {table: rows}: SAEs quantised, spectra, where the error lies."""
+    """What is measured once per hook, {table: rows}: SAEs quantised, spectra, where the error lies; the
+    middle SAE finished through the model, and what a bounded observer has of it.
+    """
     saes = {}
     for one in eval_set.candidates:
         loaded = load(one, command.cache)
@@ -90,7 +95,10 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, *, command: Command
         saes[one.condition] = loaded.to(device)
     ctx = eval_set.held.input_ids.shape[1]
     rows = text.train_rows(eval_set.source.data, eval_set.tokenizer, ctx, TRAINING_ROWS, command.grid.split)
-    return rate.study(eval_set, saes, next(rows), STEPS, eval_batch(eval_set.hook, ctx), device)
+    return rate.study(eval_set, saes, next(rows), STEPS, eval_batch(eval_set.hook, ctx), device) | {
+        "finish.csv": finish.study(eval_set, sae, device),
+        "observer.csv": observer.study(eval_set, sae, device),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- analysis
@@ -342,6 +350,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
             models=[settings["models"][0], settings["models"][-1]],
             reached=reached(lines, codes),
             softmax=tables["softmax.csv"],
+            finish=finish.moves(tables["finish.csv"]),
             thresholds=dict(
                 factor=FACTOR, alpha=stats.ALPHA, min_pairs=stats.MIN_CLUSTERS, step=STEP, code="ideal length"
             ),
@@ -483,6 +492,14 @@ variance of h (Σ) or of G's trace, and of the squared error of the hook's middl
 
 {softmax}
 
+## A finish through the model: which scores notice?
+
+{finish}
+
+## One bounded observer
+
+{observer}
+
 {about}"""
 SOFTMAX = """\
 There the logits are an unembedding of the final norm, so that J is known and G has a closed form. Its \
@@ -521,6 +538,8 @@ def report(
         n_saes=len(found.saes),
         directions=direction_table(tables["directions.csv"]),
         softmax=softmax,
+        finish=finish.section(tables["finish.csv"]),
+        observer=observer.section(tables["observer.csv"]),
         about="\n".join(about_the_run(marked(found.saes, settings), settings)),
     )
     return report_text.encode()
