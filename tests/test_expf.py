@@ -133,9 +133,9 @@ def run(tmp_path_factory):
 def test_what_a_run_leaves_behind(run):
     out, printed = run
     assert " ".join(sorted(p.name for p in out.iterdir())) == (
-        "conditions.csv directions.csv directions.png finish.csv front.png observer.csv quantised.csv rate.png "
-        "rates.csv ratios.csv ratios.png report.md run.json sequences.npz softmax.csv spectra.csv units.csv "
-        "verdict.json"
+        "conditions.csv directions.csv directions.png finish.csv front.png observer.csv quantised.csv "
+        "rate.png rates.csv ratios.csv ratios.png report.md run.json sequences.npz softmax.csv "
+        "spectra.csv units.csv verdict.json"
     )
     report = (out / "report.md").read_text(encoding="utf-8").splitlines()
     assert report[0].startswith("# Exp-F") and report[2].startswith("**Undecided") and "6 needed" in report[2]

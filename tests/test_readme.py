@@ -191,3 +191,26 @@ def test_every_figure_is_the_reference_folders(name):
         text = text.replace(sentence, " ", 1)
     text = re.sub(r"`[^`]*`", " ", text)  # flags and file names
     assert not re.findall(r"\d*\.\d+|\d+ ?%", text), "figures that come from nowhere"
+
+
+# figures stand in the reports of these, and README says what they say in words
+IN_WORDS = ("Does the instrument find what is there?", "Dimension, attention, rate")
+
+
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_what_is_said_in_words_has_no_figures(name):
+    assert not re.findall(r"\d*\.\d+|\d+ ?%", re.sub(r"`[^`]*`|\S+\.py.*?minutes", " ", section(name)))
+
+
+def test_the_words_are_the_verdicts():
+    """What README's words rest on, so that they change with the references."""
+    planted, rate = verdict("expp_planted"), verdict("expf_rate")
+    assert planted["leaf"] == "found" and len(planted["checks"]) > 15
+    assert verdict("expd_mi")["leaf_if_ungated"] == "rejected"
+    assert verdict("expe_attention")["leaf_if_ungated"] == "rejected"
+    assert 0.18 < verdict("expe_attention")["mediated"]["value"] < 0.22  # a fifth
+    assert rate["leaf"] == "same" and rate["by_loss"]["1-r2_fisher"]["ratio"]["lo"] < 1
+    says = {row["metric"]: row["says"] for row in rate["finish"]}
+    assert says["swd_tok"] == "notices" and all(
+        says[name] in ("fooled", "not shown") for name in ("r2", "r2_ln", "nmse_tok", "cosine")
+    )
