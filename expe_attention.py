@@ -124,10 +124,10 @@ PLAN = (
 OWN = (
     *PLAN,
     Metric("plan_first", over("plan_kl_first", "plan_kl")),
-    Metric("first", over("plan_first", "plan_n")),
-    Metric("first_hat", over("plan_first_hat", "plan_n")),
-    Metric("entropy", over("plan_entropy", "plan_n")),
-    Metric("entropy_hat", over("plan_entropy_hat", "plan_n")),
+    Metric("to_first", over("plan_first", "plan_n")),
+    Metric("to_first_hat", over("plan_first_hat", "plan_n")),
+    Metric("plan_entropy", over("plan_entropy", "plan_n")),
+    Metric("plan_entropy_hat", over("plan_entropy_hat", "plan_n")),
     Metric("out_plan", over("plan_plan_sq", "plan_out_sq")),
     Metric("out_value", over("plan_value_sq", "plan_out_sq")),
     Metric("dce_frozen", lambda s: added_ce(s, "ce_frozen") / s["n"]),
@@ -293,7 +293,8 @@ def break_map(depth: list[dict]) -> list[dict]:
 
 
 def where_it_breaks(depth: list[dict], of_hooks: list[dict], found: Measured, models: list[str]) -> dict:
-    """The three questions of the depth map, each {value, lo, hi, n} and a word.
+    """The three questions of the depth map, each {value, lo, hi, n} and a word; and the hook of lowest PR of
+    each model, with its depth.
 
     depth, of_hooks: rows of TABLES. Plan distortion in log10, so 0.3 is twice as much; `per_error` divides it
     by nmse_tok before, both being quadratic in a small error.
@@ -308,6 +309,11 @@ def where_it_breaks(depth: list[dict], of_hooks: list[dict], found: Measured, mo
     places = by_hook(meta)
     hooks = {"model": np.array([m for m, _, _ in places]), "layer": np.array([i for _, i, _ in places])}
     pr = {(row["model"], row["layer"]): row["pr"] for row in of_hooks}
+    out["lowest_pr"] = {
+        f"{model}@{layer}": float(meta["depth"][here][0])
+        for model, layer, here in places
+        if pr[model, layer] == min(pr[m, i] for m, i, _ in places if m == model)
+    }
     x = np.log10([pr[m, layer] for m, layer, _ in places])
     kl = -DISTORTION(values["plan_kl"])
     for name, y in (("", kl), ("_per_error", kl + DISTORTION(values["nmse_tok"]))):
@@ -437,9 +443,12 @@ log10 plan_kl with log10 PR within models: {of_pr}, {pr_n} hooks (negative: more
 unit of nmse_tok: {pr_per_error} ({pr_per_error_word}).
 
 Each word is what a 95% interval that leaves out 0 says, else *undecided*: hooks resampled within models \
-for the first and third (documents with them in the third), depths and documents for the second. Depth, \
-PR and the number of blocks after a hook go together in one model, so the third is a correlation and no \
-cause; two or three models are no sample of model sizes.
+for the first and third (documents with them in the third), depths and documents for the second. Some \
+blocks' plans move more than others' whatever is patched before them, so the first is about blocks as much \
+as about distance: compare the lines above one block. Depth, PR and the number of blocks after a hook go \
+together in one model, so the third is a correlation and no cause. Lowest PR among a model's hooks: \
+{lowest}; {n_middle} of these {n_lowest} lie in the middle third of their model, where the research log \
+expects it. Two or three models are no sample of model sizes.
 
 {breaks}
 
@@ -490,9 +499,10 @@ confirmatory, these are not.
 
 {saes}
 
-plan_first: share of plan_kl that is about position 0 (chain rule of KL); first, first_hat: what heads \
-give to it, clean and patched; entropy, entropy_hat: of the plans, nats; out_plan, out_value: |Σ(Â − \
-A)v|² and |ΣÂ(v̂ − v)|² over |ΣAv|², the two parts whose sum is the change of a head's output.
+plan_first: share of plan_kl that is about position 0 (chain rule of KL); to_first, to_first_hat: what \
+heads give to it, clean and patched; plan_entropy, plan_entropy_hat: nats, clean and patched; out_plan, \
+out_value: |Σ(Â − A)v|² and |ΣÂ(v̂ − v)|² over |ΣAv|², the two parts whose sum is the change of a head's \
+output.
 
 ## Null rows (never in a correlation)
 
@@ -511,7 +521,7 @@ LEFT_OUT = (
 )
 OF_AN_SAE = (
     "model layer sae recipe k seed tokens nmse_tok kl ce_rec dce mediated plan_only plan_kl plan_next "
-    "plan_first first first_hat entropy entropy_hat out_plan out_value"
+    "plan_first to_first to_first_hat plan_entropy plan_entropy_hat out_plan out_value"
 ).split()
 OF_A_NULL = (
     "model layer sae nmse_tok ce_rec dce mediated plan_only plan_kl plan_first out_plan out_value".split()
@@ -554,6 +564,9 @@ def report(
         pr_n=of_pr["n"],
         pr_per_error=interval_words(pr_per_error),
         pr_per_error_word=pr_per_error["word"],
+        lowest=", ".join(breaks["lowest_pr"]),
+        n_lowest=len(breaks["lowest_pr"]),
+        n_middle=sum(1 / 3 <= depth <= 2 / 3 for depth in breaks["lowest_pr"].values()),
         breaks=break_table(depth, of_hooks),
         heads=head_table(depth, settings["models"]),
         mediation=markdown(

@@ -306,8 +306,8 @@ def test_columns_are_means_over_blocks_heads_and_queries():
     truth = dict(
         plan_kl=kl.mean(),
         plan_next=kl[0].mean(),
-        first_hat=b[..., 0].mean(),
-        entropy=-torch.special.xlogy(a, a).sum(-1).mean(),
+        to_first_hat=b[..., 0].mean(),
+        plan_entropy=-torch.special.xlogy(a, a).sum(-1).mean(),
         dce_frozen=frozen - ce(log_p),
         dce_plan_only=plan_only - ce(log_p),
         mediated=1 - (frozen - ce(log_p)) / dce,
