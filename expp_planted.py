@@ -700,6 +700,8 @@ def plots(f: Findings) -> dict[str, store.Content | None]:
         axis.plot(value, at, marker, color=colour, label=label)
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.set_xscale("symlog", linthresh=0.2)
+    ticks = (-1, -0.1, 0, 0.1, 0.2)
+    axis.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     axis.set_title("A sink at position 0: R² up, CE_rec down", fontsize=10)
     axis.legend(fontsize=8)

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Sequence
 
 import bench
-import expc_fisher
 from common import run_script
 from transport_geometry import stats
 from transport_geometry.tables import markdown
@@ -76,7 +75,7 @@ def p_added(meta: Meta, icc: float, shared: float = 0.0) -> float:
     """C2' where the Fisher form is SWD plus noise: whatever it shares with the target, SWD has."""
     y = target(meta)
     swd = y + NOISE * draw(meta, icc, shared)
-    return expc_fisher.added_value(swd + NOISE * draw(meta, icc, shared), swd, y, meta)[1]
+    return stats.added_value(swd + NOISE * draw(meta, icc, shared), swd, y, meta)[1]
 
 
 def percent(rate: float, n: int) -> str:
