@@ -184,7 +184,7 @@ def test_the_study_of_a_hook(tmp_path):
     assert [row["arm"] for row in rows] == list(finish.ARMS) and list(start) == finish.COLUMNS
     assert start["steps"] == 0 and control["steps"] == through["steps"] == 29
     assert control["tokens"] == through["tokens"] == 29 * 2 * 127
-    assert through["kl"] < control["kl"] and through["kl"] < 0.97 * start["kl"]
+    assert through["kl"] < 0.99 * control["kl"] and through["kl"] < 0.985 * start["kl"]
     assert through["ce_rec"] > control["ce_rec"] and control["mse"] <= start["mse"] < through["mse"]
     assert finish.study(eval_set, sae, cpu) == rows
     found = evaluate(eval_set.hook, eval_set.held.input_ids, {"sae": sae}, 4)["sae"].sums
