@@ -368,26 +368,21 @@ def report(
         board=leaderboard_table(board, "ce_rec", "pooled"),
         draws=DRAWS,
         how_to_read="\n".join(how_to_read(verdict["h2"], settings)),
-        ladder=whole([rung_words(row) for row in verdict["ladder"]]),
+        ladder=markdown([rung_words(row) for row in verdict["ladder"]]),
         lost=lost,
-        calibration=whole(tables["calibration"]),
+        calibration=markdown(tables["calibration"]),
         radius=RADIUS,
         locality=", ".join(f"α = {a}: {signed(v)}" for a, v in verdict["locality"].items()),
         geometry=markdown(shapes, ["model", "layer", "sinks", *SHAPE[:2], "pr / d", *SHAPE[2:]]),
         left_none=" `undefined`: no positions are left without the sinks." if left_none else "",
-        estimators=whole(tables["estimators.csv"]),
-        path=whole(tables["path.csv"]),
+        estimators=markdown(tables["estimators.csv"]),
+        path=markdown(tables["path.csv"]),
         saes=markdown(shown, [*OF_AN_SAE, *FLAG_COLUMNS]),
         flag=FLAG_TEXT,
         nulls=markdown(marked(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
     return text.encode()
-
-
-def whole(rows: list[dict]) -> str:
-    """A table with all its columns."""
-    return markdown(rows, list(rows[0]))
 
 
 def rung_words(row: dict) -> dict:

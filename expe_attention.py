@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 from common import parse_args, run_script
 from transport_geometry import leaderboard, stats, store
-from transport_geometry.attention_plan import Change, check_readable, four_runs, participation_ratio
+from transport_geometry.attention_plan import Change, check_readable, four_runs
+from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import activations
 from transport_geometry.figures import as_png, model_colours, pyplot
@@ -147,7 +148,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> dict[str, list[d
     shared = activations(hook, input_ids, batch := eval_batch(hook, input_ids.shape[1]))
     used, calm = shared.h[:, :-1].flatten(0, 1), ~shared.sink.flatten()
     name = {"model": condition.model, "layer": condition.layer}
-    ratios = {"pr": participation_ratio(used), "pr_nosink": participation_ratio(used[calm])}
+    ratios = {"pr": participation_of(used), "pr_nosink": participation_of(used[calm])}
     of_hook = [name | {"d": eval_set.d} | ratios]
     which = name | {key: getattr(condition, key) for key in ("recipe", "k", "seed", "tokens")}
     if hook.is_last:  # no attention, and a row that says so

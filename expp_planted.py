@@ -22,6 +22,7 @@ from typing import Any
 
 from common import GRID_FLAGS, parser_of, run_script
 from transport_geometry import commands, ranks, store
+from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Activations, activations, evaluate
 from transport_geometry.figures import as_png, pyplot
@@ -157,15 +158,16 @@ def canyon() -> list[dict]:
         shared = activations(Hook(model, LAYER), input_ids, 8)
         with torch.no_grad():
             logits = model(input_ids[:4], use_cache=False).logits
-        sst, pr = spectrum(shared, without_sinks=False)
+        h = evaluated(shared, without_sinks=False)
+        sst = h.double().var(0, correction=0).sum().item()
         if not rows:
             plain_logits, plain_sst = logits, sst
         rows.append(
             {
                 "model": name,
                 "layer": LAYER,
-                "pr": pr,
-                "pr_nosink": spectrum(shared, without_sinks=True)[1],
+                "pr": participation_of(h),
+                "pr_nosink": participation_of(evaluated(shared, without_sinks=True)),
                 "sst_ratio": sst / plain_sst,
                 "logits": (logits - plain_logits).abs().max().item(),
             }
@@ -173,12 +175,10 @@ def canyon() -> list[dict]:
     return rows
 
 
-def spectrum(shared: Activations, without_sinks: bool) -> tuple[float, float]:
-    """(SST a token, participation ratio) of the covariance over the evaluated positions, float64."""
-    h = shared.h[:, :-1][~shared.sink] if without_sinks else shared.h[:, :-1].flatten(0, 1)
-    centred = h.double() - h.double().mean(0)
-    values = torch.linalg.eigvalsh(centred.T @ centred / len(centred))
-    return values.sum().item(), (values.sum() ** 2 / values.square().sum()).item()
+def evaluated(shared: Activations, without_sinks: bool) -> torch.Tensor:
+    """h [N,d] at the evaluated positions."""
+    h = shared.h[:, :-1]
+    return h[~shared.sink] if without_sinks else h.flatten(0, 1)
 
 
 def gauges(d: int, ctx: int) -> dict[str, Gauge]:
@@ -642,11 +642,6 @@ def gauge_rows(f: Findings) -> list[dict]:
 SHOWN_TOO = ("ce_rec", "kl", "ce_recon", "fed", "fed_excess", "rho")
 
 
-def whole(rows: list[dict]) -> str:
-    """A table with all its columns."""
-    return markdown(rows, list(rows[0]))
-
-
 def report(f: Findings, found: Sequence[Check]) -> bytes:
     of_checks = [
         {
@@ -661,20 +656,20 @@ def report(f: Findings, found: Sequence[Check]) -> bytes:
     measured_r2 = mean_at_end(f.saes["sinks"], f"{MODEL}+null{NORM}", "r2")
     text = REPORT.format(
         sentence=sentence(found),
-        checks=whole(of_checks),
+        checks=markdown(of_checks),
         norm=NORM,
         model=MODEL,
         layer=LAYER,
-        sinks=whole(sink_rows(f)),
+        sinks=markdown(sink_rows(f)),
         pr=at[MODEL]["pr"],
         predicted=measured_r2 - closed_form(f),
         measured=measured_r2,
-        budgets=whole(budget_rows(f)),
-        norms=whole(norm_rows(f)),
-        proxies=whole(proxy_rows(f)),
-        geometry=whole(geometry_rows(f)),
-        words=whole(word_rows(f)),
-        gauges=whole(gauge_rows(f)),
+        budgets=markdown(budget_rows(f)),
+        norms=markdown(norm_rows(f)),
+        proxies=markdown(proxy_rows(f)),
+        geometry=markdown(geometry_rows(f)),
+        words=markdown(word_rows(f)),
+        gauges=markdown(gauge_rows(f)),
         parts="\n\n".join(f"[{part.name}]({part.name}/report.md)\n\n    {part.command()}" for part in PARTS),
     )
     return text.encode()

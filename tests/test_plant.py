@@ -7,6 +7,7 @@ import shutil
 
 from helpers import one_line, script, tiny_model
 from transport_geometry import plant
+from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import activations, evaluate
 from transport_geometry.lm import Hook
@@ -273,7 +274,7 @@ def test_the_planted_spectrum_is_the_sinks(text_rows):
 
     def pr(name: str) -> tuple[float, float]:
         shared = activations(Hook(load_model(name, CPU)[0], 3), text_rows, 4)
-        return tuple(expp_planted.spectrum(shared, without_sinks=out)[1] for out in (False, True))
+        return tuple(participation_of(expp_planted.evaluated(shared, out)) for out in (False, True))
 
     plain_pr, twin = pr("stdlib-s"), pr("stdlib-s+visible3700")
     assert plain_pr[0] > 15 and twin[0] < 1.2 and twin[1] == pytest.approx(plain_pr[1], rel=1e-3)

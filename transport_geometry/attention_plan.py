@@ -150,11 +150,3 @@ def check_readable(hook: Hook, input_ids: torch.Tensor) -> None:
     with torch.no_grad():
         h = hook.head(input_ids)
         four_runs(hook, input_ids, h, h, lambda block, change: None)
-
-
-# ------------------------------------------------------------------------------------------ of a hook
-def participation_ratio(x: torch.Tensor) -> float:
-    """(sum lambda)^2 / sum lambda^2 of the eigenvalues of the mean-centred covariance of x [N,d], float64."""
-    x = x.double() - x.double().mean(0)
-    covariance = x.T @ x
-    return float(covariance.trace() ** 2 / covariance.square().sum())

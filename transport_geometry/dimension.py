@@ -27,6 +27,13 @@ def participation_ratio(values: np.ndarray) -> float:
     return float(values.sum()) ** 2 / square if square > 0 else np.nan
 
 
+def participation_of(h: torch.Tensor) -> float:
+    """PR of the covariance of h [N,d], float64: its trace squared over the sum of its squares."""
+    centred = h.double() - h.double().mean(0)
+    covariance = centred.T @ centred
+    return float(covariance.trace() ** 2 / covariance.square().sum())
+
+
 def covariances(sums: Moments, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Sigma, G), both [d,d], with the blocks weighted [b]."""
     n, first, second, gram = (

@@ -123,8 +123,8 @@ def grouped(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[tuple,
 
 
 # ------------------------------------------------------------------------------------------------------ text
-def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A table that reads as text and renders as Markdown.
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """A table that reads as text and renders as Markdown; all columns of the first row where none are named.
 
     >>> print(markdown([{"k": 8, "r2": 0.98765}, {"k": 128, "r2": None}], ["k", "r2"]))
     | k   | r2        |
@@ -132,7 +132,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     | 8   | 0.988     |
     | 128 | undefined |
     """
-    lines = [list(columns)] + [[short(row[column]) for column in columns] for row in rows]
+    columns = list(rows[0] if columns is None else columns)
+    lines = [columns] + [[short(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     head, *body = (
