@@ -49,8 +49,13 @@ def parse_count(text: str) -> int:
     return round(count)
 
 
+def dest(flag: str) -> str:
+    """Where argparse puts a flag's value."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
 def parse_int(text: str, flag: str, least: int) -> int:
-    name = flag.removeprefix("--").replace("-", "_")
+    name = dest(flag)
     try:
         value = int(text) if len(text) < 100 else float(text)  # int() refuses more than 4300 digits
     except ValueError:
@@ -222,7 +227,7 @@ def parse_args(
         ctx=parse_int(str(args.ctx), "--ctx", 2),
         save_tokens=args.save_tokens,
     )
-    own_names = [flag.removeprefix("--").replace("-", "_") for flag in flags or {}]
+    own_names = [dest(flag) for flag in flags or {}]
     return Command(
         grid,
         args.device,

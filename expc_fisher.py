@@ -186,13 +186,6 @@ def radius(row: dict) -> float:
     return max((alpha for i, alpha in enumerate(ALPHAS) if all(inside[: i + 1])), default=0.0)
 
 
-def leaf_c(added: float, p: float) -> str:
-    """C2' itself, without the gate."""
-    if np.isnan(added):
-        return "undecided"
-    return "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
-
-
 def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
     sequences.npz, geometry.csv and the gate.
@@ -204,16 +197,12 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     gate_text = h2.pop("gate_text")
     of_all = scores["fisher_seq"][0], scores["swd_tok"][0], values["ce_rec"][0], meta
     (added, p), gain = stats.added_value(*of_all), stats.out_of_hook_gain(*of_all)
-    leaf, rungs = leaf_c(added, p), ladder(values, meta)
+    leaf, rungs = leaderboard.leaf_added(added, p, MIN_ADDED), ladder(values, meta)
     shown = [row for row in rungs[1:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
     lost = max(shown, key=lambda row: abs(row["step"]), default=None)
     verdict = plain(
         dict(
-            leaf=leaf if h2["leaf"] == "supported" else "gated",
-            leaf_if_ungated=leaf,
-            gate=h2["leaf"],
-            gate_text=gate_text,
-            h2=h2,
+            leaderboard.behind_h2(leaf, h2, gate_text),
             added=added,
             p=p,
             gain=dict(zip(("value", "lo", "hi"), gain)),
@@ -251,9 +240,7 @@ def sentence(verdict: dict) -> str:
     if verdict["added"] is not None:
         shown = "partial Spearman with CE_rec given SWD and k {added:+.2f}, p = {p:.3f}".format(**verdict)
     text = f"{leaf}. {LEAVES[leaf]} ({shown})."
-    if verdict["leaf"] == "gated":
-        return "H2': gated (H2 is {gate}; {gate_text}). Ungated it would read: ".format(**verdict) + text
-    return f"H2': {text}"
+    return leaderboard.behind_the_gate("H2'", verdict, text)
 
 
 # ------------------------------------------------------------------------------------------ report, plots

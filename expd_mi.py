@@ -33,7 +33,7 @@ from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.fisher_study import MOST_BLOCKS, moments
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import read_verdict
-from transport_geometry.metrics import PROXIES
+from transport_geometry.metrics import BY_NAME, PROXIES
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, eval_batch, run
 from transport_geometry.sae import SAE
@@ -282,8 +282,7 @@ def residuals(values: dict, meta: dict) -> dict[tuple[str, int], float]:
     """{hook: log10 dCE predicted from R^2, a quadratic fitted on all other hooks, minus measured, mean over
     its SAEs}: above 0 R^2 says that they cost more than they do.
     """
-    r2 = next(proxy for proxy in PROXIES if proxy.name == "r2")
-    errors = stats.loho_errors(r2.score(values["r2"][0]), values["dce"][0], meta)
+    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][0]), values["dce"][0], meta)
     ids = stats.cluster_ids(meta)
     _, first = np.unique(ids, return_index=True)
     hooks = [(str(meta["model"][i]), int(meta["layer"][i])) for i in first]
@@ -346,12 +345,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     )
     verdict = plain(
         dict(
-            leaf=leaf if h2["leaf"] == "supported" else "gated",
-            leaf_if_ungated=leaf,
+            leaderboard.behind_h2(leaf, h2, gate_text),
             reason=why,
-            gate=h2["leaf"],
-            gate_text=gate_text,
-            h2=h2,
             h3=result,
             hooks=[{name: row[name] for name in shown} for row in hooks],
             refused=dict(canonical=refused_counts(canonical), critics=refused_counts(trained)),
@@ -402,9 +397,7 @@ def sentence(verdict: dict) -> str:
     if within["p"] is not None:
         numbers += f", p = {within['p']:.3f}, {found['n_hooks']} hooks"
     text = f"{leaf}. {LEAVES[leaf]} ({numbers})."
-    if verdict["leaf"] == "gated":
-        return "H3: gated (H2 is {gate}; {gate_text}). Ungated it would read: ".format(**verdict) + text
-    return f"H3: {text}"
+    return leaderboard.behind_the_gate("H3", verdict, text)
 
 
 # ------------------------------------------------------------------------------------------ report, plots

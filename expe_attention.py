@@ -335,13 +335,6 @@ def beyond(scores: dict, y: np.ndarray, meta: dict) -> list[dict]:
     return rows
 
 
-def leaf_p(added: float, p: float) -> str:
-    """Claim P itself, without the gate."""
-    if np.isnan(added):
-        return "undecided"
-    return "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
-
-
 def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
     sequences.npz, TABLES and the gate.
@@ -361,7 +354,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     if control:
         half_b = scores["plan_kl"][2], scores[control][2], values["ce_rec"][2], meta
         added, p = stats.added_value(*half_b)
-    leaf = leaf_p(added, p)
+    leaf = leaderboard.leaf_added(added, p, MIN_ADDED)
     depth, of_hooks = (read_table(store.checked(out / store.RUN, name)) for name in TABLES)
     places = by_hook(meta)
     hooks = {"model": np.array([m for m, _, _ in places]), "layer": np.array([i for _, i, _ in places])}
@@ -369,11 +362,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     row = next(r for r in board if (r["proxy"], r["target"], r["stratum"]) == ("plan_kl", "ce_rec", "pooled"))
     verdict = plain(
         dict(
-            leaf=leaf if h2["leaf"] == "supported" else "gated",
-            leaf_if_ungated=leaf,
-            gate=h2["leaf"],
-            gate_text=gate_text,
-            h2=h2,
+            leaderboard.behind_h2(leaf, h2, gate_text),
             control=control,
             added=added,
             p=p,
@@ -416,9 +405,7 @@ def sentence(verdict: dict) -> str:
             **verdict
         )
     text = f"{leaf}. {LEAVES[leaf]} ({shown})."
-    if verdict["leaf"] == "gated":
-        return "P: gated (H2 is {gate}; {gate_text}). Ungated it would read: ".format(**verdict) + text
-    return f"P: {text}"
+    return leaderboard.behind_the_gate("P", verdict, text)
 
 
 # ------------------------------------------------------------------------------------------ report, plots
@@ -650,12 +637,11 @@ def plots(
     by_share: list[dict], depth: list[dict], board: list[dict], verdict: dict, settings: dict
 ) -> dict[str, store.Content | None]:
     """{file: PNG}."""
-    files: dict[str, store.Content | None] = {
+    return {
         "depth.png": depth_plot(break_map(depth), settings["models"]),
         "mediation.png": mediation_plot(by_share, settings["models"]),
         "leaderboard.png": leaderboard_plot(board),
     }
-    return files
 
 
 def depth_plot(rows: list[dict], models: list[str]) -> bytes:

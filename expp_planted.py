@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import GRID_FLAGS, parser_of, run_script
+from common import GRID_FLAGS, dest, parser_of, run_script
 from transport_geometry import commands, ranks, store
 from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
@@ -147,14 +147,20 @@ def planted_models() -> list[str]:
     return [MODEL, *(f"{MODEL}+{sink}" for sink in sinks)]
 
 
+def evaluation_rows(ctx: int, n: int) -> torch.Tensor:
+    """input_ids [n,ctx], those of the parts: twins have their model's tokenizer."""
+    _, tokenizer = load_model(MODEL, torch.device("cpu"))
+    return heldout_rows("stdlib", tokenizer, ctx, n).input_ids
+
+
 def canyon() -> list[dict]:
     """What the sinks do to the hook: participation ratio of the covariance with and without sink positions,
     SST over the plain model's, and the largest change of a logit. On the parts' evaluation text.
     """
     rows: list[dict] = []
+    input_ids = evaluation_rows(CTX, SEQS)
     for name in planted_models():
-        model, tokenizer = load_model(name, torch.device("cpu"))
-        input_ids = heldout_rows("stdlib", tokenizer, CTX, SEQS).input_ids
+        model, _ = load_model(name, torch.device("cpu"))
         shared = activations(Hook(model, LAYER), input_ids, 8)
         with torch.no_grad():
             logits = model(input_ids[:4], use_cache=False).logits
@@ -203,11 +209,11 @@ def gauges(d: int, ctx: int) -> dict[str, Gauge]:
 def gauge_suite(n_seq: int = 8, ctx: int = 64) -> list[dict]:
     """Every metric of one and the same reconstruction, written in each gauge: a row a metric."""
     found: dict[str, dict[str, float]] = {}
+    input_ids = evaluation_rows(ctx, n_seq)
     for name, gauge in ({"as it is": None} | gauges(64, ctx)).items():
-        model, tokenizer = load_model(MODEL, torch.device("cpu"))
+        model, _ = load_model(MODEL, torch.device("cpu"))
         if gauge is not None:
             regauge(model, gauge)
-        input_ids = heldout_rows("stdlib", tokenizer, ctx, n_seq).input_ids
         sums = evaluate(Hook(model, LAYER), input_ids, {"half": half(gauge, ctx)}, n_seq)["half"].sums
         values = computed(Sums({q: v[None] for q, v in sums.items()}, np.ones((1, n_seq)), 64))
         found[name] = {metric: float(value[0, 0]) for metric, value in values.items()}
@@ -257,10 +263,14 @@ class Findings:
     canyon: list[dict]
     gauges: list[dict]
 
-    def leaf(self, part: str, twin: str) -> str:
+    def arms(self, part: str) -> list[dict]:
+        """All verdicts of a part of Exp-A."""
+        return [self.verdicts[part], *self.verdicts[part]["other_arms"]]
+
+    def leaf(self, part: str, twin: str, sinks: str = "keep") -> str:
         """Exp-A's leaf on the plain model against a twin."""
-        whole = self.verdicts[part]
-        return next(v["leaf"] for v in [whole, *whole["other_arms"]] if v["large"].endswith(f"+{twin}"))
+        large = f"{MODEL}+{twin}"
+        return next(v["leaf"] for v in self.arms(part) if (v["large"], v["sinks"]) == (large, sinks))
 
     def delta(self, part: str, twin: str, **cell: Any) -> dict:
         """The row of deltas.csv, plain model against twin, at the largest budget unless said."""
@@ -520,11 +530,6 @@ def sink_rows(f: Findings) -> list[dict]:
     rows = []
     for part, twin, sinks in arms:
         delta, of_model = f.delta(part, twin, sinks=sinks), at[f"{MODEL}+{twin}"]
-        leaves = [
-            v["leaf"]
-            for v in (f.verdicts[part], *f.verdicts[part]["other_arms"])
-            if v["large"].endswith(f"+{twin}") and v["sinks"] == sinks
-        ]
         rows.append(
             {
                 "": f"{twin}, {part if part == 'saelens' else 'base'}{', dropped' * (sinks == 'drop')}",
@@ -535,7 +540,7 @@ def sink_rows(f: Findings) -> list[dict]:
                 "Δcosine": estimate(delta, "delta_cosine", 3),
                 "ΔCE_rec": estimate(delta, "delta_ce_rec", 3),
                 "mismatch": percent(delta["mismatch"]),
-                "leaf": ", ".join(leaves),
+                "leaf": f.leaf(part, twin, sinks),
             }
         )
     return [*rows, PUBLISHED]
@@ -615,7 +620,7 @@ def word_rows(f: Findings) -> list[dict]:
     for part in PARTS:
         verdict = f.verdicts[part.name]
         if part.script == "expa":
-            for one in (verdict, *verdict["other_arms"]):
+            for one in f.arms(part.name):
                 where = f"{part.name}: {split(one['large'])[1]}"
                 reached.setdefault(("H0/H1", one["leaf"]), []).append(where)
         else:
@@ -778,11 +783,6 @@ def main() -> None:
     for check in found:
         print(f"{'found    ' if check.found else 'NOT FOUND'}  {check.planted}: {check.must}: {check.says}")
     print(f"---\n{sentence(found)}\nreport: {out / 'report.md'}")
-
-
-def dest(flag: str) -> str:
-    """Where argparse puts a flag's value."""
-    return flag.removeprefix("--").replace("-", "_")
 
 
 if __name__ == "__main__":

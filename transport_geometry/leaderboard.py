@@ -629,6 +629,34 @@ def gate(there: dict | None, settings: dict) -> tuple[str | None, str]:
     return there["leaf"], f"Exp-A says {there['leaf']} (sha256 {there['sha256'][:12]})"
 
 
+# ------------------------------------------------------------------------------ claims that stand behind H2
+def leaf_added(added: float, p: float, least: float) -> str:
+    """Of a claim that a proxy adds to another (`stats.added_value`), without the gate."""
+    if np.isnan(added):
+        return "undecided"
+    return "supported" if added >= least and p < ALPHA else "rejected"
+
+
+def behind_h2(leaf: str, h2: dict, gate_text: str) -> dict:
+    """What a verdict says of a claim and of the gate before it, H2 on the same SAEs."""
+    return dict(
+        leaf=leaf if h2["leaf"] == "supported" else "gated",
+        leaf_if_ungated=leaf,
+        gate=h2["leaf"],
+        gate_text=gate_text,
+        h2=h2,
+    )
+
+
+def behind_the_gate(claim: str, verdict: dict, text: str) -> str:
+    """The sentence of such a verdict; text: what it says without the gate."""
+    if verdict["leaf"] == "gated":
+        return (
+            f"{claim}: gated (H2 is {verdict['gate']}; {verdict['gate_text']}). Ungated it would read: {text}"
+        )
+    return f"{claim}: {text}"
+
+
 # ------------------------------------------------------------------------------------------- the board, shown
 def _partial(row: dict) -> float:
     """By which rows are sorted; undefined is below all."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transport_geometry import fisher
 from transport_geometry.condition import Condition
 from transport_geometry.evaluate import DRAWS, Activations, activations, label_uniforms, patched
+from transport_geometry.fisher_study import reconstruction_error
 from transport_geometry.grid import EvalSet
 from transport_geometry.lm import Hook, cross_entropy, kl_divergence
 from transport_geometry.metrics import BY_NAME
@@ -305,10 +306,7 @@ def softmax_rows(hook: Hook, input_ids: torch.Tensor, sae: TopKSAE) -> list[dict
     there is none. input_ids [B,T].
     """
     with torch.no_grad():
-        h = hook.head(input_ids)
-        delta = sae.reconstruct(h.flatten(0, 1))[2].view_as(h) - h
-        delta[:, -1] = 0
-        p = hook.log_probs(input_ids, h).exp()
+        h, delta, p = reconstruction_error(hook, input_ids, sae)
         closed = softmax_form(hook, input_ids, h, delta, p)
         if closed is None:
             return []
