@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import GRID_FLAGS, dest, parser_of, run_script
-from transport_geometry import commands, ranks, store
+from transport_geometry import commands, published, ranks, store
 from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Activations, activations, evaluate
@@ -43,6 +43,7 @@ from transport_geometry.tables import (
     read_table,
     readable_count,
     signed,
+    span,
 )
 from transport_geometry.text import heldout_rows
 
@@ -491,15 +492,18 @@ thousandth. A score that moves says something about how the hook is written, not
 
 {parts}
 """
+SMALL, LARGE, K = published.S, published.L, 8  # what is planted is held against, after published.TOKENS
+GAP, CE_REC_ENDS = published.DELTAS[SMALL, LARGE, K, published.TOKENS], (-0.117, -0.082)
+COSINES = [published.SAES[model, K].cosine for model in (SMALL, LARGE)]
 PUBLISHED = {
     "": "published",
     "PR": "3.96 → 1.18",
     "SST ×": 18.2,
-    "ΔR²": "+0.150",
+    "ΔR²": signed(GAP.delta_r2, 3),
     "ΔR² no sink": "not published",
-    "Δcosine": "-0.047",
-    "ΔCE_rec": "-0.099 [-0.117, -0.082]",
-    "mismatch": "100%",
+    "Δcosine": signed(COSINES[1] - COSINES[0], 3),
+    "ΔCE_rec": span(GAP.delta_ce_rec, *CE_REC_ENDS, 3),
+    "mismatch": percent(GAP.mismatch_published),
     "leaf": "",
 }
 WORDS = (
@@ -685,11 +689,11 @@ def plots(f: Findings) -> dict[str, store.Content | None]:
     """{file: PNG}."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    published = dict(delta_r2=0.150, delta_ce_rec=-0.099, delta_ce_rec_lo=-0.117, delta_ce_rec_hi=-0.082)
-    published |= dict(delta_r2_lo=np.nan, delta_r2_hi=np.nan)
+    of_published = dict(delta_r2=GAP.delta_r2, delta_ce_rec=GAP.delta_ce_rec, delta_r2_lo=np.nan)
+    of_published |= dict(zip(("delta_ce_rec_lo", "delta_ce_rec_hi"), CE_REC_ENDS), delta_r2_hi=np.nan)
     rows = [(twin, f.delta("sinks", twin, sinks="keep")) for twin in SINKS]
     rows += [(f"{SINKS[0]}, dropped in training", f.delta("sinks", SINKS[0], sinks="drop"))]
-    rows = [("published, 410M minus 70M", published), *rows][::-1]
+    rows = [("published, 410M minus 70M", of_published), *rows][::-1]
     for name, label, colour, marker in (
         ("delta_r2", "ΔR²", "C0", "o"),
         ("delta_ce_rec", "ΔCE_rec", "C1", "s"),
