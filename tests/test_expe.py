@@ -9,7 +9,7 @@ import weakref
 
 import expe_attention
 from helpers import contents, log_probs_64, one_line, script, tiny_model
-from transport_geometry import attention_plan, lm
+from transport_geometry import attention_plan, leaderboard, lm
 from transport_geometry.attention_plan import check_readable, four_runs, plan_change
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
@@ -483,7 +483,8 @@ def test_shares_are_ratios_of_a_hooks_sums():
 
 
 def test_the_rule():
-    assert (
-        expe_attention.leaf_p(0.2, 0.04) == "supported" and expe_attention.leaf_p(math.nan, 1) == "undecided"
-    )
-    assert expe_attention.leaf_p(0.19, 0.01) == expe_attention.leaf_p(0.9, 0.05) == "rejected"
+    def leaf(added: float, p: float) -> str:
+        return leaderboard.leaf_added(added, p, expe_attention.MIN_ADDED)
+
+    assert leaf(0.2, 0.04) == "supported" and leaf(math.nan, 1) == "undecided"
+    assert leaf(0.19, 0.01) == leaf(0.9, 0.05) == "rejected"
