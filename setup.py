@@ -71,7 +71,7 @@ if torch:
     extensions = [
         make(
             "transport_geometry._kernels",
-            ["csrc/ops.cpp"] + ["csrc/ops_cuda.cu"] * cuda,
+            ["csrc/ops.cpp", "csrc/encode.cpp"] + ["csrc/ops_cuda.cu"] * cuda,
             include_dirs=[pybind11.get_include()],
             depends=[f"csrc/{p.name}" for p in sources],
             extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false", *common[2:], "-DUSE_CUDA"]},

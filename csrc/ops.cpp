@@ -6,174 +6,24 @@
 // exception: topk_encode's pre-activations are the library's GEMM, whose last bits are its own (MKL's AVX2
 // and COMPATIBLE kernels move them by the number of threads).
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <array>
 #include <limits>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "keys.h"
-
-// Wider vectors where the processor has them, chosen at load. The numbers stay the same: every loop so marked
-// is elementwise or keeps its sums in a fixed number of lanes, and -ffp-contract=off forbids fused
-// multiply-add.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDE
-#endif
-
-using torch::headeronly::ScalarType;
-using torch::stable::contiguous;
-using torch::stable::Tensor;
+#include "cpu.h"
 
 namespace {
 
-constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of float32 a thread: in the level-2 cache
-constexpr int LANES = 16;                                  // independent sums or compares, to be vectorised
-constexpr int STATS = 5;                                   // columns of a distortion, kernels.STATS
-
-// Each is a call into libtorch: never in an inner loop.
-template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
-template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
-
-Tensor like(const Tensor& t, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(t, shape);
-}
-
-template <class F> auto by_dtype(const Tensor& t, F&& f) {
-  if (t.scalar_type() == ScalarType::Float) return f(float());
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "tg: float32 or float64 only on the CPU");
-  return f(double());
-}
-
-// kernels.py has checked shapes in words already; this keeps a direct call of torch.ops.tg within bounds.
-void check(const char* op, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype, op, ": operands differ in dtype or device");
-  const bool same = std::equal(shape.begin(), shape.end(), x.sizes().begin(), x.sizes().end());
-  STD_TORCH_CHECK(same, op, ": shapes do not match");
-}
+constexpr int STATS = 5;  // columns of a distortion, kernels.STATS
 
 void check_code(const char* op, const Tensor& indices, int64_t F) {
   const int64_t* f = in<int64_t>(indices);
   bool bad = false;
   for (int64_t i = 0; i < indices.numel(); ++i) bad |= uint64_t(f[i]) >= uint64_t(F);
   STD_TORCH_CHECK(!bad, op, ": an index lies outside [0, ", F, ")");
-}
-
-// ---------------------------------------------------------------------------------------------------- encode
-template <class T> struct Key {  // one candidate latent; a < b: a ranks before b
-  typename Bits<T>::U order;
-  uint32_t f;
-  bool operator<(const Key& o) const { return order != o.order ? order > o.order : f < o.f; }
-};
-
-// The best k of one token so far, and whatever has come since that might displace them.
-template <class T> class Best {
-  Key<T>* keys;
-  int64_t k, capacity, n = 0;
-
-  void shrink() {
-    std::nth_element(keys, keys + k - 1, keys + n);
-    n = k;
-    threshold = from_order<T>(keys[k - 1].order);
-  }
-
- public:
-  // Later latents must exceed it: at a tie the lower index has won.
-  T threshold = -std::numeric_limits<T>::infinity();
-  Best(Key<T>* keys, int64_t k, int64_t capacity) : keys(keys), k(k), capacity(capacity) {}
-
-  void add(T value, int64_t f) {
-    if (n >= k && value <= threshold) return;
-    keys[n++] = {to_order(value), uint32_t(f)};
-    if (n == capacity) shrink();
-  }
-
-  void scan(const T* x, const T* bias, int64_t count, int64_t first) {
-    int64_t c = 0;
-    for (; c < count && n < k; ++c) add(x[c] + bias[c], first + c);
-    // Most groups hold nothing above the threshold, and one vector compare says so.
-    for (; c + LANES <= count; c += LANES) {
-      int hit = 0;
-      for (int i = 0; i < LANES; ++i) hit |= !(x[c + i] + bias[c + i] <= threshold);  // true for a NaN too
-      if (hit)
-        for (int i = 0; i < LANES; ++i) add(x[c + i] + bias[c + i], first + c + i);
-    }
-    for (; c < count; ++c) add(x[c] + bias[c], first + c);
-  }
-
-  void finish(T* values, int64_t* indices) {
-    if (n > k) shrink();
-    std::sort(keys, keys + k, [](const Key<T>& a, const Key<T>& b) { return a.f < b.f; });
-    for (int64_t j = 0; j < k; ++j) {
-      values[j] = relu(from_order<T>(keys[j].order));
-      indices[j] = keys[j].f;
-    }
-  }
-};
-
-// out = a b^T through the dispatcher: inside parallel_for this is the library's single-threaded GEMM.
-void gemm(const Tensor& a, const Tensor& bT, const Tensor& result) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(bT), from(result)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference, so that it is released
-}
-
-// Tokens are cut into blocks, one thread each; a block runs over F in tiles, GEMM then scan, while the tile
-// is in cache. Wrapping raw pointers keeps autograd out: the threads of parallel_for do not inherit the
-// caller's grad mode.
-template <class T>
-void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const Tensor& values,
-            const Tensor& indices) {
-  const int64_t N = h.size(0), d = h.size(1), F = W.size(0), width = std::min(F, TILE_LATENTS);
-  const int64_t tokens = std::clamp<int64_t>(N / 16, std::min<int64_t>(64, N), TILE_TOKENS);
-  const int64_t capacity = 2 * k + 64;
-  const auto device = h.device();
-  const auto dtype = h.scalar_type();
-  auto view = [&](const T* p, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
-    return torch::stable::from_blob(const_cast<T*>(p), {rows, cols}, {row_stride, col_stride}, device, dtype);
-  };
-  torch::stable::parallel_for(0, (N + tokens - 1) / tokens, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> tile(tokens * width);
-    std::vector<Key<T>> keys(tokens * capacity);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t n0 = block * tokens, rows = std::min(tokens, N - n0);
-      std::vector<Best<T>> best;
-      for (int64_t r = 0; r < rows; ++r) best.emplace_back(keys.data() + r * capacity, k, capacity);
-      for (int64_t f0 = 0; f0 < F; f0 += width) {
-        const int64_t cols = std::min(width, F - f0);
-        gemm(view(in<T>(h) + n0 * d, rows, d, d, 1), view(in<T>(W) + f0 * d, d, cols, 1, d),
-             view(tile.data(), rows, cols, cols, 1));
-        for (int64_t r = 0; r < rows; ++r) best[r].scan(tile.data() + r * cols, in<T>(b) + f0, cols, f0);
-      }
-      for (int64_t r = 0; r < rows; ++r)
-        best[r].finish(out<T>(values) + (n0 + r) * k, out<int64_t>(indices) + (n0 + r) * k);
-    }
-  });
-}
-
-std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const Tensor& b_, int64_t k) {
-  const char* op = "topk_encode";
-  STD_TORCH_CHECK(h_.dim() == 2 && W_.dim() == 2, op, ": h and W_enc must have two dimensions");
-  const int64_t N = h_.size(0), d = h_.size(1), F = W_.size(0);
-  check(op, h_, h_.scalar_type(), {N, d});
-  check(op, W_, h_.scalar_type(), {F, d});
-  check(op, b_, h_.scalar_type(), {F});
-  const bool fits = k >= 1 && k <= F && F <= std::numeric_limits<uint32_t>::max();
-  STD_TORCH_CHECK(fits, op, ": k=", k, " is not in 1..F=", F);
-  Tensor h = contiguous(h_), W = contiguous(W_), b = contiguous(b_);
-  Tensor values = like(h, {N, k}), indices = torch::stable::new_empty(h, {N, k}, ScalarType::Long);
-  if (N) by_dtype(h, [&](auto zero) { encode<decltype(zero)>(h, W, b, k, values, indices); });
-  return {values, indices};
 }
 
 // ---------------------------------------------------------------------------------------------------- decode
@@ -372,7 +222,6 @@ STABLE_TORCH_LIBRARY(tg, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tg, CPU, m) {
-  m.impl("topk_encode", TORCH_BOX(&topk_encode));
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("gradient_weighted_distortion", TORCH_BOX(&gradient_weighted_distortion));
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
