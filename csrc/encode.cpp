@@ -14,7 +14,10 @@
 //   h . w = unit_h unit_w q_h . q_w + (unit_h q_h) . (unit_w e_w) + (unit_h e_h) . w,
 // and by Cauchy-Schwarz the last two are at most kept_h lost_w + lost_h norm_w. A floating-point sum of d
 // products, in any order, errs by gamma_d |h| |w| at most (Higham 2002, (3.5)), in a screen and in the result.
-// What the arithmetic of the bounds rounds away is below 16 eps (|h| |w| + |b|).
+// What the arithmetic of the bounds rounds away is below 16 eps (|h| |w| + |b|). All of this holds for h s and
+// w / s, too, whatever the scales s [d] of the dimensions are: powers of two, so that nothing is rounded, and
+// such that a dimension that is large in h or in W does not cost the others their digits (Xiao et al. 2023,
+// arXiv:2211.10438, eq. 4).
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <array>
@@ -49,13 +52,14 @@ template <> constexpr ScalarType DTYPE<int8_t> = ScalarType::Char;
 template <> constexpr ScalarType DTYPE<int32_t> = ScalarType::Int;
 
 template <class T, class A>
-void gemm(const T* a, int64_t rows, const T* b, int64_t cols, int64_t d, A* result, const Tensor& like) {
+void gemm(const T* a, int64_t rows, const T* b, int64_t cols, int64_t d, A* result) {
   using torch::stable::detail::from;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   auto view = [&](const void* p, ScalarType dtype, int64_t m, int64_t n, int64_t step_m, int64_t step_n) {
-    return torch::stable::from_blob(const_cast<void*>(p), {m, n}, {step_m, step_n}, like.device(), dtype);
+    return from(torch::stable::from_blob(const_cast<void*>(p), {m, n}, {step_m, step_n}, cpu, dtype));
   };
-  std::array<StableIValue, 3> stack{from(view(a, DTYPE<T>, rows, d, d, 1)), from(view(b, DTYPE<T>, d, cols, 1, d)),
-                                    from(view(result, DTYPE<A>, rows, cols, cols, 1))};
+  std::array<StableIValue, 3> stack{view(a, DTYPE<T>, rows, d, d, 1), view(b, DTYPE<T>, d, cols, 1, d),
+                                    view(result, DTYPE<A>, rows, cols, cols, 1)};
   const char* op = std::is_same_v<T, int8_t> ? "aten::_int_mm" : "aten::mm";
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference, so that it is released
@@ -72,50 +76,80 @@ template <class T> inline __attribute__((always_inline)) T sum_of(T (&lane)[LANE
   return lane[0];
 }
 
-// x in 8 bits: q, and by how much that is wrong. A row that cannot be bounded (not finite, so large that a
-// product might overflow, denormal) has infinite norms.
-template <class T> WIDE Row<T> round_to_8_bits(const T* x, int64_t d, int8_t* q) {
-  constexpr T shift = T(1.5) / EPS<T>;  // adding it rounds to an integer
-  T most[LANES] = {}, kept[LANES] = {}, lost[LANES] = {}, norm[LANES] = {};
+template <class T> WIDE T largest_of(const T* x, int64_t d, const T* scale) {
+  T most[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= d; i += LANES)
     for (int l = 0; l < LANES; ++l) {
-      const T size = x[i + l] < 0 ? -x[i + l] : x[i + l];
+      const T u = x[i + l] * scale[i + l], size = u < 0 ? -u : u;
       most[l] = most[l] < size ? size : most[l];
     }
-  for (; i < d; ++i) most[0] = std::max(most[0], std::abs(x[i]));
-  const T largest = *std::max_element(most, most + LANES);
-  const T per_unit = largest > 0 ? T(127) / largest : T(1), unit = largest / T(127);
-  for (i = 0; i + LANES <= d; i += LANES) {
+  for (; i < d; ++i) most[0] = std::max(most[0], std::abs(x[i] * scale[i]));
+  return *std::max_element(most, most + LANES);
+}
+
+// x scale in 8 bits: q, and by how much that is wrong. A row that cannot be bounded (not finite, so large
+// that a product might overflow, or so small that digits are lost) has infinite norms.
+template <class T> WIDE Row<T> round_to_8_bits(const T* x, int64_t d, const T* scale, int8_t* q) {
+  constexpr T shift = T(1.5) / EPS<T>;  // adding it rounds to an integer
+  const T largest = largest_of(x, d, scale), per_unit = largest > 0 ? T(127) / largest : T(1);
+  T kept[LANES] = {}, lost[LANES] = {}, norm[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= d; i += LANES) {
     T rounded[LANES];
     for (int l = 0; l < LANES; ++l) {
-      const T u = x[i + l] * per_unit, r = (u + shift) - shift, e = u - r;
+      const T u = x[i + l] * scale[i + l] * per_unit, r = (u + shift) - shift, e = u - r;
       rounded[l] = r, kept[l] += r * r, lost[l] += e * e, norm[l] += u * u;
     }
     for (int l = 0; l < LANES; ++l) q[i + l] = int8_t(int32_t(rounded[l]));
   }
   for (; i < d; ++i) {
-    const T u = x[i] * per_unit, r = (u + shift) - shift, e = u - r;
+    const T u = x[i] * scale[i] * per_unit, r = (u + shift) - shift, e = u - r;
     q[i] = int8_t(int32_t(r)), kept[0] += r * r, lost[0] += e * e, norm[0] += u * u;
   }
-  const T up = unit * T(1.0001);  // the sums are rounded, too
+  const T unit = largest / T(127), up = unit * T(1.0001);  // the sums are rounded, too
   const Row<T> row{unit, up * std::sqrt(sum_of(kept)), up * std::sqrt(sum_of(lost)), up * std::sqrt(sum_of(norm))};
-  if (row.norm < LARGE<T> && (unit > std::numeric_limits<T>::min() || largest == 0)) return row;
+  if (row.norm < LARGE<T> && (unit > 1 / LARGE<T> || largest == 0)) return row;
   std::fill(q, q + d, 0);
   return {0, INF<T>, INF<T>, INF<T>};
 }
 
+// Mean size of every dimension in some 64 rows of x [n,d], each divided by its largest number.
+template <class T> std::vector<double> sizes(const T* x, int64_t n, int64_t d) {
+  const std::vector<T> ones(d, 1);
+  std::vector<double> mean(d);
+  for (int64_t r = 0; r < n; r += (n + 63) / 64) {
+    const T largest = largest_of(x + r * d, d, ones.data());
+    if (!(largest > 1 / LARGE<T> && largest < LARGE<T>)) continue;
+    for (int64_t i = 0; i < d; ++i) mean[i] += std::abs(x[r * d + i]) / largest;
+  }
+  return mean;
+}
+
+// s and 1 / s [d]
+template <class T> std::array<std::vector<T>, 2> scales(const T* h, int64_t N, const T* W, int64_t F, int64_t d) {
+  const std::vector<double> of_h = sizes(h, N, d), of_W = sizes(W, F, d);
+  std::array<std::vector<T>, 2> scale{std::vector<T>(d, 1), std::vector<T>(d, 1)};
+  for (int64_t i = 0; i < d; ++i) {
+    const double exponent = std::round(0.5 * std::log2(of_W[i] / of_h[i]));
+    if (!(std::abs(exponent) <= 16)) continue;  // nor is it where one of them has no size
+    scale[0][i] = std::ldexp(T(1), int(exponent)), scale[1][i] = std::ldexp(T(1), -int(exponent));
+  }
+  return scale;
+}
+
 // What the bounds of all latents are made of.
 template <class T> struct Latents {
-  std::unique_ptr<int8_t[]> q;  // [F,d]
+  std::array<std::vector<T>, 2> scale;  // of h and of W, [d]
+  std::unique_ptr<int8_t[]> q;          // [F,d]
   std::vector<T> unit, lost, norm, slack;
 
-  Latents(const T* W, const T* b, int64_t F, int64_t d, bool integers)
-      : q(integers ? memory<int8_t>(F * d) : nullptr), unit(F), lost(F), norm(F), slack(F) {
+  Latents(const T* h, int64_t N, const T* W, const T* b, int64_t F, int64_t d, bool integers)
+      : scale(scales(h, N, W, F, d)), q(memory<int8_t>(integers ? F * d : 0)), unit(F), lost(F), norm(F), slack(F) {
     torch::stable::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
       auto scratch = memory<int8_t>(d);
       for (int64_t f = begin; f < end; ++f) {
-        const Row<T> row = round_to_8_bits(W + f * d, d, integers ? q.get() + f * d : scratch.get());
+        const Row<T> row = round_to_8_bits(W + f * d, d, scale[1].data(), integers ? q.get() + f * d : scratch.get());
         const T size = std::abs(b[f]);
         unit[f] = row.unit, lost[f] = row.lost, norm[f] = row.norm;
         slack[f] = size < LARGE<T> ? 16 * EPS<T> * size + T(1e8) * std::numeric_limits<T>::min() : INF<T>;
@@ -271,7 +305,6 @@ template <class T> struct Problem {
   T* values;
   int64_t* indices;
   const Latents<T>& latents;
-  const Tensor& like;
 };
 
 // ------------------------------------------------------------------------------------------------ the screens
@@ -301,11 +334,11 @@ template <class T, class A> class Screen {
 
   void read(int64_t r, const T* h) {
     if constexpr (INTEGERS) {
-      row[r] = round_to_8_bits(h, of.d, x.get() + r * of.d);
+      row[r] = round_to_8_bits(h, of.d, of.latents.scale[0].data(), x.get() + r * of.d);
       row[r].lost += (of.d + 16) * EPS<T> * row[r].norm;  // gamma_d < d EPS
     } else {
       std::copy(h, h + of.d, x.get() + r * of.d);
-      const T norm = round_to_8_bits(h, of.d, memory<int8_t>(of.d).get()).norm;
+      const T norm = round_to_8_bits(h, of.d, of.latents.scale[0].data(), memory<int8_t>(of.d).get()).norm;
       row[r] = {1, 0, (2 * of.d + 16) * EPS<T> * norm, norm};
     }
     candidates[r] = {lower.get() + r * room, upper.get() + r * room, at.get() + r * room};
@@ -365,9 +398,9 @@ template <class T, class A> class Screen {
     for (int64_t f0 = 0; f0 < of.F; f0 += width) {
       const int64_t cols = std::min(width, of.F - f0);
       if constexpr (INTEGERS)
-        gemm(x.get(), rows, of.latents.q.get() + f0 * of.d, cols, of.d, tile.get(), of.like);
+        gemm(x.get(), rows, of.latents.q.get() + f0 * of.d, cols, of.d, tile.get());
       else
-        gemm(x.get(), rows, of.W + f0 * of.d, cols, of.d, tile.get(), of.like);
+        gemm(x.get(), rows, of.W + f0 * of.d, cols, of.d, tile.get());
       for (int64_t r = 0; r < rows; ++r) look(r, f0, cols);
     }
     std::vector<int64_t> left;
@@ -399,13 +432,55 @@ template <class T> void without_a_screen(const Problem<T>& of, const std::vector
   }
 }
 
+// ------------------------------------------------------------------------------------- which screen comes first
+// What an 8-bit GEMM costs here beside a float32 one; infinite where it is not exact: on a processor without
+// 8-bit products a library may add pairs of them in 16 bits, which saturate.
+double price_of_integers() {
+  constexpr int64_t rows = 64, d = 256, more_rows = 256, more_cols = 1024;
+  auto q = memory<int8_t>(more_cols * d);
+  auto x = memory<float>(more_cols * d);
+  auto sums = memory<int32_t>(more_rows * more_cols);
+  auto pre = memory<float>(more_rows * more_cols);
+  for (int64_t i = 0; i < more_cols * d; ++i) {
+    const int64_t row = i / d, hashed = (i * 2654435761u >> 16) % 255 - 127;
+    const int64_t entries[] = {127, -127, i % 2 ? 127 : -127, hashed};
+    q[i] = int8_t(entries[row % 4]), x[i] = q[i];
+  }
+  gemm(q.get(), rows, q.get(), rows, d, sums.get());
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < rows; ++c) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < d; ++i) sum += q[r * d + i] * q[c * d + i];
+      if (sums[r * rows + c] != sum) return INF<double>;
+    }
+  double seconds[2] = {1, 1};
+  for (int turn = 0; turn < 4; ++turn)
+    for (int integers : {0, 1}) {
+      const auto start = std::chrono::steady_clock::now();
+      if (integers) gemm(q.get(), more_rows, q.get(), more_cols, d, sums.get());
+      else gemm(x.get(), more_rows, x.get(), more_cols, d, pre.get());
+      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+      seconds[integers] = std::min(seconds[integers], took.count());
+    }
+  return seconds[1] / seconds[0];
+}
+
+enum First { INTEGERS, OWN, NONE, MEASURED };
+First asked_for = MEASURED;
+
+First first_screen(bool may_be_integers) {
+  static const double price = price_of_integers();
+  const First first = asked_for != MEASURED ? asked_for : price < 0.7 ? INTEGERS : OWN;
+  return first == INTEGERS && !may_be_integers ? OWN : first;
+}
+
 template <class T>
 void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const Tensor& values,
             const Tensor& indices) {
   const int64_t N = h.size(0), d = h.size(1), F = W.size(0);
-  const bool integers = std::is_same_v<T, float> && d <= MAX_D && !getenv("NOINT");
-  const Latents<T> latents(in<T>(W), in<T>(b), F, d, integers);
-  const Problem<T> problem{in<T>(h), in<T>(W), in<T>(b), d, F, k, out<T>(values), out<int64_t>(indices), latents, h};
+  const First first = first_screen(std::is_same_v<T, float> && d <= MAX_D);
+  const Latents<T> latents(in<T>(h), N, in<T>(W), in<T>(b), F, d, first == INTEGERS);
+  const Problem<T> problem{in<T>(h), in<T>(W), in<T>(b), d, F, k, out<T>(values), out<int64_t>(indices), latents};
   torch::stable::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
     const int64_t most = std::min(TILE_TOKENS, end - begin);
     const auto some = [&](std::vector<int64_t>& tokens, auto& screen) {
@@ -419,12 +494,12 @@ void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const 
     };
     std::vector<int64_t> tokens(end - begin);
     std::iota(tokens.begin(), tokens.end(), begin);
-    if (integers) {
+    if (first == INTEGERS) {
       Screen<T, int32_t> screen(problem, most, 4 * k + F / 16);
       some(tokens, screen);
     }
-    if (!tokens.empty()) {
-      Screen<T, T> screen(problem, std::min<int64_t>(most, tokens.size()), 4 * k + 1024);
+    if (first != NONE && !tokens.empty()) {
+      Screen<T, T> screen(problem, std::min<int64_t>(most, tokens.size()), 4 * k + 256);
       some(tokens, screen);
     }
     without_a_screen(problem, tokens);
@@ -449,3 +524,11 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tg, CPU, m) { m.impl("topk_encode", TORCH_BOX(&topk_encode)); }
+
+double integers_price() { return price_of_integers(); }
+void screen_first(const std::string& name) {
+  const std::array<const char*, 4> names{"integers", "own", "none", "measured"};
+  const auto at = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(at != names.end(), "screen_first: integers, own, none or measured, not ", name);
+  asked_for = First(at - names.begin());
+}

@@ -15,6 +15,9 @@
 
 #include "cpu.h"
 
+void screen_first(const std::string&);
+double integers_price();
+
 namespace {
 
 constexpr int STATS = 5;  // columns of a distortion, kernels.STATS
@@ -232,4 +235,6 @@ STABLE_TORCH_LIBRARY_IMPL(tg, CPU, m) {
 PYBIND11_MODULE(_kernels, m) {
   m.attr("devices") = BUILD_DEVICES;
   m.attr("source") = BUILD_SOURCE;
+  m.def("screen_first", &screen_first);
+  m.def("integers_price", &integers_price);
 }
