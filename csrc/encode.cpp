@@ -13,17 +13,16 @@
 // The proof. A row is x = unit (q + e), q its integers in [-127, 127]. Then
 //   h . w = unit_h unit_w q_h . q_w + (unit_h q_h) . (unit_w e_w) + (unit_h e_h) . w,
 // and by Cauchy-Schwarz the last two are at most kept_h lost_w + lost_h norm_w. A floating-point sum of d
-// products, in any order, errs by gamma_d |h| |w| at most (Higham 2002, (3.5)), in a screen and in the result.
-// What the arithmetic of the bounds rounds away is below 16 eps (|h| |w| + |b|). All of this holds for h s and
-// w / s, too, whatever the scales s [d] of the dimensions are: powers of two, so that nothing is rounded, and
-// such that a dimension that is large in h or in W does not cost the others their digits (Xiao et al. 2023,
-// arXiv:2211.10438, eq. 4).
+// products, in any order, errs by gamma_d |h| |w| at most (Higham 2002, (3.5)), in a screen and in the
+// result. What the arithmetic of the bounds rounds away is below 16 eps (|h| |w| + |b|). All of this holds
+// for h s and w / s, too, whatever the scales s [d] of the dimensions are: powers of two, so that nothing is
+// rounded, and such that a dimension that is large in h or in W does not cost the others their digits (Xiao
+// et al. 2023, arXiv:2211.10438, eq. 4).
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <array>
 #include <chrono>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -37,7 +36,7 @@
 namespace {
 
 constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of pre-activations a thread
-constexpr int64_t MAX_D = 1 << 17;                         // d * 127 * 127 fits an int32
+constexpr int64_t MIN_D = 32, MAX_D = 1 << 17;             // of integers: d * 127 * 127 fits an int32
 template <class T> constexpr T INF = std::numeric_limits<T>::infinity();
 template <class T> constexpr T EPS = std::numeric_limits<T>::epsilon();
 template <class T> const T LARGE = std::sqrt(std::numeric_limits<T>::max()) / 16;  // of a norm, and of a bias
@@ -45,7 +44,8 @@ template <class T> const T LARGE = std::sqrt(std::numeric_limits<T>::max()) / 16
 template <class T> std::unique_ptr<T[]> memory(int64_t n) { return std::unique_ptr<T[]>(new T[n]); }
 
 // result = a b^T through the dispatcher: inside parallel_for this is the library's single-threaded GEMM.
-// Wrapping raw pointers keeps autograd out: the threads of parallel_for do not inherit the caller's grad mode.
+// Wrapping raw pointers keeps autograd out: the threads of parallel_for do not inherit the caller's grad
+// mode.
 template <class T> constexpr ScalarType DTYPE = ScalarType::Float;
 template <> constexpr ScalarType DTYPE<double> = ScalarType::Double;
 template <> constexpr ScalarType DTYPE<int8_t> = ScalarType::Char;
@@ -65,7 +65,7 @@ void gemm(const T* a, int64_t rows, const T* b, int64_t cols, int64_t d, A* resu
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference, so that it is released
 }
 
-// ------------------------------------------------------------------------------------------------ rows, bounds
+// ---------------------------------------------------------------------------------------------- rows, bounds
 template <class T> struct Row {
   T unit, kept, lost, norm;  // |unit q|, |unit e| and |x|, rounded up
 };
@@ -108,7 +108,8 @@ template <class T> WIDE Row<T> round_to_8_bits(const T* x, int64_t d, const T* s
     q[i] = int8_t(int32_t(r)), kept[0] += r * r, lost[0] += e * e, norm[0] += u * u;
   }
   const T unit = largest / T(127), up = unit * T(1.0001);  // the sums are rounded, too
-  const Row<T> row{unit, up * std::sqrt(sum_of(kept)), up * std::sqrt(sum_of(lost)), up * std::sqrt(sum_of(norm))};
+  const Row<T> row{unit, up * std::sqrt(sum_of(kept)), up * std::sqrt(sum_of(lost)),
+                   up * std::sqrt(sum_of(norm))};
   if (row.norm < LARGE<T> && (unit > 1 / LARGE<T> || largest == 0)) return row;
   std::fill(q, q + d, 0);
   return {0, INF<T>, INF<T>, INF<T>};
@@ -127,7 +128,8 @@ template <class T> std::vector<double> sizes(const T* x, int64_t n, int64_t d) {
 }
 
 // s and 1 / s [d]
-template <class T> std::array<std::vector<T>, 2> scales(const T* h, int64_t N, const T* W, int64_t F, int64_t d) {
+template <class T>
+std::array<std::vector<T>, 2> scales(const T* h, int64_t N, const T* W, int64_t F, int64_t d) {
   const std::vector<double> of_h = sizes(h, N, d), of_W = sizes(W, F, d);
   std::array<std::vector<T>, 2> scale{std::vector<T>(d, 1), std::vector<T>(d, 1)};
   for (int64_t i = 0; i < d; ++i) {
@@ -145,11 +147,17 @@ template <class T> struct Latents {
   std::vector<T> unit, lost, norm, slack;
 
   Latents(const T* h, int64_t N, const T* W, const T* b, int64_t F, int64_t d, bool integers)
-      : scale(scales(h, N, W, F, d)), q(memory<int8_t>(integers ? F * d : 0)), unit(F), lost(F), norm(F), slack(F) {
+      : scale(scales(h, N, W, F, d)),
+        q(memory<int8_t>(integers ? F * d : 0)),
+        unit(F),
+        lost(F),
+        norm(F),
+        slack(F) {
     torch::stable::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
       auto scratch = memory<int8_t>(d);
       for (int64_t f = begin; f < end; ++f) {
-        const Row<T> row = round_to_8_bits(W + f * d, d, scale[1].data(), integers ? q.get() + f * d : scratch.get());
+        const Row<T> row =
+            round_to_8_bits(W + f * d, d, scale[1].data(), integers ? q.get() + f * d : scratch.get());
         const T size = std::abs(b[f]);
         unit[f] = row.unit, lost[f] = row.lost, norm[f] = row.norm;
         slack[f] = size < LARGE<T> ? 16 * EPS<T> * size + T(1e8) * std::numeric_limits<T>::min() : INF<T>;
@@ -174,9 +182,9 @@ WIDE void bounds(const A* __restrict tile, int64_t cols, int64_t f0, const Laten
   }
 }
 
-// ------------------------------------------------------------------------------------------------- candidates
-// The k-th largest of x [n], n >= k, by as many bisections as U has bits; of its `bits` highest bits only,
-// rounded down.
+// ------------------------------------------------------------------------------------------------ candidates
+// The k-th largest of x [n], n >= k, by bisection, a bit and a pass of vector compares at a time; of its
+// `bits` highest bits only, rounded down.
 template <class U> WIDE U kth_largest(const U* x, int64_t n, int64_t k, int bits) {
   U low = 0;
   for (int bit = 8 * sizeof(U) - 1; bits > 0; --bit, --bits) {
@@ -198,7 +206,8 @@ template <class T> WIDE void keep_largest(T* __restrict most, const T* __restric
 
 // Whatever of `count` latents from f on reaches the floor, to the end of lower, upper and at: how many do.
 template <class T>
-int64_t append(const T* low, const T* high, int64_t count, uint32_t f, T floor, T* lower, T* upper, uint32_t* at) {
+int64_t append(const T* low, const T* high, int64_t count, uint32_t f, T floor, T* lower, T* upper,
+               uint32_t* at) {
   int64_t n = 0;
   for (int64_t i = 0; i < count; ++i) {
     lower[n] = low[i], upper[n] = high[i] == high[i] ? high[i] : INF<T>, at[n] = f + i;
@@ -245,7 +254,7 @@ template <class T> struct Candidates {
   uint32_t* f;
   int64_t n = 0;
   T floor = -INF<T>;  // k latents reach it
-  bool many = false;  // more than there is room for
+  bool many = false;  // more than there is room for, or none to be believed
 
   void raise(const T* bound, int64_t count, int64_t k, int bits, U* scratch) {
     to_orders(bound, count, scratch);
@@ -275,10 +284,10 @@ void select(const T* x, const uint32_t* f, int64_t n, int64_t k, typename Bits<T
     if (order[i] > last || (order[i] == last && equal-- > 0)) values[j] = relu(x[i]), indices[j++] = f[i];
 }
 
-// ----------------------------------------------------------------------------------------------- dot products
 // The pre-activations of one latent for two tokens. Independent sums in a fixed number of lanes, no fused
 // multiply-add: the same bits everywhere.
-template <class T> WIDE void pre_activations(const T* h0, const T* h1, const T* w, T bias, int64_t d, T* x0, T* x1) {
+template <class T>
+WIDE void pre_activations(const T* h0, const T* h1, const T* w, T bias, int64_t d, T* x0, T* x1) {
   typedef T Lanes __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
   constexpr int64_t width = 64 / sizeof(T);
   Lanes a0 = {}, a1 = {}, b0 = {}, b1 = {};
@@ -307,7 +316,7 @@ template <class T> struct Problem {
   const Latents<T>& latents;
 };
 
-// ------------------------------------------------------------------------------------------------ the screens
+// ---------------------------------------------------------------------------------------------------- screens
 // A screen whose numbers are A, for up to `most` tokens at a time.
 template <class T, class A> class Screen {
   using Q = std::conditional_t<std::is_same_v<A, int32_t>, int8_t, T>;
@@ -327,8 +336,7 @@ template <class T, class A> class Screen {
   std::vector<Candidates<T>> candidates;
   std::vector<uint32_t> start;
   struct Place {
-    const T* h;
-    T* x;
+    uint32_t token, slot;
   };
   std::vector<Place> places;
 
@@ -358,11 +366,18 @@ template <class T, class A> class Screen {
     for (int64_t c = 0; c < cols && !best.many; c += CHUNK) {
       if (best.n > room - 2 * CHUNK) {
         best.shrink(of.k, scratch.get());
-        best.many = best.n > room / 8 * 7 && room < of.F + 2 * CHUNK;
+        best.many = best.n > std::min(room / 8 * 7, room - 2 * CHUNK) && room < of.F + 2 * CHUNK;
       }
       best.n += append(low.get() + c, high.get() + c, std::min(CHUNK, cols - c), uint32_t(f0 + c), best.floor,
                        best.lower + best.n, best.upper + best.n, best.f + best.n);
     }
+  }
+
+  // A bound that does not hold means a GEMM that is not what the proof says: then nothing of it is believed.
+  void found(const Place& at, T x) {
+    Candidates<T>& best = candidates[at.token];
+    best.many |= x < best.lower[at.slot] || x > best.upper[at.slot];
+    best.upper[at.slot] = x;
   }
 
   // Every candidate's pre-activation, in its upper bound's place: latent after latent, so that W_enc is read
@@ -374,20 +389,30 @@ template <class T, class A> class Screen {
     std::partial_sum(start.begin(), start.end(), start.begin());
     places.resize(start.back());
     for (uint32_t r = 0; r < candidates.size(); ++r)
-      for (uint32_t i = 0; i < candidates[r].n; ++i)
-        places[start[candidates[r].f[i] + 1]++] = {of.h + tokens[r] * of.d, candidates[r].upper + i};
+      for (uint32_t i = 0; i < candidates[r].n; ++i) places[start[candidates[r].f[i] + 1]++] = {r, i};
+    T x[2];
     for (int64_t f = 0; f < of.F; ++f)
       for (uint32_t p = start[f]; p < start[f + 1]; p += 2) {
         const Place &one = places[p], &two = places[std::min(p + 1, start[f + 1] - 1)];
-        pre_activations(one.h, two.h, of.W + f * of.d, of.b[f], of.d, one.x, two.x);
+        pre_activations(of.h + tokens[one.token] * of.d, of.h + tokens[two.token] * of.d, of.W + f * of.d,
+                        of.b[f], of.d, x, x + 1);
+        found(one, x[0]);
+        if (p + 1 < start[f + 1]) found(two, x[1]);
       }
   }
 
  public:
   Screen(const Problem<T>& of, int64_t most, int64_t room_)
-      : of(of), room(std::min(room_, of.F) + 2 * CHUNK + LANES), x(memory<Q>(most * of.d)), tile(memory<A>(most * width)),
-        lower(memory<T>(most * room)), upper(memory<T>(most * room)), low(memory<T>(width)), high(memory<T>(width)),
-        group(memory<T>(most * groups)), at(memory<uint32_t>(most * room)),
+      : of(of),
+        room(std::min(room_, of.F) + 2 * CHUNK + LANES),
+        x(memory<Q>(most * of.d)),
+        tile(memory<A>(most * width)),
+        lower(memory<T>(most * room)),
+        upper(memory<T>(most * room)),
+        low(memory<T>(width)),
+        high(memory<T>(width)),
+        group(memory<T>(most * groups)),
+        at(memory<uint32_t>(most * room)),
         scratch(memory<typename Bits<T>::U>(std::max(room, groups))) {}
 
   // Writes the result of all of them but those that are returned: too much is left of these.
@@ -403,17 +428,19 @@ template <class T, class A> class Screen {
         gemm(x.get(), rows, of.W + f0 * of.d, cols, of.d, tile.get());
       for (int64_t r = 0; r < rows; ++r) look(r, f0, cols);
     }
-    std::vector<int64_t> left;
-    for (int64_t r = 0; r < rows; ++r) {
-      candidates[r].shrink(of.k, scratch.get());
-      if (candidates[r].many) left.push_back(tokens[r]), candidates[r].n = 0;
+    for (Candidates<T>& best : candidates) {
+      best.shrink(of.k, scratch.get());
+      if (best.many) best.n = 0;
     }
     compute(tokens);
+    std::vector<int64_t> left;
     for (int64_t r = 0; r < rows; ++r) {
       const Candidates<T>& best = candidates[r];
-      if (best.many) continue;
-      select(best.upper, best.f, best.n, of.k, scratch.get(), of.values + tokens[r] * of.k,
-             of.indices + tokens[r] * of.k);
+      if (best.many)
+        left.push_back(tokens[r]);
+      else
+        select(best.upper, best.f, best.n, of.k, scratch.get(), of.values + tokens[r] * of.k,
+               of.indices + tokens[r] * of.k);
     }
     return left;
   }
@@ -426,13 +453,11 @@ template <class T> void without_a_screen(const Problem<T>& of, const std::vector
   std::iota(f.get(), f.get() + of.F, 0);
   for (int64_t n : tokens) {
     const T* h = of.h + n * of.d;
-    for (int64_t i = 0; i < of.F; ++i)
-      pre_activations(h, h, of.W + i * of.d, of.b[i], of.d, &x[i], &x[i]);
+    for (int64_t i = 0; i < of.F; ++i) pre_activations(h, h, of.W + i * of.d, of.b[i], of.d, &x[i], &x[i]);
     select(x.get(), f.get(), of.F, of.k, scratch.get(), of.values + n * of.k, of.indices + n * of.k);
   }
 }
 
-// ------------------------------------------------------------------------------------- which screen comes first
 // What an 8-bit GEMM costs here beside a float32 one; infinite where it is not exact: on a processor without
 // 8-bit products a library may add pairs of them in 16 bits, which saturate.
 double price_of_integers() {
@@ -457,8 +482,10 @@ double price_of_integers() {
   for (int turn = 0; turn < 4; ++turn)
     for (int integers : {0, 1}) {
       const auto start = std::chrono::steady_clock::now();
-      if (integers) gemm(q.get(), more_rows, q.get(), more_cols, d, sums.get());
-      else gemm(x.get(), more_rows, x.get(), more_cols, d, pre.get());
+      if (integers)
+        gemm(q.get(), more_rows, q.get(), more_cols, d, sums.get());
+      else
+        gemm(x.get(), more_rows, x.get(), more_cols, d, pre.get());
       const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
       seconds[integers] = std::min(seconds[integers], took.count());
     }
@@ -478,9 +505,10 @@ template <class T>
 void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const Tensor& values,
             const Tensor& indices) {
   const int64_t N = h.size(0), d = h.size(1), F = W.size(0);
-  const First first = first_screen(std::is_same_v<T, float> && d <= MAX_D);
+  const First first = first_screen(std::is_same_v<T, float> && d >= MIN_D && d <= MAX_D);
   const Latents<T> latents(in<T>(h), N, in<T>(W), in<T>(b), F, d, first == INTEGERS);
-  const Problem<T> problem{in<T>(h), in<T>(W), in<T>(b), d, F, k, out<T>(values), out<int64_t>(indices), latents};
+  const Problem<T> problem{in<T>(h), in<T>(W), in<T>(b), d, F, k, out<T>(values), out<int64_t>(indices),
+                           latents};
   torch::stable::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
     const int64_t most = std::min(TILE_TOKENS, end - begin);
     const auto some = [&](std::vector<int64_t>& tokens, auto& screen) {

@@ -1,10 +1,8 @@
 // Schemas and CPU kernels of namespace `tg`. Autograd and fake tensors are registered in kernels.py, CUDA in
 // ops_cuda.cu. Everything goes through the LibTorch stable ABI, so one build serves every torch from 2.10 on.
 //
-// Results depend neither on the host nor on the number of threads: work is cut by shape alone, each output
-// number is summed by one thread in a fixed order, and no flag lets the compiler reorder floating point. One
-// exception: topk_encode's pre-activations are the library's GEMM, whose last bits are its own (MKL's AVX2
-// and COMPATIBLE kernels move them by the number of threads).
+// Results depend neither on the host nor on the number of threads: each output number is summed by one thread
+// in a fixed order, and no flag lets the compiler reorder floating point.
 #include <pybind11/pybind11.h>
 
 #include <array>
