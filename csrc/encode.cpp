@@ -31,6 +31,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "encode.h"
 #include "keys.h"
 
 namespace {
@@ -495,9 +496,14 @@ double price_of_integers() {
 enum First { INTEGERS, OWN, NONE, MEASURED };
 First asked_for = MEASURED;
 
-First first_screen(bool may_be_integers) {
+double measured_price() {
   static const double price = price_of_integers();
-  const First first = asked_for != MEASURED ? asked_for : price < 0.7 ? INTEGERS : OWN;
+  return price;
+}
+
+First first_screen(bool may_be_integers) {
+  may_be_integers &= measured_price() < INF<double>;
+  const First first = asked_for != MEASURED ? asked_for : measured_price() < WORTH ? INTEGERS : OWN;
   return first == INTEGERS && !may_be_integers ? OWN : first;
 }
 
@@ -553,7 +559,8 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const
 
 STABLE_TORCH_LIBRARY_IMPL(tg, CPU, m) { m.impl("topk_encode", TORCH_BOX(&topk_encode)); }
 
-double integers_price() { return price_of_integers(); }
+// For the module's attributes, in ops.cpp.
+double integers_price() { return measured_price(); }
 void screen_first(const std::string& name) {
   const std::array<const char*, 4> names{"integers", "own", "none", "measured"};
   const auto at = std::find(names.begin(), names.end(), name);

@@ -12,9 +12,7 @@
 #include <vector>
 
 #include "cpu.h"
-
-void screen_first(const std::string&);
-double integers_price();
+#include "encode.h"
 
 namespace {
 
@@ -235,4 +233,5 @@ PYBIND11_MODULE(_kernels, m) {
   m.attr("source") = BUILD_SOURCE;
   m.def("screen_first", &screen_first);
   m.def("integers_price", &integers_price);
+  m.attr("WORTH") = WORTH;
 }

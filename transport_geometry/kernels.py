@@ -13,6 +13,7 @@ read out of bounds.
 
 import hashlib
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -82,7 +83,15 @@ def describe() -> str:
         return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
     if _source_hash() not in ("", _module.source):
         version += " - STALE: csrc has changed since the build, reinstall"
-    return f"kernels: C++ ({DEVICES}), {version}"
+    return f"kernels: C++ ({DEVICES}; encode's first screen: {_first_screen(_module)}), {version}"
+
+
+def _first_screen(module: ModuleType) -> str:
+    """What topk_encode tries first on this CPU, with what was measured (csrc/encode.cpp)."""
+    price = module.integers_price()
+    if math.isinf(price):
+        return "float32, as 8-bit products are not exact here"
+    return f"{'8 bits' if price < module.WORTH else 'float32'}: 8 bits cost {price:.2f} of a float32 GEMM"
 
 
 def _extension_serves(x: Tensor, k: int = 1) -> bool:
@@ -299,7 +308,9 @@ def topk_encode(h: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
 
     h [N,d], W_enc [F,d], b_enc [F] -> values [N,k] >= 0, indices [N,k] int64, ascending within a token. Equal
     values: the lower index wins. A NaN counts as the largest value and is kept as NaN. Gradients to h, W_enc,
-    b_enc run through the entries with a positive value only. Extra memory is a tile, whatever N and F.
+    b_enc run through the entries with a positive value only. Extra memory is a tile, whatever N and F, and in
+    the extension W_enc in 8 bits. There a pre-activation is summed in one fixed order, so that the result has
+    the same bits on every CPU and with any number of threads.
     Raises ValueError on shapes, dtypes and devices that do not fit together, and on a k outside 1..F.
     """
     N, d = _matrix("topk_encode", "h", h)

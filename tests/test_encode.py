@@ -1,0 +1,172 @@
+"""topk_encode on the CPU: every screen gives what no screen gives, to the bit, whatever is put in; and that
+is the definition.
+"""
+
+import os
+import subprocess
+import sys
+
+from transport_geometry import ROOT, kernels
+
+import pytest
+import torch
+from test_kernels import by_definition, gamma, needs_ext
+
+pytestmark = needs_ext
+SCREENS = ("none", "own", "integers")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(N=200, d=96, F=3000):
+    return draw(N, d), draw(F, d, seed=1) / d**0.5, 0.1 * draw(F, seed=2)
+
+
+@pytest.fixture(autouse=True)
+def _measured():
+    yield
+    if kernels.BUILT:
+        kernels._module.screen_first("measured")
+
+
+def by_screen(h, W, b, k):
+    """{screen: (values as integers, indices)}"""
+    found = {}
+    for screen in SCREENS:
+        kernels._module.screen_first(screen)
+        values, indices = torch.ops.tg.topk_encode(h, W, b, k)
+        found[screen] = values.view(torch.int32 if h.dtype == torch.float32 else torch.int64), indices
+    return found
+
+
+def assert_same(h, W, b, k):
+    none, *others = by_screen(h, W, b, k).values()
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(none, other))
+    return none[0].view(h.dtype), none[1]
+
+
+# Each makes (h, W, b) of `problem` into what might mislead a bound.
+def outlier_dimensions(h, W, b):
+    h[:, :3] *= 1000
+    W[:, 5] *= 1e4
+
+
+def one_heavy_token(h, W, b):
+    h[0, 7] = 3e3
+
+
+def equal_latents(h, W, b):
+    W[:], b[:] = W[:10].repeat(300, 1), b[:10].repeat(300)
+
+
+def near_ties(h, W, b):
+    equal_latents(h, W, b)
+    W *= 1 + 1e-7 * draw(len(W), 1, seed=3)
+
+
+def denormal_tokens(h, W, b):
+    h *= 1e-40
+    b *= 0
+
+
+def denormal_latents(h, W, b):
+    W *= 1e-42
+    b *= 1e-40
+
+
+def products_that_vanish(h, W, b):
+    h *= 1e-30
+    W *= 1e-12
+    b *= 0
+
+
+def huge_norms(h, W, b):
+    h *= 1e18
+    W *= 1e18
+
+
+def overflow(h, W, b):
+    h *= 1e30
+    W *= 1e15
+
+
+def huge_bias(h, W, b):
+    b *= 1e38
+
+
+def not_finite(h, W, b):
+    h[3], h[5, 7], h[9] = float("nan"), float("inf"), 0
+    h[10] *= 1e25
+    h[11] *= 1e-30
+    W[7], W[17, 3], W[1000:1400] = float("nan"), float("-inf"), 0
+    b[8], b[9], b[10:30] = float("nan"), float("inf"), float("-inf")
+
+
+def all_zero(h, W, b):
+    h *= 0
+    b *= 0
+
+
+def all_negative(h, W, b):
+    h.abs_()
+    W.abs_().neg_()
+    b *= 0
+
+
+MISLEADING = (
+    *(outlier_dimensions, one_heavy_token, equal_latents, near_ties, denormal_tokens, denormal_latents),
+    *(products_that_vanish, huge_norms, overflow, huge_bias, not_finite, all_zero, all_negative),
+)
+
+
+@pytest.mark.parametrize("change", MISLEADING, ids=lambda change: change.__name__)
+def test_every_screen_gives_what_none_gives(change):
+    h, W, b = problem()
+    change(h, W, b)
+    values, indices = assert_same(h, W, b, 24)
+    if values.isfinite().all():  # and that is the definition, within the rounding of a sum of d products
+        want = by_definition(h, W, b, 24)[0].sort(1).values
+        room = gamma(97) * (h.double().norm(dim=1)[:, None] * W.double().norm(dim=1).max() + b.abs().max())
+        room += 97 * 2.0**-126  # where digits are lost below the smallest normal number
+        assert ((values.double().sort(1).values - want).abs() <= room).all()
+
+
+@pytest.mark.parametrize(
+    "N,d,F,k", [(1, 32, 7, 3), (300, 64, 3000, 700), (65, 33, 1025, 1025), (257, 40, 2048, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_shape_gives_what_none_gives(N, d, F, k, dtype):
+    assert_same(*(x.to(dtype) for x in problem(N, d, F)), k)
+
+
+def test_a_latent_that_only_the_last_digits_decide():
+    """Pairs of latents whose pre-activations differ in the last bit of float32, thousands of times."""
+    h, W, b = problem(100, 64, 4000)
+    W[2000:] = W[:2000]
+    b[2000:] = torch.nextafter(b[:2000], torch.tensor(1.0))
+    _, indices = assert_same(h, W, b, 50)
+    assert (indices >= 2000).any()
+
+
+LIMITED = """
+import torch
+from transport_geometry import kernels
+from test_encode import assert_same, problem
+assert "not exact" in kernels.describe(), kernels.describe()
+torch.set_float32_matmul_precision("medium")
+kernels._module.screen_first("integers")
+assert_same(*problem(), 24)
+"""
+
+
+@pytest.mark.slow
+def test_a_library_that_saturates_is_found_out():
+    """oneDNN without 8-bit products adds pairs of them in 16 bits: nearly every sum is wrong."""
+    if kernels._module.integers_price() == float("inf"):
+        pytest.skip("this CPU has no exact 8-bit products to be taken away")
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    subprocess.run([sys.executable, "-c", LIMITED], env=env, check=True, cwd=ROOT)
