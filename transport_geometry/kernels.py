@@ -83,15 +83,15 @@ def describe() -> str:
         return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
     if _source_hash() not in ("", _module.source):
         version += " - STALE: csrc has changed since the build, reinstall"
-    return f"kernels: C++ ({DEVICES}; encode's first screen: {_first_screen(_module)}), {version}"
+    return f"kernels: C++ ({DEVICES}; encode screens in {_first_screen(_module)}), {version}"
 
 
 def _first_screen(module: ModuleType) -> str:
     """What topk_encode tries first on this CPU, with what was measured (csrc/encode.cpp)."""
     price = module.integers_price()
     if math.isinf(price):
-        return "float32, as 8-bit products are not exact here"
-    return f"{'8 bits' if price < module.WORTH else 'float32'}: 8 bits cost {price:.2f} of a float32 GEMM"
+        return "float32 (8-bit products are not exact here)"
+    return f"{'8 bits' if price < module.WORTH else 'float32'}, {price:.2f} of a float32 GEMM"
 
 
 def _extension_serves(x: Tensor, k: int = 1) -> bool:
