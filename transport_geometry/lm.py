@@ -6,6 +6,8 @@ Shapes: B sequences, T positions, d = d_model, V = vocabulary. A hook is the out
 """
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ import transformers
 
 # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
 MPS_LONGEST_DOT = 32_767
+HEADS = 2**29  # bytes of activations that `keeping_heads` keeps
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -68,9 +71,11 @@ class Hook:
         The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final
         norm.
         """
-        self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
-        output = self._block_output(input_ids)
-        h = output[0] if isinstance(output, tuple) else output
+        way = self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
+        if _heads is None or way == "replace":
+            h = self._first(self._block_output(input_ids))
+        else:
+            h = self._head_going_on(input_ids, way)
         return h.to(torch.promote_types(h.dtype, torch.float32))
 
     def tail(self, input_ids: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
@@ -98,33 +103,99 @@ class Hook:
         """log p [B,T-1,V] of the run that is fed h [B,T,d] at the hook."""
         return log_probs(self.tail(input_ids, h))
 
+    # ------------------------------------------------------------------------ a run without its logits
+    def final(self, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """[B,T-1,d] at the positions that have a target, of the run that is fed h [B,T,d]: all that `logits`
+        needs to make logits of, a few positions at a time. Differentiable in h.
+
+        The logits themselves, [B,T-1,V], for a family that does more to them than unembed (a cap).
+        """
+        return self.tail(input_ids, h, unembedded=not self.unembeds(input_ids, h))[:, :-1]
+
+    def logits(self, final: torch.Tensor) -> torch.Tensor:
+        """Logits [n,V] of n positions of what `final` gives."""
+        if not self.model.unembeds:
+            return final
+        unembed = self.model.get_output_embeddings()
+        return torch.nn.functional.linear(final, unembed.weight, unembed.bias)
+
+    def unembeds(self, input_ids: torch.Tensor, h: torch.Tensor) -> bool:
+        """Are the logits a linear function of what the unembedding is given, and nothing else (no cap)?
+        Looked at once per model, on a few positions.
+        """
+        model = self.model
+        if "unembeds" not in vars(model):
+            x, at, norm = input_ids[:1, :16], h[:1, :16].detach(), torch.linalg.vector_norm
+            with torch.no_grad():
+                unembed = model.get_output_embeddings()
+                before = self.tail(x, at, unembedded=False)
+                guess, whole = (
+                    torch.nn.functional.linear(before, unembed.weight, unembed.bias),
+                    self.tail(x, at),
+                )
+            tolerance = 1e-2 if model.dtype == torch.bfloat16 else 1e-5
+            vars(model)["unembeds"] = bool(norm(guess - whole) <= tolerance * norm(whole))
+        return model.unembeds
+
+    def tiles(self, n: int) -> list[slice]:
+        """Of n positions, as many at a time as are held with all of the vocabulary: 8 MB of logits on the CPU
+        (more leaves the cache, and malloc returns it page by page), but 128 positions, for which the
+        unembedding is read once; 256 MB elsewhere.
+        """
+        most = 2 ** (21 if self.device.type == "cpu" else 26)
+        step = max(128, most // self.model.config.vocab_size)
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
     def clean_pass(
         self, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(log_p [B,T-1,V], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
+        """(`final` [B,T-1,d], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
 
         g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend
         on the batch); sequences do not touch each other, so one backward serves the batch. g_y is the same
         with labels drawn from the model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the
         cumulative distribution, so that the CPU's random numbers serve every device. g at the last position
         is exactly 0.
+
+        At the unembedding's input the gradient of -log p_y is p W_U - W_U[y]: of p a tile is held at a time,
+        and its product serves all labels. 2 V d multiplications a position, whatever m, and 1 + m backward
+        passes through the blocks.
         """
-        draws = [] if uniforms is None else list(uniforms)
-        labels = [input_ids[:, 1:]]
         with torch.enable_grad():
             x = h.detach().requires_grad_()
-            log_p = self.log_probs(input_ids, x)
+            final = self.final(input_ids, x)
+        flat = final.detach().flatten(0, 1)
+        u = [] if uniforms is None else list(uniforms.flatten(1))
+        labels = [input_ids[:, 1:].flatten(), *(torch.empty_like(one, dtype=torch.int64) for one in u)]
+        expected = torch.empty_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
         with torch.no_grad():
-            cdf = log_p.exp().cumsum(-1) if draws else log_p
-            for u in draws:
-                y = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True).squeeze(-1)
-                labels.append(y.clamp_(max=cdf.shape[-1] - 1))
+            for tile in self.tiles(len(flat)):
+                p = log_softmax(self.logits(flat[tile])).exp_()
+                expected[tile] = self._expected_row(p)
+                cdf = p.cumsum(-1) if u else p
+                for y, uniform in zip(labels[1:], u):
+                    at = torch.searchsorted(cdf, uniform[tile, None] * cdf[:, -1:], right=True)
+                    y[tile] = at.squeeze(-1).clamp_(max=cdf.shape[-1] - 1)
         gradients = []
         for i, y in enumerate(labels):
-            with torch.enable_grad():
-                loss = -log_p.gather(-1, y[..., None]).sum()
-            gradients.append(torch.autograd.grad(loss, x, retain_graph=i + 1 < len(labels))[0])
-        return log_p.detach(), gradients
+            upstream = self._less_row(expected, y).view_as(final).to(final.dtype)
+            gradients.append(torch.autograd.grad(final, x, upstream, retain_graph=i + 1 < len(labels))[0])
+        return final.detach(), gradients
+
+    def _expected_row(self, p: torch.Tensor) -> torch.Tensor:
+        """E_p of the unembedding's rows, p W_U [n,d] for p [n,V]; p itself where `final` is the logits."""
+        if not self.model.unembeds:
+            return p
+        pieces = self.model.get_output_embeddings().weight.split(MPS_LONGEST_DOT // 2)
+        parts = p.split(MPS_LONGEST_DOT // 2, -1)
+        products = (part @ W.to(p.dtype) for part, W in zip(parts, pieces))
+        return functools.reduce(torch.add, products)
+
+    def _less_row(self, expected: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`expected` [n,.] less the unembedding's rows of the labels y [n]."""
+        if not self.model.unembeds:
+            return expected.scatter_add(-1, y[:, None], expected.new_full((len(y), 1), -1))
+        return expected - self.model.get_output_embeddings().weight.index_select(0, y)
 
     def plans(
         self, input_ids: torch.Tensor, h: torch.Tensor, look: Callable[[int, torch.Tensor], object]
@@ -144,6 +215,30 @@ class Hook:
             return self.tail(input_ids, h)
 
     # ---------------------------------------------------------------------- how the model is run in parts
+    def _head_going_on(self, input_ids: torch.Tensor, way: str) -> torch.Tensor:
+        """h in the model's dtype, from that of an earlier hook of the same model on the same text where
+        `keeping_heads` has it: the blocks between, on the same numbers, give the same bits.
+        """
+        assert _heads is not None
+        key = id(self.model), self.device, input_ids.shape, hashlib.sha256(input_ids.cpu().numpy()).digest()
+        if _heads and next(iter(_heads))[0] != id(self.model):
+            _heads.clear()  # the model before this one
+        layer, h = _heads.get(key, (-1, None))
+        if layer == self.layer:
+            return h
+        before: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if 0 <= layer < self.layer:
+            before = _computing(blocks(self.model)[: layer + 1], _giving(h, way))
+        with before:
+            h = self._first(self._block_output(input_ids))
+        if layer < self.layer and (layer >= 0 or (len(_heads) + 1) * h.nbytes <= HEADS):
+            _heads[key] = self.layer, h
+        return h
+
+    @staticmethod
+    def _first(output: Any) -> torch.Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
     def _block_output(self, input_ids: torch.Tensor) -> Any:
         """What the block returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after
         it.
@@ -171,10 +266,8 @@ class Hook:
         def replaced(module: Any, inputs: Any, output: Any) -> Any:
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
-        def given(*args: Any, **kwargs: Any) -> Any:
-            return (h,) if way == "tuple" else h
-
-        patch = first[-1].register_forward_hook(replaced) if way == "replace" else _computing(first, given)
+        patch = first[-1].register_forward_hook(replaced) if way == "replace" else None
+        patch = patch or _computing(first, _giving(h, way))
         with patch:
             return self.model(input_ids, use_cache=False).logits
 
@@ -212,6 +305,34 @@ class Hook:
 
 class _Stop(Exception):
     pass
+
+
+_heads: dict[tuple, tuple[int, torch.Tensor]] | None = (
+    None  # {model and text: (layer, h)} where they are kept
+)
+
+
+@contextlib.contextmanager
+def keeping_heads() -> Iterator[None]:
+    """Within, `Hook.head` goes on from what it gave for an earlier hook of the same model on the same text,
+    so that a model's hooks in ascending order cost one forward. The weights must stay as they are. HEADS bytes
+    at most are kept: of what is beyond, every hook's head runs from the start.
+    """
+    global _heads
+    before, _heads = _heads, {}
+    try:
+        yield
+    finally:
+        _heads = before
+
+
+def _giving(h: torch.Tensor, way: str) -> Callable:
+    """A block's forward that gives h, whatever it is given: see `Hook._logits` for the ways."""
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        return (h,) if way == "tuple" else h
+
+    return given
 
 
 def _unchanged(y: torch.Tensor) -> torch.Tensor:
@@ -291,7 +412,12 @@ def plain_attention(
 # ------------------------------------------------------------------------------------------ log-probabilities
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
     """log p [B,T-1,V] at the positions that have a target, from logits [B,T,V]."""
-    return torch.log_softmax(logits[:, :-1].float(), -1)
+    return log_softmax(logits[:, :-1])
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """log p of logits [...,V], float32 at least."""
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
 
 
 def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -300,14 +426,14 @@ def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) per position, [B,T-1], in nats, right in float32 down to 1e-7.
+    """KL(p || q) per position, [...], from p, log p and log q [...,V], in nats, right in float32 down to 1e-7.
 
     Summing p (log p - log q) cancels to nothing for small KL. There, with c = dz - E_p dz, KL =
     log1p(E_p[expm1(c) - c]), and the bracket by its series where |c| < 0.05. For large changes the plain sum
     is exact. expm1 overflows beyond 88, where p is too small to have risen to anything in a small KL.
     """
     change = log_q - log_p
-    kl = -torch.einsum("btv,btv->bt", p, change)
+    kl = -torch.einsum("...v,...v->...", p, change)
     small = kl < 0.01
     if small.any():
         c = (change[small] + kl[small][:, None]).clamp(max=80.0)
@@ -332,7 +458,8 @@ def check_parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> N
         hook.to(on)
         x = input_ids.to(on)
         h = hook.head(x)
-        log_p, (g,) = hook.clean_pass(x, h)
+        final, (g,) = hook.clean_pass(x, h)
+        log_p = log_softmax(hook.logits(final))
         d = h.shape[-1]
         W = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)).to(on)
         values, _ = kernels.topk_encode(h.flatten(0, 1), W, torch.zeros(4 * d, device=on), min(32, 4 * d))

@@ -165,7 +165,7 @@ def coded_rows(
             g = torch.cat(clean.g_sampled).cpu().double()
             G += g.T @ g / DRAWS
             for key, coder in coders.items():
-                patch = patched(clean, coder, shared, clean.log_p)
+                patch = patched(clean, coder, shared)
                 into = sent[key]
                 for name, value in quantities(patch).items():
                     np.add.at(into.sums[name], here, value)

@@ -18,7 +18,7 @@ from transport_geometry.evaluate import Activations, Reconstruction, Result, Ter
 from transport_geometry.given import Given
 from transport_geometry.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.libraries import r2_by_library
-from transport_geometry.lm import Hook, check_parity, pick_device
+from transport_geometry.lm import Hook, check_parity, keeping_heads, pick_device
 from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, computed
 from transport_geometry.plant import TurnedSAE, felt
 from transport_geometry.results import (
@@ -119,11 +119,13 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     ranks.wait()
     missing = not_measured(eval_sets, out)
     if not grid.saes:
-        train(missing, command.cache, device)
+        with keeping_heads(), text.keeping_rows():
+            train(missing, command.cache, device)
     ranks.wait()
     part = out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else out
-    for share in tqdm(shares(missing), desc="hooks", leave=False):
-        add_results(part, settings, measure(share, command, device, experiment))
+    with keeping_heads():
+        for share in tqdm(shares(missing), desc="hooks", leave=False):
+            add_results(part, settings, measure(share, command, device, experiment))
     ranks.leave()
     if ranks.RANK:
         return None
