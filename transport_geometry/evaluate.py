@@ -5,6 +5,8 @@ gives its metrics as ratios of weighted sums. One mask for everything: the posit
 0..T-2. Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences in all.
 """
 
+import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +14,15 @@ from typing import TypeVar
 
 from transport_geometry import kernels
 from transport_geometry.errors import Fault
-from transport_geometry.lm import Hook, kl_divergence, log_softmax
+from transport_geometry.lm import HEADS, Hook, kl_divergence, log_softmax, text_key
 from transport_geometry.metrics import METRICS
 from transport_geometry.patch import Clean, Patch
+from transport_geometry.progress import Progress, line
 from transport_geometry.sae import SAE, TopKSAE, must_vary, sink_positions
 
 import numpy as np
 import torch
 from torch.nn.functional import layer_norm
-from tqdm import tqdm
 
 DRAWS = 4  # of sampled labels
 # an SAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]
@@ -49,9 +51,47 @@ class Activations:
         for start in range(0, len(input_ids), batch):
             here, device = slice(start, start + batch), hook.device
             x, h = input_ids[here].to(device), self.h[here].to(device)
-            final, gradients = hook.clean_pass(x, h, uniforms[here].transpose(0, 1).to(device))
+            final, gradients = clean_run(hook, x, h, uniforms[here].transpose(0, 1).to(device))
             g, *g_sampled = [gradient[:, :-1].flatten(0, 1) for gradient in gradients]
             yield Clean(hook, x, h, self.sink[here], final, g, g_sampled)
+
+
+# {model, text and labels: (layer, final, gradients)} where they are kept
+_runs: dict[tuple, tuple[int, torch.Tensor, list[torch.Tensor]]] | None = None
+
+
+@contextlib.contextmanager
+def keeping_clean_runs() -> Iterator[None]:
+    """Within, the clean run of a hook goes on from that of a later hook of the same model on the same text
+    and labels: through the blocks between only, so that a model's hooks in descending order cost one. The
+    weights must stay as they are. HEADS bytes at most are kept.
+    """
+    global _runs
+    before, _runs = _runs, {}
+    try:
+        yield
+    finally:
+        _runs = before
+
+
+def clean_run(
+    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`Hook.clean_pass`; h is the head's."""
+    if _runs is None or not hook.splits(input_ids):
+        return hook.clean_pass(input_ids, h, uniforms)
+    key = (*text_key(hook, input_ids), hashlib.sha256(uniforms.cpu().numpy().tobytes()).digest())
+    if _runs and next(iter(_runs))[0] != id(hook.model):
+        _runs.clear()  # the model before this one
+    if key in _runs and _runs[key][0] >= hook.layer:
+        layer, final, gradients = _runs[key]
+        if layer > hook.layer:
+            gradients = hook.pull_back(layer, input_ids, h, gradients)
+    else:
+        final, gradients = hook.clean_pass(input_ids, h, uniforms)
+    if key in _runs or (len(_runs) + 1) * (final.nbytes + sum(g.nbytes for g in gradients)) <= HEADS:
+        _runs[key] = hook.layer, final, gradients
+    return final, gradients
 
 
 def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
@@ -97,6 +137,7 @@ def evaluate(
     shared: Activations | None = None,
     document: np.ndarray | None = None,
     label: str = "",
+    bar: Progress | None = None,
 ) -> dict[Name, Result]:
     """Patch every reconstruction into every batch of input_ids [S,T].
 
@@ -107,7 +148,8 @@ def evaluate(
 
     Of the vocabulary a tile is held at a time (`Hook.tiles`), for all reconstructions: about 6 x 4 V bytes a
     position of the tile. A batch holds 4 N (4 d + 3 k) bytes for each reconstruction. Where the logits are
-    more than an unembedding, the batch is the tile, and reconstructions come one at a time.
+    more than an unembedding, the batch is the tile, and reconstructions come one at a time. bar: the run's,
+    which is told of every sequence of every reconstruction.
     """
     half = (np.arange(len(input_ids)) if document is None else document) % 2
     shared = shared or activations(hook, input_ids, batch)
@@ -115,8 +157,7 @@ def evaluate(
     pieces: dict[Name, list] = {name: [] for name in reconstructions}
     fired: dict[Name, np.ndarray] = {}
     start, everyone = 0, list(reconstructions)
-    total = len(input_ids) * len(pieces)
-    with tqdm(total=total, unit="seq", desc=f"patching {label}", leave=False) as bar, torch.no_grad():
+    with line(bar, f"patching {label}", len(input_ids) * len(pieces)) as bar, torch.no_grad():
         ce_zero, _ = ablated(hook, input_ids, torch.zeros_like(shared.mean), batch)
         ce_mean, final_mean = ablated(hook, input_ids, shared.mean, batch)
         at_once = len(pieces) if hook.model.unembeds else 1
@@ -143,8 +184,8 @@ def evaluate(
                         )
                     kept = {q: v.float().numpy() for q, v in quantities.items()} if keep_tokens else {}
                     pieces[name].append((sums, kept))
-                    if isinstance(reconstructions[name], SAE):
-                        counts = fired_in(patch, len(reconstructions[name].W_dec), half[here])
+                    if isinstance(sae := reconstructions[name], SAE):
+                        counts = fired_in(patch, len(sae.W_dec), half[here])
                         fired[name] = fired.get(name, 0) + counts
                     bar.update(here.stop - here.start)
             start = here.stop
@@ -274,22 +315,29 @@ def outcomes(
     finals and calm: `Hook.final` [B,T-1,d] of the patched runs, and of those with clean sinks.
     """
     hook, of_clean = clean.hook, clean.final.flatten(0, 1)
+    n, wide = len(of_clean), torch.promote_types(of_clean.dtype, torch.float32)
     ours = {id(final): final.flatten(0, 1) for final in (*finals, *calm)}
-    wide = torch.promote_types(of_clean.dtype, torch.float32)
-    ce = {key: of_clean.new_empty(len(of_clean), dtype=wide) for key in (*ours, id(clean.final))}
-    kl = {id(final): torch.zeros_like(ce[id(clean.final)]) for final in finals}
+    ours.pop(id(clean.final), None)
+    ce = {key: of_clean.new_empty(n, dtype=wide) for key in (*ours, id(clean.final))}
+    kl = {id(final): of_clean.new_zeros(n, dtype=wide) for final in finals}
     targets = clean.input_ids[:, 1:].reshape(-1, 1)
-    for tile in hook.tiles(len(of_clean)):
+    tiles = hook.tiles(n)
+    # two runs meet the unembedding at once, in memory that is there already
+    rows, V = 2 * max(tile.stop - tile.start for tile in tiles), hook.logits(of_clean[:1]).shape[-1]
+    z = of_clean.new_empty(rows, V)
+    log_q = z if z.dtype == wide else z.new_empty(z.shape, dtype=wide)
+    for tile in tiles:
         log_p = log_softmax(hook.logits(of_clean[tile]))
         p = log_p.exp()
         ce[id(clean.final)][tile] = -log_p.gather(1, targets[tile]).squeeze(1)
-        for key, final in ours.items():
-            if key == id(clean.final):
-                continue
-            log_q = log_softmax(hook.logits(final[tile]))
-            ce[key][tile] = -log_q.gather(1, targets[tile]).squeeze(1)
-            if key in kl:
-                kl[key][tile] = kl_divergence(p, log_p, log_q)
+        for first in range(0, len(ours), 2):
+            keys = list(ours)[first : first + 2]
+            x = torch.cat([ours[key][tile] for key in keys])
+            both = log_softmax(hook.logits(x, z[: len(x)]), log_q[: len(x)])  # of z in place
+            for key, one in zip(keys, both.chunk(len(keys))):
+                ce[key][tile] = -one.gather(1, targets[tile]).squeeze(1)
+                if key in kl:
+                    kl[key][tile] = kl_divergence(p, log_p, one)
     return [
         {
             "ce_orig": clean.per_token(ce[id(clean.final)]),
@@ -304,7 +352,7 @@ def outcomes(
 def patch_quantities(
     patch: Patch, common: dict[str, torch.Tensor], shared: Activations
 ) -> dict[str, torch.Tensor]:
-    """{quantity: [B,T-1]} of one patched run but its losses, those of the registry's own terms among them."""
+    """{quantity: [B,T-1]} of one patched run but its losses, the registry's own terms among them."""
     clean, stats, delta, top = patch.clean, patch.stats, patch.delta_flat, shared.top
     h, per_token = clean.h_flat, clean.per_token
     keep, d = (~clean.sink).double(), h.shape[1]

@@ -20,7 +20,7 @@ import transformers
 
 # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
 MPS_LONGEST_DOT = 32_767
-HEADS = 2**29  # bytes of activations that `keeping_heads` keeps
+HEADS = 2**30  # bytes of activations that `keeping_heads` keeps, and of gradients as many
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -71,11 +71,12 @@ class Hook:
         The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final
         norm.
         """
-        way = self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
-        if _heads is None or way == "replace":
-            h = self._first(self._block_output(input_ids))
-        else:
-            h = self._head_going_on(input_ids, way)
+        self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
+        with torch.no_grad():
+            if _heads is None or not self.splits(input_ids):
+                h = self._first(self._block_output(input_ids))
+            else:
+                h = self._head_going_on(input_ids)
         return h.to(torch.promote_types(h.dtype, torch.float32))
 
     def tail(self, input_ids: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
@@ -112,12 +113,18 @@ class Hook:
         """
         return self.tail(input_ids, h, unembedded=not self.unembeds(input_ids, h))[:, :-1]
 
-    def logits(self, final: torch.Tensor) -> torch.Tensor:
-        """Logits [n,V] of n positions of what `final` gives."""
+    def logits(self, final: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [n,V] of n positions of what `final` gives; in `out` [n,V], of the model's dtype and
+        without gradient, where it is given and they are not there already.
+        """
         if not self.model.unembeds:
             return final
         unembed = self.model.get_output_embeddings()
-        return torch.nn.functional.linear(final, unembed.weight, unembed.bias)
+        if out is None:
+            return torch.nn.functional.linear(final, unembed.weight, unembed.bias)
+        if unembed.bias is None:
+            return torch.mm(final, unembed.weight.T, out=out)
+        return torch.addmm(unembed.bias, final, unembed.weight.T, out=out)
 
     def unembeds(self, input_ids: torch.Tensor, h: torch.Tensor) -> bool:
         """Are the logits a linear function of what the unembedding is given, and nothing else (no cap)?
@@ -138,11 +145,11 @@ class Hook:
         return model.unembeds
 
     def tiles(self, n: int) -> list[slice]:
-        """Of n positions, as many at a time as are held with all of the vocabulary: 8 MB of logits on the CPU
-        (more leaves the cache, and malloc returns it page by page), but 128 positions, for which the
-        unembedding is read once; 256 MB elsewhere.
+        """Of n positions, as many at a time as are held with all of the vocabulary: 4 MB of logits on the CPU
+        (more leaves the cache), but 128 positions, for which the unembedding is read once (below 32 MB malloc
+        does not return it page by page); 128 MB elsewhere.
         """
-        most = 2 ** (21 if self.device.type == "cpu" else 26)
+        most = 2 ** (20 if self.device.type == "cpu" else 25)
         step = max(128, most // self.model.config.vocab_size)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
@@ -215,25 +222,51 @@ class Hook:
             return self.tail(input_ids, h)
 
     # ---------------------------------------------------------------------- how the model is run in parts
-    def _head_going_on(self, input_ids: torch.Tensor, way: str) -> torch.Tensor:
+    def _head_going_on(self, input_ids: torch.Tensor) -> torch.Tensor:
         """h in the model's dtype, from that of an earlier hook of the same model on the same text where
         `keeping_heads` has it: the blocks between, on the same numbers, give the same bits.
         """
         assert _heads is not None
-        key = id(self.model), self.device, input_ids.shape, hashlib.sha256(input_ids.cpu().numpy()).digest()
+        key = text_key(self, input_ids)
         if _heads and next(iter(_heads))[0] != id(self.model):
             _heads.clear()  # the model before this one
         layer, h = _heads.get(key, (-1, None))
-        if layer == self.layer:
-            return h
-        before: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if 0 <= layer < self.layer:
-            before = _computing(blocks(self.model)[: layer + 1], _giving(h, way))
-        with before:
+        if h is not None and layer <= self.layer:
+            h = Hook(self.model, layer).up_to(self.layer, input_ids, h)
+        else:
             h = self._first(self._block_output(input_ids))
-        if layer < self.layer and (layer >= 0 or (len(_heads) + 1) * h.nbytes <= HEADS):
+        if key in _heads or (len(_heads) + 1) * h.nbytes <= HEADS:
             _heads[key] = self.layer, h
         return h
+
+    def up_to(self, layer: int, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """What block `layer`, this hook's or a later one, puts out in the run that is fed h [B,T,d] at the
+        hook: [B,T,d] in the model's dtype. Differentiable in h. For families that `splits`.
+        """
+        h = h.to(self.model.dtype)
+        if layer == self.layer:
+            return h
+        way = self.way_to_patch(input_ids)
+        with _computing(blocks(self.model)[: self.layer + 1], _giving(h, way)):
+            return self._first(Hook(self.model, layer)._block_output(input_ids))
+
+    def splits(self, input_ids: torch.Tensor) -> bool:
+        """Is all that follows the hook a function of h, so that a hook may go on from an earlier one?"""
+        return self.way_to_patch(input_ids) != "replace"
+
+    def pull_back(
+        self, layer: int, input_ids: torch.Tensor, h: torch.Tensor, gradients: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Gradients [B,T,d] at a later hook, that of block `layer`, as they are at this one, in the run that
+        is fed h [B,T,d]: one forward and one backward for each through the blocks between.
+        """
+        with torch.enable_grad():
+            x = h.detach().requires_grad_()
+            later = self.up_to(layer, input_ids, x)
+        return [
+            torch.autograd.grad(later, x, g.to(later.dtype), retain_graph=i + 1 < len(gradients))[0]
+            for i, g in enumerate(gradients)
+        ]
 
     @staticmethod
     def _first(output: Any) -> torch.Tensor:
@@ -250,7 +283,7 @@ class Hook:
             raise _Stop
 
         block = blocks(self.model)[self.layer]
-        with block.register_forward_hook(keep), torch.no_grad(), contextlib.suppress(_Stop):
+        with block.register_forward_hook(keep), contextlib.suppress(_Stop):
             self.model(input_ids, use_cache=False)
         return kept[0]
 
@@ -266,9 +299,8 @@ class Hook:
         def replaced(module: Any, inputs: Any, output: Any) -> Any:
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
-        patch = first[-1].register_forward_hook(replaced) if way == "replace" else None
-        patch = patch or _computing(first, _giving(h, way))
-        with patch:
+        whole = way == "replace"
+        with first[-1].register_forward_hook(replaced) if whole else _computing(first, _giving(h, way)):
             return self.model(input_ids, use_cache=False).logits
 
     def way_to_patch(self, input_ids: torch.Tensor) -> str:
@@ -315,8 +347,8 @@ _heads: dict[tuple, tuple[int, torch.Tensor]] | None = (
 @contextlib.contextmanager
 def keeping_heads() -> Iterator[None]:
     """Within, `Hook.head` goes on from what it gave for an earlier hook of the same model on the same text,
-    so that a model's hooks in ascending order cost one forward. The weights must stay as they are. HEADS bytes
-    at most are kept: of what is beyond, every hook's head runs from the start.
+    so that a model's hooks in ascending order cost one forward. The weights must stay as they are. HEADS
+    bytes at most are kept: of what is beyond, every hook's head runs from the start.
     """
     global _heads
     before, _heads = _heads, {}
@@ -324,6 +356,16 @@ def keeping_heads() -> Iterator[None]:
         yield
     finally:
         _heads = before
+
+
+def text_key(hook: Hook, input_ids: torch.Tensor) -> tuple:
+    """What names a model and a text, for what is kept of them."""
+    return (
+        id(hook.model),
+        hook.device,
+        input_ids.shape,
+        hashlib.sha256(input_ids.cpu().numpy().tobytes()).digest(),
+    )
 
 
 def _giving(h: torch.Tensor, way: str) -> Callable:
@@ -415,9 +457,12 @@ def log_probs(logits: torch.Tensor) -> torch.Tensor:
     return log_softmax(logits[:, :-1])
 
 
-def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """log p of logits [...,V], float32 at least."""
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+def log_softmax(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """log p of logits [...,V], float32 at least; in `out` where it is given."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if out is None:
+        return torch.log_softmax(logits, -1, dtype=dtype)
+    return torch.log_softmax(logits, -1, dtype=dtype, out=out)
 
 
 def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -426,7 +471,7 @@ def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) per position, [...], from p, log p and log q [...,V], in nats, right in float32 down to 1e-7.
+    """KL(p || q) [...] from p, log p and log q [...,V], in nats, right in float32 down to 1e-7.
 
     Summing p (log p - log q) cancels to nothing for small KL. There, with c = dz - E_p dz, KL =
     log1p(E_p[expm1(c) - c]), and the bracket by its series where |c| < 0.05. For large changes the plain sum

@@ -76,7 +76,9 @@ def find(data: str) -> Source:
 def hash_of(files: list[pathlib.Path]) -> str:
     """SHA-256 of what files hold, in this order, and of their formats; a bar on what takes over 2 s."""
     whole, size = hashlib.sha256(), sum(path.stat().st_size for path in files)
-    with tqdm(total=size, unit="B", unit_scale=True, delay=2, leave=False, desc="hash of the text") as bar:
+    with tqdm(
+        total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None, desc="hash of the text"
+    ) as bar:
         for path in files:
             one = hashlib.sha256()
             with path.open("rb") as file:
