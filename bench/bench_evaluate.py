@@ -174,7 +174,7 @@ def main() -> None:
         for i in range(args.saes):
             k = min(KS[i % len(KS)], expansion * d)
             saes[f"k={k} #{i}"] = tied_init(d, expansion * d, k, i, shared.mean).requires_grad_(False)
-        picked = [list(saes)[(i * (len(KS) + 1)) % len(saes)] for i in range(args.alone)]
+        picked = [list(saes)[i] for i in np.linspace(0, len(saes) - 1, args.alone).astype(int)]
         uniforms = label_uniforms(input_ids)
         # both once, so that neither pays for what is made once
         evaluate(hook, input_ids[:1], {picked[0]: saes[picked[0]]}, batch)
