@@ -109,6 +109,11 @@ def test_rows_that_are_kept_are_the_rows(tmp_path):
     with text.keeping_rows():
         for n in (7, 3, 31, 60, 60):
             assert torch.equal(first(n), truth[:n])
+    with text.keeping_rows():  # two that overtake each other, and one that comes after
+        one, other = (text.train_rows(str(tmp_path), Letters(), 8, 1) for _ in range(2))
+        for rows, n in ((one, 5), (other, 6), (one, 2)):
+            list(itertools.islice(rows, n))
+        assert torch.equal(first(60), truth)
 
 
 # ------------------------------------------------------------------------------------------------- ablations
