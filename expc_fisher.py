@@ -129,7 +129,8 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> dict[str, list[d
 
 
 # of `terms` through the tail: two in forward mode, about three each, and two patches
-EXPERIMENT = Experiment("expc_fisher", terms, OWN, study, more_passes=8)
+# and of `study`: 9 backward passes of all the text, some 140 of one batch
+EXPERIMENT = Experiment("expc_fisher", terms, OWN, study, more_passes=8, study_passes=34)
 
 
 # ---------------------------------------------------------------------------------------------- analysis

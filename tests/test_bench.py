@@ -60,6 +60,14 @@ def test_bench_kernels():
     assert min(by_torch + by_gemm) > 0
 
 
+def test_bench_evaluate():
+    """Together and one at a time, the same numbers."""
+    said = bench("bench_evaluate", "--small", *"--saes 7 --alone 3 --sequences 3".split())
+    assert float(re.search(r"ratio: ([\d.]+)", said)[1]) > 0
+    worst = dict(re.findall(r"(\w+) (\S+?)(?:,|$)", said.splitlines()[-1]))
+    assert len(worst) == 16 and max(map(float, worst.values())) < 1e-4, worst
+
+
 # ----------------------------------------------------------------------------------------------- SAEs trained
 def test_trunk():
     ((row,),) = tables(bench("trunk", *"2k,4k --k 4 --seeds 2 --held 2".split()))

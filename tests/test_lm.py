@@ -2,7 +2,7 @@
 
 import math
 
-from transport_geometry.lm import Hook, cross_entropy, kl_divergence, log_probs
+from transport_geometry.lm import Hook, cross_entropy, kl_divergence, log_probs, log_softmax
 from transport_geometry.patch import Clean, Patch
 
 import pytest
@@ -49,14 +49,8 @@ def double_log_probs(logits):
     return torch.log_softmax(logits[:, :-1], -1)
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """log_probs casts to float32 in production; the truths below need float64."""
-    monkeypatch.setattr("transport_geometry.lm.log_probs", double_log_probs)
-
-
 @pytest.mark.parametrize("layer", [0, 2])
-def test_g_against_central_differences(tiny, rows, layer, exact):
+def test_g_against_central_differences(tiny, rows, layer):
     h = Hook(tiny, layer).head(rows)
     _, (g,) = Hook(tiny, layer).clean_pass(rows, h)
     generator = torch.Generator().manual_seed(3)
@@ -71,7 +65,7 @@ def test_g_against_central_differences(tiny, rows, layer, exact):
         assert abs(slope - (g * delta).sum()) < 1e-7 * slope.abs().clamp(min=1)
 
 
-def test_g_is_of_the_sum_so_batches_do_not_matter(tiny, rows, exact):
+def test_g_is_of_the_sum_so_batches_do_not_matter(tiny, rows):
     h = Hook(tiny, 1).head(rows)
     _, (g,) = Hook(tiny, 1).clean_pass(rows, h)
     one_by_one = [Hook(tiny, 1).clean_pass(rows[i : i + 1], h[i : i + 1])[1][0] for i in range(len(rows))]
@@ -84,19 +78,21 @@ def test_last_position_has_no_gradient_and_the_first_has(tiny, rows):
         assert (g[:, -1] == 0).all() and (g[:, 0].abs().sum(-1) > 0).all()
 
 
-def test_all_ones_is_a_null_direction_of_a_gpt_neox_hook(tiny, rows, exact):
+def test_all_ones_is_a_null_direction_of_a_gpt_neox_hook(tiny, rows):
     """Every reader of the residual stream is a LayerNorm, which removes the mean over d."""
     h = Hook(tiny, 1).head(rows)
-    log_p, (g,) = Hook(tiny, 1).clean_pass(rows, h)
+    final, (g,) = Hook(tiny, 1).clean_pass(rows, h)
+    log_p = log_softmax(Hook(tiny, 1).logits(final))
     assert g.sum(-1).abs().max() < 1e-12 * g.abs().max() * h.shape[-1]
     shifted = double_log_probs(Hook(tiny, 1).tail(rows, h + 10 * torch.randn(3, 12, 1, dtype=h.dtype)))
     torch.testing.assert_close(shifted, log_p, rtol=0, atol=1e-10)
 
 
-def test_g_of_the_last_layer_in_closed_form(tiny, rows, exact):
+def test_g_of_the_last_layer_in_closed_form(tiny, rows):
     """g = J_LN' W_U' (p - e_y), the LayerNorm Jacobian written out."""
     h = Hook(tiny, 2).head(rows)
-    log_p, (g,) = Hook(tiny, 2).clean_pass(rows, h)
+    final, (g,) = Hook(tiny, 2).clean_pass(rows, h)
+    log_p = log_softmax(Hook(tiny, 2).logits(final))
     norm, W_U = tiny.gpt_neox.final_layer_norm, tiny.get_output_embeddings().weight
     residual = log_p.exp()
     residual.scatter_add_(-1, rows[:, 1:, None], -torch.ones_like(residual[..., :1]))
@@ -111,7 +107,7 @@ def test_g_of_the_last_layer_in_closed_form(tiny, rows, exact):
     torch.testing.assert_close(g[:, :-1], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_sampled_labels_give_the_true_fisher(tiny, rows, exact):
+def test_sampled_labels_give_the_true_fisher(tiny, rows):
     """E_y (g_y.delta)^2 summed over a sequence = sum_t Var_p(J delta), J by forward-mode differentiation."""
     h = Hook(tiny, 1).head(rows)
     delta = 0.3 * torch.randn(h.shape, generator=torch.Generator().manual_seed(4), dtype=h.dtype)
@@ -138,7 +134,7 @@ def test_sampled_labels_give_the_true_fisher(tiny, rows, exact):
 
 def test_drawn_labels_follow_p(tiny, rows):
     h = Hook(tiny, 2).head(rows)
-    log_p, gradients = Hook(tiny, 2).clean_pass(
+    _, gradients = Hook(tiny, 2).clean_pass(
         rows, h, torch.tensor([0.0, 1 - 2**-24]).view(2, 1, 1).expand(2, 3, 11)
     )
     assert all(torch.isfinite(g).all() for g in gradients)  # both ends of [0, 1) are labels
@@ -197,13 +193,13 @@ def test_plans_are_those_of_the_models_own_eager_attention(tiny, rows):
 def test_a_patch_shows_its_plans(tiny, rows):
     hook = Hook(tiny, 1)
     h = hook.head(rows)
-    log_p, (g,) = hook.clean_pass(rows, h)
+    final, (g,) = hook.clean_pass(rows, h)
     sink = torch.zeros(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool)
-    clean = Clean(hook, rows, h, sink, log_p, log_p.exp(), g[:, :-1].flatten(0, 1), [])
+    clean = Clean(hook, rows, h, sink, final, g[:, :-1].flatten(0, 1), [])
     moved = clean.h_flat + torch.randn(
         clean.h_flat.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(3)
     )
-    patch = Patch(clean, moved, None, None, {}, clean.log_probs(clean.whole(moved)))
+    patch = Patch(clean, moved, None, None, {}, clean.final_of(moved))
     assert (patch.delta[:, -1] == 0).all() and torch.equal(
         patch.delta[:, :-1].flatten(0, 1), moved - clean.h_flat
     )

@@ -17,7 +17,7 @@ from transport_geometry.cost import shape_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
 from transport_geometry.fisher import same_form, sequence_form
-from transport_geometry.lm import Hook
+from transport_geometry.lm import Hook, log_softmax
 from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import fingerprint, load_model
 from transport_geometry.sae import tied_init
@@ -229,8 +229,8 @@ def test_everything_but_the_model_is_at_least_float32(input_ids):
         hook = Hook(model, 1)
         h = hook.head(input_ids)
         assert h.dtype == outside
-        log_p, (g, g_y) = hook.clean_pass(input_ids, h, torch.rand(1, 2, 11))
-        assert g.dtype == g_y.dtype == outside and log_p.dtype == torch.float32
+        final, (g, g_y) = hook.clean_pass(input_ids, h, torch.rand(1, 2, 11))
+        assert g.dtype == g_y.dtype == log_softmax(hook.logits(final)).dtype == outside
         logits = hook.tail(input_ids, h)
         assert torch.equal(logits, model(input_ids).logits) and logits.dtype == dtype
 
@@ -293,8 +293,8 @@ def both_dtypes():
         h = hook.head(input_ids)
         delta = sae.decode(*sae.encode(h.flatten(0, 1))).view_as(h) - h
         delta[:, -1] = 0
-        log_p, (g,) = hook.clean_pass(input_ids, h)
-        p = log_p.exp()
+        final, (g,) = hook.clean_pass(input_ids, h)
+        p = log_softmax(hook.logits(final)).exp()
         sequence, same = (form(hook, input_ids, h, delta, p) for form in (sequence_form, same_form))
         assert sequence.dtype == same.dtype == torch.float32
         one = Sums({q: v[None] for q, v in sums.items()}, np.ones((1, 8)), h.shape[-1])

@@ -8,7 +8,7 @@ from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
 from transport_geometry.evaluate import DRAWS
 from transport_geometry.grid import Command, Grid
-from transport_geometry.lm import pick_device
+from transport_geometry.lm import HEADS, pick_device
 from transport_geometry.models import EMBEDDED, pick_layer, read_config
 from transport_geometry.tables import markdown, readable_count
 from transport_geometry.train import CHUNK, RECIPES, trunk
@@ -59,29 +59,54 @@ def block_size(model: Any) -> int:
     return (whole - 2 * config.vocab_size * config.hidden_size) // config.num_hidden_layers
 
 
+def blocks_run(layer: int, before: int, activations: int) -> int:
+    """Blocks that a hook's head runs on a training text: those since the model's hook before it, where that
+    one's activations (so many numbers) are kept.
+    """
+    return layer - before if before < layer and 4 * activations <= HEADS else layer + 1
+
+
+def token_flops(d: int, d_sae: int, overhead: int = OVERHEAD) -> float:
+    """Of a token in the training of an SAE: the encode, and the sparse rest."""
+    return 5 * d * d_sae + 2 * overhead
+
+
+def evaluation_flops(model: Any, layer: int, passes: int, codes: int, overhead: int = 0) -> float:
+    """Of a token in a hook's evaluation: the head; the clean run, and through the blocks after the hook one
+    backward pass for each set of labels, through the unembedding one for all, which the losses meet again;
+    `passes` through the tail; the encoders of `codes` latents. overhead: multiplications as long as what a
+    block costs besides them.
+    """
+    d, vocab = model.config.hidden_size, model.config.vocab_size
+    block, after = block_size(model) + overhead, model.config.num_hidden_layers - 1 - layer
+    blocks = layer + 1 + after * (2 + DRAWS + passes)
+    return 2 * (block * blocks + vocab * d * (3 + passes) + d * codes)
+
+
 def cost(
-    name: str, layer: int | None, grid: Grid, more_passes: int = 0, widths: list[int] | None = None
+    name: str,
+    layer: int | None,
+    grid: Grid,
+    more_passes: int = 0,
+    widths: list[int] | None = None,
+    before: int = -1,
 ) -> dict[str, Any]:
     """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products:
-    a row. widths: of SAEs that exist.
+    a row. widths: of SAEs that exist. before: the layer of the model's hook before this one.
     """
     model = shape_of(name, grid.revision)
     layer, d = pick_layer(model, name, layer), model.config.hidden_size
-    n_layers, vocab = model.config.num_hidden_layers, model.config.vocab_size
-    block = block_size(model)
-    head, tail = 2 * block * (layer + 1), 2 * (block * (n_layers - layer - 1) + vocab * d)
     d_sae, n_tok, longest = grid.expansion * d, grid.eval_seqs * grid.ctx, max(grid.tokens)
-    dense = 2 * d * d_sae
     if widths:
-        saes, trained, training, live, of_codes = len(widths), 0.0, 0.0, 1, 2 * d * sum(widths)
+        saes, trained, training, live, codes = len(widths), 0.0, 0.0, 1, sum(widths)
     else:
         saes = len(grid.recipes) * len(grid.tokens) * runs(grid)
         trained, live = training_work(grid)
-        training = len(grid.sinks) * longest * head + trained * 2.5 * dense  # encode, and the sparse rest
-        of_codes = (saes + len(NULLS)) * dense
-    forward_and_backward = 1 + 2 * (1 + DRAWS)
-    patches = 2 + (2 + more_passes) * (saes + len(NULLS))  # two ablations; each patch once more, sinks clean
-    evaluation = n_tok * (head + tail * (forward_and_backward + patches) + of_codes)
+        head = 2 * block_size(model) * blocks_run(layer, before, longest * d)
+        training = len(grid.sinks) * longest * head + trained * token_flops(d, d_sae, overhead=0)
+        codes = (saes + len(NULLS)) * d_sae
+    passes = (2 + more_passes) * (saes + len(NULLS))  # each patch once more, sinks clean
+    evaluation = n_tok * evaluation_flops(model, layer, passes, codes)
     parameters = 4 * 2 * d * (max(widths) if widths else d_sae)  # bytes
     return dict(
         hook=f"{name}@{layer}",
@@ -138,7 +163,10 @@ def dry_run(command: Command, more_passes: int = 0) -> None:
     if grid.saes:
         rows = dry_run_of_files(grid, more_passes)
     else:
-        rows = [cost(name, layer, grid, more_passes) for name, layer in grid.models]
+        rows, before = [], dict[str, int]()
+        for name, layer in grid.models:
+            rows.append(cost(name, layer, grid, more_passes, before=before.get(name, -1)))
+            before[name] = int(rows[-1]["hook"].rpartition("@")[2])
         budgets = [readable_count(tokens) for tokens in grid.tokens]
         asked = (
             f"k {list(grid.k)}, tokens {budgets}, seeds {list(grid.seeds)}, {grid.expansion}x, recipe "

@@ -5,22 +5,24 @@ gives its metrics as ratios of weighted sums. One mask for everything: the posit
 0..T-2. Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences in all.
 """
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from transport_geometry import kernels
 from transport_geometry.errors import Fault
-from transport_geometry.lm import Hook, cross_entropy, kl_divergence
+from transport_geometry.lm import HEADS, Hook, kl_divergence, log_softmax, text_key
 from transport_geometry.metrics import METRICS
 from transport_geometry.patch import Clean, Patch
+from transport_geometry.progress import Progress, line
 from transport_geometry.sae import SAE, TopKSAE, must_vary, sink_positions
 
 import numpy as np
 import torch
 from torch.nn.functional import layer_norm
-from tqdm import tqdm
 
 DRAWS = 4  # of sampled labels
 # an SAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]
@@ -49,9 +51,47 @@ class Activations:
         for start in range(0, len(input_ids), batch):
             here, device = slice(start, start + batch), hook.device
             x, h = input_ids[here].to(device), self.h[here].to(device)
-            log_p, gradients = hook.clean_pass(x, h, uniforms[here].transpose(0, 1).to(device))
+            final, gradients = clean_run(hook, x, h, uniforms[here].transpose(0, 1).to(device))
             g, *g_sampled = [gradient[:, :-1].flatten(0, 1) for gradient in gradients]
-            yield Clean(hook, x, h, self.sink[here], log_p, log_p.exp(), g, g_sampled)
+            yield Clean(hook, x, h, self.sink[here], final, g, g_sampled)
+
+
+# {model, text and labels: (layer, final, gradients)} where they are kept
+_runs: dict[tuple, tuple[int, torch.Tensor, list[torch.Tensor]]] | None = None
+
+
+@contextlib.contextmanager
+def keeping_clean_runs() -> Iterator[None]:
+    """Within, the clean run of a hook goes on from that of a later hook of the same model on the same text
+    and labels: through the blocks between only, so that a model's hooks in descending order cost one. The
+    weights must stay as they are. HEADS bytes at most are kept.
+    """
+    global _runs
+    before, _runs = _runs, {}
+    try:
+        yield
+    finally:
+        _runs = before
+
+
+def clean_run(
+    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`Hook.clean_pass`; h is the head's."""
+    if _runs is None or not hook.splits(input_ids):
+        return hook.clean_pass(input_ids, h, uniforms)
+    key = (*text_key(hook, input_ids), hashlib.sha256(uniforms.cpu().numpy().tobytes()).digest())
+    if _runs and next(iter(_runs))[0] != id(hook.model):
+        _runs.clear()  # the model before this one
+    if key in _runs and _runs[key][0] >= hook.layer:
+        layer, final, gradients = _runs[key]
+        if layer > hook.layer:
+            gradients = hook.pull_back(layer, input_ids, h, gradients)
+    else:
+        final, gradients = hook.clean_pass(input_ids, h, uniforms)
+    if key in _runs or (len(_runs) + 1) * (final.nbytes + sum(g.nbytes for g in gradients)) <= HEADS:
+        _runs[key] = hook.layer, final, gradients
+    return final, gradients
 
 
 def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
@@ -97,6 +137,7 @@ def evaluate(
     shared: Activations | None = None,
     document: np.ndarray | None = None,
     label: str = "",
+    bar: Progress | None = None,
 ) -> dict[Name, Result]:
     """Patch every reconstruction into every batch of input_ids [S,T].
 
@@ -104,43 +145,61 @@ def evaluate(
     own quantities [B,T-1] come from terms(patch). Per-token values are formed in float32 on the model's
     device, summed in float64 on the CPU. shared: `activations`, where they are known. document [S], default
     one a sequence: the halves are its even and odd numbers. Raises Fault on a loss that is not finite.
+
+    Of the vocabulary a tile is held at a time (`Hook.tiles`), for all reconstructions: about 6 x 4 V bytes a
+    position of the tile. A batch holds 4 N (4 d + 3 k) bytes for each reconstruction. Where the logits are
+    more than an unembedding, the batch is the tile, and reconstructions come one at a time. bar: the run's,
+    which is told of every sequence of every reconstruction.
     """
     half = (np.arange(len(input_ids)) if document is None else document) % 2
     shared = shared or activations(hook, input_ids, batch)
     uniforms = label_uniforms(input_ids, seed)
     pieces: dict[Name, list] = {name: [] for name in reconstructions}
     fired: dict[Name, np.ndarray] = {}
-    start = 0
-    total = len(input_ids) * len(pieces)
-    with tqdm(total=total, unit="seq", desc=f"patching {label}", leave=False) as bar, torch.no_grad():
+    start, everyone = 0, list(reconstructions)
+    with line(bar, f"patching {label}", len(input_ids) * len(pieces)) as bar, torch.no_grad():
+        ce_zero, _ = ablated(hook, input_ids, torch.zeros_like(shared.mean), batch)
+        ce_mean, final_mean = ablated(hook, input_ids, shared.mean, batch)
+        at_once = len(pieces) if hook.model.unembeds else 1
         for clean in shared.batches(hook, input_ids, uniforms, batch):
             here = slice(start, start + len(clean.input_ids))
-            common, log_mean = clean_quantities(clean, shared)
-            for name, reconstruction in reconstructions.items():
-                patch = patched(clean, reconstruction, shared, log_mean)
-                quantities = common | patch_quantities(patch, common, shared)
-                if terms is not None:
-                    quantities |= {q: clean.per_token(v) for q, v in terms(patch).items()}
-                sums = {q: v.sum(1).numpy() for q, v in quantities.items()}
-                # all positions move together, so the sampled form squares the sequence's sum
-                sampled = [v.sum(1).square() for v in patch.g_delta_sampled]
-                sums["gd_sampled_seq"] = torch.stack(sampled).mean(0).numpy()
-                if not np.isfinite(sums["ce_recon"]).all():
-                    raise Fault(
-                        f"{label} {name}: patched CE is not finite in evaluation sequences {here.start} to "
-                        f"{here.stop - 1}"
-                    )
-                kept = {q: v.float().numpy() for q, v in quantities.items()} if keep_tokens else {}
-                pieces[name].append((sums, kept))
-                if isinstance(reconstruction, SAE):
-                    counts = fired_in(patch, len(reconstruction.W_dec), half[here])
-                    fired[name] = fired.get(name, 0) + counts
-                bar.update(here.stop - here.start)
+            common = clean_quantities(clean, shared) | {"ce_zero": ce_zero[here], "ce_mean": ce_mean[here]}
+            for first in range(0, len(everyone), at_once):
+                names = everyone[first : first + at_once]
+                patches = [patched(clean, reconstructions[name], shared, final_mean) for name in names]
+                calm = [sinks_clean(patch) for patch in patches]
+                losses = outcomes(clean, [patch.final for patch in patches], calm)
+                for name, patch, outcome in zip(names, consumed(patches), losses):
+                    quantities = common | patch_quantities(patch, common, shared) | outcome
+                    if terms is not None:
+                        quantities |= {q: clean.per_token(v) for q, v in terms(patch).items()}
+                    sums = {q: v.sum(1).numpy() for q, v in quantities.items()}
+                    # all positions move together, so the sampled form squares the sequence's sum
+                    sampled = [v.sum(1).square() for v in patch.g_delta_sampled]
+                    sums["gd_sampled_seq"] = torch.stack(sampled).mean(0).numpy()
+                    if not np.isfinite(sums["ce_recon"]).all():
+                        raise Fault(
+                            f"{label} {name}: patched CE is not finite in evaluation sequences {here.start} "
+                            f"to {here.stop - 1}"
+                        )
+                    kept = {q: v.float().numpy() for q, v in quantities.items()} if keep_tokens else {}
+                    pieces[name].append((sums, kept))
+                    if isinstance(sae := reconstructions[name], SAE):
+                        counts = fired_in(patch, len(sae.W_dec), half[here])
+                        fired[name] = fired.get(name, 0) + counts
+                    bar.update(here.stop - here.start)
             start = here.stop
     return {
         name: Result(joined([s for s, _ in parts]), fired.get(name), joined([t for _, t in parts]))
         for name, parts in pieces.items()
     }
+
+
+def consumed(patches: list[Patch]) -> Iterator[Patch]:
+    """One after the other, each let go of with what an experiment has made it compute."""
+    patches.reverse()
+    while patches:
+        yield patches.pop()
 
 
 def label_uniforms(input_ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -155,13 +214,11 @@ def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------ one batch
-def clean_quantities(clean: Clean, shared: Activations) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """({quantity: [B,T-1]} of the run without an SAE, log-probabilities with the mean in h's place)."""
+def clean_quantities(clean: Clean, shared: Activations) -> dict[str, torch.Tensor]:
+    """{quantity: [B,T-1]} of the run without an SAE, its losses aside."""
     h, per_token, top = clean.h_flat, clean.per_token, shared.top
     centred, calm = h - shared.mean, h - shared.calm_mean
     keep = (~clean.sink).double()
-    log_mean = clean.log_probs(clean.whole(shared.mean.expand(len(h), h.shape[1])))
-    log_zero = clean.log_probs(clean.whole(torch.zeros_like(h)))
     return {
         "n": torch.ones(clean.sink.shape, dtype=torch.float64),
         "n_nosink": keep,
@@ -176,16 +233,43 @@ def clean_quantities(clean: Clean, shared: Activations) -> tuple[dict[str, torch
             torch.stack([(g * calm).sum(1).square() for g in clean.g_sampled]).mean(0)
         )
         * keep,
-        "ce_orig": per_token(cross_entropy(clean.log_p, clean.input_ids)),
-        "ce_zero": per_token(cross_entropy(log_zero, clean.input_ids)),
-        "ce_mean": per_token(cross_entropy(log_mean, clean.input_ids)),
-    }, log_mean
+    }
+
+
+def ablated(
+    hook: Hook, input_ids: torch.Tensor, x: torch.Tensor, batch: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(CE [S,T-1] float64 on the CPU, `Hook.final` [1,T-1,d]) of the run that has x [d] at every position.
+
+    Such a run sees nothing of its text, so that one serves every sequence; None, and a run for each, in a
+    family whose later blocks read the text themselves: one sequence and its reverse tell.
+    """
+    device, (S, T) = hook.device, input_ids.shape
+    fed, norm = x.expand(1, T, len(x)), torch.linalg.vector_norm
+    two = [hook.final(one.to(device), fed) for one in (input_ids[:1], input_ids[:1].flip(1))]
+    alike = bool(norm(two[0] - two[1]) <= 1e-5 * norm(two[0]))
+    losses = []
+    for chunk in input_ids.split(S if alike else batch):
+        chunk = chunk.to(device)
+        final = two[0] if alike else hook.final(chunk, fed.expand(len(chunk), T, len(x)))
+        flat, targets = final.flatten(0, 1), chunk[:, 1:].reshape(-1, len(final) * (T - 1))
+        log_q = (
+            log_softmax(hook.logits(flat[tile])).gather(1, targets[:, tile].T)
+            for tile in hook.tiles(len(flat))
+        )
+        losses.append(-torch.cat(list(log_q)).T.reshape(-1, T - 1).cpu().double())
+    return torch.cat(losses), two[0] if alike else None
 
 
 def patched(
-    clean: Clean, reconstruction: Reconstruction, shared: Activations, log_mean: torch.Tensor
+    clean: Clean,
+    reconstruction: Reconstruction,
+    shared: Activations,
+    final_mean: torch.Tensor | None = None,
 ) -> Patch:
-    """One reconstruction in the batch's h's place, and the model run on it."""
+    """One reconstruction in the batch's h's place, and the model run on it. final_mean: see `ablated`, of the
+    mean, where it is known.
+    """
     h, values, indices = clean.h_flat, None, None
     if isinstance(reconstruction, TopKSAE):
         sae = reconstruction
@@ -202,25 +286,76 @@ def patched(
     columns = {column: clean.per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
     # nothing lost and everything lost (null rows) are runs that have been made
     if h_hat is h:
-        log_q = clean.log_p
-    elif h_hat.stride(0) == 0 and torch.equal(h_hat[0], shared.mean):
-        log_q = log_mean
+        final = clean.final
+    elif final_mean is not None and h_hat.stride(0) == 0 and torch.equal(h_hat[0], shared.mean):
+        final = final_mean.expand_as(clean.final)
     else:
-        log_q = clean.log_probs(clean.whole(h_hat))
-    return Patch(clean, h_hat, values, indices, columns, log_q)
+        final = clean.final_of(h_hat)
+    return Patch(clean, h_hat, values, indices, columns, final)
+
+
+def sinks_clean(patch: Patch) -> torch.Tensor:
+    """`Hook.final` of the patched run in which sinks keep their clean activation."""
+    clean, h = patch.clean, patch.clean.h_flat
+    if patch.h_hat is h:
+        return clean.final
+    sink = clean.sink.to(h.device)
+    # nothing after the last block mixes positions
+    if clean.hook.is_last:
+        return torch.where(sink[..., None], clean.final, patch.final)
+    return clean.final_of(torch.where(sink.view(-1, 1), h, patch.h_hat))
+
+
+def outcomes(
+    clean: Clean, finals: Sequence[torch.Tensor], calm: Sequence[torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """Of each patched run, {ce_orig, ce_recon, kl, ce_sinkclean: [B,T-1]}, a tile of positions after the
+    other, so that what they share of the clean run is made once and little of the vocabulary is held.
+
+    finals and calm: `Hook.final` [B,T-1,d] of the patched runs, and of those with clean sinks.
+    """
+    hook, of_clean = clean.hook, clean.final.flatten(0, 1)
+    n, wide = len(of_clean), torch.promote_types(of_clean.dtype, torch.float32)
+    ours = {id(final): final.flatten(0, 1) for final in (*finals, *calm)}
+    ours.pop(id(clean.final), None)
+    ce = {key: of_clean.new_empty(n, dtype=wide) for key in (*ours, id(clean.final))}
+    kl = {id(final): of_clean.new_zeros(n, dtype=wide) for final in finals}
+    targets = clean.input_ids[:, 1:].reshape(-1, 1)
+    tiles = hook.tiles(n)
+    # two runs meet the unembedding at once, in memory that is there already
+    rows, V = 2 * max(tile.stop - tile.start for tile in tiles), hook.logits(of_clean[:1]).shape[-1]
+    z = of_clean.new_empty(rows, V)
+    log_q = z if z.dtype == wide else z.new_empty(z.shape, dtype=wide)
+    for tile in tiles:
+        log_p = log_softmax(hook.logits(of_clean[tile]))
+        p = log_p.exp()
+        ce[id(clean.final)][tile] = -log_p.gather(1, targets[tile]).squeeze(1)
+        for first in range(0, len(ours), 2):
+            keys = list(ours)[first : first + 2]
+            x = torch.cat([ours[key][tile] for key in keys])
+            both = log_softmax(hook.logits(x, z[: len(x)]), log_q[: len(x)])  # of z in place
+            for key, one in zip(keys, both.chunk(len(keys))):
+                ce[key][tile] = -one.gather(1, targets[tile]).squeeze(1)
+                if key in kl:
+                    kl[key][tile] = kl_divergence(p, log_p, one)
+    return [
+        {
+            "ce_orig": clean.per_token(ce[id(clean.final)]),
+            "ce_recon": clean.per_token(ce[id(final)]),
+            "kl": clean.per_token(kl[id(final)]),
+            "ce_sinkclean": clean.per_token(ce[id(without)]),
+        }
+        for final, without in zip(finals, calm)
+    ]
 
 
 def patch_quantities(
     patch: Patch, common: dict[str, torch.Tensor], shared: Activations
 ) -> dict[str, torch.Tensor]:
-    """{quantity: [B,T-1]} of one patched run, those of the registry's own terms among them."""
+    """{quantity: [B,T-1]} of one patched run but its losses, the registry's own terms among them."""
     clean, stats, delta, top = patch.clean, patch.stats, patch.delta_flat, shared.top
     h, per_token = clean.h_flat, clean.per_token
     keep, d = (~clean.sink).double(), h.shape[1]
-    log_calm = clean.log_p
-    if patch.h_hat is not h:
-        calm_hat = torch.where(clean.sink.to(h.device).view(-1, 1), h, patch.h_hat)
-        log_calm = clean.log_probs(clean.whole(calm_hat))
     l0 = torch.full(clean.sink.shape, math.nan, dtype=torch.float64)
     if patch.values is not None:
         l0 = per_token((patch.values > 0).sum(1))
@@ -233,9 +368,6 @@ def patch_quantities(
         "gd_sq": stats["g_delta"].square(),
         "gd_abs": stats["g_delta"].abs(),
         "fisher": torch.stack([v.square() for v in patch.g_delta_sampled]).mean(0),
-        "ce_recon": per_token(cross_entropy(patch.log_q, clean.input_ids)),
-        "kl": per_token(kl_divergence(clean.p, clean.log_p, patch.log_q)),
-        "ce_sinkclean": per_token(cross_entropy(log_calm, clean.input_ids)),
         "l0": l0,
         # what an error as long as this one, in a random direction at every token, is expected to have: no
         # direction is drawn

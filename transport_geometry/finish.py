@@ -72,7 +72,9 @@ def finish(hook: Hook, batches: Sequence[torch.Tensor], sae: TopKSAE, kind: str,
     """
     sae = copy.deepcopy(sae).requires_grad_(True)
     start: list[float] = []
-    for step, input_ids in enumerate(tqdm(batches, desc=f"{kind} finish", unit="step", delay=2, leave=False)):
+    for step, input_ids in enumerate(
+        tqdm(batches, desc=f"{kind} finish", unit="step", delay=2, leave=False, disable=None)
+    ):
         input_ids = input_ids.to(hook.device)
         h = hook.head(input_ids)
         if step == 0:

@@ -56,15 +56,7 @@ def unembeds_linearly(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor) -> b
     """Are the logits the unembedding and nothing else (no cap, no scale after it)? Looked at once per
     model.
     """
-    model = hook.model
-    if not hasattr(model, "unembeds_linearly"):
-        with torch.no_grad():
-            unembed = model.get_output_embeddings()
-            before = hook.tail(input_ids[:1], h[:1], unembedded=False)
-            guess = torch.nn.functional.linear(before, unembed.weight, unembed.bias)
-            logits = hook.tail(input_ids[:1], h[:1])
-            model.unembeds_linearly = torch.allclose(guess, logits, rtol=1e-3, atol=1e-3)
-    return model.unembeds_linearly
+    return hook.unembeds(input_ids, h)
 
 
 def push_forward_twice(f: Callable, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ def choose(specs: Sequence[str], models: Sequence[tuple[str, int | None]]) -> li
         asked.setdefault(name, set()).add(layer)
     taken, left = [], []
     files = [file for spec in specs for file in formats.find(spec)]
-    for file in tqdm(files, desc="what SAE files say", leave=False):
+    for file in tqdm(files, desc="what SAE files say", leave=False, disable=None):
         declared = formats.describe(file)
         model = model_of(file, declared, asked)
         layer, why_not = layer_of(file, declared, model, asked)
@@ -130,7 +130,7 @@ def check(
     near = formats.near(hook, input_ids.to(device))
     hook.to(torch.device("cpu"))
     out = []
-    for one in tqdm(chosen, desc=f"reading SAEs of {name} L{hook.layer}", leave=False):
+    for one in tqdm(chosen, desc=f"reading SAEs of {name} L{hook.layer}", leave=False, disable=None):
         label = one.file.label
         sae = formats.read(one.file).to(device)
         F, d = sae.W_enc.shape

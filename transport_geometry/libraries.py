@@ -42,7 +42,9 @@ def r2_by_library(
     h, calm = shared.h[:, :-1], ~shared.sink
     h_exact, everywhere = h.double(), torch.ones_like(calm)
     out = {}
-    for name, reconstruction in tqdm(reconstructions.items(), desc="every library's R²", leave=False):
+    for name, reconstruction in tqdm(
+        reconstructions.items(), desc="every library's R²", leave=False, disable=None
+    ):
         rebuilt = [rebuild(reconstruction, x.to(device), shared.mean).cpu() for x in h]
         h_hat = torch.stack(rebuilt).double()
         without_sinks = definitions(h_exact, h_hat, calm)

@@ -6,6 +6,8 @@ Shapes: B sequences, T positions, d = d_model, V = vocabulary. A hook is the out
 """
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ import transformers
 
 # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
 MPS_LONGEST_DOT = 32_767
+HEADS = 2**30  # bytes of activations that `keeping_heads` keeps, and of gradients as many
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -69,8 +72,11 @@ class Hook:
         norm.
         """
         self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
-        output = self._block_output(input_ids)
-        h = output[0] if isinstance(output, tuple) else output
+        with torch.no_grad():
+            if _heads is None or not self.splits(input_ids):
+                h = self._first(self._block_output(input_ids))
+            else:
+                h = self._head_going_on(input_ids)
         return h.to(torch.promote_types(h.dtype, torch.float32))
 
     def tail(self, input_ids: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
@@ -98,33 +104,105 @@ class Hook:
         """log p [B,T-1,V] of the run that is fed h [B,T,d] at the hook."""
         return log_probs(self.tail(input_ids, h))
 
+    # ------------------------------------------------------------------------ a run without its logits
+    def final(self, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """[B,T-1,d] at the positions that have a target, of the run that is fed h [B,T,d]: all that `logits`
+        needs to make logits of, a few positions at a time. Differentiable in h.
+
+        The logits themselves, [B,T-1,V], for a family that does more to them than unembed (a cap).
+        """
+        return self.tail(input_ids, h, unembedded=not self.unembeds(input_ids, h))[:, :-1]
+
+    def logits(self, final: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [n,V] of n positions of what `final` gives; in `out` [n,V], of the model's dtype and
+        without gradient, where it is given and they are not there already.
+        """
+        if not self.model.unembeds:
+            return final
+        unembed = self.model.get_output_embeddings()
+        if out is None:
+            return torch.nn.functional.linear(final, unembed.weight, unembed.bias)
+        if unembed.bias is None:
+            return torch.mm(final, unembed.weight.T, out=out)
+        return torch.addmm(unembed.bias, final, unembed.weight.T, out=out)
+
+    def unembeds(self, input_ids: torch.Tensor, h: torch.Tensor) -> bool:
+        """Are the logits a linear function of what the unembedding is given, and nothing else (no cap)?
+        Looked at once per model, on a few positions.
+        """
+        model = self.model
+        if "unembeds" not in vars(model):
+            x, at, norm = input_ids[:1, :16], h[:1, :16].detach(), torch.linalg.vector_norm
+            with torch.no_grad():
+                unembed = model.get_output_embeddings()
+                before = self.tail(x, at, unembedded=False)
+                guess, whole = (
+                    torch.nn.functional.linear(before, unembed.weight, unembed.bias),
+                    self.tail(x, at),
+                )
+            tolerance = 1e-2 if model.dtype == torch.bfloat16 else 1e-5
+            vars(model)["unembeds"] = bool(norm(guess - whole) <= tolerance * norm(whole))
+        return model.unembeds
+
+    def tiles(self, n: int) -> list[slice]:
+        """Of n positions, as many at a time as are held with all of the vocabulary: 4 MB of logits on the CPU
+        (more leaves the cache), but 128 positions, for which the unembedding is read once (below 32 MB malloc
+        does not return it page by page); 128 MB elsewhere.
+        """
+        most = 2 ** (20 if self.device.type == "cpu" else 25)
+        step = max(128, most // self.model.config.vocab_size)
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
     def clean_pass(
         self, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(log_p [B,T-1,V], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
+        """(`final` [B,T-1,d], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
 
         g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend
         on the batch); sequences do not touch each other, so one backward serves the batch. g_y is the same
         with labels drawn from the model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the
         cumulative distribution, so that the CPU's random numbers serve every device. g at the last position
         is exactly 0.
+
+        At the unembedding's input the gradient of -log p_y is p W_U - W_U[y]: of p a tile is held at a time,
+        and its product serves all labels. 2 V d multiplications a position, whatever m, and 1 + m backward
+        passes through the blocks.
         """
-        draws = [] if uniforms is None else list(uniforms)
-        labels = [input_ids[:, 1:]]
         with torch.enable_grad():
             x = h.detach().requires_grad_()
-            log_p = self.log_probs(input_ids, x)
+            final = self.final(input_ids, x)
+        flat = final.detach().flatten(0, 1)
+        u = [] if uniforms is None else list(uniforms.flatten(1))
+        labels = [input_ids[:, 1:].flatten(), *(torch.empty_like(one, dtype=torch.int64) for one in u)]
+        expected = torch.empty_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
         with torch.no_grad():
-            cdf = log_p.exp().cumsum(-1) if draws else log_p
-            for u in draws:
-                y = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True).squeeze(-1)
-                labels.append(y.clamp_(max=cdf.shape[-1] - 1))
+            for tile in self.tiles(len(flat)):
+                p = log_softmax(self.logits(flat[tile])).exp_()
+                expected[tile] = self._expected_row(p)
+                cdf = p.cumsum(-1) if u else p
+                for y, uniform in zip(labels[1:], u):
+                    at = torch.searchsorted(cdf, uniform[tile, None] * cdf[:, -1:], right=True)
+                    y[tile] = at.squeeze(-1).clamp_(max=cdf.shape[-1] - 1)
         gradients = []
         for i, y in enumerate(labels):
-            with torch.enable_grad():
-                loss = -log_p.gather(-1, y[..., None]).sum()
-            gradients.append(torch.autograd.grad(loss, x, retain_graph=i + 1 < len(labels))[0])
-        return log_p.detach(), gradients
+            upstream = self._less_row(expected, y).view_as(final).to(final.dtype)
+            gradients.append(torch.autograd.grad(final, x, upstream, retain_graph=i + 1 < len(labels))[0])
+        return final.detach(), gradients
+
+    def _expected_row(self, p: torch.Tensor) -> torch.Tensor:
+        """E_p of the unembedding's rows, p W_U [n,d] for p [n,V]; p itself where `final` is the logits."""
+        if not self.model.unembeds:
+            return p
+        pieces = self.model.get_output_embeddings().weight.split(MPS_LONGEST_DOT // 2)
+        parts = p.split(MPS_LONGEST_DOT // 2, -1)
+        products = (part @ W.to(p.dtype) for part, W in zip(parts, pieces))
+        return functools.reduce(torch.add, products)
+
+    def _less_row(self, expected: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`expected` [n,.] less the unembedding's rows of the labels y [n]."""
+        if not self.model.unembeds:
+            return expected.scatter_add(-1, y[:, None], expected.new_full((len(y), 1), -1))
+        return expected - self.model.get_output_embeddings().weight.index_select(0, y)
 
     def plans(
         self, input_ids: torch.Tensor, h: torch.Tensor, look: Callable[[int, torch.Tensor], object]
@@ -144,6 +222,56 @@ class Hook:
             return self.tail(input_ids, h)
 
     # ---------------------------------------------------------------------- how the model is run in parts
+    def _head_going_on(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """h in the model's dtype, from that of an earlier hook of the same model on the same text where
+        `keeping_heads` has it: the blocks between, on the same numbers, give the same bits.
+        """
+        assert _heads is not None
+        key = text_key(self, input_ids)
+        if _heads and next(iter(_heads))[0] != id(self.model):
+            _heads.clear()  # the model before this one
+        layer, h = _heads.get(key, (-1, None))
+        if h is not None and layer <= self.layer:
+            h = Hook(self.model, layer).up_to(self.layer, input_ids, h)
+        else:
+            h = self._first(self._block_output(input_ids))
+        if key in _heads or (len(_heads) + 1) * h.nbytes <= HEADS:
+            _heads[key] = self.layer, h
+        return h
+
+    def up_to(self, layer: int, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """What block `layer`, this hook's or a later one, puts out in the run that is fed h [B,T,d] at the
+        hook: [B,T,d] in the model's dtype. Differentiable in h. For families that `splits`.
+        """
+        h = h.to(self.model.dtype)
+        if layer == self.layer:
+            return h
+        way = self.way_to_patch(input_ids)
+        with _computing(blocks(self.model)[: self.layer + 1], _giving(h, way)):
+            return self._first(Hook(self.model, layer)._block_output(input_ids))
+
+    def splits(self, input_ids: torch.Tensor) -> bool:
+        """Is all that follows the hook a function of h, so that a hook may go on from an earlier one?"""
+        return self.way_to_patch(input_ids) != "replace"
+
+    def pull_back(
+        self, layer: int, input_ids: torch.Tensor, h: torch.Tensor, gradients: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Gradients [B,T,d] at a later hook, that of block `layer`, as they are at this one, in the run that
+        is fed h [B,T,d]: one forward and one backward for each through the blocks between.
+        """
+        with torch.enable_grad():
+            x = h.detach().requires_grad_()
+            later = self.up_to(layer, input_ids, x)
+        return [
+            torch.autograd.grad(later, x, g.to(later.dtype), retain_graph=i + 1 < len(gradients))[0]
+            for i, g in enumerate(gradients)
+        ]
+
+    @staticmethod
+    def _first(output: Any) -> torch.Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
     def _block_output(self, input_ids: torch.Tensor) -> Any:
         """What the block returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after
         it.
@@ -155,7 +283,7 @@ class Hook:
             raise _Stop
 
         block = blocks(self.model)[self.layer]
-        with block.register_forward_hook(keep), torch.no_grad(), contextlib.suppress(_Stop):
+        with block.register_forward_hook(keep), contextlib.suppress(_Stop):
             self.model(input_ids, use_cache=False)
         return kept[0]
 
@@ -171,11 +299,8 @@ class Hook:
         def replaced(module: Any, inputs: Any, output: Any) -> Any:
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
-        def given(*args: Any, **kwargs: Any) -> Any:
-            return (h,) if way == "tuple" else h
-
-        patch = first[-1].register_forward_hook(replaced) if way == "replace" else _computing(first, given)
-        with patch:
+        whole = way == "replace"
+        with first[-1].register_forward_hook(replaced) if whole else _computing(first, _giving(h, way)):
             return self.model(input_ids, use_cache=False).logits
 
     def way_to_patch(self, input_ids: torch.Tensor) -> str:
@@ -212,6 +337,44 @@ class Hook:
 
 class _Stop(Exception):
     pass
+
+
+_heads: dict[tuple, tuple[int, torch.Tensor]] | None = (
+    None  # {model and text: (layer, h)} where they are kept
+)
+
+
+@contextlib.contextmanager
+def keeping_heads() -> Iterator[None]:
+    """Within, `Hook.head` goes on from what it gave for an earlier hook of the same model on the same text,
+    so that a model's hooks in ascending order cost one forward. The weights must stay as they are. HEADS
+    bytes at most are kept: of what is beyond, every hook's head runs from the start.
+    """
+    global _heads
+    before, _heads = _heads, {}
+    try:
+        yield
+    finally:
+        _heads = before
+
+
+def text_key(hook: Hook, input_ids: torch.Tensor) -> tuple:
+    """What names a model and a text, for what is kept of them."""
+    return (
+        id(hook.model),
+        hook.device,
+        input_ids.shape,
+        hashlib.sha256(input_ids.cpu().numpy().tobytes()).digest(),
+    )
+
+
+def _giving(h: torch.Tensor, way: str) -> Callable:
+    """A block's forward that gives h, whatever it is given: see `Hook._logits` for the ways."""
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        return (h,) if way == "tuple" else h
+
+    return given
 
 
 def _unchanged(y: torch.Tensor) -> torch.Tensor:
@@ -291,7 +454,15 @@ def plain_attention(
 # ------------------------------------------------------------------------------------------ log-probabilities
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
     """log p [B,T-1,V] at the positions that have a target, from logits [B,T,V]."""
-    return torch.log_softmax(logits[:, :-1].float(), -1)
+    return log_softmax(logits[:, :-1])
+
+
+def log_softmax(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """log p of logits [...,V], float32 at least; in `out` where it is given."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if out is None:
+        return torch.log_softmax(logits, -1, dtype=dtype)
+    return torch.log_softmax(logits, -1, dtype=dtype, out=out)
 
 
 def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -300,14 +471,14 @@ def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) per position, [B,T-1], in nats, right in float32 down to 1e-7.
+    """KL(p || q) [...] from p, log p and log q [...,V], in nats, right in float32 down to 1e-7.
 
     Summing p (log p - log q) cancels to nothing for small KL. There, with c = dz - E_p dz, KL =
     log1p(E_p[expm1(c) - c]), and the bracket by its series where |c| < 0.05. For large changes the plain sum
     is exact. expm1 overflows beyond 88, where p is too small to have risen to anything in a small KL.
     """
     change = log_q - log_p
-    kl = -torch.einsum("btv,btv->bt", p, change)
+    kl = -torch.einsum("...v,...v->...", p, change)
     small = kl < 0.01
     if small.any():
         c = (change[small] + kl[small][:, None]).clamp(max=80.0)
@@ -332,7 +503,8 @@ def check_parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> N
         hook.to(on)
         x = input_ids.to(on)
         h = hook.head(x)
-        log_p, (g,) = hook.clean_pass(x, h)
+        final, (g,) = hook.clean_pass(x, h)
+        log_p = log_softmax(hook.logits(final))
         d = h.shape[-1]
         W = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)).to(on)
         values, _ = kernels.topk_encode(h.flatten(0, 1), W, torch.zeros(4 * d, device=on), min(32, 4 * d))

@@ -154,7 +154,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
     rows = text.spread_rows(eval_set.source.data, eval_set.tokenizer, ctx, n, split)
     x, y = pairs(hook, rows, sae, batch)
     held_x, held_y = pairs(hook, held.input_ids, sae, batch)
-    bar = tqdm(INPUTS, desc=f"observer {eval_set.label}", delay=2, leave=False)
+    bar = tqdm(INPUTS, desc=f"observer {eval_set.label}", delay=2, leave=False, disable=None)
     h, h_hat = (observe(x[name], y, held_x[name], held_y, V) for name in bar)
     row = {"model": condition.model, "layer": condition.layer, "k": condition.k, "pairs": len(y)}
     row |= {

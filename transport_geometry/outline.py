@@ -139,7 +139,10 @@ def read(root: pathlib.Path) -> list[Run]:
         raise UserError(f"report {root}: a run's own folder; name the folder above it")
     if not root.is_dir():
         raise UserError(f"report {root}: no such folder")
-    runs = [read_run(root, path) for path in tqdm(list(folders(root)), desc="runs", leave=False, delay=2)]
+    runs = [
+        read_run(root, path)
+        for path in tqdm(list(folders(root)), desc="runs", leave=False, delay=2, disable=None)
+    ]
     if all(run.missing for run in runs):
         there = "; ".join(f"{run.name}: {run.missing}" for run in runs)
         raise UserError(f"report {root}: no finished run in it" + (f" ({there})" if there else ""))

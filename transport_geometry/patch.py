@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transport_geometry.lm import Hook
+from transport_geometry.lm import Hook, log_softmax
 
 import torch
 
@@ -21,10 +21,19 @@ class Clean:
     input_ids: torch.Tensor  # [B,T]
     h: torch.Tensor  # [B,T,d]
     sink: torch.Tensor  # [B,T-1] bool, on the CPU
-    log_p: torch.Tensor  # [B,T-1,V]
-    p: torch.Tensor  # [B,T-1,V]
+    final: torch.Tensor  # [B,T-1,d], see `Hook.final`
     g: torch.Tensor  # [N,d], gradient of the summed CE
     g_sampled: list[torch.Tensor]  # of [N,d], the same with labels drawn from p
+
+    @functools.cached_property
+    def log_p(self) -> torch.Tensor:
+        """[B,T-1,V]: 4 V bytes a position, for an experiment that asks for it."""
+        return log_softmax(self.hook.logits(self.final))
+
+    @functools.cached_property
+    def p(self) -> torch.Tensor:
+        """[B,T-1,V], likewise."""
+        return self.log_p.exp()
 
     @functools.cached_property
     def h_flat(self) -> torch.Tensor:
@@ -40,6 +49,10 @@ class Clean:
         """x [N,d] as what the tail is fed: [B,T,d], with the clean h at the last position."""
         B, T, d = self.h.shape
         return torch.cat([x.view(B, T - 1, d), self.h[:, -1:]], 1)
+
+    def final_of(self, x: torch.Tensor) -> torch.Tensor:
+        """`Hook.final` of the run that is fed x [N,d] at the patched positions."""
+        return self.hook.final(self.input_ids, self.whole(x))
 
     def log_probs(self, h: torch.Tensor) -> torch.Tensor:
         """log p [B,T-1,V] of a run that is fed h [B,T,d], whatever it is."""
@@ -60,7 +73,12 @@ class Patch:
     values: torch.Tensor | None  # [N,K] code z; None of a reconstruction without one
     indices: torch.Tensor | None  # [N,K]
     stats: dict[str, torch.Tensor]  # kernels.STATS, each [B,T-1] float64 on the CPU
-    log_q: torch.Tensor  # [B,T-1,V] of the patched run
+    final: torch.Tensor  # [B,T-1,d] of the patched run, see `Hook.final`
+
+    @functools.cached_property
+    def log_q(self) -> torch.Tensor:
+        """[B,T-1,V] of the patched run: 4 V bytes a position, for an experiment that asks for it."""
+        return log_softmax(self.clean.hook.logits(self.final))
 
     @functools.cached_property
     def delta_flat(self) -> torch.Tensor:

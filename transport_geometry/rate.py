@@ -156,7 +156,11 @@ def coded_rows(
     sent = {key: Sent([], {q: np.zeros(n_doc) for q in CODED}) for key in coders}
     G, start = torch.zeros(eval_set.d, eval_set.d, dtype=torch.float64), 0
     bar = tqdm(
-        total=len(input_ids) * len(coders), unit="seq", desc=f"quantised {eval_set.label}", leave=False
+        total=len(input_ids) * len(coders),
+        unit="seq",
+        desc=f"quantised {eval_set.label}",
+        leave=False,
+        disable=None,
     )
     with bar, torch.no_grad():
         for clean in shared.batches(hook, input_ids, label_uniforms(input_ids), batch):
@@ -165,7 +169,7 @@ def coded_rows(
             g = torch.cat(clean.g_sampled).cpu().double()
             G += g.T @ g / DRAWS
             for key, coder in coders.items():
-                patch = patched(clean, coder, shared, clean.log_p)
+                patch = patched(clean, coder, shared)
                 into = sent[key]
                 for name, value in quantities(patch).items():
                     np.add.at(into.sums[name], here, value)

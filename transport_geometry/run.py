@@ -4,6 +4,7 @@ there are.
 Shapes: C conditions, S evaluation sequences.
 """
 
+import contextlib
 import os
 import pathlib
 import time
@@ -12,15 +13,24 @@ from dataclasses import dataclass, field
 
 from transport_geometry import kernels, plant, ranks, store, text
 from transport_geometry.condition import NULLS, Condition
-from transport_geometry.cost import OVERHEAD, block_size, dry_run
+from transport_geometry.cost import OVERHEAD, block_size, blocks_run, dry_run, evaluation_flops, token_flops
 from transport_geometry.errors import Fault
-from transport_geometry.evaluate import Activations, Reconstruction, Result, Terms, activations, evaluate
+from transport_geometry.evaluate import (
+    Activations,
+    Reconstruction,
+    Result,
+    Terms,
+    activations,
+    evaluate,
+    keeping_clean_runs,
+)
 from transport_geometry.given import Given
 from transport_geometry.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.libraries import r2_by_library
-from transport_geometry.lm import Hook, check_parity, pick_device
+from transport_geometry.lm import Hook, check_parity, keeping_heads, pick_device
 from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, computed
 from transport_geometry.plant import TurnedSAE, felt
+from transport_geometry.progress import Progress
 from transport_geometry.results import (
     Measurements,
     add_results,
@@ -31,13 +41,12 @@ from transport_geometry.results import (
     open_output,
     with_passes,
 )
-from transport_geometry.sae import SAE, TrainingSpec, load_sae, tied_init
+from transport_geometry.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
 from transport_geometry.store import RUN
-from transport_geometry.train import train_missing
+from transport_geometry.train import runs_of, tokens_of, train_missing
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 # bytes of SAEs evaluated together; the clean pass is computed once for each such lot
 SAES_AT_ONCE = 4 * 10**9
@@ -56,6 +65,7 @@ class Experiment:
     # (eval_set, middle SAE, device) -> {file name: rows}, each row with model and layer; once per hook
     study: Callable[[EvalSet, SAE, torch.device], dict[str, Table]] | None = None
     more_passes: int = 0  # what its terms cost an SAE, in passes through the tail
+    study_passes: int = 0  # and its study a hook, in passes of the evaluation text
     # raises UserError for hooks that it cannot measure, before anything is trained or written
     check: Callable[[list[EvalSet]], None] | None = None
 
@@ -118,12 +128,20 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
         gather(out, settings)
     ranks.wait()
     missing = not_measured(eval_sets, out)
-    if not grid.saes:
-        train(missing, command.cache, device)
-    ranks.wait()
-    part = out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else out
-    for share in tqdm(shares(missing), desc="hooks", leave=False):
-        add_results(part, settings, measure(share, command, device, experiment))
+    training = [] if grid.saes else training_shares(missing)
+    measuring = descending(shares(missing))
+    works = training_work(training, command.cache)
+    total = sum(work for work, _ in works) + sum(evaluation_work(one, experiment)[0] for one in measuring)
+    with contextlib.closing(Progress(total)) as bar:
+        with keeping_heads(), text.keeping_rows():
+            train(training, works, command.cache, device, bar)
+        ranks.wait()
+        part = out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else out
+        with keeping_heads(), keeping_clean_runs():
+            for share in measuring:
+                bar.phase(f"evaluating {share.eval_set.label}", *evaluation_work(share, experiment))
+                add_results(part, settings, measure(share, command, device, experiment, bar))
+                bar.end()
     ranks.leave()
     if ranks.RANK:
         return None
@@ -160,9 +178,9 @@ def not_measured(eval_sets: list[EvalSet], out: pathlib.Path) -> list[Share]:
 
 
 # ------------------------------------------------------------------------------------------ training
-def train(missing: list[Share], cache: pathlib.Path, device: torch.device) -> None:
-    """Train this rank's share of the SAEs that the missing rows need and the cache has not; budgets of one
-    trunk stay together.
+def training_shares(missing: list[Share]) -> list[tuple[Share, list[TrainingSpec]]]:
+    """This rank's share of the SAEs that the missing rows need, one stream of activations at a time; budgets
+    of one trunk stay together.
     """
     families: dict[tuple, list[TrainingSpec]] = {}
     for number, share in enumerate(missing):
@@ -177,12 +195,44 @@ def train(missing: list[Share], cache: pathlib.Path, device: torch.device) -> No
     streams: dict[tuple, list[TrainingSpec]] = {}
     for (number, sinks, *_), specs in ranks.share(list(families.items()), work):
         streams.setdefault((number, sinks), []).extend(specs)
-    for number, share in enumerate(missing):
+    return [
+        (missing[number], specs) for (number, _), specs in sorted(streams.items(), key=lambda one: one[0][0])
+    ]
+
+
+def train(
+    training: list[tuple[Share, list[TrainingSpec]]],
+    works: list[tuple[float, float]],
+    cache: pathlib.Path,
+    device: torch.device,
+    bar: Progress,
+) -> None:
+    """Train those of the SAEs that the cache has not. works: see `training_work`."""
+    for (share, specs), work in zip(training, works):
         eval_set = share.eval_set
-        for specs in (specs for (at, _), specs in streams.items() if at == number):
-            believe(eval_set, device)
-            train_missing(eval_set.hook.to(device), eval_set.tokenizer, specs, cache, eval_set.source)
+        believe(eval_set, device)
+        bar.phase(f"training {eval_set.label}", *work)
+        train_missing(eval_set.hook.to(device), eval_set.tokenizer, specs, cache, eval_set.source, bar)
+        bar.end()
         eval_set.hook.to(CPU)
+
+
+def training_work(
+    training: list[tuple[Share, list[TrainingSpec]]], cache: pathlib.Path
+) -> list[tuple[float, float]]:
+    """[(FLOPs, tokens of all SAEs)] of what the cache has not, a stream each."""
+    out: list[tuple[float, float]] = []
+    before: dict[int, int] = {}  # {model: its hook before}
+    for share, specs in training:
+        hook, d = share.eval_set.hook, share.eval_set.d
+        todo = {spec.folder(cache): spec for spec in specs if not (spec.folder(cache) / WEIGHTS).exists()}
+        runs = runs_of(todo)
+        of_saes = sum(tokens_of([one]) * token_flops(d, one.spec.d_sae) for one in runs)
+        longest = max((one.spec.tokens for one in runs), default=0)
+        ran = blocks_run(hook.layer, before.get(id(hook.model), -1), longest * d)
+        before[id(hook.model)] = hook.layer
+        out.append((of_saes + longest * ran * 2 * (block_size(hook.model) + OVERHEAD), tokens_of(runs)))
+    return out
 
 
 def believe(eval_set: EvalSet, device: torch.device) -> None:
@@ -214,6 +264,16 @@ def shares(missing: list[Share]) -> list[Share]:
     return out
 
 
+def descending(shares: list[Share]) -> list[Share]:
+    """Each model's hooks from the last to the first: an earlier one's gradients go on from a later one's."""
+    models = list(dict.fromkeys(id(share.eval_set.hook.model) for share in shares))
+    order = {id(share): i for i, share in enumerate(shares)}
+    return sorted(
+        shares,
+        key=lambda s: (models.index(id(s.eval_set.hook.model)), -s.eval_set.hook.layer, order[id(s)]),
+    )
+
+
 def tail_work(hook: Hook) -> float:
     """What a token costs from the hook on, in multiplications."""
     config = hook.model.config
@@ -221,12 +281,24 @@ def tail_work(hook: Hook) -> float:
     return after * (block_size(hook.model) + OVERHEAD) + config.vocab_size * (config.hidden_size + 64)
 
 
-def eval_batch(hook: Hook, ctx: int) -> int:
+def evaluation_work(share: Share, experiment: Experiment) -> tuple[float, float]:
+    """(FLOPs, sequences of all reconstructions) of a share."""
+    hook, n = share.eval_set.hook, share.eval_set.held.input_ids.numel()
+    n_saes = len(share.candidates) + len(NULLS) * share.with_nulls
+    codes = [one.condition.d_sae for one in share.candidates]
+    passes = (2 + experiment.more_passes) * n_saes + experiment.study_passes * share.with_nulls
+    flops = n * evaluation_flops(hook.model, hook.layer, passes, sum(codes), OVERHEAD)
+    return flops, n_saes * len(share.eval_set.held.input_ids)
+
+
+def eval_batch(hook: Hook, ctx: int, vocabulary: bool = True) -> int:
     """Sequences at a time: 8 MB of logits on the CPU (more leaves the cache, and malloc returns it page by
-    page), 256 MB elsewhere.
+    page), 256 MB elsewhere. Where logits are made a tile at a time and not kept (`vocabulary` False), 1024
+    tokens at least.
     """
     logits = 2 ** (21 if hook.device.type == "cpu" else 26)
-    return max(1, logits // (ctx * hook.model.config.vocab_size))
+    tokens = logits // hook.model.config.vocab_size
+    return max(1, (tokens if vocabulary else max(tokens, 1024)) // ctx)
 
 
 def load(candidate: Candidate, cache: pathlib.Path) -> SAE:
@@ -263,7 +335,9 @@ def null_rows(eval_set: EvalSet, trained: SAE) -> dict[Condition, Reconstruction
     }
 
 
-def measure(share: Share, command: Command, device: torch.device, experiment: Experiment) -> Measurements:
+def measure(
+    share: Share, command: Command, device: torch.device, experiment: Experiment, bar: Progress | None = None
+) -> Measurements:
     """Evaluate a share: its SAEs, its null rows, and what the experiment studies once per hook with them."""
     eval_set, grid = share.eval_set, command.grid
     believe(eval_set, device)
@@ -273,7 +347,7 @@ def measure(share: Share, command: Command, device: torch.device, experiment: Ex
     if share.with_nulls:
         trained = load(eval_set.middle, command.cache).to(device)
         reconstructions |= null_rows(eval_set, trained)
-    batch = eval_batch(hook, input_ids.shape[1])
+    batch = eval_batch(hook, input_ids.shape[1], vocabulary=bool(experiment.terms))
     shared = activations(hook, input_ids, batch)
     results = evaluate(
         hook,
@@ -285,6 +359,7 @@ def measure(share: Share, command: Command, device: torch.device, experiment: Ex
         shared=shared,
         document=document,
         label=eval_set.label,
+        bar=bar,
     )
     tables = experiment.study(eval_set, trained, device) if experiment.study and share.with_nulls else {}
     definitions = r2_by_library(shared, reconstructions, device) if grid.saes else {}

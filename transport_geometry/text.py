@@ -3,6 +3,7 @@
 A side is "train" or "heldout". Where documents come from is `sources`' business. A row is [ctx] token ids.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,7 @@ from typing import Any
 
 from transport_geometry import sources
 from transport_geometry.errors import UserError
-from transport_geometry.models import readable_names
+from transport_geometry.models import readable_names, tokenizer_hash
 from transport_geometry.sources import Document, commit_of, local_files
 
 import numpy as np
@@ -75,7 +76,9 @@ def find(data: str) -> Source:
 def hash_of(files: list[pathlib.Path]) -> str:
     """SHA-256 of what files hold, in this order, and of their formats; a bar on what takes over 2 s."""
     whole, size = hashlib.sha256(), sum(path.stat().st_size for path in files)
-    with tqdm(total=size, unit="B", unit_scale=True, delay=2, leave=False, desc="hash of the text") as bar:
+    with tqdm(
+        total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None, desc="hash of the text"
+    ) as bar:
         for path in files:
             one = hashlib.sha256()
             with path.open("rb") as file:
@@ -231,6 +234,40 @@ def packed_rows(
         carry = carry[len(carry) // ctx * ctx :]
 
 
+ROWS = 2**23  # tokens that `keeping_rows` keeps of a text
+_kept: dict[tuple, list[torch.Tensor]] | None = None
+
+
+@contextlib.contextmanager
+def keeping_rows() -> Iterator[None]:
+    """Within, the first ROWS tokens of a training text are made once for each tokenizer, however many hooks
+    are trained on them. The text must stay as it is.
+    """
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def one_pass(data: str, tokenizer: Any, ctx: int, split: str) -> Iterator[torch.Tensor]:
+    """`packed_rows` of the training side, its beginning from what `keeping_rows` has."""
+    if _kept is None:
+        yield from packed_rows(data, "train", tokenizer, ctx, split=split)
+        return
+    known, given = _kept.setdefault((data, tokenizer_hash(tokenizer), ctx, split), []), 0
+    for row in known:
+        given += 1
+        yield row
+    for i, row in enumerate(packed_rows(data, "train", tokenizer, ctx, split=split)):
+        if i < given:
+            continue
+        if i == len(known) and (i + 1) * ctx <= ROWS:
+            known.append(row)
+        yield row
+
+
 def train_rows(
     data: str,
     tokenizer: Any,
@@ -244,7 +281,7 @@ def train_rows(
     """
     for number in itertools.count():
         given = 0
-        rows = packed_rows(data, "train", tokenizer, ctx, split=split)
+        rows = one_pass(data, tokenizer, ctx, split)
         while chunk := list(itertools.islice(rows, batch)):
             given += len(chunk) * ctx
             yield torch.stack(chunk)

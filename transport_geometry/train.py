@@ -20,6 +20,7 @@ from typing import Any
 from transport_geometry import kernels, store, text
 from transport_geometry.errors import Damaged, Fault, UserError, reading
 from transport_geometry.lm import Hook
+from transport_geometry.progress import Progress, line
 from transport_geometry.sae import (
     CHECKPOINT,
     TopKSAE,
@@ -216,7 +217,7 @@ class Training:
             twins[-1].ahead = []
         return twins
 
-    def feed(self, h: torch.Tensor, start: int, bar: tqdm, what: str) -> list["Training"]:
+    def feed(self, h: torch.Tensor, start: int, bar: tqdm | Progress, what: str) -> list["Training"]:
         """Train on h [n,d], the stream from token `start`, going on at the step this run is at: [itself,
         branches ...].
 
@@ -389,7 +390,12 @@ def lock_of(folder: pathlib.Path) -> str:
 
 
 def train_missing(
-    hook: Hook, tokenizer: Any, specs: Sequence[TrainingSpec], cache: pathlib.Path, source: text.Source
+    hook: Hook,
+    tokenizer: Any,
+    specs: Sequence[TrainingSpec],
+    cache: pathlib.Path,
+    source: text.Source,
+    bar: Progress | None = None,
 ) -> None:
     """Train the SAEs of one hook that the cache has not, together, from one activation stream of `source`.
 
@@ -409,7 +415,9 @@ def train_missing(
             store.claim(cache, lock_of(folder), waiting)
         todo = {folder: spec for folder, spec in wanted.items() if not mended(folder, spec)}
         if todo:
-            train_runs(hook, tokenizer, runs_of(todo), source)
+            runs, first = runs_of(todo), specs[0]
+            with line(bar, f"training {first.model} L{first.layer}", tokens_of(runs)) as bar:
+                train_runs(hook, tokenizer, runs, source, bar)
     finally:
         for folder in wanted:
             store.release(cache, lock_of(folder))
@@ -486,7 +494,7 @@ class Run:
         statistics = Statistics.of(h[: budgets[0]], sink[: budgets[0]], about)
         self.live = [recipe(statistics, spec.d_sae, spec.k, spec.seed, budgets)]
 
-    def feed(self, h: torch.Tensor, bar: tqdm, about: str) -> list[Training]:
+    def feed(self, h: torch.Tensor, bar: tqdm | Progress, about: str) -> list[Training]:
         """Train on the next chunk; those that have come to their end. Interrupted inside, it stands
         nowhere.
         """
@@ -527,13 +535,15 @@ def runs_of(todo: dict[pathlib.Path, TrainingSpec]) -> list[Run]:
     return list(runs.values())
 
 
-def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source) -> None:
+def tokens_of(runs: list[Run]) -> float:
+    """Tokens that SAEs are trained on, each SAE's counted."""
+    return sum(run.spec.tokens + RECIPES[run.spec.recipe].DECAY * sum(run.spec.trunk) for run in runs)
+
+
+def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source, bar: Progress) -> None:
     """Train them to the end, in one pass over the activations of their hook."""
     stream = runs[0].spec
     about, longest = f"{stream.model} L{stream.layer}", max(run.spec.tokens for run in runs)
-    work = [run.spec.tokens + RECIPES[run.spec.recipe].DECAY * sum(run.spec.trunk) for run in runs]
-    n_saes = sum(len(run.folders) for run in runs)
-    bar = tqdm(total=sum(work), unit="tok", unit_scale=True, leave=False, desc=f"{n_saes} SAEs, {about}")
     for run in runs:
         run.resume(hook.device)
         bar.update(min(run.chunks * CHUNK, run.spec.tokens))
@@ -579,5 +589,3 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source)
     except (UserError, KeyboardInterrupt):
         checkpoint()
         raise
-    finally:
-        bar.close()
