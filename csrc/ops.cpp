@@ -233,5 +233,9 @@ PYBIND11_MODULE(_kernels, m) {
   m.attr("source") = BUILD_SOURCE;
   m.def("screen_first", &screen_first);
   m.def("integers_price", &integers_price);
+  m.def("tokens_that_went_on", [] {
+    const auto [integers, own] = tokens_that_went_on();
+    return pybind11::make_tuple(integers, own);
+  });
   m.attr("WORTH") = WORTH;
 }
