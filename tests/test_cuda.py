@@ -1,0 +1,360 @@
+"""csrc/ops_cuda.cu against the definition, the CPU's kernels and float64; on the emulator (emulate.py), and the
+same cases on a GPU where there is one.
+
+What test_kernels.py asks of every device is there. Here is what only CUDA's code can get wrong: tiles, ties and
+k at its edges, indices outside, blocks and threads in any order. Small integers where ties are wanted: every sum
+is then exact.
+"""
+
+import emulate
+from transport_geometry import ROOT, kernels
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CPU = torch.ops.tg  # before `gpu` puts another in its place
+SMALL = dict(TILE_TOKENS=3, TILE_LATENTS=600)
+INF, NAN = float("inf"), float("nan")
+some = settings(max_examples=30, deadline=None)
+schedules = st.tuples(st.integers(0, 2**32), st.sampled_from([0, 2, 5, 40]))
+
+
+class Gpu:
+    """The operators with operands and results moved to the device and back."""
+
+    def __init__(self, device, emulated):
+        self.device, self.emulated, self.ops = device, emulated, torch.ops.tg
+
+    def schedule(self, seed=0, every=0):
+        if self.emulated:
+            self.emulated.schedule(seed, every)
+
+    def __getattr__(self, op):
+        def call(*args):
+            moved = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args]
+            out = getattr(self.ops, op)(*moved)
+            return out.cpu() if isinstance(out, torch.Tensor) else tuple(x.cpu() for x in out)
+
+        return call
+
+
+@pytest.fixture(scope="module", params=[*emulate.GPU, pytest.param("small", marks=emulate.EMULATED.marks)])
+def gpu(request):
+    """ "small" is emulated with tiles of 3 tokens and 600 latents. Memory that nobody has written is NaN."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what is allocated
+    with pytest.MonkeyPatch.context() as patch:
+        small = request.param == "small"
+        yield Gpu(*emulate.place("emulated" if small else request.param, patch, **(SMALL if small else {})))
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def draw(seed, *shape, integer=False):
+    gen = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(-2, 3, shape, generator=gen).float() if integer else torch.randn(*shape, generator=gen)
+    )
+
+
+def by_definition(pre, k):
+    """The k largest of each row, NaN above all, of equal ones the first; in ascending order of their index."""
+    rank = torch.where(pre.isnan(), INF, pre.double().clamp(-1e300, 1e300))
+    index = rank.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    return pre.gather(1, index).relu(), index
+
+
+def assert_same(got, want):
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=0, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------------------------------- encode
+@some
+@given(
+    N=st.integers(0, 7),
+    d=st.integers(0, 9),
+    F=st.integers(1, 1500),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 999),
+    how=schedules,
+)
+def test_encode_is_the_definition_ties_and_all(gpu, N, d, F, share, seed, how):
+    k = max(1, round(share**3 * F))
+    h, W, b = (draw(seed + i, *shape, integer=True) for i, shape in enumerate(((N, d), (F, d), (F,))))
+    gpu.schedule(*how)
+    got = gpu.topk_encode(h, W, b, k)
+    assert_same(got, by_definition(h @ W.T + b, k))
+    if d:
+        assert_same(got, CPU.topk_encode(h, W, b, k))
+        assert_same(got, kernels.topk_encode_ref(h, W, b, k))
+
+
+NUMBERS = [NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0, -1.0, 1.0000001]
+
+
+@some
+@given(
+    N=st.integers(1, 5),
+    F=st.integers(1, 1200),
+    share=st.floats(0, 1),
+    kinds=st.lists(st.sampled_from(NUMBERS), min_size=1),
+    seed=st.integers(0, 999),
+    how=schedules,
+)
+def test_every_kind_of_number(gpu, N, F, share, kinds, seed, how):
+    """Pre-activations that are exactly these: from the bias, and from the weights."""
+    k = max(1, round(share**2 * F))
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.tensor(kinds)[torch.randint(0, len(kinds), (F,), generator=gen)]
+    gpu.schedule(*how)
+    want = by_definition(x.expand(N, F), k)
+    assert_same(gpu.topk_encode(torch.zeros(N, 1), torch.zeros(F, 1), x, k), want)
+    assert_same(gpu.topk_encode(torch.ones(N, 1), x[:, None], torch.zeros(F), k), want)
+
+
+@pytest.mark.parametrize("F", [1, 127, 128, 129, 599, 600, 601, 2047, 2048, 2049, 4096, 4097, 9001])
+def test_k_at_its_edges(gpu, F):
+    for k in sorted({1, 2, 32, 33, 127, 129, F // 2, F - 1, F, 1793, 2047, 2048}):
+        if not 1 <= k <= min(F, kernels.MAX_K_CUDA) or (F > 2049 and k in (2, 33, 127, 129, 1793, 2047)):
+            continue
+        rising = torch.arange(F).float()
+        for b in (rising, -rising, torch.zeros(F), draw(F, F)):
+            got = gpu.topk_encode(torch.zeros(1, 1), torch.zeros(F, 1), b, k)
+            assert_same(got, by_definition(b[None], k))
+
+
+@pytest.mark.parametrize("N,d,F,k", [(20, 33, 9001, 7), (1, 8, 16, 16), (70, 16, 5000, 130)])
+def test_encode_of_several_tiles(gpu, N, d, F, k):
+    N *= 1 if gpu.emulated else 60
+    h, W, b = draw(0, N, d, integer=True), draw(1, F, d, integer=True), draw(2, F, integer=True)
+    gpu.schedule()
+    assert_same(gpu.topk_encode(h, W, b, k), by_definition(h @ W.T + b, k))
+
+
+def test_encode_of_gaussians_is_right_up_to_rounding(gpu):
+    h, W, b = draw(0, 20, 64), draw(1, 5003, 64), draw(2, 5003)
+    gpu.schedule(3)
+    for k in (1, 32, 300):
+        values, indices = gpu.topk_encode(h, W, b, k)
+        pre = h.double() @ W.double().T + b.double()
+        top = pre.topk(k + 1).values
+        # twice a dot product's bound: test_kernels.py has the same for the CPU
+        clear = top[:, k - 1] - top[:, k] > 2 * 66 * 2.0**-24 * (
+            h.norm(dim=1) * W.norm(dim=1).max() + b.abs().max()
+        )
+        assert clear.sum() > 10 and torch.equal(indices[clear], by_definition(pre, k)[1][clear])
+        torch.testing.assert_close(values.double(), pre.gather(1, indices).relu(), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- decode, distortion, backward
+def code(seed, N, k, F, outside=0.0):
+    """values, indices, and which of these lie outside [0, F)."""
+    gen = torch.Generator().manual_seed(seed)
+    indices = torch.rand(N, F, generator=gen).argsort(1)[:, :k].sort(1).values
+    values = torch.rand(N, k, generator=gen)
+    bad = torch.rand(N, k, generator=gen) < outside
+    wild = torch.tensor([-1, F, F + 1, 2**31, 2**32, 2**62, -(2**63), 2**63 - 1])
+    return values, torch.where(bad, wild[torch.randint(0, 8, (N, k), generator=gen)], indices), bad
+
+
+shapes = dict(
+    N=st.integers(0, 9),
+    d=st.integers(0, 300),
+    F=st.integers(1, 60),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 999),
+    how=schedules,
+)
+
+
+@some
+@given(**shapes)
+def test_decode_is_the_cpus_to_the_bit_and_distortion_within_a_rounding(gpu, N, d, F, share, seed, how):
+    values, indices, _ = code(seed, N, round(share * F), F)
+    W, b, h, g = draw(seed, F, d), draw(seed + 1, d), draw(seed + 2, N, d), draw(seed + 3, N, d)
+    gpu.schedule(*how)
+    h_hat = gpu.sparse_decode(values, indices, W, b)
+    assert torch.equal(h_hat, CPU.sparse_decode(values, indices, W, b))
+    stats, kept = gpu.gradient_weighted_distortion(values, indices, W, b, h, g, True)
+    assert torch.equal(kept, h_hat)
+    alone, none = gpu.gradient_weighted_distortion(values, indices, W, b, h, g, False)
+    assert torch.equal(alone, stats) and none.shape == (0, d)
+    want = CPU.gradient_weighted_distortion(values, indices, W, b, h, g, False)[0]
+    torch.testing.assert_close(stats, want, rtol=3e-7, atol=1e-7)
+
+
+@some
+@given(**shapes)
+def test_backward_is_within_rounding(gpu, N, d, F, share, seed, how):
+    values, indices, _ = code(seed, N, round(share * F), F)
+    W, x = draw(seed, F, d), draw(seed + 2, N, d)
+    gpu.schedule(*how)
+    dots = gpu.gather_dot(x, W, indices)
+    torch.testing.assert_close(
+        dots.double(), (x.double() @ W.double().T).gather(1, indices), rtol=1e-5, atol=1e-4
+    )
+    rows, sums = gpu.scatter_rows(values, indices, x, F)
+    Z = torch.zeros(N, F, dtype=torch.float64).scatter(1, indices, values.double())
+    torch.testing.assert_close(rows.double(), Z.T @ x.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.double(), Z.sum(0), rtol=1e-5, atol=1e-6)
+
+
+@some
+@given(**{**shapes, "d": st.integers(1, 150)})
+def test_an_index_outside_is_never_followed_and_seen_as_nan(gpu, N, d, F, share, seed, how):
+    k = round(share * F)
+    values, indices, bad = code(seed, N, k, F, outside=0.1)
+    W, b, h, g = draw(seed, F, d), draw(seed + 1, d), draw(seed + 2, N, d), draw(seed + 3, N, d)
+    gpu.schedule(*how)
+    hit, inside = bad.any(1), indices.masked_fill(bad, 0)
+    h_hat = gpu.sparse_decode(values, indices, W, b)
+    assert h_hat[hit].isnan().all()
+    assert torch.equal(h_hat[~hit], gpu.sparse_decode(values, inside, W, b)[~hit])
+    stats, _ = gpu.gradient_weighted_distortion(values, indices, W, b, h, g, False)
+    assert stats[hit][:, :4].isnan().all() and not stats[:, 4].isnan().any() and not stats[~hit].isnan().any()
+    dots = gpu.gather_dot(h, W, indices)
+    assert torch.equal(dots.isnan(), bad)
+    assert torch.equal(dots[~bad], gpu.gather_dot(h, W, inside)[~bad])
+    rows, sums = gpu.scatter_rows(values, indices, h, F)  # nobody knows which row is short of the entry
+    want = gpu.scatter_rows(values, inside, h, F)
+    if bad.any():
+        assert rows.isnan().all() and sums.isnan().all()
+    else:
+        assert torch.equal(rows, want[0]) and torch.equal(sums, want[1])
+
+
+@pytest.mark.parametrize("N", [31, 32, 33, 255, 256, 257, 2000])
+def test_a_latent_that_fires_on_every_token(gpu, N):
+    """Its entries are summed in pieces. Terms that all round one way: a running float32 sum would drift."""
+    coef, indices = torch.tensor([0.1, 0.7, 0.3]).repeat(N, 1), torch.tensor([0, 2, 3]).repeat(N, 1)
+    indices[:: N // 2, 0] = 1  # and one whose two entries lie before a long segment
+    x = draw(N, N, 5).abs()
+    gpu.schedule(1)
+    rows, sums = gpu.scatter_rows(coef, indices, x, 5)
+    Z = torch.zeros(N, 5, dtype=torch.float64).scatter(1, indices, coef.double())
+    torch.testing.assert_close(rows.double(), Z.T @ x.double(), rtol=34 * 2.0**-24, atol=0)  # blocks of 32
+    torch.testing.assert_close(sums.double(), Z.sum(0), rtol=34 * 2.0**-24, atol=0)
+
+
+def test_a_latents_row_does_not_depend_on_the_other_latents(gpu):
+    N = 700
+    coef, x = draw(0, N, 2), draw(1, N, 6)
+    indices = torch.tensor([3, 4]).repeat(N, 1)
+    alone = gpu.scatter_rows(coef[:, 1:], indices[:, 1:], x, 6)[0][4]
+    assert torch.equal(gpu.scatter_rows(coef, indices, x, 6)[0][4], alone)
+
+
+# ------------------------------------------------------------------------------------------- odds and ends
+def test_no_result_depends_on_the_schedule(gpu):
+    if not gpu.emulated:
+        pytest.skip("a GPU's order is its own")
+    h, W, b = draw(0, 5, 8, integer=True), draw(1, 900, 8, integer=True), draw(2, 900, integer=True)
+    W_dec, g = draw(3, 900, 8), draw(4, 5, 8)
+    first = None
+    for seed in range(15):
+        gpu.schedule(seed, (0, 2, 3, 7, 30)[seed % 5])
+        values, indices = gpu.topk_encode(h, W, b, 34)
+        result = [
+            values,
+            indices,
+            gpu.sparse_decode(values, indices, W_dec, b[:8]),
+            gpu.gather_dot(g, W_dec, indices),
+            *gpu.scatter_rows(values, indices, g, 900),
+            *gpu.gradient_weighted_distortion(values, indices, W_dec, b[:8], h, g, True),
+        ]
+        first = first or result
+        assert all(torch.equal(a, b) for a, b in zip(first, result))
+
+
+def test_views_and_empty_operands(gpu):
+    h, W, b = draw(0, 6, 40, integer=True), draw(1, 16, 300, integer=True), draw(2, 600, integer=True)
+    gpu.schedule()
+    got = gpu.topk_encode(h[::2, 3:35:2], W.T, b[::2], 5)
+    assert_same(got, by_definition(h[::2, 3:35:2] @ W + b[::2], 5))
+
+    def e(*shape):
+        return torch.zeros(*shape)
+
+    def i(*shape):
+        return torch.zeros(*shape, dtype=torch.int64)
+
+    assert gpu.topk_encode(e(0, 3), e(5, 3), e(5), 2)[0].shape == (0, 2)
+    assert torch.equal(gpu.sparse_decode(e(2, 0), i(2, 0), e(0, 3), torch.ones(3)), torch.ones(2, 3))
+    assert gpu.sparse_decode(e(2, 1), i(2, 1), e(0, 3), torch.ones(3)).isnan().all()  # F = 0: all are outside
+    assert gpu.gather_dot(e(2, 3), e(0, 3), i(2, 1)).isnan().all()
+    assert [x.shape for x in gpu.scatter_rows(e(2, 0), i(2, 0), e(2, 3), 4)] == [(4, 3), (4,)]
+    assert [x.shape for x in gpu.scatter_rows(e(2, 1), i(2, 1), e(2, 3), 0)] == [(0, 3), (0,)]
+    assert not gpu.scatter_rows(e(0, 2), i(0, 2), e(0, 3), 4)[0].any()
+    assert gpu.gradient_weighted_distortion(e(0, 2), i(0, 2), e(4, 3), e(3), e(0, 3), e(0, 3), True)[
+        1
+    ].shape == (0, 3)
+
+
+def test_refusals(gpu):
+    h, W, b = draw(0, 4, 3), draw(1, 3000, 3), draw(2, 3000)
+    for k in (0, -1, 3001, kernels.MAX_K_CUDA + 1):
+        with pytest.raises(RuntimeError, match="k="):
+            gpu.topk_encode(h, W, b, k)
+    for bad in ((h[0], W, b), (h, W[:, :2], b), (h, W, b[:3]), (h.double(), W.double(), b.double())):
+        with pytest.raises(RuntimeError, match="topk_encode"):
+            gpu.topk_encode(*bad, 2)
+    many = 2**31  # blocks; with d = 0 and k = 0 nothing of it is in memory
+    with pytest.raises(RuntimeError, match="2147483648 tokens .* split the batch"):
+        gpu.sparse_decode(
+            torch.zeros(many, 0), torch.zeros(many, 0, dtype=torch.int64), torch.zeros(4, 0), torch.zeros(0)
+        )
+
+
+# ------------------------------------------------------------------- does the emulator see what is not there?
+SOURCE = (ROOT / "csrc/ops_cuda.cu").read_text()
+FAULTS = {
+    "two blocks write one row": ("h_hat[n * d + i] = decode_at(", "h_hat[i] = decode_at(", "race"),
+    "a launch on another stream": ("how.stream = stream;", "how.stream = nullptr;", "another stream"),
+    "an index followed unchecked": ("uint64_t(f) < uint64_t(F) ?", "f < F ?", "outside of every tensor"),
+    "a shuffle of half a warp": (
+        "for (int step = 16; step > 0; step /= 2) sum +=",
+        "if (threadIdx.x % 32 < 16) for (int step = 16; step > 0; step /= 2) sum +=",
+        "stuck",
+    ),
+    "a shared slot that nobody fills": (
+        "if (threadIdx.x % 32 == 0) warp[s]",
+        "if (threadIdx.x == 0) warp[s]",
+        "before",
+    ),
+    "no barrier before a read": (
+        "  __syncthreads();\n  if (threadIdx.x < STATS)",
+        "  if (threadIdx.x < STATS)",
+        "race|before",
+    ),
+}
+
+
+def exercise(ops):
+    """Every kernel, on operands that leave threads idle and tiles half full."""
+    h, W, b = draw(0, 4, 9, integer=True), draw(1, 1300, 9, integer=True), draw(2, 1300, integer=True)
+    values, indices = ops.topk_encode(h, W, b, 40)
+    assert_same((values, indices), by_definition(h @ W.T + b, 40))
+    wild = indices.clone()
+    wild[1, 7] = -5
+    for at in (indices, wild):
+        ops.sparse_decode(values, at, W, h[0])
+        ops.gradient_weighted_distortion(values, at, W, h[0], h, h, True)
+        ops.gather_dot(h, W, at)
+        ops.scatter_rows(values, at, h, 1300)
+    ops.scatter_rows(draw(3, 600, 1), torch.ones(600, 1, dtype=torch.int64), draw(4, 600, 3), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(emulate.why_not()), reason=emulate.why_not())
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault):
+    right, wrong, complaint = FAULTS[fault]
+    assert SOURCE.count(right) == 1
+    name = "tg_fault_" + fault.replace(" ", "_").replace("-", "_")
+    broken = emulate.Emulated(SOURCE.replace(right, wrong), name, **SMALL)
+    with pytest.raises(RuntimeError, match=complaint):
+        for seed in range(4):
+            broken.schedule(seed, (0, 2, 5, 40)[seed])
+            exercise(broken.ops)
