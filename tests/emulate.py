@@ -1,10 +1,10 @@
 """The CUDA sources without a GPU: csrc/ops_cuda.cu, kernels and host code, compiled for the CPU by
 tests/emulator/, so that what they compute and what they touch is tested on every machine.
 
-A test whose device is one of GPU runs once so ("emulated") and once on a GPU where there is one ("cuda"); it
-finds the operators as ever in torch.ops.tg (`place`). The emulator sees what a GPU hides: races, uninitialised
-and outside accesses, missing barriers, wrong streams (emulator.cpp). It does not see speed, cuBLAS, or a GPU's
-rounding of what the kernels leave to a library.
+A test whose device is one of GPU runs once so ("emulated") and once on a GPU where there is one ("cuda");
+it finds the operators as ever in torch.ops.tg (`place`). The emulator sees what a GPU hides: races,
+uninitialised and outside accesses, missing barriers, wrong streams (emulator.cpp). It does not see speed,
+cuBLAS, or a GPU's rounding of what the kernels leave to a library.
 """
 
 import ctypes
@@ -63,6 +63,21 @@ def rewritten(text: str, namespace: str, **constants: int) -> str:
         text, n = re.subn(rf"\b{name} = \w+", f"{name} = {value}", text)
         assert n == 1, name
     return text
+
+
+SCREEN = torch.library.Library("aten", "IMPL")  # kept alive: what it registers goes with it
+noise = torch.Generator().manual_seed(0)
+
+
+def screen(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
+    """bfloat16 GEMM into float32, which torch has on GPUs only: anything within the error that the encoder
+    grants it, drawn anew each time."""
+    exact, size = a.double() @ b.double(), a.double().norm(dim=1)[:, None] * b.double().norm(dim=0)
+    off = (len(b) + 6) * 2.0**-21 * size * (2 * torch.rand(exact.shape, generator=noise) - 1)
+    return out.copy_(exact + off)
+
+
+SCREEN.impl("mm.dtype_out", screen, "CPU")
 
 
 class Emulated:

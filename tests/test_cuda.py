@@ -1,9 +1,9 @@
-"""csrc/ops_cuda.cu against the definition, the CPU's kernels and float64; on the emulator (emulate.py), and the
-same cases on a GPU where there is one.
+"""csrc/ops_cuda.cu against the definition, the CPU's kernels and float64: on the emulator (emulate.py), and
+the same cases on a GPU where there is one.
 
-What test_kernels.py asks of every device is there. Here is what only CUDA's code can get wrong: tiles, ties and
-k at its edges, indices outside, blocks and threads in any order. Small integers where ties are wanted: every sum
-is then exact.
+What test_kernels.py asks of every device is there. Here is what only CUDA's code can get wrong: tiles, ties
+and k at its edges, indices outside, blocks and threads in any order. Small integers where ties are wanted:
+every sum is then exact.
 """
 
 import emulate
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CPU = torch.ops.tg  # before `gpu` puts another in its place
-SMALL = dict(TILE_TOKENS=3, TILE_LATENTS=600)
+SMALL = dict(TILE=1, TILE_TOKENS=3)
 INF, NAN = float("inf"), float("nan")
 some = settings(max_examples=30, deadline=None)
 schedules = st.tuples(st.integers(0, 2**32), st.sampled_from([0, 2, 5, 40]))
@@ -32,6 +32,9 @@ class Gpu:
             self.emulated.schedule(seed, every)
 
     def __getattr__(self, op):
+        if op not in kernels.OPS:
+            raise AttributeError(op)
+
         def call(*args):
             moved = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args]
             out = getattr(self.ops, op)(*moved)
@@ -59,7 +62,7 @@ def draw(seed, *shape, integer=False):
 
 
 def by_definition(pre, k):
-    """The k largest of each row, NaN above all, of equal ones the first; in ascending order of their index."""
+    """The k largest of each row, NaN above all, of equal ones the first; ascending by index."""
     rank = torch.where(pre.isnan(), INF, pre.double().clamp(-1e300, 1e300))
     index = rank.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     return pre.gather(1, index).relu(), index
@@ -114,10 +117,10 @@ def test_every_kind_of_number(gpu, N, F, share, kinds, seed, how):
     assert_same(gpu.topk_encode(torch.ones(N, 1), x[:, None], torch.zeros(F), k), want)
 
 
-@pytest.mark.parametrize("F", [1, 127, 128, 129, 599, 600, 601, 2047, 2048, 2049, 4096, 4097, 9001])
+@pytest.mark.parametrize("F", [1, 2, 127, 128, 129, 511, 512, 513, 2048, 2049, 4100])
 def test_k_at_its_edges(gpu, F):
-    for k in sorted({1, 2, 32, 33, 127, 129, F // 2, F - 1, F, 1793, 2047, 2048}):
-        if not 1 <= k <= min(F, kernels.MAX_K_CUDA) or (F > 2049 and k in (2, 33, 127, 129, 1793, 2047)):
+    for k in sorted({1, 2, 33, F // 2, F - 1, F, 2048}):
+        if not 1 <= k <= min(F, kernels.MAX_K_CUDA) or (F > 600 and k in (2, 33)):
             continue
         rising = torch.arange(F).float()
         for b in (rising, -rising, torch.zeros(F), draw(F, F)):
@@ -133,19 +136,90 @@ def test_encode_of_several_tiles(gpu, N, d, F, k):
     assert_same(gpu.topk_encode(h, W, b, k), by_definition(h @ W.T + b, k))
 
 
-def test_encode_of_gaussians_is_right_up_to_rounding(gpu):
+def canonical(h, W, b):
+    """float64 sums rounded once. Another order of summation may round one in 2^29 of them the other way."""
+    return (h.double() @ W.double().T + b.double()).float()
+
+
+def plain(h, W, b):
+    pass
+
+
+def outlier_dimensions(h, W, b):
+    h[:, :2] *= 300
+
+
+def near_ties_by_the_thousand(h, W, b):
+    W[200:2600] = W[200] * (
+        1 + 1e-7 * torch.randint(0, 9, (2400, 1), generator=torch.Generator().manual_seed(5))
+    )
+
+
+def equal_latents(h, W, b):
+    W[200:2600], b[200:2600] = W[200].clone(), 0
+
+
+def tokens_of_zeros(h, W, b):
+    h[1:3], b[:] = 0, 0.5
+
+
+def denormals(h, W, b):
+    h *= 1e-30
+    W *= 1e-12
+    b *= 0
+
+
+def less_than_bfloat16_has(h, W, b):
+    h *= 1e-39
+    b *= 0
+
+
+def huge_norms(h, W, b):
+    h[0] *= 1e38
+    h[1] *= 1e30
+    W[100:130] *= 3e36
+
+
+def masked_latents(h, W, b):
+    b[:2000] = -INF
+
+
+def not_numbers(h, W, b):
+    h[0, 3], W[7], W[9, 2], b[11], b[12], h[3, 1] = NAN, NAN, INF, NAN, INF, -INF
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        plain,
+        outlier_dimensions,
+        near_ties_by_the_thousand,
+        equal_latents,
+        tokens_of_zeros,
+        denormals,
+        less_than_bfloat16_has,
+        huge_norms,
+        masked_latents,
+        not_numbers,
+    ],
+)
+@pytest.mark.parametrize("d,F,k", [(36, 2700, 20), (33, 2701, 1)])
+def test_encode_is_canonical_whatever_the_screen(gpu, made, d, F, k):
+    """What is screened out and what is computed after all: the emulator's screen errs as far as it may, in
+    another way each time."""
+    h, W, b = draw(0, 5, d), draw(1, F, d), draw(2, F)
+    made(h, W, b)
+    want = by_definition(canonical(h, W, b), k)
+    for seed in range(2):
+        gpu.schedule(seed)
+        assert_same(gpu.topk_encode(h, W, b, k), want)
+
+
+def test_encode_of_many_gaussians_is_canonical(gpu):
     h, W, b = draw(0, 20, 64), draw(1, 5003, 64), draw(2, 5003)
     gpu.schedule(3)
     for k in (1, 32, 300):
-        values, indices = gpu.topk_encode(h, W, b, k)
-        pre = h.double() @ W.double().T + b.double()
-        top = pre.topk(k + 1).values
-        # twice a dot product's bound: test_kernels.py has the same for the CPU
-        clear = top[:, k - 1] - top[:, k] > 2 * 66 * 2.0**-24 * (
-            h.norm(dim=1) * W.norm(dim=1).max() + b.abs().max()
-        )
-        assert clear.sum() > 10 and torch.equal(indices[clear], by_definition(pre, k)[1][clear])
-        torch.testing.assert_close(values.double(), pre.gather(1, indices).relu(), rtol=1e-4, atol=1e-4)
+        assert_same(gpu.topk_encode(h, W, b, k), by_definition(canonical(h, W, b), k))
 
 
 # ------------------------------------------------------------------------------- decode, distortion, backward

@@ -7,8 +7,8 @@
 float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else
 (MPS, bfloat16, no compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions
 `*_ref` below, which are the tests' oracle as well. Neither holds an [N,F] array. A wrong argument is a
-ValueError; an index outside [0, F) is an error on the CPU and NaN in the rows it reaches on CUDA, never a
-read out of bounds.
+ValueError; an index outside [0, F) is an error on the CPU; on CUDA, where to look would be to wait, it is NaN
+in what it reaches (the token's row; every row of scatter_rows), never a read out of bounds.
 """
 
 import hashlib
