@@ -29,9 +29,9 @@ namespace {
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int64_t MAX_BLOCKS = 0x7fffffff;  // of one launch
 constexpr int STATS = 5;                    // columns of a distortion, kernels.STATS
-constexpr int64_t TILE = 8388608,
-                  TILE_TOKENS = 128;  // pre-activations at once: 32 MB, or those of 128 tokens
-constexpr int64_t MAX_K = 2048;       // 78 KB of candidates in shared memory
+// Pre-activations held at once: 32 MB, in the level-2 cache, or those of 128 tokens where that is more.
+constexpr int64_t TILE = 8388608, TILE_TOKENS = 128;
+constexpr int64_t MAX_K = 2048, CANDIDATES = 8000;  // of a token: 94 KB of shared memory at most
 
 template <class T = float>
 const T* in(const Tensor& t) {
@@ -51,11 +51,28 @@ Tensor check(const char* op, const Tensor& x, const Tensor& like, std::initializ
   return torch::stable::contiguous(x);
 }
 
-// V numbers that one load brings
+// V numbers of a row, one load or store.
 template <int V>
 struct alignas(V * sizeof(float)) Columns {
   float at[V];
 };
+
+template <int V>
+__device__ Columns<V> load(const float* from) {
+  return *reinterpret_cast<const Columns<V>*>(from);
+}
+
+template <int V>
+__device__ void store(float* to, Columns<V> row) {
+  *reinterpret_cast<Columns<V>*>(to) = row;
+}
+
+// Can rows of `width` numbers of these be read four at a time?
+bool in_fours(int64_t width, std::initializer_list<Tensor> matrices) {
+  bool can = width % 4 == 0;
+  for (const Tensor& t : matrices) can &= uintptr_t(in(t)) % (4 * sizeof(float)) == 0;
+  return can;
+}
 
 struct Device {  // the one that the caller's tensor lives on, and the stream that the caller uses there
   torch::stable::accelerator::DeviceGuard guard;
@@ -89,10 +106,10 @@ struct Device {  // the one that the caller's tensor lives on, and the stream th
 // most |hq| |rw| + |rh| (|wq| + |rw|). The screen's sum of d products in float32 is off by at most (d + 8)
 // 2^-21 |hq| |wq|: eight times the unit roundoff a term, for tensor cores align the terms of a group and cut
 // what sticks out (Fasi, Higham, Mikaitis, Pranesh 2021). What the canonical sum's rounding adds, (d + 2)
-// 2^-52 |h| |w|, is less than one term more and a factor of 1 + 2^-30 (d < 2^20). Products below 2^-126 may
+// 2^-52 |h| |w|, is less than one term more and a factor of 1 + 2^-29 (d < 2^20). Products below 2^-126 may
 // be lost, d times 2^-125 in all.
 
-__device__ float up(double v) {
+__device__ float up(double v) {  // to float32, not to the nearest
   const float f = float(v);
   return f < v ? nextafterf(f, INFINITY) : f;
 }
@@ -128,8 +145,9 @@ __global__ void quantise(const float* x, int64_t rows, int64_t d, bool latents, 
   if (row >= rows) return;
   double kept = 0, rest = 0;
   for (int64_t i = row * d + threadIdx.x % 32; i < (row + 1) * d; i += 32) {
-    quantised[i] = to_bfloat16(x[i]);
-    const double v = x[i], q = from_bfloat16(quantised[i]);
+    const uint16_t half = to_bfloat16(x[i]);
+    quantised[i] = half;
+    const double v = x[i], q = from_bfloat16(half);
     kept += q * q, rest += (v - q) * (v - q);
   }
   const double more = 1 + 0x1p-30;  // than what these sums are rounded by
@@ -139,13 +157,12 @@ __global__ void quantise(const float* x, int64_t rows, int64_t d, bool latents, 
       latents ? float2{up(rest + (d + 9) * 0x1p-21 * kept), up(kept + rest)} : float2{up(kept), up(rest)};
 }
 
-__device__ double canonical(const float* h, const float* w, float bias, int64_t d,
-                            bool aligned) {  // by a warp
+// By a warp: lane l sums the fours l, l + 32, ... in order, however they can be read.
+__device__ double canonical(const float* h, const float* w, float bias, int64_t d, bool aligned) {
   double sum = 0;
   for (int64_t i = threadIdx.x % 32 * 4; i < d; i += 128)
     if (aligned) {
-      const auto a = *reinterpret_cast<const Columns<4>*>(h + i),
-                 b = *reinterpret_cast<const Columns<4>*>(w + i);
+      const auto a = load<4>(h + i), b = load<4>(w + i);
       for (int v = 0; v < 4; ++v) sum += double(a.at[v]) * b.at[v];
     } else {
       for (int64_t j = i; j < min(i + 4, d); ++j) sum += double(h[j]) * w[j];
@@ -160,10 +177,11 @@ __device__ uint64_t key_of(uint32_t order, int64_t f) {
 }
 __device__ int64_t latent_of(uint64_t key) { return uint32_t(~uint32_t(key)); }
 
-struct Limits {
+struct Limits {  // of a canonical pre-activation, as to_order gives them
   uint32_t lower, upper;
-};  // of a canonical pre-activation, as to_order gives them
+};
 
+// How far a screened pre-activation may be from the canonical one, both without bias.
 __device__ double error(float2 token, float2 latent, int64_t d) {
   const double lost = token.x > 0 ? d * 0x1p-125 : 0;
   return (double(token.x) * latent.x + double(token.y) * latent.y) * (1 + 0x1p-29) + lost;
@@ -171,11 +189,11 @@ __device__ double error(float2 token, float2 latent, int64_t d) {
 
 __device__ Limits limits(float screened, float bias, float2 token, float2 latent, int64_t d) {
   double e = error(token, latent, d);
-  if (!isfinite(screened) || !isfinite(e))
-    return {0, ~0u};  // an infinity or NaN came in, or overflowed on the way
+  // An infinity or NaN came in, or overflowed on the way: it may be anything.
+  if (!isfinite(screened) || !isfinite(e)) return {0, ~0u};
   const double s = double(screened) + bias;
-  if (e > 0 && isfinite(s))
-    e += (e + fabs(s)) * 0x1p-50;  // the rounding of s, of s + e, and of canonical + bias
+  // The rounding of s, of s + e, and of the canonical sum + bias. None where the token is 0.
+  if (e > 0 && isfinite(s)) e += (e + fabs(s)) * 0x1p-50;
   return {to_order(-up(-(s - e))), to_order(up(s + e))};
 }
 
@@ -281,8 +299,9 @@ struct Candidates {
   }
 };
 
-// A block per token: one read of its row of the tile, V latents at a time, then the candidates' own
-// pre-activations.
+// A block per token: one read of its row of the tile, V latents at a time, then the candidates' canonical
+// pre-activations. Where too many are left, rows of near-ties, say, or a NaN in h, all latents are gone
+// through again with the k-th canonical one so far as the threshold.
 template <int V>
 __global__ void select(const float* tile, const float* h, const float* W, const float* bias,
                        const float2* tokens, const float2* latents, const float2* largest, int64_t d,
@@ -300,8 +319,7 @@ __global__ void select(const float* tile, const float* h, const float* W, const 
   for (int64_t f0 = 0; f0 < F && !many; f0 += V * THREADS) {
     const int64_t f = f0 + threadIdx.x * V;
     if (f < F) {
-      const auto x = *reinterpret_cast<const Columns<V>*>(row + f),
-                 b = *reinterpret_cast<const Columns<V>*>(bias + f);
+      const auto x = load<V>(row + f), b = load<V>(bias + f);
       for (int v = 0; v < V; ++v)
         if (!(x.at[v] + b.at[v] < cut)) best.add(limits(x.at[v], b.at[v], token, latents[f + v], d), f + v);
     }
@@ -314,7 +332,7 @@ __global__ void select(const float* tile, const float* h, const float* W, const 
       cut = -up(margin + (margin + fabs(least)) * 0x1p-40 - least);
     }
   }
-  if (many) {  // all latents again, with exact limits for whoever passes his own bound
+  if (many) {
     best.threshold = 0;
     best.clear();
     for (int64_t f0 = 0; f0 < F; f0 += WARPS) {
@@ -375,11 +393,9 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const
   Tensor largest = torch::stable::amax(of_latents, 0, false);
   const int64_t rows = std::min(N, std::max(TILE / F, TILE_TOKENS));
   Tensor tile = new_empty(h, {rows, F});
-  const int capacity = 3 * k + 6 * THREADS;
+  const int capacity = std::min(4 * k + 6 * THREADS, CANDIDATES);
   const size_t shared = capacity * (sizeof(uint64_t) + sizeof(uint32_t));
-  const bool fours = F % 4 == 0 && uintptr_t(in(b)) % 16 == 0;
-  const bool aligned = d % 4 == 0 && uintptr_t(in(h)) % 16 == 0 && uintptr_t(in(W)) % 16 == 0;
-  auto kernel = fours ? select<4> : select<1>;
+  auto kernel = in_fours(F, {b}) ? select<4> : select<1>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   auto view = [&](const Tensor& t, int64_t first, int64_t rows, int64_t cols) {
     void* at = static_cast<char*>(t.mutable_data_ptr()) + first * cols * t.element_size();
@@ -390,61 +406,83 @@ std::tuple<Tensor, Tensor> topk_encode(const Tensor& h_, const Tensor& W_, const
     const int64_t here = std::min(rows, N - n);
     gemm(view(hq, n, here, d), WT, view(tile, 0, here, F));
     on.run(kernel, here, shared, in(tile), in(h) + n * d, in(W), in(b), in<float2>(of_tokens) + n,
-           in<float2>(of_latents), in<float2>(largest), d, F, k, capacity, aligned, out(values) + n * k,
-           out<int64_t>(indices) + n * k);
+           in<float2>(of_latents), in<float2>(largest), d, F, k, capacity, in_fours(d, {h, W}),
+           out(values) + n * k, out<int64_t>(indices) + n * k);
   }
   return {values, indices};
 }
 
 // ---------------------------------------------------------------------------------------------------- decode
-__device__ float entry(float value, int64_t f, const float* W, int64_t F, int64_t d, int64_t i) {
-  return uint64_t(f) < uint64_t(F) ? value * W[f * d + i] : nanf("");
+
+// acc += value * W[f], in V columns from i on.
+template <int V>
+__device__ void add_row(float value, int64_t f, const float* W, int64_t F, int64_t d, int64_t i, float* acc) {
+  const bool inside = uint64_t(f) < uint64_t(F);
+  Columns<V> row{};
+  if (inside) row = load<V>(W + f * d + i);
+  for (int v = 0; v < V; ++v) acc[v] += inside ? value * row.at[v] : nanf("");
 }
 
-// Column i of one token's h_hat, in the order of the CPU kernel: fours, then what is left, then the bias.
-__device__ float decode_at(const float* v, const int64_t* f, int64_t k, const float* W, const float* b,
-                           int64_t F, int64_t d, int64_t i) {
-  float acc = 0;
+// V columns of one token's h_hat from i on, in the order of the CPU kernel: fours, then what is left, then
+// the bias.
+template <int V>
+__device__ Columns<V> decode_at(const float* values, const int64_t* f, int64_t k, const float* W,
+                                const float* b, int64_t F, int64_t d, int64_t i) {
+  float acc[V] = {};
   int64_t j = 0;
-  for (; j + 4 <= k; j += 4)
-    acc += (entry(v[j], f[j], W, F, d, i) + entry(v[j + 1], f[j + 1], W, F, d, i)) +
-           (entry(v[j + 2], f[j + 2], W, F, d, i) + entry(v[j + 3], f[j + 3], W, F, d, i));
-  for (; j < k; ++j) acc += entry(v[j], f[j], W, F, d, i);
-  return acc + b[i];
+  for (; j + 4 <= k; j += 4) {
+    float pair[2][V] = {};
+    for (int p = 0; p < 4; ++p) add_row<V>(values[j + p], f[j + p], W, F, d, i, pair[p / 2]);
+    for (int v = 0; v < V; ++v) acc[v] += pair[0][v] + pair[1][v];
+  }
+  for (; j < k; ++j) add_row<V>(values[j], f[j], W, F, d, i, acc);
+  const auto bias = load<V>(b + i);
+  Columns<V> h_hat;
+  for (int v = 0; v < V; ++v) h_hat.at[v] = acc[v] + bias.at[v];
+  return h_hat;
 }
 
+template <int V>
 __global__ void decode(const float* values, const int64_t* indices, int64_t k, const float* W, const float* b,
                        int64_t F, int64_t d, float* h_hat) {
   const int64_t n = blockIdx.x;
-  for (int64_t i = threadIdx.x; i < d; i += THREADS)
-    h_hat[n * d + i] = decode_at(values + n * k, indices + n * k, k, W, b, F, d, i);
+  for (int64_t i = threadIdx.x * V; i < d; i += THREADS * V)
+    store(h_hat + n * d + i, decode_at<V>(values + n * k, indices + n * k, k, W, b, F, d, i));
 }
 
-// The same, with the sums taken from h_hat while it is in a register; float64 per token, reduced in a
-// fixed tree.
+// Sums over the block, in a fixed tree; thread s < STATS has column s of the result.
+__device__ double sum_of_block(const double* sums) {
+  static __shared__ double warp[STATS][WARPS];
+  for (int s = 0; s < STATS; ++s) {
+    const double sum = sum_of_warp(sums[s]);
+    if (threadIdx.x % 32 == 0) warp[s][threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x < STATS)
+    for (int w = 0; w < WARPS; ++w) sum += warp[threadIdx.x][w];
+  return sum;
+}
+
+// The same as decode, with the sums taken from h_hat while it is in registers; float64 per token.
+template <int V>
 __global__ void distort(const float* values, const int64_t* indices, int64_t k, const float* W,
                         const float* b, int64_t F, int64_t d, const float* h, const float* g, float* stats,
                         float* h_hat) {
   const int64_t n = blockIdx.x;
   double sums[STATS] = {};
-  for (int64_t i = threadIdx.x; i < d; i += THREADS) {
-    const float rounded = decode_at(values + n * k, indices + n * k, k, W, b, F, d, i);
-    if (h_hat) h_hat[n * d + i] = rounded;
-    const double y = rounded, x = h[n * d + i], delta = y - x;
-    const double terms[STATS] = {g[n * d + i] * delta, delta * delta, y * y, x * y, x * x};
-    for (int s = 0; s < STATS; ++s) sums[s] += terms[s];
+  for (int64_t i = threadIdx.x * V; i < d; i += THREADS * V) {
+    const auto rounded = decode_at<V>(values + n * k, indices + n * k, k, W, b, F, d, i);
+    if (h_hat) store(h_hat + n * d + i, rounded);
+    const auto clean = load<V>(h + n * d + i), gradient = load<V>(g + n * d + i);
+    for (int v = 0; v < V; ++v) {
+      const double y = rounded.at[v], x = clean.at[v], delta = y - x;
+      const double terms[STATS] = {gradient.at[v] * delta, delta * delta, y * y, x * y, x * x};
+      for (int s = 0; s < STATS; ++s) sums[s] += terms[s];
+    }
   }
-  static __shared__ double warp[STATS][WARPS];
-  for (int s = 0; s < STATS; ++s) {
-    for (int step = 16; step > 0; step /= 2) sums[s] += __shfl_xor_sync(~0u, sums[s], step);
-    if (threadIdx.x % 32 == 0) warp[s][threadIdx.x / 32] = sums[s];
-  }
-  __syncthreads();
-  if (threadIdx.x < STATS) {
-    double sum = 0;
-    for (int w = 0; w < WARPS; ++w) sum += warp[threadIdx.x][w];
-    stats[n * STATS + threadIdx.x] = sum;
-  }
+  const double sum = sum_of_block(sums);
+  if (threadIdx.x < STATS) stats[n * STATS + threadIdx.x] = sum;
 }
 
 Tensor sparse_decode(const Tensor& values_, const Tensor& indices_, const Tensor& W_, const Tensor& b_) {
@@ -457,7 +495,8 @@ Tensor sparse_decode(const Tensor& values_, const Tensor& indices_, const Tensor
   Tensor h_hat = new_empty(values, {N, d});
   if (N == 0) return h_hat;
   const Device on(values);
-  on.run(decode, N, 0, in(values), in<int64_t>(indices), k, in(W), in(b), F, d, out(h_hat));
+  on.run(in_fours(d, {W, b}) ? decode<4> : decode<1>, N, 0, in(values), in<int64_t>(indices), k, in(W), in(b),
+         F, d, out(h_hat));
   return h_hat;
 }
 
@@ -474,8 +513,8 @@ std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values_, c
   Tensor stats = new_empty(h, {N, STATS}), h_hat = new_empty(h, {want_h_hat ? N : 0, d});
   if (N == 0) return {stats, h_hat};
   const Device on(values);
-  on.run(distort, N, 0, in(values), in<int64_t>(indices), k, in(W), in(b), F, d, in(h), in(g), out(stats),
-         want_h_hat ? out(h_hat) : nullptr);
+  on.run(in_fours(d, {W, b, h, g}) ? distort<4> : distort<1>, N, 0, in(values), in<int64_t>(indices), k,
+         in(W), in(b), F, d, in(h), in(g), out(stats), want_h_hat ? out(h_hat) : nullptr);
   return {stats, h_hat};
 }
 
@@ -485,10 +524,11 @@ __global__ void gather(const float* x, const float* W, const int64_t* indices, i
   const int64_t n = blockIdx.x;  // a warp per entry of the token
   for (int64_t j = threadIdx.x / 32; j < k; j += WARPS) {
     const int64_t f = indices[n * k + j];
+    const bool outside = uint64_t(f) >= uint64_t(F);
     float sum = 0;
-    for (int64_t i = threadIdx.x % 32; i < d; i += 32) sum += entry(x[n * d + i], f, W, F, d, i);
+    for (int64_t i = threadIdx.x % 32; i < d && !outside; i += 32) sum += x[n * d + i] * W[f * d + i];
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (threadIdx.x % 32 == 0) dots[n * k + j] = sum;
+    if (threadIdx.x % 32 == 0) dots[n * k + j] = outside ? nanf("") : sum;
   }
 }
 
@@ -548,7 +588,7 @@ __device__ void add_entries(const int* tokens, const float* weights, int64_t fir
     for (int64_t e = e0; e < min(e0 + 32, last); ++e) {
       const float weight = weights[e];
       if (i < d) {
-        const auto row = *reinterpret_cast<const Columns<V>*>(x + tokens[e] * d + i);
+        const auto row = load<V>(x + tokens[e] * d + i);
         for (int v = 0; v < V; ++v) part[v] += weight * row.at[v];
       } else {
         part[0] += weight;
@@ -591,7 +631,7 @@ __global__ void sum_segments(const int64_t* starts, int64_t entries, int64_t F, 
       for (int v = 0; v < V; ++v) total[v] += partial[first / PIECE * (d + V) + i + v];
     Columns<V> row;
     for (int v = 0; v < V; ++v) row.at[v] = outside ? nanf("") : float(total[v]);
-    if (i < d) *reinterpret_cast<Columns<V>*>(rows + f * d + i) = row;
+    if (i < d) store(rows + f * d + i, row);
     else sums[f] = row.at[0];
   }
 }
@@ -623,8 +663,7 @@ std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indic
     on.run(sum_segments<V>, F, 0, in<int64_t>(starts), entries, F, in<int>(tokens), in(weights), in(x), d,
            in<double>(partial), out(rows), out(sums));
   };
-  const bool aligned = d % 4 == 0 && uintptr_t(in(x)) % 16 == 0;
-  if (aligned) sum(std::integral_constant<int, 4>());
+  if (in_fours(d, {x})) sum(std::integral_constant<int, 4>());
   else sum(std::integral_constant<int, 1>());
   return {rows, sums};
 }

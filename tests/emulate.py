@@ -32,7 +32,7 @@ def why_not() -> str:
     if not shutil.which("g++"):
         return "the emulator needs g++"
     done = subprocess.run(
-        [*COMPILE, "-fsanitize=thread", "-x", "c++", "-", "-o", "/dev/null"], input=b"", capture_output=True
+        [*COMPILE, "-fsanitize=thread,alignment", "-x", "c++", "-", "-o", "/dev/null"], input=b"", capture_output=True
     )
     return "" if done.returncode == 0 else "the emulator needs a g++ with -fsanitize=thread"
 
@@ -86,7 +86,7 @@ class Emulated:
     def __init__(self, source: str, namespace: str, **constants: int):
         with tempfile.TemporaryDirectory() as folder:
             source = rewritten(source, namespace, **constants)
-            flags = ["-O1", "-ffp-contract=off", "-fsanitize=thread", "-DUSE_CUDA"]
+            flags = ["-O1", "-ffp-contract=off", "-fsanitize=thread,alignment", "-DUSE_CUDA"]
             flags += ["-DTORCH_TARGET_VERSION=0x020A000000000000", f"-I{EMULATOR}", f"-I{CSRC}"]
             command = [*COMPILE, *flags, "-isystem", INCLUDE, "-x", "c++", "-", "-o", f"{folder}/kernels.o"]
             subprocess.run(command, input=f'#line 1 "{CSRC}/ops_cuda.cu"\n{source}'.encode(), check=True)

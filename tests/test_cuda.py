@@ -390,6 +390,30 @@ def test_views_and_empty_operands(gpu):
     ].shape == (0, 3)
 
 
+def test_rows_that_cannot_be_read_in_fours(gpu):
+    """A contiguous tensor that begins in the middle of another gives the same bits as its copy."""
+    F, d = 40, 16
+
+    def shifted(x):
+        flat = torch.cat([torch.zeros(1), x.flatten()]).to(gpu.device)
+        return flat[1:].view(x.shape)
+
+    W, x, b = draw(0, F, d), draw(1, 6, d), draw(2, F)
+    values, indices, _ = code(3, 6, 5, F)
+    gpu.schedule()
+    for move in (shifted, lambda x: x):
+        W_, x_, b_, c = move(W), move(x), move(b), move(x[0])
+        result = [
+            *gpu.topk_encode(x_, W_, b_, 7),
+            gpu.sparse_decode(values, indices, W_, c),
+            *gpu.gradient_weighted_distortion(values, indices, W_, c, x_, x_, True)[1:],
+            *gpu.scatter_rows(values, indices, x_, F),
+        ]
+        if move is shifted:
+            first = result
+    assert all(torch.equal(a, b) for a, b in zip(first, result))
+
+
 def test_refusals(gpu):
     h, W, b = draw(0, 4, 3), draw(1, 3000, 3), draw(2, 3000)
     for k in (0, -1, 3001, kernels.MAX_K_CUDA + 1):
@@ -422,8 +446,16 @@ FAULTS = {  # what is there, what is put in its place, what must be said
         "if (threadIdx.x % 32 < 16) for (int step = 16; step > 0; step /= 2) sum +=",
         "stuck",
     ),
-    "an index followed unchecked": ("uint64_t(f) < uint64_t(F) ?", "f < F ?", "outside of every tensor"),
-    "a row that two blocks write": ("h_hat[n * d + i] = decode_at(", "h_hat[i] = decode_at(", "race"),
+    "an index followed unchecked": (
+        "inside = uint64_t(f) < uint64_t(F)",
+        "inside = f < F",
+        "outside of every tensor",
+    ),
+    "a row that two blocks write": (
+        "store(h_hat + n * d + i, decode_at",
+        "store(h_hat + i, decode_at",
+        "race",
+    ),
     "a bound without the weights that are lost": ("up(rest + (d + 9)", "up((d + 9)", "encode"),
     "a bound without the token that is lost": (
         ": float2{up(kept), up(rest)}",

@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq")
 OPS = ("topk_encode", "sparse_decode", "gradient_weighted_distortion", "scatter_rows", "gather_dot")
 TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
-MAX_K_CUDA = 2048  # the CUDA selection sorts 2k keys in shared memory
+MAX_K_CUDA = 2048  # the CUDA encoder keeps a multiple of k candidates in shared memory
 
 
 def _source_hash() -> str:

@@ -123,7 +123,6 @@ void access(const void* p, size_t bytes, bool write, bool atomic, const void* fr
     return;
   if (every && draw() % every == 0) leave();
   const uintptr_t start = uintptr_t(p);
-  if (bytes <= 16 && start % bytes) fail(from, "misaligned access to %zu bytes", bytes);
   for (auto* ranges : {&shared, &reachable})
     for (Range& range : *ranges) {
       if (start < range.start || start + bytes > range.end) continue;
@@ -299,6 +298,10 @@ __attribute__((visibility("default"))) void schedule(uint64_t seed, uint64_t eve
   emulated::seed = seed, emulated::every = every;
 }
 
+// before an access through a pointer that is not aligned to its type
+void __ubsan_handle_type_mismatch_v1(void*, void*) {
+  if (emulated::running != emulated::NONE) emulated::fail(__builtin_return_address(0), "misaligned access");
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
@@ -309,10 +312,10 @@ int __tsan_atomic32_fetch_add(volatile int* p, int by, int) {
 }  // host code's
 #define WATCH(name, bytes, write) \
   void name(void* p) { emulated::access(p, bytes, write, false, __builtin_return_address(0)); }
-#define WATCH_ALL(n)                                                        \
-  WATCH(__tsan_read##n, n, false)                                           \
-  WATCH(__tsan_write##n, n, true) WATCH(__tsan_unaligned_read##n, n, false) \
-      WATCH(__tsan_unaligned_write##n, n, true)
+#define WATCH_ALL(n)              \
+  WATCH(__tsan_read##n, n, false) \
+  WATCH(__tsan_write##n, n, true) \
+  WATCH(__tsan_unaligned_read##n, n, false) WATCH(__tsan_unaligned_write##n, n, true)
 WATCH_ALL(1) WATCH_ALL(2) WATCH_ALL(4) WATCH_ALL(8) WATCH_ALL(16) void __tsan_read_range(void* p, long n) {
   emulated::access(p, n, false, false, __builtin_return_address(0));
 }
