@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 
 from transport_geometry import ROOT, kernels
@@ -24,17 +25,17 @@ CSRC = ROOT / "csrc"
 EMULATOR = pathlib.Path(__file__).resolve().parent / "emulator"
 INCLUDE, LIB = (pathlib.Path(torch.__file__).parent / name for name in ("include", "lib"))
 COMPILE = ["g++", "-std=c++20", "-g1", "-fPIC", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-w", "-c"]
+WATCHED = ["-fsanitize=thread,alignment"]
 
 
 @functools.cache
 def why_not() -> str:
-    """Why the emulator cannot be built, or "". Only the sanitizer's hooks are needed, not its library."""
-    if not shutil.which("g++"):
-        return "the emulator needs g++"
-    done = subprocess.run(
-        [*COMPILE, "-fsanitize=thread,alignment", "-x", "c++", "-", "-o", "/dev/null"], input=b"", capture_output=True
-    )
-    return "" if done.returncode == 0 else "the emulator needs a g++ with -fsanitize=thread"
+    """Why the emulator cannot be built, or "". Only the sanitizers' hooks are needed, not their libraries."""
+    if sys.platform != "linux" or not shutil.which("g++"):
+        return "the emulator needs Linux and g++"
+    command = [*COMPILE, *WATCHED, "-x", "c++", "-", "-o", "/dev/null"]
+    done = subprocess.run(command, input=b"", capture_output=True)
+    return "" if done.returncode == 0 else f"the emulator needs a g++ with {WATCHED[0]}"
 
 
 CUDA = pytest.param(
@@ -70,11 +71,11 @@ noise = torch.Generator().manual_seed(0)
 
 
 def screen(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
-    """bfloat16 GEMM into float32, which torch has on GPUs only: anything within the error that the encoder
-    grants it, drawn anew each time."""
-    exact, size = a.double() @ b.double(), a.double().norm(dim=1)[:, None] * b.double().norm(dim=0)
-    off = (len(b) + 6) * 2.0**-21 * size * (2 * torch.rand(exact.shape, generator=noise) - 1)
-    return out.copy_(exact + off)
+    """bfloat16 GEMM into float32, which torch has on GPUs only: wrong by what the encoder grants it, up or
+    down anew each time."""
+    a, b = a.double(), b.double()
+    off = (len(b) + 7) * 2.0**-21 * a.norm(dim=1)[:, None] * b.norm(dim=0)
+    return out.copy_(a @ b + off * torch.randn(off.shape, generator=noise).sign())
 
 
 SCREEN.impl("mm.dtype_out", screen, "CPU")
@@ -84,22 +85,19 @@ class Emulated:
     """The operators of `source` as torch.ops.NAMESPACE, and the order in which their threads run."""
 
     def __init__(self, source: str, namespace: str, **constants: int):
-        with tempfile.TemporaryDirectory() as folder:
-            source = rewritten(source, namespace, **constants)
-            flags = ["-O1", "-ffp-contract=off", "-fsanitize=thread,alignment", "-DUSE_CUDA"]
-            flags += ["-DTORCH_TARGET_VERSION=0x020A000000000000", f"-I{EMULATOR}", f"-I{CSRC}"]
-            command = [*COMPILE, *flags, "-isystem", INCLUDE, "-x", "c++", "-", "-o", f"{folder}/kernels.o"]
-            subprocess.run(command, input=f'#line 1 "{CSRC}/ops_cuda.cu"\n{source}'.encode(), check=True)
-            # of what both have of the standard library the first one's is taken: not the watched one
-            objects = [runtime(), f"{folder}/kernels.o"]
-            library = f"{folder}/{namespace}.so"
-            link = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{LIB}", "-ltorch_cpu", "-ltorch", "-lc10"]
-            subprocess.run(["g++", *link, "-o", library], check=True)
-            self.definitions = torch.library.Library(namespace, "DEF")
-            for schema in re.findall(r'm\.def\("(.*?)"\);', (CSRC / "ops.cpp").read_text(), re.DOTALL):
-                self.definitions.define(re.sub(r'"\s*"', "", schema))
-            torch.ops.load_library(library)
-            self.library = ctypes.CDLL(library)
+        compiled, library = (f"{folder().name}/{namespace}.{end}" for end in ("o", "so"))
+        lines = f'#line 1 "{CSRC}/ops_cuda.cu"\n{rewritten(source, namespace, **constants)}'
+        flags = ["-O1", "-ffp-contract=off", *WATCHED, "-DUSE_CUDA", f"-I{EMULATOR}", f"-I{CSRC}"]
+        flags += ["-DTORCH_TARGET_VERSION=0x020A000000000000", "-isystem", str(INCLUDE), "-x", "c++", "-"]
+        subprocess.run([*COMPILE, *flags, "-o", compiled], input=lines.encode(), check=True)
+        # of what both have of the standard library the first one's is taken: not the watched one
+        link = ["g++", "-shared", "-Wl,-Bsymbolic", runtime(), compiled, "-o", library, f"-L{LIB}"]
+        subprocess.run([*link, "-ltorch_cpu", "-ltorch", "-lc10"], check=True)
+        self.definitions = torch.library.Library(namespace, "DEF")
+        for schema in re.findall(r'm\.def\("(.*?)"\);', (CSRC / "ops.cpp").read_text(), re.DOTALL):
+            self.definitions.define(re.sub(r'"\s*"', "", schema))
+        torch.ops.load_library(library)
+        self.library = ctypes.CDLL(library)
         self.ops = getattr(torch.ops, namespace)
 
     def schedule(self, seed: int = 0, every: int = 0) -> None:
@@ -109,11 +107,16 @@ class Emulated:
 
 
 @functools.cache
+def folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
 def runtime() -> str:
     """Its object file, compiled once."""
-    folder = tempfile.mkdtemp()
-    subprocess.run([*COMPILE, "-O2", EMULATOR / "emulator.cpp", "-o", f"{folder}/emulator.o"], check=True)
-    return f"{folder}/emulator.o"
+    made = f"{folder().name}/emulator.o"
+    subprocess.run([*COMPILE, "-O2", EMULATOR / "emulator.cpp", "-o", made], check=True)
+    return made
 
 
 @functools.cache
