@@ -301,7 +301,7 @@ struct Candidates {
 
 // A block per token: one read of its row of the tile, V latents at a time, then the candidates' canonical
 // pre-activations. Where too many are left, rows of near-ties, say, or a NaN in h, all latents are gone
-// through again with the k-th canonical one so far as the threshold.
+// through again, now with canonical ones to raise the threshold.
 template <int V>
 __global__ void select(const float* tile, const float* h, const float* W, const float* bias,
                        const float2* tokens, const float2* latents, const float2* largest, int64_t d,
@@ -333,11 +333,10 @@ __global__ void select(const float* tile, const float* h, const float* W, const 
     }
   }
   if (many) {
-    best.threshold = 0;
     best.clear();
     for (int64_t f0 = 0; f0 < F; f0 += WARPS) {
       const int64_t f = f0 + threadIdx.x / 32;
-      if (f < F && key_of(limits(row[f], bias[f], token, latents[f], d).upper, f) > best.threshold) {
+      if (f < F && key_of(limits(row[f], bias[f], token, latents[f], d).upper, f) >= best.threshold) {
         const uint32_t order = to_order(float(canonical(h + n * d, W + f * d, bias[f], d, aligned)));
         if (threadIdx.x % 32 == 0) best.add({order, order}, f);
       }
@@ -351,7 +350,6 @@ __global__ void select(const float* tile, const float* h, const float* W, const 
       const uint32_t order = to_order(float(canonical(h + n * d, W + f * d, bias[f], d, aligned)));
       if (first) keys[i] = key_of(order, f), best.upper[i] = order;
     }
-    best.threshold = 0;
   }
   best.shrink();  // to k: limits are exact now
   int size = 1;

@@ -39,8 +39,8 @@ namespace emulated {
 dim3 thread, block;
 
 namespace {
-constexpr size_t STACK = 1 << 16, SHARED = 48 << 10,
-                 SHARED_ON_REQUEST = 99 << 10;  // of compute capability 8.6
+constexpr size_t STACK = 1 << 16;
+constexpr size_t SHARED = 48 << 10, SHARED_ON_REQUEST = 99 << 10;  // of compute capability 8.6
 constexpr int NONE = -1, MANY = -2;
 
 struct Mark {  // the last access of its kind: in which stretch between two barriers, by whom
@@ -132,9 +132,9 @@ void access(const void* p, size_t bytes, bool write, bool atomic, const void* fr
         Cell& cell = range.cells[c];
         if (ranges == &shared && !cell.written && (!write || atomic))
           fail(from, "shared memory is read before it is written");
-        const bool ordered = atomic && cell.atomic;
-        if ((meets(cell.write) && !ordered) || (write && meets(cell.read) && !ordered))
-          fail(from, "race: another thread's %s of the same bytes", meets(cell.write) ? "write" : "read");
+        if (meets(cell.write) && !(atomic && cell.atomic))
+          fail(from, "race: another thread's write of the same bytes");
+        if (write && meets(cell.read)) fail(from, "race: another thread's read of the same bytes");
         if (write) note(cell.write), cell.written = true, cell.atomic = atomic;
         else note(cell.read);
       }
