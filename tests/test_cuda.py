@@ -479,7 +479,7 @@ FAULTS = {  # what is there, what is put in its place, what must be said
 
 def exercise(ops):
     """Every kernel, on operands that leave threads idle and steps half full."""
-    h, W, b = draw(0, 4, 9, integer=True), draw(1, 1300, 9, integer=True), draw(2, 1300, integer=True)
+    h, W, b = draw(0, 4, 9, integer=True), draw(1, 2700, 9, integer=True), draw(2, 2700, integer=True)
     for made in (plain, lost_in_the_weights, lost_in_the_token, best_ones_screened_low):
         operands = h.clone(), W.clone(), b.clone()
         made(*operands)
@@ -492,7 +492,7 @@ def exercise(ops):
         ops.sparse_decode(values, at, W, h[0])
         ops.gradient_weighted_distortion(values, at, W, h[0], h, h, True)
         ops.gather_dot(h, W, at)
-        ops.scatter_rows(values, at, h, 1300)
+        ops.scatter_rows(values, at, h, 2700)
     ops.scatter_rows(draw(3, 600, 1), torch.ones(600, 1, dtype=torch.int64), draw(4, 600, 3), 2)
 
 
@@ -504,14 +504,15 @@ def test_a_planted_fault_is_seen(fault):
     assert SOURCE.count(right) == 1
     broken = emulate.Emulated(SOURCE.replace(right, wrong), f"tg_{fault.replace(' ', '_')}", **SMALL)
     with pytest.raises((RuntimeError, AssertionError), match=complaint):
-        for seed in range(4):
-            broken.schedule(seed, (0, 2, 5, 40)[seed])
+        for seed in range(3):
+            broken.schedule(seed, (0, 2, 40)[seed])
             exercise(broken.ops)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(emulate.why_not()), reason=emulate.why_not())
 def test_and_without_one_nothing_is_said():
     whole = emulate.emulated(**SMALL)
-    for seed in range(4):
-        whole.schedule(seed, (0, 2, 5, 40)[seed])
+    for seed in range(3):
+        whole.schedule(seed, (0, 2, 40)[seed])
         exercise(whole.ops)
