@@ -6,6 +6,7 @@ No recorded output.
 import subprocess
 import sys
 
+import emulate
 from transport_geometry import ROOT, kernels
 from transport_geometry.kernels import STATS, gradient_weighted_distortion, sparse_decode, topk_encode
 
@@ -15,13 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CUDA = pytest.param(
-    "cuda",
-    marks=pytest.mark.skipif(
-        not (torch.cuda.is_available() and "cuda" in kernels.DEVICES),
-        reason="no GPU, or built without CUDA",
-    ),
-)
 EXT = pytest.param(
     "ext", marks=pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}")
 )
@@ -33,6 +27,15 @@ needs_ext = pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: 
 def _restore():
     yield
     kernels.use(None)
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The CPU, the CUDA sources on the CPU (emulate.py), or a GPU; more of the last two in test_cuda.py."""
+    return emulate.place(request.param, monkeypatch)[0]
+
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", *emulate.GPU], indirect=True)
 
 
 def made(N, d, F, k, seed=0, dtype=torch.float64, integer=False, device="cpu"):
@@ -169,7 +172,7 @@ def assert_within(what, got, truth, bound):
     assert (error <= bound).all(), f"{what}: {(error / bound).nan_to_num(0).max():.3g} bounds"
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@DEVICES
 @PATHS
 @pytest.mark.parametrize(
     "N,d,F,k", [(1, 1, 1, 1), (37, 137, 300, 7), (200, 64, 1025, 32), (5, 515, 64, 64), (0, 8, 9, 3)]
@@ -206,7 +209,7 @@ def test_rows_of_a_latent_that_fires_on_every_token(path):
     assert_within("sums", sums, total, bound * total)
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@DEVICES
 @PATHS
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_distortion_statistics(device, path, scale):
@@ -274,7 +277,7 @@ def test_gradcheck(path):
 
 
 @needs_ext
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", ["cpu", emulate.CUDA])
 def test_opcheck(device):
     h, W, b, W_dec, b_dec, g = made(9, 5, 30, 4, dtype=torch.float32, device=device)
     values, indices = topk_encode(h, W, b, 4)
@@ -398,12 +401,3 @@ def test_every_other_dtype_runs_plain_pytorch_and_the_line_says_what_runs():
     assert ("C++" in kernels.describe()) == kernels.BUILT
     with pytest.raises(ValueError):
         kernels.use("fast")
-
-
-@pytest.mark.parametrize("device", [CUDA])
-@pytest.mark.parametrize("N,d,F,k", [(300, 33, 9001, 7), (1, 8, 16, 16), (4100, 16, 5000, 130)])
-def test_cuda_encode_is_the_definition(device, N, d, F, k):
-    h, W, b, *_ = made(N, d, F, k, dtype=torch.float32, integer=True)
-    values, indices = topk_encode(*(x.to(device) for x in (h, W, b)), k)
-    want, index = by_definition(h, W, b, k)
-    assert torch.equal(indices.cpu(), index) and torch.equal(values.cpu().double(), want)

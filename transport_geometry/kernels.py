@@ -7,8 +7,8 @@
 float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else
 (MPS, bfloat16, no compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions
 `*_ref` below, which are the tests' oracle as well. Neither holds an [N,F] array. A wrong argument is a
-ValueError; an index outside [0, F) is an error on the CPU and NaN in the rows it reaches on CUDA, never a
-read out of bounds.
+ValueError; an index outside [0, F) is an error on the CPU; on CUDA, where to look would be to wait, it is NaN
+in what it reaches (the token's row; every row of scatter_rows), never a read out of bounds.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq")
 OPS = ("topk_encode", "sparse_decode", "gradient_weighted_distortion", "scatter_rows", "gather_dot")
 TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
-MAX_K_CUDA = 2048  # the CUDA selection sorts 2k keys in shared memory
+MAX_K_CUDA = 2048  # the CUDA encoder keeps a multiple of k candidates in shared memory
 
 
 def _source_hash() -> str:
