@@ -4,7 +4,8 @@
     h_hat           = sparse_decode(values, indices, W_dec, b_dec)                 -> [N,d], differentiable
     stats, h_hat    = gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, want_h_hat=True)
 
-and for training without arrays of gradients `reconstruction_error`, `adam_rows`, `scatter_rows`, `gather_dot`.
+and for training without arrays of gradients `reconstruction_error`, `adam_rows`, `scatter_rows`,
+`gather_dot`.
 
 float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else
 (MPS, bfloat16, no compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions
