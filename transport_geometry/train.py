@@ -544,10 +544,13 @@ class Run:
         if self.folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
             self.live, self.chunks = trainings, saved["chunks"]
 
-    def begin(self, h: torch.Tensor, sink: torch.Tensor, about: str) -> None:
-        spec, recipe = self.spec, RECIPES[self.spec.recipe]
-        budgets = [*spec.trunk, spec.tokens]
-        statistics = Statistics.of(h[: budgets[0]], sink[: budgets[0]], about)
+    @property
+    def budgets(self) -> list[int]:
+        return [*self.spec.trunk, self.spec.tokens]
+
+    def begin(self, statistics: Statistics) -> None:
+        """statistics: of the first of its budgets."""
+        spec, recipe, budgets = self.spec, RECIPES[self.spec.recipe], self.budgets
         self.live = [recipe(statistics, spec.d_sae, spec.k, spec.seed, budgets)]
 
     def feed(self, h: torch.Tensor, bar: tqdm | Progress, about: str) -> list[Training]:
@@ -621,6 +624,7 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source,
             run.checkpoint()
 
     saved_at, cost = time.monotonic(), 0.0
+    known: dict[int, Statistics] = {}  # of the first n tokens
     try:
         for number, (h, sink) in enumerate(chunks, first):
             if text.stamp(source.data) != source.stamp:
@@ -634,7 +638,10 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source,
                 # else done, or further on than the others when they were interrupted
                 if run.chunks == number and number * CHUNK < run.spec.tokens:
                     if not run.live:
-                        run.begin(h, sink, about)
+                        n = run.budgets[0]
+                        if n not in known:
+                            known[n] = Statistics.of(h[:n], sink[:n], about)
+                        run.begin(known[n])
                     for training in run.feed(h, bar, about):
                         run.keep(training, one_pass[0] if one_pass else None)
             if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time
