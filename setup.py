@@ -126,11 +126,11 @@ if torch:
             extension = pathlib.Path(self.get_ext_fullpath("transport_geometry._kernels"))
             note = extension.with_name("_kernels_not_built.txt")
             note.unlink(missing_ok=True)
-            options = {name: getattr(self, name) for name in ("compiler", "inplace")}  # a run uses them up
+            asked = {name: getattr(self, name) for name in ("compiler", "inplace")}  # a run uses them up
             print("compiling csrc: a minute or two", flush=True)
             why = ""
             for cuda in (True, False) if with_cuda else (False,):
-                vars(self).update(options)
+                vars(self).update(asked)
                 # keeps what setuptools has noted in it
                 vars(self.extensions[0]).update(vars(kernels(cuda)))
                 error, said = recorded(super().run)
@@ -147,8 +147,8 @@ if torch:
 
     commands["build_ext"] = Build
 
-options = {}
-if not os.access(ROOT, os.W_OK):  # a source tree that only its owner may write to
-    scratch = tempfile.mkdtemp(prefix="transport-geometry-")
-    options = {"egg_info": {"egg_base": scratch}, "build": {"build_base": scratch}}
-setup(setup_requires=needs, ext_modules=extensions, cmdclass=commands, options=options)
+with tempfile.TemporaryDirectory() as scratch:
+    # what a build writes lies in the source tree, where that may be written to
+    elsewhere = {"egg_info": {"egg_base": scratch}, "build": {"build_base": scratch}}
+    options = {} if os.access(ROOT, os.W_OK) else elsewhere
+    setup(setup_requires=needs, ext_modules=extensions, cmdclass=commands, options=options)
