@@ -13,7 +13,7 @@ import sysconfig
 import tomllib
 import venv
 
-from transport_geometry import PACKAGE, commands, cost, kernels
+from transport_geometry import PACKAGE, commands, cost, errors, kernels
 
 import pytest
 import setuptools
@@ -241,6 +241,14 @@ def test_a_source_tree_that_may_not_be_written_to_is_built_elsewhere(setup):
         runpy.run_path(str(ROOT / "setup.py"))
     for folder in (given["options"]["egg_info"]["egg_base"], given["options"]["build"]["build_base"]):
         assert not pathlib.Path(folder).is_relative_to(ROOT)
+
+
+def test_a_torchvision_for_another_torch_is_named():
+    """As transformers says it, whose models do not load beside one."""
+    with pytest.raises(errors.UserError, match="torchvision is built for another torch"):
+        with errors.one_line("--models stdlib-s"):
+            why = RuntimeError("operator torchvision::nms does not exist")
+            raise ModuleNotFoundError("Could not import module 'GPTNeoXForCausalLM'.") from why
 
 
 # ------------------------------------------------------------------------------------------------- at start
