@@ -8,10 +8,15 @@ The answer of `diff` is one of four words, `identical`, `same SAEs`, `reproduced
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
+
+if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    # torch alone takes seconds, and on a disk that has not read it yet half a minute
+    print("loading PyTorch ...", file=sys.stderr, flush=True)
 
 from transport_geometry import outline, plant, rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
@@ -79,7 +84,10 @@ class _OneLineParser(argparse.ArgumentParser):
 GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     (
         "--models",
-        dict(metavar="NAME[@LAYER],...", help="embedded name, local folder or hub id; layer: the middle one"),
+        dict(
+            metavar="NAME[@LAYER],...",
+            help="embedded name, local folder or hub id; without layer the middle one",
+        ),
     ),
     (
         "--plant",
@@ -90,7 +98,7 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
             "towards what the model feels (turned0.5); joined by +",
         ),
     ),
-    ("--revision", dict(help="of the models, where they come from the hub: a branch, tag or commit")),
+    ("--revision", dict(help="of the models, where they come from the hub: a branch, tag or commit (main)")),
     (
         "--dtype",
         dict(
@@ -103,7 +111,7 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
         "--data",
         dict(help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set"),
     ),
-    ("--split", dict(help="of the data set: train")),
+    ("--split", dict(help="of the data set")),
     (
         "--sae",
         dict(
@@ -150,17 +158,30 @@ TRAINING = (
 )  # nothing of it applies to --sae
 
 
-def parser_of(doc: str, flags: Mapping[str, dict] | None = None) -> argparse.ArgumentParser:
-    """flags {--flag: what argparse is told}: of one script."""
+def parser_of(
+    doc: str, flags: Mapping[str, dict] | None = None, own: Mapping[str, Any] | None = None
+) -> argparse.ArgumentParser:
+    """flags {--flag: what argparse is told}: of one script. own: its grid, which --help shows as defaults."""
     parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     grid = parser.add_argument_group("the grid")
+    defaults = {**DEFAULTS, **(own or {})}
     for flag, how in GRID_FLAGS:
-        grid.add_argument(flag, **how)
+        grid.add_argument(flag, **with_default(how, defaults.get(dest(flag))))
     add = parser.add_argument
     out = pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--out", type=parse_path, default=out, help="results folder")
-    add("--cache", type=parse_path, default=pathlib.Path("outputs/cache"), help="trained SAEs")
+    add(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda", "mps"],
+        help="auto: cuda where there is one, else mps, else cpu (default: auto)",
+    )
+    add("--out", type=parse_path, default=out, help="results folder (default: %(default)s)")
+    add(
+        "--cache",
+        type=parse_path,
+        default=pathlib.Path("outputs/cache"),
+        help="trained SAEs (default: %(default)s)",
+    )
     add(
         "--fresh",
         action="store_true",
@@ -180,8 +201,17 @@ def parser_of(doc: str, flags: Mapping[str, dict] | None = None) -> argparse.Arg
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
     for flag, how in (flags or {}).items():
-        parser.add_argument(flag, **how)
+        parser.add_argument(flag, **with_default(how))
     return parser
+
+
+def with_default(how: dict, default: Any = None) -> dict:
+    """What argparse is told of a flag, its help ending in what stands where it is not typed."""
+    if default is None and (default := how.get("default")) is None:
+        return how
+    first, *rest = str(default).split(",")
+    short = f"{first},...,{rest[-1]}" if len(rest) > 3 else default
+    return how | {"help": f"{how['help']} (default: {short})"}
 
 
 def parse_args(
@@ -190,7 +220,7 @@ def parse_args(
     """The flags that mean the same in every script; `own` is the script's grid. `flags` are the script's own,
     as `parser_of` takes them: their values are settings of its results. Raises UserError.
     """
-    args = parser_of(doc, flags).parse_args(argv)
+    args = parser_of(doc, flags, own).parse_args(argv)
     preset: dict[str, Any] = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
     if args.sae:  # they are what they are
         if typed := [f"--{name}" for name in TRAINING if getattr(args, name) is not None]:

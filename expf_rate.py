@@ -45,8 +45,8 @@ from transport_geometry.scale import mean_over
 from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, short
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import t as student
 
 # 6 depths of two models, the pairs of hooks that the verdict counts; SAEs as in Exp-B
 GRID = dict(
@@ -231,7 +231,7 @@ def over_pairs(logs: np.ndarray) -> dict[str, float]:
     out = {"pairs": G, "factor": float(np.exp(logs.mean())) if G else np.nan}
     half = logs.std(ddof=1) / G**0.5 if G > 1 else np.nan
     for level, ends in ((0.95, ("lo", "hi")), (0.90, ("lo90", "hi90"))):
-        reach = student.ppf((1 + level) / 2, G - 1) * half if G > 1 else np.nan
+        reach = scipy.stats.t.ppf((1 + level) / 2, G - 1) * half if G > 1 else np.nan
         out |= dict(zip(ends, map(float, np.exp(np.array([-reach, reach])) * out["factor"])))
     p = np.nan
     if G >= stats.MIN_CLUSTERS:

@@ -297,7 +297,7 @@ def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, 
 def test_published_grids_are_priced_without_network(tmp_path):
     for name in ("phase2", "fast2", "fast3"):
         done = expa("--preset", name, "--dry-run", *folders(tmp_path))  # offline, see zygote
-        for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "hours", "32x"):
+        for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "time", "32x"):
             assert word in done.stdout, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 

@@ -53,6 +53,12 @@ def _source_hash() -> str:
     return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12]
 
 
+def _note() -> str:
+    """What setup.py could not build, and why; "" where nothing failed. pip does not show it."""
+    note = PACKAGE / "_kernels_not_built.txt"
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """-> (extension module or None, why not). Import torch first: the extension links against it."""
     try:
@@ -61,10 +67,7 @@ def _load() -> tuple[ModuleType | None, str]:
         # it is there and does not load: say what the loader said
         if error.name != "transport_geometry._kernels":
             return None, f"_kernels does not load: {error}"
-        note = PACKAGE / "_kernels_not_built.txt"
-        if note.is_file():
-            return None, note.read_text(encoding="utf-8").strip()
-        return None, "not compiled: pip install -e . -c constraints.txt"
+        return None, _note() or "not compiled: pip install -e . -c constraints.txt"
     missing = [op for op in OPS if not hasattr(torch.ops.tg, op)]
     if missing:
         return None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall"
@@ -96,6 +99,8 @@ def describe() -> str:
         return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
     if _source_hash() not in ("", _module.source):
         version += " - STALE: csrc has changed since the build, reinstall"
+    if "cuda" not in DEVICES and (why := _note() or "built without nvcc" * torch.cuda.is_available()):
+        version += f" - plain PyTorch on CUDA, same numbers, slower: {why}"
     return f"kernels: C++ ({DEVICES}; encode screens in {_first_screen(_module)}), {version}"
 
 

@@ -17,7 +17,6 @@ from transport_geometry import kernels
 from transport_geometry.errors import Fault, UserError
 
 import torch
-import transformers
 
 # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
 MPS_LONGEST_DOT = 32_767
@@ -410,6 +409,8 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
     query [B,H,T,e], key and value [B,H',T,e] with H' dividing H, attention_mask added to the scores. Raises
     UserError for a family whose attention cannot be exchanged: it would go on unseen.
     """
+    import transformers
+
     transformers.AttentionInterface.register(EXCHANGED, function)
     transformers.AttentionMaskInterface.register(EXCHANGED, transformers.masking_utils.eager_mask)
     before = model.config._attn_implementation
