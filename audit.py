@@ -13,6 +13,7 @@ read what its files say, is refused with the reason, and the others go on.
 """
 
 import pathlib
+from typing import Any
 
 from common import parse_args, run_script
 from transport_geometry import leaderboard, store
@@ -24,6 +25,7 @@ from transport_geometry.audit import (
     audit_report,
     audit_rows,
     console,
+    count_of,
     counted,
     pairs,
     refused_rows,
@@ -113,9 +115,9 @@ def of_proxies(board: list[dict], h2: dict, settings: dict) -> list[str]:
 
 # -------------------------------------------------------------------------------------------- the plot
 # Okabe and Ito's colours, which colour-blind readers tell apart; the markers say the same without colour
-MARKS = dict(
-    zip(FLAGS, (("#D55E00", "v"), ("#0072B2", "^"), ("#009E73", "o"), ("#999999", "s"), ("#000000", "x")))
-)
+LOOKS = (("#D55E00", "v"), ("#0072B2", "^"), ("#009E73", "o"), ("#777777", "s"), ("#000000", "D"))
+MARKS = dict(zip(FLAGS, LOOKS))
+INVERTED = "#CC79A7"
 NAME_HEIGHT = 0.16  # inches, of a name
 NAME_LETTERS = 34
 
@@ -127,89 +129,78 @@ def picture(rows: list[dict], two: list[dict]) -> bytes:
     plt = pyplot()
     panels = grouped(rows, HOOK_AND_TOKENS)
     heights = [max(3.2, NAME_HEIGHT * (len(here) + 1)) for here in panels.values()]
-    top, gap, width = 1.0, 0.95, 9.5
-    tall = top + sum(heights) + gap * len(panels)
-    figure = plt.figure(figsize=(width, tall))
-    edge = tall - top
+    top, between, width = 1.0, 0.8, 9.5
+    tall = top + sum(heights) + between * len(heights) - 0.25
+    figure, edge = plt.figure(figsize=(width, tall)), tall - top
     names = short_names([row["sae"] for row in rows], NAME_LETTERS)
+    inverted = [row for row in two if row["kind"] == "inverts"]
     for (group, here), height in zip(panels.items(), heights):
-        box = (0.09, (edge - height) / tall, 0.49, height / tall)
-        axis = figure.add_axes(box)
-        panel(axis, here, [row for row in two if row["kind"] == "inverts"], names, height)
+        axis = figure.add_axes((0.08, (edge - height) / tall, 0.5, height / tall))
+        panel(axis, here, inverted, names, height)
         model, layer, ctx, bos = group
-        axis.set_title(
-            f"{model} block {layer}, {ctx} tokens{' after a BOS' if bos else ''}", fontsize=9, loc="left"
-        )
-        edge -= height + gap
-    n = counted(two)
-    figure.text(0.02, 1 - 0.3 / tall, title(n, len(two)), fontsize=11, weight="bold", va="center")
-    shown = [says for says in FLAGS if any(row["flag"] == says for row in rows)]
+        where = f"{model} block {layer}, {ctx} tokens{' after a BOS' if bos else ''}"
+        axis.set_title(where, fontsize=9, loc="left")
+        edge -= height + between
+    figure.text(0.02, 1 - 0.25 / tall, title(two), fontsize=11, weight="bold", va="center")
     handles = [
-        plt.Line2D([], [], color=MARKS[says][0], marker=MARKS[says][1], linestyle="", label=says)
-        for says in shown
+        plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=says)
+        for says, (colour, marker) in MARKS.items()
+        if any(row["flag"] == says for row in rows)
     ]
-    if n["inverts"]:
-        handles.append(plt.Line2D([], [], color="#CC79A7", linewidth=1.2, label="inverted by R²"))
-    figure.legend(
-        handles=handles,
-        loc="center left",
-        bbox_to_anchor=(0.01, 1 - 0.58 / tall),
-        ncols=3,
-        fontsize=8,
-        frameon=False,
-    )
+    if inverted:
+        handles.append(plt.Line2D([], [], color=INVERTED, linewidth=1.5, label="a pair that R² inverts"))
+    at = (0.01, 1 - 0.56 / tall)
+    figure.legend(handles=handles, loc="center left", bbox_to_anchor=at, ncols=3, fontsize=8, frameon=False)
     return as_png(figure)
 
 
-def title(n: dict[str, int], of: int) -> str:
-    if not of:
-        return "R² against CE_rec: no two SAEs share hook, k and tokens"
-    return f"Of {of} pairs at one hook and k, R² inverts {n['inverts']} and alone tells apart {n['claims']}"
+def title(two: list[dict]) -> str:
+    if not two:
+        return "No two SAEs share hook, k and tokens"
+    n = counted(two)
+    return f"R² inverts {n['inverts']} of {count_of(len(two), 'pair')}, and alone tells {n['claims']} apart"
 
 
 def panel(axis: Axes, rows: list[dict], inverted: list[dict], names: dict[str, str], height: float) -> None:
-    """One hook. height: of the axes, in inches."""
-    at = {row["sae"]: row for row in rows}
-    for row in rows:
-        colour, marker = MARKS[row["flag"]]
-        x, y = row["r2"], row["ce_rec"]
+    """One hook. height: of the axes, in inches. SAEs worse than the mean are named and not drawn, where there
+    are others: they would press these together.
+    """
+    drawn = [row for row in rows if row["r2"] >= 0] or rows
+    for row in drawn:
+        (colour, marker), x, y = MARKS[row["flag"]], row["r2"], row["ce_rec"]
         axis.plot([row["r2_lo"], row["r2_hi"]], [y, y], color=colour, linewidth=1, alpha=0.6)
         axis.plot([x, x], [row["ce_rec_lo"], row["ce_rec_hi"]], color=colour, linewidth=1, alpha=0.6)
-        axis.plot(
-            x, y, color=colour, marker=marker, markersize=6, markeredgecolor="white", linestyle="", zorder=3
-        )
-    for row in inverted:
-        if row["sae_a"] in at and row["sae_b"] in at:
-            axis.plot(
-                [row["r2_a"], row["r2_b"]],
-                [row["ce_rec_a"], row["ce_rec_b"]],
-                color="#CC79A7",
-                linewidth=1.2,
-                zorder=1,
-            )
+        axis.plot(x, y, color=colour, marker=marker, markeredgecolor="white", linestyle="", zorder=3)
+    for pair in inverted:
+        if {pair["sae_a"], pair["sae_b"]} <= {row["sae"] for row in drawn}:
+            x, y = ([pair[f"{metric}_{end}"] for end in "ab"] for metric in ("r2", "ce_rec"))
+            axis.plot(x, y, color=INVERTED, linewidth=1.5, zorder=2)
     axis.margins(0.06)
     axis.set(xlabel="R²", ylabel="CE_rec")
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
     lo, hi = axis.get_ylim()
-    axis.set_ylim(lo, hi)
-    axis.set_xlim(axis.get_xlim())
-    order = sorted(rows, key=lambda row: (row["ce_rec"], row["r2"], row["sae"]))
-    room = NAME_HEIGHT / height * (hi - lo)
-    places = spread(np.array([row["ce_rec"] for row in order]), room, lo + room / 2, hi - room / 2)
-    for row, y in zip(order, places):
+    axis.set(xlim=axis.get_xlim(), ylim=(lo, hi))
+    order = sorted(rows, key=lambda row: (row in drawn, row["ce_rec"], row["r2"], row["sae"]))
+    # in the axes' own height, so that names outside of it have a place too
+    at = np.array([(row["ce_rec"] - lo) / (hi - lo) if row in drawn else 0.0 for row in order])
+    gap = NAME_HEIGHT / height
+    for row, y in zip(order, spread(at, gap, gap / 2, 1 - gap / 2)):
         k = row["k"] if row["k"] != "none" else f"~{row['l0']:.0f}"
-        axis.annotate(
-            f"{names[row['sae']]}  (k {k})",
-            xy=(row["r2"], row["ce_rec"]),
-            xytext=(1.04, (y - lo) / (hi - lo)),
-            textcoords="axes fraction",
-            fontsize=7.5,
-            va="center",
-            color=MARKS[row["flag"]][0],
-            arrowprops=dict(arrowstyle="-", color="#bbbbbb", linewidth=0.5, shrinkA=0, shrinkB=3),
-            annotation_clip=False,
-        )
+        name = f"{names[row['sae']]}  (k {k})"
+        style: dict[str, Any] = dict(fontsize=7.5, va="center", color=MARKS[row["flag"]][0])
+        if row in drawn:
+            axis.annotate(
+                name,
+                xy=(row["r2"], row["ce_rec"]),
+                xytext=(1.04, y),
+                textcoords="axes fraction",
+                arrowprops=dict(arrowstyle="-", color="#bbbbbb", linewidth=0.5, shrinkB=3, relpos=(0, 0.5)),
+                annotation_clip=False,
+                **style,
+            )
+        else:
+            axis.text(1.04, y, f"{name}, not drawn: R² {row['r2']:.2f}", transform=axis.transAxes, **style)
 
 
 def spread(y: np.ndarray, gap: float, lo: float, hi: float) -> np.ndarray:

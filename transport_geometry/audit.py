@@ -192,9 +192,9 @@ def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
 
 
 # ------------------------------------------------------------------------------------------- the three lines
-SAYS = {"inverts": "inverts", "claims": "tells apart and CE_rec does not"}  # the pairs to look at
+SAYS = {"inverts": "inverts", "claims": "alone tells apart"}  # the pairs to look at
 ASKED = "Can the R² of {saes} be trusted to say whose patch does less harm ({hooks}; {behind})?"
-OF_PAIRS = "R² inverts {inverts} and tells apart {claims} that CE_rec does not, of {pairs} at one hook and k"
+OF_PAIRS = "Of {pairs} at one hook and k R² inverts {inverts} and tells {claims} apart that CE_rec does not"
 WORST = "; furthest: {a} over {b}, R² {r2}, CE_rec {ce_rec}"
 NO_PAIRS = "No two of them share hook, k, context and BOS, so that no order is judged"
 ONE_SAE = "R² {r2:.3f} [{r2_lo:.3f}, {r2_hi:.3f}], CE_rec {ce_rec:.3f} [{ce_rec_lo:.3f}, {ce_rec_hi:.3f}]"
@@ -329,9 +329,10 @@ def console(rows: list[dict], found: list[dict], settings: dict) -> str:
         lines += ["", "Where R² misleads, furthest first (higher R² minus lower, 95% intervals):"]
         for row in named:
             r2, ce_rec = (estimate(row, f"delta_{metric}", 3) for metric in ("r2", "ce_rec"))
-            lines.append(f"{SAYS[row['kind']]}: {names[row['sae_a']]} over {names[row['sae_b']]}")
+            lines.append(f"R² {SAYS[row['kind']]} {names[row['sae_a']]} over {names[row['sae_b']]}")
             lines.append(f"  R² {r2}, CE_rec {ce_rec}")
-    said = [*warnings(rows), *(f"refused: {sae}: {why}" for sae, why in refusals(settings))]
+    odd = warnings([row | {"sae": names[row["sae"]]} for row in rows])
+    said = [*odd, *(f"refused: {sae}: {why}" for sae, why in refusals(settings))]
     lines += [""] * bool(said)
     for line in said:
         lines += hanging(line)
@@ -378,7 +379,7 @@ TOLD_MORE = {  # where there are such
     "neither": "in {neither} neither does",
     "undefined": "{undefined} have no interval",
 }
-ONE_PAIR = "- R² {says}: {sae_a} over {sae_b} ({where}): R² {r2}, CE_rec {ce_rec}"
+ONE_PAIR = "- R² {says} {sae_a} over {sae_b} ({where}): R² {r2}, CE_rec {ce_rec}"
 ABOUT_DIFFERENCES = (
     "Differences: the SAE of higher R² minus the other; 95% intervals, both SAEs under the same resamples "
     "of {behind}. Every interval is for its pair alone: among {n} pairs that did not differ at all, "
