@@ -32,7 +32,7 @@ from transport_geometry.models import pick_layer
 from transport_geometry.results import behind
 from transport_geometry.sae import SAE
 from transport_geometry.stats import document_weights, isotonic_predict, percentiles
-from transport_geometry.tables import bounds, estimate, grouped, is_undefined, markdown
+from transport_geometry.tables import bounds, estimate, grouped, is_undefined, markdown, readable_count
 
 import numpy as np
 import torch
@@ -250,6 +250,8 @@ def three_lines(rows: list[dict], found: list[dict], settings: dict) -> list[str
 # ------------------------------------------------------------------------------------------ what is printed
 SHORT_FLAG = dict(zip(FLAGS, ("flatters", "underrates", "no difference", "withheld", "undefined")))
 LINE = "{name:<{width}}  {k:>5}  {r2:>7}  {ce_rec:<23}  {flag}"
+# what a line leaves to the name
+NAME_LETTERS = WIDTH - len(LINE.format(name="", width=0, k="", r2="", ce_rec="", flag="no difference"))
 
 
 def short_names(names: Sequence[str], most: int) -> dict[str, str]:
@@ -285,8 +287,7 @@ def sae_lines(groups: dict[str, list[dict]], names: dict[str, str]) -> list[str]
     groups {what its SAEs share: rows with sae, k, r2, ce_rec, ce_rec_lo, ce_rec_hi, flag}; names {sae: as it
     is printed}.
     """
-    width = WIDTH - len(LINE.format(name="", width=0, k="", r2="", ce_rec="", flag="no difference"))
-    width = min(width, max(map(len, (*names.values(), "SAE"))))
+    width = max(map(len, (*names.values(), "SAE")))
     head = LINE.format(name="SAE", width=width, k="k", r2="R²", ce_rec="CE_rec [95%]", flag="R² here")
     lines = [head]
     for title, rows in groups.items():
@@ -320,7 +321,7 @@ def console(rows: list[dict], found: list[dict], settings: dict) -> str:
     """What a person sees, WIDTH wide: the three lines, one line per SAE, what is odd, the worst pairs, and
     what was refused.
     """
-    names = short_names([row["sae"] for row in rows], 26)
+    names = short_names([row["sae"] for row in rows], NAME_LETTERS)
     lines = []
     for what, line in zip(("asked", "came out", "not this"), three_lines(rows, found, settings)):
         lines += hanging(f"{what}: {line}")
@@ -356,12 +357,13 @@ def trial_lines(saes: list[dict], values: dict[str, np.ndarray]) -> str:
     lo, hi = percentiles(values["ce_rec"][3:])
     rows = [row | {"ce_rec_lo": lo[i], "ce_rec_hi": hi[i]} for i, row in enumerate(saes)]
     for row in rows:
-        row["sae"] = f"{row['sae']} {row['recipe']} {row['tokens']:,} s{row['seed']}"
+        row["sae"] = f"{row['sae']} {row['recipe']} {readable_count(row['tokens'])} s{row['seed']}"
     groups = {
         f"- {model} block {layer}, k = {k}": here
         for (model, layer, k), here in grouped(rows, ["model", "layer", "k"]).items()
     }
-    return "\n".join(sae_lines(groups, {row["sae"]: row["sae"][:26] for row in rows}))
+    names = sorted({row["sae"] for row in rows})
+    return "\n".join(sae_lines(groups, short_names(names, NAME_LETTERS)))
 
 
 # -------------------------------------------------------------------------------------- what is said of pairs
