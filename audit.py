@@ -43,6 +43,7 @@ from transport_geometry.tables import as_csv, as_json, grouped, markdown, plain
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # of the evaluation; what is trained elsewhere is --sae's
 GRID = dict(models="", k="1", tokens="1", expansion=1, eval_seqs=32, ctx=256)
@@ -81,7 +82,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> str:
         "leaderboard.csv": as_csv(board, LEADERBOARD),
         "verdict.json": as_json(verdict),
         "report.md": "\n".join([*report, *about_the_run(saes, settings)]).encode(),
-        "audit.png": picture(rows, two),
+        "audit.png": as_png(picture(rows, two)),
     }
     store.put(out / store.RUN, files)
     return console(rows, two, settings)
@@ -98,14 +99,14 @@ def leaf(two: list[dict]) -> str:
 
 
 OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_iso_nosink fed_excess".split()
-FEW_HOOKS = "{n} hooks, and {needed} are needed to compare proxies: leaderboard.csv has what there is."
+FEW_HOOKS = "{hooks}, and {needed} are needed to compare proxies: leaderboard.csv has what there is."
 
 
 def of_proxies(board: list[dict], h2: dict, settings: dict) -> list[str]:
     """H2 about these SAEs, in Markdown lines: which proxy would have told?"""
     text = ["## Which proxy would have told?", ""]
     if h2["n_clusters"] < h2["min_hooks"]:
-        return [*text, FEW_HOOKS.format(n=h2["n_clusters"], needed=h2["min_hooks"]), ""]
+        return [*text, FEW_HOOKS.format(hooks=count_of(h2["n_clusters"], "hook"), needed=h2["min_hooks"]), ""]
     says = f"H2: {h2['leaf']}" + (
         f" ({h2['gate_text']}; ungated {h2['leaf_if_ungated']})" * ("gated" == h2["leaf"])
     )
@@ -122,7 +123,7 @@ NAME_HEIGHT = 0.16  # inches, of a name
 NAME_LETTERS = 34
 
 
-def picture(rows: list[dict], two: list[dict]) -> bytes:
+def picture(rows: list[dict], two: list[dict]) -> Figure:
     """R² against CE_rec, a panel for each hook, context and BOS: every SAE named at the right, coloured by
     its flag, with both intervals; a line joins the two of a pair that R² inverts.
     """
@@ -151,7 +152,7 @@ def picture(rows: list[dict], two: list[dict]) -> bytes:
         handles.append(plt.Line2D([], [], color=INVERTED, linewidth=1.5, label="a pair that R² inverts"))
     at = (0.01, 1 - 0.56 / tall)
     figure.legend(handles=handles, loc="center left", bbox_to_anchor=at, ncols=3, fontsize=8, frameon=False)
-    return as_png(figure)
+    return figure
 
 
 def title(two: list[dict]) -> str:

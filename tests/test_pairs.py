@@ -19,6 +19,7 @@ from transport_geometry.tables import as_csv
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 
 def planted(r2, ce_rec, noise=0.0, shared=0.1, l0=None, ks=None, places=None, resamples=400):
@@ -225,6 +226,34 @@ def test_several_hooks_have_a_table():
         ["m", "3", "16", "64", "False", "1", "1", "0", "0", "0", "0", "0"],
         ["m", "5", "16", "64", "False", "3", "0", "0", "0", "0", "3", "0"],
     ]
+
+
+def test_the_picture_names_every_sae_and_no_name_lies_on_another():
+    """Forty that are almost one, at two hooks, with names that are too long, and one worse than the mean."""
+    from audit import picture
+    from transport_geometry.figures import as_png
+
+    n = 41
+    places = [("EleutherAI/pythia-70m-deduped", 3 + (i > 20), 64, i > 20) for i in range(n)]
+    r2 = np.r_[-0.5, np.linspace(0.80, 0.802, n - 1)]
+    rows, values, settings = planted(r2, 0.9 - (r2 - 0.8), noise=0.001, shared=0.001, places=places)
+    rows = with_ends(rows, values, settings)
+    found = pairs([row | {"k": 0} for row in rows], values, settings)
+    for row in rows:
+        row |= dict(
+            ctx=64, bos=row["layer"] > 3, sae=f"org/of-a-sweep-over-very-many-things-{row['sae']}/layers.3"
+        )
+    figure = picture(rows, found)
+    figure.canvas.draw()
+    said = [text for axis in figure.axes for text in axis.texts]
+    assert (
+        len({text.get_text() for text in said}) == n and sum("not drawn" in t.get_text() for t in said) == 1
+    )
+    boxes = [Text.get_window_extent(text) for text in said]  # without the line to its point
+    for i, box in enumerate(boxes):
+        assert box.x0 > 0 and box.x1 < figure.bbox.x1 and box.y0 > 0 and box.y1 < figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i]), said[i].get_text()
+    assert as_png(figure) == as_png(picture(rows, found))
 
 
 def test_the_residual_is_from_the_curve_of_the_others():

@@ -255,18 +255,22 @@ NAME_LETTERS = WIDTH - len(LINE.format(name="", width=0, k="", r2="", ce_rec="",
 
 
 def short_names(names: Sequence[str], most: int) -> dict[str, str]:
-    """{name: the same without the folders that all share, and its end where it is still longer than `most`}:
-    as many different ones as names.
+    """{name: the same without what all share of the path, first or last, and its end where it is still longer
+    than `most`}: as many different ones as names.
 
     >>> short_names(["org/run/layers.3/a", "org/run/layers.3/b"], 20)
     {'org/run/layers.3/a': 'a', 'org/run/layers.3/b': 'b'}
+    >>> list(short_names(["org/a/layers.3", "org/b/layers.3"], 20).values())
+    ['a', 'b']
     >>> list(short_names(["topk-of-width-32768", "gated-of-width-32768"], 12).values())
     ['…width-32768', '…th-32768 #2']
     """
-    shared = os.path.commonprefix([name.split("/")[:-1] for name in names])
+    paths = [name.split("/") for name in names]
+    first = len(os.path.commonprefix([path[:-1] for path in paths]))
+    last = len(os.path.commonprefix([path[:first:-1] for path in paths])) if len(set(names)) > 1 else 0
     out: dict[str, str] = {}
-    for name in names:
-        rest, ending = "/".join(name.split("/")[len(shared) :]), ""
+    for name, path in zip(names, paths):
+        rest, ending = "/".join(path[first : len(path) - last]), ""
         for number in itertools.count(2):
             room = most - len(ending)
             short = (rest if len(rest) <= room else "…" + rest[1 - room :]) + ending
