@@ -35,6 +35,7 @@ def trained(tmp_path_factory):
     return model, tokenizer, heldout_rows("stdlib", tokenizer, CTX, SEQS), folder
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_command_s(trained, tmp_path):
     model, _, held, folder = trained
     found = audit(model, LAYER, folder, held.input_ids, held.document)
