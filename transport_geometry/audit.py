@@ -327,8 +327,8 @@ def console(rows: list[dict], found: list[dict], settings: dict) -> str:
     """
     names = short_names([row["sae"] for row in rows], NAME_LETTERS)
     lines = []
-    for what, line in zip(("asked", "came out", "not this"), three_lines(rows, found, settings)):
-        lines += hanging(f"{what}: {line}")
+    for what, line in zip(("Question", "Answer", "Limits"), three_lines(rows, found, settings)):
+        lines += hanging(f"{what:<10}{line}", indent=10)
     lines += ["", *sae_lines(in_groups(rows, found, settings), names)]
     if named := [row for row in found if row["kind"] in SAYS][:NAMED]:
         lines += ["", "Where R² misleads, furthest first (higher R² minus lower, 95% intervals):"]
@@ -344,9 +344,11 @@ def console(rows: list[dict], found: list[dict], settings: dict) -> str:
     return "\n".join(lines)
 
 
-def hanging(text: str) -> list[str]:
+def hanging(text: str, indent: int = 2) -> list[str]:
     """Its lines, WIDTH wide, whole words."""
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def refusals(settings: dict) -> list[tuple[str, str]]:
@@ -466,11 +468,11 @@ OTHER_TOKENS = (
 REPORT = """\
 # Audit: can their R² be trusted?
 
-{asked}
+Question: {asked}
 
 **{came_out}**
 
-{not_this}
+Limits: {not_this}
 
 ![R² against CE_rec](audit.png)
 
