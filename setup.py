@@ -66,7 +66,7 @@ if torch:
     if cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;9.0+PTX")
     devices = "cpu+cuda " + os.environ.get("TORCH_CUDA_ARCH_LIST", "native") if cuda else "cpu"
-    common = ["-O3", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
+    common = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
     flags = [*common, f'-DBUILD_DEVICES="{devices}"', f'-DBUILD_SOURCE="{source}"']
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     extensions = [
@@ -75,7 +75,7 @@ if torch:
             ["csrc/ops.cpp", "csrc/encode.cpp"] + ["csrc/ops_cuda.cu"] * cuda,
             include_dirs=[pybind11.get_include()],
             depends=[f"csrc/{p.name}" for p in sources],
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false", *common[2:], "-DUSE_CUDA"]},
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false", *common[3:], "-DUSE_CUDA"]},
         )
     ]
 

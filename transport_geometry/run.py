@@ -5,6 +5,7 @@ Shapes: C conditions, S evaluation sequences.
 """
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import time
@@ -112,6 +113,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     grid = command.grid
     device = pick_device(command.device)
     ranks.join(device)
+    keep_freed_memory()
     ranks.say(kernels.describe())
     settings, eval_sets = plan(grid, device, experiment.name)
     if device.type == "mps" and command.device == "auto":
@@ -160,6 +162,17 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     seconds = round(time.time() - start, 1)
     store.put(out / RUN, {}, ranks=ranks.WORLD, seconds=seconds, one_pass=one_pass)
     return out, with_passes(settings, one_pass)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep up to 1 GB of what is freed: left to itself it gives arrays of some MB back to the
+    system and takes them anew, page by page, in every batch. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 def passes(eval_sets: list[EvalSet], command: Command) -> set[int]:
