@@ -122,8 +122,9 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     (
         "--basis",
         dict(
-            choices=["raw", "centred"],
-            help="of the activations that --sae were trained on, against what their files say",
+            metavar="[NAME=]BASIS,...",
+            help="raw or centred: of the activations that this SAE of --sae was trained on, against what its "
+            "files say; NAME may be a pattern, and is needed where there are several",
         ),
     ),
     ("--k", dict(help="active latents, e.g. 8,16,32")),
@@ -237,7 +238,7 @@ def parse_args(
         models = with_twins(models, args.plant)
     for name in ("revision", "data", "split", "out", "cache", "finished", "verdict"):
         printable(str(getattr(args, name)), f"--{name.replace('finished', 'from')}")
-    if not (models or saes):
+    if not (models or saes or args.finished):
         raise UserError("--sae: a path or a hub id, please")
     grid = Grid(
         models=tuple(models),
@@ -248,7 +249,7 @@ def parse_args(
         recipes=parse_choices(args.recipe, "--recipe", ("base", "saelens")),
         sinks=parse_choices(args.sinks, "--sinks", ("keep", "drop")),
         saes=tuple(saes),
-        basis=args.basis,
+        basis=parse_basis(args.basis) if args.basis else (),
         data=args.data,
         split=args.split,
         revision=args.revision,
@@ -296,6 +297,14 @@ def parse_choices(text: str, flag: str, choices: tuple[str, ...]) -> tuple[str, 
     if unknown := [v for v in values if v not in choices]:
         raise UserError(f"{flag} {brief(','.join(unknown))}: choose from {', '.join(choices)}")
     return values
+
+
+def parse_basis(text: str) -> tuple[tuple[str, str], ...]:
+    """(NAME or "", basis) of each part of --basis."""
+    parts = [printable(part, "--basis").rpartition("=") for part in text.split(",")]
+    if unknown := [basis for _, _, basis in parts if basis not in ("raw", "centred")]:
+        raise UserError(f"--basis {brief(unknown[0])}: raw or centred, or NAME=raw, please")
+    return tuple((name, basis) for name, _, basis in parts)
 
 
 def parse_models(text: str) -> list[tuple[str, int | None]]:

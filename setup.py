@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent
 CARRIED = {
     "demo/stdlib-*/*": "",
     "outputs/reference/seed_sd.*": "",
+    "audit.py": "scripts",
     "common.py": "scripts",
     "exp*.py": "scripts",
 }

@@ -78,7 +78,7 @@ def one_hook(eval_seqs: int, ctx: int):
         recipes=("base",),
         sinks=("keep",),
         saes=(),
-        basis=None,
+        basis=(),
         data="stdlib",
         split="train",
         revision=None,

@@ -344,7 +344,7 @@ def test_a_grid_of_next_to_nothing_says_undefined_where_it_is(tmp_path, name, si
     assert "undefined" in written["report.md"] and "Warning" not in done.stderr
     if name == "expb":
         (sae,) = (tmp_path / "cache").iterdir()
-        done = script("expb.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
+        done = script("audit.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
         said = [
             done.stdout,
             *((tmp_path / "audit" / file).read_text() for file in ("report.md", "audit.csv")),

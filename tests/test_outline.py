@@ -317,10 +317,9 @@ def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path):
     assert "stdlib-s (weights dddddddd)" in lines_of(text, "b")[2]
 
 
-def test_an_audit_answers_in_two_paragraphs():
-    pairs = "# Exp-B: which?\n\n## Can its R² be trusted?\n\n**One pair.**\n\n- **a warning**\n\n"
-    audit = f"{pairs}**H2: undecided.**\n"
-    assert outline.answer_of(audit) == "One pair. H2: undecided."
+def test_an_audit_answers_after_its_question():
+    audit = "# Audit: can their R² be trusted?\n\nCan it?\n\n**One pair.**\n\nNot this.\n\n- **a warning**\n"
+    assert outline.answer_of(audit) == "One pair."
     assert outline.answer_of("# Nothing bold\n") == ""
 
 

@@ -107,19 +107,20 @@ def test_commands_run_the_scripts_that_a_wheel_carries(setup, monkeypatch, capsy
             getattr(importlib.import_module(module), function)()
         assert stopped.value.code == 0
         # the name is also that of the results folder
-        name = names.get(command, "audit")
+        name = names.get(command, "audit.py")
         assert capsys.readouterr().out.startswith(f"usage: {name} ") and sys.path[0] == str(ROOT)
     carried = {
         path.name for pattern in setup["CARRIED"] for path in ROOT.glob(pattern) if path.parent == ROOT
     }
-    assert carried == {"common.py", *names.values()}
+    assert carried == {"common.py", "audit.py", *names.values()}
 
 
-def test_an_audit_names_saes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/bin/transport-audit", "--k=4"])
+@pytest.mark.parametrize("typed", [[], ["--models", "stdlib-s"]])
+def test_an_audit_names_saes(monkeypatch, capsys, typed):
+    monkeypatch.setattr(sys, "argv", ["/bin/transport-audit", *typed])
     with pytest.raises(SystemExit) as stopped:
         commands.audit()
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("audit: --sae PATH_OR_ID")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("audit.py: --sae")
 
 
 # ---------------------------------------------------------------------------------- without the extension
@@ -286,7 +287,8 @@ def test_a_build_holds_the_models_and_the_scripts_inside_the_package(tmp_path):
     run(sys.executable, "setup.py", "-q", *egg_info, "build_py", "--build-lib", built, cwd=ROOT)
     modules = {f"transport_geometry/{path.name}" for path in PACKAGE.glob("*.py")}
     scripts = {
-        f"transport_geometry/scripts/{path.name}" for path in (*ROOT.glob("exp*.py"), ROOT / "common.py")
+        f"transport_geometry/scripts/{path.name}"
+        for path in (*ROOT.glob("exp*.py"), ROOT / "common.py", ROOT / "audit.py")
     }
     seeds = {f"transport_geometry/outputs/reference/seed_sd.{kind}" for kind in ("csv", "json")}
     models = {f"transport_geometry/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("demo/stdlib-*/*")}

@@ -202,11 +202,12 @@ def dry_run(command: Command, more_passes: int = 0) -> None:
 def dry_run_of_files(grid: Grid, more_passes: int) -> list[dict[str, Any]]:
     """Print what the files of --sae say; what evaluating them costs, a row a hook."""
     columns = ["sae", "hook", "format", "width", "ctx", "bos", "basis"]
-    chosen = given.choose(grid.saes, grid.models)
+    chosen, refused = given.choose(grid.saes, grid.models, grid.basis)
+    given.say(refused)
     rows = []
     for one in chosen:
         row = {"sae": one.file.label, "hook": f"{one.model}@{one.layer}"} | vars(one.declared)
-        row["basis"] = grid.basis or row["basis"]
+        row["basis"] = one.basis or row["basis"]
         rows.append({c: "not said" if row[c] is None else row[c] for c in columns})
     print(markdown(rows, columns) + "\n")
     places: dict[tuple[str, int], list[int]] = {}

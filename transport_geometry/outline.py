@@ -188,8 +188,8 @@ def read_verdict(path: pathlib.Path) -> dict[str, Any]:
 
 
 def answer_of(report: str) -> str:
-    """The sentence in bold under the title; where there is none, as in an audit, whose pairs come first,
-    every paragraph that is bold.
+    """The sentence in bold under the title; where there is none, as in an audit, which says
+    first what was asked, every paragraph that is bold.
 
     >>> answer_of("# Is it?\\n\\n**It is.**\\n\\n## Table\\n\\n**No.**\\n")
     'It is.'
@@ -378,6 +378,8 @@ def section(script: str) -> str:
     labels = ", ".join(claim.label for claim in CLAIMS if claim.script == script)
     if not script:
         return "Folders that could not be read"
+    if script == "audit":
+        return "SAEs that exist, `audit.py`"
     if not labels:
         return f"`{script}.py`, an experiment that this outline does not know"
     return f"{labels}: {TITLES[script]}, `{script}.py`" if script in TITLES else f"{labels}: `{script}.py`"

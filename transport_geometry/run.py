@@ -10,7 +10,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transport_geometry import kernels, plant, ranks, store, text
 from transport_geometry.condition import NULLS, Condition
@@ -35,6 +35,7 @@ from transport_geometry.progress import Progress
 from transport_geometry.results import (
     Measurements,
     add_results,
+    beside,
     check_verdict,
     finished_run,
     gather,
@@ -69,6 +70,9 @@ class Experiment:
     study_passes: int = 0  # and its study a hook, in passes of the evaluation text
     # raises UserError for hooks that it cannot measure, before anything is trained or written
     check: Callable[[list[EvalSet]], None] | None = None
+    # its folder where no other was asked for: a run with other settings is left there, and this one goes
+    # beside it
+    default_out: pathlib.Path | None = None
 
 
 @dataclass(eq=False)
@@ -106,7 +110,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     if command.dry_run:
         dry_run(command, experiment.more_passes)
         return None
-    grid, out = command.grid, command.out
+    grid = command.grid
     device = pick_device(command.device)
     ranks.join(device)
     keep_freed_memory()
@@ -122,7 +126,11 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     settings |= command.own
     if experiment.check:
         experiment.check(eval_sets)
-    start = time.time()
+    if command.out == experiment.default_out and not command.fresh:
+        command = replace(command, out=beside(command.out, settings))
+        if command.out != experiment.default_out:
+            ranks.say(f"{experiment.default_out} holds another run: this one goes into {command.out}")
+    out, start = command.out, time.time()
     if ranks.RANK == 0:
         typed = [*(plant.split(name)[0] for name, _ in grid.models), grid.data]
         paths = {name: str(pathlib.Path(name).resolve()) for name in typed if os.path.exists(name)}
