@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 
+from helpers import ROOT
 from transport_geometry import chart, page
 from transport_geometry.metrics import BY_NAME
 from transport_geometry.tables import markdown
@@ -212,6 +213,18 @@ def test_a_link_to_a_report_leads_to_its_page_where_there_is_one(tmp_path):
 def test_a_report_without_sections_pictures_or_charts_is_a_page():
     document = Document(page.page("A line.\n", {}).decode())
     assert document.text["title"] == ["Report"] and document.text["p"] == ["A line."]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "outputs/reference").rglob(page.PAGE)), ids=str)
+def test_the_pages_of_the_reference_runs(path):
+    text = path.read_text(encoding="utf-8")
+    document, report = Document(text), path.with_name(page.REPORT).read_text(encoding="utf-8")
+    assert len(text) < 2**20 and document.text["title"][0] == report.splitlines()[0].removeprefix("# ")
+    assert len(document.text.get("table", [])) == len(re.findall(r"^\|--", report, re.M))
+    assert len(document.attributes("img")) == report.count("![")
+    assert all(a["src"].startswith("data:") and a["alt"] for a in document.attributes("img"))
+    if "conditions.csv" in os.listdir(path.parent):
+        assert text.count('class="mark ') > 10
 
 
 # ---------------------------------------------------------------------------------------------- the charts
