@@ -16,7 +16,7 @@ import pathlib
 from typing import Any
 
 from common import parse_args, run_script
-from transport_geometry import leaderboard, store
+from transport_geometry import chart, leaderboard, store
 from transport_geometry.audit import (
     COLUMNS,
     HOOK_AND_TOKENS,
@@ -36,7 +36,8 @@ from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, pyplot
 from transport_geometry.flag import FLAGS, flagged
 from transport_geometry.leaderboard import LEADERBOARD, how_to_read, leaderboard_table, read_verdict
-from transport_geometry.metrics import PROXIES
+from transport_geometry.metrics import BY_NAME, PROXIES
+from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, run
 from transport_geometry.tables import as_csv, as_json, grouped, markdown, plain
@@ -84,7 +85,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> str:
         "report.md": "\n".join([*report, *about_the_run(saes, settings)]).encode(),
         "audit.png": as_png(picture(rows, two)),
     }
-    store.put(out / store.RUN, files)
+    charts = [chart.of_saes(rows, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
+    store.put(out / store.RUN, with_page(out, files, charts))
     return console(rows, two, settings)
 
 

@@ -17,7 +17,7 @@ transfer gap across scale.
 import pathlib
 
 from common import parse_args, run_script
-from transport_geometry import commands, leaderboard, store
+from transport_geometry import chart, commands, leaderboard, store
 from transport_geometry.audit import trial_lines
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
@@ -29,6 +29,7 @@ from transport_geometry.leaderboard import (
     read_verdict,
 )
 from transport_geometry.metrics import BY_NAME, PROXIES, Metric
+from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, run
 from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, readable_count
@@ -64,7 +65,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
         "verdict.json": as_json(verdict),
         "report.md": report(found.nulls, saes, board, verdict, settings),
     }
-    store.put(out / store.RUN, files | plots(saes, board, settings))
+    charts = [chart.of_saes(saes, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
+    store.put(out / store.RUN, with_page(out, files | plots(saes, board, settings), charts))
     if verdict["n_clusters"] < verdict["min_hooks"]:  # nothing to rank proxies by: the SAEs themselves
         return verdict, trial_lines(saes, found.values)
     return verdict, leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled")

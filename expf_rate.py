@@ -24,12 +24,13 @@ import pathlib
 from dataclasses import dataclass
 
 from common import parse_args, run_script
-from transport_geometry import curves, finish, observer, rate, stats, store, text
+from transport_geometry import chart, curves, finish, observer, rate, stats, store, text
 from transport_geometry.condition import Condition, hook_of
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.grid import Command, EvalSet, sae_name
-from transport_geometry.metrics import Metric, Sums, computed, mean
+from transport_geometry.metrics import BY_NAME, Metric, Sums, computed, mean
+from transport_geometry.page import with_page
 from transport_geometry.results import (
     Measured,
     about_the_run,
@@ -365,7 +366,9 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
         "verdict.json": as_json(verdict),
         "report.md": report(found, rates, ratios, verdict, tables, settings),
     }
-    store.put(record, files | plots(lines, codes, rates, ratios, verdict, tables, settings))
+    charts = [chart.of_saes(found.saes, settings["models"], [BY_NAME["r2"], BY_NAME["bits"]])]
+    pictures = plots(lines, codes, rates, ratios, verdict, tables, settings)
+    store.put(record, with_page(out, files | pictures, charts))
     return verdict, ratios
 
 

@@ -129,7 +129,7 @@ def test_nothing_else_in_the_folder_changes_and_the_bytes_are_the_same_again(rep
     script("common.py", "report", root)
     assert contents(root, but="") == before
     reference = contents(REFERENCE, but="")
-    ours = {"report.md", "report.json"}
+    ours = {"report.md", "report.html", "report.json"}
     assert {k: v for k, v in before.items() if k not in ours} == {
         k: v for k, v in reference.items() if k not in ours
     }
@@ -335,7 +335,7 @@ def test_a_report_that_the_command_did_not_write_is_kept(tmp_path):
     assert (tmp_path / "report.kept-2.md").read_text() == "with notes"
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == written
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"a", "report.md", "report.json", "report.kept.md", "report.kept-2.md"}
+    assert names == {"a", "report.md", "report.html", "report.json", "report.kept.md", "report.kept-2.md"}
 
     (tmp_path / "report.json").write_text("{}")
     done = script("common.py", "report", tmp_path, check=2)

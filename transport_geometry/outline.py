@@ -21,6 +21,7 @@ from typing import Any
 from transport_geometry import store
 from transport_geometry.errors import Damaged, UserError, printable, reading
 from transport_geometry.leaderboard import ADJUDICATED
+from transport_geometry.page import with_page
 from transport_geometry.store import RUN
 from transport_geometry.tables import readable_count
 
@@ -415,5 +416,5 @@ def write(root: pathlib.Path) -> None:
     runs = read(root)
     store.writable(root, "report")
     store.claim(root)
-    store.put(root / RECORD, {REPORT: outline(runs).encode()})
+    store.put(root / RECORD, with_page(root, {REPORT: outline(runs).encode()}))
     print("\n".join([*in_short(runs), f"report: {root / REPORT}"]))

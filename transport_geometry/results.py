@@ -35,6 +35,7 @@ COLUMNS = [*KEY, "n_seq", "n_tok", "n_sink", *(metric.name for metric in METRICS
 DERIVED = (
     "verdict.json",
     "report.md",
+    "report.html",
     "leaderboard.csv",
     "deltas.csv",
     "audit.csv",
