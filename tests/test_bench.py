@@ -52,6 +52,17 @@ def test_bench_fisher(model, shape):
     assert ratios[0] == 1 and len(ratios) == 3 and min(ratios) > 0
 
 
+@pytest.mark.parametrize(
+    "what",
+    ["--shapes 8x300,64x300", "--trained stdlib-s@1 --expansion 4 --tokens 2000"],
+    ids=["random", "trained"],
+)
+def test_bench_encode(what):
+    said = bench("bench_encode", *what.split(), *"--k 4 --N 100 --n 1".split())
+    ratios = [float(ratio) for ratio in re.findall(r"encode ([\d.]+)  on \d+$", said, re.MULTILINE)]
+    assert len(ratios) == (1 if "trained" in what else 2) and min(ratios) > 0
+
+
 def test_bench_kernels():
     said = bench("bench_kernels", *"--shapes 8x32 --N 16 --k 4 --n 1".split())
     lines = [line.rsplit(maxsplit=4) for line in said.splitlines()[-9:]]
