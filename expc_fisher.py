@@ -250,8 +250,8 @@ def sentence(verdict: dict) -> str:
 
 
 QUESTION = (
-    "Does the whole local geometry of the output (the pullback Fisher) say more about what patching an SAE in "
-    "does to cross-entropy than SWD, its cheap stand-in, does?"
+    "Does the whole local geometry of the output (the pullback Fisher) say more about what patching an SAE "
+    "in does to cross-entropy than SWD, its cheap stand-in, does?"
 )
 LIMITS = (
     "{gate}The p counts hooks, the interval resamples them; it is about order at one k, not about size, and "
@@ -265,8 +265,8 @@ def answer(verdict: dict, settings: dict) -> Answer:
     if verdict["added"] is not None:
         shown = (
             f"given SWD and k it correlates with CE_rec at {signed(verdict['added'])} in rank "
-            f"(p = {verdict['p']:.3f}), and with it hooks left out are predicted with "
-            f"{span(gain['value'], gain['lo'], gain['hi'])} less variance"
+            f"(p = {verdict['p']:.3f}), and takes a share of "
+            f"{span(gain['value'], gain['lo'], gain['hi'])} off the variance of hooks that were left out"
         )
     return Answer(
         QUESTION,

@@ -423,7 +423,7 @@ def answer(verdict: dict, settings: dict) -> Answer:
         QUESTION,
         f"{LEAVES[verdict['leaf_if_ungated']]}: {numbers}.",
         LIMITS.format(
-            gate=leaderboard.gate_limits("H3", verdict),
+            gate=leaderboard.gate_limits("H3, that this is why R² fails", verdict),
             n=found["n_hooks"],
             these=leaderboard.about_these(settings),
         ),

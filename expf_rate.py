@@ -401,7 +401,7 @@ QUESTION = (
     "than {small}'s?"
 )
 LIMITS = (
-    "Not for a cost in practice: bits are an ideal code's. It is about {these}, compared at {pairs} pairs of "
+    "No cost in practice: the bits are an ideal code's. It is about {these}, compared at {pairs} pairs of "
     "hooks; pairs of other models may come out otherwise."
 )
 

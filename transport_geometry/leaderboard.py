@@ -18,7 +18,7 @@ from transport_geometry import store
 from transport_geometry.answer import models_in_words
 from transport_geometry.errors import UserError
 from transport_geometry.figures import BLUE, ORANGE, as_png, pyplot
-from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
+from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
 from transport_geometry.results import Measured, behind
 from transport_geometry.stats import (
     ALPHA,
@@ -815,7 +815,7 @@ def word(claim: str, verdict: dict) -> str:
 READ_AS = """\
 partial ρ: rank correlation with CE_rec among SAEs of one k, 95% over hooks
 control: a Euclidean score that a gradient-weighted one must beat as well"""
-KINDS = {SENSITIVE: "gradient", CONTROL: "control", "": "new"}
+KINDS = {SENSITIVE: "gradient", CONTROL: "control", EUCLIDEAN: "Euclid", "": "other"}
 CODES = {"above": console.BLUE, "below": console.ORANGE, "not shown": console.DIM}
 VERDICTS = {"above": "better", "below": "worse", "not shown": "not shown", "same": "same order"}
 
@@ -826,7 +826,7 @@ def board_in_short(board: list[dict], colour: bool = False) -> str:
     table = [
         {
             "proxy": row["proxy"],
-            "kind": KINDS.get(family(row["proxy"]), ""),
+            "kind": KINDS[family(row["proxy"])],
             "partial ρ": estimate(row, "partial"),
             "minus R²": "" if row["proxy"] == R2 else estimate(row, "diff_r2"),
             "better?": "" if row["proxy"] == R2 else VERDICTS[against_r2(row)],
