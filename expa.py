@@ -882,7 +882,7 @@ def delta_plot(deltas: list[dict], verdict: Verdict) -> bytes:
     apart = [abs(row["delta_r2_nosink"] - row["delta_r2"]) for row in deltas]
     hidden = {"delta_r2_nosink"} if np.nanmax(apart, initial=0) < APART else set()
     shown = [line for line in DELTA_LINES if line[0] not in hidden]
-    size = (2.4 * len(ks) + 1.6, 2.6 * len(depths) + 0.7)
+    size = (max(2.4 * len(ks) + 1.6, 6.4), 2.6 * len(depths) + 0.7)
     figure, axes = pyplot().subplots(
         len(depths), len(ks), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )

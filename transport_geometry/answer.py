@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from transport_geometry.tables import UNDEFINED, estimate
+
 WIDTH = 80  # columns of a terminal
 LABELS = ("Question", "Answer", "Limits")
 LIMITS = "Limits: "  # begins the paragraph of a report that `outline` reads
@@ -47,6 +49,17 @@ class Answer:
             )
             out += [painted(first[:indent], BOLD, colour) + first[indent:], *more]
         return out
+
+
+def number(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
+    """`estimate` in a sentence.
+
+    >>> number({"dce": 0.12, "dce_lo": 0.1, "dce_hi": 0.14}, "dce")
+    '+0.12 [+0.10, +0.14]'
+    >>> number({"dce": 0.12, "dce_lo": None, "dce_hi": None}, "dce")
+    '+0.12 (no interval)'
+    """
+    return estimate(row, name, digits).replace(f"[{UNDEFINED}]", "(no interval)")
 
 
 def models_in_words(models: Sequence[str]) -> str:

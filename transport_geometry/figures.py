@@ -66,10 +66,10 @@ def score_axis(axis: "Axes", metric: Metric, values: np.ndarray) -> None:
     axis.set_xlabel(metric.name)
 
 
-def decade_ticks(axis: typing.Any, ends: Sequence[float]) -> None:
+def decade_ticks(axis: typing.Any, ends: Sequence[float], fontsize: float = 8) -> None:
     """Plain numbers, as few as do not overlap, on a logarithmic axis of a panel that shows `ends`."""
     at = ticks_within(min(ends), max(ends))
-    axis.set_ticks(at, [f"{tick:.6g}" for tick in at])
+    axis.set_ticks(at, [f"{tick:.6g}" for tick in at], fontsize=fontsize)
     axis.set_ticks([], minor=True)
 
 
@@ -88,24 +88,23 @@ def label_ends(
     axis: "Axes", lines: Sequence[tuple[float, float, str, typing.Any]], fontsize: float = 8
 ) -> None:
     """Names beside the ends of lines, (x, y, name, colour), pushed apart where they would overlap. After all
-    is drawn: the limits of y are what they are.
+    is drawn: the limits of the axes are what they are.
     """
-    height = axis.get_window_extent().height / axis.figure.dpi * 72  # points
+    axis.get_xlim(), axis.get_ylim()  # which are fitted to what is drawn only when they are asked for
     ordered = sorted(lines, key=lambda line: line[1])
     to_axes = axis.transData + axis.transAxes.inverted()
-    wanted = [float(to_axes.transform((x, y))[1]) for x, y, *_ in ordered]
-    gap = 1.05 * fontsize / height
+    ends = to_axes.transform([line[:2] for line in ordered])
+    gap = 1.1 * fontsize / (axis.get_window_extent().height / axis.figure.dpi * 72)  # of the axis
     at: list[float] = []
-    for y in wanted:
-        at.append(max(y, at[-1] + gap) if at else y)
-    shift = (sum(at) - sum(wanted)) / len(at) if at else 0.0
-    for y, (x, _, name, colour) in zip(at, ordered):
-        right = float(to_axes.transform((x, 0))[0]) if axis.get_yscale() == "linear" else 1.0
+    for y in ends[:, 1]:
+        at.append(max(float(y), at[-1] + gap) if at else float(y))
+    shift = float(np.mean(at) - np.mean(ends[:, 1]))
+    for y, x, (_, _, name, colour) in zip(at, ends[:, 0], ordered):
         axis.annotate(
             name,
-            (right, y - shift),
+            (float(x), y - shift),
             xycoords="axes fraction",
-            xytext=(5, 0),
+            xytext=(8, 0),
             textcoords="offset points",
             va="center",
             fontsize=fontsize,
