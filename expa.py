@@ -25,7 +25,7 @@ from typing import Any
 from common import parse_args, run_script
 from transport_geometry import answer as console
 from transport_geometry import curves, published, stats, store
-from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed
+from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed, number
 from transport_geometry.condition import hook_of
 from transport_geometry.errors import UserError
 from transport_geometry.figures import BLUE, GREEN, ORANGE, as_png, label_ends, pyplot
@@ -536,14 +536,14 @@ def answer(verdict: Verdict, deltas: list[dict]) -> Answer:
         AT_THE_END.format(
             budget=readable_count(widest["tokens"]),
             k=widest["k"],
-            ce=estimate(widest, "delta_ce_rec", 3),
-            r2=estimate(widest, "delta_r2", 3),
+            ce=number(widest, "delta_ce_rec", 3),
+            r2=number(widest, "delta_r2", 3),
             small=v.small,
             large=v.large,
         )
     )
     if v.found and v.found.transfer.h1 and v.leaf in ("H1", "H0+H1", "N"):
-        found.append(ONE_R2.format(gamma=estimate(vars(v.found.transfer), "gamma_r2", 3)))
+        found.append(ONE_R2.format(gamma=number(vars(v.found.transfer), "gamma_r2", 3)))
     limits = OPENS[v.leaf].format(t=THRESHOLDS) + SCOPE.format(n=widest["n_seeds"])
     return Answer(QUESTION.format(small=v.small, large=v.large), " ".join(found), limits)
 
@@ -899,7 +899,7 @@ def delta_plot(deltas: list[dict], verdict: Verdict) -> bytes:
         axis.tick_params(labelsize=8)
     for axis, depth in zip(axes[:, -1], depths):
         end = max((row for row in deltas if row["depth"] == depth), key=lambda row: (row["k"], row["tokens"]))
-        label_ends(axis, [(end["tokens"], end[name], what, how["color"]) for name, what, how in shown])
+        label_ends(axis, [(end[name], what, how["color"]) for name, what, how in shown])
     figure.supxlabel("training tokens of an SAE", fontsize=9)
     figure.supylabel(f"{verdict.large} − {verdict.small}", fontsize=9)
     figure.suptitle(f"{SAYS[verdict.leaf].capitalize()}: the two gaps, 95% bands", fontsize=10)

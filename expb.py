@@ -20,7 +20,7 @@ import sys
 
 from common import parse_args, run_script
 from transport_geometry import audit, leaderboard, store
-from transport_geometry.answer import Answer, as_sentence, coloured, conclude, hushed
+from transport_geometry.answer import Answer, as_sentence, coloured, conclude, hushed, number
 from transport_geometry.figures import as_png, model_colours, points_legend, pyplot, score_axis
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.leaderboard import (
@@ -142,7 +142,7 @@ LIMITS = (
 def answer(verdict: dict, board: list[dict]) -> Answer:
     leaf = verdict["leaf_if_ungated"]
     text = FOUND[leaf].format(
-        **{name: estimate(verdict, name) for name in ("diff_r2", "diff_control")},
+        **{name: number(verdict, name) for name in ("diff_r2", "diff_control")},
         control=verdict["a_control"],
         room="nothing" if verdict["room"] is None else f"{verdict['room']:.2f}",
         reason=verdict["reason"],

@@ -792,7 +792,7 @@ def norms_plot(f: Findings) -> bytes:
     axis.set(xlabel="norm of the sink", ylabel="score")
     axis.set_title("One position moves R² to where it says nothing", fontsize=10)
     axis.grid(alpha=0.3)
-    label_ends(axis, [(norms[-1], by_norm[-1][metric], metric, colour) for metric, _, colour in styles])
+    label_ends(axis, [(by_norm[-1][metric], metric, colour) for metric, _, colour in styles])
     return as_png(figure)
 
 
@@ -809,7 +809,7 @@ def power_plot(f: Findings) -> bytes:
     for name, style, colour, aside in styles:
         partials = [f.partials[f"turned-{amount:g}"][name] for amount in AMOUNTS]
         axis.plot(np.array(AMOUNTS) + aside, partials, style, color=colour)
-        ends.append((AMOUNTS[-1] + 0.015, partials[-1], name, colour))
+        ends.append((partials[-1], name, colour))
     words = [f.verdicts[f"turned-{amount:g}"]["leaf_if_ungated"] for amount in AMOUNTS]
     axis.set_xticks(AMOUNTS, [f"{amount:g}\n{word}" for amount, word in zip(AMOUNTS, words)])
     axis.set(xlim=(-0.15, 1.05), xlabel="how far errors are turned, and what H2 then reads")

@@ -10,6 +10,7 @@ import expa
 import expb
 import expc_fisher
 from helpers import ROOT, contents, one_line, script
+from transport_geometry import answer as answers
 from transport_geometry import leaderboard, outline, store
 from transport_geometry.errors import UserError
 from transport_geometry.tables import as_json
@@ -109,8 +110,9 @@ def test_the_reference_folders_in_the_order_in_which_they_may_be_read(reported):
         "expc_fisher",
     ]
     for name in ("expa", "expa-long", "expb", "expc_fisher"):
-        answer = (root / name / "report.md").read_text(encoding="utf-8").splitlines()[2].strip("*")
-        assert lines_of(text, name)[0].endswith(f": {answer}")
+        found, limits = answers.read((root / name / "report.md").read_text(encoding="utf-8"))
+        assert lines_of(text, name)[0].endswith(f": {found}")
+        assert not limits or lines_of(text, name)[1] == f"  - Limits: {limits}"
         verdict = json.loads((root / name / "verdict.json").read_text(encoding="utf-8"))
         assert f"{name}: " in printed and verdict["leaf"] in printed
     assert printed.splitlines()[-2] == text.splitlines()[2].strip("*").replace("`", "").replace("*", "")
@@ -320,8 +322,8 @@ def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path):
 def test_an_audit_answers_in_two_paragraphs():
     pairs = "# Exp-B: which?\n\n## Can its R² be trusted?\n\n**One pair.**\n\n- **a warning**\n\n"
     audit = f"{pairs}**H2: undecided.**\n"
-    assert outline.answer_of(audit) == "One pair. H2: undecided."
-    assert outline.answer_of("# Nothing bold\n") == ""
+    assert answers.read(audit)[0] == "One pair. H2: undecided."
+    assert answers.read("# Nothing bold\n") == ("", "")
 
 
 # ------------------------------------------------------------------------------------------------ the command

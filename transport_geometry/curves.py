@@ -293,7 +293,7 @@ def learning_plot(saes: list[dict], settings: dict[str, Any]) -> bytes:
                 linewidth=1,
             )
             if (recipe, sae) == arms[0] and np.isfinite(means[-1]):
-                ends[metric].append((budgets[-1], means[-1], str(k), colours[model]))
+                ends[metric].append((means[-1], str(k), colours[model]))
         axis.set_title(metric, fontsize=9)
         if metric in LOGARITHMIC:
             axis.set_yscale("log")
@@ -315,7 +315,14 @@ def learning_plot(saes: list[dict], settings: dict[str, Any]) -> bytes:
         handles += [
             plt.Line2D([], [], color="0.3", linestyle=styles[arm], label=" ".join(arm)) for arm in arms
         ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+        title="against training tokens of an SAE; the number at a line's end is its k",
+        title_fontsize=9,
+    )
     figure.suptitle("Every metric over the training of the SAEs, means over seeds", fontsize=10)
-    figure.supxlabel("training tokens of an SAE; the number at a line's end is its k", fontsize=9)
     return as_png(figure)

@@ -40,14 +40,17 @@ STEPS: tuple[tuple[int, ...], ...] = ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6)) 
 
 
 def ticks_within(lo: float, hi: float) -> np.ndarray:
-    """Round numbers between two positive ones: the fewest kinds of STEPS that give three."""
+    """Round numbers between two positive ones: the fewest kinds of STEPS that give three, or even ones."""
+    from matplotlib.ticker import MaxNLocator
+
     decades = 10.0 ** np.arange(np.floor(np.log10(lo)), np.ceil(np.log10(hi)) + 1)
     for steps in STEPS:
         at = np.sort(np.outer(decades, steps).ravel())
-        at = at[(at >= lo) & (at <= hi)]
+        at = at[(at >= lo * (1 - 1e-9)) & (at <= hi * (1 + 1e-9))]
         if len(at) >= 3:
-            break
-    return at
+            return at
+    even = np.asarray(MaxNLocator(4).tick_values(lo, hi))
+    return even[(even >= lo) & (even <= hi)]
 
 
 def score_axis(axis: "Axes", metric: Metric, values: np.ndarray) -> None:
@@ -84,27 +87,25 @@ def points_legend(models: Sequence[str]) -> dict[str, typing.Any]:
     return dict(handles=[*points, size], fontsize=8, frameon=False)
 
 
-def label_ends(
-    axis: "Axes", lines: Sequence[tuple[float, float, str, typing.Any]], fontsize: float = 8
-) -> None:
-    """Names beside the ends of lines, (x, y, name, colour), pushed apart where they would overlap. After all
-    is drawn: the limits of the axes are what they are.
+def label_ends(axis: "Axes", lines: Sequence[tuple[float, str, typing.Any]], fontsize: float = 8) -> None:
+    """Names right of the axis at the ends of lines, (y, name, colour), pushed apart where they would overlap.
+    After all is drawn: the limits of y are what they are.
     """
-    axis.get_xlim(), axis.get_ylim()  # which are fitted to what is drawn only when they are asked for
-    ordered = sorted(lines, key=lambda line: line[1])
+    bottom_to_top = sorted(lines, key=lambda line: line[0])
+    axis.get_ylim()  # which are fitted to what is drawn only when they are asked for
     to_axes = axis.transData + axis.transAxes.inverted()
-    ends = to_axes.transform([line[:2] for line in ordered])
+    at = np.array([float(to_axes.transform((axis.get_xlim()[1], y))[1]) for y, *_ in bottom_to_top])
     gap = 1.1 * fontsize / (axis.get_window_extent().height / axis.figure.dpi * 72)  # of the axis
-    at: list[float] = []
-    for y in ends[:, 1]:
-        at.append(max(float(y), at[-1] + gap) if at else float(y))
-    shift = float(np.mean(at) - np.mean(ends[:, 1]))
-    for y, x, (_, _, name, colour) in zip(at, ends[:, 0], ordered):
+    for _ in range(100):
+        lack = np.maximum(gap - np.diff(at), 0) / 2
+        at[:-1] -= lack
+        at[1:] += lack
+    for y, (_, name, colour) in zip(at, bottom_to_top):
         axis.annotate(
             name,
-            (float(x), y - shift),
+            (1, float(y)),
             xycoords="axes fraction",
-            xytext=(8, 0),
+            xytext=(4, 0),
             textcoords="offset points",
             va="center",
             fontsize=fontsize,

@@ -736,7 +736,7 @@ def how_to_read(verdict: dict, settings: dict) -> list[str]:
 # --------------------------------------------------------------------- what it says to who knows only R^2
 LOOKS = {SENSITIVE: (ORANGE, "o"), CONTROL: (BLUE, "s")}  # of a family: colour, marker; an experiment's own:
 OTHER = ("0.4", "D")
-FURTHEST = 0.5  # a difference of partial Spearman, beyond which the picture only points
+FURTHEST = 0.5  # below R^2 by more: the picture only points there
 
 
 def of_target(board: list[dict], target: str = "ce_rec", stratum: str = "pooled") -> list[dict]:
@@ -765,9 +765,11 @@ def what_r2_is_worth(board: list[dict]) -> str:
     (r2,) = (row for row in rows if row["proxy"] == R2)
     above = [row["proxy"] for row in rows if against_r2(row) == "above"]
     better = f"shown to do better: {', '.join(above)}" if above else "no other proxy is shown to do better"
+    if not np.isfinite(r2["partial_lo"]):
+        better = "too few hooks to say of any proxy that it does better"
     return (
-        f"On {r2['n_clusters']} hooks R² orders SAEs of one k as what patching them in does to cross-entropy "
-        f"with a rank correlation of {estimate(r2, 'partial')}; {better}."
+        f"On {r2['n_clusters']} hooks the order that R² gives SAEs of one k correlates with what patching "
+        f"them in does to cross-entropy at {console.number(r2, 'partial')}; {better}."
     )
 
 
@@ -841,16 +843,16 @@ def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
     """Every proxy's partial Spearman with CE_rec minus R^2's, with its interval, the best above: a PNG.
     verdict: on H2.
     """
-    rows = [row for row in of_target(board) if row["proxy"] != R2 and np.isfinite(row["diff_r2"])][::-1]
+    shown = of_target(board)
+    (r2,) = (row for row in shown if row["proxy"] == R2)
+    above = [row["proxy"] for row in shown if against_r2(row) == "above"]
+    rows = [row for row in shown if row["proxy"] != R2 and np.isfinite(row["diff_r2"])]
     rows.sort(key=lambda row: row["diff_r2"])
-    (r2,) = (row for row in of_target(board) if row["proxy"] == R2)
-    above = [row["proxy"] for row in rows if against_r2(row) == "above"]
     figure, axis = pyplot().subplots(figsize=(7.6, 0.29 * len(rows) + 1.9), layout="constrained")
     ends = np.array([[row["diff_r2_lo"], row["diff_r2"], row["diff_r2_hi"]] for row in rows])
-    widest = np.nanmax(np.abs(ends), initial=0.05)
-    left, right = (
-        min(1.15 * max(np.nanmax(sign * ends, initial=0), 0.1 * widest), FURTHEST) for sign in (-1, 1)
-    )
+    # what is better is shown whole; one that is far worse does not press the others together
+    right = 1.1 * max(np.nanmax(ends, initial=0), 0.05)
+    left = min(1.1 * max(np.nanmax(-ends, initial=0), 0.05), max(right, FURTHEST))
     axis.set(xlim=(-left, right), ylim=(-0.6, len(rows) - 0.4))
     for y, row in enumerate(rows):
         colour, marker = LOOKS.get(family(row["proxy"]), OTHER)
@@ -862,8 +864,6 @@ def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
             axis.plot(at, y, marker, color=colour, markersize=6)
         if min(lo, at) < -left:
             axis.plot(-left, y, "<", color=colour, markersize=6, clip_on=False)
-        if max(hi, at) > right:
-            axis.plot(right, y, ">", color=colour, markersize=6, clip_on=False)
         axis.annotate(
             estimate(row, "diff_r2"),
             (1.01, y),
