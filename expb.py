@@ -134,8 +134,8 @@ FOUND = {
     "undecided": "SWD stands at {diff_r2} against R², and this grid cannot decide: {reason}",
 }
 LIMITS = (
-    "{gate}It is about order at one k, not about size, and about {these}: a proxy not shown to be better is "
-    "not shown to be equal, and other models were not asked."
+    "{gate}It is about order at one k, not about size, and about {these}. Every proxy is "
+    "tested alone, and one not shown to be better is not shown to be equal."
 )
 
 

@@ -734,7 +734,7 @@ def how_to_read(verdict: dict, settings: dict) -> list[str]:
 
 
 # --------------------------------------------------------------------- what it says to who knows only R^2
-LOOKS = {SENSITIVE: (ORANGE, "o"), CONTROL: (BLUE, "s")}  # of a family: colour, marker; an experiment's own:
+LOOKS = {SENSITIVE: (ORANGE, "o"), CONTROL: (BLUE, "s")}  # of a family: colour, marker
 OTHER = ("0.4", "D")
 FURTHEST = 0.5  # below R^2 by more: the picture only points there
 
@@ -880,11 +880,9 @@ def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
     )
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3, axis="x")
-    says = (
-        f"shown to order SAEs better than R²: {', '.join(above)}"
-        if above
-        else ("no proxy is shown to order SAEs better than R²")
-    )
+    says = "no proxy is shown to order SAEs better than R²"
+    if above:
+        says = f"shown to order SAEs better than R²: {', '.join(above)}"
     figure.suptitle(f"On {r2['n_clusters']} hooks {says}", fontsize=10, wrap=True)
     state, alone = verdict["leaf"], verdict["leaf_if_ungated"]
     said = f"not decided before Exp-A is; from these SAEs alone: {alone}" if state == "gated" else state
