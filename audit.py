@@ -17,11 +17,13 @@ from typing import Any
 
 from common import parse_args, run_script
 from transport_geometry import chart, leaderboard, store
+from transport_geometry.answer import Answer, conclude, hushed
 from transport_geometry.audit import (
     COLUMNS,
     HOOK_AND_TOKENS,
     N_RESAMPLES,
     PAIRS,
+    answer,
     audit_report,
     audit_rows,
     console,
@@ -30,7 +32,6 @@ from transport_geometry.audit import (
     pairs,
     refused_rows,
     short_names,
-    three_lines,
 )
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, pyplot
@@ -52,8 +53,9 @@ OUT = pathlib.Path("outputs/audit")
 
 
 # ------------------------------------------------------------------------------------- tables and answer
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> str:
-    """audit.csv, pairs.csv, leaderboard.csv, verdict.json, report.md and the plot: what to print.
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[Answer, str, str]:
+    """audit.csv, pairs.csv, leaderboard.csv, verdict.json, report.md and the plot: (the answer, what to print
+    below it, the verdict in a word).
 
     A pure function of conditions.csv, sequences.npz and the gate.
     """
@@ -63,10 +65,11 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> str:
     two = pairs(saes, found.values, settings)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
     board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
+    said = answer(rows, two, settings)
     verdict = plain(
         {
             "leaf": leaf(two),
-            "answer": three_lines(rows, two, settings)[1],
+            "answer": said.found,
             "pairs": counted(two),
             "flags": {says: sum(row["flag"] == says for row in rows) for says in FLAGS},
             "refused": settings.get("refused", {}),
@@ -87,7 +90,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> str:
     }
     charts = [chart.of_saes(rows, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
     store.put(out / store.RUN, with_page(out, files, charts))
-    return console(rows, two, settings)
+    return said, console(rows, two, settings), verdict["leaf"]
 
 
 def leaf(two: list[dict]) -> str:
@@ -220,12 +223,13 @@ def main() -> None:
     command = parse_args(__doc__, GRID)
     if not (command.grid.saes or command.finished):
         raise UserError("--sae PATH_OR_ID,..., please: the SAEs to audit (see --help)")
-    exp_a = read_verdict(command.verdict)
-    if (done := run(command, Experiment("audit", default_out=OUT))) is None:
-        return
-    out, settings = done
-    print(analyse(out, settings, exp_a))
-    print(f"---\nreport: {out / 'report.md'}")
+    with hushed(command):
+        exp_a = read_verdict(command.verdict)
+        if (done := run(command, Experiment("audit", default_out=OUT))) is None:
+            return
+        out, settings = done
+        said, table, word = analyse(out, settings, exp_a)
+    conclude(command, out, said, table, word)
 
 
 if __name__ == "__main__":

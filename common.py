@@ -201,6 +201,12 @@ def parser_of(
     )
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
+    add("--quiet", action="store_true", help="say nothing but errors and, at the end, where the report is")
+    add(
+        "--json",
+        action="store_true",
+        help="print verdict.json on stdout and nothing else there (progress goes to stderr)",
+    )
     for flag, how in (flags or {}).items():
         parser.add_argument(flag, **with_default(how))
     return parser
@@ -222,6 +228,7 @@ def parse_args(
     as `parser_of` takes them: their values are settings of its results. Raises UserError.
     """
     args = parser_of(doc, flags, own).parse_args(argv)
+    check_output(args)
     preset: dict[str, Any] = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
     if args.sae:  # they are what they are
         if typed := [f"--{name}" for name in TRAINING if getattr(args, name) is not None]:
@@ -269,7 +276,17 @@ def parse_args(
         args.verdict,
         args.dry_run,
         own={name: getattr(args, name) for name in own_names},
+        quiet=args.quiet,
+        json=args.json,
     )
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises UserError where --quiet or --json would leave nothing to print."""
+    if args.dry_run and (args.quiet or args.json):
+        raise UserError(
+            f"--dry-run prints a grid and its cost; leave out {'--json' if args.json else '--quiet'}"
+        )
 
 
 def with_twins(models: list[tuple[str, int | None]], plants: str) -> list[tuple[str, int | None]]:

@@ -18,14 +18,17 @@ any result; its leaf opens the gate of Exp-B and Exp-C.
 import dataclasses
 import itertools
 import pathlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from common import parse_args, run_script
+from transport_geometry import answer as console
 from transport_geometry import chart, curves, published, stats, store
+from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed, number
 from transport_geometry.condition import hook_of
 from transport_geometry.errors import UserError
-from transport_geometry.figures import as_png, pyplot
+from transport_geometry.figures import BLUE, GREEN, ORANGE, as_png, label_ends, pyplot
 from transport_geometry.grid import sae_name
 from transport_geometry.metrics import EUCLIDEAN_CONTROLS
 from transport_geometry.page import with_page
@@ -494,6 +497,58 @@ def seed_correlation(conditions: Conditions) -> float:
     return float(np.corrcoef(np.array(pairs).T)[0, 1]) if len(pairs) > 2 else np.nan
 
 
+# ------------------------------------------------------------------------------------------- in three lines
+QUESTION = (
+    "Between {small} and {large}, does the gap in what patching an SAE in does to cross-entropy go away as "
+    "the SAEs are trained longer, and does R² show the same gap?"
+)
+ONE_MODEL = (
+    "Does the gap between two models, in what patching an SAE in does to cross-entropy, go away as the SAEs "
+    "are trained longer?"
+)
+AT_THE_END = (
+    "At {budget} tokens and k = {k}, where it is widest, the gap in CE_rec is {ce} and the gap in R² {r2}, "
+    "{large} minus {small}."
+)
+ONE_R2 = "At one value of R² CE_rec differs by {gamma} between them."
+OPENS = {
+    "undertrained": "It speaks neither for a gap that stays nor for one that goes: H0 and H1 are open, and "
+    "what waits for this verdict (Exp-B and on) decides nothing yet.",
+    "undecided": "It speaks neither for a gap that stays nor for one that goes: H0 and H1 are open, and what "
+    "waits for this verdict (Exp-B and on) decides nothing yet.",
+    "N": "It does not make R² useless within one model: it is between models that it does not carry over.",
+    "H0": "Equal means within ±{t.margin} of CE_rec, and says nothing of larger budgets or of other scores.",
+    "H1": "It is a gap between these two models, whatever its cause, and no law of scale.",
+    "H0+H1": "Equal means within ±{t.margin} of CE_rec; that R² does not carry over is no law of scale.",
+}
+SCOPE = " Two models on one text, {n} seeds each."
+
+
+def answer(verdict: Verdict, deltas: list[dict]) -> Answer:
+    """deltas: the headline's rows."""
+    v, last = verdict, [row for row in deltas if row["tokens"] == verdict.budget]
+    if not deltas:
+        return Answer(ONE_MODEL, f"{LEAVES[v.leaf]} {as_sentence(v.reason)}", OPENS[v.leaf])
+    found, end = [LEAVES[v.leaf]], last or deltas
+    if v.leaf in ("undertrained", "undecided", "N"):
+        found.append(as_sentence(v.reason))
+    widest = max(end, key=lambda row: np.nan_to_num(abs(row["delta_ce_rec"])))
+    found.append(
+        AT_THE_END.format(
+            budget=readable_count(widest["tokens"]),
+            k=widest["k"],
+            ce=number(widest, "delta_ce_rec", 3),
+            r2=number(widest, "delta_r2", 3),
+            small=v.small,
+            large=v.large,
+        )
+    )
+    if v.found and v.found.transfer.h1 and v.leaf in ("H1", "H0+H1", "N"):
+        found.append(ONE_R2.format(gamma=number(vars(v.found.transfer), "gamma_r2", 3)))
+    limits = OPENS[v.leaf].format(t=THRESHOLDS) + SCOPE.format(n=widest["n_seeds"])
+    return Answer(QUESTION.format(small=v.small, large=v.large), " ".join(found), limits)
+
+
 # -------------------------------------------------------------------------------------------- verdict.json
 @dataclass(frozen=True)
 class Findings:
@@ -562,12 +617,15 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
 TITLE = """\
 # Exp-A: does the gap survive training?
 
-**{sentence}**
+{answer}"""
+PICTURE = """\
+![the two gaps over the token budget](deltas.png)
+"""
+WORDS = """\
+The verdict, in the words of the tree. {sentence}
 """
 
 HEADLINE = """\
-![deltas](deltas.png)
-
 ## Deltas: {v.large} minus {v.small}, recipe {v.arm.recipe}, sinks {v.arm.sinks}
 
 {table}
@@ -624,11 +682,14 @@ SHARE = ": the trainer owns {share:.0%} of the sign flips"
 LEARNING = """\
 ## Learning curves
 
-{pictures}
-
 {table}
 
 Means over seeds. Every budget has its own decay{constant}.
+"""
+APPENDIX = """\
+## Appendix: every metric over the token budget
+
+{pictures}
 """
 CONSTANT = " (saelens: a constant rate, so its budgets are checkpoints)"
 SHOWN = "r2 r2_nosink r2_defl1 cosine swd_tok ce_rec ce_rec_sinkclean frac_zero kl alive".split()
@@ -642,20 +703,23 @@ OTHERS = """\
 
 def report(f: Findings, pictures: list[str]) -> bytes:
     """report.md; pictures: the plots' files, sorted."""
-    sections = [TITLE.format(sentence=f.verdict.sentence())]
+    sections = [TITLE.format(answer=answer(f.verdict, f.headline).markdown()), PICTURE * bool(f.headline)]
+    sections.append(WORDS.format(sentence=f.verdict.sentence()))
     if f.headline:
         sections += [headline_section(f), tree_section(f.verdict), MISMATCH]
     sections += [
         arms_section(f),
         curves.k_star_section(f.stars, f.verdict.small, f.verdict.large),
-        learning_section(f, pictures),
+        learning_section(f),
         curves.law_section(f.laws),
         published.section(f.deltas, f.saes, f.stars, f.settings["hooks"]),
     ]
     names = ["small", "large", "recipe", "sinks"]
     for key, here in grouped([row for row in f.deltas if row not in f.headline], names).items():
         sections.append(OTHERS.format(**dict(zip(names, key)), table=delta_table(here)))
-    return "\n".join([*filter(None, sections), *about_the_run(f.saes, f.settings)]).encode()
+    shown = (f"![learning curves]({name})" for name in pictures if name.startswith("learning"))
+    appendix = APPENDIX.format(pictures="\n".join(shown))
+    return "\n".join([*filter(None, sections), *about_the_run(f.saes, f.settings), appendix]).encode()
 
 
 def headline_section(f: Findings) -> str:
@@ -715,14 +779,14 @@ def tree_section(v: Verdict) -> str:
         budget=readable_count(v.budget),
         previous_budget=readable_count(found.previous_budget),
         **{gate: "open" if passed else "SHUT" for gate, passed in found.g0.items()},
-        equal=answer(found.equality.equal),
-        gap_before=answer(found.equality.gap_before),
+        equal=in_a_word(found.equality.equal),
+        gap_before=in_a_word(found.equality.gap_before),
         improved=percent(found.improved),
-        h1=answer(found.transfer.h1),
+        h1=in_a_word(found.transfer.h1),
         gamma_r2=estimate(vars(found.transfer), "gamma_r2", 3),
         same_sign=percent(found.transfer.same_sign),
         in_range=percent(found.transfer.in_range),
-        normalised_away=answer(n.normalised_away),
+        normalised_away=in_a_word(n.normalised_away),
         control=n.control or "none in range",
         gamma_control=signed(n.gamma_control_half_b, 3),
         gamma_r2_half_b=signed(n.gamma_r2_half_b, 3),
@@ -731,7 +795,7 @@ def tree_section(v: Verdict) -> str:
     )
 
 
-def answer(passed: bool | None) -> str:
+def in_a_word(passed: bool | None) -> str:
     if passed is None:
         return "not judged"
     return "yes" if passed else "no"
@@ -770,7 +834,7 @@ def arms_section(f: Findings) -> str:
     return "\n".join(parts)
 
 
-def learning_section(f: Findings, pictures: list[str]) -> str:
+def learning_section(f: Findings) -> str:
     names = ["model", "layer", "recipe", "sae", "k", "tokens"]
     cells = grouped(f.saes, names)
     rows = []
@@ -778,7 +842,6 @@ def learning_section(f: Findings, pictures: list[str]) -> str:
         means = {metric: float(np.mean([row[metric] for row in cells[key]])) for metric in SHOWN}
         rows.append(dict(zip(names, key)) | {"tokens": readable_count(key[-1])} | means)
     return LEARNING.format(
-        pictures="\n".join(f"![learning curves]({name})" for name in pictures if name.startswith("learning")),
         table=markdown(rows, names + SHOWN),
         constant=CONSTANT if "saelens" in f.settings["recipe"] else "",
     )
@@ -786,10 +849,19 @@ def learning_section(f: Findings, pictures: list[str]) -> str:
 
 # --------------------------------------------------------------------------------------------------- plots
 DELTA_LINES = (
-    ("delta_r2", "ΔR²", dict(color="C0")),
-    ("delta_r2_nosink", "ΔR² without sinks", dict(color="C2", linestyle=":")),
-    ("delta_ce_rec", "ΔCE_rec", dict(color="C1")),
+    ("delta_r2", "ΔR²", dict(color=BLUE, marker="s")),
+    ("delta_r2_nosink", "ΔR² without sinks", dict(color=GREEN, marker="^", linestyle=":")),
+    ("delta_ce_rec", "ΔCE_rec", dict(color=ORANGE, marker="o")),
 )
+APART = 0.005  # of R²: less is one line under another
+SAYS = {
+    "undertrained": "not trained far enough to say whether the gap stays",
+    "undecided": "this grid cannot decide whether the gap stays",
+    "N": "what R² says of the gap is how R² is normalised",
+    "H0": "the gap in CE_rec goes as the SAEs are trained",
+    "H1": "after training, one R² still means two values of CE_rec",
+    "H0+H1": "CE_rec becomes equal, and one R² still means two values of it",
+}
 
 
 def plots(f: Findings) -> dict[str, bytes]:
@@ -798,7 +870,7 @@ def plots(f: Findings) -> dict[str, bytes]:
     """
     drawn = {}
     if f.headline:
-        drawn["deltas.png"] = delta_plot(f.headline, f"{f.verdict.large} − {f.verdict.small}")
+        drawn["deltas.png"] = delta_plot(f.headline, f.verdict)
         drawn["mismatch.png"] = mismatch_plot(f.headline)
     depths = [f.settings["hooks"][hook_of(row)] for row in f.saes]
     for depth in sorted(set(depths)):
@@ -808,64 +880,101 @@ def plots(f: Findings) -> dict[str, bytes]:
     return drawn
 
 
-def delta_plot(deltas: list[dict], label: str) -> bytes:
-    """Deltas with their intervals against training tokens, a panel for every depth and k."""
+def delta_plot(deltas: list[dict], verdict: Verdict) -> bytes:
+    """Both gaps with their intervals against training tokens, a panel for every depth and k; R² without sinks
+    only where it is another line.
+    """
     ks, depths = (sorted({row[name] for row in deltas}) for name in ("k", "depth"))
-    size = (2.9 * len(ks) + 0.8, 2.8 * len(depths) + 0.4)
+    apart = [abs(row["delta_r2_nosink"] - row["delta_r2"]) for row in deltas]
+    hidden = {"delta_r2_nosink"} if np.nanmax(apart, initial=0) < APART else set()
+    shown = [line for line in DELTA_LINES if line[0] not in hidden]
+    size = (max(2.4 * len(ks) + 1.6, 6.4), 2.6 * len(depths) + 0.7)
     figure, axes = pyplot().subplots(
-        len(depths), len(ks), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        len(depths), len(ks), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (depth, k) in zip(axes.flat, itertools.product(depths, ks)):
         here = [row for row in deltas if row["k"] == k and row["depth"] == depth]
         budgets = [row["tokens"] for row in here]
-        for name, what, how in DELTA_LINES:
+        for name, _, how in shown:
             value, lo, hi = ([row[column] for row in here] for column in with_ends([name]))
-            axis.plot(budgets, value, marker="o", markersize=4, label=what, **how)
+            axis.plot(budgets, value, markersize=4, **how)
             axis.fill_between(budgets, lo, hi, color=how["color"], alpha=0.2, linewidth=0)
         axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.set_title(f"k = {k}, depth {depth}" if len(depths) > 1 else f"k = {k}")
-        axis.set_xlabel("training tokens")
-        curves.budget_axis(axis, budgets)
-    axes[0, 0].set_ylabel(label)
-    axes[0, 0].legend(fontsize=8)
+        axis.set_title(f"k = {k}, depth {depth}" if len(depths) > 1 else f"k = {k}", fontsize=9)
+        curves.budget_axis(axis, sorted({row["tokens"] for row in deltas}))
+        axis.tick_params(labelsize=8)
+    for axis, depth in zip(axes[:, -1], depths):
+        end = max((row for row in deltas if row["depth"] == depth), key=lambda row: (row["k"], row["tokens"]))
+        label_ends(axis, [(end[name], what, how["color"]) for name, what, how in shown])
+    figure.supxlabel("training tokens of an SAE", fontsize=9)
+    figure.supylabel(f"{verdict.large} − {verdict.small}", fontsize=9)
+    figure.suptitle(f"{SAYS[verdict.leaf].capitalize()}: the two gaps, 95% bands", fontsize=10)
     return as_png(figure)
 
 
 def mismatch_plot(deltas: list[dict]) -> bytes:
     """The mismatch rate of every k and budget, a panel for every depth."""
     ks, budgets, depths = (sorted({row[name] for row in deltas}) for name in ("k", "tokens", "depth"))
-    size = (1.1 * len(budgets) * len(depths) + 2.4, 0.5 * len(ks) + 1.4)
-    figure, axes = pyplot().subplots(1, len(depths), figsize=size, squeeze=False, layout="constrained")
-    title = "sign mismatch of ΔR² and ΔCE_rec"
+    size = (max(0.9 * len(budgets) * len(depths) + 1, 4.5), 0.42 * len(ks) + 1.2)
+    figure, axes = pyplot().subplots(
+        1, len(depths), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, depth in zip(axes.flat, depths):
         rate = np.full((len(ks), len(budgets)), np.nan)
         for row in deltas:
             if row["depth"] == depth:
                 rate[ks.index(row["k"]), budgets.index(row["tokens"])] = row["mismatch"]
-        image = axis.imshow(rate, vmin=0, vmax=1, cmap="RdYlGn_r", aspect="auto")
+        axis.imshow(rate, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for (i, j), value in np.ndenumerate(rate):
-            axis.text(j, i, percent(value), ha="center", va="center", fontsize=8)
+            dark = "white" if value > 0.5 else "black"
+            axis.text(j, i, percent(value), ha="center", va="center", fontsize=9, color=dark)
         axis.set_xticks(range(len(budgets)), [readable_count(b) for b in budgets])
-        axis.set_yticks(range(len(ks)), [f"k={k}" for k in ks])
-        axis.set_title(f"{title}, depth {depth}" if len(depths) > 1 else title, fontsize=9)
-    figure.colorbar(image, ax=axes)
+        axis.set_yticks(range(len(ks)), [f"k = {k}" for k in ks])
+        axis.tick_params(labelsize=8, length=0)
+        axis.set_xlabel("training tokens", fontsize=8)
+        if len(depths) > 1:
+            axis.set_title(f"depth {depth}", fontsize=9)
+    figure.suptitle("Seed pairs in which ΔR² and ΔCE_rec differ in sign", fontsize=10)
     return as_png(figure)
 
 
 # ---------------------------------------------------------------------------------------------------- main
+def deltas_in_short(deltas: list[dict], verdict: Verdict, colour: bool) -> str:
+    """Both gaps at the largest budget, for a terminal of 80 columns; what differs in sign, coloured."""
+    most = max(row["tokens"] for row in deltas)
+    deltas = [row for row in deltas if row["tokens"] == most]
+    several = len({row["depth"] for row in deltas}) > 1
+    rows = [
+        ({"depth": str(row["depth"])} if several else {})
+        | {
+            "k": str(row["k"]),
+            "tokens": readable_count(row["tokens"]),
+            "gap in R²": estimate(row, "delta_r2", 3),
+            "gap in CE_rec": estimate(row, "delta_ce_rec", 3),
+            "mismatch": percent(row["mismatch"]),
+        }
+        for row in deltas
+    ]
+    codes = [console.ORANGE if row["mismatch"] >= 0.5 else "" for row in deltas]
+    under = "mismatch: seed pairs in which the two gaps differ in sign"
+    gap = f"gap: {verdict.large} minus {verdict.small}, 95%"
+    return f"{columns(rows, codes, colour)}\n\n{gap}\n{under}"
+
+
 def main() -> None:
     command = parse_args(__doc__, GRID)
     if command.grid.saes:
         raise UserError(
             "--sae: Exp-A is about how SAEs train; expb.py and expc_fisher.py evaluate existing ones"
         )
-    if (done := run(command, Experiment("expa"))) is None:
-        return
-    out, settings = done
-    verdict, deltas = analyse(out, settings)
-    if mine := headline(deltas, verdict):
-        print(f"{verdict.large} minus {verdict.small}:\n{delta_table(mine)}")
-    print(f"---\n{verdict.sentence()}\nreport: {out / 'report.md'}")
+    with hushed(command):
+        if (done := run(command, Experiment("expa"))) is None:
+            return
+        out, settings = done
+        verdict, deltas = analyse(out, settings)
+    mine = headline(deltas, verdict)
+    table = deltas_in_short(mine, verdict, coloured(sys.stdout)) if mine else "No two models to compare."
+    conclude(command, out, answer(verdict, mine), table, f"H0/H1: {verdict.leaf}")
 
 
 if __name__ == "__main__":

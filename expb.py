@@ -15,24 +15,41 @@ transfer gap across scale.
 """
 
 import pathlib
+import sys
 
 from common import parse_args, run_script
 from transport_geometry import chart, commands, leaderboard, store
+from transport_geometry.answer import Answer, as_sentence, coloured, conclude, hushed, number
 from transport_geometry.audit import trial_lines
-from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.figures import as_png, model_colours, points_legend, pyplot, score_axis
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.leaderboard import (
     LEADERBOARD,
+    about_these,
+    board_in_short,
+    gate_limits,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
+    of_target,
     read_verdict,
+    what_r2_is_worth,
+    word,
 )
 from transport_geometry.metrics import BY_NAME, PROXIES, Metric
 from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, run
-from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, readable_count
+from transport_geometry.tables import (
+    as_csv,
+    as_json,
+    estimate,
+    markdown,
+    plain,
+    read_table,
+    readable_count,
+    signed,
+)
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -50,7 +67,7 @@ N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, str]:
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None, colour: bool = False) -> tuple[dict, str]:
     """leaderboard.csv, verdict.json, report.md and the plots: (verdict, the table to print).
 
     A pure function of conditions.csv, sequences.npz and the gate.
@@ -66,10 +83,10 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
         "report.md": report(found.nulls, saes, board, verdict, settings),
     }
     charts = [chart.of_saes(saes, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
-    store.put(out / store.RUN, with_page(out, files | plots(saes, board, settings), charts))
+    store.put(out / store.RUN, with_page(out, files | plots(saes, board, verdict), charts))
     if verdict["n_clusters"] < verdict["min_hooks"]:  # nothing to rank proxies by: the SAEs themselves
         return verdict, trial_lines(saes, found.values)
-    return verdict, leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled")
+    return verdict, board_in_short(read_table(out / "leaderboard.csv"), colour)
 
 
 LEAVES = {
@@ -95,20 +112,61 @@ def sentence(verdict: dict) -> str:
     return f"H2: {leaf}. {text}"
 
 
+QUESTION = (
+    "Does a score weighted by what the model feels (SWD) order SAEs by what patching them in does to "
+    "cross-entropy better than R² does, and better than any plain Euclidean score?"
+)
+FOUND = {
+    "supported": "SWD does better, by {diff_r2} than R² and by {diff_control} than the best Euclidean "
+    "control, {control}, and carries over between models better.",
+    "beats-r2-only": "SWD does better than R², by {diff_r2}, but is not shown to do better than the best "
+    "Euclidean control, {control} ({diff_control}).",
+    "rejected": "SWD is not shown to do better: {diff_r2} against R², {diff_control} against the best "
+    "Euclidean control, {control}.",
+    "not-transferable": "SWD does better, by {diff_control} than the best Euclidean control, {control}, but "
+    "the models' ranges hardly meet, so whether it carries over between them cannot be judged.",
+    leaderboard.CANNOT: "The best Euclidean control, {control}, leaves only {room} to gain, so SWD, at "
+    "{diff_r2} against R², could not have been shown to do better here.",
+    "undecided": "SWD stands at {diff_r2} against R², and this grid cannot decide: {reason}",
+}
+LIMITS = (
+    "{gate}It is about order at one k, not about size, and about {these}. Every proxy is "
+    "tested alone, and one not shown to be better is not shown to be equal."
+)
+
+
+def answer(verdict: dict, board: list[dict]) -> Answer:
+    leaf = verdict["leaf_if_ungated"]
+    text = FOUND[leaf].format(
+        **{name: number(verdict, name) for name in ("diff_r2", "diff_control")},
+        control=verdict["a_control"],
+        room="nothing" if verdict["room"] is None else f"{verdict['room']:.2f}",
+        reason=verdict["reason"],
+    )
+    return Answer(
+        QUESTION,
+        f"{what_r2_is_worth(board)} {as_sentence(text)}",
+        LIMITS.format(
+            gate=gate_limits("H2, that SWD predicts better", verdict), these=about_these(verdict["settings"])
+        ),
+    )
+
+
 # ------------------------------------------------------------------------------------------ report, plots
 REPORT = """\
 # Exp-B: which proxy predicts patched cross-entropy?
 
-**{sentence}**
+{answer}
+![every proxy against R²](leaderboard.png)
 
-![R² and SWD against CE_rec](swd_r2.png)
+The verdict, in the words of the tree. {sentence}
 
 ## Leaderboard, all conditions, target CE_rec
 
 {board}
 
 {how_to_read}
-![leaderboard](leaderboard.png)
+![R² and SWD against CE_rec](swd_r2.png)
 
 ## Target KL
 
@@ -128,9 +186,11 @@ null-gaussian is a drawn isotropic error, as long at every token as the error of
 fed_excess is 0 but for chance. `undefined`: the identity has no error, so fed, rho and the excess are 0/0; \
 a reconstruction without a code has no alive, l0 and bits.
 
-![every proxy](proxies.png)
+{about}
+## Appendix: CE_rec against every proxy
 
-{about}"""
+![every proxy](proxies.png)
+"""
 OF_AN_SAE = "model layer k seed tokens r2 r2_nosink cosine swd_tok ce_rec frac_zero kl alive bits fed".split()
 OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_iso_nosink fed_excess".split()
 
@@ -145,6 +205,7 @@ def report(nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict
         for row in marked(saes, settings)
     ]
     text = REPORT.format(
+        answer=answer(verdict, board).markdown(),
         sentence=sentence(verdict),
         board=leaderboard_table(board, "ce_rec", "pooled"),
         how_to_read="\n".join(how_to_read(verdict, settings)),
@@ -158,23 +219,34 @@ def report(nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict
     return text.encode()
 
 
-def plots(saes: list[dict], board: list[dict], settings: dict) -> dict[str, store.Content | None]:
+def plots(saes: list[dict], board: list[dict], verdict: dict) -> dict[str, store.Content | None]:
     """{file: PNG}."""
-    plt, columns = pyplot(), 4
-    two, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    for axis, name in zip(axes, ("r2", "swd_tok")):
-        panel(axis, BY_NAME[name], saes, settings["models"])
-    axes[0].legend(title="size = k", fontsize=8)
+    plt, columns, models = pyplot(), 4, verdict["settings"]["models"]
+    rank = {row["proxy"]: f"rank correlation at one k {estimate(row, 'partial')}" for row in of_target(board)}
+    two, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
+    for axis, name, called in zip(axes, ("r2", "swd_tok"), ("R²", "SWD")):
+        panel(axis, BY_NAME[name], saes, models)
+        axis.set_title(f"{called}: {rank[name]}", fontsize=9)
+    axes[0].set_ylabel("CE_rec")
+    two.legend(**points_legend(models), loc="outside lower center", ncols=len(models) + 1)
 
     rows = -(-len(PROXIES) // columns)
-    every, axes = plt.subplots(rows, columns, figsize=(13, 11), sharey=True, layout="constrained")
+    every, axes = plt.subplots(rows, columns, figsize=(11, 2.5 * rows), sharey=True, layout="constrained")
     for axis in axes.flat[len(PROXIES) :]:
         axis.set_visible(False)
+    short = {row["proxy"]: signed(row["partial"]) for row in of_target(board)}
     for axis, proxy in zip(axes.flat, PROXIES):
-        panel(axis, proxy, saes, settings["models"])
-    axes.flat[0].legend(title="size = k", fontsize=8)
+        panel(axis, proxy, saes, models)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("")
+        axis.set_title(f"{proxy.name}: {short[proxy.name]}", fontsize=9)
+    every.supylabel("CE_rec", fontsize=10)
+    every.suptitle(
+        "CE_rec against every proxy, better to the right, and its rank correlation at one k", fontsize=11
+    )
+    every.legend(**points_legend(models), loc="outside lower center", ncols=len(models) + 1)
     return {
-        "leaderboard.png": leaderboard_plot(board),
+        "leaderboard.png": leaderboard_plot(board, verdict),
         "swd_r2.png": as_png(two),
         "proxies.png": as_png(every),
     }
@@ -182,6 +254,7 @@ def plots(saes: list[dict], board: list[dict], settings: dict) -> dict[str, stor
 
 def panel(axis: Axes, proxy: Metric, saes: list[dict], models: list[str]) -> None:
     """CE_rec of every SAE against one proxy; colour = model, size = k."""
+    values = np.array([row[proxy.name] for row in saes])
     for model, colour in model_colours(models).items():
         here = [row for row in saes if row["model"] == model]
         axis.scatter(
@@ -192,9 +265,8 @@ def panel(axis: Axes, proxy: Metric, saes: list[dict], models: list[str]) -> Non
             alpha=0.75,
             edgecolor="white",
             linewidth=0.5,
-            label=model,
         )
-    axis.set(xlabel=proxy.axis, ylabel="CE_rec")
+    score_axis(axis, proxy, values)
     axis.grid(alpha=0.3)
 
 
@@ -203,13 +275,14 @@ def main() -> None:
     command = parse_args(__doc__, GRID)
     if command.grid.saes:
         return commands.instead("audit")
-    exp_a = read_verdict(command.verdict)
-    if (done := run(command, Experiment("expb"))) is None:
-        return
-    out, settings = done
-    verdict, table = analyse(out, settings, exp_a)
-    print(table)
-    print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
+    with hushed(command):
+        exp_a = read_verdict(command.verdict)
+        if (done := run(command, Experiment("expb"))) is None:
+            return
+        out, settings = done
+        verdict, table = analyse(out, settings, exp_a, coloured(sys.stdout))
+    board = read_table(out / "leaderboard.csv")
+    conclude(command, out, answer(verdict, board), table, word("H2", verdict))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,22 @@ calibrated: against the measured KL at h + a delta for several a.
 """
 
 import pathlib
+import sys
 
 from common import parse_args, run_script
 from transport_geometry import chart, fisher, leaderboard, stats, store
+from transport_geometry.answer import Answer, coloured, conclude, hushed
 from transport_geometry.condition import Condition
 from transport_geometry.evaluate import DRAWS
-from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.figures import as_png, decade_ticks, model_colours, points_legend, pyplot
 from transport_geometry.fisher_study import SHAPE, estimators, geometry, path_integral
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import (
     LEADERBOARD,
+    about_these,
+    board_in_short,
+    gate_limits,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
@@ -226,7 +231,9 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
         "report.md": report(found.nulls, saes, board, verdict, tables, settings),
     }
     charts = [chart.of_saes(saes, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"], FISHER[0]])]
-    store.put(out / store.RUN, with_page(out, files | plots(sums, meta, board, settings), charts))
+    store.put(
+        out / store.RUN, with_page(out, files | plots(sums, meta, board, verdict["h2"], settings), charts)
+    )
     return verdict
 
 
@@ -246,17 +253,46 @@ def sentence(verdict: dict) -> str:
     return leaderboard.behind_the_gate("H2'", verdict, text)
 
 
+QUESTION = (
+    "Does the whole local geometry of the output (the pullback Fisher) say more about what patching an SAE "
+    "in does to cross-entropy than SWD, its cheap stand-in, does?"
+)
+LIMITS = (
+    "{gate}The p counts hooks, the interval resamples them; it is about order at one k, not about size, and "
+    "about {these}."
+)
+
+
+def answer(verdict: dict, settings: dict) -> Answer:
+    leaf, gain = verdict["leaf_if_ungated"], verdict["gain"]
+    shown = "what it adds is undefined"
+    if verdict["added"] is not None:
+        shown = (
+            f"given SWD and k it correlates with CE_rec at {signed(verdict['added'])} in rank "
+            f"(p = {verdict['p']:.3f}), and takes a share of "
+            f"{span(gain['value'], gain['lo'], gain['hi'])} off the variance of hooks that were left out"
+        )
+    return Answer(
+        QUESTION,
+        f"{LEAVES[leaf]}, on {verdict['h2']['n_clusters']} hooks: {shown}.",
+        LIMITS.format(
+            gate=gate_limits("H2', that the Fisher adds to SWD", verdict), these=about_these(settings)
+        ),
+    )
+
+
 # ------------------------------------------------------------------------------------------ report, plots
 REPORT = """\
 # Exp-C: does the pullback Fisher add anything beyond SWD?
 
-**{sentence}**
+{answer}
+![calibration](calibration.png)
+
+The verdict, in the words of the tree. {sentence}
 
 p: what CE_rec has beyond SWD changes its sign in whole hooks, {n_clusters} of them. Beside it, \
 descriptive: a linear model of CE_rec on k and SWD, each hook predicted from the others, leaves {gain} \
 less variance with the Fisher form in it (1 = all of it; negative: it predicts worse; hooks resampled).
-
-![calibration](calibration.png)
 
 ## Leaderboard, target CE_rec
 
@@ -352,6 +388,7 @@ def report(
         for row in marked(saes, settings)
     ]
     text = REPORT.format(
+        answer=answer(verdict, settings).markdown(),
         sentence=sentence(verdict),
         n_clusters=verdict["h2"]["n_clusters"],
         gain=span(gain["value"], gain["lo"], gain["hi"]),
@@ -399,11 +436,13 @@ def shape_words(row: dict) -> dict:
     return row | words | {"pr / d": row["pr"] / row["d"]}
 
 
-def plots(sums: dict, meta: dict, board: list[dict], settings: dict) -> dict[str, store.Content | None]:
+def plots(
+    sums: dict, meta: dict, board: list[dict], h2: dict, settings: dict
+) -> dict[str, store.Content | None]:
     """{file: PNG}."""
     plt = pyplot()
     colours = model_colours(settings["models"])
-    figure, axes = plt.subplots(1, len(ALPHAS), figsize=(4 * len(ALPHAS) + 0.5, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(ALPHAS), figsize=(3.6 * len(ALPHAS) + 0.4, 4.2), layout="constrained")
     for axis, alpha in zip(axes, ALPHAS):
         x = alpha**2 * sums["fisher_seq"].sum(1) / sums["n"].sum(1) / 2
         y = sums[at("kl", alpha)].sum(1) / sums["n"].sum(1)
@@ -417,27 +456,31 @@ def plots(sums: dict, meta: dict, board: list[dict], settings: dict) -> dict[str
                 alpha=0.75,
                 edgecolor="white",
                 linewidth=0.5,
-                label=model,
             )
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         axis.plot(ends, ends, color="0.4", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="α² ½ δᵀGδ per token", title=f"α = {alpha:g}")
+        axis.set(xscale="log", yscale="log", xlabel="α² ½ δᵀGδ per token")
+        axis.set_title(f"at {alpha:g} δ the KL is {np.median(y / x):.2f} times the form", fontsize=9)
+        decade_ticks(axis.xaxis, ends)
+        decade_ticks(axis.yaxis, ends)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL per token, measured at h + αδ")
-    axes[0].legend(title="size = k", fontsize=8)
-    return {"leaderboard.png": leaderboard_plot(board), "calibration.png": as_png(figure)}
+    figure.suptitle("What the Fisher form says of a patch, against the KL it has (line: equal)", fontsize=10)
+    figure.legend(**points_legend(settings["models"]), loc="outside lower center", ncols=4)
+    return {"leaderboard.png": leaderboard_plot(board, h2), "calibration.png": as_png(figure)}
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     command = parse_args(__doc__, GRID)
-    exp_a = read_verdict(command.verdict)
-    if (done := run(command, EXPERIMENT)) is None:
-        return
-    out, settings = done
-    verdict = analyse(out, settings, exp_a)
-    print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
-    print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
+    with hushed(command):
+        exp_a = read_verdict(command.verdict)
+        if (done := run(command, EXPERIMENT)) is None:
+            return
+        out, settings = done
+        verdict = analyse(out, settings, exp_a)
+    table = board_in_short(read_table(out / "leaderboard.csv"), coloured(sys.stdout))
+    conclude(command, out, answer(verdict, settings), table, leaderboard.word("H2'", verdict))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ import functools
 import itertools
 import math
 import pathlib
+import sys
 
 from common import parse_args, run_script
 from transport_geometry import chart, critics, leaderboard, stats, store
+from transport_geometry.answer import Answer, coloured, columns, conclude, hushed
 from transport_geometry.dimension import canonical_rows, geometry_rows, norms
 from transport_geometry.evaluate import activations
 from transport_geometry.figures import as_png, model_colours, pyplot
@@ -407,13 +409,42 @@ def sentence(verdict: dict) -> str:
     return leaderboard.behind_the_gate("H3", verdict, text)
 
 
+QUESTION = (
+    "Does R² misjudge SAEs most where activations vary in many more directions than the output depends on?"
+)
+LIMITS = (
+    "{gate}A correlation over {n} hooks of {these}, after a dimension that is itself estimated: not shown is "
+    "not absent."
+)
+
+
+def answer(verdict: dict, settings: dict) -> Answer:
+    found = verdict["h3"]
+    within = found["within"]
+    numbers = (
+        f"rank correlation {span(within['rho'], found['rho_lo'], found['rho_hi'])} among the hooks of a model"
+    )
+    if within["p"] is not None:
+        numbers += f" (p = {within['p']:.3f}, {found['n_hooks']} hooks)"
+    return Answer(
+        QUESTION,
+        f"{LEAVES[verdict['leaf_if_ungated']]}: {numbers}.",
+        LIMITS.format(
+            gate=leaderboard.gate_limits("H3, that this is why R² fails", verdict),
+            n=found["n_hooks"],
+            these=leaderboard.about_these(settings),
+        ),
+    )
+
+
 # ------------------------------------------------------------------------------------------ report, plots
 REPORT = """\
 # Exp-D: does R² fail where the geometric dimension departs from the task-relevant one?
 
-**{sentence}**
-
+{answer}
 ![residual of R² against the dimension ratio](h3.png)
+
+The verdict, in the words of the tree. {sentence}
 
 {statistics}
 
@@ -505,6 +536,7 @@ def report(
         interval = f"Hooks resampled within models: {bounds(found['rho_lo'], found['rho_hi'])}. "
     first = [row for row in tables["positions.csv"] if row["position"] == 0]
     text = REPORT.format(
+        answer=answer(verdict, settings).markdown(),
         sentence=sentence(verdict),
         statistics=markdown(statistics(found), ["", "Spearman", "p", "critical"]),
         n_depths=len(set(settings["hooks"].values())),
@@ -711,14 +743,16 @@ def norms_plot(positions: list[dict], models: list[str]) -> bytes:
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     command = parse_args(__doc__, GRID, flags=FLAGS)
-    exp_a = read_verdict(command.verdict)
     experiment = Experiment("expd_mi", study=functools.partial(study, critic=command.own["critic"]))
-    if (done := run(command, experiment)) is None:
-        return
-    out, settings = done
-    verdict = analyse(out, settings, exp_a)
-    print(markdown(statistics(verdict["h3"]), ["", "Spearman", "p", "critical"]))
-    print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
+    with hushed(command):
+        exp_a = read_verdict(command.verdict)
+        if (done := run(command, experiment)) is None:
+            return
+        out, settings = done
+        verdict = analyse(out, settings, exp_a)
+    rows = [{name: short(value) for name, value in row.items()} for row in statistics(verdict["h3"])]
+    table = columns(rows, colour=coloured(sys.stdout))
+    conclude(command, out, answer(verdict, settings), table, leaderboard.word("H3", verdict))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ and a map of KL over blocks and heads where the plan breaks (`attention_plan.py`
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable
 
 from common import parse_args, run_script
 from transport_geometry import chart, leaderboard, stats, store
+from transport_geometry.answer import Answer, coloured, conclude, hushed
 from transport_geometry.attention_plan import Change, check_readable, four_runs
 from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
@@ -26,6 +28,9 @@ from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import (
     LEADERBOARD,
+    about_these,
+    board_in_short,
+    gate_limits,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
@@ -411,11 +416,37 @@ def sentence(verdict: dict) -> str:
     return leaderboard.behind_the_gate("P", verdict, text)
 
 
+QUESTION = (
+    "Does what a patch does to the attention patterns of later blocks say more about what it does to "
+    "cross-entropy than the best Euclidean score?"
+)
+LIMITS = (
+    "{gate}The distortion takes a patched forward, as the change of cross-entropy itself does: an "
+    "explanation, and no cheap stand-in. It is about {these}."
+)
+
+
+def answer(verdict: dict, settings: dict) -> Answer:
+    shown = "what it adds is undefined"
+    if verdict["added"] is not None:
+        shown = "given {control} and k it correlates with CE_rec at {added:+.2f} in rank, p = {p:.3f}".format(
+            **verdict
+        )
+    return Answer(
+        QUESTION,
+        f"{LEAVES[verdict['leaf_if_ungated']]}, on {verdict['h2']['n_clusters']} hooks: {shown}.",
+        LIMITS.format(gate=gate_limits("the attention plan", verdict), these=about_these(settings)),
+    )
+
+
 # ------------------------------------------------------------------------------------------ report, plots
 REPORT = """\
 # Exp-E: does what a patch does to attention say more about patched cross-entropy than Euclidean error?
 
-**{sentence}**
+{answer}
+![every proxy against R²](leaderboard.png)
+
+The verdict, in the words of the tree. {sentence}
 
 p: what CE_rec has beyond that control changes its sign in whole hooks, {n_clusters} of them; the \
 control is chosen on half of the documents, and the test is on the other half. The plan distortion takes \
@@ -475,8 +506,6 @@ order; plan_next: KL at the next block alone, which takes that block's queries a
 forward.
 
 {how_to_read}
-![leaderboard](leaderboard.png)
-
 ## Beyond other proxies (descriptive)
 
 {beyond}
@@ -539,6 +568,7 @@ def report(
     left_out = LEFT_OUT.format(", ".join(verdict["left_out"])) if verdict["left_out"] else ""
     shown = [row | {"tokens": readable_count(row["tokens"])} for row in marked(whole.saes, settings)]
     text = REPORT.format(
+        answer=answer(verdict, settings).markdown(),
         sentence=sentence(verdict),
         n_clusters=verdict["h2"]["n_clusters"],
         left_out=left_out,
@@ -643,7 +673,7 @@ def plots(
     return {
         "depth.png": depth_plot(break_map(depth), settings["models"]),
         "mediation.png": mediation_plot(by_share, settings["models"]),
-        "leaderboard.png": leaderboard_plot(board),
+        "leaderboard.png": leaderboard_plot(board, verdict["h2"]),
     }
 
 
@@ -691,13 +721,14 @@ def mediation_plot(rows: list[dict], models: list[str]) -> bytes:
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     command = parse_args(__doc__, GRID)
-    exp_a = read_verdict(command.verdict)
-    if (done := run(command, EXPERIMENT)) is None:
-        return
-    out, settings = done
-    verdict = analyse(out, settings, exp_a)
-    print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
-    print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
+    with hushed(command):
+        exp_a = read_verdict(command.verdict)
+        if (done := run(command, EXPERIMENT)) is None:
+            return
+        out, settings = done
+        verdict = analyse(out, settings, exp_a)
+    table = board_in_short(read_table(out / "leaderboard.csv"), coloured(sys.stdout))
+    conclude(command, out, answer(verdict, settings), table, leaderboard.word("P", verdict))
 
 
 if __name__ == "__main__":

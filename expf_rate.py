@@ -21,14 +21,17 @@ and below 6 pairs, `undecided`.
 
 import functools
 import pathlib
+import sys
 from dataclasses import dataclass
 
 from common import parse_args, run_script
 from transport_geometry import chart, curves, finish, observer, rate, stats, store, text
+from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed
 from transport_geometry.condition import Condition, hook_of
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.grid import Command, EvalSet, sae_name
+from transport_geometry.leaderboard import about_these
 from transport_geometry.metrics import BY_NAME, Metric, Sums, computed, mean
 from transport_geometry.page import with_page
 from transport_geometry.results import (
@@ -396,6 +399,26 @@ def sentence(verdict: dict) -> str:
     return f"{text} ({apart['pairs']} pairs of hooks{few}{p})."
 
 
+QUESTION = (
+    "At equal bits and equal depth, do R² and cross-entropy agree about how much more {large}'s SAEs lose "
+    "than {small}'s?"
+)
+LIMITS = (
+    "No cost in practice: the bits are an ideal code's. It is about {these}, compared at {pairs} pairs of "
+    "hooks; pairs of other models may come out otherwise."
+)
+
+
+def answer(verdict: dict) -> Answer:
+    text = sentence(verdict).partition(": ")[2]
+    small, large = verdict["models"]
+    return Answer(
+        QUESTION.format(small=small, large=large),
+        as_sentence(text),
+        LIMITS.format(these=about_these(verdict["settings"]), pairs=verdict["contrast"]["pairs"]),
+    )
+
+
 def factor(of: dict) -> str:
     """A factor and its interval."""
     return with_ends(of["factor"], of["lo"], of["hi"])
@@ -414,9 +437,10 @@ def with_ends(value: float | None, lo: float | None, hi: float | None) -> str:
 REPORT = """\
 # Exp-F: at equal bits, does the larger model lose more, and in which geometry?
 
-**{sentence}**
-
+{answer}
 ![rate and distortion](rate.png)
+
+The verdict, in its own words. {sentence}
 
 ## At equal bits
 
@@ -523,6 +547,7 @@ def report(
         ]
         softmax = SOFTMAX.format(positions=tables["softmax.csv"][0]["positions"], text="; ".join(each))
     report_text = REPORT.format(
+        answer=answer(verdict).markdown(),
         sentence=sentence(verdict),
         equal_bits=equal_bits(ratios, verdict["by_loss"], f"{STEP:g}σ"),
         small=small,
@@ -563,6 +588,21 @@ def equal_bits(ratios: list[dict], by_loss: dict, code: str) -> str:
     ]
     last[1][BEHAVIOUR] = last[2][BEHAVIOUR] = ""
     return markdown([*by_depth.values(), *last], ["depth", *NAMES])
+
+
+def equal_bits_in_short(verdict: dict, colour: bool) -> str:
+    """What all pairs say, for a terminal of 80 columns."""
+    by_loss, (small, large) = verdict["by_loss"], verdict["models"]
+    rows = [
+        {
+            "loss": name,
+            f"{large} / {small}": factor(by_loss[name]["ratio"]),
+            "over 1-ce_rec": "" if name == BEHAVIOUR else factor(by_loss[name]["apart"]),
+            "p": "" if name == BEHAVIOUR else short(by_loss[name]["apart"]["p"]),
+        }
+        for name in NAMES
+    ]
+    return f"{columns(rows, colour=colour)}\n\nat equal bits; 95% over pairs of hooks of one depth"
 
 
 def equal_behaviour(ratios: list[dict], code: str) -> str:
@@ -825,18 +865,23 @@ def main() -> None:
     if command.finished:
         script = (store.load(command.finished / store.RUN).get("settings") or {}).get("script")
         if script in SAVED_ROWS:
+            if command.quiet or command.json:
+                raise UserError(
+                    f"--from {command.finished}: rows of {script}.py have no verdict here to print"
+                )
             print(of_saved_rows(*finished_run(command.finished, script)))
             return
     # the passes of quantised codes through the tail, for every SAE
     experiment = Experiment(
         "expf_rate", None, OWN, functools.partial(study, command=command), more_passes=len(STEPS)
     )
-    if (done := run(command, experiment)) is None:
-        return
-    out, settings = done
-    verdict, ratios = analyse(out, settings)
-    print(equal_bits(ratios, verdict["by_loss"], f"{STEP:g}σ"))
-    print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
+    with hushed(command):
+        if (done := run(command, experiment)) is None:
+            return
+        out, settings = done
+        verdict, _ = analyse(out, settings)
+    table = equal_bits_in_short(verdict, coloured(sys.stdout))
+    conclude(command, out, answer(verdict), table, verdict["leaf"])
 
 
 if __name__ == "__main__":

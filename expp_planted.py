@@ -15,17 +15,21 @@ import hashlib
 import json
 import pathlib
 import shlex
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import GRID_FLAGS, dest, parser_of, run_script
+from common import GRID_FLAGS, check_output, dest, parser_of, run_script
+from transport_geometry import answer as console
 from transport_geometry import chart, commands, published, ranks, store
+from transport_geometry.answer import WIDTH, Answer, coloured, columns, conclude, hushed
 from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Activations, activations, evaluate
-from transport_geometry.figures import as_png, pyplot
+from transport_geometry.figures import BLUE, GREEN, ORANGE, SKY, as_png, label_ends, pyplot
 from transport_geometry.flag import flagged
 from transport_geometry.lm import Hook
 from transport_geometry.metrics import BY_NAME, METRICS, PROXIES, Sums, computed
@@ -419,7 +423,10 @@ def of_gauges(f: Findings) -> list[Check]:
 REPORT = """\
 # Exp-P: does the instrument find what was put there?
 
-**{sentence}**
+{answer}
+![the published and the planted signature](signature.png)
+
+The verdict, in its own words. {sentence}
 
 {checks}
 
@@ -432,8 +439,6 @@ equal angle to h, by 1 towards what the model feels at the first block and by 0.
 last. {model}, block {layer}; 3 seeds; every part is a folder of its own, made by the command under it.
 
 ## A sink at position 0
-
-![planted and published](signature.png)
 
 {sinks}
 
@@ -525,6 +530,31 @@ def sentence(found: Sequence[Check]) -> str:
         return f"All {len(found)} planted truths were found."
     n = len(found)
     return f"{n - len(missed)} of {n} planted truths were found. Not found: {'; '.join(missed)}."
+
+
+QUESTION = (
+    "If a truth is planted in a model, does the instrument find it, and can one position alone make R² rise "
+    "while cross-entropy gets worse?"
+)
+SIGNATURE = (
+    "A sink at position 0, in a model that computes the same function, moves R² by {r2} and CE_rec by {ce} "
+    "(published, between two Pythia models: {published_r2} and {published_ce})."
+)
+LIMITS = (
+    "It does not say that real models have such a sink: the amounts were chosen so as to be seen, each was "
+    "planted once, and a count of truths found is no rate of success."
+)
+
+
+def answer(f: Findings, found: Sequence[Check]) -> Answer:
+    delta = f.delta("sinks", SINKS[0], sinks="keep")
+    signature = SIGNATURE.format(
+        r2=estimate(delta, "delta_r2", 3),
+        ce=estimate(delta, "delta_ce_rec", 3),
+        published_r2=PUBLISHED["ΔR²"],
+        published_ce=PUBLISHED["ΔCE_rec"],
+    )
+    return Answer(QUESTION, f"{sentence(found)} {signature}", LIMITS)
 
 
 def sink_rows(f: Findings) -> list[dict]:
@@ -665,6 +695,7 @@ def report(f: Findings, found: Sequence[Check]) -> bytes:
     at = {row["model"]: row for row in f.canyon}
     measured_r2 = mean_at_end(f.saes["sinks"], f"{MODEL}+null{NORM}", "r2")
     text = REPORT.format(
+        answer=answer(f, found).markdown(),
         sentence=sentence(found),
         checks=markdown(of_checks),
         norm=NORM,
@@ -688,54 +719,110 @@ def report(f: Findings, found: Sequence[Check]) -> bytes:
 # --------------------------------------------------------------------------------------------------- plots
 def plots(f: Findings) -> dict[str, store.Content | None]:
     """{file: PNG}."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    of_published = dict(delta_r2=GAP.delta_r2, delta_ce_rec=GAP.delta_ce_rec, delta_r2_lo=np.nan)
-    of_published |= dict(zip(("delta_ce_rec_lo", "delta_ce_rec_hi"), CE_REC_ENDS), delta_r2_hi=np.nan)
-    rows = [(twin, f.delta("sinks", twin, sinks="keep")) for twin in SINKS]
-    rows += [(f"{SINKS[0]}, dropped in training", f.delta("sinks", SINKS[0], sinks="drop"))]
-    rows = [("published, 410M minus 70M", of_published), *rows][::-1]
-    for name, label, colour, marker in (
-        ("delta_r2", "ΔR²", "C0", "o"),
-        ("delta_ce_rec", "ΔCE_rec", "C1", "s"),
-    ):
-        at = np.arange(len(rows)) + (0.12 if name == "delta_r2" else -0.12)
-        value, lo, hi = (np.array([row[f"{name}{end}"] for _, row in rows]) for end in ("", "_lo", "_hi"))
-        axis.hlines(at, lo, hi, color=colour)
-        axis.plot(value, at, marker, color=colour, label=label)
-    axis.axvline(0, color="0.4", linewidth=0.8)
-    axis.set_xscale("symlog", linthresh=0.2)
-    ticks = (-1, -0.1, 0, 0.1, 0.2)
-    axis.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
-    axis.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axis.set_title("A sink at position 0: R² up, CE_rec down", fontsize=10)
-    axis.legend(fontsize=8)
+    return {"signature.png": signature_plot(f), "norms.png": norms_plot(f), "power.png": power_plot(f)}
 
-    norms, two = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-    by_norm = norm_rows(f)
-    for metric, style in (("r2", "o-"), ("r2_nosink", "s--"), ("cosine", "^:"), ("ce_rec", "D-")):
-        two.plot([row["norm"] for row in by_norm], [row[metric] for row in by_norm], style, label=metric)
-    two.set(xlabel="norm of the sink", ylabel="score")
-    two.set_title("One position moves R² to where it says nothing", fontsize=10)
-    two.grid(alpha=0.3)
-    two.legend(fontsize=8)
 
-    power, three = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-    for name, style in (("swd_tok", "D-"), ("r2", "o--"), ("nmse_tok", "s:"), ("cosine", "^:")):
-        three.plot(AMOUNTS, [f.partials[f"turned-{amount:g}"][name] for amount in AMOUNTS], style, label=name)
-    words = [f.verdicts[f"turned-{amount:g}"]["leaf_if_ungated"] for amount in AMOUNTS]
-    three.set_xticks(AMOUNTS, [f"{amount:g}\n{word}" for amount, word in zip(AMOUNTS, words)])
-    three.set(
-        xlabel="how far errors are turned, and what H2 then reads", ylabel="partial Spearman with CE_rec"
+TITLES = {
+    True: "One sink at position 0 makes R² rise and CE_rec fall, as in what was published",
+    False: "What a sink at position 0 does to R² and CE_rec, beside what was published",
+}
+KINDS = {  # of sinks, as a reader may call them
+    "null": "LayerNorm does\nnot see it",
+    "visible": "a patch has to\nrebuild it",
+    "relative": "an error beside it\nis felt less",
+}
+
+
+def signature_plot(f: Findings) -> bytes:
+    """Delta R^2 above, Delta CE_rec below: as published on the left, as planted on the right."""
+    of_published = dict(delta_r2=GAP.delta_r2, delta_r2_lo=np.nan, delta_r2_hi=np.nan)
+    of_published |= dict(
+        zip(("delta_ce_rec", "delta_ce_rec_lo", "delta_ce_rec_hi"), (GAP.delta_ce_rec, *CE_REC_ENDS))
     )
-    three.set_title("H2 is true by construction, the more to the right", fontsize=10)
-    three.grid(alpha=0.3)
-    three.legend(fontsize=8)
-    return {"signature.png": as_png(figure), "norms.png": as_png(norms), "power.png": as_png(power)}
+    planted = [
+        (f"{twin}:\n{KINDS[twin.removesuffix(str(NORM))]}", f.delta("sinks", twin, sinks="keep"))
+        for twin in SINKS
+    ]
+    sides = [
+        ("published: pythia-410m − pythia-70m", [("10M tokens, k = 8", of_published)]),
+        ("planted: one model, with a sink − without", planted),
+    ]
+    figure, axes = pyplot().subplots(
+        1, 2, figsize=(8, 3.6), sharey=True, width_ratios=(1.3, len(SINKS)), layout="constrained"
+    )
+    for axis, (title, rows) in zip(axes, sides):
+        for name, colour, marker in (("delta_r2", BLUE, "s"), ("delta_ce_rec", ORANGE, "o")):
+            value, lo, hi = (np.array([row[f"{name}{end}"] for _, row in rows]) for end in ("", "_lo", "_hi"))
+            at = np.arange(len(rows))
+            axis.vlines(at, lo, hi, color=colour, linewidth=2)
+            axis.plot(at, value, marker, color=colour, markersize=7)
+            for x, y in zip(at, value):
+                axis.annotate(
+                    signed(y, 3),
+                    (x, y),
+                    (9, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                    color=colour,
+                )
+        axis.axhline(0, color="0.4", linewidth=0.8)
+        axis.set_xticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+        axis.set(xlim=(-0.5, len(rows) - 0.3))
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(axis="y", labelsize=8)
+    for name, colour, y in (("ΔR²", BLUE, 0.75), ("ΔCE_rec", ORANGE, 0.25)):
+        axes[0].annotate(name, (0.06, y), xycoords="axes fraction", color=colour, fontsize=10)
+    as_published = all(row["delta_r2_lo"] > 0 > row["delta_ce_rec_hi"] for _, row in planted)
+    figure.suptitle(TITLES[as_published], fontsize=10)
+    return as_png(figure)
+
+
+def norms_plot(f: Findings) -> bytes:
+    figure, axis = pyplot().subplots(figsize=(6, 3.4), layout="constrained")
+    by_norm = norm_rows(f)
+    norms = [row["norm"] for row in by_norm]
+    styles = (
+        ("r2", "s-", BLUE),
+        ("r2_nosink", "^--", SKY),
+        ("cosine", "v:", GREEN),
+        ("ce_rec", "o-", ORANGE),
+    )
+    for metric, style, colour in styles:
+        axis.plot(norms, [row[metric] for row in by_norm], style, color=colour)
+    axis.set(xlabel="norm of the sink", ylabel="score")
+    axis.set_title("One position moves R² to where it says nothing", fontsize=10)
+    axis.grid(alpha=0.3)
+    label_ends(axis, [(by_norm[-1][metric], metric, colour) for metric, _, colour in styles])
+    return as_png(figure)
+
+
+def power_plot(f: Findings) -> bytes:
+    figure, axis = pyplot().subplots(figsize=(6, 3.4), layout="constrained")
+    # side by side, as three of them come out alike
+    styles = (
+        ("swd_tok", "o-", ORANGE, 0.0),
+        ("r2", "s--", BLUE, -0.015),
+        ("nmse_tok", "^:", SKY, 0.0),
+        ("cosine", "v:", GREEN, 0.015),
+    )
+    ends = []
+    for name, style, colour, aside in styles:
+        partials = [f.partials[f"turned-{amount:g}"][name] for amount in AMOUNTS]
+        axis.plot(np.array(AMOUNTS) + aside, partials, style, color=colour)
+        ends.append((partials[-1], name, colour))
+    words = [f.verdicts[f"turned-{amount:g}"]["leaf_if_ungated"] for amount in AMOUNTS]
+    axis.set_xticks(AMOUNTS, [f"{amount:g}\n{word}" for amount, word in zip(AMOUNTS, words)])
+    axis.set(xlim=(-0.15, 1.05), xlabel="how far errors are turned, and what H2 then reads")
+    axis.set_ylabel("partial Spearman with CE_rec")
+    axis.set_title("H2 is true by construction, the more to the right", fontsize=10)
+    axis.grid(alpha=0.3)
+    label_ends(axis, ends)
+    return as_png(figure)
 
 
 # ---------------------------------------------------------------------------------------------------- main
-def analyse(out: pathlib.Path) -> list[Check]:
+def analyse(out: pathlib.Path) -> tuple[Findings, list[Check]]:
     """verdict.json, report.md and the plots: a pure function of what the parts left and of the two tables."""
     f = findings(out)
     found = checks(f)
@@ -754,18 +841,37 @@ def analyse(out: pathlib.Path) -> list[Check]:
         "report.md": report(f, found),
     }
     models = list(dict.fromkeys(row["model"] for row in f.saes["sinks"]))
-    of_r2 = [BY_NAME["r2"], BY_NAME["r2_nosink"]]
-    charts = [chart.of_saes(f.saes["sinks"], models, of_r2, "Every SAE of the part named sinks")]
+    charts = [
+        chart.of_saes(
+            f.saes["sinks"],
+            models,
+            [BY_NAME["r2"], BY_NAME["r2_nosink"]],
+            "Every SAE of the part named sinks",
+        )
+    ]
     store.put(out / store.RUN, with_page(out, files | plots(f), charts))
-    return found
+    return f, found
 
 
 def settings() -> dict[str, Any]:
     return {"script": "expp_planted", "models": [MODEL], "parts": {p.name: p.command() for p in PARTS}}
 
 
+def checks_in_short(found: Sequence[Check], colour: bool) -> str:
+    """For a terminal of 80 columns; what was said of each stands in the report."""
+    rows = [
+        {"": "found" if check.found else "NOT FOUND", "planted": check.planted, "must come out": check.must}
+        for check in found
+    ]
+    room = WIDTH - 4 - sum(max(len(row[name]) for row in rows) for name in ("", "planted"))
+    for row in rows:
+        row["must come out"] = textwrap.shorten(row["must come out"], room, placeholder=" …")
+    return columns(rows, ["" if check.found else console.ORANGE for check in found], colour)
+
+
 def main() -> None:
     args = parser_of(__doc__).parse_args()
+    check_output(args)
     own = [flag for flag, how in GRID_FLAGS if getattr(args, dest(flag)) != how.get("default")]
     if own or args.verdict or args.save_tokens:
         typed = ", ".join([*own, *["--verdict"] * bool(args.verdict), *["--save-tokens"] * args.save_tokens])
@@ -776,21 +882,21 @@ def main() -> None:
     if ranks.WORLD > 1:
         raise UserError("one process, please: it runs several commands after one another")
     out = args.finished or args.out
-    if args.finished:
-        if check_data(out / store.RUN).get("settings") != settings():
-            raise UserError(f"--from {out}: no finished run of expp_planted.py there")
-        store.claim(out)
-    else:
-        start = time.time()
-        open_output(out, settings(), args.fresh)
-        run_parts(out, args)
-        tables = {"canyon.csv": canyon(), "gauges.csv": gauge_suite()}
-        files = {name: as_csv(rows, list(rows[0])) for name, rows in tables.items()}
-        store.put(out / store.RUN, files, seconds=round(time.time() - start, 1))
-    found = analyse(out)
-    for check in found:
-        print(f"{'found    ' if check.found else 'NOT FOUND'}  {check.planted}: {check.must}: {check.says}")
-    print(f"---\n{sentence(found)}\nreport: {out / 'report.md'}")
+    with hushed(args):
+        if args.finished:
+            if check_data(out / store.RUN).get("settings") != settings():
+                raise UserError(f"--from {out}: no finished run of expp_planted.py there")
+            store.claim(out)
+        else:
+            start = time.time()
+            open_output(out, settings(), args.fresh)
+            run_parts(out, args)
+            tables = {"canyon.csv": canyon(), "gauges.csv": gauge_suite()}
+            files = {name: as_csv(rows, list(rows[0])) for name, rows in tables.items()}
+            store.put(out / store.RUN, files, seconds=round(time.time() - start, 1))
+        f, found = analyse(out)
+    words = f"{sum(check.found for check in found)} of {len(found)} planted truths found"
+    conclude(args, out, answer(f, found), checks_in_short(found, coloured(sys.stdout)), words)
 
 
 if __name__ == "__main__":

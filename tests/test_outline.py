@@ -10,6 +10,7 @@ import expa
 import expb
 import expc_fisher
 from helpers import ROOT, contents, one_line, script
+from transport_geometry import answer as answers
 from transport_geometry import leaderboard, outline, store
 from transport_geometry.errors import UserError
 from transport_geometry.tables import as_json
@@ -109,8 +110,9 @@ def test_the_reference_folders_in_the_order_in_which_they_may_be_read(reported):
         "expc_fisher",
     ]
     for name in ("expa", "expa-long", "expb", "expc_fisher"):
-        answer = (root / name / "report.md").read_text(encoding="utf-8").splitlines()[2].strip("*")
-        assert lines_of(text, name)[0].endswith(f": {answer}")
+        found, limits = answers.read((root / name / "report.md").read_text(encoding="utf-8"))
+        assert lines_of(text, name)[0].endswith(f": {found}")
+        assert not limits or lines_of(text, name)[1] == f"  - Limits: {limits}"
         verdict = json.loads((root / name / "verdict.json").read_text(encoding="utf-8"))
         assert f"{name}: " in printed and verdict["leaf"] in printed
     assert printed.splitlines()[-2] == text.splitlines()[2].strip("*").replace("`", "").replace("*", "")
@@ -318,9 +320,9 @@ def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path):
 
 
 def test_an_audit_answers_after_its_question():
-    audit = "# Audit: can their R² be trusted?\n\nCan it?\n\n**One pair.**\n\nNot this.\n\n- **a warning**\n"
-    assert outline.answer_of(audit) == "One pair."
-    assert outline.answer_of("# Nothing bold\n") == ""
+    audit = "# Audit\n\nQuestion: can it?\n\n**One pair.**\n\nLimits: not this.\n\n- **a warning**\n"
+    assert answers.read(audit) == ("One pair.", "not this.")
+    assert answers.read("# Nothing bold\n") == ("", "")
 
 
 # ------------------------------------------------------------------------------------------------ the command

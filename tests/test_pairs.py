@@ -3,6 +3,7 @@
 from transport_geometry import audit
 from transport_geometry.audit import (
     PAIRS,
+    answer,
     comparable,
     console,
     counted,
@@ -13,7 +14,6 @@ from transport_geometry.audit import (
     pairs,
     residuals,
     short_names,
-    three_lines,
 )
 from transport_geometry.tables import as_csv
 
@@ -185,7 +185,8 @@ def test_the_three_lines_and_what_is_printed():
     found = pairs(rows, values, settings)
     settings["refused"] = {"org/broken": "no SAE in it"}
     rows = with_ends(rows, values, settings)
-    asked, came_out, not_this = three_lines(rows, found, settings)
+    said = answer(rows, found, settings)
+    asked, came_out, not_this = said.question, said.found, said.limits
     assert asked == (
         "Can the R² of these 3 SAEs be trusted to say whose patch does less harm (m L3; 48 documents)?"
     )
@@ -195,7 +196,7 @@ def test_the_three_lines_and_what_is_printed():
     ) and came_out.endswith("R² flatters 0 of 3 and underrates 0. 1 other refused.")
     assert "CE_rec -0.050 [-0.05" in came_out and "another seed" in not_this
     assert "up to 0.075 inversions would come by chance" in not_this
-    printed = console(rows, found, settings)
+    printed = "\n".join([*said.lines(), console(rows, found, settings)])
     assert max(map(len, printed.splitlines())) <= 80
     at = [printed.index(f"\n{name} ") for name in ("sae1", "sae2", "sae0")]
     assert at == sorted(at)  # in the order of R²
@@ -208,8 +209,8 @@ def test_the_three_lines_and_what_is_printed():
         row["sae"] = name
     assert max(map(len, console(rows, found, settings).splitlines())) <= 80
     assert len(set(short_names(long, 26).values())) == 3
-    alone = three_lines(rows[:1], [], settings)
-    assert alone[0].startswith("Can the R² of this SAE") and "R² 0.800 [0.7" in alone[1]
+    alone = answer(rows[:1], [], settings)
+    assert alone.question.startswith("Can the R² of this SAE") and "R² 0.800 [0.7" in alone.found
 
 
 def test_several_hooks_have_a_table():

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transport_geometry import formats
+from transport_geometry.answer import WIDTH, Answer
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Reconstruction, evaluate
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, FLAGS, FLATTERS, NO_WIDTH, UNDERRATES, flagged
@@ -60,7 +61,6 @@ KINDS = ("inverts", "claims", "misses", "neither", "orders", "undefined")
 RESOLUTION = 1e-5  # a difference of R^2 or CE_rec that float32 cannot tell from none: one SAE in two formats
 CURVE_OF = 3  # other SAEs, at least, that a curve of CE_rec on R^2 is drawn through
 NAMED = 10  # pairs, at most, that the report names
-WIDTH = 80  # of what is printed
 
 
 # ---------------------------------------------------------------------------------------------- one row each
@@ -215,10 +215,8 @@ def hooks_of(rows: list[dict]) -> str:
     return ", ".join(hooks[:2]) + (f" and {len(hooks) - 2} more hooks" if len(hooks) > 2 else "")
 
 
-def three_lines(rows: list[dict], found: list[dict], settings: dict) -> list[str]:
-    """What was asked, what came out (with its interval), what it may not be taken for. rows: `audit_rows`;
-    found: `pairs`.
-    """
+def answer(rows: list[dict], found: list[dict], settings: dict) -> Answer:
+    """rows: `audit_rows`; found: `pairs`."""
     short = short_names([row["sae"] for row in rows], 40)
     asked = ASKED.format(
         saes="this SAE" if len(rows) == 1 else f"these {len(rows)} SAEs",
@@ -244,7 +242,7 @@ def three_lines(rows: list[dict], found: list[dict], settings: dict) -> list[str
     refused = len(settings.get("refused", {}))
     out += f". {count_of(refused, 'other')} refused." if refused else "."
     by_chance = BY_CHANCE.format(n=0.025 * len(found)) if found else ""
-    return [asked, out, NOT_THIS.format(by_chance=by_chance)]
+    return Answer(asked, out, NOT_THIS.format(by_chance=by_chance))
 
 
 # ------------------------------------------------------------------------------------------ what is printed
@@ -322,14 +320,11 @@ def in_groups(rows: list[dict], found: list[dict], settings: dict) -> dict[str, 
 
 
 def console(rows: list[dict], found: list[dict], settings: dict) -> str:
-    """What a person sees, WIDTH wide: the three lines, one line per SAE, what is odd, the worst pairs, and
+    """What a person sees below the answer, WIDTH wide: one line per SAE, what is odd, the worst pairs, and
     what was refused.
     """
     names = short_names([row["sae"] for row in rows], NAME_LETTERS)
-    lines = []
-    for what, line in zip(("Question", "Answer", "Limits"), three_lines(rows, found, settings)):
-        lines += hanging(f"{what:<10}{line}", indent=10)
-    lines += ["", *sae_lines(in_groups(rows, found, settings), names)]
+    lines = sae_lines(in_groups(rows, found, settings), names)
     if named := [row for row in found if row["kind"] in SAYS][:NAMED]:
         lines += ["", "Where R² misleads, furthest first (higher R² minus lower, 95% intervals):"]
         for row in named:
@@ -468,12 +463,7 @@ OTHER_TOKENS = (
 REPORT = """\
 # Audit: can their R² be trusted?
 
-Question: {asked}
-
-**{came_out}**
-
-Limits: {not_this}
-
+{answer}
 ![R² against CE_rec](audit.png)
 
 ## Where R² misleads
@@ -539,8 +529,7 @@ def _contexts(rows: list[dict]) -> str:
 
 
 def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[str]:
-    """In Markdown lines: the three lines, the picture, the pairs, one line per SAE. found: `pairs`."""
-    asked, came_out, not_this = three_lines(rows, found, settings)
+    """In Markdown lines: the answer, the picture, the pairs, one line per SAE. found: `pairs`."""
     tables = [
         f"### {title.removeprefix('- ')}\n\n{headline(here)}\n"
         for title, here in in_groups(rows, found, settings).items()
@@ -549,9 +538,7 @@ def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[st
         tables.append("### Refused\n\n" + markdown([{"sae": sae, "why": why} for sae, why in refused]) + "\n")
     by_r2 = sorted(rows, key=lambda row: (-row["r2"], row["sae"]))
     text = REPORT.format(
-        asked=asked,
-        came_out=came_out,
-        not_this=not_this,
+        answer=answer(rows, found, settings).markdown(),
         pairs="\n".join(pair_report(found, settings)),
         warnings="".join(f"- **{line}**\n" for line in warnings(rows)),
         one_by_one="\n".join(tables),

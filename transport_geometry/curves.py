@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transport_geometry import stats
-from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.figures import as_png, decade_ticks, label_ends, model_colours, pyplot
 from transport_geometry.metrics import METRICS
 from transport_geometry.scale import Conditions, mean_over
 from transport_geometry.tables import estimate, grouped, markdown, readable_count
@@ -240,6 +240,14 @@ def law_section(laws: list[dict]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- plot
 UNTRAINED = "ce_orig ce_zero ce_mean l0".split()  # these do not depend on training
+ONE_SCALE = (  # these are read against each other
+    "r2 r2_nosink r2_defl1 r2_ln".split(),
+    "nmse nmse_tok".split(),
+    "swd_tok swd_seq swd_sampled".split(),
+    "ce_rec ce_rec_sinkclean".split(),
+    "frac_zero frac_mean".split(),
+    "fed fed_nosink fed_iso_nosink".split(),
+)
 LOGARITHMIC = "swd_tok swd_seq swd_sampled gd_abs kl mse".split()
 
 
@@ -251,42 +259,70 @@ def budget_axis(axis: Any, budgets: list[int]) -> None:
 
 
 def learning_plot(saes: list[dict], settings: dict[str, Any]) -> bytes:
-    """PNG of every metric against training tokens: colour = model, marker = k, line = recipe and sinks."""
+    """PNG of every metric against training tokens, a sheet to look things up in: colour = model, line =
+    recipe and sinks, k beside the end of its line.
+    """
     plt = pyplot()
     metrics = [metric.name for metric in METRICS if metric.name not in UNTRAINED]
     colours = model_colours(settings["models"])
-    markers = dict(zip(settings["k"], itertools.cycle("osD^vP*X")))
     arms = sorted({(row["recipe"], row["sae"]) for row in saes})
     styles = dict(zip(arms, itertools.cycle(("-", "--", ":", "-."))))
-    n_rows = -(-len(metrics) // 6)
-    figure, axes = plt.subplots(n_rows, 6, figsize=(15, 2.1 * n_rows), layout="constrained")
-    for axis, metric in zip(axes.flat, metrics):
+    n_columns = 5
+    n_rows = -(-len(metrics) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(12, 1.95 * n_rows), sharex=True, layout="constrained"
+    )
+    of_metric = dict(zip(metrics, axes.flat))
+    for first, *others in ONE_SCALE:
+        for other in others:
+            of_metric[other].sharey(of_metric[first])
+    ends: dict[str, list] = {metric: [] for metric in metrics}
+    for metric, axis in of_metric.items():
         for (model, recipe, sae, k), here in grouped(saes, ["model", "recipe", "sae", "k"]).items():
             by_budget = sorted(grouped(here, ["tokens"]).items())
+            budgets = [budget for (budget,), _ in by_budget]
+            means = [float(np.mean([row[metric] for row in rows])) for _, rows in by_budget]
             axis.plot(
-                [budget for (budget,), _ in by_budget],
-                [np.mean([row[metric] for row in rows]) for _, rows in by_budget],
+                budgets,
+                means,
                 styles[recipe, sae],
-                marker=markers[k],
-                markersize=3,
+                marker=".",
+                markersize=4,
                 color=colours[model],
                 alpha=0.8,
                 linewidth=1,
             )
+            if (recipe, sae) == arms[0] and np.isfinite(means[-1]):
+                ends[metric].append((means[-1], str(k), colours[model]))
         axis.set_title(metric, fontsize=9)
-        axis.set_yscale("log" if metric in LOGARITHMIC else "linear")
+        if metric in LOGARITHMIC:
+            axis.set_yscale("log")
         axis.tick_params(labelsize=7, which="both")
         budget_axis(axis, settings["tokens"])
+        axis.tick_params(axis="x", labelrotation=90 if len(settings["tokens"]) > 4 else 0)
+    for metric, axis in of_metric.items():  # now that what shares a scale is all drawn
+        if metric in LOGARITHMIC:
+            decade_ticks(axis.yaxis, axis.get_ylim(), fontsize=7)
+        if ends[metric]:
+            label_ends(axis, ends[metric], fontsize=5.5)
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
+    for axis in axes.flat[len(metrics) - n_columns : len(metrics)]:
+        axis.tick_params(labelbottom=True)
 
-    def line(**how: Any) -> Any:
-        return plt.Line2D([], [], **how)
-
-    handles = [line(color=colours[model], label=model) for model in settings["models"]]
-    handles += [line(color="0.3", linestyle="", marker=markers[k], label=f"k={k}") for k in settings["k"]]
+    handles = [plt.Line2D([], [], color=colours[model], label=model) for model in settings["models"]]
     if len(arms) > 1:
-        handles += [line(color="0.3", linestyle=styles[arm], label=" ".join(arm)) for arm in arms]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-    figure.supxlabel("training tokens", fontsize=9)
+        handles += [
+            plt.Line2D([], [], color="0.3", linestyle=styles[arm], label=" ".join(arm)) for arm in arms
+        ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+        title="against training tokens of an SAE; the number at a line's end is its k",
+        title_fontsize=9,
+    )
+    figure.suptitle("Every metric over the training of the SAEs, means over seeds", fontsize=10)
     return as_png(figure)

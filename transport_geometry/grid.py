@@ -59,6 +59,8 @@ class Command:
     verdict: pathlib.Path | None
     dry_run: bool
     own: dict[str, Any] = field(default_factory=dict)  # a script's own flags: settings too
+    quiet: bool = False  # nothing but errors and the last line
+    json: bool = False  # the verdict on stdout, and nothing else there
 
 
 # ------------------------------------------------------------------------------------------ found and checked

@@ -13,10 +13,12 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transport_geometry import answer as console
 from transport_geometry import store
+from transport_geometry.answer import models_in_words
 from transport_geometry.errors import UserError
-from transport_geometry.figures import as_png, pyplot
-from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
+from transport_geometry.figures import BLUE, ORANGE, as_png, pyplot
+from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
 from transport_geometry.results import Measured, behind
 from transport_geometry.stats import (
     ALPHA,
@@ -665,8 +667,6 @@ def _partial(row: dict) -> float:
 
 def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
     """Markdown, the best partial Spearman first."""
-    chosen = [row for row in board if row["target"] == target and row["stratum"] == stratum]
-    chosen.sort(key=_partial, reverse=True)
     table = [
         {
             "proxy": row["proxy"],
@@ -685,7 +685,7 @@ def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
             "in range": row["in_range"],
             "same ranks as": row["same_ranks_as"] or "",
         }
-        for row in chosen
+        for row in of_target(board, target, stratum)
     ]
     return markdown(table, list(table[0]))
 
@@ -733,26 +733,164 @@ def how_to_read(verdict: dict, settings: dict) -> list[str]:
     return [TWO_STATISTICS, "", counts, "", could_show, ""]
 
 
-COLOURS = {SENSITIVE: "C1", CONTROL: "C0"}
+# --------------------------------------------------------------------- what it says to who knows only R^2
+LOOKS = {SENSITIVE: (ORANGE, "o"), CONTROL: (BLUE, "s")}  # of a family: colour, marker
+OTHER = ("0.4", "D")
+FURTHEST = 0.5  # below R^2 by more: the picture only points there
 
 
-def _colour(proxy: str) -> str:
-    """By its family; grey for others, and for an experiment's own."""
-    return COLOURS.get(BY_NAME[proxy].family, "0.4") if proxy in BY_NAME else "0.4"
+def of_target(board: list[dict], target: str = "ce_rec", stratum: str = "pooled") -> list[dict]:
+    """Its rows, the best partial Spearman first."""
+    rows = [row for row in board if row["target"] == target and row["stratum"] == stratum]
+    return sorted(rows, key=_partial, reverse=True)
 
 
-def leaderboard_plot(board: list[dict]) -> bytes:
-    """Partial Spearman with CE_rec of every proxy, with its interval: a PNG."""
-    pooled = [row for row in board if row["target"] == "ce_rec" and row["stratum"] == "pooled"]
-    pooled.sort(key=_partial)
-    figure, axis = pyplot().subplots(figsize=(7, 0.32 * len(pooled) + 1), layout="constrained")
-    for y, row in enumerate(pooled):
-        axis.plot([row["partial_lo"], row["partial_hi"]], [y, y], color=_colour(row["proxy"]))
-        axis.plot(row["partial"], y, "o", color=_colour(row["proxy"]))
-    axis.set_yticks(range(len(pooled)), [row["proxy"] for row in pooled])
-    axis.set_xlabel(
-        "partial Spearman with CE_rec given k, 95% interval over hooks\n"
-        "(orange: gradient-weighted; blue: Euclidean controls)"
+def family(proxy: str) -> str:
+    """Of a proxy; empty for an experiment's own."""
+    return BY_NAME[proxy].family if proxy in BY_NAME else ""
+
+
+def against_r2(row: dict) -> str:
+    """`above`, `below` or `not shown`: the test and the interval say so both; of R^2 and its like, `same`."""
+    if R2 in (row["proxy"], row["same_ranks_as"]):
+        return "same"
+    if row["p_r2"] < ALPHA and row["diff_r2_lo"] > 0:
+        return "above"
+    return "below" if row["p_r2"] < ALPHA and row["diff_r2_hi"] < 0 else "not shown"
+
+
+def what_r2_is_worth(board: list[dict]) -> str:
+    """How well R^2 orders the SAEs of one k, and which proxies are shown to do better, in a sentence."""
+    rows = of_target(board)
+    (r2,) = (row for row in rows if row["proxy"] == R2)
+    above = [row["proxy"] for row in rows if against_r2(row) == "above"]
+    better = f"shown to do better: {', '.join(above)}" if above else "no other proxy is shown to do better"
+    if not np.isfinite(r2["partial_lo"]):
+        better = "too few hooks to say of any proxy that it does better"
+    return (
+        f"On {r2['n_clusters']} hooks the order that R² gives SAEs of one k correlates with what patching "
+        f"them in does to cross-entropy at {console.number(r2, 'partial')}; {better}."
     )
+
+
+def short_gate(gate_text: str) -> str:
+    """What is said of Exp-A, without the hash.
+
+    >>> short_gate("Exp-A says undertrained (sha256 0123456789ab)")
+    'Exp-A says undertrained'
+    """
+    return gate_text.partition(" (sha256")[0]
+
+
+def gate_limits(claim: str, verdict: dict) -> str:
+    """What a verdict behind a gate that is shut decides, as a sentence with a space after it; else nothing.
+    claim: in words.
+    """
+    if verdict["leaf"] != "gated":
+        return ""
+    text = short_gate(verdict["gate_text"])
+    if "h2" not in verdict:
+        return f"This decides nothing about {claim}, until Exp-A has judged these models ({text}). "
+    own = verdict["h2"]["leaf"]
+    state = f"it is {own}" if own != "gated" else text
+    return f"This decides nothing about {claim}, until H2 is supported on the same SAEs ({state}). "
+
+
+def about_these(settings: dict) -> str:
+    """What every answer is about, and no more."""
+    models = settings["models"]
+    those = "a model" if len(models) == 1 else f"{len(models)} models"
+    return f"{those} ({models_in_words(models)}) on one text"
+
+
+def word(claim: str, verdict: dict) -> str:
+    """A verdict in short.
+
+    >>> word("H2", {"leaf": "gated", "leaf_if_ungated": "rejected"})
+    'H2: gated (without the gate: rejected)'
+    """
+    if verdict["leaf"] == "gated":
+        return f"{claim}: gated (without the gate: {verdict['leaf_if_ungated']})"
+    return f"{claim}: {verdict['leaf']}"
+
+
+READ_AS = """\
+partial ρ: rank correlation with CE_rec among SAEs of one k, 95% over hooks
+control: a Euclidean score that a gradient-weighted one must beat as well"""
+KINDS = {SENSITIVE: "gradient", CONTROL: "control", EUCLIDEAN: "Euclid", "": "other"}
+CODES = {"above": console.BLUE, "below": console.ORANGE, "not shown": console.DIM}
+VERDICTS = {"above": "better", "below": "worse", "not shown": "not shown", "same": "same order"}
+
+
+def board_in_short(board: list[dict], colour: bool = False) -> str:
+    """The leaderboard for a terminal of 80 columns."""
+    rows = of_target(board)
+    table = [
+        {
+            "proxy": row["proxy"],
+            "kind": KINDS[family(row["proxy"])],
+            "partial ρ": estimate(row, "partial"),
+            "minus R²": "" if row["proxy"] == R2 else estimate(row, "diff_r2"),
+            "better?": "" if row["proxy"] == R2 else VERDICTS[against_r2(row)],
+        }
+        for row in rows
+    ]
+    codes = [CODES.get(against_r2(row), "") for row in rows]
+    return f"{console.columns(table, codes, colour)}\n\n{READ_AS}"
+
+
+def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
+    """Every proxy's partial Spearman with CE_rec minus R^2's, with its interval, the best above: a PNG.
+    verdict: on H2.
+    """
+    shown = of_target(board)
+    (r2,) = (row for row in shown if row["proxy"] == R2)
+    above = [row["proxy"] for row in shown if against_r2(row) == "above"]
+    rows = [row for row in shown if row["proxy"] != R2 and np.isfinite(row["diff_r2"])]
+    rows.sort(key=lambda row: row["diff_r2"])
+    figure, axis = pyplot().subplots(figsize=(7.6, 0.29 * len(rows) + 1.9), layout="constrained")
+    ends = np.array([[row["diff_r2_lo"], row["diff_r2"], row["diff_r2_hi"]] for row in rows])
+    # what is better is shown whole; one that is far worse does not press the others together
+    right = 1.1 * max(np.nanmax(ends, initial=0), 0.05)
+    left = min(1.1 * max(np.nanmax(-ends, initial=0), 0.05), max(right, FURTHEST))
+    axis.set(xlim=(-left, right), ylim=(-0.6, len(rows) - 0.4))
+    for y, row in enumerate(rows):
+        colour, marker = LOOKS.get(family(row["proxy"]), OTHER)
+        at = row["diff_r2"]
+        lo, hi = np.nan_to_num(ends[y, [0, 2]], nan=at)
+        if hi > lo:
+            axis.plot([lo, hi], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+        if -left <= at <= right:
+            axis.plot(at, y, marker, color=colour, markersize=6)
+        if min(lo, at) < -left:
+            axis.plot(-left, y, "<", color=colour, markersize=6, clip_on=False)
+        axis.annotate(
+            estimate(row, "diff_r2"),
+            (1.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=7.5,
+            family="monospace",
+        )
+    axis.axvline(0, color="0.3", linewidth=1)
+    axis.set_yticks(range(len(rows)), [row["proxy"] for row in rows], fontsize=8)
+    axis.set_xlabel(
+        f"rank correlation with CE_rec at one k, minus R²'s {signed(r2['partial'])}; 95% over hooks",
+        fontsize=8,
+    )
+    axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3, axis="x")
+    says = "no proxy is shown to order SAEs better than R²"
+    if above:
+        says = f"shown to order SAEs better than R²: {', '.join(above)}"
+    figure.suptitle(f"On {r2['n_clusters']} hooks {says}", fontsize=10, wrap=True)
+    state, alone = verdict["leaf"], verdict["leaf_if_ungated"]
+    said = f"not decided before Exp-A is; from these SAEs alone: {alone}" if state == "gated" else state
+    axis.set_title(f"H2, that SWD does: {said}", fontsize=8)
+    labels = {**{kind: LOOKS[kind] for kind in (SENSITIVE, CONTROL)}, "other": OTHER}
+    handles = [
+        pyplot().Line2D([], [], color=colour, marker=marker, label=label)
+        for label, (colour, marker) in labels.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return as_png(figure)

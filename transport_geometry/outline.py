@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transport_geometry import store
+from transport_geometry import answer, store
 from transport_geometry.errors import Damaged, UserError, printable, reading
 from transport_geometry.leaderboard import ADJUDICATED
 from transport_geometry.page import with_page
@@ -100,7 +100,8 @@ class Run:
     missing: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)
-    answer: str = ""  # of its report
+    answer: str = ""  # of its report, and what that may not be taken for
+    limits: str = ""
     tables: tuple[str, ...] = ()  # file names
     sha256: str = ""  # of its verdict.json, as its run wrote it
 
@@ -170,12 +171,12 @@ def read_run(root: pathlib.Path, folder: pathlib.Path) -> Run:
         for file in files:
             store.checked(record, file)
         with reading(folder / REPORT):
-            answer = answer_of((folder / REPORT).read_text(encoding="utf-8"))
+            found, limits = answer.read((folder / REPORT).read_text(encoding="utf-8"))
         verdict = read_verdict(folder / "verdict.json")
     except UserError as why:
         return replace(run, missing=" ".join(str(why).replace(f"{folder}/", "").split()))
     tables = tuple(file for file in sorted(files) if file.endswith(".csv"))
-    return replace(run, verdict=verdict, answer=answer, tables=tables)
+    return replace(run, verdict=verdict, answer=found, limits=limits, tables=tables)
 
 
 def read_verdict(path: pathlib.Path) -> dict[str, Any]:
@@ -186,19 +187,6 @@ def read_verdict(path: pathlib.Path) -> dict[str, Any]:
         if not all(isinstance(text, str) for text in taken):
             raise Damaged(f"{path}: not a verdict")
     return verdict
-
-
-def answer_of(report: str) -> str:
-    """The sentence in bold under the title; where there is none, as in an audit, which says
-    first what was asked, every paragraph that is bold.
-
-    >>> answer_of("# Is it?\\n\\n**It is.**\\n\\n## Table\\n\\n**No.**\\n")
-    'It is.'
-    """
-    lines = report.splitlines()
-    bold = [line[2:-2] for line in lines if len(line) > 4 and line[:2] == line[-2:] == "**"]
-    under_the_title = lines[2:3] == [f"**{bold[0]}**"] if bold else False
-    return " ".join(bold[:1] if under_the_title else bold)
 
 
 # ------------------------------------------------------------------------------------------ what a run says
@@ -392,10 +380,11 @@ def statement(run: Run, runs: Sequence[Run], several: set[str]) -> list[str]:
         return [f"- {code(run.name)}: **no statement** ({run.missing})"]
     claim = next((one for one in reversed(CLAIMS) if one.script == run.script), Claim("", "", run.script))
     shut = "" if run.leaf != "gated" else f", {NOT_YET}"
-    answer = run.answer or f"{run.leaf}: its report has no answer in bold."
+    found = run.answer or f"{run.leaf}: its report has no answer in bold."
     links = " · ".join(link(run, file) for file in (REPORT, "verdict.json", *run.tables))
-    lines = [gate_line(claim, run, runs), f"About {about(run, several)}.", links]
-    return [f"- {code(run.name)}{shut}: {answer}", *(f"  - {line}" for line in lines if line)]
+    limits = f"{answer.LIMITS}{run.limits}" if run.limits else ""
+    lines = [limits, gate_line(claim, run, runs), f"About {about(run, several)}.", links]
+    return [f"- {code(run.name)}{shut}: {found}", *(f"  - {line}" for line in lines if line)]
 
 
 def in_short(runs: Sequence[Run]) -> list[str]:

@@ -1,0 +1,291 @@
+"""What a person sees first: three sentences and a table within 80 columns, the picture that belongs to them,
+and --quiet, --json and colours, which change what is printed and nothing else.
+"""
+
+import doctest
+import io
+import itertools
+import json
+import re
+import shutil
+
+import common
+import expa
+import expb
+import zygote
+from helpers import ROOT, contents, one_line, script
+from transport_geometry import answer as answers
+from transport_geometry import figures, leaderboard
+from transport_geometry.answer import WIDTH, Answer
+from transport_geometry.errors import UserError
+from transport_geometry.metrics import BY_NAME
+from transport_geometry.tables import read_table
+
+import numpy as np
+import pytest
+
+REFERENCE = ROOT / "outputs/reference"
+# {script: its picture}
+PICTURES = {
+    "expa": "deltas.png",
+    "expb": "leaderboard.png",
+    "expc_fisher": "calibration.png",
+    "expd_mi": "h3.png",
+    "expe_attention": "leaderboard.png",
+    "expf_rate": "rate.png",
+    "expp_planted": "signature.png",
+}
+SLOW = ("expc_fisher", "expd_mi", "expe_attention", "expf_rate", "expp_planted")
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PICTURES]
+# words and widths, which do not depend on how many resamples there are
+FEW = f"{zygote.UNDRAWN}\nimport expa, expb\nexpa.N_RESAMPLES = expb.N_RESAMPLES = 60\n"
+THREE = Answer("Is it so?", "It is.", "Not more than that.")
+
+
+def test_the_examples_hold():
+    tried = [doctest.testmod(module) for module in (answers, leaderboard)]
+    assert all(one.failed == 0 and one.attempted for one in tried)
+
+
+# ------------------------------------------------------------------------------------------- the three lines
+@pytest.mark.parametrize("name", EVERY)
+def test_every_script_answers_first_and_within_80_columns(name, tmp_path):
+    folder = tmp_path / name
+    shutil.copytree(REFERENCE / name, folder)
+    said = script(f"{name}.py", "--from", name, setup=FEW, folder=tmp_path).stdout
+    printed = said.splitlines()
+    assert all(len(line) <= WIDTH for line in printed), max(printed, key=len)
+    assert not any("\x1b" in line for line in printed)  # this is no terminal
+    labels = [line.split()[0] for line in printed[: printed.index("")] if line[0] != " "]
+    assert labels == ["Question", "Answer", "Limits"]
+    assert printed[-3] == "---" and printed[-2].startswith("verdict: ")
+    assert printed[-1] == f"report: {name}/report.md"
+
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    title, question, found, limits, picture = report.split("\n\n")[:5]
+    assert title.startswith("# ") and question.startswith("Question: ") and limits.startswith("Limits: ")
+    assert picture.strip().endswith(f"({PICTURES[name]})") and (folder / PICTURES[name]).exists()
+    assert answers.read(report) == (found[2:-2], limits.removeprefix("Limits: "))
+    # the same words in both
+    spoken = " ".join(" ".join(printed[: printed.index("")]).split())
+    shown = " ".join(part.strip("*").replace(": ", " ", 1) for part in (question, f"Answer: {found[2:-2]}"))
+    assert spoken.startswith(shown)
+    for words in (question, found, limits):
+        assert "\n" not in words and "undefined" not in words and "sha256" not in words
+
+
+def number_free(text: str) -> str:
+    return re.sub(r"[-+]?\d[\d.]*", "#", text)
+
+
+def verdict_b(leaf: str, gated: bool) -> dict:
+    ends = {f"{name}{end}": 0.1 for name in ("diff_r2", "diff_control") for end in ("", "_lo", "_hi")}
+    return ends | dict(
+        leaf="gated" if gated else leaf,
+        leaf_if_ungated=leaf,
+        reason="too few hooks",
+        a_control="cosine",
+        room=0.03,
+        gate_text="Exp-A says undertrained (sha256 0123456789ab)",
+        settings={"models": ["a", "b"]},
+    )
+
+
+def row(proxy: str, lo: float = -0.1, hi: float = 0.1, p: float = 0.5, like: str = "") -> dict:
+    return dict(
+        proxy=proxy,
+        target="ce_rec",
+        stratum="pooled",
+        n_clusters=9,
+        partial=0.9,
+        partial_lo=0.8,
+        partial_hi=0.95,
+        diff_r2=(lo + hi) / 2,
+        diff_r2_lo=lo,
+        diff_r2_hi=hi,
+        p_r2=p,
+        same_ranks_as=like,
+    )
+
+
+BOARD = [
+    row("r2", 0, 0, 1),
+    row("r2_nosink", 0, 0, 1, "r2"),
+    row("cosine", 0.1, 0.2, 0.01),
+    row("mse", 0.1, 0.2, 0.06),
+    row("swd_tok", -0.2, -0.1, 0.01),
+    row("swd_seq", -0.2, 0.1, 0.01),
+]
+
+
+def test_a_proxy_is_better_where_test_and_interval_say_so():
+    marks = [leaderboard.against_r2(row) for row in BOARD]
+    assert marks == ["same", "same", "above", "not shown", "below", "not shown"]
+    said = leaderboard.what_r2_is_worth(BOARD)
+    assert said.endswith("+0.90 [+0.80, +0.95]; shown to do better: cosine.")
+    assert "no other proxy is shown to do better" in leaderboard.what_r2_is_worth([BOARD[0], BOARD[4]])
+    few = [one | {"partial_lo": np.nan, "partial_hi": np.nan} for one in BOARD]
+    assert leaderboard.what_r2_is_worth(few).endswith(
+        "+0.90 (no interval); too few hooks to say of any proxy that it does better."
+    )
+
+
+@pytest.mark.parametrize("leaf", expb.LEAVES)
+def test_each_word_of_h2_in_three_lines(leaf):
+    shut, opened = (expb.answer(verdict_b(leaf, gated), BOARD) for gated in (True, False))
+    assert shut.found == opened.found and shut.question == opened.question
+    assert (
+        shut.limits.startswith("This decides nothing about H2") and "Exp-A says undertrained" in shut.limits
+    )
+    assert "decides nothing" not in opened.limits and "2 models (a and b)" in opened.limits
+    others = [expb.answer(verdict_b(other, False), BOARD).found for other in expb.LEAVES if other != leaf]
+    assert number_free(opened.found) not in map(number_free, others)
+
+
+@pytest.mark.parametrize("leaf", expa.LEAVES)
+def test_each_leaf_of_exp_a_in_three_lines(leaf):
+    deltas = [
+        dict(tokens=1000, k=k, n_seeds=3, delta_ce_rec=ce, delta_r2=0.1)
+        | {f"delta_{name}_{end}": ce for name in ("ce_rec", "r2") for end in ("lo", "hi")}
+        for k, ce in ((4, 0.01), (8, -0.3))
+    ]
+    verdict = expa.Verdict(expa.Arm("base", "keep"), "a", "b", ["0.50"], leaf, "why", budget=1000)
+    said = expa.answer(verdict, deltas)
+    assert expa.LEAVES[leaf] in said.found and "k = 8" in said.found and "b minus a" in said.found
+    assert ("Why." in said.found) is (leaf in ("undertrained", "undecided", "N"))
+    assert "3 seeds" in said.limits and leaf in expa.SAYS
+    alone = expa.answer(expa.Verdict(expa.Arm("base", "keep"), "a", "a", [], "undecided", "one model"), [])
+    assert alone.found == "This grid cannot decide. One model."
+
+
+# ----------------------------------------------------------------------------------------- how it is printed
+SMALL = "--models stdlib-s --k 2,4 --tokens 2k --expansion 2 --eval-seqs 4 --ctx 64".split()
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """(folder of results, folder of the cache, what was said) of a run with --quiet."""
+    folder = tmp_path_factory.mktemp("quiet")
+    out, cache = folder / "out", folder / "cache"
+    return out, cache, script("expb.py", *SMALL, "--out", out, "--cache", cache, "--quiet", setup=FEW)
+
+
+def test_quiet_leaves_the_last_line_and_errors(quiet, tmp_path):
+    out, _, done = quiet
+    assert done.stdout == f"report: {out / 'report.md'}\n" and done.stderr == ""
+    refused = script("expb.py", "--from", tmp_path / "nothing", "--quiet", check=2)
+    assert "no finished run there" in one_line(refused) and not refused.stdout
+
+
+def test_json_is_the_verdict_and_nothing_else_on_stdout(quiet, tmp_path):
+    out, cache, _ = quiet
+    done = script("expb.py", *SMALL, "--out", tmp_path, "--cache", cache, "--json", setup=FEW)
+    assert done.stdout == (tmp_path / "verdict.json").read_text(encoding="utf-8")
+    assert json.loads(done.stdout)["leaf"] == "gated" and "of the run" in done.stderr
+    assert contents(tmp_path) == contents(out)
+    both = script("expb.py", "--from", tmp_path, "--quiet", "--json", setup=FEW)
+    assert both.stdout == done.stdout and both.stderr == "" and contents(tmp_path) == contents(out)
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "--json"])
+def test_a_dry_run_is_nothing_but_what_it_prints(flag):
+    with pytest.raises(UserError, match=flag):
+        common.parse_args("", expb.GRID, ["--dry-run", flag])
+    command = common.parse_args("", expb.GRID, [flag])
+    assert (command.quiet, command.json) == (flag == "--quiet", flag == "--json")
+    for name in PICTURES:
+        assert flag in script(f"{name}.py", "--help").stdout
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert answers.coloured(Terminal()) and not answers.coloured(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "")  # "when present and not an empty string"
+    assert answers.coloured(Terminal())
+    monkeypatch.setenv("NO_COLOR", "0")
+    assert not answers.coloured(Terminal())
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert not answers.coloured(Terminal())
+
+
+def test_colours_change_no_word():
+    plain, coloured = ("\n".join([*THREE.lines(on), leaderboard.board_in_short(BOARD, on)]) for on in (0, 1))
+    assert "\x1b[" in coloured and "\x1b" not in plain
+    assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+def overlapping(axis) -> list[tuple[str, str]]:
+    """Neighbouring tick labels that lie on one another."""
+    axis.axes.figure.canvas.draw()
+    labels = [label for label in axis.get_ticklabels() if label.get_text()]
+    boxes = [label.get_window_extent() for label in labels]
+    return [
+        (a.get_text(), b.get_text())
+        for (a, of_a), (b, of_b) in itertools.combinations(zip(labels, boxes), 2)
+        if of_a.overlaps(of_b)
+    ]
+
+
+@pytest.mark.parametrize("lo, hi", [(0.0012, 0.0085), (0.012, 0.09), (0.13, 1.4), (0.2, 0.3), (1e-4, 20.0)])
+def test_ticks_of_a_logarithmic_axis_do_not_overlap(lo, hi):
+    figure, axis = figures.pyplot().subplots(figsize=(3.6, 3.6))
+    axis.set(xscale="log", yscale="log", xlim=(lo, hi), ylim=(lo, hi))
+    figures.decade_ticks(axis.xaxis, (lo, hi))
+    labels = [float(label.get_text()) for label in axis.get_xticklabels()]
+    assert labels == pytest.approx(list(axis.get_xticks())) and len(labels) >= 2
+    assert not overlapping(axis.xaxis)
+    figures.pyplot().close(figure)
+
+
+@pytest.mark.parametrize(
+    "name, values", [("r2", [0.58, 0.94]), ("r2", [-1.5, 0.999]), ("cosine", [0.9, 0.98]), ("mse", [3, 40.0])]
+)
+def test_an_axis_of_a_score_has_the_values_of_its_metric(name, values):
+    metric, values = BY_NAME[name], np.array(values)
+    figure, axis = figures.pyplot().subplots(figsize=(2.8, 2.5))
+    axis.scatter(metric.score(values), [0, 1])
+    figures.score_axis(axis, metric, values)
+    ticks = np.array([float(label.get_text()) for label in axis.get_xticklabels()])
+    assert metric.score(ticks) == pytest.approx(axis.get_xticks()) and len(ticks) >= 3
+    assert not overlapping(axis.xaxis)
+    axis.clear()
+    figures.score_axis(axis, BY_NAME["gd_mean"], np.array([-0.06, 0.0]))
+    assert axis.xaxis.get_major_formatter()(0.05, None) == "-0.05"
+    figures.pyplot().close(figure)
+
+
+def test_names_at_the_ends_of_lines_do_not_lie_on_one_another():
+    figure, axis = figures.pyplot().subplots(figsize=(4, 3))
+    axis.plot([0, 1], [0, 1])
+    ends = [(0.5, "first", "C0"), (0.5, "second", "C1"), (0.51, "third", "C2"), (1.0, "far", "C3")]
+    figures.label_ends(axis, ends)
+    figure.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
+    at = axis.transData.transform((0, 1.0))[1]  # what is alone stays where its line ends
+    assert abs((boxes["far"].y0 + boxes["far"].y1) / 2 - at) < 2
+    figures.pyplot().close(figure)
+
+
+def test_a_line_under_another_is_left_out(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(expa, "as_png", lambda figure: drawn.append(figure) or b"")
+    deltas = expa.headline(read_table(REFERENCE / "expa/deltas.csv"), verdict := planted_verdict())
+    expa.delta_plot(deltas, verdict)
+    expa.delta_plot([one | {"delta_r2_nosink": one["delta_r2"] + 0.1} for one in deltas], verdict)
+    n_lines = [sum(line.get_marker() != "None" for line in figure.axes[0].lines) for figure in drawn]
+    assert n_lines == [2, 3]
+    for figure in drawn:
+        figures.pyplot().close(figure)
+
+
+def planted_verdict() -> expa.Verdict:
+    return expa.Verdict(expa.Arm("base", "keep"), "stdlib-s", "stdlib-l", ["0.50"], "undecided")
