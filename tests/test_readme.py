@@ -12,12 +12,14 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 
 import common
 import expc_fisher
 import expd_mi
+from helpers import script
 from transport_geometry import (
     formats,
     leaderboard,
@@ -125,7 +127,7 @@ def of_each_budget(saes: list[dict]) -> dict[tuple, list[dict]]:
 def prose(page: str) -> str:
     """Without generated parts, code, tags and the targets of links."""
     text = generate.PART.sub("", PAGES[page])
-    text = re.sub(r"^(    |```).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^```.*?^```$|^    .*?$", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`[^`]*`|<!--.*?-->|\]\([^)]*\)", " ", text)
     return re.sub(r"\s+", " ", text)
 
@@ -162,6 +164,8 @@ COMPARED = {
     and published.MIDDLE == "0.50",
     "(nvcc 13.0)": results("nvcc 13.0"),
     # what the code does
+    "the audit takes 32 unless told otherwise": "audit.py" in NOT_YET
+    or loaded("audit.py").GRID["eval_seqs"] == 32,
     "six CPU-minutes": generate.minutes("expb") == "six CPU-minutes",
     "fewer than six hooks": stats.MIN_CLUSTERS == 6,
     "Fewer than six hooks": stats.MIN_CLUSTERS == 6,
@@ -186,6 +190,11 @@ COMPARED = {
     "no more beyond 3 than seeds give": importlib.import_module("transport_geometry.rerun").FAR == 3,
     "95% throughout, unless a rule below says 90": list(stats.percentiles(range(1001))) == [25, 975],
     "half of it is KL per token": expc_fisher.ALPHAS[-1] == 1,
+    "sequences of 256 tokens took a quarter of an hour on two CPU cores": results("200 x 256.")
+    and results("a quarter of an hour to evaluate here"),
+    "Four SAEs of Pythia-70m's shape and four null rows on 200": results(
+        "| evaluation, 4 SAEs and 4 null rows, every metric | 850 s |"
+    ),
     # what was measured
     "at 1.6 times the CPU time": results("`ANY_X86=1` | **one** | **one** | 1.6 |"),
     "(d = 64 and 256, widths up to 2,048, budgets up to 10M tokens; at 16,384 up to 300k)": results(
@@ -280,8 +289,7 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         name, arguments = "python", words[at:]
     if name == "python" and arguments[0] in NOT_YET:
-        assert arguments[1] == "--models" and "--sae" in arguments  # as expb.py takes them
-        return taken(monkeypatch, loaded("expb.py"), arguments[1:])
+        return taken(monkeypatch, loaded("expb.py"), arguments[1:])  # whose flags it has
     if name == "python" and arguments[:2] == ["-m", "transport_geometry.formats"]:
         for verb in ("listed", "export"):
             monkeypatch.setattr(formats, verb, lambda *given: given)
@@ -310,6 +318,27 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
         assert name in PROJECT["scripts"]
     else:
         assert_pip(words)
+
+
+def embedded(words: list[str]) -> bool:
+    """Does the command need nothing but the repository?"""
+    elsewhere = ("--sae", "--preset", "--from", "--device")
+    return (
+        words[:1] == ["python"]
+        and words[1].startswith("exp")
+        and not any("/" in word and not word.startswith("outputs/") for word in words)
+        and not any(word in elsewhere for word in words)
+    )
+
+
+EMBEDDED = dict.fromkeys(tuple(words) for _, words in commands() if embedded(words))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)[:90]) for words in EMBEDDED])
+def test_every_command_on_the_embedded_models_is_planned(words, tmp_path):
+    done = script(words[1], *words[2:], "--dry-run", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert done.stdout
 
 
 def assert_pip(words: list[str]) -> None:
@@ -354,6 +383,19 @@ def test_exit_statuses_of_diff(monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             run_script(common.main)
         assert stopped.value.code == status
+
+
+def test_the_lines_of_python_run(tmp_path, capsys):
+    """On an SAE trained here, in place of "my/sae"; the module's docstring has them too."""
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", PAGES["README.md"], flags=re.MULTILINE | re.DOTALL)
+    if "audit.py" in NOT_YET:
+        pytest.skip("the audit from Python is not there yet")
+    assert textwrap.indent(lines, "    ") in importlib.import_module("transport_geometry.audit").__doc__
+    small = "--models stdlib-s@3 --k 4 --tokens 2k --eval-seqs 2 --ctx 32"
+    script("expb.py", *small.split(), "--out", tmp_path / "expb", "--cache", tmp_path / "cache")
+    (sae,) = (path.parent for path in (tmp_path / "cache").rglob("cfg.json"))
+    exec(lines.replace("my/sae", str(sae)), {})
+    assert "'ce_rec'" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- flags, files, links
