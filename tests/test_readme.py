@@ -385,6 +385,7 @@ def test_exit_statuses_of_diff(monkeypatch):
         assert stopped.value.code == status
 
 
+@pytest.mark.slow
 def test_the_lines_of_python_run(tmp_path, capsys):
     """On an SAE trained here, in place of "my/sae"; the module's docstring has them too."""
     (lines,) = re.findall(r"^```python\n(.*?)^```$", PAGES["README.md"], flags=re.MULTILINE | re.DOTALL)
