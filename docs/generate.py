@@ -103,8 +103,8 @@ def ungated(folder: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ README.md
 def picture() -> str:
-    """The first one of the planted run's section on sinks, and what it shows."""
-    file = re.search(r"!\[[^]]*\]\(([^)]+)\)", report("expp_planted").split("## A sink at position 0")[1])
+    """The planted run's picture of what was published and what was planted, and what it shows."""
+    file = re.search(r"!\[[^]]*published[^]]*\]\(([^)]+)\)", report("expp_planted"))
     assert file and (REFERENCE / "expp_planted" / file[1]).exists()
     twins = [row for row in rows("expp_planted/sinks", "deltas.csv") if row["sinks"] == "keep"]
     twin = max((row for row in twins if row["large"] == "stdlib-s+null3700"), key=lambda row: row["tokens"])
