@@ -136,22 +136,38 @@ def scores(names: list[str]) -> str:
     return table(["score", "partial ρ with CE_rec given k", "minus R²'s", "error in dCE"], lines)
 
 
+def flattered() -> str:
+    """How many SAEs the flag names, and of which models."""
+    saes = report_table("expb", "Every SAE")
+    found = [row["model"] for row in saes if row["flag"] == FLATTERS]
+    of = ", ".join(f"{found.count(f'stdlib-{size}')} of stdlib-{size}" for size in "lms")
+    return (
+        f"By the flag, R² flatters {len(found)} of the {len(saes)} SAEs ({of}): the model feels their error at least "
+        "a quarter more than a random one as long."
+    )
+
+
 def exp_b() -> str:
-    v, ranked = verdict("expb"), board("expb")
-    flags = [row["model"] for row in report_table("expb", "Every SAE") if row["flag"] == FLATTERS]
-    of = ", ".join(f"{flags.count(f'stdlib-{size}')} of stdlib-{size}" for size in "lms")
+    """What the run prints, in a block; before it prints three lines first, the same said here."""
+    script, v, ranked = importlib.import_module("expb"), verdict("expb"), board("expb")
+    if hasattr(script, "answer"):
+        rows_of_board = rows("expb", "leaderboard.csv")
+        said = [*script.answer(v, rows_of_board).lines(), "", leaderboard.board_in_short(rows_of_board)]
+        said += ["---", f"verdict: {leaderboard.word('H2', v)}"]
+        return f"```\n{chr(10).join(said)}\n```\n\n{flattered()}"
     return f"""\
 **Asked:** which cheap score orders SAEs as patched cross-entropy does, at one k \
 ({v["n_conditions"]} SAEs, {v["n_clusters"]} hooks)?
 
 **Came out:** R² does by {spanned(ranked["r2"], "partial")}, SWD, the error weighted by the loss's gradient, by \
 {spanned(ranked["swd_tok"], "partial")}. That SWD does better is {ungated("expb")} ({v["a_control"]} leaves \
-{v["room"]:.2f} to gain, and the claim is {v["min_difference"]:.2f}). Yet R² flatters {len(flags)} SAEs ({of}): the \
-model feels their error at least a quarter more than a random one as long.
+{v["room"]:.2f} to gain, and the claim is {v["min_difference"]:.2f}).
 
 **Not to be taken for:** a finding about other models. These are three small ones of one family.
 
-{scores(AT_FIRST)}"""
+{scores(AT_FIRST)}
+
+{flattered()}"""
 
 
 def ladder() -> str:
@@ -194,6 +210,8 @@ def experiments() -> str:
 def answers(folder: str) -> str:
     """The sentence of the run's report, without the hash of the gate's file."""
     said = re.sub(r" \(sha256 [0-9a-f]+\)", "", runs()[folder].answer)
+    limits = getattr(runs()[folder], "limits", "")
+    said += f"\n>\n> Limits: {limits}" if limits else ""
     return f"> {dashed(said)}\n\n[The whole report](../outputs/reference/{folder}/report.md)."
 
 
