@@ -148,11 +148,13 @@ def flattered() -> str:
 
 
 def exp_b() -> str:
-    """What the run prints, in a block; before it prints three lines first, the same said here."""
+    """What the run prints, shortened; before it prints three lines first, the same said here."""
     script, v, ranked = importlib.import_module("expb"), verdict("expb"), board("expb")
     if hasattr(script, "answer"):
-        rows_of_board = rows("expb", "leaderboard.csv")
-        said = [*script.answer(v, rows_of_board).lines(), "", leaderboard.board_in_short(rows_of_board)]
+        every = rows("expb", "leaderboard.csv")
+        head, *lines = leaderboard.board_in_short(every).splitlines()
+        some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
+        said = [*script.answer(v, every).lines(), "", head, *some, "..."]
         said += ["---", f"verdict: {leaderboard.word('H2', v)}"]
         return f"```\n{chr(10).join(said)}\n```\n\n{flattered()}"
     return f"""\
@@ -167,7 +169,8 @@ def exp_b() -> str:
 
 {scores(AT_FIRST)}
 
-{flattered()}"""
+Error in dCE: how far off the rise of CE is that a score predicts at a hook (a block of a model) which its fit has \
+not seen. {flattered()}"""
 
 
 def ladder() -> str:
