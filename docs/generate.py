@@ -178,9 +178,11 @@ def ladder() -> str:
     lines = []
     for claim in outline.CLAIMS:
         if claim.script == "expa":
-            first, then = (f"*{outline.word(claim, runs()[folder])[0]}*" for folder in ("expa", "expa-long"))
             budget = readable_count(verdict("expa-long")["budget"])
-            said = f"{first}; at {budget} tokens {then}" if claim.label != "N" else "stands behind H0, H1"
+            (first, judged), (then, judged_then) = (
+                outline.word(claim, runs()[folder]) for folder in ("expa", "expa-long")
+            )
+            said = f"*{first}*; at {budget} tokens *{then}*" if judged or judged_then else "behind H0 and H1"
         elif claim.script == "expp_planted":
             checks = verdict(claim.script)["checks"]
             said = f"*{sum(check['found'] for check in checks)} of {len(checks)} found*"
