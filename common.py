@@ -8,10 +8,15 @@ The answer of `diff` is one of four words, `identical`, `same SAEs`, `reproduced
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
+
+if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    # torch alone takes seconds, and on a disk that has not read it yet half a minute
+    print("loading PyTorch ...", file=sys.stderr, flush=True)
 
 from transport_geometry import outline, plant, rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
@@ -79,7 +84,10 @@ class _OneLineParser(argparse.ArgumentParser):
 GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     (
         "--models",
-        dict(metavar="NAME[@LAYER],...", help="embedded name, local folder or hub id; layer: the middle one"),
+        dict(
+            metavar="NAME[@LAYER],...",
+            help="embedded name, local folder or hub id; without layer the middle one",
+        ),
     ),
     (
         "--plant",
@@ -90,7 +98,7 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
             "towards what the model feels (turned0.5); joined by +",
         ),
     ),
-    ("--revision", dict(help="of the models, where they come from the hub: a branch, tag or commit")),
+    ("--revision", dict(help="of the models, where they come from the hub: a branch, tag or commit (main)")),
     (
         "--dtype",
         dict(
@@ -103,7 +111,7 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
         "--data",
         dict(help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set"),
     ),
-    ("--split", dict(help="of the data set: train")),
+    ("--split", dict(help="of the data set")),
     (
         "--sae",
         dict(
@@ -114,8 +122,9 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     (
         "--basis",
         dict(
-            choices=["raw", "centred"],
-            help="of the activations that --sae were trained on, against what their files say",
+            metavar="[NAME=]BASIS,...",
+            help="raw or centred: of the activations that this SAE of --sae was trained on, against what its "
+            "files say; NAME may be a pattern, and is needed where there are several",
         ),
     ),
     ("--k", dict(help="active latents, e.g. 8,16,32")),
@@ -150,17 +159,30 @@ TRAINING = (
 )  # nothing of it applies to --sae
 
 
-def parser_of(doc: str, flags: Mapping[str, dict] | None = None) -> argparse.ArgumentParser:
-    """flags {--flag: what argparse is told}: of one script."""
+def parser_of(
+    doc: str, flags: Mapping[str, dict] | None = None, own: Mapping[str, Any] | None = None
+) -> argparse.ArgumentParser:
+    """flags {--flag: what argparse is told}: of one script. own: its grid, which --help shows as defaults."""
     parser = _OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     grid = parser.add_argument_group("the grid")
+    defaults = {**DEFAULTS, **(own or {})}
     for flag, how in GRID_FLAGS:
-        grid.add_argument(flag, **how)
+        grid.add_argument(flag, **with_default(how, defaults.get(dest(flag))))
     add = parser.add_argument
     out = pathlib.Path("outputs") / pathlib.Path(sys.argv[0]).stem
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--out", type=parse_path, default=out, help="results folder")
-    add("--cache", type=parse_path, default=pathlib.Path("outputs/cache"), help="trained SAEs")
+    add(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda", "mps"],
+        help="auto: cuda where there is one, else mps, else cpu (default: auto)",
+    )
+    add("--out", type=parse_path, default=out, help="results folder (default: %(default)s)")
+    add(
+        "--cache",
+        type=parse_path,
+        default=pathlib.Path("outputs/cache"),
+        help="trained SAEs (default: %(default)s)",
+    )
     add(
         "--fresh",
         action="store_true",
@@ -180,8 +202,17 @@ def parser_of(doc: str, flags: Mapping[str, dict] | None = None) -> argparse.Arg
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
     for flag, how in (flags or {}).items():
-        parser.add_argument(flag, **how)
+        parser.add_argument(flag, **with_default(how))
     return parser
+
+
+def with_default(how: dict, default: Any = None) -> dict:
+    """What argparse is told of a flag, its help ending in what stands where it is not typed."""
+    if default is None and (default := how.get("default")) is None:
+        return how
+    first, *rest = str(default).split(",")
+    short = f"{first},...,{rest[-1]}" if len(rest) > 3 else default
+    return how | {"help": f"{how['help']} (default: {short})"}
 
 
 def parse_args(
@@ -190,7 +221,7 @@ def parse_args(
     """The flags that mean the same in every script; `own` is the script's grid. `flags` are the script's own,
     as `parser_of` takes them: their values are settings of its results. Raises UserError.
     """
-    args = parser_of(doc, flags).parse_args(argv)
+    args = parser_of(doc, flags, own).parse_args(argv)
     preset: dict[str, Any] = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
     if args.sae:  # they are what they are
         if typed := [f"--{name}" for name in TRAINING if getattr(args, name) is not None]:
@@ -207,7 +238,7 @@ def parse_args(
         models = with_twins(models, args.plant)
     for name in ("revision", "data", "split", "out", "cache", "finished", "verdict"):
         printable(str(getattr(args, name)), f"--{name.replace('finished', 'from')}")
-    if not (models or saes):
+    if not (models or saes or args.finished):
         raise UserError("--sae: a path or a hub id, please")
     grid = Grid(
         models=tuple(models),
@@ -218,7 +249,7 @@ def parse_args(
         recipes=parse_choices(args.recipe, "--recipe", ("base", "saelens")),
         sinks=parse_choices(args.sinks, "--sinks", ("keep", "drop")),
         saes=tuple(saes),
-        basis=args.basis,
+        basis=parse_basis(args.basis) if args.basis else (),
         data=args.data,
         split=args.split,
         revision=args.revision,
@@ -266,6 +297,14 @@ def parse_choices(text: str, flag: str, choices: tuple[str, ...]) -> tuple[str, 
     if unknown := [v for v in values if v not in choices]:
         raise UserError(f"{flag} {brief(','.join(unknown))}: choose from {', '.join(choices)}")
     return values
+
+
+def parse_basis(text: str) -> tuple[tuple[str, str], ...]:
+    """(NAME or "", basis) of each part of --basis."""
+    parts = [printable(part, "--basis").rpartition("=") for part in text.split(",")]
+    if unknown := [basis for _, _, basis in parts if basis not in ("raw", "centred")]:
+        raise UserError(f"--basis {brief(unknown[0])}: raw or centred, or NAME=raw, please")
+    return tuple((name, basis) for name, _, basis in parts)
 
 
 def parse_models(text: str) -> list[tuple[str, int | None]]:

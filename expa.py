@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import parse_args, run_script
-from transport_geometry import curves, published, stats, store
+from transport_geometry import chart, curves, published, stats, store
 from transport_geometry.condition import hook_of
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, pyplot
 from transport_geometry.grid import sae_name
 from transport_geometry.metrics import EUCLIDEAN_CONTROLS
+from transport_geometry.page import with_page
 from transport_geometry.plant import split
 from transport_geometry.results import about_the_run, measured, rows_hash
 from transport_geometry.run import Experiment, run
@@ -548,7 +549,12 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
         "report.md": report(findings, sorted(pictures)),
         **pictures,
     }
-    store.put(out / store.RUN, files)
+    charts = (
+        [chart.of_deltas(findings.headline, verdicts[0].small, verdicts[0].large)]
+        if findings.headline
+        else []
+    )
+    store.put(out / store.RUN, with_page(out, files, charts))
     return verdicts[0], deltas
 
 

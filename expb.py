@@ -4,8 +4,7 @@
     python expb.py --device mps
     python expb.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --tokens 10M \\
                    --data NeelNanda/pile-small-tokenized-2b
-    # SAEs that exist: can their R^2 be trusted?
-    python expb.py --models EleutherAI/pythia-70m@3 --sae EleutherAI/sae-pythia-70m-32k
+    python expb.py --sae PATH_OR_ID,...              # SAEs that exist: audit.py does it
     python expb.py --from outputs/expb               # tables, verdict and plots again, without a model
 
 Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by CE_rec better than R^2, and
@@ -18,7 +17,8 @@ transfer gap across scale.
 import pathlib
 
 from common import parse_args, run_script
-from transport_geometry import audit, leaderboard, store
+from transport_geometry import chart, commands, leaderboard, store
+from transport_geometry.audit import trial_lines
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.leaderboard import (
@@ -29,6 +29,7 @@ from transport_geometry.leaderboard import (
     read_verdict,
 )
 from transport_geometry.metrics import BY_NAME, PROXIES, Metric
+from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, run
 from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, readable_count
@@ -49,9 +50,8 @@ N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, list[dict], list[dict]]:
-    """leaderboard.csv, verdict.json, report.md, the plots, and audit.csv and pairs.csv where SAEs are from
-    files: (verdict, rows of both).
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict, str]:
+    """leaderboard.csv, verdict.json, report.md and the plots: (verdict, the table to print).
 
     A pure function of conditions.csv, sequences.npz and the gate.
     """
@@ -63,17 +63,13 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[dict
     files: dict[str, store.Content | None] = {
         "leaderboard.csv": as_csv(board, LEADERBOARD),
         "verdict.json": as_json(verdict),
+        "report.md": report(found.nulls, saes, board, verdict, settings),
     }
-    audited, pairs, about_files = [], [], []
-    if "saes" in settings:
-        audited = audit.audit_rows(saes, found.values, settings)
-        pairs = audit.pairs(saes, found.values, settings)
-        about_files = audit.audit_report(audited, pairs, settings)
-        files["audit.csv"] = as_csv(audited, audit.COLUMNS)
-        files["pairs.csv"] = as_csv(pairs, audit.PAIRS)
-    files["report.md"] = report(found.nulls, saes, board, verdict, settings, about_files)
-    store.put(out / store.RUN, files | plots(saes, board, settings))
-    return verdict, audited, pairs
+    charts = [chart.of_saes(saes, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
+    store.put(out / store.RUN, with_page(out, files | plots(saes, board, settings), charts))
+    if verdict["n_clusters"] < verdict["min_hooks"]:  # nothing to rank proxies by: the SAEs themselves
+        return verdict, trial_lines(saes, found.values)
+    return verdict, leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled")
 
 
 LEAVES = {
@@ -103,7 +99,7 @@ def sentence(verdict: dict) -> str:
 REPORT = """\
 # Exp-B: which proxy predicts patched cross-entropy?
 
-{audit}**{sentence}**
+**{sentence}**
 
 ![R² and SWD against CE_rec](swd_r2.png)
 
@@ -139,14 +135,7 @@ OF_AN_SAE = "model layer k seed tokens r2 r2_nosink cosine swd_tok ce_rec frac_z
 OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_iso_nosink fed_excess".split()
 
 
-def report(
-    nulls: list[dict],
-    saes: list[dict],
-    board: list[dict],
-    verdict: dict,
-    settings: dict,
-    about_files: list[str],
-) -> bytes:
+def report(nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict, settings: dict) -> bytes:
     within = [
         f"## Within {model}\n\n{leaderboard_table(board, 'ce_rec', model)}\n\n"
         for model in settings["models"]
@@ -156,7 +145,6 @@ def report(
         for row in marked(saes, settings)
     ]
     text = REPORT.format(
-        audit="".join(f"{line}\n" for line in about_files),
         sentence=sentence(verdict),
         board=leaderboard_table(board, "ce_rec", "pooled"),
         how_to_read="\n".join(how_to_read(verdict, settings)),
@@ -213,16 +201,14 @@ def panel(axis: Axes, proxy: Metric, saes: list[dict], models: list[str]) -> Non
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     command = parse_args(__doc__, GRID)
+    if command.grid.saes:
+        return commands.instead("audit")
     exp_a = read_verdict(command.verdict)
     if (done := run(command, Experiment("expb"))) is None:
         return
     out, settings = done
-    verdict, audited, pairs = analyse(out, settings, exp_a)
-    if audited:
-        lines = [audit.headline(audited), *audit.warnings(audited), ""]
-        print("\n".join([*lines, *audit.pair_sentences(pairs), *audit.pair_lines(pairs)]))
-    else:
-        print(leaderboard_table(read_table(out / "leaderboard.csv"), "ce_rec", "pooled"))
+    verdict, table = analyse(out, settings, exp_a)
+    print(table)
     print(f"---\n{sentence(verdict)}\nreport: {out / 'report.md'}")
 
 

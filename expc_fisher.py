@@ -15,7 +15,7 @@ calibrated: against the measured KL at h + a delta for several a.
 import pathlib
 
 from common import parse_args, run_script
-from transport_geometry import fisher, leaderboard, stats, store
+from transport_geometry import chart, fisher, leaderboard, stats, store
 from transport_geometry.condition import Condition
 from transport_geometry.evaluate import DRAWS
 from transport_geometry.figures import as_png, model_colours, pyplot
@@ -30,7 +30,8 @@ from transport_geometry.leaderboard import (
     read_verdict,
 )
 from transport_geometry.lm import cross_entropy, kl_divergence
-from transport_geometry.metrics import DISTORTION, PROXIES, Metric, mean
+from transport_geometry.metrics import BY_NAME, DISTORTION, PROXIES, Metric, mean
+from transport_geometry.page import with_page
 from transport_geometry.patch import Patch
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, eval_batch, run
@@ -224,7 +225,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
         "verdict.json": as_json(verdict),
         "report.md": report(found.nulls, saes, board, verdict, tables, settings),
     }
-    store.put(out / store.RUN, files | plots(sums, meta, board, settings))
+    charts = [chart.of_saes(saes, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"], FISHER[0]])]
+    store.put(out / store.RUN, with_page(out, files | plots(sums, meta, board, settings), charts))
     return verdict
 
 

@@ -26,7 +26,7 @@ import math
 import pathlib
 
 from common import parse_args, run_script
-from transport_geometry import critics, leaderboard, stats, store
+from transport_geometry import chart, critics, leaderboard, stats, store
 from transport_geometry.dimension import canonical_rows, geometry_rows, norms
 from transport_geometry.evaluate import activations
 from transport_geometry.figures import as_png, model_colours, pyplot
@@ -34,6 +34,7 @@ from transport_geometry.fisher_study import MOST_BLOCKS, moments
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import read_verdict
 from transport_geometry.metrics import BY_NAME, PROXIES
+from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, eval_batch, run
 from transport_geometry.sae import SAE
@@ -370,7 +371,13 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
         "verdict.json": as_json(verdict),
         "report.md": report(found.saes, hooks, canonical, trained, tables, verdict, settings),
     }
-    store.put(out / store.RUN, files | plots(hooks, tables["positions.csv"], verdict, settings))
+    charts = [
+        chart.of_hooks(
+            hooks, models, ("log_ratio", "log(pr_defl1 / dim_fisher)"), ("residual", "residual of R²")
+        )
+    ]
+    pictures = plots(hooks, tables["positions.csv"], verdict, settings)
+    store.put(out / store.RUN, with_page(out, files | pictures, charts))
     return verdict
 
 

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Callable
 
 from common import parse_args, run_script
-from transport_geometry import leaderboard, stats, store
+from transport_geometry import chart, leaderboard, stats, store
 from transport_geometry.attention_plan import Change, check_readable, four_runs
 from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
@@ -33,6 +33,7 @@ from transport_geometry.leaderboard import (
 )
 from transport_geometry.lm import cross_entropy
 from transport_geometry.metrics import BY_NAME, DISTORTION, PROXIES, Metric, Sums
+from transport_geometry.page import with_page
 from transport_geometry.patch import Patch
 from transport_geometry.results import Measured, about_the_run, hook_of, marked, measured, rows_hash, subset
 from transport_geometry.run import Experiment, eval_batch, run
@@ -386,7 +387,9 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
         "verdict.json": as_json(verdict),
         "report.md": report(whole, board, verdict, by_share, depth, of_hooks, settings),
     }
-    store.put(out / store.RUN, files | plots(by_share, depth, board, verdict, settings))
+    charts = [chart.of_saes(whole.saes, settings["models"], [BY_NAME["r2"], PLAN[0]])]
+    pictures = plots(by_share, depth, board, verdict, settings)
+    store.put(out / store.RUN, with_page(out, files | pictures, charts))
     return verdict
 
 

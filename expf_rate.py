@@ -24,12 +24,13 @@ import pathlib
 from dataclasses import dataclass
 
 from common import parse_args, run_script
-from transport_geometry import curves, finish, observer, rate, stats, store, text
+from transport_geometry import chart, curves, finish, observer, rate, stats, store, text
 from transport_geometry.condition import Condition, hook_of
 from transport_geometry.errors import UserError
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.grid import Command, EvalSet, sae_name
-from transport_geometry.metrics import Metric, Sums, computed, mean
+from transport_geometry.metrics import BY_NAME, Metric, Sums, computed, mean
+from transport_geometry.page import with_page
 from transport_geometry.results import (
     Measured,
     about_the_run,
@@ -45,8 +46,8 @@ from transport_geometry.scale import mean_over
 from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, short
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import t as student
 
 # 6 depths of two models, the pairs of hooks that the verdict counts; SAEs as in Exp-B
 GRID = dict(
@@ -231,7 +232,7 @@ def over_pairs(logs: np.ndarray) -> dict[str, float]:
     out = {"pairs": G, "factor": float(np.exp(logs.mean())) if G else np.nan}
     half = logs.std(ddof=1) / G**0.5 if G > 1 else np.nan
     for level, ends in ((0.95, ("lo", "hi")), (0.90, ("lo90", "hi90"))):
-        reach = student.ppf((1 + level) / 2, G - 1) * half if G > 1 else np.nan
+        reach = scipy.stats.t.ppf((1 + level) / 2, G - 1) * half if G > 1 else np.nan
         out |= dict(zip(ends, map(float, np.exp(np.array([-reach, reach])) * out["factor"])))
     p = np.nan
     if G >= stats.MIN_CLUSTERS:
@@ -365,7 +366,9 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
         "verdict.json": as_json(verdict),
         "report.md": report(found, rates, ratios, verdict, tables, settings),
     }
-    store.put(record, files | plots(lines, codes, rates, ratios, verdict, tables, settings))
+    charts = [chart.of_saes(found.saes, settings["models"], [BY_NAME["r2"], BY_NAME["bits"]])]
+    pictures = plots(lines, codes, rates, ratios, verdict, tables, settings)
+    store.put(record, with_page(out, files | pictures, charts))
     return verdict, ratios
 
 

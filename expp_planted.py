@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import GRID_FLAGS, dest, parser_of, run_script
-from transport_geometry import commands, published, ranks, store
+from transport_geometry import chart, commands, published, ranks, store
 from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Activations, activations, evaluate
@@ -30,6 +30,7 @@ from transport_geometry.flag import flagged
 from transport_geometry.lm import Hook
 from transport_geometry.metrics import BY_NAME, METRICS, PROXIES, Sums, computed
 from transport_geometry.models import load_model
+from transport_geometry.page import with_page
 from transport_geometry.plant import Gauge, plants, regauge, split
 from transport_geometry.results import check_data, measured, open_output
 from transport_geometry.scale import mismatch
@@ -752,7 +753,10 @@ def analyse(out: pathlib.Path) -> list[Check]:
         "verdict.json": as_json(plain(verdict)),
         "report.md": report(f, found),
     }
-    store.put(out / store.RUN, files | plots(f))
+    models = list(dict.fromkeys(row["model"] for row in f.saes["sinks"]))
+    of_r2 = [BY_NAME["r2"], BY_NAME["r2_nosink"]]
+    charts = [chart.of_saes(f.saes["sinks"], models, of_r2, "Every SAE of the part named sinks")]
+    store.put(out / store.RUN, with_page(out, files | plots(f), charts))
     return found
 
 

@@ -6,6 +6,7 @@ by hand:
     python bench/compare_peers.py            # 200k tokens, k = 8 and 32, one seed: about 6 CPU-minutes
     python bench/compare_peers.py --seeds 0,1,2
     python bench/compare_peers.py --tokens 1M
+    python bench/compare_peers.py --step 1024,32768,32,4096   # nothing but a step's time: d, F, k, tokens
 
 Prints Markdown tables: (1) quality at equal tokens, (2) this project's metrics beside those of SAELens' own
 evaluation functions, (3) a saved SAE read back by sparsify. Exit status 1, with the reasons, if (2) or (3)
@@ -42,10 +43,12 @@ from transport_geometry.run import CPU
 from transport_geometry.sae import TopKSAE, save_sae, sink_positions
 from transport_geometry.tables import markdown, readable_count
 from transport_geometry.text import heldout_rows
-from transport_geometry.train import CHUNK, Statistics, Training, activation_chunks
+from transport_geometry.train import CHUNK, SAELensTraining, Statistics, Training, activation_chunks
 
 import numpy as np
 import torch
+from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
+from dictionary_learning.training import trainSAE
 from sae_lens import TopKSAE as LensSAE
 from sae_lens import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
@@ -93,6 +96,14 @@ Where they do not: run_evals as it comes (h and KL at T positions, no end-of-tex
 READ = """
 A saved SAE read by sparsify's SparseCoder.load_from_disk: largest |difference of h_hat| / |h|, and
 how many tokens have other latents.
+"""
+
+
+STEP = """{versions}; {kernels}
+
+A training step at d = {d}, F = {F}, k = {k}, {n} tokens, threads: {threads}, CPU time: what {more} steps
+more take of each library's own trainer with its optimiser, AuxK idle, same activations; median of {rounds}
+interleaved. Bare encode GEMM {gemm:.0f} ms.
 """
 
 
@@ -194,6 +205,28 @@ def sparsify(
         return run_sparsify(SparseCoder.load_from_disk(f"{folder}/unnamed/stream").requires_grad_(False))
 
 
+def dictionary_learning(
+    h: torch.Tensor, order: torch.Tensor, d_sae: int, k: int, seed: int, step: int
+) -> None:
+    """trainSAE, which has no defaults for a short run."""
+    batches = order.split(step)
+    config = dict(
+        trainer=TopKTrainer,
+        dict_class=AutoEncoderTopK,
+        activation_dim=h.shape[1],
+        dict_size=d_sae,
+        k=k,
+        steps=len(batches) + 1,
+        warmup_steps=0,
+        seed=seed,
+        layer=0,
+        lm_name="none",
+        device="cpu",
+    )
+    with quiet():
+        trainSAE((h[i] for i in batches), [config], len(batches), device="cpu", use_wandb=False)
+
+
 def run_sparsify(sae: SparseCoder) -> Forward:
     def forward(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         code = sae.encode(h)
@@ -202,6 +235,51 @@ def run_sparsify(sae: SparseCoder) -> Forward:
         return sae.decode(code.top_acts, code.top_indices), active
 
     return forward
+
+
+def step_times(d: int, d_sae: int, k: int, n: int, more: int, rounds: int) -> tuple[list[dict], float]:
+    """(rows of the table, seconds of a bare encode GEMM). A step: what `more` of them take longer."""
+    h = torch.randn((1 + more) * n, d, generator=torch.Generator().manual_seed(0))
+    order, W = torch.arange(len(h)), torch.randn(d_sae, d)
+    statistics = Statistics.of(h[:n], torch.zeros(n, dtype=torch.bool))
+
+    def ours(recipe: type[Training]) -> Callable[[torch.Tensor], object]:
+        def train(order: torch.Tensor) -> None:
+            training = recipe(statistics, d_sae, k, 0, [10**8])
+            for batch in order.split(n):
+                training.one_step(h[batch])
+
+        return train
+
+    def theirs(train: Callable, **how: Any) -> Callable[[torch.Tensor], object]:
+        return lambda order: train(h[: len(order)], order, d_sae, k, 0, n, **how)
+
+    everyone = {
+        BASE: ours(Training),
+        "this project, `saelens`": ours(SAELensTraining),
+        "sparsify, its defaults (signum)": theirs(sparsify),
+        "sparsify adam": theirs(sparsify, optimizer="adam"),
+        "SAELens": theirs(saelens),
+        "dictionary_learning": theirs(dictionary_learning),
+    }
+    jobs: dict[str, Callable[[], object]] = {"gemm": lambda: h[:n] @ W.T}
+    for name, train in everyone.items():
+        jobs[name + " 1"] = functools.partial(train, order[:n])
+        jobs[name] = functools.partial(train, order)
+    seconds = bench.take_turns(jobs, rounds, warm_up=1)
+    step = {name: (seconds[name] - seconds[name + " 1"]) / more for name in everyone}
+    rows = []
+    for name, s in step.items():
+        by_gemm, by_base = s / seconds["gemm"], s / step[BASE]
+        rows.append(
+            {
+                "trainer": name,
+                "ms": f"{1e3 * s:.1f}",
+                "by GEMM": f"{by_gemm:.2f}",
+                "by base": f"{by_base:.2f}",
+            }
+        )
+    return rows, seconds["gemm"]
 
 
 def trainers(tokens: int) -> dict[str, Trainer]:
@@ -434,7 +512,25 @@ def main() -> None:
     parser.add_argument("--ctx", default=256, type=int)
     parser.add_argument("--eval-seqs", default=48, type=int, help="held out, for R²")
     parser.add_argument("--parity-seqs", default=16, type=int, help="of them, for SAELens' evaluation")
+    parser.add_argument("--step", type=bench.ints, metavar="d,F,k,tokens")
+    parser.add_argument("--more", default=3, type=int, help="steps timed, with --step")
+    parser.add_argument("--rounds", default=3, type=int, help="with --step")
     args = parser.parse_args()
+    if args.step:
+        d, F, k, n = args.step
+        rows, gemm = step_times(d, F, k, n, args.more, args.rounds)
+        libraries = ("torch", "sae-lens", "eai-sparsify", "dictionary-learning")
+        print(
+            STEP.format(
+                versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries),
+                kernels=kernels.describe(),
+                threads=torch.get_num_threads(),
+                gemm=1e3 * gemm,
+                **dict(d=d, F=F, k=k, n=n, more=args.more, rounds=args.rounds),
+            )
+        )
+        show(rows)
+        return
     data, tokenizer = loaded(args.model, args.tokens, args.ctx, args.eval_seqs)
     libraries = ("torch", "sae-lens", "eai-sparsify", "transformer-lens", "transformers")
     print(

@@ -21,6 +21,7 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -495,6 +496,7 @@ double price_of_integers() {
 
 enum First { INTEGERS, OWN, NONE, MEASURED };
 First asked_for = MEASURED;
+std::atomic<int64_t> went_on[2];  // tokens that the first and the second screen left to the next
 
 double measured_price() {
   static const double price = price_of_integers();
@@ -531,10 +533,12 @@ void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const 
     if (first == INTEGERS) {
       Screen<T, int32_t> screen(problem, most, 4 * k + F / 16);
       some(tokens, screen);
+      went_on[0] += tokens.size();
     }
     if (first != NONE && !tokens.empty()) {
       Screen<T, T> screen(problem, std::min<int64_t>(most, tokens.size()), 4 * k + 256);
       some(tokens, screen);
+      went_on[1] += tokens.size();
     }
     without_a_screen(problem, tokens);
   });
@@ -566,4 +570,8 @@ void screen_first(const std::string& name) {
   const auto at = std::find(names.begin(), names.end(), name);
   STD_TORCH_CHECK(at != names.end(), "screen_first: integers, own, none or measured, not ", name);
   asked_for = First(at - names.begin());
+}
+
+std::tuple<int64_t, int64_t> tokens_that_went_on() {
+  return {went_on[0].exchange(0), went_on[1].exchange(0)};
 }

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <tuple>
@@ -16,7 +17,9 @@
 
 namespace {
 
-constexpr int STATS = 5;  // columns of a distortion, kernels.STATS
+constexpr int64_t AHEAD = 8;   // entries of a code between a row's prefetch and its use
+constexpr int64_t BLOCK = 64;  // latents whose partial sums are one number
+constexpr int STATS = 5;       // columns of a distortion, kernels.STATS
 
 void check_code(const char* op, const Tensor& indices, int64_t F) {
   const int64_t* f = in<int64_t>(indices);
@@ -26,43 +29,83 @@ void check_code(const char* op, const Tensor& indices, int64_t F) {
 }
 
 // ---------------------------------------------------------------------------------------------------- decode
-// acc += sum_j values[j] W[indices[j]]. Four rows of W per pass over acc: a quarter of its loads and stores.
-// Rows lie anywhere in W, so the processor is told of the next four while it adds these, at a token's end the
-// next token's (`more` entries follow).
-template <class T>
-WIDE void add_rows(const T* values, const int64_t* indices, int64_t k, int64_t more, const T* W, int64_t d,
+// acc [d] += sum of values[j] W[indices[j]] over R entries, in the order of j, but four of them by pairs. Rows
+// lie anywhere in W, so the processor is told of four that come later while it adds these.
+template <int R, class T>
+WIDE void add_rows(const T* values, const int64_t* indices, const int64_t* later, const T* W, int64_t d,
                    T* __restrict acc) {
   typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
   constexpr int64_t width = sizeof(Vector) / sizeof(T);
-  int64_t j = 0;
-  for (; j + 4 <= k; j += 4) {
-    const T v0 = values[j], v1 = values[j + 1], v2 = values[j + 2], v3 = values[j + 3];
-    const T *w0 = W + indices[j] * d, *w1 = W + indices[j + 1] * d;
-    const T *w2 = W + indices[j + 2] * d, *w3 = W + indices[j + 3] * d;
-    const T* next[4];
-    for (int l = 0; l < 4; ++l) next[l] = W + indices[std::min(j + 4 + l, k + more - 1)] * d;
-    int64_t i = 0;
-    for (; i + width <= d; i += width) {
-      for (int l = 0; l < 4; ++l) __builtin_prefetch(next[l] + i);
-      *(Vector*)(acc + i) += (v0 * *(const Vector*)(w0 + i) + v1 * *(const Vector*)(w1 + i)) +
-                           (v2 * *(const Vector*)(w2 + i) + v3 * *(const Vector*)(w3 + i));
-    }
-    for (; i < d; ++i) acc[i] += (v0 * w0[i] + v1 * w1[i]) + (v2 * w2[i] + v3 * w3[i]);
+  const T *w[R], *next[4];
+  for (int r = 0; r < R; ++r) w[r] = W + indices[r] * d;
+  for (int l = 0; l < 4; ++l) next[l] = W + later[l] * d;
+  int64_t i = 0;
+  for (; i + width <= d; i += width) {
+    for (int l = 0; l < 4; ++l) __builtin_prefetch(next[l] + i);
+    Vector term[R], sum = *(const Vector*)(acc + i);
+    for (int r = 0; r < R; ++r) term[r] = values[r] * *(const Vector*)(w[r] + i);
+    if constexpr (R == 4)
+      sum += (term[0] + term[1]) + (term[2] + term[3]);
+    else
+      for (int r = 0; r < R; ++r) sum += term[r];
+    *(Vector*)(acc + i) = sum;
   }
-  for (; j < k; ++j) {
-    const T v = values[j], *w = W + indices[j] * d;
-    for (int64_t i = 0; i < d; ++i) acc[i] += v * w[i];
+  for (; i < d; ++i) {
+    T term[R];
+    for (int r = 0; r < R; ++r) term[r] = values[r] * w[r][i];
+    if constexpr (R == 4)
+      acc[i] += (term[0] + term[1]) + (term[2] + term[3]);
+    else
+      for (int r = 0; r < R; ++r) acc[i] += term[r];
   }
 }
 
-template <class T> WIDE T dot(const T* a, const T* b, int64_t d) {
-  T lane[2 * LANES] = {}, sum = 0;
+// acc [d] = sum_j values[j] W[indices[j]] over k entries; `more` follow them in memory and are wanted next.
+// Four rows per pass over acc: a quarter of its loads and stores.
+template <class T>
+void sum_rows(const T* values, const int64_t* indices, int64_t k, int64_t more, const T* W, int64_t d, T* acc) {
+  std::fill(acc, acc + d, T(0));
+  for (int64_t j = 0; j < k; j += 4) {
+    int64_t later[4];
+    for (int l = 0; l < 4; ++l) later[l] = indices[std::min(j + AHEAD + l, k + more - 1)];
+    switch (k - j) {
+      case 1: add_rows<1>(values + j, indices + j, later, W, d, acc); break;
+      case 2: add_rows<2>(values + j, indices + j, later, W, d, acc); break;
+      case 3: add_rows<3>(values + j, indices + j, later, W, d, acc); break;
+      default: add_rows<4>(values + j, indices + j, later, W, d, acc);
+    }
+  }
+}
+
+// out[j] = a . W[indices[j]] for R rows: one at a time waits for its additions, four keep the processor busy.
+// The order of summation is the same for every R: 2 LANES sums, these by halves, then what is left over.
+template <int R, class T>
+WIDE void dots(const T* a, const T* W, const int64_t* indices, int64_t d, T* out) {
+  typedef T Vector __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+  typedef T Half __attribute__((vector_size(LANES / 2 * sizeof(T)), may_alias));
+  typedef T Quarter __attribute__((vector_size(LANES / 4 * sizeof(T)), may_alias));
+  Vector low[R] = {}, high[R] = {};
+  const T* w[R];
+  for (int r = 0; r < R; ++r) w[r] = W + indices[r] * d;
   int64_t i = 0;
   for (; i + 2 * LANES <= d; i += 2 * LANES)
-    for (int l = 0; l < 2 * LANES; ++l) lane[l] += a[i + l] * b[i + l];
-  for (; i < d; ++i) sum += a[i] * b[i];
-  for (int l = 0; l < 2 * LANES; ++l) sum += lane[l];
-  return sum;
+    for (int r = 0; r < R; ++r) {
+      low[r] += *(const Vector*)(a + i) * *(const Vector*)(w[r] + i);
+      high[r] += *(const Vector*)(a + i + LANES) * *(const Vector*)(w[r] + i + LANES);
+    }
+  for (int r = 0; r < R; ++r) {
+    const Vector all = low[r] + high[r];
+    const Half half = ((const Half*)&all)[0] + ((const Half*)&all)[1];
+    const Quarter sum = ((const Quarter*)&half)[0] + ((const Quarter*)&half)[1];
+    out[r] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    for (int64_t l = i; l < d; ++l) out[r] += a[l] * w[r][l];
+  }
+}
+
+template <class T> void dots_of(const T* a, const T* W, const int64_t* indices, int64_t k, int64_t d, T* out) {
+  int64_t j = 0;
+  for (; j + 4 <= k; j += 4) dots<4>(a, W, indices + j, d, out + j);
+  for (; j < k; ++j) dots<1>(a, W, indices + j, d, out + j);
 }
 
 struct Code {  // the operands that decode and distortion share, checked and contiguous
@@ -78,12 +121,10 @@ struct Code {  // the operands that decode and distortion share, checked and con
     check(op, b_, v.scalar_type(), {d});
     check_code(op, indices, F);
   }
-  // acc [d] is scratch: it stays in cache while rows pass through
-  template <class T> void row(int64_t n, T* acc, T* h_hat) const {
+  template <class T> void row(int64_t n, T* h_hat) const {
     const T* bias = in<T>(b);
-    std::fill(acc, acc + d, T(0));
-    add_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, (N - n - 1) * k, in<T>(W), d, acc);
-    for (int64_t i = 0; i < d; ++i) h_hat[i] = acc[i] + bias[i];  // last: b may be far larger than the sum
+    sum_rows(in<T>(values) + n * k, in<int64_t>(indices) + n * k, k, (N - n - 1) * k, in<T>(W), d, h_hat);
+    for (int64_t i = 0; i < d; ++i) h_hat[i] += bias[i];  // last: b may be far larger than the sum
   }
 };
 
@@ -93,15 +134,36 @@ Tensor sparse_decode(const Tensor& values, const Tensor& indices, const Tensor& 
   by_dtype(h_hat, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, code.N, 16, [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(code.d);
-      for (int64_t n = begin; n < end; ++n) code.row(n, scratch.data(), out<T>(h_hat) + n * code.d);
+      for (int64_t n = begin; n < end; ++n) code.row(n, out<T>(h_hat) + n * code.d);
     });
   });
   return h_hat;
 }
 
-// One pass: h_hat of a token is built in cache, and its sums are taken from there with h and g, in float64
-// over four lanes.
+// The sums of one token, in float64 over four lanes.
+template <class T> WIDE void statistics(const T* h, const T* g, const T* h_hat, int64_t d, T* to) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+  typedef double Wide __attribute__((vector_size(4 * sizeof(double))));
+  Wide sums[STATS] = {};
+  for (int64_t i = 0; i < d; i += 4) {
+    Wide x = {}, y = {}, grad = {};
+    if (i + 4 <= d) {
+      x = __builtin_convertvector(*(const Four*)(h + i), Wide);
+      y = __builtin_convertvector(*(const Four*)(h_hat + i), Wide);
+      grad = __builtin_convertvector(*(const Four*)(g + i), Wide);
+    } else
+      for (int64_t l = 0; l < d - i; ++l) x[l] = h[i + l], y[l] = h_hat[i + l], grad[l] = g[i + l];
+    const Wide delta = y - x;
+    sums[0] += grad * delta;
+    sums[1] += delta * delta;
+    sums[2] += y * y;
+    sums[3] += x * y;
+    sums[4] += x * x;
+  }
+  for (int s = 0; s < STATS; ++s) to[s] = T((sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]));
+}
+
+// One pass: h_hat of a token is built in cache, and its sums are taken from there with h and g.
 std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, const Tensor& indices,
                                                         const Tensor& W_dec, const Tensor& b_dec,
                                                         const Tensor& h_, const Tensor& g_, bool want_h_hat) {
@@ -118,17 +180,8 @@ std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, co
       std::vector<T> scratch(d);
       for (int64_t n = begin; n < end; ++n) {
         T* y = want_h_hat ? out<T>(h_hat) + n * d : scratch.data();
-        code.row(n, scratch.data(), y);
-        const T *x = in<T>(h) + n * d, *grad = in<T>(g) + n * d;
-        double sums[STATS][4] = {};
-        for (int64_t i0 = 0; i0 < d; i0 += 4)
-          for (int64_t i = i0; i < std::min(i0 + 4, d); ++i) {
-            const double xi = x[i], yi = y[i], delta = yi - xi;
-            const double terms[STATS] = {grad[i] * delta, delta * delta, yi * yi, xi * yi, xi * xi};
-            for (int s = 0; s < STATS; ++s) sums[s][i - i0] += terms[s];
-          }
-        T* to = out<T>(stats) + n * STATS;
-        for (int s = 0; s < STATS; ++s) to[s] = T((sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]));
+        code.row(n, y);
+        statistics(in<T>(h) + n * d, in<T>(g) + n * d, y, d, out<T>(stats) + n * STATS);
       }
     });
   });
@@ -136,6 +189,34 @@ std::tuple<Tensor, Tensor> gradient_weighted_distortion(const Tensor& values, co
 }
 
 // -------------------------------------------------------------------------------------------------- backward
+// delta = h_hat - h [N,d], delta . W_dec[indices] [N,k] and |delta|^2 [N]: what the gradients of |delta|^2 need.
+// A token's rows of W_dec are read for h_hat and again for the products, then from the level-2 cache.
+std::tuple<Tensor, Tensor, Tensor> reconstruction_error(const Tensor& values, const Tensor& indices,
+                                                        const Tensor& W_dec, const Tensor& b_dec,
+                                                        const Tensor& h_) {
+  const char* op = "reconstruction_error";
+  const Code code(op, values, indices, W_dec, b_dec);
+  const int64_t N = code.N, d = code.d, k = code.k;
+  check(op, h_, values.scalar_type(), {N, d});
+  Tensor h = contiguous(h_), delta = like(h, {N, d}), products = like(h, {N, k}), squares = like(h, {N});
+  by_dtype(h, [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
+      const int64_t *f = in<int64_t>(code.indices), self = 0;
+      const T *x = in<T>(h), *W = in<T>(code.W);
+      T *to = out<T>(delta), *prod = out<T>(products), *sq = out<T>(squares);
+      for (int64_t n = begin; n < end; ++n) {
+        T* row = to + n * d;
+        code.row(n, row);
+        for (int64_t i = 0; i < d; ++i) row[i] -= x[n * d + i];
+        dots_of(row, W, f + n * k, k, d, prod + n * k);
+        dots<1>(row, row, &self, d, sq + n);
+      }
+    });
+  });
+  return {delta, products, squares};
+}
+
 // out[n,j] = x[n] . W[indices[n,j]]
 Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
   const char* op = "gather_dot";
@@ -147,66 +228,171 @@ Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
   check(op, indices_, ScalarType::Long, {N, k});
   Tensor x = contiguous(x_), W = contiguous(W_), indices = contiguous(indices_);
   check_code(op, indices, F);
-  Tensor dots = like(x, {N, k});
+  Tensor products = like(x, {N, k});
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
       const T *from = in<T>(x), *rows = in<T>(W);
       const int64_t* f = in<int64_t>(indices);
-      T* to = out<T>(dots);
-      for (int64_t at = begin * k; at < end * k; ++at) to[at] = dot(from + at / k * d, rows + f[at] * d, d);
+      T* to = out<T>(products);
+      for (int64_t n = begin; n < end; ++n) dots_of(from + n * d, rows, f + n * k, k, d, to + n * k);
     });
   });
-  return dots;
+  return products;
 }
 
-// rows[f] = sum of coef[n,j] x[n] over the entries with indices[n,j] = f, sums[f] = sum of their coef. A
-// counting sort lists each latent's entries in token order; then a thread owns whole rows. Sums of 32 entries
-// go into a float64 total, so that a latent that fires on every token loses no more digits than in a blocked
-// matmul.
+// The entries of a code by latent: those of f are start[f] to start[f + 1], in token order (a counting sort).
+template <class T> struct ByLatent {
+  std::vector<int64_t> start, token;
+  std::vector<T> coef;
+  const T* x;  // [N,d]
+  int64_t d;
+
+  ByLatent(const char* op, const Tensor& coef_, const Tensor& indices_, const Tensor& x_, int64_t F)
+      : start(F + 2), x(in<T>(x_)), d(x_.size(1)) {
+    const int64_t N = coef_.size(0), k = coef_.size(1);
+    check_code(op, indices_, F);
+    const int64_t* f = in<int64_t>(indices_);
+    const T* c = in<T>(coef_);
+    token.resize(N * k), coef.resize(N * k);
+    for (int64_t at = 0; at < N * k; ++at) ++start[f[at] + 2];
+    for (int64_t i = 2; i < F + 2; ++i) start[i] += start[i - 1];
+    for (int64_t n = 0, at = 0; n < N; ++n)
+      for (int64_t j = 0; j < k; ++j, ++at) {
+        const int64_t to = start[f[at] + 1]++;
+        token[to] = n, coef[to] = c[at];
+      }
+  }
+
+  // g [d] = sum of coef x[token] over the entries of f -> sum of coef. Sums of 32 entries go into a float64
+  // total, so that a latent that fires on every token loses no more digits than in a blocked matmul; total [d]
+  // is scratch.
+  double sum(int64_t f, T* g, double* total) const {
+    double sum = 0;
+    const int64_t first = start[f], last = start[f + 1];
+    for (int64_t e0 = first; e0 == first || e0 < last; e0 += 32) {
+      const int64_t e1 = std::min(e0 + 32, last);
+      sum_rows(coef.data() + e0, token.data() + e0, e1 - e0, int64_t(token.size()) - e1, x, d, g);
+      sum += std::accumulate(coef.data() + e0, coef.data() + e1, 0.0);
+      if (last - first <= 32) return sum;
+      if (e0 == first) std::fill(total, total + d, 0);
+      for (int64_t i = 0; i < d; ++i) total[i] += g[i];
+    }
+    std::copy(total, total + d, g);
+    return sum;
+  }
+};
+
+void check_entries(const char* op, const Tensor& coef, const Tensor& indices, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && coef.dim() == 2, op, ": coef and x must have two dimensions");
+  check(op, x, x.scalar_type(), {x.size(0), x.size(1)});
+  check(op, coef, x.scalar_type(), {x.size(0), coef.size(1)});
+  check(op, indices, ScalarType::Long, {x.size(0), coef.size(1)});
+}
+
+// rows[f] = sum of coef[n,j] x[n] over the entries with indices[n,j] = f, sums[f] = sum of their coef. A thread
+// owns whole rows.
 std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indices_, const Tensor& x_,
                                         int64_t F) {
   const char* op = "scatter_rows";
-  STD_TORCH_CHECK(x_.dim() == 2 && coef_.dim() == 2 && F >= 0, op, ": coef and x must have two dimensions");
-  const int64_t N = x_.size(0), d = x_.size(1), k = coef_.size(1);
-  check(op, x_, x_.scalar_type(), {N, d});
-  check(op, coef_, x_.scalar_type(), {N, k});
-  check(op, indices_, ScalarType::Long, {N, k});
+  STD_TORCH_CHECK(F >= 0, op, ": F=", F, " is negative");
+  check_entries(op, coef_, indices_, x_);
   Tensor x = contiguous(x_), coef = contiguous(coef_), indices = contiguous(indices_);
-  check_code(op, indices, F);
+  const int64_t d = x.size(1);
   Tensor rows = like(x, {F, d}), sums = like(x, {F});
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t* f = in<int64_t>(indices);
-    std::vector<int64_t> start(F + 2), token(N * k);
-    std::vector<T> sorted(N * k);
-    const T *c = in<T>(coef), *from = in<T>(x);
-    for (int64_t at = 0; at < N * k; ++at) ++start[f[at] + 2];
-    for (int64_t i = 2; i < F + 2; ++i) start[i] += start[i - 1];
-    // After this the entries from start[f] to start[f + 1] belong to f.
-    for (int64_t at = 0; at < N * k; ++at) {
-      const int64_t to = start[f[at] + 1]++;
-      token[to] = at / k, sorted[to] = c[at];
-    }
+    const ByLatent<T> entries(op, coef, indices, x, F);
     torch::stable::parallel_for(0, F, 64, [&](int64_t begin, int64_t end) {
-      std::vector<T> part(d);
       std::vector<double> total(d);
-      for (int64_t row = begin; row < end; ++row) {
-        double sum = 0;
-        std::fill(total.begin(), total.end(), 0);
-        for (int64_t e0 = start[row]; e0 < start[row + 1]; e0 += 32) {
-          const int64_t e1 = std::min(e0 + 32, start[row + 1]);
-          std::fill(part.begin(), part.end(), T(0));
-          add_rows(sorted.data() + e0, token.data() + e0, e1 - e0, N * k - e1, from, d, part.data());
-          for (int64_t i = 0; i < d; ++i) total[i] += part[i];
-          sum += std::accumulate(sorted.data() + e0, sorted.data() + e1, 0.0);
-        }
-        std::copy(total.begin(), total.end(), out<T>(rows) + row * d);
-        out<T>(sums)[row] = T(sum);
-      }
+      for (int64_t f = begin; f < end; ++f)
+        out<T>(sums)[f] = T(entries.sum(f, out<T>(rows) + f * d, total.data()));
     });
   });
   return {rows, sums};
+}
+
+// -------------------------------------------------------------------------------------------------- optimiser
+struct Rates {  // of one step of Adam (Kingma & Ba 2015) after t of them
+  double step, root, beta1, beta2, eps;  // rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+};
+
+template <class T>
+WIDE void adam(T* __restrict w, T* __restrict m, T* __restrict v, const T* __restrict g, int64_t d, Rates of) {
+  const T step = of.step, root = of.root, one = 1 - of.beta1, beta2 = of.beta2, two = 1 - of.beta2, eps = of.eps;
+  for (int64_t i = 0; i < d; ++i) {
+    m[i] += one * (g[i] - m[i]);
+    v[i] = beta2 * v[i] + two * (g[i] * g[i]);
+    w[i] -= step * (m[i] / (std::sqrt(v[i]) * root + eps));
+  }
+}
+
+template <class T> WIDE void add_scaled(T* __restrict y, const T* __restrict x, T a, int64_t d) {
+  for (int64_t i = 0; i < d; ++i) y[i] += a * x[i];
+}
+
+template <class T> WIDE void multiply(T* y, T a, int64_t d) {
+  for (int64_t i = 0; i < d; ++i) y[i] *= a;
+}
+
+// A step of Adam on W [F,d], whose gradient is scatter_rows(coef, indices, x), and `more` [D,d] at its `rows`
+// [D] -> the column sums [F] of the code (the gradient of a bias), and sums . W [d] for W before the step (minus
+// the gradient of what was subtracted from every x). The gradient lives in cache, a row at a time: m, v and W
+// pass through memory once. unit: rows of W have norm 1 before and after, and what of the gradient is along
+// them is taken out.
+std::tuple<Tensor, Tensor> adam_rows_(const Tensor& W, const Tensor& m, const Tensor& v, const Tensor& coef_,
+                                      const Tensor& indices_, const Tensor& x_, const Tensor& rows_,
+                                      const Tensor& more_, double step, double root, double beta1,
+                                      double beta2, double eps, bool unit) {
+  const char* op = "adam_rows_";
+  check_entries(op, coef_, indices_, x_);
+  STD_TORCH_CHECK(W.dim() == 2 && rows_.dim() == 1, op, ": W must have two dimensions, rows one");
+  const int64_t F = W.size(0), d = x_.size(1), D = rows_.size(0), blocks = (F + BLOCK - 1) / BLOCK;
+  for (const Tensor* t : {&W, &m, &v}) {
+    check(op, *t, x_.scalar_type(), {F, d});
+    STD_TORCH_CHECK(t->is_contiguous(), op, ": what is updated must be contiguous");
+  }
+  check(op, rows_, ScalarType::Long, {D});
+  check(op, more_, x_.scalar_type(), {D, d});
+  Tensor x = contiguous(x_), coef = contiguous(coef_), indices = contiguous(indices_);
+  Tensor rows = contiguous(rows_), more = contiguous(more_);
+  check_code(op, rows, F);
+  std::vector<int64_t> at(F, -1);  // in more
+  for (int64_t i = 0; i < D; ++i) at[in<int64_t>(rows)[i]] = i;
+  const Rates rates{step, root, beta1, beta2, eps};
+  Tensor sums = like(x, {F}), back = like(x, {d});
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const ByLatent<T> entries(op, coef, indices, x, F);
+    std::vector<T> partial(blocks * d);  // sums . W of a block
+    T *weights = out<T>(W), *first = out<T>(m), *second = out<T>(v), *column = out<T>(sums);
+    const T* extra = in<T>(more);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> g(d);
+      std::vector<double> total(d);
+      const int64_t self = 0;
+      for (int64_t f = begin * BLOCK; f < std::min(end * BLOCK, F); ++f) {
+        T *w = weights + f * d, along, square;
+        column[f] = T(entries.sum(f, g.data(), total.data()));
+        if (column[f] != 0) add_scaled(partial.data() + f / BLOCK * d, w, column[f], d);
+        if (at[f] >= 0) add_scaled(g.data(), extra + at[f] * d, T(1), d);
+        if (unit) {
+          dots<1>(g.data(), w, &self, d, &along);
+          add_scaled(g.data(), w, -along, d);
+        }
+        adam(w, first + f * d, second + f * d, g.data(), d, rates);
+        if (unit) {
+          dots<1>(w, w, &self, d, &square);
+          multiply(w, 1 / std::sqrt(square), d);
+        }
+      }
+    });
+    std::vector<double> total(d);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = 0; i < d; ++i) total[i] += partial[b * d + i];
+    std::copy(total.begin(), total.end(), out<T>(back));
+  });
+  return {sums, back};
 }
 
 }  // namespace
@@ -218,6 +404,11 @@ STABLE_TORCH_LIBRARY(tg, m) {
         "Tensor h, Tensor g, bool want_h_hat) -> (Tensor, Tensor)");
   m.def("gather_dot(Tensor x, Tensor W, Tensor indices) -> Tensor");
   m.def("scatter_rows(Tensor coef, Tensor indices, Tensor x, int F) -> (Tensor, Tensor)");
+  m.def("reconstruction_error(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec, Tensor h) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("adam_rows_(Tensor(a!) W, Tensor(b!) m, Tensor(c!) v, Tensor coef, Tensor indices, Tensor x, "
+        "Tensor rows, Tensor more, float step, float root, float beta1, float beta2, float eps, bool unit) "
+        "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tg, CPU, m) {
@@ -225,6 +416,8 @@ STABLE_TORCH_LIBRARY_IMPL(tg, CPU, m) {
   m.impl("gradient_weighted_distortion", TORCH_BOX(&gradient_weighted_distortion));
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
   m.impl("scatter_rows", TORCH_BOX(&scatter_rows));
+  m.impl("reconstruction_error", TORCH_BOX(&reconstruction_error));
+  m.impl("adam_rows_", TORCH_BOX(&adam_rows_));
 }
 
 // Importing the module runs the registrations above; what it holds says which build this is.
@@ -233,5 +426,9 @@ PYBIND11_MODULE(_kernels, m) {
   m.attr("source") = BUILD_SOURCE;
   m.def("screen_first", &screen_first);
   m.def("integers_price", &integers_price);
+  m.def("tokens_that_went_on", [] {
+    const auto [integers, own] = tokens_that_went_on();
+    return pybind11::make_tuple(integers, own);
+  });
   m.attr("WORTH") = WORTH;
 }

@@ -21,6 +21,18 @@ SMALL = (
 ).split()
 
 
+# most kB that a subprocess has held; ru_maxrss would begin with what its parent holds
+PEAK = """
+import pathlib, re, resource
+
+def peak():
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # a Mac counts bytes
+"""
+
+
 # ----------------------------------------------------------------------------------------------- small models
 def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dtype=torch.float64):
     """A GPT-NeoX of random weights, so small that every term matters; float64 so that closed forms can be met
@@ -66,7 +78,7 @@ def one_hook(eval_seqs: int, ctx: int):
         recipes=("base",),
         sinks=("keep",),
         saes=(),
-        basis=None,
+        basis=(),
         data="stdlib",
         split="train",
         revision=None,

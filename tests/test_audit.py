@@ -3,6 +3,7 @@ the loopback.
 """
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -11,6 +12,7 @@ import zygote
 from helpers import ROOT, contents, script
 from hub import serve
 from transport_geometry import formats
+from transport_geometry.audit import SHORT_FLAG
 from transport_geometry.flag import flag
 from transport_geometry.lm import Hook
 from transport_geometry.models import load_model
@@ -172,16 +174,18 @@ def healed(hub):
     hub.requests.clear()
 
 
-def expb(hub, out, sae, *more, models=f"{MODEL}@3", environment=None, **how):
+def run(hub, out, sae, *more, models=f"{MODEL}@3", environment=None, name="audit.py", **how):
+    """out: None, the default folder."""
     named = ["--models", models] if models else []
-    command = ["--sae", sae, *named, "--data", DATA, *SIZE, "--device", "cpu", "--out", out, *more]
-    return script("expb.py", *command, environment=environment or hub.here, **how)
+    named += ["--out", out] if out else []
+    command = ["--sae", sae, *named, "--data", DATA, *SIZE, "--device", "cpu", *more]
+    return script(name, *command, environment=environment or hub.here, **how)
 
 
 @pytest.fixture(scope="module")
 def audit(hub, tmp_path_factory):
     out = tmp_path_factory.mktemp("audit") / "out"
-    return out, expb(hub, out, SAES)
+    return out, run(hub, out, SAES)
 
 
 def test_the_headline_command(audit, hub):
@@ -214,14 +218,14 @@ def test_the_headline_command(audit, hub):
     assert row["fvu_as_said"] < row["fvu_otherwise"] * 1.05
     report = (out / "report.md").read_text()
     assert (
-        "Can its R² be trusted?" in report
+        "Can the R² of this SAE be trusted" in report
+        and "Can the R² of this SAE be trusted" in done.stdout
         and row["flag"] in report
-        and row["flag"] in done.stdout
-        and "undecided" in report
+        and SHORT_FLAG[row["flag"]] in done.stdout
         and "8 sequences of 64 tokens" in report
     )
     verdict = json.loads((out / "verdict.json").read_text())
-    assert "undecided" in (verdict["leaf"], verdict.get("leaf_if_ungated"))
+    assert verdict["h2"]["leaf_if_ungated"] == "undecided" and verdict["leaf"] == "no pair to judge"
     nulls = {r["sae"]: r for r in read_table(out / "conditions.csv") if r["recipe"] == "null"}
     assert set(nulls) == {"null-identity", "null-mean", "null-random", "null-gaussian"}
     assert (
@@ -247,9 +251,9 @@ def test_numbers_are_those_of_the_sae_on_the_held_out_rows(audit, hub):
 def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
     out, _ = audit
     before = contents(out)
-    expb(hub, out, SAES)
+    run(hub, out, SAES)
     assert contents(out) == before
-    expb(hub, out, SAES, "--from", out)
+    run(hub, out, SAES, "--from", out)
     assert contents(out) == before
 
 
@@ -259,7 +263,7 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     """
     saes = [f"{SAES}/layers.3", "org/bench/TopK*", "org/bench/BatchTopK*", "org/lens", "org/lens-bos"]
     saes += ["org/sae-pythia-70m-deduped-x64-k32-layers-3", "org/openai"]
-    done = expb(hub, tmp_path / "out", ",".join(saes))
+    done = run(hub, tmp_path / "out", ",".join(saes))
     rows = {row["sae"]: row for row in read_table(tmp_path / "out/audit.csv")}
     assert len(rows) == 7 and "left out" not in done.stdout
     one = read_table(audit[0] / "audit.csv")[0]
@@ -278,15 +282,14 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     report = (tmp_path / "out/report.md").read_text()
     assert "48 tokens after a BOS" in report
     pairs = {(row["sae_a"], row["sae_b"]): row for row in read_table(tmp_path / "out/pairs.csv")}
-    assert len(pairs) == 6 * 5 // 2  # lens-bos was measured on other tokens
+    # lens-bos was measured on other tokens, and the threshold SAE has another L0
+    alike = [name for name in rows if name not in (bos["sae"], batch["sae"])]
+    assert len(pairs) == 5 * 4 // 2 and {name for two in pairs for name in two} == set(alike)
     assert all(
         row["kind"] == "neither"
         for names, row in pairs.items()
         if set(names) <= {f"{SAES}/layers.3", "org/lens"}
-        or all("TopK_" in name for name in names)
-        and not any("Batch" in name for name in names)
     )
-    assert "org/lens-bos" not in {name for names in pairs for name in names}
     conditions = read_table(tmp_path / "out/conditions.csv")
     assert {row["n_tok"] for row in conditions} == {8 * 63, 8 * 47} and len(conditions) == 7 + 8
 
@@ -294,10 +297,10 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
 def test_an_edited_configuration_is_another_sae(hub, tmp_path):
     folder = tmp_path / "layers.3"
     shutil.copytree(hub.folder / f"models/{SAES}/layers.3", folder)
-    expb(hub, tmp_path / "out", str(folder))
+    run(hub, tmp_path / "out", str(folder))
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | {"k": 4}))
-    assert "fingerprint" in refused(expb(hub, tmp_path / "out", str(folder), check=2))
+    assert "fingerprint" in refused(run(hub, tmp_path / "out", str(folder), check=2))
 
 
 def test_exp_c_and_exp_e_take_them_too_and_say_what_is_odd(hub, tmp_path):
@@ -309,7 +312,7 @@ def test_exp_c_and_exp_e_take_them_too_and_say_what_is_odd(hub, tmp_path):
     config["trainer"]["lm_name"] += "-deduped"
     (tmp_path / "16/config.json").write_text(json.dumps(config))
     command = "--sae 16 --models stdlib-s --eval-seqs 4 --ctx 32 --device cpu --out out --fresh".split()
-    for name in ("expc_fisher.py", "expe_attention.py", "expb.py"):
+    for name in ("expc_fisher.py", "expe_attention.py", "audit.py"):
         done = script(name, *command, environment=hub.here, folder=tmp_path)
     (row,) = read_table(tmp_path / "out/audit.csv")
     assert (
@@ -320,23 +323,77 @@ def test_exp_c_and_exp_e_take_them_too_and_say_what_is_odd(hub, tmp_path):
 
 
 def test_the_files_name_the_model_and_the_layer(hub, tmp_path):
-    expb(hub, tmp_path / "out", "org/lens", models=None)
+    run(hub, tmp_path / "out", "org/lens", models=None)
     (row,) = read_table(tmp_path / "out/audit.csv")
     assert (row["model"], row["layer"]) == (MODEL, 3)
 
 
 def refused(done):
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("expb.py: ") and "Traceback" not in done.stderr
+    assert last.startswith("audit.py: ") and "Traceback" not in done.stderr
     return last
 
 
 def test_an_sae_one_block_late_is_refused_with_both_numbers(hub, tmp_path):
-    line = refused(expb(hub, tmp_path / "out", "org/one-late", models=MODEL, check=2))
+    line = refused(run(hub, tmp_path / "out", "org/one-late", models=MODEL, check=2))
     assert re.search(r"layer 4, raw\) it leaves 0\.\d+ .* read as layer 3, raw 0\.\d+", line)
     assert not (tmp_path / "out").exists()
-    expb(hub, tmp_path / "out", "org/one-late", "--basis", "raw", models=MODEL)
-    assert read_table(tmp_path / "out/audit.csv")[0]["fvu_as_said"] != 0
+    run(hub, tmp_path / "out", "org/one-late", "--basis", "raw", models=MODEL)
+    assert math.isnan(read_table(tmp_path / "out/audit.csv")[0]["fvu_as_said"])
+
+
+def test_a_basis_reaches_the_sae_that_it_names(hub, tmp_path):
+    """Not those beside it, whose files are believed, and checked."""
+    both = f"{SAES}/layers.3,org/lens"
+    line = refused(run(hub, tmp_path / "out", both, "--basis", "centred", check=2))
+    assert "of which of the 2 SAEs?" in line and "'*=centred'" in line
+    assert "no SAE is called so" in refused(run(hub, tmp_path / "out", both, "--basis", "x=raw", check=2))
+    assert "raw or centred" in refused(run(hub, tmp_path / "out", both, "--basis", "lens=rwa", check=2))
+    run(hub, tmp_path / "out", both, "--basis", "lens=centred")
+    lens, own = sorted(read_table(tmp_path / "out/audit.csv"), key=lambda row: row["sae"] != "org/lens")
+    assert (lens["basis"], own["basis"]) == ("centred", "raw")
+    assert math.isnan(lens["fvu_as_said"]) and own["fvu_as_said"] > 0
+    assert lens["r2"] != own["r2"]  # the same weights
+
+
+def test_one_refused_sae_is_a_row_and_does_not_stop_the_others(hub, tmp_path):
+    broken = ["org/wide", "org/one-late", "org/nope", str(tmp_path / "nothing-here/at-all")]
+    done = run(hub, tmp_path / "out", ",".join([f"{SAES}/layers.3", *broken]), models=MODEL)
+    rows = {row["sae"]: row for row in read_table(tmp_path / "out/audit.csv")}
+    why = {sae: row["refused"] for sae, row in rows.items() if row["flag"] == "refused"}
+    assert rows.keys() - why.keys() == {f"{SAES}/layers.3"} and rows[f"{SAES}/layers.3"]["refused"] == ""
+    assert "reads 32 dimensions" in why["org/wide/layers.3"] and "layer 3, raw 0." in why["org/one-late"]
+    assert "no repository of the hub" in why["org/nope"] and "no such file" in why["nothing-here/at-all"]
+    report = (tmp_path / "out/report.md").read_text()
+    for sae, text in why.items():
+        assert f"refused: {sae}: " in done.stdout and text in report
+    assert "4 others refused" in " ".join(done.stdout.split())
+    for path in (tmp_path / "out").iterdir():
+        assert path.name == "run.json" or str(tmp_path).encode() not in path.read_bytes(), path
+    before = contents(tmp_path / "out")
+    run(hub, tmp_path / "out", "", "--from", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    line = refused(run(hub, tmp_path / "none", ",".join(broken), models=MODEL, check=2))
+    assert "and 3 more" in line and not (tmp_path / "none").exists()
+
+
+def test_another_audit_goes_beside_the_first(hub, tmp_path):
+    """Without --out no audit is in another's way, nor in Exp-B's; with it the refusal is one short line."""
+    for name, sae, folder in (
+        ("audit.py", "org/lens", "audit"),
+        ("expb.py", f"{SAES}/layers.3", "audit-2"),
+        ("audit.py", "org/bench/TopK*", "audit-3"),
+        ("expb.py", f"{SAES}/layers.3", "audit-2"),
+    ):
+        done = run(hub, None, sae, name=name, folder=tmp_path)
+        assert f"report: outputs/{folder}/report.md" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["audit", "audit-2", "audit-3"]
+    line = refused(run(hub, tmp_path / "outputs/audit", "org/bench/TopK*", check=2))
+    said = line.partition(" holds ")[2]
+    assert said.startswith("a run with other settings (saes: there org/lens, here org/bench/TopK_")
+    assert len(said) < 200, said
+    run(hub, None, "org/lens", "--fresh", folder=tmp_path)
+    assert len([*(tmp_path / "outputs").iterdir()]) == 3
 
 
 WRONG = {  # --sae -> what the hub does, what must be said
@@ -362,7 +419,7 @@ def test_what_a_hub_can_do_wrong_is_one_line(hub, tmp_path):
         if rule:
             hub.fail(**rule)
     for sae, (_, says) in WRONG.items():
-        done = expb(hub, tmp_path / "out", sae, check=2, environment=hub.elsewhere, setup=HURRIED)
+        done = run(hub, tmp_path / "out", sae, check=2, environment=hub.elsewhere, setup=HURRIED)
         line = refused(done)
         assert says in line and sae.split("@")[0] in line
     assert not (tmp_path / "out").exists()
@@ -371,7 +428,7 @@ def test_what_a_hub_can_do_wrong_is_one_line(hub, tmp_path):
 
 
 def test_dry_run_lists_them_and_downloads_no_weights(hub, tmp_path):
-    done = expb(hub, tmp_path / "out", SAES, "--dry-run", models=MODEL, environment=hub.elsewhere)
+    done = run(hub, tmp_path / "out", SAES, "--dry-run", models=MODEL, environment=hub.elsewhere)
     assert (
         f"{SAES}/layers.2" in done.stdout
         and f"{SAES}/layers.3" in done.stdout
@@ -387,6 +444,12 @@ def test_the_two_commands_of_formats(hub, tmp_path):
 
     listed = run("list", SAES).stdout
     assert "layers.3.mlp" in listed and "resid_post" in listed
+    for no_sae in (MODEL, ROOT / "demo/stdlib-s"):
+        assert "it holds a language model, and no SAE" in run("list", no_sae, check=2).stderr
+    shutil.copytree(ROOT / "demo/stdlib-s", tmp_path / "both/model")
+    shutil.copytree(hub.folder / f"models/{SAES}/layers.3", tmp_path / "both/layers.3")
+    of_both = run("list", "both").stdout
+    assert "both/layers.3" in of_both and "both/model" not in of_both
     save_sae(
         tmp_path / "mine",
         formats.fused(formats.read(formats.find(str(hub.folder / f"models/{SAES}/layers.3"))[0])),

@@ -53,11 +53,15 @@ def test_bench_fisher(model, shape):
 
 
 def test_bench_kernels():
-    said = bench("bench_kernels", *"--d 8 --F 32 --N 16 --k 4 --n 1".split())
-    names, *numbers = zip(*(line.split() for line in said.splitlines()[-4:]))
+    said = bench("bench_kernels", *"--shapes 8x32 --N 16 --k 4 --n 1".split())
+    lines = [line.rsplit(maxsplit=4) for line in said.splitlines()[-9:]]
+    names, *numbers = zip(*lines[:4])
     assert names == ("encode", "decode", "distortion", "step") and len(numbers) == 4
-    ours, torchs, by_torch, by_gemm = ([float(x) for x in column] for column in numbers)
+    _, _, by_torch, by_gemm = ([float(x) for x in column] for column in numbers)
     assert min(by_torch + by_gemm) > 0
+    named = ("error", "adam rows", "unit rows", "whole step", "rest")
+    assert all(" ".join(line).startswith(name) for line, name in zip(lines[4:], named))
+    assert float(re.search(r"takes ([\d.]+) times", said)[1]) > 0
 
 
 def test_bench_evaluate():

@@ -151,6 +151,43 @@ def test_a_latent_that_only_the_last_digits_decide():
     assert (indices >= 2000).any()
 
 
+def test_the_bounds_hold_and_separate():
+    """A screen whose bound is seen not to hold, or leaves too much, passes a token on: none here."""
+    h, W, b = problem(500, 256, 4096)
+    exact = kernels._module.integers_price() < float("inf")
+    for screen in ("own", "integers"):
+        kernels._module.screen_first(screen)
+        kernels._module.tokens_that_went_on()
+        for tokens, bias in ((h, b), (h, 0 * b), (1e-6 * h, 300 * b)):
+            torch.ops.tg.topk_encode(tokens, W, bias, 32)
+        assert kernels._module.tokens_that_went_on() == (0, 0)
+    torch.ops.tg.topk_encode(h, W[:1].repeat(4096, 1), 0 * b, 32)  # equal latents no screen can separate
+    assert kernels._module.tokens_that_went_on() == (500 * exact, 500)
+
+
+@pytest.mark.parametrize("in_tokens", [False, True])
+def test_what_8_bits_round_away_all_in_one_direction(in_tokens):
+    """Rows of integers up to 127 are exact in 8 bits. Others, larger by .45 in every dimension, look the same
+    there; only the bound knows that they may win.
+    """
+    d, F = 64, 2000
+    exact = torch.randint(20, 100, (F, d), generator=torch.Generator().manual_seed(0)).float()
+    exact[:, 0] = 127
+    more = exact + 0.45
+    more[:, 0] = 127
+    ones = torch.ones(1, d)
+    if in_tokens:  # the first half of the latents takes from a token what the second half gives
+        h, W = more[:40].clone(), torch.cat([-ones, ones]).repeat(F // 2, 1)
+        b = torch.where(W[:, 0] > 0, 0.0, 2 * h.sum(1).mean() - 20) + torch.linspace(0, 2000, F)
+    else:
+        order = exact.sum(1).argsort()
+        h, W, b = ones.repeat(40, 1), exact[order], torch.zeros(F)
+        W[::2] = W[::2] + 0.45 * (torch.arange(d) > 0)
+    kernels._module.tokens_that_went_on()
+    assert_same(h, W, b, 10)
+    assert kernels._module.tokens_that_went_on() == (0, 0)
+
+
 LIMITED = """
 import torch
 from transport_geometry import kernels

@@ -12,6 +12,7 @@ from transport_geometry.stats import document_weights
 
 import numpy as np
 import pytest
+import scipy
 import torch
 
 
@@ -199,7 +200,7 @@ def test_added_value_enumerates_64_patterns():
     rng = np.random.default_rng(1)
     for own in (0.0, 0.0, 1.0):
         x, base, y, meta = conditions(rng, own, layers=3, models=2)
-        rank, least = stats.rankdata, lambda Z, v: v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
+        rank, least = scipy.stats.rankdata, lambda Z, v: v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
         Z = np.column_stack([meta["k"] == 4, meta["k"] == 12, meta["k"] == 32, rank(base)]).astype(float)
         rx, ry = least(Z, rank(x)), least(Z, rank(y))
         r = [

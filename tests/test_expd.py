@@ -177,7 +177,7 @@ def test_exp_d_whole_killed_from_a_folder_and_on_saes_that_exist(tmp_path):
     whole = contents(tmp_path / "out")
     assert " ".join(whole) == (
         "canonical.csv canyon.png conditions.csv critics.csv geometry.csv h3.png norms.png positions.csv "
-        "report.md sequences.npz verdict.json"
+        "report.html report.md sequences.npz verdict.json"
     )
     for name in ("verdict.json", "report.md", "h3.png"):
         (tmp_path / "out" / name).unlink()

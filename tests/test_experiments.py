@@ -53,8 +53,8 @@ def run(tmp_path_factory):
 def test_what_a_run_leaves_behind(run):
     out, cache, printed = run
     assert " ".join(sorted(p.name for p in out.iterdir())) == (
-        "conditions.csv leaderboard.csv leaderboard.png proxies.png report.md run.json sequences.npz "
-        "swd_r2.png verdict.json"
+        "conditions.csv leaderboard.csv leaderboard.png proxies.png report.html report.md run.json "
+        "sequences.npz swd_r2.png verdict.json"
     )
     rows = read_table(out / "conditions.csv")
     assert len(rows) == 3 * (3 + 4) and ",".join(rows[0]).startswith(
@@ -95,7 +95,7 @@ def test_twice_from_an_empty_cache_is_the_same_to_the_byte(run, tmp_path):
 
 def test_tables_come_again_without_a_model(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
-    for name in ("leaderboard.csv", "verdict.json", "report.md", "swd_r2.png"):
+    for name in ("leaderboard.csv", "verdict.json", "report.md", "report.html", "swd_r2.png"):
         (tmp_path / "copy" / name).unlink()
     expb("--from", tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(run[0])
@@ -203,7 +203,7 @@ def run_a(tmp_path_factory):
 def test_what_exp_a_leaves_behind(run_a):
     out, _, printed = run_a
     assert " ".join(sorted(p.name for p in out.iterdir())) == (
-        "conditions.csv deltas.csv deltas.png learning.png mismatch.png report.md run.json "
+        "conditions.csv deltas.csv deltas.png learning.png mismatch.png report.html report.md run.json "
         "sequences.npz verdict.json"
     )
     rows, deltas = read_table(out / "conditions.csv"), read_table(out / "deltas.csv")
@@ -297,7 +297,7 @@ def test_exp_a_gates_exp_b_when_models_data_and_recipe_are_the_same(run_a, run, 
 def test_published_grids_are_priced_without_network(tmp_path):
     for name in ("phase2", "fast2", "fast3"):
         done = expa("--preset", name, "--dry-run", *folders(tmp_path))  # offline, see zygote
-        for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "hours", "32x"):
+        for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "time", "32x"):
             assert word in done.stdout, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
@@ -344,7 +344,7 @@ def test_a_grid_of_next_to_nothing_says_undefined_where_it_is(tmp_path, name, si
     assert "undefined" in written["report.md"] and "Warning" not in done.stderr
     if name == "expb":
         (sae,) = (tmp_path / "cache").iterdir()
-        done = script("expb.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
+        done = script("audit.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
         said = [
             done.stdout,
             *((tmp_path / "audit" / file).read_text() for file in ("report.md", "audit.csv")),
@@ -420,7 +420,7 @@ def test_exp_c_whole_killed_and_without_a_model(tmp_path):
     whole = contents(tmp_path / "out")
     assert " ".join(whole) == (
         "calibration.png conditions.csv estimators.csv geometry.csv leaderboard.csv leaderboard.png path.csv "
-        "report.md sequences.npz verdict.json"
+        "report.html report.md sequences.npz verdict.json"
     )
     expc(*small, "--out", tmp_path / "again", "--cache", tmp_path / "other")
     assert contents(tmp_path / "again") == whole

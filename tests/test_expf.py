@@ -134,7 +134,7 @@ def test_what_a_run_leaves_behind(run):
     out, printed = run
     assert " ".join(sorted(p.name for p in out.iterdir())) == (
         "conditions.csv directions.csv directions.png finish.csv front.png observer.csv quantised.csv "
-        "rate.png rates.csv ratios.csv ratios.png report.md run.json sequences.npz softmax.csv "
+        "rate.png rates.csv ratios.csv ratios.png report.html report.md run.json sequences.npz softmax.csv "
         "spectra.csv units.csv verdict.json"
     )
     report = (out / "report.md").read_text(encoding="utf-8").splitlines()

@@ -8,6 +8,7 @@ import math
 import zygote
 from helpers import tiny_model
 from transport_geometry import text
+from transport_geometry.audit import SHORT_FLAG
 from transport_geometry.evaluate import evaluate
 from transport_geometry.flag import FLAG_COLUMNS, MIN_EFFECT, NO_WIDTH, flag
 from transport_geometry.lm import Hook
@@ -137,13 +138,13 @@ KNOWN = {
 
 @pytest.fixture(scope="module")
 def audited(hook, tmp_path_factory):
-    """(results folder, what was printed) of expb.py on the files of KNOWN."""
+    """(results folder, what was printed) of audit.py on the files of KNOWN."""
     _, _, mean, sigma, of_g = hook
     folder = tmp_path_factory.mktemp("known")
     for name, (_, error) in KNOWN.items():
         write_affine(folder / "saes" / name, torch.eye(64, dtype=torch.float64) + error(sigma, of_g), mean)
     done = zygote.run(
-        "expb.py",
+        "audit.py",
         "--sae",
         folder / "saes",
         "--eval-seqs",
@@ -153,7 +154,7 @@ def audited(hook, tmp_path_factory):
         "--device",
         "cpu",
         "--basis",
-        "raw",
+        "*=raw",
         "--out",
         folder / "out",
         setup=zygote.UNDRAWN,
@@ -177,8 +178,10 @@ def test_known_errors_through_the_command(audited):
         for name in ("fed_excess", "kl_swd_ratio"):
             assert row[f"{name}_lo"] < row[name] < row[f"{name}_hi"]
     report = (out / "report.md").read_text()
-    for says, _ in KNOWN.values():
-        assert says in report and says in printed
+    for name, (says, _) in KNOWN.items():
+        assert says in report
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert line.endswith(SHORT_FLAG[says])
     for column in FLAG_COLUMNS:
         assert f"| {column} " in report
 
@@ -210,12 +213,12 @@ def test_the_pairs_of_a_run(audited):
     assert row["delta_ce_rec_hi"] - row["delta_ce_rec_lo"] == pytest.approx(width, rel=0.15)
     report = (out / "report.md").read_text()
     inverted = sum(row["kind"] == "inverts" for row in found.values())
-    first = (
-        f"Of the {len(found)} pairs of SAEs that can be compared (same model, layer and tokens), R² orders"
-    )
-    assert first in printed and first in report[:250] and f", inverts {inverted}, and in" in printed
+    first = f"Of {len(found)} pairs at one hook and k R² inverts {inverted} and tells "
+    assert first in " ".join(printed.split()) and first in report[:250]
+    assert f", inverts {inverted}, and in" in report and max(map(len, printed.splitlines()[2:])) <= 80
     assert (
-        "- inverted: " in printed
+        "R² inverts top8 over low32-larger" in printed
+        and "- R² inverts " in report
         and f"{0.05 * len(found):g} would be expected" in report
         and f"{SEQS} sequences" in report
     )

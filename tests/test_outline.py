@@ -129,7 +129,7 @@ def test_nothing_else_in_the_folder_changes_and_the_bytes_are_the_same_again(rep
     script("common.py", "report", root)
     assert contents(root, but="") == before
     reference = contents(REFERENCE, but="")
-    ours = {"report.md", "report.json"}
+    ours = {"report.md", "report.html", "report.json"}
     assert {k: v for k, v in before.items() if k not in ours} == {
         k: v for k, v in reference.items() if k not in ours
     }
@@ -317,10 +317,9 @@ def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path):
     assert "stdlib-s (weights dddddddd)" in lines_of(text, "b")[2]
 
 
-def test_an_audit_answers_in_two_paragraphs():
-    pairs = "# Exp-B: which?\n\n## Can its R² be trusted?\n\n**One pair.**\n\n- **a warning**\n\n"
-    audit = f"{pairs}**H2: undecided.**\n"
-    assert outline.answer_of(audit) == "One pair. H2: undecided."
+def test_an_audit_answers_after_its_question():
+    audit = "# Audit: can their R² be trusted?\n\nCan it?\n\n**One pair.**\n\nNot this.\n\n- **a warning**\n"
+    assert outline.answer_of(audit) == "One pair."
     assert outline.answer_of("# Nothing bold\n") == ""
 
 
@@ -336,7 +335,7 @@ def test_a_report_that_the_command_did_not_write_is_kept(tmp_path):
     assert (tmp_path / "report.kept-2.md").read_text() == "with notes"
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == written
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"a", "report.md", "report.json", "report.kept.md", "report.kept-2.md"}
+    assert names == {"a", "report.md", "report.html", "report.json", "report.kept.md", "report.kept-2.md"}
 
     (tmp_path / "report.json").write_text("{}")
     done = script("common.py", "report", tmp_path, check=2)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import platform
 import re
 import runpy
 import shutil
@@ -12,10 +13,11 @@ import sysconfig
 import tomllib
 import venv
 
-from transport_geometry import PACKAGE, commands, kernels
+from transport_geometry import PACKAGE, commands, cost, errors, kernels
 
 import pytest
 import setuptools
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -105,19 +107,20 @@ def test_commands_run_the_scripts_that_a_wheel_carries(setup, monkeypatch, capsy
             getattr(importlib.import_module(module), function)()
         assert stopped.value.code == 0
         # the name is also that of the results folder
-        name = names.get(command, "audit")
+        name = names.get(command, "audit.py")
         assert capsys.readouterr().out.startswith(f"usage: {name} ") and sys.path[0] == str(ROOT)
     carried = {
         path.name for pattern in setup["CARRIED"] for path in ROOT.glob(pattern) if path.parent == ROOT
     }
-    assert carried == {"common.py", *names.values()}
+    assert carried == {"common.py", "audit.py", *names.values()}
 
 
-def test_an_audit_names_saes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/bin/transport-audit", "--k=4"])
+@pytest.mark.parametrize("typed", [[], ["--models", "stdlib-s"]])
+def test_an_audit_names_saes(monkeypatch, capsys, typed):
+    monkeypatch.setattr(sys, "argv", ["/bin/transport-audit", *typed])
     with pytest.raises(SystemExit) as stopped:
         commands.audit()
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("audit: --sae PATH_OR_ID")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("audit.py: --sae")
 
 
 # ---------------------------------------------------------------------------------- without the extension
@@ -151,8 +154,17 @@ def test_without_the_extension_it_runs_and_gives_the_reason(copy):
     (package / "_kernels.py").write_text(
         "raise ModuleNotFoundError('no _kernels', name='transport_geometry._kernels')\n"
     )
-    (package / "_kernels_not_built.txt").write_text("the C++ build failed: no compiler\n")
-    assert "NOT BUILT (the C++ build failed: no compiler)" in said_in(copy)
+    (package / "_kernels_not_built.txt").write_text("the C++ kernels do not build: no compiler\n")
+    assert "NOT BUILT (the C++ kernels do not build: no compiler)" in said_in(copy)
+
+
+@pytest.mark.skipif(kernels.DEVICES != "cpu", reason="an extension for the CPU alone")
+def test_with_the_cpus_kernels_alone_it_gives_the_reason(copy):
+    shutil.copy(kernels._module.__file__, copy / "transport_geometry")
+    assert "plain PyTorch on CUDA" not in said_in(copy) or torch.cuda.is_available()
+    (copy / "transport_geometry/_kernels_not_built.txt").write_text("the CUDA kernels: no -lcudart\n")
+    said = said_in(copy)
+    assert "C++ (cpu" in said and "plain PyTorch on CUDA" in said and "no -lcudart" in said
 
 
 @pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}")
@@ -161,6 +173,108 @@ def test_a_stale_extension_says_so(copy):
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     (copy / "csrc/ops.cpp").write_text("// edited\n")
     assert "C++ (" in (said := said_in(copy)) and "STALE" in said
+
+
+# ----------------------------------------------------------------------------------- a build that fails
+# a torch that says it is CUDA's, and an nvcc that does as it is told
+BUILD = """
+import runpy, sys, torch
+from torch.utils import cpp_extension
+if "{nvcc}":
+    torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", "{home}"
+sys.argv = ["setup.py", "build_ext", "--build-lib", "built"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+NVCC = """#!/bin/sh
+[ "$1" = --version ] && echo 'Cuda compilation tools, release 13.0, V13.0.88' && exit
+for word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done
+{nvcc}
+"""
+LINKS = pytest.mark.skipif(
+    platform.system() != "Linux" or not shutil.which("g++"), reason="a linker and its words: GNU's"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "nvcc, source, says, built",
+    [
+        ("echo nvcc fatal: Unsupported gpu architecture; exit 1", "int one;", "nvcc fatal: Unsupp", True),
+        ('echo "int two;" | g++ -fPIC -x c++ -c - -o "$out"', "int one;", "cannot find -l", True),
+        ("", '#include "no_such.h"', "no_such.h: No such file", False),
+    ],
+    ids=["nvcc fails", "no CUDA libraries", "the compiler fails"],
+)
+@LINKS
+def test_what_a_build_cannot_build_it_leaves_out_and_says_why(tmp_path, nvcc, source, says, built):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    for name, text in {"ops.cpp": source, "encode.cpp": "int three;", "ops_cuda.cu": ""}.items():
+        (tmp_path / "csrc" / name).write_text(text + "\n")
+    (home := tmp_path / "cuda/bin").mkdir(parents=True)
+    (home / "nvcc").write_text(NVCC.format(nvcc=nvcc))
+    (home / "nvcc").chmod(0o755)
+    code = BUILD.format(nvcc="yes" if nvcc else "", home=tmp_path / "cuda")
+    environment = {name: value for name, value in ALONE.items() if name != "REQUIRE_KERNELS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment | {"TORCH_CUDA_ARCH_LIST": "9.0"},
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    folder = tmp_path / "built/transport_geometry"
+    note = (folder / "_kernels_not_built.txt").read_text()
+    assert bool(list(folder.glob("_kernels*.so"))) == built
+    assert says in note and len(note) < 1200 and note.strip() in ran.stderr
+    assert ("the CUDA kernels do not build" in note) == bool(nvcc)
+    assert ("the C++ kernels do not build" in note) == (not built)
+
+
+def test_a_source_tree_that_may_not_be_written_to_is_built_elsewhere(setup):
+    assert not setup["given"]["options"]
+    given: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", given.update)
+        patch.setattr(sys, "path", sys.path.copy())
+        patch.setattr(os, "access", lambda path, mode: False)
+        runpy.run_path(str(ROOT / "setup.py"))
+    for folder in (given["options"]["egg_info"]["egg_base"], given["options"]["build"]["build_base"]):
+        assert not pathlib.Path(folder).is_relative_to(ROOT)
+
+
+def test_a_torchvision_for_another_torch_is_named():
+    """As transformers says it, whose models do not load beside one."""
+    with pytest.raises(errors.UserError, match="torchvision is built for another torch"):
+        with errors.one_line("--models stdlib-s"):
+            why = RuntimeError("operator torchvision::nms does not exist")
+            raise ModuleNotFoundError("Could not import module 'GPTNeoXForCausalLM'.") from why
+
+
+# ------------------------------------------------------------------------------------------------- at start
+def test_help_says_what_is_taken_where_a_flag_is_not_typed(capsys):
+    common = importlib.import_module("common")
+    with pytest.raises(SystemExit):
+        common.parse_args("", {"models": "a,b,c,d,e", "k": "4,12", "expansion": 4}, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for default in ("a,...,e", "4,12", "4", "float32", "stdlib", "train", "base", "keep", "outputs/cache"):
+        assert f"(default: {default})" in said, default
+    assert "None" not in said
+
+
+def test_what_takes_a_second_to_import_is_imported_where_it_is_used():
+    heavy = {"transformers", "datasets", "scipy.stats", "matplotlib.pyplot"}
+    code = f"import common, sys; print({heavy} & set(sys.modules))"
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "seconds, says",
+    [(0.0133, "0.013 s"), (0.2, "0.2 s"), (180, "3 min"), (5040, "1.4 h"), (86400, "24 h"), (3e6, "35 days")],
+)
+def test_a_time_is_said_in_its_unit(seconds, says):
+    assert cost.readable_time(seconds) == says
 
 
 # ------------------------------------------------------------------------------------------------- a wheel
@@ -173,7 +287,8 @@ def test_a_build_holds_the_models_and_the_scripts_inside_the_package(tmp_path):
     run(sys.executable, "setup.py", "-q", *egg_info, "build_py", "--build-lib", built, cwd=ROOT)
     modules = {f"transport_geometry/{path.name}" for path in PACKAGE.glob("*.py")}
     scripts = {
-        f"transport_geometry/scripts/{path.name}" for path in (*ROOT.glob("exp*.py"), ROOT / "common.py")
+        f"transport_geometry/scripts/{path.name}"
+        for path in (*ROOT.glob("exp*.py"), ROOT / "common.py", ROOT / "audit.py")
     }
     seeds = {f"transport_geometry/outputs/reference/seed_sd.{kind}" for kind in ("csv", "json")}
     models = {f"transport_geometry/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("demo/stdlib-*/*")}

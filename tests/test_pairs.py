@@ -4,21 +4,25 @@ from transport_geometry import audit
 from transport_geometry.audit import (
     PAIRS,
     comparable,
+    console,
     counted,
     kind,
     pair_lines,
     pair_report,
-    pair_sentences,
+    pair_sentence,
     pairs,
     residuals,
+    short_names,
+    three_lines,
 )
 from transport_geometry.tables import as_csv
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 
-def planted(r2, ce_rec, noise=0.0, shared=0.1, l0=None, places=None, resamples=400):
+def planted(r2, ce_rec, noise=0.0, shared=0.1, l0=None, ks=None, places=None, resamples=400):
     """(rows, values, settings) of SAEs whose R² and CE_rec are these, their resamples moving together by
     `shared` and apart by `noise` (SD).
     """
@@ -33,6 +37,7 @@ def planted(r2, ce_rec, noise=0.0, shared=0.1, l0=None, places=None, resamples=4
             sae=f"sae{i}",
             model=p[0],
             layer=p[1],
+            k=0 if ks is None else ks[i],
             l0=16.0 if l0 is None else l0[i],
             r2=r2[i],
             ce_rec=ce_rec[i],
@@ -88,7 +93,8 @@ def test_planted_pairs_are_found_and_paired():
         "delta_ce_rec_lo"
     ] < -0.02 < row["delta_ce_rec_hi"] < 0
     assert row["delta_r2_hi"] - row["delta_r2_lo"] == pytest.approx(2 * 1.96 * 0.002 * 2**0.5, rel=0.15)
-    assert [list(found)[i] for i in (0, -1)] == [("sae1", "sae0"), ("sae3", "sae2")]
+    # the inverted one first, then the one claimed, then the one missed
+    assert list(found)[:3] == [("sae1", "sae2"), ("sae3", "sae0"), ("sae3", "sae2")]
 
 
 def test_the_order_of_the_saes_leaves_no_trace():
@@ -109,56 +115,101 @@ def test_only_what_saw_the_same_tokens_is_compared():
     rows, values, settings = planted(
         r2=np.linspace(0.5, 0.9, 6), ce_rec=np.linspace(0.5, 0.9, 6), places=places
     )
-    assert list(comparable(rows, settings).values()) == [[0, 1], [2], [3], [4], [5]]
+    assert sorted(comparable(rows, settings).values()) == [[0, 1], [2], [3], [4], [5]]
     assert [(row["sae_a"], row["sae_b"]) for row in pairs(rows, values, settings)] == [("sae1", "sae0")]
 
 
 def test_one_sequence_shows_nothing():
     found = pairs(*planted(r2=[0.8, 0.9], ce_rec=[0.9, 0.95], noise=0, shared=0))
-    assert found[0]["kind"] == "undefined" and "1 have no interval" in pair_sentences(found)[0]
+    assert found[0]["kind"] == "undefined" and "1 have no interval" in pair_sentence(found)
+
+
+def test_only_saes_of_one_k_are_compared():
+    """Those without a k by their L0, to the nearest power of two."""
+    rows, values, settings = planted(
+        r2=np.linspace(0.5, 0.9, 6),
+        ce_rec=np.linspace(0.9, 0.5, 6),
+        noise=0.001,
+        ks=[8, 16, 16, 0, 0, 0],
+        l0=[8, 16, 16, 14.0, 22.0, 23.0],
+    )
+    assert {group[2]: members for group, members in comparable(rows, settings).items()} == {
+        8: [0],
+        16: [1, 2, 3, 4],
+        32: [5],
+    }
+    assert len(pairs(rows, values, settings)) == 6
+    assert [*comparable(rows, settings, given_k=False).values()] == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_what_is_said():
-    """Counts over all pairs and over those of about equal sparsity; the inverted ones first, the clearest
-    first, ten at most.
-    """
-    n = 8  # R² up, CE_rec down: all 28 inverted, the ends the clearest
+    """Counts over all pairs; the inverted ones first, by the CE_rec that is surely lost, ten at most."""
+    n = 8  # R² up, CE_rec down: all 28 inverted, the ends the furthest
     rows, values, settings = planted(
-        r2=np.linspace(0.8, 0.9, n), ce_rec=np.linspace(0.95, 0.9, n), noise=0.001, l0=2.0 ** np.arange(n)
+        r2=np.linspace(0.8, 0.9, n), ce_rec=np.linspace(0.95, 0.9, n), noise=0.001
     )
     found = pairs(rows, values, settings)
-    all_pairs, near = pair_sentences(found)
+    sentence = pair_sentence(found)
     assert (
-        "Of the 28 pairs of SAEs" in all_pairs
-        and "R² orders 0 as CE_rec does, inverts 28, and in 0 claims" in all_pairs
+        "Of the 28 pairs that" in sentence
+        and "R² orders 0 as CE_rec does, inverts 28, and in 0 claims" in sentence
     )
-    assert near == "None of them has about as many latents active (L0 within a factor of 1.5) on both sides."
     lines = pair_lines(found)
-    assert lines[0].startswith("- inverted: sae7 over sae0: R² +0.100 [") and "(L0 128 and 1)" in lines[0]
+    assert lines[0].startswith("- R² inverts sae7 over sae0 (m block 3, k = 16, 64 tokens): R² +0.100 [")
     assert len(lines) == 11 and lines[-1] == "- and 18 more in pairs.csv"
+    surely = [row["delta_ce_rec_hi"] for row in found]
+    assert surely == sorted(surely) and surely[-1] < 0
     report = "\n".join(pair_report(found, settings))
-    assert (
-        "1.4 would be expected" in report
-        and "48 documents" in report
-        and report.startswith("**Of the 28 pairs")
-    )
+    assert "1.4 would be expected" in report and "48 documents" in report
+    rows, values, settings = planted(r2=[0.80, 0.90, 0.85], ce_rec=[0.90, 0.90, 0.95], noise=0.001)
+    found = pairs(rows, values, settings)
+    assert counted(found) == dict(orders=1, inverts=1, claims=1, misses=0, neither=0, undefined=0)
+    assert [line[:12] for line in pair_lines(found)] == ["- R² inverts", "- R² alone t"]
+    assert "nothing is said" in pair_sentence([]) and len(pair_report([], settings)) == 2
+
+
+def with_ends(rows, values, settings, flag="no difference shown"):
+    """As `audit_rows` gives them, as far as text is made of them."""
+    for i, row in enumerate(rows):
+        for name in ("r2", "ce_rec"):
+            row[f"{name}_lo"], row[f"{name}_hi"] = np.percentile(values[name][3:, i], [2.5, 97.5])
+        row |= dict(flag=flag, trained_on="not said", unseen=(), k=row["k"] or "none")
+    return rows
+
+
+def test_the_three_lines_and_what_is_printed():
+    """What was asked, what came out with its interval, what it is not; no line above 80 columns."""
     rows, values, settings = planted(
-        r2=[0.80, 0.90, 0.85], ce_rec=[0.90, 0.90, 0.95], noise=0.001, l0=[10, 15, 32]
+        r2=[0.80, 0.90, 0.85], ce_rec=[0.90, 0.90, 0.95], noise=0.001, shared=0.01
     )
     found = pairs(rows, values, settings)
-    assert counted(found) == {
-        "orders": 1,
-        "inverts": 1,
-        "claims": 1,
-        "misses": 0,
-        "neither": 0,
-        "undefined": 0,
-    }
-    assert pair_sentences(found)[1].startswith(
-        "Of the 1 with about as many latents active (L0 within a factor of 1.5), R² orders 0"
+    settings["refused"] = {"org/broken": "no SAE in it"}
+    rows = with_ends(rows, values, settings)
+    asked, came_out, not_this = three_lines(rows, found, settings)
+    assert asked == (
+        "Can the R² of these 3 SAEs be trusted to say whose patch does less harm (m L3; 48 documents)?"
     )
-    assert [line.split(":")[0] for line in pair_lines(found)] == ["- inverted", "- claimed, not shown"]
-    assert "nothing is said" in pair_sentences([])[0] and len(pair_report([], settings)) == 2
+    assert came_out.startswith(
+        "Of 3 pairs at one hook and k R² inverts 1 and tells 1 apart that CE_rec does not; "
+        "furthest: sae1 over sae2, R² +0.050 [+0.0"
+    ) and came_out.endswith("R² flatters 0 of 3 and underrates 0. 1 other refused.")
+    assert "CE_rec -0.050 [-0.05" in came_out and "another seed" in not_this
+    assert "up to 0.075 inversions would come by chance" in not_this
+    printed = console(rows, found, settings)
+    assert max(map(len, printed.splitlines())) <= 80
+    at = [printed.index(f"\n{name} ") for name in ("sae1", "sae2", "sae0")]
+    assert at == sorted(at)  # in the order of R²
+    assert "refused: org/broken: no SAE in it" in printed
+    long = [f"org/{'x' * 50}/trainer_{i}-resid_post_layer_3-of-many-others" for i in range(3)]
+    for pair in found:
+        pair |= {f"sae_{end}": long[int(pair[f"sae_{end}"][3:])] for end in "ab"}
+    for row, name in zip(rows, long):
+        settings["saes"][name] = settings["saes"][row["sae"]]
+        row["sae"] = name
+    assert max(map(len, console(rows, found, settings).splitlines())) <= 80
+    assert len(set(short_names(long, 26).values())) == 3
+    alone = three_lines(rows[:1], [], settings)
+    assert alone[0].startswith("Can the R² of this SAE") and "R² 0.800 [0.7" in alone[1]
 
 
 def test_several_hooks_have_a_table():
@@ -172,9 +223,37 @@ def test_several_hooks_have_a_table():
         for line in report.splitlines()
         if line.startswith("| m ")
     ] == [
-        ["m", "3", "64", "False", "1", "0", "1", "0", "0", "0", "0"],
-        ["m", "5", "64", "False", "3", "3", "0", "0", "0", "0", "0"],
+        ["m", "3", "16", "64", "False", "1", "1", "0", "0", "0", "0", "0"],
+        ["m", "5", "16", "64", "False", "3", "0", "0", "0", "0", "3", "0"],
     ]
+
+
+def test_the_picture_names_every_sae_and_no_name_lies_on_another():
+    """Forty that are almost one, at two hooks, with names that are too long, and one worse than the mean."""
+    from audit import picture
+    from transport_geometry.figures import as_png
+
+    n = 41
+    places = [("EleutherAI/pythia-70m-deduped", 3 + (i > 20), 64, i > 20) for i in range(n)]
+    r2 = np.r_[-0.5, np.linspace(0.80, 0.802, n - 1)]
+    rows, values, settings = planted(r2, 0.9 - (r2 - 0.8), noise=0.001, shared=0.001, places=places)
+    rows = with_ends(rows, values, settings)
+    found = pairs([row | {"k": 0} for row in rows], values, settings)
+    for row in rows:
+        row |= dict(
+            ctx=64, bos=row["layer"] > 3, sae=f"org/of-a-sweep-over-very-many-things-{row['sae']}/layers.3"
+        )
+    figure = picture(rows, found)
+    figure.canvas.draw()
+    said = [text for axis in figure.axes for text in axis.texts]
+    assert (
+        len({text.get_text() for text in said}) == n and sum("not drawn" in t.get_text() for t in said) == 1
+    )
+    boxes = [Text.get_window_extent(text) for text in said]  # without the line to its point
+    for i, box in enumerate(boxes):
+        assert box.x0 > 0 and box.x1 < figure.bbox.x1 and box.y0 > 0 and box.y1 < figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i]), said[i].get_text()
+    assert as_png(figure) == as_png(picture(rows, found))
 
 
 def test_the_residual_is_from_the_curve_of_the_others():

@@ -1,21 +1,43 @@
 """The audit: for SAEs that others trained, what R^2 says of every pair; one row each, with every library's
 R^2 under its name; the flag.
 
+    import torch
+    from transport_geometry.audit import audit
+    from transport_geometry.models import load_model
+    from transport_geometry.text import heldout_rows
+    model, tokenizer = load_model("stdlib-s", torch.device("cpu"))  # or a transformers model of yours
+    held = heldout_rows("stdlib", tokenizer, 64, 16)  # or token ids [S,T] of yours
+    print(audit(model, 3, "my/sae", held.input_ids, held.document))
+
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model; C
 SAEs, W weightings of the documents, of which 0 is all of them and 3.. are resamples (`results.measured`).
 """
 
 import itertools
+import math
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, NO_WIDTH
+from transport_geometry import formats
+from transport_geometry.errors import UserError
+from transport_geometry.evaluate import Reconstruction, evaluate
+from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, FLAGS, FLATTERS, NO_WIDTH, UNDERRATES, flagged
 from transport_geometry.formats import hub_name
 from transport_geometry.libraries import LIBRARIES
+from transport_geometry.lm import Hook
+from transport_geometry.metrics import Sums, computed
+from transport_geometry.models import pick_layer
 from transport_geometry.results import behind
-from transport_geometry.stats import isotonic_predict, percentiles
-from transport_geometry.tables import bounds, estimate, grouped, markdown
+from transport_geometry.sae import SAE
+from transport_geometry.stats import document_weights, isotonic_predict, percentiles
+from transport_geometry.tables import bounds, estimate, grouped, is_undefined, markdown, readable_count
 
 import numpy as np
+import torch
 
+N_RESAMPLES = 2000
 COLUMNS = [
     *"sae model layer format trained_on basis fvu_as_said fvu_otherwise ctx bos d_sae k l0 alive".split(),
     *(f"{name}{end}" for name in ("r2", *LIBRARIES) for end in ("", "_nosink")),
@@ -23,27 +45,30 @@ COLUMNS = [
     *"swd_tok swd_seq swd_sampled rho fed fed_nosink fed_nosink_lo fed_nosink_hi flag".split(),
     *"fed_iso_nosink fed_excess fed_excess_lo fed_excess_hi".split(),
     *"kl_swd_ratio kl_swd_ratio_lo kl_swd_ratio_hi ce_rec_lo ce_rec_hi".split(),
-    *"ce_rec_residual ce_rec_residual_lo ce_rec_residual_hi".split(),
+    *"ce_rec_residual ce_rec_residual_lo ce_rec_residual_hi r2_lo r2_hi refused".split(),
 ]
-GROUP = "model layer ctx bos".split()  # SAEs are compared within one
+HOOK_AND_TOKENS = "model layer ctx bos".split()
+# SAEs are compared within one; k of an SAE that has none: its L0, to the nearest power of two
+GROUP = "model layer k ctx bos".split()
 PAIRS = [
     *GROUP,
     *"sae_a sae_b r2_a r2_b delta_r2 delta_r2_lo delta_r2_hi".split(),
     *"ce_rec_a ce_rec_b delta_ce_rec delta_ce_rec_lo delta_ce_rec_hi l0_a l0_b kind".split(),
 ]
-KINDS = ("orders", "inverts", "claims", "misses", "neither", "undefined")
-SAME_L0 = 1.5  # pairs whose L0 lie within this factor: the choice that a user has
+# from where R^2 misleads most to where it says what CE_rec says
+KINDS = ("inverts", "claims", "misses", "neither", "orders", "undefined")
 RESOLUTION = 1e-5  # a difference of R^2 or CE_rec that float32 cannot tell from none: one SAE in two formats
 CURVE_OF = 3  # other SAEs, at least, that a curve of CE_rec on R^2 is drawn through
 NAMED = 10  # pairs, at most, that the report names
+WIDTH = 80  # of what is printed
 
 
+# ---------------------------------------------------------------------------------------------- one row each
 def audit_rows(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> list[dict]:
     """Of audit.csv, sorted by model, layer and name. saes: rows as `flag.flagged` gives them; values {metric:
     [W,C]}.
     """
-    fed_lo, fed_hi = percentiles(values["fed_nosink"][3:])
-    ce_lo, ce_hi = percentiles(values["ce_rec"][3:])
+    ends = {name: percentiles(values[name][3:]) for name in ("fed_nosink", "ce_rec", "r2")}
     residual, residual_lo, residual_hi = residuals(saes, values, settings).T
     rows = []
     for i, row in enumerate(saes):
@@ -51,31 +76,43 @@ def audit_rows(saes: list[dict], values: dict[str, np.ndarray], settings: dict) 
         rows.append(
             row
             | {name: declared[name] for name in ("format", "basis", "ctx", "bos", "unseen")}
+            | {f"{name}_{end}": at[i] for name, two in ends.items() for end, at in zip(("lo", "hi"), two)}
             | {
                 "trained_on": hub_name(declared["model"]) if declared["model"] else "not said",
                 "k": row["k"] or "none",
-                "fed_nosink_lo": fed_lo[i],
-                "fed_nosink_hi": fed_hi[i],
-                "ce_rec_lo": ce_lo[i],
-                "ce_rec_hi": ce_hi[i],
                 "ce_rec_residual": residual[i],
                 "ce_rec_residual_lo": residual_lo[i],
                 "ce_rec_residual_hi": residual_hi[i],
+                "refused": "",
             }
         )
     return rows
 
 
+def refused_rows(settings: dict) -> list[dict]:
+    """Of audit.csv, behind the others: the SAEs that could not be measured, and why not."""
+    refused = settings.get("refused", {})
+    return [
+        dict.fromkeys(COLUMNS, math.nan) | {"sae": sae, "flag": "refused", "refused": why}
+        for sae, why in sorted(refused.items())
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------- pairs
-def comparable(saes: list[dict], settings: dict) -> dict[tuple, list[int]]:
-    """{(model, layer, ctx, bos): indices of its SAEs}: those whose numbers come from the same activations at
-    the same tokens.
-    """
+def group_of(row: dict, settings: dict) -> tuple:
+    """The values of GROUP: SAEs of one group take as much of the same activations at the same tokens."""
+    declared = settings["saes"][row["sae"]]
+    k = row["k"] or 2 ** round(math.log2(max(row["l0"], 1)))
+    return row["model"], row["layer"], k, declared["ctx"], declared["bos"]
+
+
+def comparable(saes: list[dict], settings: dict, given_k: bool = True) -> dict[tuple, list[int]]:
+    """{group: indices of its SAEs}, sorted. given_k False: of any k, under (model, layer, ctx, bos)."""
     groups: dict[tuple, list[int]] = {}
     for i, row in enumerate(saes):
-        declared = settings["saes"][row["sae"]]
-        groups.setdefault((row["model"], row["layer"], declared["ctx"], declared["bos"]), []).append(i)
-    return groups
+        model, layer, k, ctx, bos = group_of(row, settings)
+        groups.setdefault((model, layer, k, ctx, bos) if given_k else (model, layer, ctx, bos), []).append(i)
+    return dict(sorted(groups.items()))
 
 
 def kind(r2: tuple[float, float], ce_rec: tuple[float, float]) -> str:
@@ -99,8 +136,8 @@ def kind(r2: tuple[float, float], ce_rec: tuple[float, float]) -> str:
 
 
 def pairs(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> list[dict]:
-    """Of pairs.csv: every comparable pair, `sae_a` the one with the higher R^2, differences a minus b, sorted
-    by hook and names.
+    """Of pairs.csv: every pair of a group, `sae_a` the one with the higher R^2, differences a minus b, sorted
+    by how far R^2 misleads: see `misled`.
 
     saes: rows of conditions.csv; values {metric: [W,C]}. Both SAEs of a pair stand under the same resamples.
     """
@@ -119,24 +156,28 @@ def pairs(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> li
                 row |= {f"delta_{metric}": delta[0], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
                 intervals.append((lo, hi))
             found.append(row | {"kind": kind(*intervals)})
-    return sorted(found, key=_place)
+    return sorted(found, key=misled)
 
 
-def _place(row: dict) -> list:
-    """By which rows of pairs.csv are sorted."""
-    return [row[column] for column in (*GROUP, "sae_a", "sae_b")]
+def misled(row: dict) -> tuple:
+    """By which rows of pairs.csv are sorted: inverted ones first, by the CE_rec that choosing after R^2 loses
+    at least (the interval's near end); then those that R^2 tells apart and CE_rec does not, by the least
+    difference of R^2.
+    """
+    least = {"inverts": -row["delta_ce_rec_hi"], "claims": row["delta_r2_lo"]}.get(row["kind"], 0.0)
+    return KINDS.index(row["kind"]), -least, *(row[column] for column in (*GROUP, "sae_a", "sae_b"))
 
 
 def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> np.ndarray:
     """[C,3]: CE_rec less what R^2 lets expect, and the ends of its 95% interval: the increasing curve through
-    the *other* SAEs, at its R^2.
+    the *other* SAEs of the same hook and tokens, whatever their k, at its R^2.
 
     nan with fewer than CURVE_OF others on the same tokens, and at an R^2 beyond all of theirs: a curve held
     flat there would call the best SAE of every hook better than its R^2. The interval is over documents; the
     other SAEs are as they are.
     """
     out = np.full((len(saes), 3), np.nan)
-    for members in comparable(saes, settings).values():
+    for members in comparable(saes, settings, given_k=False).values():
         # many SAEs: fewer resamples, each fit takes C steps
         used = np.r_[0, 3 : min(len(values["r2"]), 3 + max(200, 20_000 // len(members)))]
         r2, ce_rec = values["r2"][used], values["ce_rec"][used]
@@ -150,14 +191,193 @@ def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
     return out
 
 
+# ------------------------------------------------------------------------------------------- the three lines
+SAYS = {"inverts": "inverts", "claims": "alone tells apart"}  # the pairs to look at
+ASKED = "Can the R² of {saes} be trusted to say whose patch does less harm ({hooks}; {behind})?"
+OF_PAIRS = "Of {pairs} at one hook and k R² inverts {inverts} and tells {claims} apart that CE_rec does not"
+WORST = "; furthest: {a} over {b}, R² {r2}, CE_rec {ce_rec}"
+NO_PAIRS = "No two of them share hook, k, context and BOS, so that no order is judged"
+ONE_SAE = "R² {r2:.3f} [{r2_lo:.3f}, {r2_hi:.3f}], CE_rec {ce_rec:.3f} [{ce_rec_lo:.3f}, {ce_rec_hi:.3f}]"
+NOT_THIS = (
+    "It is about these SAEs on this text, not about ways to train (another seed is another SAE), other texts "
+    "or what features mean{by_chance}."
+)
+BY_CHANCE = "; each interval is for its pair alone, and up to {n:.2g} inversions would come by chance"
+
+
+def count_of(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def hooks_of(rows: list[dict]) -> str:
+    """In words, a few of them."""
+    hooks = list(dict.fromkeys(f"{row['model']} L{row['layer']}" for row in rows))
+    return ", ".join(hooks[:2]) + (f" and {len(hooks) - 2} more hooks" if len(hooks) > 2 else "")
+
+
+def three_lines(rows: list[dict], found: list[dict], settings: dict) -> list[str]:
+    """What was asked, what came out (with its interval), what it may not be taken for. rows: `audit_rows`;
+    found: `pairs`.
+    """
+    short = short_names([row["sae"] for row in rows], 40)
+    asked = ASKED.format(
+        saes="this SAE" if len(rows) == 1 else f"these {len(rows)} SAEs",
+        hooks=hooks_of(rows),
+        behind=behind(settings).partition(",")[0],
+    )
+    if len(rows) == 1:
+        out = ONE_SAE.format(**rows[0])
+        out += f": {rows[0]['flag']}"
+    else:
+        out = NO_PAIRS
+        if found:
+            out = OF_PAIRS.format(pairs=count_of(len(found), "pair"), **counted(found))
+            if (worst := found[0])["kind"] in SAYS:
+                out += WORST.format(
+                    a=short[worst["sae_a"]],
+                    b=short[worst["sae_b"]],
+                    r2=estimate(worst, "delta_r2", 3),
+                    ce_rec=estimate(worst, "delta_ce_rec", 3),
+                )
+        flatters, underrates = (sum(row["flag"] == says for row in rows) for says in (FLATTERS, UNDERRATES))
+        out += f". By the flag R² flatters {flatters} of {len(rows)} and underrates {underrates}"
+    refused = len(settings.get("refused", {}))
+    out += f". {count_of(refused, 'other')} refused." if refused else "."
+    by_chance = BY_CHANCE.format(n=0.025 * len(found)) if found else ""
+    return [asked, out, NOT_THIS.format(by_chance=by_chance)]
+
+
+# ------------------------------------------------------------------------------------------ what is printed
+SHORT_FLAG = dict(zip(FLAGS, ("flatters", "underrates", "no difference", "withheld", "undefined")))
+LINE = "{name:<{width}}  {k:>5}  {r2:>7}  {ce_rec:<23}  {flag}"
+# what a line leaves to the name
+NAME_LETTERS = WIDTH - len(LINE.format(name="", width=0, k="", r2="", ce_rec="", flag="no difference"))
+
+
+def short_names(names: Sequence[str], most: int) -> dict[str, str]:
+    """{name: the same without what all share of the path, first or last, and its end where it is still longer
+    than `most`}: as many different ones as names.
+
+    >>> short_names(["org/run/layers.3/a", "org/run/layers.3/b"], 20)
+    {'org/run/layers.3/a': 'a', 'org/run/layers.3/b': 'b'}
+    >>> list(short_names(["org/a/layers.3", "org/b/layers.3"], 20).values())
+    ['a', 'b']
+    >>> list(short_names(["topk-of-width-32768", "gated-of-width-32768"], 12).values())
+    ['…width-32768', '…th-32768 #2']
+    """
+    paths = [name.split("/") for name in names]
+    first = len(os.path.commonprefix([path[:-1] for path in paths]))
+    last = len(os.path.commonprefix([path[:first:-1] for path in paths])) if len(set(names)) > 1 else 0
+    out: dict[str, str] = {}
+    for name, path in zip(names, paths):
+        rest, ending = "/".join(path[first : len(path) - last]), ""
+        for number in itertools.count(2):
+            room = most - len(ending)
+            short = (rest if len(rest) <= room else "…" + rest[1 - room :]) + ending
+            if short not in out.values():
+                break
+            ending = f" #{number}"
+        out[name] = short
+    return out
+
+
+def number(value: float | None) -> str:
+    return "undefined" if value is None or is_undefined(value) else f"{value:.3f}"
+
+
+def sae_lines(groups: dict[str, list[dict]], names: dict[str, str]) -> list[str]:
+    """A line for each SAE, at most WIDTH wide, under a line for each group; in a group in the order of R².
+
+    groups {what its SAEs share: rows with sae, k, r2, ce_rec, ce_rec_lo, ce_rec_hi, flag}; names {sae: as it
+    is printed}.
+    """
+    width = max(map(len, (*names.values(), "SAE")))
+    head = LINE.format(name="SAE", width=width, k="k", r2="R²", ce_rec="CE_rec [95%]", flag="R² here")
+    lines = [head]
+    for title, rows in groups.items():
+        lines += textwrap.wrap(title, WIDTH)
+        for row in sorted(rows, key=lambda row: (-row["r2"], row["sae"])):
+            lo, hi = number(row["ce_rec_lo"]), number(row["ce_rec_hi"])
+            ce_rec = f"{number(row['ce_rec'])} [{lo if lo == 'undefined' else f'{lo}, {hi}'}]"
+            k = row["k"] if row["k"] not in (0, "none") else f"~{row['l0']:.0f}"
+            flag = SHORT_FLAG[row["flag"]]
+            name = names[row["sae"]]
+            line = LINE.format(name=name, width=width, k=k, r2=number(row["r2"]), ce_rec=ce_rec, flag=flag)
+            lines.append(line.rstrip())
+    return lines
+
+
+def title_of(group: tuple) -> str:
+    model, layer, k, ctx, bos = group
+    return f"- {model} block {layer}, k = {k}, {ctx} tokens{' after a BOS' if bos else ''}"
+
+
+def in_groups(rows: list[dict], found: list[dict], settings: dict) -> dict[str, list[dict]]:
+    """{what they share: rows of audit.csv}, the group first in which R^2 misleads furthest."""
+    as_measured = [row | {"k": 0 if row["k"] == "none" else row["k"]} for row in rows]
+    groups = comparable(as_measured, settings)
+    worst = list(dict.fromkeys(tuple(row[column] for column in GROUP) for row in found))
+    order = sorted(groups, key=lambda group: (worst.index(group) if group in worst else len(worst), group))
+    return {title_of(group): [rows[i] for i in groups[group]] for group in order}
+
+
+def console(rows: list[dict], found: list[dict], settings: dict) -> str:
+    """What a person sees, WIDTH wide: the three lines, one line per SAE, what is odd, the worst pairs, and
+    what was refused.
+    """
+    names = short_names([row["sae"] for row in rows], NAME_LETTERS)
+    lines = []
+    for what, line in zip(("Question", "Answer", "Limits"), three_lines(rows, found, settings)):
+        lines += hanging(f"{what:<10}{line}", indent=10)
+    lines += ["", *sae_lines(in_groups(rows, found, settings), names)]
+    if named := [row for row in found if row["kind"] in SAYS][:NAMED]:
+        lines += ["", "Where R² misleads, furthest first (higher R² minus lower, 95% intervals):"]
+        for row in named:
+            r2, ce_rec = (estimate(row, f"delta_{metric}", 3) for metric in ("r2", "ce_rec"))
+            lines.append(f"R² {SAYS[row['kind']]} {names[row['sae_a']]} over {names[row['sae_b']]}")
+            lines.append(f"  R² {r2}, CE_rec {ce_rec}")
+    odd = warnings([row | {"sae": names[row["sae"]]} for row in rows])
+    said = [*odd, *(f"refused: {sae}: {why}" for sae, why in refusals(settings))]
+    lines += [""] * bool(said)
+    for line in said:
+        lines += hanging(line)
+    return "\n".join(lines)
+
+
+def hanging(text: str, indent: int = 2) -> list[str]:
+    """Its lines, WIDTH wide, whole words."""
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def refusals(settings: dict) -> list[tuple[str, str]]:
+    """(SAE, why it is refused)."""
+    return sorted(settings.get("refused", {}).items())
+
+
+def trial_lines(saes: list[dict], values: dict[str, np.ndarray]) -> str:
+    """The SAEs of a run that is too small for a leaderboard, as `console` shows those of an audit. saes: rows
+    as `flag.flagged` gives them; values {metric: [W,C]}.
+    """
+    lo, hi = percentiles(values["ce_rec"][3:])
+    rows = [row | {"ce_rec_lo": lo[i], "ce_rec_hi": hi[i]} for i, row in enumerate(saes)]
+    for row in rows:
+        row["sae"] = f"{row['sae']} {row['recipe']} {readable_count(row['tokens'])} s{row['seed']}"
+    groups = {
+        f"- {model} block {layer}, k = {k}": here
+        for (model, layer, k), here in grouped(rows, ["model", "layer", "k"]).items()
+    }
+    names = sorted({row["sae"] for row in rows})
+    return "\n".join(sae_lines(groups, short_names(names, NAME_LETTERS)))
+
+
 # -------------------------------------------------------------------------------------- what is said of pairs
 NOTHING_TO_COMPARE = (
-    "No two of these SAEs can be compared (same model, layer and tokens): nothing is said about what R² "
+    "No two of these SAEs can be compared (same model, layer, k and tokens): nothing is said about what R² "
     "orders."
 )
-ALL_PAIRS = "Of the {pairs} of SAEs that can be compared (same model, layer and tokens), {told}"
-NEAR_PAIRS = "Of the {n} with about as many latents active (L0 within a factor of {factor:g}), {told}"
-NONE_NEAR = "None of them has about as many latents active (L0 within a factor of {factor:g}) on both sides."
+ALL_PAIRS = "Of the {pairs} that can be compared (same model, layer, k and tokens), {told}"
 TOLD = (
     "R² orders {orders} as CE_rec does, inverts {inverts}, and in {claims} claims a difference that CE_rec "
     "does not show"
@@ -167,31 +387,14 @@ TOLD_MORE = {  # where there are such
     "neither": "in {neither} neither does",
     "undefined": "{undefined} have no interval",
 }
-ONE_PAIR = "- {says}: {sae_a} over {sae_b}: R² {r2}, CE_rec {ce_rec} (L0 {l0_a:.3g} and {l0_b:.3g})"
-SAYS = {"inverts": "inverted", "claims": "claimed, not shown"}  # the pairs to look at, in this order
+ONE_PAIR = "- R² {says} {sae_a} over {sae_b} ({where}): R² {r2}, CE_rec {ce_rec}"
 ABOUT_DIFFERENCES = (
     "Differences: the SAE of higher R² minus the other; 95% intervals, both SAEs under the same resamples "
     "of {behind}. Every interval is for its pair alone: among {n} pairs that did not differ at all, "
-    "{by_chance:.4g} would be expected to be shown to differ by chance, in R² and again in CE_rec. All "
-    "pairs: pairs.csv."
+    "{by_chance:.4g} would be expected to be shown to differ by chance, in R² and again in CE_rec. Furthest "
+    "first: of the inverted by the CE_rec that choosing after R² loses at least, of the others by the least "
+    "difference of R². All pairs: pairs.csv."
 )
-
-
-def clearness(row: dict) -> float:
-    """How far a pair's differences lie from 0, in half widths of their intervals; of an inverted pair, the
-    less clear of the two.
-    """
-
-    def of(metric: str) -> float:
-        width = row[f"delta_{metric}_hi"] - row[f"delta_{metric}_lo"]
-        return abs(row[f"delta_{metric}"]) / max(width, NO_WIDTH) * 2
-
-    return of("r2") if row["kind"] == "claims" else min(of("r2"), of("ce_rec"))
-
-
-def same_l0(row: dict) -> bool:
-    low, high = sorted((row["l0_a"], row["l0_b"]))
-    return 0 < low and high <= SAME_L0 * low
 
 
 def counted(found: list[dict]) -> dict[str, int]:
@@ -199,43 +402,30 @@ def counted(found: list[dict]) -> dict[str, int]:
     return {name: sum(row["kind"] == name for row in found) for name in KINDS}
 
 
-def _told(found: list[dict]) -> str:
+def pair_sentence(found: list[dict]) -> str:
+    """What R^2 says about the choice between two SAEs. found: `pairs`."""
+    if not found:
+        return NOTHING_TO_COMPARE
     n = counted(found)
     more = ", ".join(text.format(**n) for name, text in TOLD_MORE.items() if n[name])
-    return TOLD.format(**n) + (f"; {more}." if more else ".")
-
-
-def pair_sentences(found: list[dict]) -> list[str]:
-    """The headline: what R^2 says about the choice between two SAEs, in Markdown lines. found: `pairs`."""
-    if not found:
-        return [NOTHING_TO_COMPARE]
-    near = [row for row in found if same_l0(row)]
-    many = "1 pair" if len(found) == 1 else f"{len(found)} pairs"
-    text = [ALL_PAIRS.format(pairs=many, told=_told(found))]
-    if not near:
-        text.append(NONE_NEAR.format(factor=SAME_L0))
-    elif len(near) < len(found):
-        text.append(NEAR_PAIRS.format(n=len(near), factor=SAME_L0, told=_told(near)))
-    return text
+    told = TOLD.format(**n) + (f"; {more}." if more else ".")
+    return ALL_PAIRS.format(pairs=count_of(len(found), "pair"), told=told)
 
 
 def pair_lines(found: list[dict]) -> list[str]:
-    """The pairs to look at, inverted ones first, the clearest first."""
-    order = list(SAYS)
-    worth = sorted(
-        (row for row in found if row["kind"] in order),
-        key=lambda row: (order.index(row["kind"]), -clearness(row), _place(row)),
-    )
+    """The pairs to look at in Markdown, inverted ones first, the furthest first."""
+    worth = [row for row in found if row["kind"] in SAYS]
     lines = []
     for row in worth[:NAMED]:
         r2, ce_rec = (estimate(row, f"delta_{metric}", 3) for metric in ("r2", "ce_rec"))
-        lines.append(ONE_PAIR.format(**row, says=SAYS[row["kind"]], r2=r2, ce_rec=ce_rec))
+        where = title_of(tuple(row[column] for column in GROUP)).removeprefix("- ")
+        lines.append(ONE_PAIR.format(**row, says=SAYS[row["kind"]], where=where, r2=r2, ce_rec=ce_rec))
     return lines + ([f"- and {len(worth) - NAMED} more in pairs.csv"] if len(worth) > NAMED else [])
 
 
 def pair_report(found: list[dict], settings: dict) -> list[str]:
-    """The report's first lines, in Markdown."""
-    text = [f"**{' '.join(pair_sentences(found))}**", ""]
+    """In Markdown."""
+    text = [pair_sentence(found), ""]
     if not found:
         return text
     if lines := pair_lines(found):
@@ -252,7 +442,9 @@ def pair_report(found: list[dict], settings: dict) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ the report
 HEADLINE = [
-    *"sae layer k l0 r2 r2_nosink cosine ce_rec".split(),
+    *"sae layer k l0 r2".split(),
+    "R² interval",
+    *"r2_nosink cosine ce_rec".split(),
     "ce_rec interval",
     *"residual frac_zero frac_mean swd_tok".split(),
     *FLAG_COLUMNS,
@@ -274,14 +466,23 @@ OTHER_TOKENS = (
     "within one of them."
 )
 REPORT = """\
-## Can its R² be trusted?
+# Audit: can their R² be trusted?
+
+Question: {asked}
+
+**{came_out}**
+
+Limits: {not_this}
+
+![R² against CE_rec](audit.png)
+
+## Where R² misleads
 
 {pairs}
 {warnings}
 ## One by one
 
-{headline}
-
+{one_by_one}
 {flag}
 
 {residual}
@@ -311,17 +512,15 @@ def warnings(rows: list[dict]) -> list[str]:
     return text
 
 
-def _best_first(rows: list[dict]) -> list[dict]:
-    return sorted(rows, key=lambda row: -row["ce_rec"])
-
-
 def headline(rows: list[dict]) -> str:
-    """One line per SAE, best CE_rec first."""
+    """One line per SAE, the highest R² first."""
     lines = []
-    for row in _best_first(rows):
-        interval = bounds(row["ce_rec_lo"], row["ce_rec_hi"], 3)
-        residual = estimate(row, "ce_rec_residual", 3)
-        lines.append(row | {"ce_rec interval": interval, "residual": residual})
+    for row in sorted(rows, key=lambda row: (-row["r2"], row["sae"])):
+        intervals = {
+            f"{name} interval": bounds(row[f"{column}_lo"], row[f"{column}_hi"], 3)
+            for name, column in (("ce_rec", "ce_rec"), ("R²", "r2"))
+        }
+        lines.append(row | intervals | {"residual": estimate(row, "ce_rec_residual", 3)})
     return markdown(lines, HEADLINE)
 
 
@@ -340,19 +539,99 @@ def _contexts(rows: list[dict]) -> str:
 
 
 def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[str]:
-    """The report's section, in Markdown lines: the pairs, then one line per SAE, best CE_rec first. found:
-    `pairs`.
-    """
-    ranked = _best_first(rows)
+    """In Markdown lines: the three lines, the picture, the pairs, one line per SAE. found: `pairs`."""
+    asked, came_out, not_this = three_lines(rows, found, settings)
+    tables = [
+        f"### {title.removeprefix('- ')}\n\n{headline(here)}\n"
+        for title, here in in_groups(rows, found, settings).items()
+    ]
+    if refused := refusals(settings):
+        tables.append("### Refused\n\n" + markdown([{"sae": sae, "why": why} for sae, why in refused]) + "\n")
+    by_r2 = sorted(rows, key=lambda row: (-row["r2"], row["sae"]))
     text = REPORT.format(
+        asked=asked,
+        came_out=came_out,
+        not_this=not_this,
         pairs="\n".join(pair_report(found, settings)),
-        warnings="".join(f"- **{line}**\n" for line in warnings(ranked)),
-        headline=headline(rows),
+        warnings="".join(f"- **{line}**\n" for line in warnings(rows)),
+        one_by_one="\n".join(tables),
         flag=FLAG_TEXT,
         residual=RESIDUAL.format(at_least=CURVE_OF + 1),
-        libraries=markdown(ranked, ["sae", "r2", *LIBRARIES]),
-        libraries_nosink=markdown([_without_sinks(row) for row in ranked], ["sae", "r2", *LIBRARIES]),
+        libraries=markdown(by_r2, ["sae", "r2", *LIBRARIES]),
+        libraries_nosink=markdown([_without_sinks(row) for row in by_r2], ["sae", "r2", *LIBRARIES]),
         definitions="\n".join(f"{name}: {meaning}." for name, meaning in LIBRARIES.items()),
         contexts=_contexts(rows),
     )
     return text.split("\n")
+
+
+# ------------------------------------------------------------------------------------------------ from Python
+RETURNED = "r2 r2_nosink cosine ce_orig ce_recon dce ce_rec kl swd_tok swd_sampled l0 fed_excess".split()
+
+
+def audit(
+    model: Any,
+    layer: int,
+    sae: str | os.PathLike | SAE | Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    document: Sequence[int] | np.ndarray | None = None,
+    basis: str | None = None,
+) -> dict[str, Any]:
+    """R^2, CE_rec, dCE (nats a token), KL, the flag, ... of one SAE at the output of block `layer`, on these
+    tokens and a model that is loaded: {metric: value, metric_lo, metric_hi: its 95% interval over documents},
+    and flag, n_tok, documents.
+
+    The numbers that `audit.py` writes for the same tokens. model: a causal language model of transformers, in
+    eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw` or
+    `centred`, goes on regardless), an SAE of this package, or any function h [N,d] -> h_hat [N,d] (SAELens'
+    SAEs are such). tokens [S,T], int64: as they are, a BOS only where they hold one. document [S], 0..D-1: of
+    which document each row is, each its own by default; of one document there is no interval. Raises
+    UserError, Fault.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.dtype != torch.int64:
+        raise UserError(
+            f"tokens are {list(tokens.shape)} {tokens.dtype}: [S,T] of int64, please, T at least 2"
+        )
+    if model.training:
+        raise UserError("the model is in training mode: model.eval()")
+    of = np.arange(len(tokens)) if document is None else np.unique(document, return_inverse=True)[1]
+    if len(of) != len(tokens):
+        raise UserError(f"document has {len(of)} entries, and tokens {len(tokens)} rows")
+    hook = Hook(model, pick_layer(model, type(model).__name__, layer))
+    tokens = tokens.to(hook.device)
+    name, batch = "SAE", max(1, 2048 // tokens.shape[1])
+    result = evaluate(hook, tokens, {name: _reconstruction(sae, hook, tokens, basis)}, batch, document=of)[
+        name
+    ]
+    weights = document_weights(int(of.max()) + 1, N_RESAMPLES, seed=0)[:, of]
+    values = computed(Sums({q: v[None] for q, v in result.sums.items()}, weights, model.config.hidden_size))
+    row = {metric: float(value[0, 0]) for metric, value in values.items()}
+    (row,) = flagged([row], values)
+    out: dict[str, Any] = {}
+    for metric in RETURNED:
+        lo, hi = (float(end[0]) for end in percentiles(values[metric][3:]))
+        out |= {metric: row[metric], f"{metric}_lo": lo, f"{metric}_hi": hi}
+    n_tok = tokens.shape[0] * (tokens.shape[1] - 1)
+    return out | {"flag": row["flag"], "n_tok": n_tok, "documents": int(of.max()) + 1}
+
+
+def _reconstruction(sae: Any, hook: Hook, tokens: torch.Tensor, basis: str | None) -> Reconstruction:
+    """What `evaluate` takes. Raises UserError."""
+    if isinstance(sae, (str, os.PathLike)):
+        files = formats.find(str(sae))
+        if len(files) > 1:
+            raise UserError(f"{sae}: {len(files)} SAEs, of which one is to be named: {files[0].label}, ...")
+        read = formats.read(files[0]).to(hook.device)
+        near = formats.near(hook, tokens[:4])
+        if read.W_enc.shape[1] != near[hook.layer].shape[1]:
+            raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
+        said = basis or formats.describe(files[0]).basis
+        if not basis:
+            formats.check_basis(read, said, files[0].label, hook.layer, near)
+        read.centred = said == "centred"
+        return formats.fused(read)
+    if basis:
+        raise UserError("basis is about an SAE's files")
+    if isinstance(sae, SAE):
+        return sae.to(hook.device)
+    return lambda h, mean: sae(h)

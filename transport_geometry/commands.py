@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from transport_geometry import PACKAGE, ROOT
-from transport_geometry.errors import UserError, run_script
+from transport_geometry.errors import run_script
 
 SCRIPTS = PACKAGE / "scripts" if ROOT == PACKAGE else ROOT
 
@@ -37,6 +37,14 @@ def call(script: str, arguments: Sequence[str]) -> None:
             importlib.import_module(script).main()
     finally:
         sys.argv = typed
+
+
+def instead(script: str) -> None:
+    """Run another script in this one's place, with the same arguments and a results folder of its own."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    sys.argv[0] = f"{script}.py"
+    importlib.import_module(script).main()
 
 
 def expa() -> None:
@@ -75,13 +83,5 @@ def expp() -> None:
 
 
 def audit() -> None:
-    """Exp-B on SAEs that exist, into outputs/audit: can their R² be trusted?"""
-    sys.argv[0] = "audit"
-    run_script(_saes_asked_for)
-    _run("expb", "audit")
-
-
-def _saes_asked_for() -> None:
-    """Raises UserError where the arguments name no SAE: Exp-B would train its own."""
-    if not {"--sae", "--from", "--help", "-h"} & {argument.partition("=")[0] for argument in sys.argv[1:]}:
-        raise UserError("--sae PATH_OR_ID,..., please: the SAEs to audit (see --help)")
+    """The audit of SAEs that exist, into outputs/audit: can their R² be trusted?"""
+    _run("audit", "audit.py")

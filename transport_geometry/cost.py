@@ -1,4 +1,4 @@
-"""What a grid costs before anything is spent: FLOPs, bytes, and hours on this machine and on others."""
+"""What a grid costs before anything is spent: FLOPs, bytes, and time on this machine and on others."""
 
 import time
 from typing import Any
@@ -152,6 +152,18 @@ def measured_rate(device: torch.device) -> float:
     return 5 * 2 * 2048**3 / (time.perf_counter() - start) / 1e12
 
 
+def readable_time(seconds: float) -> str:
+    """0.2 -> '0.2 s', 180 -> '3 min', 5040 -> '1.4 h', 259200 -> '3 days': two digits, of an estimate."""
+    if seconds < 0.01:
+        return "< 0.01 s"
+    units = {"days": 86400, "h": 3600, "min": 60, "s": 1}
+    for unit, length in units.items():
+        count = float(f"{seconds / length:.2g}")
+        if count >= (2 if unit == "days" else 1):
+            break
+    return f"{count:g} {unit}"
+
+
 def dry_run(command: Command, more_passes: int = 0) -> None:
     """Print the grid and what it would cost. Nothing is loaded or written, and of --sae on the hub only the
     configurations are downloaded.
@@ -176,13 +188,13 @@ def dry_run(command: Command, more_passes: int = 0) -> None:
     print(markdown(rows, ["hook", "saes", "train_tokens", "tflops", "memory_gb", "disk_gb"]))
     print(f"\n{asked}evaluation {grid.eval_seqs} x {grid.ctx}; {total:.3g} TFLOP, {disk:.3g} GB of SAEs\n")
     rates = {f"this {device.type} (measured)": here, **PEAK}
-    hours = [
-        {"device": name, "float32 TFLOP/s": rate, "hours": total / (SHARE * rate) / 3600}
+    times = [
+        {"device": name, "float32 TFLOP/s": rate, "time": readable_time(total / (SHARE * rate))}
         for name, rate in rates.items()
     ]
-    print(markdown(hours, list(hours[0])))
+    print(markdown(times, list(times[0])))
     print(
-        f"\nHours: an estimate, at {SHARE:.0%} of the rate in the middle column (measured here, the vendor's "
+        f"\nTime: an estimate, at {SHARE:.0%} of the rate in the middle column (measured here, the vendor's "
         "elsewhere)."
     )
 
@@ -190,11 +202,12 @@ def dry_run(command: Command, more_passes: int = 0) -> None:
 def dry_run_of_files(grid: Grid, more_passes: int) -> list[dict[str, Any]]:
     """Print what the files of --sae say; what evaluating them costs, a row a hook."""
     columns = ["sae", "hook", "format", "width", "ctx", "bos", "basis"]
-    chosen = given.choose(grid.saes, grid.models)
+    chosen, refused = given.choose(grid.saes, grid.models, grid.basis)
+    given.say(refused)
     rows = []
     for one in chosen:
         row = {"sae": one.file.label, "hook": f"{one.model}@{one.layer}"} | vars(one.declared)
-        row["basis"] = grid.basis or row["basis"]
+        row["basis"] = one.basis or row["basis"]
         rows.append({c: "not said" if row[c] is None else row[c] for c in columns})
     print(markdown(rows, columns) + "\n")
     places: dict[tuple[str, int], list[int]] = {}

@@ -11,9 +11,9 @@ Shapes: N positions, d = d_model, b blocks of documents. Blocks are what interva
 from transport_geometry.fisher_study import Moments
 
 import numpy as np
+import scipy
 import torch
 from scipy.linalg import eigh, eigvalsh
-from scipy.stats import t as student
 
 DEFLATED = (1, 2, 4)  # how many of the top eigenvalues are dropped
 COUNTS = ("pr", *(f"pr_defl{m}" for m in DEFLATED), "pr_corrected", "dim_fisher", "energy")
@@ -129,7 +129,7 @@ def jackknife_half(left_out: list[float]) -> float:
     if b < 3:
         return np.nan
     variance = (b - 1) / b * np.square(np.array(left_out) - np.mean(left_out)).sum()
-    return float(student.ppf(0.975, b - 1) * np.sqrt(variance))
+    return float(scipy.stats.t.ppf(0.975, b - 1) * np.sqrt(variance))
 
 
 # ------------------------------------------------------------------------------------------- norm by position

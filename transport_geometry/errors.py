@@ -42,6 +42,11 @@ def reason(error: BaseException) -> str:
         return "no local path, and no repository of the hub that you may read (401 or 404)"
     if isinstance(error, KeyError):
         return f"no {error} in it"
+    if isinstance(error, ImportError) and error.__cause__:
+        # transformers says what it could not import, and its cause why
+        if "torchvision" in (why := reason(error.__cause__)):
+            return f"torchvision is built for another torch ({why}): nothing here needs it, uninstall it"
+        return f"{type(error).__name__}: {why}"
     # advice, and torch's frames in C++
     text = re.split("For more information|Exception raised from", str(error))[0]
     text = textwrap.shorten(text, 280, placeholder=" ...")

@@ -81,7 +81,7 @@ def clean_run(
     if _runs is None or not hook.splits(input_ids):
         return hook.clean_pass(input_ids, h, uniforms)
     key = (*text_key(hook, input_ids), hashlib.sha256(uniforms.cpu().numpy().tobytes()).digest())
-    if _runs and next(iter(_runs))[0] != id(hook.model):
+    if _runs and next(iter(_runs))[0] != key[0]:
         _runs.clear()  # the model before this one
     if key in _runs and _runs[key][0] >= hook.layer:
         layer, final, gradients = _runs[key]

@@ -25,8 +25,8 @@ from transport_geometry.tables import markdown, short, span
 from transport_geometry.train import Statistics, Training, unit_norm_step
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import binomtest
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
@@ -169,7 +169,8 @@ def moves(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
         control, through = score(after)
         change = through - control
         up, down = int((change > 0).sum()), int((change < 0).sum())
-        p = float(binomtest(up, up + down).pvalue) if up + down and np.isfinite(change).all() else np.nan
+        known = up + down and np.isfinite(change).all()
+        p = float(scipy.stats.binomtest(up, up + down).pvalue) if known else np.nan
         lo, hi = stats.interval((weights @ change / weights.sum(1))[3:])
         row: dict[str, Any] = {
             "metric": name,

@@ -25,6 +25,14 @@ KL_FLOOR = 1e-6  # nats a token: less is lost in float32, and its ratio to anyth
 # an interval narrower than this comes of one sequence, or of an error that every text makes alike
 NO_WIDTH = 1e-6
 
+# what is said of an SAE
+FLATTERS, UNDERRATES, NO_DIFFERENCE, WITHHELD, UNDEFINED = FLAGS = (
+    "R² flatters this SAE",
+    "R² underrates it",
+    "no difference shown",
+    "withheld: first order does not hold here",
+    "undefined",
+)
 FLAG_COLUMNS = ["rho", "fed_nosink", "isotropic fed", "excess", "2KL/swd", "2KL/swd interval", "flag"]
 FLAG_TEXT = (
     "The flag compares the SAE's error with an isotropic one, as long at every token but in a random "
@@ -49,14 +57,14 @@ def flag(lo: float, hi: float, kl_swd_ratio: float) -> str:
     flag then.
     """
     if not np.isfinite([lo, hi, kl_swd_ratio]).all() or hi - lo < NO_WIDTH:
-        return "undefined"
+        return UNDEFINED
     if not FIRST_ORDER[0] <= kl_swd_ratio <= FIRST_ORDER[1]:
-        return "withheld: first order does not hold here"
+        return WITHHELD
     if lo > MIN_EFFECT:
-        return "R² flatters this SAE"
+        return FLATTERS
     if hi < -MIN_EFFECT:
-        return "R² underrates it"
-    return "no difference shown"
+        return UNDERRATES
+    return NO_DIFFERENCE
 
 
 def flagged(saes: list[dict], values: dict[str, np.ndarray]) -> list[dict]:

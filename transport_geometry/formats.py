@@ -531,7 +531,7 @@ def mlsae_declares(config: Json, path: str, beside: Json) -> Declared:
     layer = re.search(r"layers-(\d+)(?![\d-])", path)
     return Declared(
         "mlsae",
-        site="resid_post" if "n_latents" in config else "language model",
+        site="resid_post",
         layer=int(layer[1]) if layer else None,
         width=field(config, "n_latents", int),
     )
@@ -591,9 +591,20 @@ def find(spec: str) -> list[SaeFile]:
     with one_line(f"--sae {spec}"):
         place = local_folder(spec) or repository(spec)
         found = [sae for file in sorted(place.files) if (sae := sae_at(place, file))]
-        if not found:
-            raise UserError(nothing_in(place))
-        return sorted(found, key=lambda file: file.label)
+        saes = [file for file in found if not language_model(file)]
+        if not saes:
+            raise UserError("it holds a language model, and no SAE" if found else nothing_in(place))
+        return sorted(saes, key=lambda file: file.label)
+
+
+def language_model(file: SaeFile) -> bool:
+    """Its weights go by the name that mlsae uses too; an SAE's configuration says how many latents it has."""
+    if file.format != "mlsae" or file.config is None:
+        return False
+    try:
+        return "n_latents" not in read_json(file, file.config)
+    except UserError:  # told where it is read
+        return False
 
 
 def local_folder(spec: str) -> Place | None:
@@ -838,8 +849,8 @@ def check_basis(
         if better or not math.isfinite(fvu):
             raise UserError(
                 f"--sae {label}: read as its files say ({as_declared}) it leaves {fvu:.4f} of the variance "
-                f"unexplained, read as {name} {value:.4f}: refused; --basis raw or --basis centred goes on "
-                "in that basis, with the layer as said"
+                f"unexplained, read as {name} {value:.4f}: refused; --basis NAME=raw or NAME=centred goes "
+                "on in that basis, with the layer as said"
             )
     return readings
 

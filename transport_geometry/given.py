@@ -1,11 +1,14 @@
 """SAEs that exist, of --sae: which of them read a hook that was asked for, and whether they read it as their
-files say.
+files say. One that cannot be used is refused with its reason, and the others go on.
 """
 
 import dataclasses
+import fnmatch
 import math
 import os
-from collections.abc import Sequence
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,15 @@ class Chosen:
     declared: Declared
     model: str
     layer: int
+    basis: str | None = None  # where --basis says
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An SAE, or all that a part of --sae names, that cannot be used, and why not, in one line."""
+
+    label: str
+    why: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,33 +67,95 @@ class Given:
         return formats.fused(sae)
 
 
-def choose(specs: Sequence[str], models: Sequence[tuple[str, int | None]]) -> list[Chosen]:
-    """The SAEs of --sae that read a hook asked for, by label; says which do not.
+def choose(
+    specs: Sequence[str],
+    models: Sequence[tuple[str, int | None]],
+    basis: Sequence[tuple[str, str]] = (),
+) -> tuple[list[Chosen], list[Refused]]:
+    """The SAEs of --sae that read a hook asked for, by label, and those refused; says which read another.
 
-    Without --models the files name the model; without @LAYER each file its layer. Raises UserError.
+    Without --models the files name the model; without @LAYER each file its layer. basis: of --basis, (NAME
+    or "", basis). Raises UserError where none reads such a hook, and for a NAME that none has.
     """
     asked: dict[str, set[int | None]] = {}
     for name, layer in models:
         asked.setdefault(name, set()).add(layer)
-    taken, left = [], []
-    files = [file for spec in specs for file in formats.find(spec)]
+    taken, left, refused, files = [], [], [], []
+    for spec in specs:
+        try:
+            files += formats.find(spec)
+        except UserError as why:
+            refused.append(refused_for(spec, why))
     for file in tqdm(files, desc="what SAE files say", leave=False, disable=None):
-        declared = formats.describe(file)
-        model = model_of(file, declared, asked)
-        layer, why_not = layer_of(file, declared, model, asked)
+        try:
+            declared = formats.describe(file)
+            model = model_of(file, declared, asked)
+            layer, why_not = layer_of(file, declared, model, asked)
+        except UserError as why:
+            refused.append(refused_for(file.label, why))
+            continue
         if layer is None:
             left.append(f"{file.label} ({why_not})")
         else:
             taken.append(Chosen(file, declared, model, layer))
     if left:
         ranks.say(f"left out: {', '.join(left)}")
-    if not taken:
+    if not taken and not refused:
         raise UserError(
             f"--sae {','.join(specs)}: none of its {len(left)} SAEs reads a hook that --models asks for"
         )
+    if not taken:
+        say(refused, any_left=False)
     if len({chosen.file.label for chosen in taken}) < len(taken):
         raise UserError("--sae: two SAEs of one name; name folders apart")
-    return sorted(taken, key=lambda chosen: chosen.file.label)
+    return in_their_basis(sorted(taken, key=lambda chosen: chosen.file.label), basis), refused
+
+
+def in_their_basis(taken: list[Chosen], basis: Sequence[tuple[str, str]]) -> list[Chosen]:
+    """Each with what --basis says of it, and of no other. Raises UserError: a bare word where there are
+    several SAEs, or a NAME (the end of a label, or a pattern) that none has.
+    """
+    for name, word in basis:
+        if not name and len(taken) > 1:
+            raise UserError(
+                f"--basis {word}: of which of the {len(taken)} SAEs? NAME={word} says, '*={word}' of all"
+            )
+        meant = [
+            one.file.label
+            for one in taken
+            if not name
+            or f"/{one.file.label}".endswith(f"/{name}")
+            or fnmatch.fnmatchcase(f"/{one.file.label}", f"*/{name}")
+        ]
+        if taken and not meant:
+            raise UserError(f"--basis {name}={word}: no SAE is called so; one is {taken[0].file.label}")
+        taken = [dataclasses.replace(one, basis=word) if one.file.label in meant else one for one in taken]
+    return taken
+
+
+def refused_for(label: str, why: UserError) -> Refused:
+    """What a results folder may keep of it: nothing of where things lie on this machine, and nothing that
+    another try would say otherwise.
+    """
+    text = " ".join(str(why).split()).removeprefix(f"--sae {label}: ")
+    text = re.sub(r" \(Request ID: [^)]*\)", "", text)
+    text = re.sub(r"(?<![\w.:/-])/(?:[^/\s'\"]+/)+", "", text)
+    at = pathlib.Path(label)
+    return Refused("/".join(at.parts[-2:]) if at.is_absolute() else label, text)
+
+
+def refusal(chosen: Chosen, why: UserError) -> Refused:
+    return refused_for(chosen.file.label, why)
+
+
+def say(refused: Sequence[Refused], any_left: bool = True) -> None:
+    """Which are refused, a line each. Raises UserError where no SAE is left."""
+    if refused and not any_left:
+        first = f"--sae {refused[0].label}: {refused[0].why}"
+        more = "" if len(refused) == 1 else f"; and {len(refused) - 1} more, all that were asked for"
+        raise UserError(first + more)
+    for one in refused:
+        ranks.say(f"refused: {one.label}: {one.why}")
 
 
 def model_of(file: SaeFile, declared: Declared, asked: dict[str, set[int | None]]) -> str:
@@ -118,48 +192,59 @@ def check(
     input_ids: torch.Tensor,
     ctx: int,
     bos: bool,
-    basis: str | None,
     device: torch.device,
-) -> list[Given]:
-    """The SAEs of one hook, each read, of the model's width, and past the basis gate.
+) -> tuple[list[Given], list[Refused]]:
+    """The SAEs of one hook, each read, of the model's width, and past the basis gate; and those that are not.
 
-    input_ids [4,T], a few of the evaluation's; ctx and bos: how these SAEs are evaluated; basis: of --basis.
-    Raises UserError.
+    input_ids [4,T], a few of the evaluation's; ctx and bos: how these SAEs are evaluated.
     """
     hook.to(device)
     near = formats.near(hook, input_ids.to(device))
     hook.to(torch.device("cpu"))
-    out = []
+    out, refused = [], []
     for one in tqdm(chosen, desc=f"reading SAEs of {name} L{hook.layer}", leave=False, disable=None):
-        label = one.file.label
-        sae = formats.read(one.file).to(device)
-        F, d = sae.W_enc.shape
-        h = near[hook.layer]
-        if d != h.shape[1]:
-            raise UserError(f"--sae {label}: reads {d} dimensions, and {name} has {h.shape[1]}")
-        model = one.declared.model
-        if model and os.path.isabs(model):  # where it lay on somebody's machine is nobody's business
-            model = os.path.basename(model)
-        declared = dataclasses.replace(
-            one.declared, model=model, basis=basis or one.declared.basis, ctx=ctx, bos=bos
-        )
-        readings = [math.nan]
-        if not basis:
-            found = formats.check_basis(sae, declared.basis, label, hook.layer, near)
-            readings = list(found.values())
-        sae.centred = declared.basis == "centred"
-        active = (sae.encode(h)[0] > 0).sum(1).double().mean().item()
-        out.append(
-            Given(
-                one.file,
-                declared,
-                formats.sae_fingerprint(sae),
-                d_sae=F,
-                k=sae.k or 0,
-                typical_k=max(1, round(active)),
-                mean=h.mean(0).cpu(),
-                fvu_as_said=readings[0],
-                fvu_otherwise=min(readings[1:], default=math.nan),
-            )
-        )
-    return out
+        try:
+            out.append(checked(one, near, hook.layer, name, ctx, bos, device))
+        except UserError as why:
+            refused.append(refusal(one, why))
+    return out, refused
+
+
+def checked(
+    one: Chosen,
+    near: Mapping[int, torch.Tensor],
+    layer: int,
+    name: str,
+    ctx: int,
+    bos: bool,
+    device: torch.device,
+) -> Given:
+    """One of them. near: see `formats.near`. Raises UserError."""
+    label, h = one.file.label, near[layer]
+    sae = formats.read(one.file).to(device)
+    F, d = sae.W_enc.shape
+    if d != h.shape[1]:
+        raise UserError(f"--sae {label}: reads {d} dimensions, and {name} has {h.shape[1]}")
+    model = one.declared.model
+    if model and os.path.isabs(model):  # where it lay on somebody's machine is nobody's business
+        model = os.path.basename(model)
+    declared = dataclasses.replace(
+        one.declared, model=model, basis=one.basis or one.declared.basis, ctx=ctx, bos=bos
+    )
+    readings = [math.nan]
+    if not one.basis:
+        found = formats.check_basis(sae, declared.basis, label, layer, near)
+        readings = list(found.values())
+    sae.centred = declared.basis == "centred"
+    active = (sae.encode(h)[0] > 0).sum(1).double().mean().item()
+    return Given(
+        one.file,
+        declared,
+        formats.sae_fingerprint(sae),
+        d_sae=F,
+        k=sae.k or 0,
+        typical_k=max(1, round(active)),
+        mean=h.mean(0).cpu(),
+        fvu_as_said=readings[0],
+        fvu_otherwise=min(readings[1:], default=math.nan),
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from transport_geometry import ANY_X86, given, plant, sources, text
 from transport_geometry.condition import NULLS, Condition
 from transport_geometry.errors import UserError
-from transport_geometry.given import Chosen, Given
+from transport_geometry.given import Chosen, Given, Refused
 from transport_geometry.lm import Hook
 from transport_geometry.models import load_model, model_hash, pick_layer, readable_names, tokenizer_hash
 from transport_geometry.sae import TrainingSpec
@@ -36,7 +36,7 @@ class Grid:
     recipes: tuple[str, ...]  # the first is the one that a verdict is about
     sinks: tuple[str, ...]
     saes: tuple[str, ...]  # of --sae: these instead of training some
-    basis: str | None
+    basis: tuple[tuple[str, str], ...]  # (NAME or "", basis) of --basis
     data: str
     split: str
     revision: str | None
@@ -147,29 +147,48 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
     before anything is written. Settings are what a results folder is the results of, as its run.json keeps
     them. Raises UserError.
     """
-    chosen = given.choose(grid.saes, grid.models) if grid.saes else []
+    chosen, refused = given.choose(grid.saes, grid.models, grid.basis) if grid.saes else ([], [])
     source = text.find(grid.data)
     names = list(dict.fromkeys([one.model for one in chosen] or [name for name, _ in grid.models]))
     called, models = readable_names(names), {}
     for name in names:
-        model, tokenizer = load_model(name, torch.device("cpu"), grid.revision, getattr(torch, grid.dtype))
+        try:
+            model, tokenizer = load_model(
+                name, torch.device("cpu"), grid.revision, getattr(torch, grid.dtype)
+            )
+        except UserError as why:
+            if grid.models:
+                raise
+            refused += [given.refusal(one, why) for one in chosen if one.model == name]
+            chosen = [one for one in chosen if one.model != name]
+            continue
         models[name] = Loaded(called[name], model, tokenizer, model_hash(model), tokenizer_hash(tokenizer))
     place_of = {one.file.label: models[one.model].place(one, grid.ctx) for one in chosen}
     places = list(dict.fromkeys(place_of.values()))
-    if not chosen:
+    if not grid.saes:
         places = [Place(name, layer, grid.ctx, False) for name, layer in grid.models]
     rows: dict[tuple, text.HeldOut] = {}
     eval_sets = []
     for place in places:
         loaded = models[place.model]
+        here = [one for one in chosen if place_of[one.file.label] == place]
+        try:
+            layer = pick_layer(loaded.model, place.model, place.layer)
+        except UserError as why:  # an SAE of a block that the model has not
+            if not here:
+                raise
+            refused += [given.refusal(one, why) for one in here]
+            continue
         which = (place.model, place.ctx, place.bos)
         if which not in rows:
             rows[which] = evaluation_rows(loaded, place, source, grid)
-        hook = Hook(loaded.model, pick_layer(loaded.model, place.model, place.layer))
-        check_plant(place.model, hook, bool(chosen))
-        if chosen:
-            here = [one for one in chosen if place_of[one.file.label] == place]
-            candidates = from_files(here, hook, loaded, rows[which], place, grid, device)
+        hook = Hook(loaded.model, layer)
+        check_plant(place.model, hook, bool(here))
+        if here:
+            candidates, not_these = from_files(here, hook, loaded, rows[which], place, device)
+            refused += not_these
+            if not candidates:
+                continue
         else:
             candidates = trained_here(place.model, hook, loaded, source, grid, device)
         several = sum((other.model, other.layer) == (place.model, place.layer) for other in places) > 1
@@ -179,13 +198,21 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
         eval_sets.append(
             EvalSet(loaded.called, hook, loaded.tokenizer, source, rows[which], tuple(candidates), nulls)
         )
-    if not chosen and len({(eval_set.name, eval_set.hook.layer) for eval_set in eval_sets}) < len(eval_sets):
+    given.say(refused, any_left=bool(eval_sets))
+    hooks = {(eval_set.name, eval_set.hook.layer) for eval_set in eval_sets}
+    if not grid.saes and len(hooks) < len(eval_sets):
         raise UserError(
             "--models: the same model and layer twice (a name without @LAYER means the middle layer)"
         )
     if text.stamp(source.data) != source.stamp:
         raise UserError(f"--data {grid.data} is being changed: run again when it is still")
-    return settings(grid, device, script, eval_sets, list(models.values()), list(rows.values())), eval_sets
+    used = {id(eval_set.hook.model) for eval_set in eval_sets}
+    in_use = [one for one in models.values() if id(one.model) in used]
+    read = [held for held in rows.values() if any(eval_set.held is held for eval_set in eval_sets)]
+    about = settings(grid, device, script, eval_sets, in_use, read)
+    if refused:
+        about["refused"] = {one.label: one.why for one in refused}
+    return about, eval_sets
 
 
 def check_plant(name: str, hook: Hook, from_files: bool) -> None:
@@ -219,20 +246,20 @@ def from_files(
     loaded: Loaded,
     held: text.HeldOut,
     place: Place,
-    grid: Grid,
     device: torch.device,
-) -> list[Candidate]:
-    """The SAEs of --sae at one place, read and checked. Raises UserError."""
+) -> tuple[list[Candidate], list[Refused]]:
+    """The SAEs of --sae at one place, read and checked, and those that are refused."""
     believed = device if device.type == "cuda" else torch.device("cpu")  # MPS not before its own check
-    found = given.check(
-        chosen, hook, loaded.called, held.input_ids[:4], place.ctx, place.bos, grid.basis, believed
+    found, refused = given.check(
+        chosen, hook, loaded.called, held.input_ids[:4], place.ctx, place.bos, believed
     )
-    return [
+    candidates = [
         Candidate(
             Condition(loaded.called, hook.layer, one.file.label, one.file.format, one.d_sae, one.k, 0, 0), one
         )
         for one in found
     ]
+    return candidates, refused
 
 
 def trained_here(

@@ -4,11 +4,14 @@
     h_hat           = sparse_decode(values, indices, W_dec, b_dec)                 -> [N,d], differentiable
     stats, h_hat    = gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g, want_h_hat=True)
 
+and for training without arrays of gradients `reconstruction_error`, `adam_rows`, `scatter_rows`,
+`gather_dot`.
+
 float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else
 (MPS, bfloat16, no compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions
 `*_ref` below, which are the tests' oracle as well. Neither holds an [N,F] array. A wrong argument is a
-ValueError; an index outside [0, F) is an error on the CPU and NaN in the rows it reaches on CUDA, never a
-read out of bounds.
+ValueError; an index outside [0, F) is an error on the CPU; on CUDA, where to look would be to wait, it is NaN
+in what it reaches (the token's row; every row of scatter_rows), never a read out of bounds.
 """
 
 import hashlib
@@ -16,6 +19,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +31,18 @@ Tensor = torch.Tensor
 
 # columns of the distortion: g.delta, |delta|^2, |h_hat|^2, h.h_hat, |h|^2
 STATS = ("g_delta", "delta_sq", "h_hat_sq", "h_h_hat", "h_sq")
-OPS = ("topk_encode", "sparse_decode", "gradient_weighted_distortion", "scatter_rows", "gather_dot")
+OPS = (
+    "topk_encode",
+    "sparse_decode",
+    "gradient_weighted_distortion",
+    "scatter_rows",
+    "gather_dot",
+    "reconstruction_error",
+    "adam_rows_",
+)
+CPU_ONLY = ("reconstruction_error", "adam_rows_")  # on CUDA made of the other kernels and PyTorch's own
 TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
-MAX_K_CUDA = 2048  # the CUDA selection sorts 2k keys in shared memory
+MAX_K_CUDA = 2048  # the CUDA encoder keeps a multiple of k candidates in shared memory
 
 
 def _source_hash() -> str:
@@ -40,6 +53,12 @@ def _source_hash() -> str:
     return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:12]
 
 
+def _note() -> str:
+    """What setup.py could not build, and why; "" where nothing failed. pip does not show it."""
+    note = PACKAGE / "_kernels_not_built.txt"
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """-> (extension module or None, why not). Import torch first: the extension links against it."""
     try:
@@ -48,10 +67,7 @@ def _load() -> tuple[ModuleType | None, str]:
         # it is there and does not load: say what the loader said
         if error.name != "transport_geometry._kernels":
             return None, f"_kernels does not load: {error}"
-        note = PACKAGE / "_kernels_not_built.txt"
-        if note.is_file():
-            return None, note.read_text(encoding="utf-8").strip()
-        return None, "not compiled: pip install -e . -c constraints.txt"
+        return None, _note() or "not compiled: pip install -e . -c constraints.txt"
     missing = [op for op in OPS if not hasattr(torch.ops.tg, op)]
     if missing:
         return None, f"_kernels is older than kernels.py (no {missing[0]}): reinstall"
@@ -83,6 +99,8 @@ def describe() -> str:
         return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
     if _source_hash() not in ("", _module.source):
         version += " - STALE: csrc has changed since the build, reinstall"
+    if "cuda" not in DEVICES and (why := _note() or "built without nvcc" * torch.cuda.is_available()):
+        version += f" - plain PyTorch on CUDA, same numbers, slower: {why}"
     return f"kernels: C++ ({DEVICES}; encode screens in {_first_screen(_module)}), {version}"
 
 
@@ -201,9 +219,48 @@ def gradient_weighted_distortion_ref(
     return stats, kept
 
 
+def reconstruction_error_ref(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reconstruction_error` without C++."""
+    delta = _call("sparse_decode", h, values, indices, W_dec, b_dec) - h
+    return delta, _call("gather_dot", h, delta, W_dec, indices), delta.square().sum(1)
+
+
+def adam_rows_ref(
+    W: Tensor,
+    m: Tensor,
+    v: Tensor,
+    coef: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    more: Tensor,
+    step: float,
+    root: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit: bool,
+) -> tuple[Tensor, Tensor]:
+    """`adam_rows` without C++; the gradient takes [F,d]."""
+    gradient, sums = _call("scatter_rows", x, coef, indices, x, len(W))
+    back = sums @ W
+    gradient[rows] += more
+    if unit:
+        gradient.addcmul_((gradient * W).sum(1, keepdim=True), W, value=-1)
+    m.lerp_(gradient, 1 - beta1)
+    v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    W.addcdiv_(m, v.sqrt().mul_(root).add_(eps), value=-step)
+    if unit:
+        W /= torch.linalg.vector_norm(W, dim=1, keepdim=True)
+    return sums, back
+
+
 def _call(op: str, x: Tensor, *args: Any) -> Any:
     """An operator without its autograd, by the extension where that serves tensors like x."""
-    return getattr(torch.ops.tg, op)(*args) if _extension_serves(x) else globals()[op + "_ref"](*args)
+    serves = _extension_serves(x) and not (x.is_cuda and op in CPU_ONLY)
+    return getattr(torch.ops.tg, op)(*args) if serves else globals()[op.rstrip("_") + "_ref"](*args)
 
 
 # ------------------------------------------------------------------------------------------------ autograd
@@ -277,6 +334,14 @@ if BUILT:  # shapes for torch.compile and opcheck; the C++ side has schema and n
     @register_fake("tg::gather_dot")
     def _(x, W, indices):
         return x.new_empty(indices.shape)
+
+    @register_fake("tg::reconstruction_error")
+    def _(values, indices, W_dec, b_dec, h):
+        return torch.empty_like(h), torch.empty_like(values), h.new_empty(len(h))
+
+    @register_fake("tg::adam_rows_")
+    def _(W, m, v, coef, indices, x, rows, more, step, root, beta1, beta2, eps, unit):
+        return x.new_empty(W.shape[0]), x.new_empty(W.shape[1])
 
     register_autograd("tg::topk_encode", _encode_backward, setup_context=_encode_context)
     register_autograd("tg::sparse_decode", _decode_backward, setup_context=_decode_context)
@@ -359,3 +424,115 @@ def gradient_weighted_distortion(
     code = dict(indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
     _check(op, values, **code, h=(h, (N, d)), g=(g, (N, d)))
     return _call(op, values, values, indices, W_dec, b_dec, h, g, bool(want_h_hat))
+
+
+# ------------------------------------------------------------------------------------------------- training
+class _GatherDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, indices):
+        ctx.save_for_backward(x, W, indices)
+        return _call("gather_dot", x, x, W, indices)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, indices = ctx.saved_tensors
+        d_x = _call("sparse_decode", grad, grad, indices, W, W.new_zeros(W.shape[1]))
+        return d_x, _call("scatter_rows", grad, grad, indices, x, len(W))[0], None
+
+
+def gather_dot(x: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+    """x[n] . W[indices[n,j]]: entries of x W^T. x [N,d], W [F,d], indices [N,k] -> [N,k], differentiable.
+    Raises ValueError on shapes, dtypes and devices that do not fit together.
+    """
+    N, d = _matrix("gather_dot", "x", x)
+    F = _matrix("gather_dot", "W", W)[0]
+    _check("gather_dot", x, W=(W, (F, d)), indices=(indices, (N, indices.shape[-1])))
+    return _GatherDot.apply(x, W, indices)
+
+
+@torch.no_grad()
+def scatter_rows(coef: Tensor, indices: Tensor, x: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    """Z^T x [F,d] and the column sums of Z [F], Z [N,F] being the code that coef and indices [N,k] stand for,
+    x [N,d]. No gradient. Raises ValueError on shapes, dtypes and devices that do not fit together.
+    """
+    N, d = _matrix("scatter_rows", "x", x)
+    k = _matrix("scatter_rows", "coef", coef)[1]
+    _check("scatter_rows", x, coef=(coef, (N, k)), indices=(indices, (N, k)))
+    return _call("scatter_rows", x, coef, indices, x, F)
+
+
+@torch.no_grad()
+def reconstruction_error(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradients of |delta|^2 need, delta = `sparse_decode`(...) - h, in one pass over the code.
+
+    values, indices [N,k], W_dec [F,d], b_dec [d], h [N,d] -> delta [N,d], the products delta[n] .
+    W_dec[indices[n,j]] [N,k], |delta|^2 [N]. No gradient. Raises ValueError on shapes, dtypes and devices
+    that do not fit together.
+    """
+    op = "reconstruction_error"
+    F, d = _matrix(op, "W_dec", W_dec)
+    N, k = _matrix(op, "values", values)
+    code = dict(indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
+    _check(op, values, **code, h=(h, (N, d)))
+    return _call(op, values, values, indices, W_dec, b_dec, h)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """One step of Adam (Kingma & Ba 2015, Algorithm 1) as torch.optim.Adam makes it, the t-th."""
+
+    rate: float
+    t: int
+    eps: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        """step = rate / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t), beta1, beta2, eps: w moves by
+        -step m / (root sqrt(v) + eps).
+        """
+        t = self.t
+        step, root = self.rate / (1 - self.beta1**t), 1 / math.sqrt(1 - self.beta2**t)
+        return step, root, self.beta1, self.beta2, self.eps
+
+
+@torch.no_grad()
+def adam_rows(
+    W: Tensor,
+    moments: tuple[Tensor, Tensor],
+    adam: Adam,
+    coef: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    more: tuple[Tensor, Tensor] | None = None,
+    unit: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A step of Adam on W [F,d] and its two moments [F,d], in place, without an array for the gradient.
+
+    The gradient is Z^T x, Z [N,F] being the code that coef and indices [N,k] stand for, x [N,d]; and `more`:
+    (different latents [D], what is added to their rows [D,d]). unit: rows of W have norm 1 before and after,
+    and what of the gradient is along a row, which would be undone after the step, is taken out before it, or
+    Adam would count it. -> the column sums of Z [F], which are the gradient of a bias, and those times W
+    before the step [d], which is minus the gradient of what was subtracted from every x. Raises ValueError on
+    shapes, dtypes and devices that do not fit together.
+    """
+    op = "adam_rows"
+    F, d = _matrix(op, "W", W)
+    N, k = _matrix(op, "coef", coef)
+    rows, added = more or (indices.new_empty(0), x.new_empty(0, d))
+    m, v = moments
+    _check(op, W, m=(m, (F, d)), v=(v, (F, d)), coef=(coef, (N, k)), indices=(indices, (N, k)), x=(x, (N, d)))
+    _check(op, W, indices=(rows, (len(rows),)), more=(added, (len(rows), d)))
+    return _call("adam_rows_", x, W, m, v, coef, indices, x, rows, added, *adam.numbers(), unit)
+
+
+@torch.no_grad()
+def adam_vector(w: Tensor, moments: tuple[Tensor, Tensor], adam: Adam, gradient: Tensor) -> None:
+    """A step of Adam on w [n], in place, with moments [n] and gradient [n]: `adam_rows` of one row."""
+    _check("adam_vector", w, m=(moments[0], w.shape), v=(moments[1], w.shape), gradient=(gradient, w.shape))
+    row = torch.zeros(1, dtype=torch.int64, device=w.device)
+    none, no_code = w.new_empty(0, len(w)), (w.new_empty(0, 1), row.new_empty(0, 1))
+    matrices = (x[None] for x in (w, *moments))
+    _call("adam_rows_", w, *matrices, *no_code, none, row, gradient[None], *adam.numbers(), False)

@@ -8,6 +8,7 @@ Shapes: B sequences, T positions, d = d_model, V = vocabulary. A hook is the out
 import contextlib
 import functools
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from transport_geometry import kernels
 from transport_geometry.errors import Fault, UserError
 
 import torch
-import transformers
 
 # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
 MPS_LONGEST_DOT = 32_767
@@ -228,7 +228,7 @@ class Hook:
         """
         assert _heads is not None
         key = text_key(self, input_ids)
-        if _heads and next(iter(_heads))[0] != id(self.model):
+        if _heads and next(iter(_heads))[0] != key[0]:
             _heads.clear()  # the model before this one
         layer, h = _heads.get(key, (-1, None))
         if h is not None and layer <= self.layer:
@@ -359,9 +359,11 @@ def keeping_heads() -> Iterator[None]:
 
 
 def text_key(hook: Hook, input_ids: torch.Tensor) -> tuple:
-    """What names a model and a text, for what is kept of them."""
+    """What names a model and a text, for what is kept of them. Not the model's address: the next one may get
+    it.
+    """
     return (
-        id(hook.model),
+        weakref.ref(hook.model),
         hook.device,
         input_ids.shape,
         hashlib.sha256(input_ids.cpu().numpy().tobytes()).digest(),
@@ -407,6 +409,8 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
     query [B,H,T,e], key and value [B,H',T,e] with H' dividing H, attention_mask added to the scores. Raises
     UserError for a family whose attention cannot be exchanged: it would go on unseen.
     """
+    import transformers
+
     transformers.AttentionInterface.register(EXCHANGED, function)
     transformers.AttentionMaskInterface.register(EXCHANGED, transformers.masking_utils.eager_mask)
     before = model.config._attn_implementation

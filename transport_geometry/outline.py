@@ -21,6 +21,7 @@ from typing import Any
 from transport_geometry import store
 from transport_geometry.errors import Damaged, UserError, printable, reading
 from transport_geometry.leaderboard import ADJUDICATED
+from transport_geometry.page import with_page
 from transport_geometry.store import RUN
 from transport_geometry.tables import readable_count
 
@@ -188,8 +189,8 @@ def read_verdict(path: pathlib.Path) -> dict[str, Any]:
 
 
 def answer_of(report: str) -> str:
-    """The sentence in bold under the title; where there is none, as in an audit, whose pairs come first,
-    every paragraph that is bold.
+    """The sentence in bold under the title; where there is none, as in an audit, which says
+    first what was asked, every paragraph that is bold.
 
     >>> answer_of("# Is it?\\n\\n**It is.**\\n\\n## Table\\n\\n**No.**\\n")
     'It is.'
@@ -378,6 +379,8 @@ def section(script: str) -> str:
     labels = ", ".join(claim.label for claim in CLAIMS if claim.script == script)
     if not script:
         return "Folders that could not be read"
+    if script == "audit":
+        return "SAEs that exist, `audit.py`"
     if not labels:
         return f"`{script}.py`, an experiment that this outline does not know"
     return f"{labels}: {TITLES[script]}, `{script}.py`" if script in TITLES else f"{labels}: `{script}.py`"
@@ -413,5 +416,5 @@ def write(root: pathlib.Path) -> None:
     runs = read(root)
     store.writable(root, "report")
     store.claim(root)
-    store.put(root / RECORD, {REPORT: outline(runs).encode()})
+    store.put(root / RECORD, with_page(root, {REPORT: outline(runs).encode()}))
     print("\n".join([*in_short(runs), f"report: {root / REPORT}"]))

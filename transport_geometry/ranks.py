@@ -54,7 +54,7 @@ def leave() -> None:
 
 def say(text: str) -> None:
     if RANK == 0:
-        print(text)
+        print(text, flush=True)  # at once in a log too
 
 
 def share(items: list, weights: Sequence[float]) -> list:

@@ -26,7 +26,7 @@ from transport_geometry.store import RUN
 from transport_geometry.tables import cell, read_table
 
 import numpy as np
-import scipy.stats
+import scipy
 
 SEED_SD = ROOT / "outputs/reference/seed_sd.csv"
 LABELS = ("model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens")

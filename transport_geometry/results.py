@@ -6,6 +6,7 @@ Shapes: C conditions, S evaluation sequences, W re-weightings of their documents
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from typing import Any
 
 from transport_geometry import FIXED_CODE, kernels, store
 from transport_geometry.condition import KEY, Condition, hook_of
-from transport_geometry.errors import Damaged, UserError
+from transport_geometry.errors import Damaged, UserError, brief
 from transport_geometry.metrics import METRICS, Metric, Sums, computed
 from transport_geometry.stats import document_weights
 from transport_geometry.store import RUN
@@ -34,6 +35,7 @@ COLUMNS = [*KEY, "n_seq", "n_tok", "n_sink", *(metric.name for metric in METRICS
 DERIVED = (
     "verdict.json",
     "report.md",
+    "report.html",
     "leaderboard.csv",
     "deltas.csv",
     "audit.csv",
@@ -41,6 +43,8 @@ DERIVED = (
     "rates.csv",
     "ratios.csv",
 )
+# settings that say more than those that follow from them, where several differ
+TELLING = ("models", "saes", "script")
 RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", *DERIVED)
 
 
@@ -93,9 +97,11 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
         store.remove(record)
     before = check_data(record).get("settings", settings)
     if differing := [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]:
-        differences = "; ".join(difference(key, before.get(key), settings.get(key)) for key in differing)
+        first, *others = sorted(differing, key=lambda key: (key not in TELLING, key))
+        said = difference(first, before.get(first), settings.get(first))
+        also = f"; also {', '.join(others)}" if others else ""
         raise UserError(
-            f"--out {out} holds a run with other settings ({differences}): use --fresh or another --out"
+            f"--out {out} holds a run with other settings ({said}{also}): use --fresh or another --out"
         )
     import scipy
     import transformers
@@ -119,16 +125,38 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     )
 
 
+def beside(out: pathlib.Path, settings: dict) -> pathlib.Path:
+    """`out`, or the first of out-2, out-3, ... that holds a run with these settings, or none."""
+    for number in itertools.count(1):
+        folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
+        with contextlib.suppress(Damaged):  # `open_output` says what is wrong with it
+            if store.load(folder / RUN).get("settings", settings) != settings:
+                continue
+        return folder
+    raise AssertionError
+
+
 def difference(key: str, there: Any, here: Any) -> str:
-    """Of one setting; of one that holds several, of those that differ."""
+    """Of one setting, short; of one that holds several by name, the first that both hold otherwise, or the
+    names that only one holds.
+    """
     if isinstance(there, dict) and isinstance(here, dict):
-        there, here = without_shared(there, here), without_shared(here, there)
-    return f"{key}: there {there}, here {here}"
+        for name in sorted(there.keys() & here.keys()):
+            if there[name] != here[name]:
+                return f"{key}: {difference(name, there[name], here[name])}"
+        there, here = (
+            few_of(sorted(one.keys() - other.keys())) for one, other in ((there, here), (here, there))
+        )
+    return f"{key}: there {brief(str(there))}, here {brief(str(here))}"
 
 
 def without_shared(x: dict, y: dict) -> dict:
     """What x holds otherwise than y."""
     return {key: value for key, value in x.items() if y.get(key) != value}
+
+
+def few_of(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "not"
 
 
 def processor() -> str:

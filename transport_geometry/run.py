@@ -5,11 +5,12 @@ Shapes: C conditions, S evaluation sequences.
 """
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transport_geometry import kernels, plant, ranks, store, text
 from transport_geometry.condition import NULLS, Condition
@@ -34,6 +35,7 @@ from transport_geometry.progress import Progress
 from transport_geometry.results import (
     Measurements,
     add_results,
+    beside,
     check_verdict,
     finished_run,
     gather,
@@ -68,6 +70,9 @@ class Experiment:
     study_passes: int = 0  # and its study a hook, in passes of the evaluation text
     # raises UserError for hooks that it cannot measure, before anything is trained or written
     check: Callable[[list[EvalSet]], None] | None = None
+    # its folder where no other was asked for: a run with other settings is left there, and this one goes
+    # beside it
+    default_out: pathlib.Path | None = None
 
 
 @dataclass(eq=False)
@@ -105,9 +110,10 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     if command.dry_run:
         dry_run(command, experiment.more_passes)
         return None
-    grid, out = command.grid, command.out
+    grid = command.grid
     device = pick_device(command.device)
     ranks.join(device)
+    keep_freed_memory()
     ranks.say(kernels.describe())
     settings, eval_sets = plan(grid, device, experiment.name)
     if device.type == "mps" and command.device == "auto":
@@ -120,7 +126,11 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     settings |= command.own
     if experiment.check:
         experiment.check(eval_sets)
-    start = time.time()
+    if command.out == experiment.default_out and not command.fresh:
+        command = replace(command, out=beside(command.out, settings))
+        if command.out != experiment.default_out:
+            ranks.say(f"{experiment.default_out} holds another run: this one goes into {command.out}")
+    out, start = command.out, time.time()
     if ranks.RANK == 0:
         typed = [*(plant.split(name)[0] for name, _ in grid.models), grid.data]
         paths = {name: str(pathlib.Path(name).resolve()) for name in typed if os.path.exists(name)}
@@ -152,6 +162,17 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     seconds = round(time.time() - start, 1)
     store.put(out / RUN, {}, ranks=ranks.WORLD, seconds=seconds, one_pass=one_pass)
     return out, with_passes(settings, one_pass)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep up to 1 GB of what is freed: left to itself it gives arrays of some MB back to the
+    system and takes them anew, page by page, in every batch. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 def passes(eval_sets: list[EvalSet], command: Command) -> set[int]:

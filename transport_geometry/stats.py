@@ -16,8 +16,7 @@ a test over cells rejected a true null in a third of simulated grids (bench/leve
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, rankdata
-from scipy.stats import t as student
+import scipy
 
 ALPHA = 0.05
 HOOK = ("model", "layer")
@@ -71,7 +70,7 @@ def weighted_ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Ranks of x [R or 1, C], up to a constant, where condition c counts weights [R, C] times; ties share
     their mean rank.
     """
-    dense = rankdata(np.nan_to_num(x), method="dense", axis=1).astype(np.intp) - 1
+    dense = scipy.stats.rankdata(np.nan_to_num(x), method="dense", axis=1).astype(np.intp) - 1
     dense = np.broadcast_to(dense, weights.shape)
     R, C = weights.shape
     mass = np.bincount((dense + C * np.arange(R)[:, None]).ravel(), weights.ravel(), R * C).reshape(R, C)
@@ -259,7 +258,7 @@ def t_interval(
     which knows no degrees of freedom, would cover 95% some 85% of the time. nan with one seed.
     """
     variance, df = spread(draws[None], sources, n_doc)
-    half = student.ppf((1 + level) / 2, df) * np.sqrt(variance[0, 0])
+    half = scipy.stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance[0, 0])
     return float(draws[0] - half), float(draws[0] + half)
 
 
@@ -273,7 +272,7 @@ def ratio_interval(
     if not (lo > 0 or hi < 0):
         return np.nan, np.nan, np.nan
     v, df = spread(np.stack([numerator, denominator]), sources, n_doc)
-    t2, n, d = student.ppf(1 - ALPHA / 2, df) ** 2, numerator[0], denominator[0]
+    t2, n, d = scipy.stats.t.ppf(1 - ALPHA / 2, df) ** 2, numerator[0], denominator[0]
     a, b, c = d * d - t2 * v[1, 1], n * d - t2 * v[0, 1], n * n - t2 * v[0, 0]
     root = np.sqrt(max(b * b - a * c, 0.0))  # a > 0, since the denominator is not zero; b^2 - ac >= 0 follows
     return float(n / d), float((b - root) / a), float((b + root) / a)
@@ -369,7 +368,7 @@ def swap_tests(
 
 def _places(x: np.ndarray) -> np.ndarray:
     """Twice the midrank [C], a whole number."""
-    return np.rint(2 * rankdata(x)).astype(np.intp)
+    return np.rint(2 * scipy.stats.rankdata(x)).astype(np.intp)
 
 
 def _midranks_of_places(places: np.ndarray) -> np.ndarray:
@@ -424,7 +423,7 @@ def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict) -> t
     """
     if not np.isfinite([x, base, y]).all():
         return np.nan, np.nan
-    ids, (x, base, y) = cluster_ids(meta), map(rankdata, (x, base, y))
+    ids, (x, base, y) = cluster_ids(meta), map(scipy.stats.rankdata, (x, base, y))
     Z = np.column_stack([given(meta), base])
     residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
     rx, ry = residual @ x, residual @ y
@@ -483,7 +482,7 @@ def smallest_detectable(
     )
     diff = correlation(of_x, of_y) - correlation(of_base, of_y)
     diff = diff[~np.isnan(diff)]
-    z = norm.ppf(1 - ALPHA / 2) + norm.ppf(power)
+    z = scipy.stats.norm.ppf(1 - ALPHA / 2) + scipy.stats.norm.ppf(power)
     return float(z * diff.std(ddof=1)) if 2 * len(diff) > n_resamples else np.nan
 
 

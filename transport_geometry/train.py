@@ -36,12 +36,20 @@ import torch
 from tqdm import tqdm
 
 CHUNK = 250_000  # tokens shuffled together
-TRAIN_VERSION = 3  # bump when training mathematics changes: older cached SAEs are then left alone
+# Up to so many times d dead latents, AuxK's code is a matrix, as large as two of h: its GEMMs cost less than
+# the gathers of d/2 rows a token
+DENSE = 2
+TRAIN_VERSION = 4  # bump when training mathematics changes: older cached SAEs are then left alone
 
 
 def check_memory(d: int, d_sae: int, device: torch.device) -> None:
-    """Raises UserError where one SAE in training does not fit: weights, gradients and Adam's two moments, 4
+    """Raises UserError where one SAE in training does not fit: weights, Adam's two moments, and gradients, 4
     bytes each of 2 F d.
+
+    On a CPU recipe `base` holds no gradients: with D dead latents it takes 4 (6 F d + 4 D d) bytes, and
+    beside them some [n,d] of a batch of n tokens and a tile. Recipe `saelens`, whose latents are ranked by
+    copies folded with the decoder's norms and whose gradients are clipped by their common norm, takes up to
+    4 * 19 F d.
     """
     needed = 4 * 4 * 2 * d_sae * d
     called, there = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -171,11 +179,10 @@ class Training:
         mean = self.statistics.mean
         self.scale = math.sqrt(len(mean) / self.statistics.square)
         self.variance = self.statistics.variance * self.scale**2
-        self.sae = tied_init(len(mean), d_sae, k, self.seed, mean * self.scale)
+        self.sae = tied_init(len(mean), d_sae, k, self.seed, mean * self.scale).requires_grad_(False)
         self.lr = 2e-4 * math.sqrt(2**14 / d_sae) * self.boost
-        self.optimiser = torch.optim.Adam(
-            self.sae.parameters(), lr=self.lr, eps=6.25e-10, fused=mean.device.type in ("cpu", "cuda")
-        )
+        weights = self.sae.named_parameters()
+        self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights}
 
     @staticmethod
     def pace(tokens: int) -> tuple[int, float]:
@@ -242,55 +249,86 @@ class Training:
         return runs + (self.branch_off() if self.step == self.steps else [])
 
     # ------------------------------------------------------------------ one step
-    def auxiliary_loss(self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-        """AuxK (Gao et al. 2024, A.2): the d/2 strongest dead latents reconstruct the error; error variance
-        1.
+    def auxiliary_gradients(
+        self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """AuxK (Gao et al. 2024, A.2): the d/2 strongest dead latents reconstruct the error [n,d] from x,
+        centred [n,d]; squared residual over the error's variance, over 32. The gradients of the dead rows.
         """
-        k = min(x.shape[1] // 2, len(dead))
-        values, among_dead = kernels.topk_encode(
-            x - self.sae.b_dec.detach(), self.sae.W_enc[dead], self.sae.b_enc[dead], k
-        )
-        guess = kernels.sparse_decode(
-            values, among_dead, self.sae.W_dec[dead], torch.zeros_like(self.sae.b_dec)
-        )
-        residual = (error - guess).square().sum(1).mean() / (error - error.mean(0)).square().sum(1).mean()
-        return torch.nan_to_num(residual) / 32
+        (n, d), (D,) = x.shape, dead.shape
+        W_enc, b_enc, W_dec = self.sae.W_enc[dead], self.sae.b_enc[dead], self.sae.W_dec[dead]
+        variance = (error - error.mean(0)).square().sum(1).mean()
+        weight = torch.where(variance > 0, 2 / (32 * n * variance), 0)  # of the residual, in its gradient
+        if D <= d // 2:  # every one of them
+            z = torch.addmm(b_enc, x, W_enc.T).relu_()
+        else:
+            values, among_dead = kernels.topk_encode(x, W_enc, b_enc, d // 2)
+        if D > DENSE * d:
+            no_bias = torch.zeros_like(self.sae.b_dec)
+            residual, products, _ = kernels.reconstruction_error(values, among_dead, W_dec, no_bias, error)
+            back = torch.where(values > 0, products * weight, 0)
+            d_W_enc, d_b_enc = kernels.scatter_rows(back, among_dead, x, D)
+            d_W_dec, _ = kernels.scatter_rows(values * weight, among_dead, residual, D)
+            return {"W_enc": d_W_enc, "b_enc": d_b_enc, "W_dec": d_W_dec}
+        if D > d // 2:
+            z = x.new_zeros(n, D).scatter_(1, among_dead, values)
+        residual = torch.addmm(error, z, W_dec, beta=-1)
+        back = torch.where(z > 0, residual @ W_dec.T * weight, 0)
+        return {"W_enc": back.T @ x, "b_enc": back.sum(0), "W_dec": (z * weight).T @ residual}
 
     def fired(self, values: torch.Tensor, indices: torch.Tensor, amount: int) -> None:
         """`idle` grows by `amount` for every latent that did not fire."""
         self.idle += amount
         self.idle[torch.where(values > 0, indices, len(self.idle) - 1).flatten()] = 0
 
+    @torch.no_grad()
     def one_step(self, h: torch.Tensor) -> torch.Tensor:
         """An optimiser step on h [n,d], raw; the loss, still on the device: SSE per token over the
-        variance.
+        variance. Its gradients are written out, so that those of W_enc and W_dec never take their [F,d].
         """
+        sae, n = self.sae, len(h)
         x = h * self.scale
-        values, indices = self.sae.encode(x)
-        error = x - self.sae.decode(values, indices)
-        loss = error.square().sum(1).mean() / self.variance
-        self.fired(values, indices, len(x))
+        centred = x - sae.b_dec
+        values, indices = kernels.topk_encode(centred, sae.W_enc, sae.b_enc, sae.k)
+        delta, products, square = kernels.reconstruction_error(values, indices, sae.W_dec, sae.b_dec, x)
+        self.fired(values, indices, n)
         dead = (self.idle[:-1] >= self.dead_after()).nonzero().squeeze(1)
-        total = loss + self.auxiliary_loss(x, error.detach(), dead) if len(dead) else loss
-        self.optimiser.zero_grad()
-        total.backward()
-        self.optimiser.param_groups[0]["lr"] = self.rate()
-        unit_norm_step(self.optimiser, self.sae.W_dec)
+        aux = self.auxiliary_gradients(centred, -delta, dead) if len(dead) else {}
+        more = {name: (dead, gradient) for name, gradient in aux.items()}
+        weight = 2 / (n * self.variance)  # of delta, in the gradient of the loss
+        back = torch.where(values > 0, products * weight, 0)  # ReLU: what was cut to 0 passes nothing on
+        adam, of = kernels.Adam(self.rate(), self.step + 1, eps=6.25e-10), self.moments
+        d_b_enc, d_centred = kernels.adam_rows(
+            sae.W_enc, of["W_enc"], adam, back, indices, centred, more.get("W_enc")
+        )
+        kernels.adam_rows(
+            sae.W_dec, of["W_dec"], adam, values * weight, indices, delta, more.get("W_dec"), unit=True
+        )
+        if aux:
+            d_b_enc[dead] += aux["b_enc"]
+        kernels.adam_vector(sae.b_enc, of["b_enc"], adam, d_b_enc)
+        kernels.adam_vector(sae.b_dec, of["b_dec"], adam, delta.sum(0) * weight - d_centred)
         self.step += 1
-        return loss.detach()
+        return square.mean() / self.variance
 
     def finished(self) -> TopKSAE:
         """The SAE for raw activations: the scale folded into the biases, the unit-norm decoder as it is."""
-        sae = self.sae.requires_grad_(False)
+        sae = self.sae
         return TopKSAE(
             sae.W_enc, sae.b_enc / self.scale, sae.W_dec, sae.b_dec / self.scale, sae.k
         ).requires_grad_(False)
 
     # ------------------------------------------------------------------ checkpoints
+    def optimiser_state(self) -> dict:
+        return self.moments
+
+    def load_optimiser(self, state: dict) -> None:
+        self.moments = state
+
     def state(self) -> dict:
         return {
             "sae": self.sae.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self.optimiser_state(),
             "idle": self.idle,
             "step": self.step,
             "budgets": self.budgets,
@@ -302,7 +340,7 @@ class Training:
         drawn.
         """
         self.sae.load_state_dict(state["sae"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.load_optimiser(state["optimiser"])
         self.idle, self.step = state["idle"], state["step"]
         self.aim(state["budgets"])
         return self
@@ -333,6 +371,12 @@ class SAELensTraining(Training):
             self.sae.parameters(), lr=3e-4, fused=mean.device.type in ("cpu", "cuda")
         )
 
+    def optimiser_state(self) -> dict:
+        return self.optimiser.state_dict()
+
+    def load_optimiser(self, state: dict) -> None:
+        self.optimiser.load_state_dict(state)
+
     @staticmethod
     def pace(tokens: int) -> tuple[int, float]:
         return min(4096, tokens), 1.0
@@ -344,25 +388,37 @@ class SAELensTraining(Training):
         sae, norm = self.sae, torch.linalg.vector_norm(self.sae.W_dec, dim=1)
         return sae.W_enc * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec
 
-    def auxiliary_loss(self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    def auxiliary_loss(
+        self, centred: torch.Tensor, error: torch.Tensor, weights: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
         """The d/2 dead latents of largest pre-activation, negative ones with their sign, reconstruct the
-        error.
+        error [n,d]; weights: W_enc, b_enc, W_dec of the dead.
         """
-        W_enc, b_enc, W_dec, b_dec = self.folded()
-        wanted = x.shape[1] // 2
-        z = torch.nn.functional.linear(x - b_dec, W_enc[dead], b_enc[dead])
-        values, among_dead = z.topk(min(wanted, len(dead)))
-        guess = kernels.sparse_decode(values, among_dead, W_dec[dead], torch.zeros_like(b_dec))
-        return min(len(dead) / wanted, 1.0) * (guess - error).square().sum(1).mean()
+        W_enc, b_enc, W_dec = weights
+        D, wanted = len(W_enc), centred.shape[1] // 2
+        if D <= DENSE * centred.shape[1]:
+            z = torch.nn.functional.linear(centred, W_enc, b_enc)
+            if D > wanted:
+                values, among_dead = z.topk(wanted)
+                z = torch.zeros_like(z).scatter(1, among_dead, values)
+            guess = z @ W_dec
+        else:
+            _, among_dead = kernels.topk_encode(centred.detach(), W_enc.detach(), b_enc.detach(), wanted)
+            values = kernels.gather_dot(centred, W_enc, among_dead) + b_enc[among_dead]
+            guess = kernels.sparse_decode(values, among_dead, W_dec, torch.zeros_like(self.sae.b_dec))
+        return min(D / wanted, 1.0) * (guess - error).square().sum(1).mean()
 
     def one_step(self, h: torch.Tensor) -> torch.Tensor:
         dead = (self.idle[:-1] > self.DEAD_STEPS).nonzero().squeeze(1)  # as the step before left them
         W_enc, b_enc, W_dec, b_dec = self.folded()
-        values, indices = kernels.topk_encode(h - b_dec, W_enc, b_enc, self.sae.k)
+        centred = h - b_dec
+        values, indices = kernels.topk_encode(centred, W_enc, b_enc, self.sae.k)
         error = h - kernels.sparse_decode(values, indices, W_dec, b_dec)
-        loss = error.square().sum(1).mean()
+        total = error.square().sum(1).mean()
         self.fired(values, indices, 1)
-        total = loss + self.auxiliary_loss(h, error.detach(), dead) if len(dead) else loss
+        if len(dead):
+            weights = W_enc[dead], b_enc[dead], W_dec[dead]
+            total = total + self.auxiliary_loss(centred, error.detach(), weights)
         self.optimiser.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
@@ -488,10 +544,13 @@ class Run:
         if self.folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
             self.live, self.chunks = trainings, saved["chunks"]
 
-    def begin(self, h: torch.Tensor, sink: torch.Tensor, about: str) -> None:
-        spec, recipe = self.spec, RECIPES[self.spec.recipe]
-        budgets = [*spec.trunk, spec.tokens]
-        statistics = Statistics.of(h[: budgets[0]], sink[: budgets[0]], about)
+    @property
+    def budgets(self) -> list[int]:
+        return [*self.spec.trunk, self.spec.tokens]
+
+    def begin(self, statistics: Statistics) -> None:
+        """statistics: of the first of its budgets."""
+        spec, recipe, budgets = self.spec, RECIPES[self.spec.recipe], self.budgets
         self.live = [recipe(statistics, spec.d_sae, spec.k, spec.seed, budgets)]
 
     def feed(self, h: torch.Tensor, bar: tqdm | Progress, about: str) -> list[Training]:
@@ -565,6 +624,7 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source,
             run.checkpoint()
 
     saved_at, cost = time.monotonic(), 0.0
+    known: dict[int, Statistics] = {}  # of the first n tokens
     try:
         for number, (h, sink) in enumerate(chunks, first):
             if text.stamp(source.data) != source.stamp:
@@ -578,7 +638,10 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source,
                 # else done, or further on than the others when they were interrupted
                 if run.chunks == number and number * CHUNK < run.spec.tokens:
                     if not run.live:
-                        run.begin(h, sink, about)
+                        n = run.budgets[0]
+                        if n not in known:
+                            known[n] = Statistics.of(h[:n], sink[:n], about)
+                        run.begin(known[n])
                     for training in run.feed(h, bar, about):
                         run.keep(training, one_pass[0] if one_pass else None)
             if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time

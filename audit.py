@@ -1,0 +1,232 @@
+"""The audit: which of the SAEs that you have can their R^2 be trusted about?
+
+    python audit.py --models EleutherAI/pythia-70m@3 --sae EleutherAI/sae-pythia-70m-32k
+    python audit.py --models EleutherAI/pythia-70m@3 --sae 'my/saes/layers.3*,canrager/lm_sae/PATTERN'
+    python audit.py --from outputs/audit             # tables and plots again, without a model
+
+Question: of two SAEs at one hook, with one k, R^2 says that one is better. Does the language model agree when
+their reconstructions are patched in? Grid: the SAEs of --sae, on the same held-out tokens. Each pair of SAEs
+that share hook, k, context and BOS is inverted (R^2 and CE_rec both differ, in opposite directions), told
+apart by R^2 alone, or ordered, by paired 95% intervals over documents. One SAE is flagged where the model
+feels its error otherwise than an isotropic one of the same lengths. An SAE that cannot be read, or does not
+read what its files say, is refused with the reason, and the others go on.
+"""
+
+import pathlib
+from typing import Any
+
+from common import parse_args, run_script
+from transport_geometry import chart, leaderboard, store
+from transport_geometry.audit import (
+    COLUMNS,
+    HOOK_AND_TOKENS,
+    N_RESAMPLES,
+    PAIRS,
+    audit_report,
+    audit_rows,
+    console,
+    count_of,
+    counted,
+    pairs,
+    refused_rows,
+    short_names,
+    three_lines,
+)
+from transport_geometry.errors import UserError
+from transport_geometry.figures import as_png, pyplot
+from transport_geometry.flag import FLAGS, flagged
+from transport_geometry.leaderboard import LEADERBOARD, how_to_read, leaderboard_table, read_verdict
+from transport_geometry.metrics import BY_NAME, PROXIES
+from transport_geometry.page import with_page
+from transport_geometry.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.run import Experiment, run
+from transport_geometry.tables import as_csv, as_json, grouped, markdown, plain
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# of the evaluation; what is trained elsewhere is --sae's
+GRID = dict(models="", k="1", tokens="1", expansion=1, eval_seqs=32, ctx=256)
+OUT = pathlib.Path("outputs/audit")
+
+
+# ------------------------------------------------------------------------------------- tables and answer
+def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> str:
+    """audit.csv, pairs.csv, leaderboard.csv, verdict.json, report.md and the plot: what to print.
+
+    A pure function of conditions.csv, sequences.npz and the gate.
+    """
+    found = measured(out, settings, N_RESAMPLES)
+    saes = flagged(found.saes, found.values)
+    rows = audit_rows(saes, found.values, settings)
+    two = pairs(saes, found.values, settings)
+    scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
+    board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
+    verdict = plain(
+        {
+            "leaf": leaf(two),
+            "answer": three_lines(rows, two, settings)[1],
+            "pairs": counted(two),
+            "flags": {says: sum(row["flag"] == says for row in rows) for says in FLAGS},
+            "refused": settings.get("refused", {}),
+            "h2": h2,
+            "settings": settings,
+            "rows_sha256": rows_hash(out),
+        }
+    )
+    report = [*audit_report(rows, two, settings), *of_proxies(board, verdict["h2"], settings)]
+    report += ["## Null rows", "", markdown(marked(found.nulls, settings), OF_A_NULL), ""]
+    files: dict[str, store.Content | None] = {
+        "audit.csv": as_csv([*rows, *refused_rows(settings)], COLUMNS),
+        "pairs.csv": as_csv(two, PAIRS),
+        "leaderboard.csv": as_csv(board, LEADERBOARD),
+        "verdict.json": as_json(verdict),
+        "report.md": "\n".join([*report, *about_the_run(saes, settings)]).encode(),
+        "audit.png": as_png(picture(rows, two)),
+    }
+    charts = [chart.of_saes(rows, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
+    store.put(out / store.RUN, with_page(out, files, charts))
+    return console(rows, two, settings)
+
+
+def leaf(two: list[dict]) -> str:
+    """The answer in a word, from the pairs."""
+    n = counted(two)
+    if n["inverts"]:
+        return "R² inverts"
+    if n["claims"]:
+        return "R² tells apart what CE_rec does not"
+    return "no pair to judge" if len(two) == n["undefined"] else "no pair shown to mislead"
+
+
+OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_iso_nosink fed_excess".split()
+FEW_HOOKS = "{hooks}, and {needed} are needed to compare proxies: leaderboard.csv has what there is."
+
+
+def of_proxies(board: list[dict], h2: dict, settings: dict) -> list[str]:
+    """H2 about these SAEs, in Markdown lines: which proxy would have told?"""
+    text = ["## Which proxy would have told?", ""]
+    if h2["n_clusters"] < h2["min_hooks"]:
+        return [*text, FEW_HOOKS.format(hooks=count_of(h2["n_clusters"], "hook"), needed=h2["min_hooks"]), ""]
+    says = f"H2: {h2['leaf']}" + (
+        f" ({h2['gate_text']}; ungated {h2['leaf_if_ungated']})" * ("gated" == h2["leaf"])
+    )
+    table = leaderboard_table(board, "ce_rec", "pooled")
+    return [*text, f"{says}. ({h2['reason']}.)", "", table, "", *how_to_read(h2, settings), ""]
+
+
+# -------------------------------------------------------------------------------------------- the plot
+# Okabe and Ito's colours, which colour-blind readers tell apart; the markers say the same without colour
+LOOKS = (("#D55E00", "v"), ("#0072B2", "^"), ("#009E73", "o"), ("#777777", "s"), ("#000000", "D"))
+MARKS = dict(zip(FLAGS, LOOKS))
+INVERTED = "#CC79A7"
+NAME_HEIGHT = 0.16  # inches, of a name
+NAME_LETTERS = 34
+
+
+def picture(rows: list[dict], two: list[dict]) -> Figure:
+    """R² against CE_rec, a panel for each hook, context and BOS: every SAE named at the right, coloured by
+    its flag, with both intervals; a line joins the two of a pair that R² inverts.
+    """
+    plt = pyplot()
+    panels = grouped(rows, HOOK_AND_TOKENS)
+    heights = [max(3.2, NAME_HEIGHT * (len(here) + 1)) for here in panels.values()]
+    top, between, width = 1.0, 0.8, 9.5
+    tall = top + sum(heights) + between * len(heights) - 0.25
+    figure, edge = plt.figure(figsize=(width, tall)), tall - top
+    names = short_names([row["sae"] for row in rows], NAME_LETTERS)
+    inverted = [row for row in two if row["kind"] == "inverts"]
+    for (group, here), height in zip(panels.items(), heights):
+        axis = figure.add_axes((0.08, (edge - height) / tall, 0.5, height / tall))
+        panel(axis, here, inverted, names, height)
+        model, layer, ctx, bos = group
+        where = f"{model} block {layer}, {ctx} tokens{' after a BOS' if bos else ''}"
+        axis.set_title(where, fontsize=9, loc="left")
+        edge -= height + between
+    figure.text(0.02, 1 - 0.25 / tall, title(two), fontsize=11, weight="bold", va="center")
+    handles = [
+        plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=says)
+        for says, (colour, marker) in MARKS.items()
+        if any(row["flag"] == says for row in rows)
+    ]
+    if inverted:
+        handles.append(plt.Line2D([], [], color=INVERTED, linewidth=1.5, label="a pair that R² inverts"))
+    at = (0.01, 1 - 0.56 / tall)
+    figure.legend(handles=handles, loc="center left", bbox_to_anchor=at, ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def title(two: list[dict]) -> str:
+    if not two:
+        return "No two SAEs share hook, k and tokens"
+    n = counted(two)
+    return f"R² inverts {n['inverts']} of {count_of(len(two), 'pair')}, and alone tells {n['claims']} apart"
+
+
+def panel(axis: Axes, rows: list[dict], inverted: list[dict], names: dict[str, str], height: float) -> None:
+    """One hook. height: of the axes, in inches. SAEs worse than the mean are named and not drawn, where there
+    are others: they would press these together.
+    """
+    drawn = [row for row in rows if row["r2"] >= 0] or rows
+    for row in drawn:
+        (colour, marker), x, y = MARKS[row["flag"]], row["r2"], row["ce_rec"]
+        axis.plot([row["r2_lo"], row["r2_hi"]], [y, y], color=colour, linewidth=1, alpha=0.6)
+        axis.plot([x, x], [row["ce_rec_lo"], row["ce_rec_hi"]], color=colour, linewidth=1, alpha=0.6)
+        axis.plot(x, y, color=colour, marker=marker, markeredgecolor="white", linestyle="", zorder=3)
+    for pair in inverted:
+        if {pair["sae_a"], pair["sae_b"]} <= {row["sae"] for row in drawn}:
+            x, y = ([pair[f"{metric}_{end}"] for end in "ab"] for metric in ("r2", "ce_rec"))
+            axis.plot(x, y, color=INVERTED, linewidth=1.5, zorder=2)
+    axis.margins(0.06)
+    axis.set(xlabel="R²", ylabel="CE_rec")
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8)
+    lo, hi = axis.get_ylim()
+    axis.set(xlim=axis.get_xlim(), ylim=(lo, hi))
+    order = sorted(rows, key=lambda row: (row in drawn, row["ce_rec"], row["r2"], row["sae"]))
+    # in the axes' own height, so that names outside of it have a place too
+    at = np.array([(row["ce_rec"] - lo) / (hi - lo) if row in drawn else 0.0 for row in order])
+    gap = NAME_HEIGHT / height
+    for row, y in zip(order, spread(at, gap, gap / 2, 1 - gap / 2)):
+        k = row["k"] if row["k"] != "none" else f"~{row['l0']:.0f}"
+        name = f"{names[row['sae']]}  (k {k})"
+        style: dict[str, Any] = dict(fontsize=7.5, va="center", color=MARKS[row["flag"]][0])
+        if row in drawn:
+            axis.annotate(
+                name,
+                xy=(row["r2"], row["ce_rec"]),
+                xytext=(1.04, y),
+                textcoords="axes fraction",
+                arrowprops=dict(arrowstyle="-", color="#bbbbbb", linewidth=0.5, shrinkB=3, relpos=(0, 0.5)),
+                annotation_clip=False,
+                **style,
+            )
+        else:
+            axis.text(1.04, y, f"{name}, not drawn: R² {row['r2']:.2f}", transform=axis.transAxes, **style)
+
+
+def spread(y: np.ndarray, gap: float, lo: float, hi: float) -> np.ndarray:
+    """Ascending y [n], moved as little as need be (least squares) to lie `gap` apart within lo..hi."""
+    from scipy.optimize import isotonic_regression
+
+    steps = gap * np.arange(len(y))
+    most = max(hi - steps[-1], lo) if len(y) else hi
+    return np.clip(isotonic_regression(y - steps).x, lo, most) + steps
+
+
+# ---------------------------------------------------------------------------------------------------- main
+def main() -> None:
+    command = parse_args(__doc__, GRID)
+    if not (command.grid.saes or command.finished):
+        raise UserError("--sae PATH_OR_ID,..., please: the SAEs to audit (see --help)")
+    exp_a = read_verdict(command.verdict)
+    if (done := run(command, Experiment("audit", default_out=OUT))) is None:
+        return
+    out, settings = done
+    print(analyse(out, settings, exp_a))
+    print(f"---\nreport: {out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,167 @@
+"""One SAE from Python: the numbers of the command, and those of the definitions."""
+
+import math
+import re
+
+import transport_geometry.audit as module
+from helpers import ROOT, script
+from transport_geometry.audit import audit
+from transport_geometry.errors import UserError
+from transport_geometry.formats import find, read
+from transport_geometry.lm import Hook
+from transport_geometry.models import load_model
+from transport_geometry.sae import save_sae
+from transport_geometry.tables import read_table
+from transport_geometry.text import heldout_rows
+from transport_geometry.train import Statistics, Training, activation_chunks
+
+import pytest
+import torch
+from tqdm import tqdm
+
+LAYER, CTX, SEQS = 3, 32, 12
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(model, tokenizer, held-out rows, folder of an SAE in sparsify's format)."""
+    model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
+    h, sink = next(activation_chunks(Hook(model, LAYER), "stdlib", tokenizer, 128, 20_000, "keep"))
+    training = Training(Statistics.of(h, sink), 256, 8, 0, [20_000])
+    training.feed(h, 0, tqdm(disable=True), "")
+    folder = tmp_path_factory.mktemp("saes") / "my/sae"
+    made = {"model": "stdlib-s", "layer": LAYER, "ctx": 128, "data": "stdlib"}
+    save_sae(folder, training.finished(), made)
+    return model, tokenizer, heldout_rows("stdlib", tokenizer, CTX, SEQS), folder
+
+
+@pytest.mark.slow
+def test_the_numbers_are_the_command_s(trained, tmp_path):
+    model, _, held, folder = trained
+    found = audit(model, LAYER, folder, held.input_ids, held.document)
+    grid = ["--models", f"stdlib-s@{LAYER}", "--eval-seqs", SEQS, "--ctx", CTX, "--device", "cpu"]
+    script("audit.py", "--sae", folder, *grid, "--out", tmp_path / "out")
+    (row,) = read_table(tmp_path / "out/audit.csv")
+    columns = [name for name in found if name in row and name != "flag"]
+    assert {"r2", "ce_rec", "ce_rec_lo", "r2_hi", "dce", "kl", "fed_excess_lo", "l0"} <= set(columns)
+    for name in columns:
+        assert row[name] == pytest.approx(found[name], rel=1e-4, abs=1e-6), name
+    assert found["flag"] == row["flag"] and found["n_tok"] == SEQS * (CTX - 1)
+
+
+def test_and_those_of_the_definitions(trained):
+    """The model's own forward with its block's output replaced, losses in float64."""
+    model, _, held, folder = trained
+    sae = read(find(str(folder))[0])
+    found = audit(model, LAYER, folder, held.input_ids)
+
+    def log_probs(hook):
+        handle = model.gpt_neox.layers[LAYER].register_forward_hook(hook)
+        with torch.no_grad():
+            logits = model(held.input_ids).logits.double()
+        handle.remove()
+        return logits[:, :-1].log_softmax(-1)
+
+    seen = {}
+
+    def keep(block, given, out):
+        seen["h"] = out if isinstance(out, torch.Tensor) else out[0]
+
+    def replace(block, given, out):
+        h = seen["h"].clone()
+        h[:, :-1] = sae.reconstruct(h[:, :-1].flatten(0, 1))[2].view_as(h[:, :-1])
+        return h if isinstance(out, torch.Tensor) else (h, *out[1:])
+
+    clean, patched = log_probs(keep), log_probs(replace)
+    targets = held.input_ids[:, 1:, None]
+    ce, ce_hat = (-p.gather(2, targets).mean().item() for p in (clean, patched))
+    h = seen["h"][:, :-1].flatten(0, 1).double()
+    delta = sae.reconstruct(h.float())[2].double() - h
+    truth = {
+        "r2": 1 - (delta.square().sum() / (h - h.mean(0)).square().sum()).item(),
+        "ce_orig": ce,
+        "ce_recon": ce_hat,
+        "dce": ce_hat - ce,
+        "ce_rec": 2 - ce_hat / ce,
+        "kl": (clean.exp() * (clean - patched)).sum(-1).mean().item(),
+        "l0": 8,
+    }
+    for name, value in truth.items():
+        assert found[name] == pytest.approx(value, rel=2e-4), name
+        assert found[f"{name}_lo"] <= found[name] <= found[f"{name}_hi"]
+
+
+def test_whatever_reconstructs_can_be_given(trained):
+    """An SAE in memory, and a function: that of the same SAE, one that loses nothing, and the mean."""
+    model, _, held, folder = trained
+    ids, sae = held.input_ids, read(find(str(folder))[0])
+    of_file = audit(model, LAYER, folder, ids)
+    for given in (sae, lambda h: sae.reconstruct(h)[2]):
+        found = audit(model, LAYER, given, ids)
+        for name in ("r2", "ce_rec", "ce_rec_lo", "kl", "fed_excess"):
+            assert found[name] == pytest.approx(of_file[name], rel=1e-4), name
+    nothing_lost = audit(model, LAYER, lambda h: h, ids)
+    assert nothing_lost["r2"] == nothing_lost["ce_rec"] == 1 and nothing_lost["flag"] == "undefined"
+    assert math.isnan(nothing_lost["l0"])
+    mean = audit(model, LAYER, lambda h: Hook(model, LAYER).head(ids)[:, :-1].mean((0, 1)).expand_as(h), ids)
+    assert mean["r2"] == pytest.approx(0, abs=1e-5)
+
+
+def test_documents_are_what_the_intervals_count(trained):
+    """One document has no interval, and rows of few documents a wider one."""
+    model, _, held, folder = trained
+    one = audit(model, LAYER, folder, held.input_ids, [7] * SEQS)
+    assert one["ce_rec_lo"] == one["ce_rec_hi"] and (one["flag"], one["documents"]) == ("undefined", 1)
+    each, twice = (
+        audit(model, LAYER, folder, held.input_ids.repeat(2, 1), document)
+        for document in (None, list(range(SEQS)) * 2)
+    )
+    width = [found["ce_rec_hi"] - found["ce_rec_lo"] for found in (each, twice)]
+    assert width[1] == pytest.approx(2**0.5 * width[0], rel=0.2)
+    assert twice["ce_rec"] == pytest.approx(each["ce_rec"]) and twice["documents"] == SEQS
+
+
+def test_what_cannot_be_audited_is_one_line(trained, tmp_path):
+    model, _, held, folder = trained
+    ids = held.input_ids
+    for how, says in (
+        (dict(tokens=ids[0]), "int64"),
+        (dict(tokens=ids.float()), "int64"),
+        (dict(document=[0]), "document has 1"),
+        (dict(layer=99), "99"),
+        (dict(sae=tmp_path / "nothing"), "no such file"),
+        (dict(layer=4), "refused"),  # another block than it was trained on: the one before explains more
+        (dict(sae=lambda h: h, basis="raw"), "basis"),
+    ):
+        with pytest.raises(UserError, match=says):
+            audit(**{**dict(model=model, layer=LAYER, sae=folder, tokens=ids), **how})
+    model.train()
+    try:
+        with pytest.raises(UserError, match="training mode"):
+            audit(model, LAYER, folder, ids)
+    finally:
+        model.eval()
+
+
+def snippets() -> dict[str, str]:
+    """{where: Python lines that import `audit`} of the module's docstring, README and the pages beside it."""
+    texts = {"its docstring": module.__doc__}
+    texts |= {
+        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    }
+    found = {}
+    for where, text in texts.items():
+        for block in re.findall(r"(?:^    .*\n)+|(?<=```python\n)(?:.*\n)+?(?=```)", text, re.MULTILINE):
+            if "from transport_geometry.audit import audit" in block:
+                found[where] = "\n".join(re.sub("^    ", "", line) for line in block.splitlines())
+    return found
+
+
+def test_the_lines_of_the_pages_run(trained, monkeypatch, capsys):
+    """As they are, where an SAE lies at my/sae."""
+    monkeypatch.chdir(trained[3].parent.parent)
+    assert "its docstring" in (found := snippets())
+    for where, code in found.items():
+        exec(code, {})
+        said = capsys.readouterr().out
+        assert "'ce_rec': 0." in said and "'flag': " in said, where
