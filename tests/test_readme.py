@@ -52,15 +52,7 @@ def loaded(path: str):
 generate = loaded("docs/generate.py")
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in generate.PAGES}
 # of what is described before it is there: each fails here once it is, and is to be taken out then
-NOT_YET = {
-    "audit.py",
-    "transport_geometry/answer.py",
-    "transport_geometry/page.py",
-    "transport_geometry/chart.py",
-    "report.html",
-    "--quiet",
-    "--json",
-}
+NOT_YET = {"transport_geometry/answer.py", "report.html", "--quiet", "--json"}
 
 
 def there(name: str) -> bool:
