@@ -148,29 +148,13 @@ def flattered() -> str:
 
 
 def exp_b() -> str:
-    """What the run prints, shortened; before it prints three lines first, the same said here."""
-    script, v, ranked = importlib.import_module("expb"), verdict("expb"), board("expb")
-    if hasattr(script, "answer"):
-        every = rows("expb", "leaderboard.csv")
-        head, *lines = leaderboard.board_in_short(every).splitlines()
-        some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
-        said = [*script.answer(v, every).lines(), "", head, *some, "..."]
-        said += ["---", f"verdict: {leaderboard.word('H2', v)}"]
-        return f"```\n{chr(10).join(said)}\n```\n\n{flattered()}"
-    return f"""\
-**Asked:** which cheap score orders SAEs as patched cross-entropy does, at one k \
-({v["n_conditions"]} SAEs, {v["n_clusters"]} hooks)?
-
-**Came out:** R² does by {spanned(ranked["r2"], "partial")}, SWD, the error weighted by the loss's gradient, by \
-{spanned(ranked["swd_tok"], "partial")}. That SWD does better is {ungated("expb")} ({v["a_control"]} leaves \
-{v["room"]:.2f} to gain, and the claim is {v["min_difference"]:.2f}).
-
-**Not to be taken for:** a finding about other models. These are three small ones of one family.
-
-{scores(AT_FIRST)}
-
-Error in dCE: how far off the rise of CE is that a score predicts at a hook (a block of a model) which its fit has \
-not seen. {flattered()}"""
+    """What the run prints, shortened."""
+    script, v, every = importlib.import_module("expb"), verdict("expb"), rows("expb", "leaderboard.csv")
+    head, *lines = leaderboard.board_in_short(every).splitlines()
+    some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
+    said = [*script.answer(v, every).lines(), "", head, *some, "..."]
+    said += ["---", f"verdict: {leaderboard.word('H2', v)}"]
+    return f"```\n{chr(10).join(said)}\n```\n\n{flattered()}"
 
 
 def ladder() -> str:

@@ -51,18 +51,6 @@ def loaded(path: str):
 
 generate = loaded("docs/generate.py")
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in generate.PAGES}
-# of what is described before it is there: each fails here once it is, and is to be taken out then
-NOT_YET = {"transport_geometry/answer.py", "report.html", "--quiet", "--json"}
-
-
-def there(name: str) -> bool:
-    if name.startswith("--"):
-        return name in flags()
-    return (ROOT / name).exists() or any(REFERENCE.rglob(name))
-
-
-def test_what_is_not_there_yet():
-    assert not [name for name in NOT_YET if there(name)]
 
 
 # ------------------------------------------------------------------------------------------------- generated
@@ -411,7 +399,7 @@ def flags() -> set[str]:
 def test_every_flag_exists(page):
     for code in in_code(page):
         if not code.startswith(("pip", "pytest", "ruff")):
-            assert set(re.findall(r"(?<![\w-])--[a-z-]+", code)) <= flags() | NOT_YET, code
+            assert set(re.findall(r"(?<![\w-])--[a-z-]+", code)) <= flags(), code
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -428,8 +416,8 @@ def test_every_file_exists(page):
                 name = word.split("/")[-1]
                 found = (ROOT / word).exists() or "/" not in word and name in below
                 if word.startswith("outputs/") and not found:
-                    found = name in results | NOT_YET
-                assert found or "/" not in word and name in results | NOT_YET, word
+                    found = name in results
+                assert found or "/" not in word and name in results, word
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
@@ -451,7 +439,7 @@ def test_every_module_stands_in_what_is_where():
     modules = {path.name for path in (ROOT / "transport_geometry").glob("*.py")} - {"__init__.py"}
     scripts = {path.name for path in ROOT.glob("*.py")} - {"setup.py"}
     assert modules | scripts <= named
-    assert named <= modules | scripts | {pathlib.Path(name).name for name in NOT_YET} | {"generate.py"}
+    assert named <= modules | scripts | {"generate.py"}
 
 
 def test_the_plants_of_the_flags_are_plants():
