@@ -25,7 +25,7 @@ from transport_geometry.tables import readable_count
 
 SMALL, MIDDLE, LARGE = (f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
 SIX_HOOKS = [f"{SMALL}@{layer}" for layer in (1, 3, 5)] + [f"{LARGE}@{layer}" for layer in (4, 12, 20)]
-# the published grids, all on pythia and the Pile at 32x (published numbers: README)
+# the published grids, all on pythia and the Pile at 32x (published numbers: published.py)
 PRESETS = {
     "fast2": dict(models=",".join(SIX_HOOKS), k="8,16,32,64,128,256", tokens="10M", seeds="0"),
     "fast3": dict(models=f"{SMALL},{MIDDLE},{LARGE}", k="8,16,32,64", tokens="10M", seeds="0"),

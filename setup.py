@@ -6,7 +6,7 @@ tested one where none is, and puts into a wheel what the package otherwise finds
     pip install -e . -c constraints.txt      REQUIRE_KERNELS=1: a failing build is an error, no warning
 
 Where torch is already installed the build takes that one. Else pip fetches one for the build and another copy
-for the environment: on Linux, from PyPI, CUDA's of 5 GB each. (README, Install.)
+for the environment: on Linux, from PyPI, CUDA's of 5 GB each. (docs/install.md)
 """
 
 import hashlib

@@ -1,0 +1,502 @@
+"""The parts of README.md and docs/*.md that are made from the reference runs and from the code.
+
+    python docs/generate.py
+
+writes each of them anew between `<!-- generated: NAME -->` and `<!-- end -->`. NAME's function below returns
+what stands there: a pure function of outputs/reference, of the experiments' docstrings, grids and thresholds,
+and of the planted arrays of `every_r2`. tests/test_readme.py compares, and compares
+every other figure with what it is about.
+"""
+# ruff: noqa: E501 (sentences of pages)
+
+import functools
+import importlib
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import DEFAULTS, PRESETS  # noqa: E402
+from transport_geometry import flag, leaderboard, libraries, metrics, outline, published, stats  # noqa: E402
+from transport_geometry.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+REFERENCE = ROOT / "outputs/reference"
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+SCRIPTS = ("expa", "expb", "expc_fisher", "expd_mi", "expe_attention", "expf_rate", "expp_planted")
+PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+# ----------------------------------------------------------------------------------- what the folders hold
+@functools.cache
+def runs() -> dict[str, outline.Run]:
+    """{folder: its run}. Fails where one is not as its run wrote it."""
+    found = {run.name: run for run in outline.read(REFERENCE)}
+    assert not [run.missing for run in found.values() if run.missing], found
+    return found
+
+
+def verdict(folder: str) -> dict[str, Any]:
+    return runs()[folder].verdict
+
+
+def rows(folder: str, name: str) -> list[dict[str, Any]]:
+    return read_table(REFERENCE / folder / name)
+
+
+def board(folder: str) -> dict[str, dict[str, Any]]:
+    """{proxy: its row for CE_rec over all conditions}."""
+    found = rows(folder, "leaderboard.csv")
+    return {r["proxy"]: r for r in found if r["target"] == "ce_rec" and r["stratum"] == "pooled"}
+
+
+def report(folder: str) -> str:
+    return (REFERENCE / folder / "report.md").read_text(encoding="utf-8")
+
+
+def report_table(folder: str, title: str) -> list[dict[str, str]]:
+    """The rows that begin with an embedded model, in the table of a section of the report."""
+    lines = report(folder).split(f"## {title}")[1].split("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    return [dict(zip(cells[0], row)) for row in cells[1:] if row[0].startswith("stdlib")]
+
+
+# --------------------------------------------------------------------------------------- as pages print them
+def dashed(text: str) -> str:
+    """Minus signs for hyphens before figures."""
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "−", text)
+
+
+def number(value: float, digits: int = 2) -> str:
+    return dashed(signed(value, digits))
+
+
+def spanned(row: dict[str, Any], name: str, digits: int = 2) -> str:
+    """+0.12 [−0.10, +0.14]; an interval that is `undefined` in a table is none."""
+    known = {key: None if value == "undefined" else value for key, value in row.items()}
+    return dashed(estimate(known, name, digits))
+
+
+def p_of(p: float) -> str:
+    if p >= 0.095:
+        return f"{p:.2f}"
+    return f"{p:.3f}" if p >= 0.0005 else f"{p:.4f}"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def ungated(folder: str) -> str:
+    """*gated*; ungated: *rejected*."""
+    said = verdict(folder)
+    return (
+        f"*gated*; ungated: *{said['leaf_if_ungated']}*" if said["leaf"] == "gated" else f"*{said['leaf']}*"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ README.md
+def picture() -> str:
+    """The planted run's picture of what was published and what was planted, and what it shows."""
+    file = re.search(r"!\[[^]]*published[^]]*\]\(([^)]+)\)", report("expp_planted"))
+    assert file and (REFERENCE / "expp_planted" / file[1]).exists()
+    twins = [row for row in rows("expp_planted/sinks", "deltas.csv") if row["sinks"] == "keep"]
+    twin = max((row for row in twins if row["large"] == "stdlib-s+null3700"), key=lambda row: row["tokens"])
+    theirs = published.DELTAS[published.S, published.L, 8, 10**7]
+    return f"""\
+![R² up, patched cross-entropy down: published, and planted](outputs/reference/expp_planted/{file[1]})
+
+*Published (k = 8, 10M tokens): the SAE of Pythia-410m against that of 70m, {number(theirs.delta_r2, 3)} in R² and \
+{number(theirs.delta_ce_rec, 3)} in CE_rec. Planted: a large norm at position 0, which changes no logit, moves both \
+the same way, by {spanned(twin, "delta_r2", 3)} and {spanned(twin, "delta_ce_rec", 3)}.*"""
+
+
+PROXIES = "cosine nmse_tok gd_abs r2 r2_nosink swd_tok swd_sampled swd_seq".split()
+AT_FIRST = "cosine gd_abs r2 swd_tok".split()  # of them, in README.md
+FLATTERS = flag.flag(lo=1, hi=2, kl_swd_ratio=1)
+
+
+def scores(names: list[str]) -> str:
+    ranked = board("expb")
+    lines = [
+        [
+            f"`{name}`",
+            spanned(ranked[name], "partial"),
+            "0" if name == "r2" else spanned(ranked[name], "diff_r2"),
+            percent(10 ** ranked[name]["loho"] - 1),
+        ]
+        for name in names
+    ]
+    return table(["score", "partial ρ with CE_rec given k", "minus R²'s", "error in dCE"], lines)
+
+
+def flattered() -> str:
+    """How many SAEs the flag names, and of which models."""
+    saes = report_table("expb", "Every SAE")
+    found = [row["model"] for row in saes if row["flag"] == FLATTERS]
+    of = ", ".join(f"{found.count(f'stdlib-{size}')} of stdlib-{size}" for size in "lms")
+    return (
+        f"By the flag, R² flatters {len(found)} of the {len(saes)} SAEs ({of}): the model feels their error at least "
+        "a quarter more than a random one as long."
+    )
+
+
+def exp_b() -> str:
+    """What the run prints, shortened."""
+    script, v, every = importlib.import_module("expb"), verdict("expb"), rows("expb", "leaderboard.csv")
+    head, *lines = leaderboard.board_in_short(every).splitlines()
+    some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
+    said = [*script.answer(v, every).lines(), "", head, *some, "..."]
+    said += ["---", f"verdict: {leaderboard.word('H2', v)}"]
+    return f"```\n{chr(10).join(said)}\n```\n\n{flattered()}"
+
+
+def ladder() -> str:
+    """The claims of the outline in the order in which they may be interpreted, and what came of each."""
+    lines = []
+    for claim in outline.CLAIMS:
+        if claim.script == "expa":
+            budget = readable_count(verdict("expa-long")["budget"])
+            (first, judged), (then, judged_then) = (
+                outline.word(claim, runs()[folder]) for folder in ("expa", "expa-long")
+            )
+            said = f"*{first}*; at {budget} tokens *{then}*" if judged or judged_then else "behind H0 and H1"
+        elif claim.script == "expp_planted":
+            checks = verdict(claim.script)["checks"]
+            said = f"*{sum(check['found'] for check in checks)} of {len(checks)} found*"
+        else:
+            said = ungated(claim.script)
+        lines.append([claim.label, claim.words, f"`{claim.script}.py`", said])
+    return table(["", "claim", "decided by", "reference run"], lines)
+
+
+# ---------------------------------------------------------------------------------------- docs/experiments.md
+def docstring(script: str) -> str:
+    return importlib.import_module(script).__doc__ or ""
+
+
+def minutes(script: str) -> str:
+    """How long the docstring says that the default run takes."""
+    said = re.search(rf"python {script}\.py +# .*?, (\w+ CPU-minutes)", docstring(script))
+    assert said, script
+    return said[1]
+
+
+def experiments() -> str:
+    lines = []
+    for script in SCRIPTS:
+        title, question = re.split(r": ", docstring(script).split("\n\n")[0].replace("\n", " "), maxsplit=1)
+        lines.append([title, question.replace("^2", "²"), f"`python {script}.py`", minutes(script)])
+    return table(["", "asks", "command", "takes"], lines)
+
+
+def answers(folder: str) -> str:
+    """The sentence of the run's report, without the hash of the gate's file."""
+    said = re.sub(r" \(sha256 [0-9a-f]+\)", "", runs()[folder].answer)
+    limits = getattr(runs()[folder], "limits", "")
+    said += f"\n>\n> Limits: {limits}" if limits else ""
+    return f"> {dashed(said)}\n\n[The whole report](../outputs/reference/{folder}/report.md)."
+
+
+def exp_b_sizes() -> str:
+    v, ranked = verdict("expb"), board("expb")
+    off = {name: percent(10 ** ranked[name]["loho"] - 1) for name in PROXIES}
+    return f"""\
+{answers("expb")}
+
+SWD minus the best Euclidean control, chosen on half of the documents: {number(v["diff_control"])} \
+(p = {p_of(v["p_control"])}) in partial Spearman, {number(v["diff_loho_control"], 3)} \
+(p = {p_of(v["p_loho"])}) in the error of log10 dCE. dCE at a hook that the fit has not seen is off by \
+{off["r2"]} from R², by {off["cosine"]} from cosine, by {off["swd_tok"]} from `swd_tok`. The grid could have \
+shown SWD a gain of {v["smallest_detectable"]:.2f} at {percent(0.8)} power.
+
+{scores(PROXIES)}"""
+
+
+def exp_a() -> str:
+    short, v = verdict("expa"), verdict("expa-long")
+    gates = ", ".join(f"{name} {'open' if passed else 'shut'}" for name, passed in v["g0"].items())
+    moved = max(abs(row[f"moved_{end}"]) for row in short["cells"] for end in ("small", "large"))
+    return f"""\
+{answers("expa")}
+
+CE_rec still moves by up to {moved:.2f} between its last two budgets. With more tokens:
+
+{answers("expa-long")}
+
+Gates of the tree: {gates}. {v["large"]} minus {v["small"]}, by tokens an SAE:
+
+{course()}
+
+The transfer gap of R² is {spanned(v, "gamma_r2", 3)} where the tree asks for {v["thresholds"]["gamma"]}. \
+`{v["control"]}`, a score that knows no sink, has {number(v["gamma_control_half_b"], 3)} where R² has \
+{number(v["gamma_r2_half_b"], 3)}, on the half of the documents it was not chosen on. Without sink positions ΔR² \
+is the same to {worst_sink():.3f}."""
+
+
+def deltas() -> dict[tuple[int, int], dict[str, Any]]:
+    return {(row["k"], row["tokens"]): row for row in rows("expa-long", "deltas.csv")}
+
+
+def worst_sink() -> float:
+    return max(abs(row["delta_r2"] - row["delta_r2_nosink"]) for row in deltas().values())
+
+
+def course() -> str:
+    """Delta over budget: the first, a middle and the last one with its interval."""
+    found, last = deltas(), verdict("expa-long")["budget"]
+    shown = [tokens for tokens in (10_000, 100_000, last) if (4, tokens) in found]
+    steps = " → ".join(map(readable_count, shown))
+    lines = []
+    for k in sorted({k for k, _ in found}):
+        cells = []
+        for name in ("delta_r2", "delta_ce_rec"):
+            early = [number(found[k, tokens][name]) for tokens in shown[:-1]]
+            cells.append(" → ".join([*early, spanned(found[k, last], name, 3)]))
+        lines.append([str(k), *cells, at_the_end(found[k, last])])
+    return table(["k", f"ΔR², {steps}", f"ΔCE_rec, {steps}", "at the end"], lines)
+
+
+def at_the_end(row: dict[str, Any]) -> str:
+    """Which model's SAE the two scores prefer, where their intervals leave out 0."""
+    r2, ce = (
+        int(row[f"{name}_lo"] > 0) - int(row[f"{name}_hi"] < 0) for name in ("delta_r2", "delta_ce_rec")
+    )
+    if r2 and ce:
+        return "they agree" if r2 == ce else "they disagree"
+    return "only R² sees a difference" if r2 else "only CE_rec sees one" if ce else "neither sees one"
+
+
+def exp_c() -> str:
+    v = verdict("expc_fisher")
+    rungs = {row["rung"]: row for row in v["ladder"]}
+    form, variance = rungs["½δᵀGδ"], rungs["½Var_p(Δz)"]
+    # else it is to be read instead of the report
+    assert not (REFERENCE / "expc_fisher/calibration.csv").exists()
+    at = [row for row in report_table("expc_fisher", "Calibration") if row["alpha"] == "0.1"]
+    off = [abs(float(row["kl_slope"]) - 1) for row in at]
+    r2 = [float(row["kl_r2"]) for row in at]
+    path = max(row["error"] for row in rows("expc_fisher", "path.csv") if row["nodes"] == 2)
+    return f"""\
+{answers("expc_fisher")}
+
+How far the quadratic model holds: at 0.1 δ half of the form is the measured KL within {percent(max(off))} at every \
+hook, {np.median(off):.1%} in the median (R² {min(r2):.2f} to {max(r2):.2f} over SAEs and sequences). At δ itself KL \
+is {v["locality"]["1"]:.2f} times as large (median). Rank correlation with dCE given k is {form["rho"]:.2f} for the \
+form and {variance["rho"]:.2f} once the real logit change stands in place of Jδ (step \
+{spanned(variance, "step")}). Two gradients along the line from h to ĥ give dCE within {path:.1%}."""
+
+
+def exp_d() -> str:
+    v = verdict("expd_mi")
+    h3 = v["h3"]
+    refused = {name: sum(counts.values()) - counts["not refused"] for name, counts in v["refused"].items()}
+    of = {name: sum(counts.values()) for name, counts in v["refused"].items()}
+    return f"""\
+{answers("expd_mi")}
+
+Pooled over models the same correlation is {number(h3["pooled"]["rho"])} (p = {p_of(h3["pooled"]["p"])}), which is \
+model size and not to be believed. Refused by the rules: {refused["canonical"]} of {of["canonical"]} counts of \
+canonical correlations, {refused["critics"]} of {of["critics"]} of trained critics."""
+
+
+def exp_e() -> str:
+    v = verdict("expe_attention")
+    share = [f"{percent(v[name]['value'])} [{percent(v[name]['lo'])}, {percent(v[name]['hi'])}]" for name in
+             ("mediated", "plan_only")]  # fmt: skip
+    return f"""\
+{answers("expe_attention")}
+
+Of dCE, {share[0]} goes through the plans (the rest is left when they are frozen), and plans alone do \
+{share[1]}; {v["mediated"]["n"]} hooks."""
+
+
+def exp_f() -> str:
+    v = verdict("expf_rate")
+    names = {"1-r2": "1 − R²", "1-r2_fisher": "the same in Fisher geometry", "1-ce_rec": "dCE / L_orig"}
+    ratios = {name: v["by_loss"][name]["ratio"] for name in names}
+    said = "; ".join(
+        f"{names[name]}: {ratio['factor']:.2f} [{ratio['lo']:.2f}, {ratio['hi']:.2f}]"
+        for name, ratio in ratios.items()
+    )
+    noticed = [row["metric"] for row in v["finish"] if row["says"] == "notices"]
+    listed = ", ".join(f"`{name}`" for name in noticed)
+    return f"""\
+{answers("expf_rate")}
+
+At equal bits, the larger model's loss over the smaller one's: {said}. A short finish through the model is noticed \
+by {listed}."""
+
+
+def exp_p() -> str:
+    v = verdict("expp_planted")
+    lines = [[check["planted"], check["must"], dashed(check["says"])] for check in v["checks"]]
+    return f"{answers('expp_planted')}\n\n{table(['planted', 'must come out', 'came out'], lines)}"
+
+
+def published_numbers() -> str:
+    lines = [
+        [str(k), readable_count(tokens), number(d.delta_r2, 3), number(d.delta_ce_rec, 3),
+         percent(d.mismatch_published)]
+        for (_, _, k, tokens), d in published.DELTAS.items()
+    ]  # fmt: skip
+    return table(["k", "tokens", "ΔR²", "ΔCE_rec", "R² up, CE_rec down"], lines)
+
+
+# -------------------------------------------------------------------------------------------- docs/running.md
+def defaults() -> str:
+    lines = []
+    for script in SCRIPTS[:-1]:
+        grid: dict[str, Any] = DEFAULTS | importlib.import_module(script).GRID
+        layers: dict[str, list[str]] = {}
+        for part in grid["models"].split(","):
+            name, _, layer = part.partition("@")
+            layers.setdefault(name, []).append(layer)
+        at = sorted({"@" + ",".join(found) if found[0] else "the middle block" for found in layers.values()})
+        models = f"`{'`, `'.join(layers)}` {'; '.join(at)}"
+        lines.append([f"`{script}.py`", models, *(str(grid[name]) for name in
+                      ("k", "tokens", "seeds", "expansion", "eval_seqs", "ctx"))])  # fmt: skip
+    head = ["", "models", "`--k`", "`--tokens`", "`--seeds`", "`--expansion`", "`--eval-seqs`", "`--ctx`"]
+    return table(head, lines)
+
+
+def presets() -> str:
+    lines = [[f"`{name}`", *(f"`{grid[key]}`" for key in ("models", "k", "tokens", "seeds"))] for name, grid in
+             PRESETS.items()]  # fmt: skip
+    return table(["", "models", "k", "tokens", "seeds"], lines)
+
+
+# ----------------------------------------------------------------------------------------- docs/statistics.md
+def tree_of_exp_a() -> str:
+    expa = importlib.import_module("expa")
+    t = expa.THRESHOLDS
+    lines = [
+        ["B*, the budget that is judged", f"the largest with {t.min_seeds} seeds in both models"],
+        ["latents alive in both models", f"{percent(t.alive)}, or no more than {percent(t.alive_gap)} apart"],
+        ["CE_rec has moved since the budget before", f"less than {t.converged:g}"],
+        ["standard error of ΔCE_rec over documents", f"at most {t.se:g}"],
+        ["H0: 90% interval of ΔCE_rec, for every k", f"inside ±{t.margin:g}"],
+        ["H1: transfer gap of R²", f"{t.gamma:g} or more, its 95% interval without 0, of one sign for "
+         f"{percent(t.same_sign)} of k"],
+        ["... is judged", f"where {percent(t.in_range)} of the larger model's R² lie in the smaller one's range"],
+        ["N: a sink-free score's transfer gap", f"less than {percent(t.normalisation)} of R²'s "
+         f"({', '.join(f'`{name}`' for name in expa.SINK_FREE)})"],
+    ]  # fmt: skip
+    words = [[f"*{leaf}*", text] for leaf, text in expa.LEAVES.items()]
+    return f"{table(['', 'asked for'], lines)}\n\n{table(['leaf', 'says'], words)}"
+
+
+def tree_of_h2() -> str:
+    controls = ", ".join(f"`{name}`" for name in metrics.EUCLIDEAN_CONTROLS)
+    lines = [
+        ["hooks", f"{stats.MIN_CLUSTERS} or more"],
+        ["partial Spearman given k, SWD minus the best control", f"{leaderboard.MIN_DIFFERENCE:.2f} or more, and "
+         f"p < {stats.ALPHA}"],
+        ["error of log10 dCE at a hook left out", "smaller than the best control's"],
+        ["transfer gap", f"at most {leaderboard.MAX_GAMMA_RATIO:g} of the smallest one of a control, the 95% "
+         f"interval of what is gained above 0, {percent(stats.MIN_IN_RANGE)} of the larger model's values in range"],
+        ["the controls", controls],
+    ]  # fmt: skip
+    return table(["H2 is *supported* by", "asked for"], lines)
+
+
+def flag_rule() -> str:
+    lo, hi = flag.FIRST_ORDER
+    lines = [
+        ["*R² flatters this SAE*", f"95% interval of `fed_excess` above {flag.MIN_EFFECT:.2f}: felt at least a "
+         "quarter more"],
+        ["*R² underrates it*", f"below {dashed(f'-{flag.MIN_EFFECT:.2f}')}"],
+        ["*no difference shown*", "neither"],
+        ["*withheld*", f"2 KL / `swd_sampled` outside {lo:g} to {hi:g}: first order does not hold (as for a code "
+         "that shrinks h)"],
+    ]  # fmt: skip
+    return table(["flag", "where"], lines)
+
+
+# -------------------------------------------------------------------------------------------- docs/formats.md
+def every_r2() -> str:
+    """Four reconstructions of planted activations under every library's definition."""
+    draw = np.random.default_rng(0)
+    S, T, d = 32, 128, 64
+    h = draw.standard_normal((S, T, d))
+    h[:, :, :2] = 8 * h[:, :, :2] + 12  # two dimensions that vary more, about a mean
+    h[:, 0] *= 6  # a sink at position 0
+    error = 0.5 * h[:, 1:].std() * draw.standard_normal((S, T, d)) * np.sqrt(0.5)
+    h, error = (torch.tensor(x) for x in (h, error))
+    mean = h.mean((0, 1))
+    made = {
+        "h itself": h,
+        "h and noise": h + error,
+        "h + 2 in every dimension": h + 2,
+        "the mean of h": mean.expand_as(h),
+    }
+    everywhere = torch.ones(S, T, dtype=torch.bool)
+    names = ["r2", *libraries.LIBRARIES]
+    lines = []
+    for what, h_hat in made.items():
+        r2 = 1 - (h_hat - h).square().sum() / (h - mean).square().sum()
+        values = {"r2": r2.item()} | libraries.definitions(h, h_hat, everywhere)
+        lines.append(
+            [what, *(dashed(f"{values[name] + 0.0:.2f}").replace("−0.00", "0.00") for name in names)]
+        )
+    return table(["ĥ", *(f"`{name.removeprefix('r2_')}`" for name in names)], lines)
+
+
+def files_read() -> str:
+    """The largest error of the table of bench/RESULTS.md."""
+    text = (ROOT / "bench/RESULTS.md").read_text(encoding="utf-8")
+    section = text.split("## Files that other libraries write")[1].split("\n## ")[0]
+    errors = [float(error) for error in re.findall(r"^\|[^|]+\| ([\d.e-]+) ", section, re.MULTILINE)]
+    return (
+        f"Files written by SAELens, sparsify and dictionary_learning themselves ({len(errors)} architectures) give "
+        f"here the forward that they give there, within {max(errors):.0e} "
+        "([bench/RESULTS.md](../bench/RESULTS.md))."
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "picture": picture,
+    "exp-b": exp_b,
+    "ladder": ladder,
+    "experiments": experiments,
+    "exp-a-says": exp_a,
+    "exp-b-says": exp_b_sizes,
+    "exp-c-says": exp_c,
+    "exp-d-says": exp_d,
+    "exp-e-says": exp_e,
+    "exp-f-says": exp_f,
+    "exp-p-says": exp_p,
+    "published": published_numbers,
+    "defaults": defaults,
+    "presets": presets,
+    "tree": tree_of_exp_a,
+    "h2": tree_of_h2,
+    "flag": flag_rule,
+    "every-r2": every_r2,
+    "files-read": files_read,
+}
+
+
+# --------------------------------------------------------------------------------------------------- command
+def filled(text: str) -> str:
+    """A page with its generated parts as they are today."""
+    return PART.sub(lambda part: f"{part[1]}\n{PARTS[part[2]]()}\n\n{part[3]}", text)
+
+
+def main() -> None:
+    for page in PAGES:
+        old = (ROOT / page).read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            (ROOT / page).write_text(new, encoding="utf-8")
+        print(f"{page}: {len(PART.findall(new))} parts{'' if new == old else ', written'}")
+
+
+if __name__ == "__main__":
+    main()
