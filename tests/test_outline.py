@@ -91,7 +91,8 @@ def reported(tmp_path_factory):
     """(a copy of the reference folder with its outline, what the command printed)."""
     root = tmp_path_factory.mktemp("reported") / "reference"
     shutil.copytree(REFERENCE, root, ignore=shutil.ignore_patterns("report.json"))
-    (root / "report.md").unlink(missing_ok=True)
+    for name in ("report.md", "report.html"):
+        (root / name).unlink(missing_ok=True)
     return root, script("common.py", "report", root).stdout
 
 
