@@ -1,7 +1,7 @@
 """Exp-A: does the gap between what R^2 says and what patched cross-entropy says survive the training of the
 SAE?
 
-    python expa.py                                          # embedded models, five CPU-minutes
+    python expa.py                                          # embedded models, four CPU-minutes
     python expa.py --tokens 100k,300k,1M --out outputs/expa-long
     python expa.py --recipe base,saelens --sinks keep,drop  # is it the trainer, or the sink positions?
     python expa.py --plant null3700                         # and with a sink in the larger model?

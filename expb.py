@@ -1,6 +1,6 @@
 """Exp-B: which cheap proxy of an SAE's quality predicts what its patch does to cross-entropy?
 
-    python expb.py                                   # embedded models, six CPU-minutes
+    python expb.py                                   # embedded models, four CPU-minutes
     python expb.py --device mps
     python expb.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --tokens 10M \\
                    --data NeelNanda/pile-small-tokenized-2b

@@ -1,7 +1,7 @@
 """Exp-C: does the pullback Fisher, error measured where the model is sensitive, say more about patched
 cross-entropy than SWD?
 
-    python expc_fisher.py                                   # embedded models, seven CPU-minutes
+    python expc_fisher.py                                   # embedded models, six CPU-minutes
     python expc_fisher.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --tokens 10M \\
                           --data NeelNanda/pile-small-tokenized-2b
     python expc_fisher.py --from outputs/expc_fisher        # tables, verdict and plots again, without a model

@@ -1,7 +1,7 @@
 """Exp-D: do activations vary in more directions than the output depends on, and is that where R^2 misjudges
 an SAE?
 
-    python expd_mi.py                                # embedded models, five CPU-minutes
+    python expd_mi.py                                # embedded models, four CPU-minutes
     python expd_mi.py --critic hybrid                # the other critic, hours
     python expd_mi.py --models EleutherAI/pythia-70m,EleutherAI/pythia-410m --tokens 10M \\
                       --data NeelNanda/pile-small-tokenized-2b

@@ -1,7 +1,7 @@
 """Exp-E: does a patch do its harm by changing whom the later positions attend to, and does that change say
 more about patched cross-entropy than Euclidean error does?
 
-    python expe_attention.py                                # embedded models, six CPU-minutes
+    python expe_attention.py                                # embedded models, four CPU-minutes
     python expe_attention.py --models EleutherAI/pythia-70m@3,EleutherAI/pythia-410m@12 --tokens 10M \\
                              --data NeelNanda/pile-small-tokenized-2b
     python expe_attention.py --from outputs/expe_attention  # tables, verdict and plots again, without a model

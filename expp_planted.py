@@ -1,6 +1,6 @@
 """Exp-P: does the instrument find what was put there?
 
-    python expp_planted.py                      # twins of an embedded model, six CPU-minutes
+    python expp_planted.py                      # twins of an embedded model, five CPU-minutes
     python expp_planted.py --dry-run            # the commands that it runs, and no more
     python expp_planted.py --from outputs/expp_planted
 

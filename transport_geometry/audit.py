@@ -339,11 +339,9 @@ def console(rows: list[dict], found: list[dict], settings: dict) -> str:
     return "\n".join(lines)
 
 
-def hanging(text: str, indent: int = 2) -> list[str]:
+def hanging(text: str) -> list[str]:
     """Its lines, WIDTH wide, whole words."""
-    return textwrap.wrap(
-        text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def refusals(settings: dict) -> list[tuple[str, str]]:
