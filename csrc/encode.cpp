@@ -38,7 +38,9 @@
 namespace {
 
 constexpr int64_t TILE_TOKENS = 256, TILE_LATENTS = 1024;  // 1 MB of pre-activations a thread
-constexpr int64_t MIN_D = 32, MAX_D = 1 << 17;             // of integers: d * 127 * 127 fits an int32
+// A quarter of the latents cost about what the next screen does; beyond so many, memory.
+constexpr int64_t MANY = 4096;
+constexpr int64_t MIN_D = 32, MAX_D = 1 << 17;  // of integers: d * 127 * 127 fits an int32
 template <class T> constexpr T INF = std::numeric_limits<T>::infinity();
 template <class T> constexpr T EPS = std::numeric_limits<T>::epsilon();
 template <class T> const T LARGE = std::sqrt(std::numeric_limits<T>::max()) / 16;  // of a norm, and of a bias
@@ -531,7 +533,7 @@ void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const 
     std::vector<int64_t> tokens(end - begin);
     std::iota(tokens.begin(), tokens.end(), begin);
     if (first == INTEGERS) {
-      Screen<T, int32_t> screen(problem, most, 4 * k + F / 16);
+      Screen<T, int32_t> screen(problem, most, 4 * k + std::min<int64_t>(F / 4, MANY));
       some(tokens, screen);
       went_on[0] += tokens.size();
     }
