@@ -277,7 +277,7 @@ def test_a_locale_without_our_letters(whole, tmp_path):
     done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and b"---" in done.stdout, done.stderr.decode(errors="replace")[-2000:]
     before, after = contents(whole / "out"), contents(tmp_path / "out")
-    drawn = {name for name in before if name.endswith(".png")}  # here, and not there: see `expb`
+    drawn = {name for name in before if name.endswith((".png", ".html"))}  # here, and not there: see `expb`
     assert {name for name in before if after[name] != before[name]} == drawn and after.keys() == before.keys()
 
 

@@ -397,7 +397,7 @@ def test_the_last_block_stands_in_no_comparison(small):
     verdict = json.loads((small / "verdict.json").read_text())
     assert verdict["leaf"] == "gated" and verdict["leaf_if_ungated"] == "undecided"
     report = (small / "report.md").read_text()
-    assert report.split("\n")[2].startswith("**P: gated") and "Left out" in report
+    assert "P: gated" in report and "Left out" in report
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ PyTorch's own list, stay clear of float64, take nothing from the CPU, and be non
 MPS has got silently wrong.
 """
 
+import contextlib
 import json
 import pathlib
 import re
@@ -19,6 +20,7 @@ from transport_geometry.given import Given
 from transport_geometry.grid import Candidate, EvalSet, null_conditions
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook
+from transport_geometry.progress import Progress
 from transport_geometry.run import Experiment
 from transport_geometry.sae import TrainingSpec
 from transport_geometry.train import TRAIN_VERSION
@@ -241,7 +243,9 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
     candidates = [Candidate(Condition("tiny", 1, "x", one.recipe, 128, one.k, 0, 1280), one) for one in specs]
     eval_set = tiny_eval_set(candidates, tokenizer, text.find(str(document)))
     share = run.Share(eval_set, candidates, with_nulls=True)
-    run.train([share], folder / device.type, device)
+    cache, training = folder / device.type, run.training_shares([share])
+    with contextlib.closing(Progress(1.0)) as bar:
+        run.train(training, run.training_work(training, cache), cache, device, bar)
     saes = types.SimpleNamespace(save_tokens=True, saes=())
     command = types.SimpleNamespace(grid=saes, cache=folder / device.type)
     return run.measure(share, command, device, expc_fisher.EXPERIMENT).rows

@@ -121,6 +121,11 @@ def unit_norm_step(optimiser: torch.optim.Optimizer, W_dec: torch.Tensor) -> Non
     W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
 
 
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """x^T as the left operand of a matmul: MPS is wrong for some that are views."""
+    return x.T.contiguous() if x.device.type == "mps" else x.T
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Of the raw activations that are no sinks."""
@@ -274,7 +279,8 @@ class Training:
             z = x.new_zeros(n, D).scatter_(1, among_dead, values)
         residual = torch.addmm(error, z, W_dec, beta=-1)
         back = torch.where(z > 0, residual @ W_dec.T * weight, 0)
-        return {"W_enc": back.T @ x, "b_enc": back.sum(0), "W_dec": (z * weight).T @ residual}
+        d_W_enc, d_W_dec = transposed(back) @ x, transposed(z * weight) @ residual
+        return {"W_enc": d_W_enc, "b_enc": back.sum(0), "W_dec": d_W_dec}
 
     def fired(self, values: torch.Tensor, indices: torch.Tensor, amount: int) -> None:
         """`idle` grows by `amount` for every latent that did not fire."""
