@@ -156,6 +156,9 @@ COMPARED = {
     and published.L.endswith("410m")
     and published.MIDDLE == "0.50",
     "(nvcc 13.0)": results("nvcc 13.0"),
+    "2.7 GB of downloads": results("2.7 GB of wheels"),
+    "the CPU's 0.2 GB": results("the CPU's is 0.2 GB"),
+    "takes 1.7 GB": results("takes 1.7 GB"),
     # what the code does
     "the audit takes 32 unless told otherwise": loaded("audit.py").GRID["eval_seqs"] == 32,
     "four CPU-minutes": generate.minutes("expb") == "four CPU-minutes",
