@@ -34,7 +34,7 @@ from transport_geometry.audit import (
     short_names,
 )
 from transport_geometry.errors import UserError
-from transport_geometry.figures import as_png, pyplot
+from transport_geometry.figures import BLUE, GREEN, ORANGE, PURPLE, as_png, pyplot
 from transport_geometry.flag import FLAGS, flagged
 from transport_geometry.leaderboard import LEADERBOARD, how_to_read, leaderboard_table, read_verdict
 from transport_geometry.metrics import BY_NAME, PROXIES
@@ -120,10 +120,10 @@ def of_proxies(board: list[dict], h2: dict, settings: dict) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------- the plot
-# Okabe and Ito's colours, which colour-blind readers tell apart; the markers say the same without colour
-LOOKS = (("#D55E00", "v"), ("#0072B2", "^"), ("#009E73", "o"), ("#777777", "s"), ("#000000", "D"))
+# the markers say the same without colour
+LOOKS = ((ORANGE, "v"), (BLUE, "^"), (GREEN, "o"), ("#777777", "s"), ("#000000", "D"))
 MARKS = dict(zip(FLAGS, LOOKS))
-INVERTED = "#CC79A7"
+INVERTED = PURPLE
 NAME_HEIGHT = 0.16  # inches, of a name
 NAME_LETTERS = 34
 

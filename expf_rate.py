@@ -29,7 +29,7 @@ from transport_geometry import chart, curves, finish, observer, rate, stats, sto
 from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed
 from transport_geometry.condition import Condition, hook_of
 from transport_geometry.errors import UserError
-from transport_geometry.figures import as_png, model_colours, pyplot
+from transport_geometry.figures import BLUE, as_png, model_colours, pyplot
 from transport_geometry.grid import Command, EvalSet, sae_name
 from transport_geometry.leaderboard import about_these
 from transport_geometry.metrics import BY_NAME, Metric, Sums, computed, mean
@@ -744,9 +744,9 @@ def ratio_plot(ratios: list[dict], verdict: dict) -> bytes:
         axis.scatter(here, np.full(len(here), i), s=14, color="0.6", zorder=2)
         of = verdict["by_loss"][name]["ratio"]
         if of["factor"] is not None:
-            axis.plot(of["factor"], i, "D", color="#0072B2", zorder=3)
+            axis.plot(of["factor"], i, "D", color=BLUE, zorder=3)
         if of["lo"] is not None:
-            axis.plot([of["lo"], of["hi"]], [i, i], color="#0072B2", linewidth=2, zorder=3)
+            axis.plot([of["lo"], of["hi"]], [i, i], color=BLUE, linewidth=2, zorder=3)
     behaviour = verdict["by_loss"][BEHAVIOUR]["ratio"]["factor"]
     if behaviour is not None:
         axis.axvspan(behaviour / FACTOR, behaviour * FACTOR, color="#E69F00", alpha=0.15, zorder=0)

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from transport_geometry import kernels
 from transport_geometry.errors import Fault
-from transport_geometry.lm import HEADS, Hook, kl_divergence, log_softmax, text_key
+from transport_geometry.lm import Hook, Kept, kl_divergence, log_softmax, text_key
 from transport_geometry.metrics import METRICS
 from transport_geometry.patch import Clean, Patch
 from transport_geometry.progress import Progress, line
@@ -56,41 +56,32 @@ class Activations:
             yield Clean(hook, x, h, self.sink[here], final, g, g_sampled)
 
 
-# {model, text and labels: (layer, final, gradients)} where they are kept
-_runs: dict[tuple, tuple[int, torch.Tensor, list[torch.Tensor]]] | None = None
+_runs = Kept()  # (layer, final, gradients)
 
 
-@contextlib.contextmanager
-def keeping_clean_runs() -> Iterator[None]:
+def keeping_clean_runs() -> contextlib.AbstractContextManager[None]:
     """Within, the clean run of a hook goes on from that of a later hook of the same model on the same text
     and labels: through the blocks between only, so that a model's hooks in descending order cost one. The
     weights must stay as they are. HEADS bytes at most are kept.
     """
-    global _runs
-    before, _runs = _runs, {}
-    try:
-        yield
-    finally:
-        _runs = before
+    return _runs.on()
 
 
 def clean_run(
     hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`Hook.clean_pass`; h is the head's."""
-    if _runs is None or not hook.splits(input_ids):
+    if not _runs.keeping or not hook.splits(input_ids):
         return hook.clean_pass(input_ids, h, uniforms)
     key = (*text_key(hook, input_ids), hashlib.sha256(uniforms.cpu().numpy().tobytes()).digest())
-    if _runs and next(iter(_runs))[0] != key[0]:
-        _runs.clear()  # the model before this one
-    if key in _runs and _runs[key][0] >= hook.layer:
-        layer, final, gradients = _runs[key]
+    known = _runs.get(key)
+    if known is None or known[0] < hook.layer:
+        final, gradients = hook.clean_pass(input_ids, h, uniforms)
+    else:
+        layer, final, gradients = known
         if layer > hook.layer:
             gradients = hook.pull_back(layer, input_ids, h, gradients)
-    else:
-        final, gradients = hook.clean_pass(input_ids, h, uniforms)
-    if key in _runs or (len(_runs) + 1) * (final.nbytes + sum(g.nbytes for g in gradients)) <= HEADS:
-        _runs[key] = hook.layer, final, gradients
+    _runs.put(key, (hook.layer, final, gradients), final.nbytes + sum(g.nbytes for g in gradients))
     return final, gradients
 
 

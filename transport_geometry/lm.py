@@ -73,7 +73,7 @@ class Hook:
         """
         self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
         with torch.no_grad():
-            if _heads is None or not self.splits(input_ids):
+            if not _heads.keeping or not self.splits(input_ids):
                 h = self._first(self._block_output(input_ids))
             else:
                 h = self._head_going_on(input_ids)
@@ -226,17 +226,13 @@ class Hook:
         """h in the model's dtype, from that of an earlier hook of the same model on the same text where
         `keeping_heads` has it: the blocks between, on the same numbers, give the same bits.
         """
-        assert _heads is not None
         key = text_key(self, input_ids)
-        if _heads and next(iter(_heads))[0] != key[0]:
-            _heads.clear()  # the model before this one
-        layer, h = _heads.get(key, (-1, None))
+        layer, h = _heads.get(key) or (-1, None)
         if h is not None and layer <= self.layer:
             h = Hook(self.model, layer).up_to(self.layer, input_ids, h)
         else:
             h = self._first(self._block_output(input_ids))
-        if key in _heads or (len(_heads) + 1) * h.nbytes <= HEADS:
-            _heads[key] = self.layer, h
+        _heads.put(key, (self.layer, h), h.nbytes)
         return h
 
     def up_to(self, layer: int, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -339,23 +335,42 @@ class _Stop(Exception):
     pass
 
 
-_heads: dict[tuple, tuple[int, torch.Tensor]] | None = (
-    None  # {model and text: (layer, h)} where they are kept
-)
+class Kept:
+    """What one hook hands on to the next of the same model, under `text_key` (and more), while `keeping`: of
+    a model at a time, and HEADS bytes at most.
+    """
+
+    def __init__(self) -> None:
+        self.keeping, self.found = False, dict[tuple, Any]()
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        before, self.keeping, self.found = (self.keeping, self.found), True, {}
+        try:
+            yield
+        finally:
+            self.keeping, self.found = before
+
+    def get(self, key: tuple) -> Any:
+        """None where there is nothing."""
+        if next(iter(self.found), key)[0] != key[0]:
+            self.found.clear()  # the model before this one
+        return self.found.get(key)
+
+    def put(self, key: tuple, what: Any, nbytes: int) -> None:
+        if key in self.found or (len(self.found) + 1) * nbytes <= HEADS:
+            self.found[key] = what
 
 
-@contextlib.contextmanager
-def keeping_heads() -> Iterator[None]:
+_heads = Kept()  # (layer, h)
+
+
+def keeping_heads() -> contextlib.AbstractContextManager[None]:
     """Within, `Hook.head` goes on from what it gave for an earlier hook of the same model on the same text,
     so that a model's hooks in ascending order cost one forward. The weights must stay as they are. HEADS
     bytes at most are kept: of what is beyond, every hook's head runs from the start.
     """
-    global _heads
-    before, _heads = _heads, {}
-    try:
-        yield
-    finally:
-        _heads = before
+    return _heads.on()
 
 
 def text_key(hook: Hook, input_ids: torch.Tensor) -> tuple:
