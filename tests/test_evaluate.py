@@ -2,13 +2,15 @@
 vocabulary there is a tile at a time.
 """
 
+import gc
 import itertools
 
 from helpers import tiny_model
 from transport_geometry import evaluate as module
-from transport_geometry import text
+from transport_geometry import lm, text
 from transport_geometry.evaluate import ablated, activations, clean_run, evaluate, keeping_clean_runs
 from transport_geometry.lm import Hook, keeping_heads, log_softmax
+from transport_geometry.models import load_model
 from transport_geometry.progress import Progress
 from transport_geometry.sae import tied_init
 
@@ -189,3 +191,17 @@ def test_a_phase_ends_where_it_should(capsys):
     bar.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["a: 30% of the run", "b: 100% of the run"]
+
+
+def test_what_is_kept_of_a_model_is_not_the_next_one_s():
+    """Not even where the next one lies at the address of one that is gone: what names a model dies with it."""
+    ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+    with keeping_heads():
+        (first, _), (twin, _) = (load_model("stdlib-s", torch.device("cpu")) for _ in range(2))
+        for weight in twin.parameters():
+            weight.data.mul_(1.01)
+        kept = Hook(first, 3).head(ids)
+        assert not torch.equal(Hook(twin, 3).head(ids), kept)
+        del first, twin, weight
+        gc.collect()
+        assert [key[0]() for key in lm._heads.found] == [None]
