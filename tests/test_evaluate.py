@@ -194,7 +194,7 @@ def test_a_phase_ends_where_it_should(capsys):
 
 
 def test_what_is_kept_of_a_model_is_not_the_next_one_s():
-    """Not even where the next one lies at the address of one that is gone: what names a model dies with it."""
+    """Not even where the next one lies at the address of one that is gone: its name dies with it."""
     ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     with keeping_heads():
         (first, _), (twin, _) = (load_model("stdlib-s", torch.device("cpu")) for _ in range(2))
