@@ -7,7 +7,6 @@ import sys
 
 import zygote
 from transport_geometry import text
-from transport_geometry.lm import Hook
 from transport_geometry.sae import load_sae
 from transport_geometry.train import train_missing
 
@@ -60,8 +59,8 @@ def log_probs_64(logits: torch.Tensor) -> torch.Tensor:
 
 
 def get_saes(model, tokenizer, specs, cache) -> list:
-    """The SAEs of one hook, trained or from the cache."""
-    train_missing(Hook(model, specs[0].layer), tokenizer, specs, cache, text.find(specs[0].data))
+    """The SAEs of one model, trained or from the cache."""
+    train_missing(model, tokenizer, specs, cache, text.find(specs[0].data))
     return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
 
 

@@ -17,7 +17,6 @@ from helpers import ROOT, contents, one_line, script, tiny_model
 from hub import commit, serve
 from transport_geometry import sources, store, text, train
 from transport_geometry.errors import UserError
-from transport_geometry.lm import Hook
 from transport_geometry.sae import TrainingSpec
 
 import numpy as np
@@ -160,7 +159,7 @@ def spec(data: str, tokens: int, **more) -> TrainingSpec:
 
 
 def trained(model, specs: list[TrainingSpec], cache: pathlib.Path) -> None:
-    train.train_missing(Hook(model, 1), Letters(), specs, cache, text.find(specs[0].data))
+    train.train_missing(model, Letters(), specs, cache, text.find(specs[0].data))
 
 
 def trained_on(data: str, cache: pathlib.Path) -> None:

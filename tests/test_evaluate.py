@@ -2,6 +2,7 @@
 vocabulary there is a tile at a time.
 """
 
+import contextlib
 import gc
 import itertools
 
@@ -34,6 +35,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@contextlib.contextmanager
+def watched_blocks(model, runs):
+    """`runs` gets the number of every block that runs within."""
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(lm.blocks(model)):
+            hooks.enter_context(block.register_forward_hook(lambda *_, layer=layer: runs.append(layer)))
+        yield
+
+
 def saes_of(hook, rows, n, k=4):
     h = hook.head(rows).flatten(0, 1)
     return {i: tied_init(h.shape[1], 64, k, i, h.mean(0)).requires_grad_(False) for i in range(n)}
@@ -60,7 +70,7 @@ def test_what_goes_on_from_another_hook_has_the_same_bits(model, long_rows, orde
     for layer in set(order):
         h = Hook(model, layer).head(long_rows)
         alone[layer] = h, *Hook(model, layer).clean_pass(long_rows, h, uniforms)
-    with keeping_heads(), keeping_clean_runs():
+    with keeping_heads(Hook(model, layer) for layer in order), keeping_clean_runs():
         for layer in order:
             hook = Hook(model, layer)
             h = hook.head(long_rows)
@@ -72,7 +82,7 @@ def test_what_goes_on_from_another_hook_has_the_same_bits(model, long_rows, orde
 
 def test_another_text_or_other_labels_are_another_run(model, long_rows):
     hook, uniforms = Hook(model, 1), torch.rand(2, 3, 19, generator=torch.Generator().manual_seed(6))
-    with keeping_heads(), keeping_clean_runs():
+    with keeping_heads([hook]), keeping_clean_runs():
         for rows, u in itertools.product((long_rows, long_rows.flip(1)), (uniforms, 1 - uniforms)):
             h = hook.head(rows)
             _, gradients = clean_run(hook, rows, h, u)
@@ -82,10 +92,20 @@ def test_another_text_or_other_labels_are_another_run(model, long_rows):
 
 def test_another_model_is_another_run(model, long_rows):
     other = tiny_model(d=32, layers=4, vocab=301, seed=1, dtype=torch.float32)
-    with keeping_heads():
+    alone = {one: Hook(one, 2).head(long_rows) for one in (model, other)}
+    with keeping_heads(Hook(one, layer) for one in (model, other) for layer in (1, 2)):
         for one in (model, other, model):
-            hook = Hook(one, 2)
-            assert torch.equal(hook.head(long_rows), hook._block_output(long_rows))
+            assert torch.equal(Hook(one, 2).head(long_rows), alone[one])
+
+
+def test_the_heads_of_a_model_are_one_forward(model, long_rows):
+    runs, hooks = [], [Hook(model, layer) for layer in (3, 1, 0)]
+    for hook in hooks:
+        hook.way_to_patch(long_rows)  # looked for once, by runs of its own
+    with keeping_heads(hooks), watched_blocks(model, runs):
+        for hook in hooks:
+            hook.head(long_rows)
+    assert runs == [0, 1, 2, 3]
 
 
 def test_rows_that_are_kept_are_the_rows(tmp_path):
@@ -196,7 +216,7 @@ def test_a_phase_ends_where_it_should(capsys):
 def test_what_is_kept_of_a_model_is_not_the_next_one_s():
     """Not even where the next one lies at the address of one that is gone: its name dies with it."""
     ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
-    with keeping_heads():
+    with keeping_heads([]):
         (first, _), (twin, _) = (load_model("stdlib-s", torch.device("cpu")) for _ in range(2))
         for weight in twin.parameters():
             weight.data.mul_(1.01)

@@ -177,7 +177,7 @@ def test_the_study_of_a_hook(tmp_path):
 
     eval_set, cpu = one_hook(eval_seqs=12, ctx=128), torch.device("cpu")
     spec = eval_set.middle.origin
-    train_missing(eval_set.hook, eval_set.tokenizer, [spec], tmp_path, eval_set.source)
+    train_missing(eval_set.hook.model, eval_set.tokenizer, [spec], tmp_path, eval_set.source)
     sae = load_sae(spec.folder(tmp_path), cpu)
     rows = finish.study(eval_set, sae, cpu)
     start, control, through = rows

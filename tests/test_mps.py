@@ -245,7 +245,7 @@ def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
     share = run.Share(eval_set, candidates, with_nulls=True)
     cache, training = folder / device.type, run.training_shares([share])
     with contextlib.closing(Progress(1.0)) as bar:
-        run.train(training, run.training_work(training, cache), cache, device, bar)
+        run.train(training, [one.flops(cache) for one in training], cache, device, bar)
     saes = types.SimpleNamespace(save_tokens=True, saes=())
     command = types.SimpleNamespace(grid=saes, cache=folder / device.type)
     return run.measure(share, command, device, expc_fisher.EXPERIMENT).rows

@@ -355,9 +355,9 @@ class Words:
         return types.SimpleNamespace(input_ids=[ord(c) % 40 + 1 for c in text])
 
 
-def spec(data, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base") -> TrainingSpec:
+def spec(data, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base", layer=1, sinks="keep") -> TrainingSpec:
     of_stream = dict(
-        model="tiny", weights="w", tokenizer="t", dtype="float32", layer=1, split="train", ctx=16
+        model="tiny", weights="w", tokenizer="t", dtype="float32", layer=layer, split="train", ctx=16
     )
     return TrainingSpec(
         **of_stream,
@@ -369,7 +369,7 @@ def spec(data, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base") -> Training
         k=k,
         seed=seed,
         recipe=recipe,
-        sinks="keep",
+        sinks=sinks,
         device="cpu",
         version=1,
     )
@@ -421,6 +421,7 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
             spec(text, 4, 3500, seed=2, trunk=[1200], recipe=recipe),
             spec(text, 4, 5000, seed=2, trunk=[1200, 3500], recipe=recipe),
         ]
+    specs += [spec(text, 2, 3000, layer=0), spec(text, 2, 3000, sinks="drop"), spec(text, 2, 900, layer=0)]
     get_saes(model, Words(), specs, tmp_path / "whole")
     plain = {recipe: recipe.one_step for recipe in (Training, SAELensTraining)}
     for stop in (20, 14, 31, 3):
@@ -442,9 +443,64 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
         name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file())
         for name in ("whole", "broken")
     }
-    assert files["whole"] == files["broken"] and len(files["whole"]) == 27
+    assert files["whole"] == files["broken"] and len(files["whole"]) == 36
     for path in files["whole"]:
         assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "broken" / path).read_bytes(), path
+
+
+def test_one_pass_serves_every_hook(text, tmp_path, monkeypatch):
+    """Hooks, arms, recipes and budgets together or one at a time: the same files. Together the model reads
+    each row once; with little memory once for every hook.
+    """
+    model, read = tiny_model(dtype=torch.float32), []
+    monkeypatch.setattr(trainer, "CHUNK", 1024)
+    arms = itertools.product((0, 1), ("keep", "drop"), ("base", "saelens"))
+    specs = [
+        spec(text, 2, tokens, layer=layer, sinks=sinks, recipe=recipe)
+        for layer, sinks, recipe in arms
+        for tokens in (1500, 700)
+    ]
+    for layer in (0, 1):
+        Hook(model, layer).way_to_patch(torch.arange(16)[None])  # looked for once, by runs of its own
+    outputs = trainer.block_outputs
+    monkeypatch.setattr(
+        trainer, "block_outputs", lambda *run: (read.append((run[1], len(run[2]))), outputs(*run))[1]
+    )
+
+    def rows_read(folder, wanted, memory=10**9):
+        read.clear()
+        monkeypatch.setattr(trainer, "memory_of", lambda device: memory)
+        get_saes(model, Words(), wanted, folder)
+        return [(tuple(layers), n) for layers, n in read]
+
+    together = rows_read(tmp_path / "together", specs)
+    assert together == [((0, 1), 256)]  # 4096 tokens
+    assert rows_read(tmp_path / "small", specs, 1) == [((0,), 256), ((1,), 256)]
+    for one in specs:
+        rows_read(tmp_path / "alone", [one])
+    for path in (p for p in (tmp_path / "together").rglob("*") if p.is_file()):
+        for other in ("small", "alone"):
+            there = tmp_path / other / path.relative_to(tmp_path / "together")
+            assert there.read_bytes() == path.read_bytes(), there
+    assert len(list((tmp_path / "alone").rglob("*.safetensors"))) == 16
+
+
+@pytest.mark.parametrize(
+    "memory, passes",
+    [(35, [[1, 4, 7]]), (29, [[1, 4], [7]]), (10, [[1], [4], [7]]), (0, [[1], [4], [7]])],
+)
+def test_hooks_share_a_pass_while_they_fit(memory, passes):
+    assert trainer.in_passes({4: 10, 1: 10, 7: 10}, memory) == passes
+
+
+def test_what_a_hook_holds():
+    """Activations of a chunk, and of longer budgets weights and two moments, of recipe saelens gradients
+    too: float32.
+    """
+    chunk, weights = 4 * 64 * trainer.CHUNK, 4 * 2 * 64 * 256
+    assert trainer.held_bytes(64, trainer.CHUNK, [("base", 256, 5)]) == chunk
+    longer = trainer.held_bytes(64, trainer.CHUNK + 1, [("base", 256, 5), ("saelens", 256, 1)])
+    assert longer == chunk + 5 * 3 * weights + 4 * weights
 
 
 def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What a grid costs before anything is spent: FLOPs, bytes, and time on this machine and on others."""
 
+import functools
 import time
 from typing import Any
 
@@ -8,10 +9,19 @@ from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
 from transport_geometry.evaluate import DRAWS
 from transport_geometry.grid import Command, Grid
-from transport_geometry.lm import HEADS, pick_device
+from transport_geometry.lm import block_size, pick_device
 from transport_geometry.models import EMBEDDED, pick_layer, read_config
 from transport_geometry.tables import markdown, readable_count
-from transport_geometry.train import CHUNK, RECIPES, trunk
+from transport_geometry.train import (
+    CHUNK,
+    MEMORY,
+    RECIPES,
+    held_bytes,
+    in_passes,
+    memory_of,
+    token_flops,
+    trunk,
+)
 
 import torch
 
@@ -22,12 +32,10 @@ PYTHIA = {  # width, blocks, heads
 }
 # vendors' float32 TFLOP/s, outside tensor cores
 PEAK = {"M2 Max (mps)": 13.6, "A100": 19.5, "RTX 4090": 82.6, "H100": 67}
-# multiplications as long as what a token costs besides them, for each SAE in training and each block
-# (measured on a CPU)
-OVERHEAD = 2**17
 SHARE = 0.35  # of a large product's rate that the whole run reaches: a guess, for these estimates only
 
 
+@functools.cache
 def shape_of(name: str, revision: str | None) -> Any:
     """The model without weights (`meta` device): what its size costs, from its config alone. The presets' are
     known here. Raises UserError.
@@ -53,24 +61,6 @@ def shape_of(name: str, revision: str | None) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def block_size(model: Any) -> int:
-    """Parameters of one block: what is left without the embedding and the unembedding, shared out."""
-    config, whole = model.config, sum(p.numel() for p in model.parameters())
-    return (whole - 2 * config.vocab_size * config.hidden_size) // config.num_hidden_layers
-
-
-def blocks_run(layer: int, before: int, activations: int) -> int:
-    """Blocks that a hook's head runs on a training text: those since the model's hook before it, where that
-    one's activations (so many numbers) are kept.
-    """
-    return layer - before if before < layer and 4 * activations <= HEADS else layer + 1
-
-
-def token_flops(d: int, d_sae: int, overhead: int = OVERHEAD) -> float:
-    """Of a token in the training of an SAE: the encode, and the sparse rest."""
-    return 5 * d * d_sae + 2 * overhead
-
-
 def evaluation_flops(model: Any, layer: int, passes: int, codes: int, overhead: int = 0) -> float:
     """Of a token in a hook's evaluation: the head; the clean run, and through the blocks after the hook one
     backward pass for each set of labels, through the unembedding one for all, which the losses meet again;
@@ -89,38 +79,65 @@ def cost(
     grid: Grid,
     more_passes: int = 0,
     widths: list[int] | None = None,
-    before: int = -1,
+    head: int = 0,
 ) -> dict[str, Any]:
     """FLOPs, bytes in memory and on disk of one hook's SAEs and their evaluation, counting matrix products:
-    a row. widths: of SAEs that exist. before: the layer of the model's hook before this one.
+    a row. widths: of SAEs that exist. head: blocks that the training pass runs for this hook, beyond those it
+    runs for the hooks before it.
     """
     model = shape_of(name, grid.revision)
     layer, d = pick_layer(model, name, layer), model.config.hidden_size
     d_sae, n_tok, longest = grid.expansion * d, grid.eval_seqs * grid.ctx, max(grid.tokens)
     if widths:
-        saes, trained, training, live, codes = len(widths), 0.0, 0.0, 1, sum(widths)
+        saes, trained, training, codes = len(widths), 0.0, 0.0, sum(widths)
+        held = 8 * d * max(widths)
     else:
         saes = len(grid.recipes) * len(grid.tokens) * runs(grid)
-        trained, live = training_work(grid)
-        head = 2 * block_size(model) * blocks_run(layer, before, longest * d)
-        training = len(grid.sinks) * longest * head + trained * token_flops(d, d_sae, overhead=0)
+        trained = trained_tokens(grid)
+        training = 2 * longest * head * block_size(model) + trained * token_flops(d, d_sae, overhead=0)
         codes = (saes + len(NULLS)) * d_sae
+        held = held_at(d, grid)
     passes = (2 + more_passes) * (saes + len(NULLS))  # each patch once more, sinks clean
     evaluation = n_tok * evaluation_flops(model, layer, passes, codes)
-    parameters = 4 * 2 * d * (max(widths) if widths else d_sae)  # bytes
     return dict(
         hook=f"{name}@{layer}",
         saes=saes,
         train_tokens=readable_count(round(trained)),
         tflops=(training + evaluation) / 1e12,
-        memory_gb=(
-            sum(p.numel() for p in model.parameters()) * 4
-            + min(CHUNK, longest) * d * 8
-            + parameters * 4 * live
-        )
-        / 1e9,
-        disk_gb=parameters * saes / 1e9,
+        memory_gb=held / 1e9,
+        disk_gb=(8 * d * (max(widths) if widths else d_sae) * saes) / 1e9,
     )
+
+
+def held_at(d: int, grid: Grid) -> int:
+    """Bytes that a hook of width d holds while its SAEs are trained."""
+    live = []
+    for recipe in grid.recipes:
+        inner = {before for tokens in grid.tokens for before in trunk(recipe, tokens, grid.tokens)}
+        live += [
+            (recipe, grid.expansion * d, runs(grid) * (2 if trunk(recipe, tokens, grid.tokens) else 1))
+            for tokens in grid.tokens
+            if tokens not in inner
+        ]
+    return held_bytes(d, max(grid.tokens), live)
+
+
+def training_passes(grid: Grid, device: torch.device) -> list[tuple[str, list[int], float]]:
+    """[(model, layers, bytes)] of every pass of a language model over the training text, and what is held in
+    it: the model, what its hooks hold, and of one SAE at a time a chunk of its own and its gradients.
+    """
+    layers: dict[str, set[int]] = {}
+    for name, layer in grid.models:
+        layers.setdefault(name, set()).add(pick_layer(shape_of(name, grid.revision), name, layer))
+    out = []
+    for name, theirs in layers.items():
+        model = shape_of(name, grid.revision)
+        d, held = model.config.hidden_size, held_at(model.config.hidden_size, grid)
+        fixed = 4 * (sum(p.numel() for p in model.parameters()) + d * min(CHUNK, max(grid.tokens)))
+        fixed += 4 * 4 * 2 * d * grid.expansion * d
+        for one in in_passes(dict.fromkeys(theirs, held), MEMORY * memory_of(device)):
+            out.append((name, one, fixed + held * len(one)))
+    return out
 
 
 def runs(grid: Grid) -> int:
@@ -128,17 +145,14 @@ def runs(grid: Grid) -> int:
     return len(grid.sinks) * len(grid.k) * len(grid.seeds)
 
 
-def training_work(grid: Grid) -> tuple[float, int]:
-    """(tokens that SAEs are trained on at a hook, SAEs that are held at once, with gradients and moments)."""
-    trained, live, branching = 0.0, 0, False
+def trained_tokens(grid: Grid) -> float:
+    """Tokens that SAEs are trained on at a hook, each SAE's counted."""
+    total = 0.0
     for recipe in grid.recipes:
         for tokens in grid.tokens:  # a budget on the way to another is a branch of its run
             inner = any(tokens in trunk(recipe, other, grid.tokens) for other in grid.tokens)
-            trained += runs(grid) * tokens * (RECIPES[recipe].DECAY if inner else 1.0)
-            live, branching = live + runs(grid) * (not inner), branching or inner
-    if max(grid.tokens) <= CHUNK:  # one after the other
-        return trained, 1
-    return trained, live // len(grid.sinks) * (2 if branching else 1)
+            total += runs(grid) * tokens * (RECIPES[recipe].DECAY if inner else 1.0)
+    return total
 
 
 def measured_rate(device: torch.device) -> float:
@@ -175,10 +189,17 @@ def dry_run(command: Command, more_passes: int = 0) -> None:
     if grid.saes:
         rows = dry_run_of_files(grid, more_passes)
     else:
-        rows, before = [], dict[str, int]()
-        for name, layer in grid.models:
-            rows.append(cost(name, layer, grid, more_passes, before=before.get(name, -1)))
-            before[name] = int(rows[-1]["hook"].rpartition("@")[2])
+        passes = training_passes(grid, device)
+        heads = {
+            (name, layer): layer - before
+            for name, layers, _ in passes
+            for before, layer in zip([-1, *layers], layers)
+        }
+        rows = [
+            cost(name, layer, grid, more_passes, head=heads[name, layer])
+            for name, layers, _ in passes
+            for layer in layers
+        ]
         budgets = [readable_count(tokens) for tokens in grid.tokens]
         asked = (
             f"k {list(grid.k)}, tokens {budgets}, seeds {list(grid.seeds)}, {grid.expansion}x, recipe "
@@ -186,7 +207,12 @@ def dry_run(command: Command, more_passes: int = 0) -> None:
         )
     total, disk = (sum(row[column] for row in rows) for column in ("tflops", "disk_gb"))
     print(markdown(rows, ["hook", "saes", "train_tokens", "tflops", "memory_gb", "disk_gb"]))
-    print(f"\n{asked}evaluation {grid.eval_seqs} x {grid.ctx}; {total:.3g} TFLOP, {disk:.3g} GB of SAEs\n")
+    for name, layers, held in [] if grid.saes else passes:
+        hooks = f"{len(layers)} hooks" if len(layers) > 1 else "1 hook"
+        print(
+            f"\n{name} reads the training text once for {hooks}: up to {held / 1e9:.1f} GB of memory", end=""
+        )
+    print(f"\n\n{asked}evaluation {grid.eval_seqs} x {grid.ctx}; {total:.3g} TFLOP, {disk:.3g} GB of SAEs\n")
     rates = {f"this {device.type} (measured)": here, **PEAK}
     times = [
         {"device": name, "float32 TFLOP/s": rate, "time": readable_time(total / (SHARE * rate))}

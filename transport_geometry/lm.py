@@ -9,7 +9,7 @@ import contextlib
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ import torch
 
 # M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
 MPS_LONGEST_DOT = 32_767
+# multiplications as long as what a token costs besides them in a block, or in the training of an SAE
+# (measured on a CPU)
+OVERHEAD = 2**17
 HEADS = 2**30  # bytes of activations that `keeping_heads` keeps, and of gradients as many
 
 
@@ -41,6 +44,17 @@ def blocks(model: Any) -> list[torch.nn.Module]:
             if isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential)) and len(child) == n:
                 return list(child)
     raise UserError(f"{type(model).__name__}: no list of transformer blocks found")
+
+
+def block_size(model: Any) -> int:
+    """Parameters of one block: what is left without the embedding and the unembedding, which may be one,
+    shared out.
+    """
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    apart = {id(p): p.numel() for table in tables for p in table.parameters()}
+    return (
+        sum(p.numel() for p in model.parameters()) - sum(apart.values())
+    ) // model.config.num_hidden_layers
 
 
 # ------------------------------------------------------------------------------------------ the hook
@@ -72,12 +86,13 @@ class Hook:
         norm.
         """
         self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
-        with torch.no_grad():
-            if not _heads.keeping or not self.splits(input_ids):
-                h = self._first(self._block_output(input_ids))
-            else:
-                h = self._head_going_on(input_ids)
-        return h.to(torch.promote_types(h.dtype, torch.float32))
+        if not _heads.keeping:
+            return block_outputs(self.model, [self.layer], input_ids)[self.layer]
+        if (h := _heads.get(key := (*text_key(self, input_ids), self.layer))) is None:
+            on_the_way = {one.layer for one in _asked if one.model is self.model and one.layer < self.layer}
+            for layer, h in block_outputs(self.model, sorted({*on_the_way, self.layer}), input_ids).items():
+                _heads.put((*key[:-1], layer), h, h.nbytes)
+        return h
 
     def tail(self, input_ids: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
         """Logits [B,T,V] of the blocks after the hook, fed h [B,T,d]. Differentiable in h.
@@ -222,19 +237,6 @@ class Hook:
             return self.tail(input_ids, h)
 
     # ---------------------------------------------------------------------- how the model is run in parts
-    def _head_going_on(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """h in the model's dtype, from that of an earlier hook of the same model on the same text where
-        `keeping_heads` has it: the blocks between, on the same numbers, give the same bits.
-        """
-        key = text_key(self, input_ids)
-        layer, h = _heads.get(key) or (-1, None)
-        if h is not None and layer <= self.layer:
-            h = Hook(self.model, layer).up_to(self.layer, input_ids, h)
-        else:
-            h = self._first(self._block_output(input_ids))
-        _heads.put(key, (self.layer, h), h.nbytes)
-        return h
-
     def up_to(self, layer: int, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """What block `layer`, this hook's or a later one, puts out in the run that is fed h [B,T,d] at the
         hook: [B,T,d] in the model's dtype. Differentiable in h. For families that `splits`.
@@ -244,7 +246,7 @@ class Hook:
             return h
         way = self.way_to_patch(input_ids)
         with _computing(blocks(self.model)[: self.layer + 1], _giving(h, way)):
-            return self._first(Hook(self.model, layer)._block_output(input_ids))
+            return _first(_raw_outputs(self.model, [layer], input_ids)[layer])
 
     def splits(self, input_ids: torch.Tensor) -> bool:
         """Is all that follows the hook a function of h, so that a hook may go on from an earlier one?"""
@@ -263,25 +265,6 @@ class Hook:
             torch.autograd.grad(later, x, g.to(later.dtype), retain_graph=i + 1 < len(gradients))[0]
             for i, g in enumerate(gradients)
         ]
-
-    @staticmethod
-    def _first(output: Any) -> torch.Tensor:
-        return output[0] if isinstance(output, tuple) else output
-
-    def _block_output(self, input_ids: torch.Tensor) -> Any:
-        """What the block returns: h [B,T,d], or a tuple of h and other things. Nothing is computed after
-        it.
-        """
-        kept = []
-
-        def keep(module: Any, inputs: Any, output: Any) -> None:
-            kept.append(output)
-            raise _Stop
-
-        block = blocks(self.model)[self.layer]
-        with block.register_forward_hook(keep), contextlib.suppress(_Stop):
-            self.model(input_ids, use_cache=False)
-        return kept[0]
 
     def _logits(self, input_ids: torch.Tensor, h: torch.Tensor, way: str) -> torch.Tensor:
         """The model's own forward with h as the output of the hook's block.
@@ -312,7 +295,8 @@ class Hook:
             return known[self.layer]
         name, norm, one = type(self.model).__name__, torch.linalg.vector_norm, input_ids[:1]
         with torch.no_grad():
-            whole, output = self.model(one, use_cache=False).logits, self._block_output(one)
+            whole = self.model(one, use_cache=False).logits
+            output = _raw_outputs(self.model, [self.layer], one)[self.layer]
             h, passed = (output[0], "tuple") if isinstance(output, tuple) else (output, "skip")
             for way in (passed, "replace"):
                 with contextlib.suppress(Exception):  # a forward that does not take what it is given
@@ -329,6 +313,36 @@ class Hook:
         if known[self.layer] == "replace":
             print(f"{name} does not split after block {self.layer}: every patched run is a full forward")
         return known[self.layer]
+
+
+def block_outputs(model: Any, layers: Sequence[int], input_ids: torch.Tensor) -> dict[int, torch.Tensor]:
+    """{layer: h [B,T,d]}, float32 at least, of one forward that ends at the deepest of the layers."""
+    with torch.no_grad():
+        found = {layer: _first(out) for layer, out in _raw_outputs(model, layers, input_ids).items()}
+    return {layer: h.to(torch.promote_types(h.dtype, torch.float32)) for layer, h in found.items()}
+
+
+def _raw_outputs(model: Any, layers: Sequence[int], input_ids: torch.Tensor) -> dict[int, Any]:
+    """{layer: what the block returns}: h [B,T,d], or a tuple of h and other things. Nothing is computed
+    after the last of them.
+    """
+    kept: dict[int, Any] = {}
+
+    def keep(layer: int, module: Any, inputs: Any, output: Any) -> None:
+        kept.setdefault(layer, output)
+        if len(kept) == len(layers):
+            raise _Stop
+
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_Stop):
+        for layer in layers:
+            block = blocks(model)[layer]
+            hooks.enter_context(block.register_forward_hook(functools.partial(keep, layer)))
+        model(input_ids, use_cache=False)
+    return kept
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 class _Stop(Exception):
@@ -362,15 +376,22 @@ class Kept:
             self.found[key] = what
 
 
-_heads = Kept()  # (layer, h)
+_heads = Kept()  # h
+_asked: list[Hook] = []
 
 
-def keeping_heads() -> contextlib.AbstractContextManager[None]:
-    """Within, `Hook.head` goes on from what it gave for an earlier hook of the same model on the same text,
-    so that a model's hooks in ascending order cost one forward. The weights must stay as they are. HEADS
-    bytes at most are kept: of what is beyond, every hook's head runs from the start.
+@contextlib.contextmanager
+def keeping_heads(hooks: Iterable[Hook]) -> Iterator[None]:
+    """Within, `Hook.head` keeps what its forward gives at those of `hooks` that lie on its way, so that a
+    model's hooks in descending order cost one forward of a text. The weights must stay as they are. HEADS
+    bytes at most are kept: what is beyond runs from the start.
     """
-    return _heads.on()
+    before, _asked[:] = list(_asked), hooks
+    try:
+        with _heads.on():
+            yield
+    finally:
+        _asked[:] = before
 
 
 def text_key(hook: Hook, input_ids: torch.Tensor) -> tuple:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from transport_geometry import kernels, plant, ranks, store, text
 from transport_geometry.condition import NULLS, Condition
-from transport_geometry.cost import OVERHEAD, block_size, blocks_run, dry_run, evaluation_flops, token_flops
+from transport_geometry.cost import dry_run, evaluation_flops
 from transport_geometry.errors import Fault
 from transport_geometry.evaluate import (
     Activations,
@@ -28,7 +28,7 @@ from transport_geometry.evaluate import (
 from transport_geometry.given import Given
 from transport_geometry.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.libraries import r2_by_library
-from transport_geometry.lm import Hook, check_parity, keeping_heads, pick_device
+from transport_geometry.lm import OVERHEAD, Hook, block_size, check_parity, keeping_heads, pick_device
 from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, computed
 from transport_geometry.plant import TurnedSAE, felt
 from transport_geometry.progress import Progress
@@ -45,7 +45,7 @@ from transport_geometry.results import (
 )
 from transport_geometry.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
 from transport_geometry.store import RUN
-from transport_geometry.train import runs_of, tokens_of, train_missing
+from transport_geometry.train import runs_of, token_flops, train_missing, training_flops
 
 import numpy as np
 import torch
@@ -140,14 +140,14 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     missing = not_measured(eval_sets, out)
     training = [] if grid.saes else training_shares(missing)
     measuring = descending(shares(missing))
-    works = training_work(training, command.cache)
-    total = sum(work for work, _ in works) + sum(evaluation_work(one, experiment)[0] for one in measuring)
+    works = [one.flops(command.cache) for one in training]
+    total = sum(works) + sum(evaluation_work(one, experiment)[0] for one in measuring)
     with contextlib.closing(Progress(total)) as bar:
-        with keeping_heads(), text.keeping_rows():
+        with text.keeping_rows():
             train(training, works, command.cache, device, bar)
         ranks.wait()
         part = out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else out
-        with keeping_heads(), keeping_clean_runs():
+        with keeping_heads(one.eval_set.hook for one in measuring), keeping_clean_runs():
             for share in measuring:
                 bar.phase(f"evaluating {share.eval_set.label}", *evaluation_work(share, experiment))
                 add_results(part, settings, measure(share, command, device, experiment, bar))
@@ -199,9 +199,31 @@ def not_measured(eval_sets: list[EvalSet], out: pathlib.Path) -> list[Share]:
 
 
 # ------------------------------------------------------------------------------------------ training
-def training_shares(missing: list[Share]) -> list[tuple[Share, list[TrainingSpec]]]:
-    """This rank's share of the SAEs that the missing rows need, one stream of activations at a time; budgets
-    of one trunk stay together.
+@dataclass(frozen=True, eq=False)
+class TrainingShare:
+    """What one rank trains of the SAEs of one language model, on one text."""
+
+    eval_sets: list[EvalSet]  # its hooks
+    specs: list[TrainingSpec]
+
+    @property
+    def label(self) -> str:
+        first, *more = self.eval_sets
+        return f"SAEs of {first.name}, {len(more) + 1} hooks" if more else f"SAEs of {first.label}"
+
+    def flops(self, cache: pathlib.Path) -> float:
+        """Of what the cache has not."""
+        todo = {spec.folder(cache): spec for spec in self.specs}
+        runs = runs_of({path: spec for path, spec in todo.items() if not (path / WEIGHTS).exists()})
+        return training_flops(self.eval_sets[0].hook.model, runs)
+
+
+def training_shares(missing: list[Share]) -> list[TrainingShare]:
+    """This rank's share of the SAEs that the missing rows need, a language model at a time; budgets of one
+    trunk stay together.
+
+    Ranks share out hooks, and the SAEs of a hook where there are more ranks than hooks: a rank runs the model
+    no further than its last hook. Shared by SAEs, every rank would run it to the last of all.
     """
     families: dict[tuple, list[TrainingSpec]] = {}
     for number, share in enumerate(missing):
@@ -210,50 +232,36 @@ def training_shares(missing: list[Share]) -> list[tuple[Share, list[TrainingSpec
             key = (number, spec.sinks, spec.recipe, spec.k, spec.seed)
             families.setdefault(key, []).append(spec)
     work = [
-        sum(spec.tokens * (spec.d_sae * missing[number].eval_set.d + OVERHEAD) for spec in specs)
+        sum(spec.tokens * token_flops(missing[number].eval_set.d, spec.d_sae) for spec in specs)
         for (number, *_), specs in families.items()
     ]
-    streams: dict[tuple, list[TrainingSpec]] = {}
-    for (number, sinks, *_), specs in ranks.share(list(families.items()), work):
-        streams.setdefault((number, sinks), []).extend(specs)
-    return [
-        (missing[number], specs) for (number, _), specs in sorted(streams.items(), key=lambda one: one[0][0])
-    ]
+    of_text: dict[tuple, tuple[dict[int, EvalSet], list[TrainingSpec]]] = {}
+    for (number, *_), specs in ranks.share(list(families.items()), work):
+        eval_set = missing[number].eval_set
+        same = id(eval_set.hook.model), eval_set.source.content, specs[0].ctx, specs[0].split
+        hooks, theirs = of_text.setdefault(same, ({}, []))
+        hooks[number] = eval_set
+        theirs += specs
+    return [TrainingShare(list(hooks.values()), specs) for hooks, specs in of_text.values()]
 
 
 def train(
-    training: list[tuple[Share, list[TrainingSpec]]],
-    works: list[tuple[float, float]],
+    training: list[TrainingShare],
+    works: list[float],
     cache: pathlib.Path,
     device: torch.device,
     bar: Progress,
 ) -> None:
-    """Train those of the SAEs that the cache has not. works: see `training_work`."""
-    for (share, specs), work in zip(training, works):
-        eval_set = share.eval_set
-        believe(eval_set, device)
-        bar.phase(f"training {eval_set.label}", *work)
-        train_missing(eval_set.hook.to(device), eval_set.tokenizer, specs, cache, eval_set.source, bar)
+    """Train those of the SAEs that the cache has not. works: the FLOPs of each share."""
+    for share, flops in zip(training, works):
+        first = share.eval_sets[0]
+        for eval_set in share.eval_sets:
+            believe(eval_set, device)
+        bar.phase(f"training {share.label}", flops, flops)
+        model = first.hook.to(device).model
+        train_missing(model, first.tokenizer, share.specs, cache, first.source, bar)
         bar.end()
-        eval_set.hook.to(CPU)
-
-
-def training_work(
-    training: list[tuple[Share, list[TrainingSpec]]], cache: pathlib.Path
-) -> list[tuple[float, float]]:
-    """[(FLOPs, tokens of all SAEs)] of what the cache has not, a stream each."""
-    out: list[tuple[float, float]] = []
-    before: dict[int, int] = {}  # {model: its hook before}
-    for share, specs in training:
-        hook, d = share.eval_set.hook, share.eval_set.d
-        todo = {spec.folder(cache): spec for spec in specs if not (spec.folder(cache) / WEIGHTS).exists()}
-        runs = runs_of(todo)
-        of_saes = sum(tokens_of([one]) * token_flops(d, one.spec.d_sae) for one in runs)
-        longest = max((one.spec.tokens for one in runs), default=0)
-        ran = blocks_run(hook.layer, before.get(id(hook.model), -1), longest * d)
-        before[id(hook.model)] = hook.layer
-        out.append((of_saes + longest * ran * 2 * (block_size(hook.model) + OVERHEAD), tokens_of(runs)))
-    return out
+        first.hook.to(CPU)
 
 
 def believe(eval_set: EvalSet, device: torch.device) -> None:

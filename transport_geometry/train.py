@@ -13,13 +13,13 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transport_geometry import kernels, store, text
 from transport_geometry.errors import Damaged, Fault, UserError, reading
-from transport_geometry.lm import Hook
+from transport_geometry.lm import OVERHEAD, Hook, block_outputs, block_size
 from transport_geometry.progress import Progress, line
 from transport_geometry.sae import (
     CHECKPOINT,
@@ -36,10 +36,19 @@ import torch
 from tqdm import tqdm
 
 CHUNK = 250_000  # tokens shuffled together
+# of the memory of the machine or GPU: what the hooks of one pass may hold of activations and of SAEs
+MEMORY = 0.5
 # Up to so many times d dead latents, AuxK's code is a matrix, as large as two of h: its GEMMs cost less than
 # the gathers of d/2 rows a token
 DENSE = 2
 TRAIN_VERSION = 4  # bump when training mathematics changes: older cached SAEs are then left alone
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the GPU has, or the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(d: int, d_sae: int, device: torch.device) -> None:
@@ -51,60 +60,120 @@ def check_memory(d: int, d_sae: int, device: torch.device) -> None:
     copies folded with the decoder's norms and whose gradients are clipped by their common norm, takes up to
     4 * 19 F d.
     """
-    needed = 4 * 4 * 2 * d_sae * d
-    called, there = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device.type == "cuda":
-        called, there = device.type, torch.cuda.get_device_properties(device).total_memory
+    needed, there = 4 * 4 * 2 * d_sae * d, memory_of(device)
     if needed > there:
+        called = device.type if device.type == "cuda" else "this machine"
         raise UserError(
             f"--expansion {d_sae // d}: an SAE of {d_sae} latents takes {needed / 1e9:,.0f} GB in training, "
             f"and {called} has {there / 1e9:,.0f}"
         )
 
 
-def activation_chunks(
-    hook: Hook,
-    data: str,
-    tokenizer: Any,
-    ctx: int,
-    tokens: int,
-    sinks: str,
-    first: int = 0,
-    split: str = "train",
-    once: Callable[[int], object] | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of
-    every sequence.
+def token_flops(d: int, d_sae: int, overhead: int = OVERHEAD) -> float:
+    """Of a token in the training of an SAE: the encode, and the sparse rest."""
+    return 5 * d * d_sae + 2 * overhead
 
-    sinks="drop" leaves sink positions out of the stream (and does not count them). `first` chunks are passed
-    over, without the model where that can be: how many positions are sinks only the model knows. The
-    tokenizer runs again: how many tokens a document has only it knows. once: see `text.train_rows`.
-    """
-    kept: list[tuple] = []
-    median, waiting, passed = None, 0, 0
-    for input_ids in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split, once):
-        if median is not None and sinks == "keep" and passed + input_ids.numel() <= first * CHUNK:
-            passed += input_ids.numel()
-            continue
-        h = hook.head(input_ids.to(hook.device))
+
+# ------------------------------------------------------------------------------------------ activations
+@dataclass(eq=False)
+class Stream:
+    """What SAEs of one hook are trained on: its activations, with its sink positions or without."""
+
+    layer: int
+    sinks: str  # "drop" leaves sink positions out and does not count them
+    tokens: int  # that are given out
+    number: int = 0  # of the chunk that comes next; those before it are passed over
+    median: float | None = None  # of the norms of the first batch, which says what a sink is
+    seen: int = 0  # tokens that were given out or passed over
+    waiting: int = 0  # tokens in `parts`
+    # (h [n,d], sink [n], which of them): both arms of a hook hold the same h
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the next chunk; 0 where all are given out."""
+        return max(0, min(CHUNK, self.tokens - self.number * CHUNK))
+
+    def passes_over(self, n: int) -> bool:
+        """Are the next n positions passed over without the model? How many are sinks only the model knows."""
+        known = self.median is not None and self.sinks == "keep"
+        return known and self.seen + n <= self.number * CHUNK
+
+    def add(self, h: torch.Tensor) -> None:
+        """h [B,T,d] of the next rows."""
         norms = torch.linalg.vector_norm(h, dim=-1)
-        median = norms[:, 1:].median().item() if median is None else median
-        sink = sink_positions(norms, median).flatten()
-        h = h.flatten(0, 1)
-        if sinks == "drop":
-            h, sink = h[~sink], sink[~sink]
-        over = min(max(first * CHUNK - passed, 0), len(h))
-        passed += over
-        if over < len(h):  # else an empty view would keep all of h in memory
-            kept.append((h[over:], sink[over:]))
-        waiting += len(h) - over
-        while waiting >= min(CHUNK, tokens - first * CHUNK):
-            n = min(CHUNK, tokens - first * CHUNK)
-            h, sink = (torch.cat(parts) for parts in zip(*kept))
-            yield h[:n], sink[:n]
-            kept, waiting, first, passed = [(h[n:], sink[n:])], waiting - n, first + 1, passed + n
-            if first * CHUNK >= tokens:
-                return
+        self.median = norms[:, 1:].median().item() if self.median is None else self.median
+        sink = sink_positions(norms, self.median).flatten()
+        taken = (~sink if self.sinks == "drop" else torch.ones_like(sink)).nonzero().squeeze(1)
+        over = min(max(self.number * CHUNK - self.seen - self.waiting, 0), len(taken))
+        self.seen += over
+        if over < len(taken):
+            self.parts.append((h.flatten(0, 1), sink, taken[over:]))
+            self.waiting += len(taken) - over
+
+    def chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(h [n,d], sink [n]) of the next chunk, which is then given out."""
+        n, at = self.length, 0
+        h = self.parts[0][0].new_empty(n, self.parts[0][0].shape[1])
+        sink = self.parts[0][1].new_empty(n)
+        while at < n:
+            of, of_sink, taken = self.parts.pop(0)
+            now, later = taken[: n - at], taken[n - at :]
+            h[at : at + len(now)], sink[at : at + len(now)] = of[now], of_sink[now]
+            at += len(now)
+            if len(later):
+                self.parts.insert(0, (of, of_sink, later))
+        self.number, self.seen, self.waiting = self.number + 1, self.seen + n, self.waiting - n
+        return h, sink
+
+
+def stream_chunks(
+    model: Any,
+    streams: Sequence[Stream],
+    rows: Iterable[torch.Tensor],
+    passed: Callable[[int], object] | None = None,
+) -> Iterator[tuple[Stream, torch.Tensor, torch.Tensor]]:
+    """(stream, h [n,d], sink [n]) whenever a stream has a chunk of n tokens, until all are given out: one run
+    of the model over `rows` [B,T], as deep as the deepest stream, serves them all.
+
+    All positions of every sequence. passed(positions) is told of every batch.
+    """
+    device = next(model.parameters()).device
+    for input_ids in rows:
+        n = input_ids.numel()
+        running = [stream for stream in streams if not stream.passes_over(n)]
+        for stream in streams:
+            stream.seen += 0 if stream in running else n
+        layers = sorted({stream.layer for stream in running})
+        for layer in layers:  # so that nothing is trained on what cannot be evaluated
+            Hook(model, layer).way_to_patch(input_ids.to(device))
+        found = block_outputs(model, layers, input_ids.to(device)) if layers else {}
+        for stream in running:
+            stream.add(found[stream.layer])
+        if passed:
+            passed(n)
+        for stream in running:
+            while 0 < stream.length <= stream.waiting:
+                yield stream, *stream.chunk()
+        streams = [stream for stream in streams if stream.length]
+        if not streams:
+            return
+
+
+def activation_chunks(
+    hook: Hook, data: str, tokenizer: Any, ctx: int, tokens: int, sinks: str, first: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(h [n,d], sink [n]) of one hook on the training text, n = CHUNK until `tokens` are given out. `first`
+    chunks are passed over, without the model where that can be.
+    """
+    rows = text.train_rows(data, tokenizer, ctx, rows_at_once(ctx))
+    for _, h, sink in stream_chunks(hook.model, [Stream(hook.layer, sinks, tokens, first)], rows):
+        yield h, sink
+
+
+def rows_at_once(ctx: int) -> int:
+    """Rows in a batch of the training text."""
+    return max(1, 4096 // ctx)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -170,6 +239,7 @@ class Training:
 
     DECAY = 0.2
     TRUNK_FROM = 10**7
+    COPIES = 3  # of the weights' size, between two chunks: they and their moments
 
     def __init__(self, statistics: Statistics, d_sae: int, k: int, seed: int, budgets: Sequence[int]):
         """budgets ascending, of one pace: the last is this SAE's."""
@@ -248,7 +318,7 @@ class Training:
                     if (i + 1) % 100 == 0 or i + 1 == n:
                         if not math.isfinite(loss.item()):
                             raise Fault(f"{what}: the loss is not finite at step {self.step}")
-                        bar.update(self.batch * ((i % 100) + 1))
+                        bar.update(self.batch * ((i % 100) + 1) * token_flops(*self.sae.W_dec.T.shape))
                         bar.set_postfix_str(f"{what} loss {loss.item():.3f}", refresh=False)
             done += n
         return runs + (self.branch_off() if self.step == self.steps else [])
@@ -364,6 +434,7 @@ class SAELensTraining(Training):
 
     DECAY = 0.0
     TRUNK_FROM = 0
+    COPIES = 4  # and their gradients
     DEAD_STEPS = 1000
 
     def initialise(self, d_sae: int, k: int) -> None:
@@ -452,18 +523,19 @@ def lock_of(folder: pathlib.Path) -> str:
 
 
 def train_missing(
-    hook: Hook,
+    model: Any,
     tokenizer: Any,
     specs: Sequence[TrainingSpec],
     cache: pathlib.Path,
     source: text.Source,
     bar: Progress | None = None,
 ) -> None:
-    """Train the SAEs of one hook that the cache has not, together, from one activation stream of `source`.
+    """Train the SAEs of one language model that the cache has not, together, from one pass of the model over
+    `source`, or as few as memory allows.
 
-    The stream's part of their specs is the same in all. An interrupted run goes on from its last checkpoint;
-    what is damaged is set aside and made again; where another process trains one of them, it is waited for.
-    Raises UserError, Fault.
+    The text's part of their specs is the same in all; hook and recipe, sinks and budget may differ. An
+    interrupted run goes on from its last checkpoint; what is damaged is set aside and made again; where
+    another process trains one of them, it is waited for. Raises UserError, Fault.
     """
     wanted = {spec.folder(cache): spec for spec in specs}
     with contextlib.suppress(Damaged):
@@ -476,10 +548,10 @@ def train_missing(
             waiting = functools.partial(say_who_trains, folder)
             store.claim(cache, lock_of(folder), waiting)
         todo = {folder: spec for folder, spec in wanted.items() if not mended(folder, spec)}
-        if todo:
-            runs, first = runs_of(todo), specs[0]
-            with line(bar, f"training {first.model} L{first.layer}", tokens_of(runs)) as bar:
-                train_runs(hook, tokenizer, runs, source, bar)
+        runs = runs_of(todo)
+        with line(bar, f"training SAEs of {specs[0].model}", training_flops(model, runs)) as bar:
+            for of_pass in passes(model, runs):
+                train_runs(model, tokenizer, of_pass, source, bar)
     finally:
         for folder in wanted:
             store.release(cache, lock_of(folder))
@@ -589,50 +661,117 @@ class Run:
 
 
 def runs_of(todo: dict[pathlib.Path, TrainingSpec]) -> list[Run]:
-    """One for each trunk: the specs that share all but the budget."""
+    """One for each trunk: the specs that share all but the budget. Hooks ascend."""
     runs: dict[tuple, Run] = {}
-    for folder, spec in sorted(todo.items(), key=lambda item: item[1].tokens):
+    for folder, spec in sorted(todo.items(), key=lambda item: (item[1].layer, item[1].tokens)):
         first = (*spec.trunk, spec.tokens)[0]
         pace = RECIPES[spec.recipe].pace(spec.tokens)
-        key = (spec.recipe, spec.d_sae, spec.k, spec.seed, *pace, first)
+        key = (spec.layer, spec.sinks, spec.recipe, spec.d_sae, spec.k, spec.seed, *pace, first)
         shorter = runs[key].folders if key in runs else {}
         runs[key] = Run(spec, {**shorter, spec.tokens: folder})
     return list(runs.values())
 
 
-def tokens_of(runs: list[Run]) -> float:
-    """Tokens that SAEs are trained on, each SAE's counted."""
-    return sum(run.spec.tokens + RECIPES[run.spec.recipe].DECAY * sum(run.spec.trunk) for run in runs)
+# ------------------------------------------------------------------------------------- passes of the model
+def held_bytes(d: int, longest: int, live: Iterable[tuple[str, int, int]]) -> int:
+    """What a hook of width d holds during a pass: a chunk of activations, and of `longest` tokens that are
+    more than a chunk, the SAEs (recipe, d_sae, how many) between one chunk and the next.
+    """
+    saes = sum(RECIPES[recipe].COPIES * 2 * d * d_sae * n for recipe, d_sae, n in live)
+    return 4 * (d * min(CHUNK, longest) + (saes if longest > CHUNK else 0))
 
 
-def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source, bar: Progress) -> None:
-    """Train them to the end, in one pass over the activations of their hook."""
-    stream = runs[0].spec
-    about, longest = f"{stream.model} L{stream.layer}", max(run.spec.tokens for run in runs)
+def in_passes(hooks: Mapping[int, int], memory: float) -> list[list[int]]:
+    """{layer: bytes held} -> the layers of every pass, ascending: as many as fit into `memory`, or one."""
+    out: list[list[int]] = []
+    filled = 0
+    for layer, size in sorted(hooks.items()):
+        if not out or filled + size > memory:
+            out.append([])
+            filled = 0
+        out[-1].append(layer)
+        filled += size
+    return out
+
+
+def passes(model: Any, runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of every pass of the model over the text: see MEMORY."""
+    at: dict[int, list[Run]] = {}
     for run in runs:
-        run.resume(hook.device)
-        bar.update(min(run.chunks * CHUNK, run.spec.tokens))
-    one_pass: list[int] = []  # tokens in it, once the stream begins again
+        at.setdefault(run.spec.layer, []).append(run)
+    d = model.config.hidden_size
+    sizes = {
+        layer: held_bytes(
+            d,
+            max(run.spec.tokens for run in theirs),
+            [(run.spec.recipe, run.spec.d_sae, 2 if run.spec.trunk else 1) for run in theirs],
+        )
+        for layer, theirs in at.items()
+    }
+    device = next(model.parameters()).device
+    return [
+        [run for layer in layers for run in at[layer]]
+        for layers in in_passes(sizes, MEMORY * memory_of(device))
+    ]
+
+
+def pass_flops(model: Any, runs: Sequence[Run]) -> float:
+    """Of one position in a pass: the blocks up to the last hook."""
+    return 2 * (block_size(model) + OVERHEAD) * (1 + max(run.spec.layer for run in runs))
+
+
+def training_flops(model: Any, runs: Sequence[Run]) -> float:
+    """Of these SAEs' training and the passes that it takes."""
+    longest = [max(run.spec.tokens for run in one) for one in passes(model, runs)]
+    of_passes = sum(n * pass_flops(model, one) for n, one in zip(longest, passes(model, runs)))
+    return of_passes + sum(sae_flops(model, run) for run in runs)
+
+
+def sae_flops(model: Any, run: Run) -> float:
+    tokens = run.spec.tokens + RECIPES[run.spec.recipe].DECAY * sum(run.spec.trunk)
+    return tokens * token_flops(model.config.hidden_size, run.spec.d_sae)
+
+
+def train_runs(model: Any, tokenizer: Any, runs: Sequence[Run], source: text.Source, bar: Progress) -> None:
+    """Train them to the end, in one pass of the model over the text."""
+    of_text = runs[0].spec
+    device = next(model.parameters()).device
+    fed_by: dict[tuple[int, str], list[Run]] = {}
+    for run in runs:
+        run.resume(device)
+        fed_by.setdefault((run.spec.layer, run.spec.sinks), []).append(run)
+        bar.update(min(run.chunks * CHUNK / run.spec.tokens, 1) * sae_flops(model, run))
+    streams = [
+        Stream(*key, max(run.spec.tokens for run in theirs), min(run.chunks for run in theirs))
+        for key, theirs in fed_by.items()
+    ]
+    one_pass: list[int] = []  # tokens in it, once the text begins again
 
     def once(tokens: int) -> None:
         one_pass.append(tokens)
         tqdm.write(
-            f"{about}: the training side of {source.name} holds {tokens:,} tokens; from here it repeats"
+            f"{of_text.model}: the training side of {source.name} holds {tokens:,} tokens; from here it "
+            "repeats"
         )
 
-    first = min(run.chunks for run in runs)
-    chunks = activation_chunks(
-        hook, source.data, tokenizer, stream.ctx, longest, stream.sinks, first, stream.split, once
-    )
+    def passed(positions: int) -> None:
+        bar.update(positions * per_position)
+        bar.set_postfix_str("the language model reads", refresh=False)
 
     def checkpoint() -> None:
         for run in runs:
             run.checkpoint()
 
+    per_position = pass_flops(model, runs)
+    rows = text.train_rows(
+        source.data, tokenizer, of_text.ctx, rows_at_once(of_text.ctx), of_text.split, once
+    )
+    chunks = stream_chunks(model, streams, rows, passed)
     saved_at, cost = time.monotonic(), 0.0
-    known: dict[int, Statistics] = {}  # of the first n tokens
+    known: dict[tuple[int, str, int], Statistics] = {}  # of the first n tokens of a stream
     try:
-        for number, (h, sink) in enumerate(chunks, first):
+        for stream, h, sink in chunks:
+            number, about = stream.number - 1, f"{of_text.model} L{stream.layer}"
             if text.stamp(source.data) != source.stamp:
                 raise Fault(
                     f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run "
@@ -640,16 +779,18 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source,
                 )
             if not torch.isfinite(h).all():
                 raise Fault(f"{about}: an activation is not finite in chunk {number} of the training text")
-            for run in runs:
+            for run in fed_by[stream.layer, stream.sinks]:
                 # else done, or further on than the others when they were interrupted
                 if run.chunks == number and number * CHUNK < run.spec.tokens:
                     if not run.live:
                         n = run.budgets[0]
-                        if n not in known:
-                            known[n] = Statistics.of(h[:n], sink[:n], about)
-                        run.begin(known[n])
+                        key = stream.layer, stream.sinks, n
+                        if key not in known:
+                            known[key] = Statistics.of(h[:n], sink[:n], about)
+                        run.begin(known[key])
                     for training in run.feed(h, bar, about):
                         run.keep(training, one_pass[0] if one_pass else None)
+            del h, sink  # before the next chunk is put together
             if time.monotonic() - saved_at > max(60, 50 * cost):  # at most 2% of the time
                 start = time.perf_counter()
                 checkpoint()
