@@ -24,14 +24,28 @@ from transport_geometry.grid import Command, Grid
 from transport_geometry.tables import readable_count
 
 SMALL, MIDDLE, LARGE = (f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
-SIX_HOOKS = [f"{SMALL}@{layer}" for layer in (1, 3, 5)] + [f"{LARGE}@{layer}" for layer in (4, 12, 20)]
-# the published grids, all on pythia and the Pile at 32x (published numbers: published.py)
-PRESETS = {
-    "fast2": dict(models=",".join(SIX_HOOKS), k="8,16,32,64,128,256", tokens="10M", seeds="0"),
-    "fast3": dict(models=f"{SMALL},{MIDDLE},{LARGE}", k="8,16,32,64", tokens="10M", seeds="0"),
-    "phase2": dict(models=f"{SMALL},{LARGE}", k="8,16", tokens="10M,50M,100M", seeds="0,1,2"),
+
+
+def at(model: str, *layers: int) -> str:
+    """As --models takes it."""
+    return ",".join(f"{model}@{layer}" for layer in layers)
+
+
+# on Pythia and the Pile, as published (published numbers: published.py)
+PUBLISHED = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
+SIX_HOOKS = f"{at(SMALL, 1, 3, 5)},{at(LARGE, 4, 12, 20)}"
+# on a real model from a package, before, in and after the layers where one position has most of the norm
+REAL = dict(seeds="0", expansion=8, eval_seqs=32, ctx=256)
+TWELVE = at("smollm2-135m", 1, 4, 7, 9, 10, 11, 13, 16, 20, 24, 27, 28)
+NINE = at("gemma3-270m", 0, 2, 4, 6, 8, 10, 12, 14, 16)
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast2": dict(models=SIX_HOOKS, k="8,16,32,64,128,256", tokens="10M", seeds="0", **PUBLISHED),
+    "fast3": dict(models=f"{SMALL},{MIDDLE},{LARGE}", k="8,16,32,64", tokens="10M", seeds="0", **PUBLISHED),
+    "phase2": dict(models=f"{SMALL},{LARGE}", k="8,16", tokens="10M,50M,100M", seeds="0,1,2", **PUBLISHED),
+    "smollm2": dict(models=TWELVE, k="8,32,128", tokens="300k", sinks="keep,drop", **REAL),
+    "smollm2-quick": dict(models=at("smollm2-135m", 10, 11), k="8", tokens="20k", **REAL | {"eval_seqs": 12}),
+    "gemma3": dict(models=NINE, k="8,32,128", tokens="300k", sinks="keep,drop", **REAL),
 }
-PRESET_ALL = dict(data="NeelNanda/pile-small-tokenized-2b", expansion=32, eval_seqs=200, ctx=256)
 # of each number on the command line: far above what can be computed, and below what overflows (torch seeds a
 # piece of a run by seed x 1000003 + its number, in 63 bits)
 MOST = dict(k=10**6, seeds=2**32 - 1, tokens=10**12, expansion=10**9, eval_seqs=10**6, ctx=2**20)
@@ -143,7 +157,9 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     (
         "--preset",
         dict(
-            choices=sorted(PRESETS), help="a published grid on Pythia and the Pile; other flags override it"
+            choices=sorted(PRESETS),
+            help="a published grid on Pythia and the Pile (fast2, fast3, phase2) or one on a real model from "
+            "a package (smollm2, smollm2-quick, gemma3); other flags override it",
         ),
     ),
 )
@@ -229,7 +245,7 @@ def parse_args(
     """
     args = parser_of(doc, flags, own).parse_args(argv)
     check_output(args)
-    preset: dict[str, Any] = {**PRESET_ALL, **PRESETS[args.preset]} if args.preset else {}
+    preset = PRESETS[args.preset] if args.preset else {}
     if args.sae:  # they are what they are
         if typed := [f"--{name}" for name in TRAINING if getattr(args, name) is not None]:
             raise UserError(f"--sae evaluates SAEs that exist; {', '.join(typed)} would train some")

@@ -367,9 +367,18 @@ def defaults() -> str:
 
 
 def presets() -> str:
-    lines = [[f"`{name}`", *(f"`{grid[key]}`" for key in ("models", "k", "tokens", "seeds"))] for name, grid in
-             PRESETS.items()]  # fmt: skip
-    return table(["", "models", "k", "tokens", "seeds"], lines)
+    """A model's hooks in one word, and what stands where a preset says nothing."""
+    lines = []
+    for name, grid in PRESETS.items():
+        models: dict[str, list[str]] = {}
+        for model, _, layer in (one.partition("@") for one in grid["models"].split(",")):
+            models.setdefault(model, []).append(layer)
+        hooks = ", ".join(
+            f"`{model}@{','.join(found)}`".replace("@`", "`") for model, found in models.items()
+        )
+        said = [(DEFAULTS | grid)[key] for key in ("k", "tokens", "seeds", "sinks", "expansion", "eval_seqs")]
+        lines.append([f"`{name}`", hooks, *(f"`{one}`" for one in said)])
+    return table(["", "models", "k", "tokens", "seeds", "sinks", "expansion", "eval-seqs"], lines)
 
 
 # ----------------------------------------------------------------------------------------- docs/statistics.md
