@@ -85,6 +85,24 @@ def test_code_fixed_for_every_processor_is_a_setting_and_names_its_saes(tmp_path
 
 
 @pytest.mark.slow
+def test_saes_of_two_processors_are_told_apart(tmp_path):
+    """A run that goes on where another stopped, on another machine; said where it is two, and only there."""
+    command = ["--models", "stdlib-s@1,stdlib-s@3", *GRID, "--device", "cpu", "--cache", tmp_path / "cache"]
+    elsewhere = "\nfrom transport_geometry import train\ntrain.processor = lambda device: 'Another CPU'\n"
+    first = ["--models", "stdlib-s@1", *command[2:], "--out", tmp_path / "first"]
+    helpers.script("expb.py", *first, setup=zygote.UNDRAWN + elsewhere)
+    script("expb.py", *command, "--out", tmp_path / "both")
+    here, there = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("both", "first"))
+    assert there["trained_on"] == {"Another CPU": ["stdlib-s@1 topk-x4-base-256-4-0-10000"]}
+    assert here["trained_on"] == there["trained_on"] | {
+        here["processor"]: ["stdlib-s@3 topk-x4-base-256-4-0-10000"]
+    }
+    said = "trained on several processors (1 on"
+    assert said in (tmp_path / "both/report.md").read_text()
+    assert said not in (tmp_path / "first/report.md").read_text()
+
+
+@pytest.mark.slow
 def test_another_training_text_is_another_sae(tmp_path):
     """The held-out side was all that the cache knew: with another training text it served the old SAE without
     a word.

@@ -13,15 +13,15 @@ import pathlib
 import platform
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import FIXED_CODE, kernels, store
+from transport_geometry import kernels, store
 from transport_geometry.condition import KEY, Condition, hook_of
 from transport_geometry.errors import Damaged, UserError, brief
+from transport_geometry.machine import instructions, processor
 from transport_geometry.metrics import METRICS, Metric, Sums, computed
 from transport_geometry.stats import document_weights
 from transport_geometry.store import RUN
@@ -159,29 +159,6 @@ def few_of(names: Sequence[str]) -> str:
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "not"
 
 
-def processor() -> str:
-    """The processor's name, as the system says it."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if sys.platform == "darwin":
-            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
-            return answer.stdout.strip() or platform.processor()
-        for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def instructions() -> dict:
-    """What torch's own kernels use of the processor, and the variables in force that choose code in it and
-    its libraries.
-    """
-    names = (*FIXED_CODE, "ANY_X86", "KERNELS", "MKL_ENABLE_INSTRUCTIONS", "GLIBC_TUNABLES", "LD_PRELOAD")
-    return {"torch": torch.backends.cpu.get_cpu_capability()} | {
-        name: os.environ[name] for name in names if name in os.environ
-    }
-
-
 def check_data(record: pathlib.Path) -> dict:
     """The record of a results folder, every file of which that cannot be made again from the others is as it
     was written. Raises Damaged.
@@ -223,14 +200,17 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
     if missing or about.get("seconds") is None:
         which = ", ".join(sorted(missing)) or "some conditions"
         raise UserError(f"--from {out}: no finished run there ({which} not measured yet)")
-    return out, with_passes(settings, about.get("one_pass"))
+    return out, with_training(settings, about)
 
 
-def with_passes(settings: dict, one_pass: list[int] | None) -> dict:
-    """Settings for the report, with the tokens that a training text holds where budgets repeat it: known only
-    after training.
+def with_training(settings: dict, record: dict) -> dict:
+    """Settings for the report, with what is known only after training: the tokens that a text holds where
+    budgets repeat it, and on which processors SAEs were trained where there are several.
     """
-    return settings | ({"one_pass": one_pass} if one_pass else {})
+    found = {"one_pass": record.get("one_pass")}
+    if len(trained_on := record.get("trained_on", {})) > 1:
+        found["trained_on"] = {name: len(saes) for name, saes in trained_on.items()}
+    return settings | {name: value for name, value in found.items() if value}
 
 
 def check_verdict(out: pathlib.Path) -> None:
@@ -406,6 +386,12 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
         f"The training side holds {n:,} tokens: larger budgets repeat it.\n"
         for n in settings.get("one_pass", [])
     ]
+    if on := settings.get("trained_on"):
+        counted = ", ".join(f"{n} on {name}" for name, n in on.items())
+        notes.append(
+            f"SAEs were trained on several processors ({counted}; run.json says which). Two of them may "
+            "differ as much as two seeds do.\n"
+        )
     notes += [f"{hook}: the last block, so no attention follows it.\n" for hook in settings["last_blocks"]]
     python = f", the standard library of Python {settings['python']}" if settings["python"] else ""
     text = ABOUT.format(

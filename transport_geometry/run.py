@@ -41,7 +41,7 @@ from transport_geometry.results import (
     gather,
     load_results,
     open_output,
-    with_passes,
+    with_training,
 )
 from transport_geometry.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
 from transport_geometry.store import RUN
@@ -158,10 +158,9 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     gather(out, settings)
     if lost := sum(map(len, not_measured(eval_sets, out))):
         raise Fault(f"{lost} of the results are not in {out}: do all ranks write to the same --out?")
-    one_pass = sorted(passes(eval_sets, command))
-    seconds = round(time.time() - start, 1)
-    store.put(out / RUN, {}, ranks=ranks.WORLD, seconds=seconds, one_pass=one_pass)
-    return out, with_passes(settings, one_pass)
+    found = seen_in_training(eval_sets, command)
+    store.put(out / RUN, {}, ranks=ranks.WORLD, seconds=round(time.time() - start, 1), **found)
+    return out, with_training(settings, found)
 
 
 def keep_freed_memory() -> None:
@@ -175,14 +174,25 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
-def passes(eval_sets: list[EvalSet], command: Command) -> set[int]:
-    """Tokens of the training texts that budgets repeat, as this run's SAEs and those before it met them."""
-    found = set(store.load(command.out / RUN).get("one_pass", []))
+def seen_in_training(eval_sets: list[EvalSet], command: Command) -> dict:
+    """What this run's SAEs met, and those before it: `one_pass`, tokens of the texts that budgets repeat, and
+    `trained_on`, {processor: SAEs}.
+    """
+    before = store.load(command.out / RUN)
+    one_pass, on = set(before.get("one_pass", [])), dict[str, set[str]]()
+    for name, saes in before.get("trained_on", {}).items():
+        on[name] = set(saes)
     for candidate in (one for eval_set in eval_sets for one in eval_set.candidates):
         if isinstance(candidate.origin, TrainingSpec):
-            record = candidate.origin.folder(command.cache) / store.PROVENANCE
-            found |= {store.load(record).get("one_pass")} - {None}
-    return found
+            record = store.load(candidate.origin.folder(command.cache) / store.PROVENANCE)
+            one_pass |= {record.get("one_pass")} - {None}
+            if name := record.get("processor"):
+                one = candidate.condition
+                on.setdefault(name, set()).add(f"{one.hook} {one.within_hook}")
+    return {
+        "one_pass": sorted(one_pass),
+        "trained_on": {name: sorted(saes) for name, saes in sorted(on.items())},
+    }
 
 
 def not_measured(eval_sets: list[EvalSet], out: pathlib.Path) -> list[Share]:

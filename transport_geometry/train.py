@@ -20,6 +20,7 @@ from typing import Any
 from transport_geometry import kernels, store, text
 from transport_geometry.errors import Damaged, Fault, UserError, reading
 from transport_geometry.lm import OVERHEAD, Hook, block_outputs, block_size
+from transport_geometry.machine import processor
 from transport_geometry.progress import Progress, line
 from transport_geometry.sae import (
     CHECKPOINT,
@@ -605,6 +606,7 @@ class Run:
     folders: dict[int, pathlib.Path]  # {budget: where its SAE lies}, of those to be made
     chunks: int = 0  # that it has had
     live: list[Training] = field(default_factory=list)  # trunk and branches, as they stand after these chunks
+    processors: list[str] = field(default_factory=list)  # that it was trained on
 
     def resume(self, device: torch.device) -> None:
         """Go on from the checkpoint that an interrupted run left."""
@@ -621,6 +623,7 @@ class Run:
         to_come |= {budget for _, budget in trainings[0].ahead} if trainings else set()
         if self.folders.keys() <= to_come:  # else someone deleted an SAE that this run is past
             self.live, self.chunks = trainings, saved["chunks"]
+            self.processors = saved.get("processors", [])
 
     @property
     def budgets(self) -> list[int]:
@@ -636,6 +639,7 @@ class Run:
         nowhere.
         """
         trainings, self.live = self.live, []
+        self.processors = sorted({*self.processors, processor(h.device)})
         label = f"{about} k={self.spec.k} seed {self.spec.seed}"
         fed = [run for training in trainings for run in training.feed(h, self.chunks * CHUNK, bar, label)]
         self.chunks += 1
@@ -650,12 +654,15 @@ class Run:
         *before, tokens = training.budgets
         if tokens in self.folders:
             spec = dataclasses.replace(self.spec, tokens=tokens, trunk=tuple(before))
-            seen = {} if one_pass is None or one_pass >= tokens else {"one_pass": one_pass}
+            seen: dict[str, Any] = {"processor": ", ".join(self.processors)}
+            if one_pass is not None and one_pass < tokens:
+                seen["one_pass"] = one_pass
             save_sae(self.folders[tokens], training.finished(), spec.facts(), **seen)
 
     def checkpoint(self) -> None:
         if self.live:
-            state = {"chunks": self.chunks, "runs": [training.state() for training in self.live]}
+            runs = [training.state() for training in self.live]
+            state = {"chunks": self.chunks, "runs": runs, "processors": self.processors}
             record = self.folders[self.spec.tokens] / store.PROVENANCE
             store.put(record, {CHECKPOINT: functools.partial(torch.save, state)}, **self.spec.facts())
 
