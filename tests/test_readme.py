@@ -176,6 +176,8 @@ COMPARED = {
     "4096 tokens a step, constant rate": "min(4096, tokens), 1.0" in inspect.getsource(training),
     "*checked* on 4 sequences": "input_ids [4,T]"
     in inspect.getsource(importlib.import_module("transport_geometry.given")),
+    "up to 250,000 tokens of activations": training.CHUNK == 250_000,
+    "more than half of the machine's or GPU's memory": training.MEMORY == 0.5,
     "in sequences of 256 tokens": {grid["ctx"] for grid in common.PRESETS.values()} == {256},
     "no more beyond 3 than seeds give": importlib.import_module("transport_geometry.rerun").FAR == 3,
     "95% throughout, unless a rule below says 90": list(stats.percentiles(range(1001))) == [25, 975],
