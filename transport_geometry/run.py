@@ -28,7 +28,7 @@ from transport_geometry.evaluate import (
 from transport_geometry.given import Given
 from transport_geometry.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.libraries import r2_by_library
-from transport_geometry.lm import Hook, check_parity, keeping_heads, pick_device
+from transport_geometry.lm import Hook, check_parity, keeping_heads, pick_device, text_config
 from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, computed
 from transport_geometry.plant import TurnedSAE, felt
 from transport_geometry.progress import Progress
@@ -115,14 +115,14 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     ranks.join(device)
     keep_freed_memory()
     ranks.say(kernels.describe())
-    settings, eval_sets = plan(grid, device, experiment.name)
+    settings, eval_sets = plan(grid, device, experiment.name, command.cache)
     if device.type == "mps" and command.device == "auto":
         try:
             check_parity(eval_sets[0].hook, eval_sets[0].held.input_ids[:2], device)
         except Fault as why:
             print(f"{why}; going on with the CPU")
             device = CPU
-            settings, eval_sets = plan(grid, device, experiment.name)
+            settings, eval_sets = plan(grid, device, experiment.name, command.cache)
     settings |= command.own
     if experiment.check:
         experiment.check(eval_sets)
@@ -297,7 +297,7 @@ def descending(shares: list[Share]) -> list[Share]:
 
 def tail_work(hook: Hook) -> float:
     """What a token costs from the hook on, in multiplications."""
-    config = hook.model.config
+    config = text_config(hook.model)
     after = config.num_hidden_layers - 1 - hook.layer
     return after * (block_size(hook.model) + OVERHEAD) + config.vocab_size * (config.hidden_size + 64)
 
@@ -318,7 +318,7 @@ def eval_batch(hook: Hook, ctx: int, vocabulary: bool = True) -> int:
     tokens at least.
     """
     logits = 2 ** (21 if hook.device.type == "cpu" else 26)
-    tokens = logits // hook.model.config.vocab_size
+    tokens = logits // text_config(hook.model).vocab_size
     return max(1, (tokens if vocabulary else max(tokens, 1024)) // ctx)
 
 
@@ -413,7 +413,8 @@ def turned(share: Share, saes: dict[Condition, SAE], grid: Grid) -> dict[Conditi
         return {}
     eval_set, hook = share.eval_set, share.eval_set.hook
     ctx = eval_set.held.input_ids.shape[1]
-    rows = text.train_rows(eval_set.source.data, eval_set.tokenizer, ctx, TURNED_BY, grid.split)
+    source, tokenizer, bos = eval_set.source, eval_set.tokenizer, eval_set.bos
+    rows = text.train_rows(source.data, tokenizer, ctx, TURNED_BY, grid.split, bos=bos)
     directions = felt(hook, next(rows).to(hook.device))
     return {one: TurnedSAE(saes[one], directions, turn) for one, turn in turns.items()}
 

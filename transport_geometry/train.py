@@ -72,6 +72,7 @@ def activation_chunks(
     first: int = 0,
     split: str = "train",
     once: Callable[[int], object] | None = None,
+    bos: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(h [n,d], sink [n]) of the training text, n = CHUNK until `tokens` are given out. All positions of
     every sequence.
@@ -82,7 +83,7 @@ def activation_chunks(
     """
     kept: list[tuple] = []
     median, waiting, passed = None, 0, 0
-    for input_ids in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split, once):
+    for input_ids in text.train_rows(data, tokenizer, ctx, max(1, 4096 // ctx), split, once, bos):
         if median is not None and sinks == "keep" and passed + input_ids.numel() <= first * CHUNK:
             passed += input_ids.numel()
             continue
@@ -622,7 +623,7 @@ def train_runs(hook: Hook, tokenizer: Any, runs: list[Run], source: text.Source,
 
     first = min(run.chunks for run in runs)
     chunks = activation_chunks(
-        hook, source.data, tokenizer, stream.ctx, longest, stream.sinks, first, stream.split, once
+        hook, source.data, tokenizer, stream.ctx, longest, stream.sinks, first, stream.split, once, stream.bos
     )
 
     def checkpoint() -> None:
