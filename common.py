@@ -21,6 +21,7 @@ if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
 from transport_geometry import outline, plant, rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
 from transport_geometry.grid import Command, Grid
+from transport_geometry.models import CACHE
 from transport_geometry.tables import readable_count
 
 SMALL, MIDDLE, LARGE = (f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
@@ -100,7 +101,8 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
         "--models",
         dict(
             metavar="NAME[@LAYER],...",
-            help="embedded name, local folder or hub id; without layer the middle one",
+            help="stdlib-s, -m, -l, smollm2-135m or gemma3-270m, a local folder or GGUF file, or a hub id; "
+            "without layer the middle one",
         ),
     ),
     (
@@ -155,6 +157,15 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     ("--eval-seqs", dict(help="held-out sequences")),
     ("--ctx", dict(help="tokens per sequence")),
     (
+        "--bos",
+        dict(
+            default="auto",
+            choices=["auto", "yes", "no"],
+            help="do rows begin with the beginning-of-text token? auto: where the tokenizer puts it before a "
+            "text; an SAE file's own word stands above it",
+        ),
+    ),
+    (
         "--preset",
         dict(
             choices=sorted(PRESETS),
@@ -196,8 +207,8 @@ def parser_of(
     add(
         "--cache",
         type=parse_path,
-        default=pathlib.Path("outputs/cache"),
-        help="trained SAEs (default: %(default)s)",
+        default=CACHE,
+        help="trained SAEs, and GGUF models unpacked (default: %(default)s)",
     )
     add(
         "--fresh",
@@ -280,6 +291,7 @@ def parse_args(
         eval_seqs=parse_int(str(args.eval_seqs), "--eval-seqs", 2),
         ctx=parse_int(str(args.ctx), "--ctx", 2),
         save_tokens=args.save_tokens,
+        bos=args.bos,
     )
     own_names = [dest(flag) for flag in flags or {}]
     return Command(

@@ -35,6 +35,7 @@ from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.fisher_study import MOST_BLOCKS, moments
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import read_verdict
+from transport_geometry.lm import text_config
 from transport_geometry.metrics import BY_NAME, PROXIES
 from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
@@ -111,7 +112,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, critic: str) -> dic
         "positions.csv": norms(shared.h),
         "canonical.csv": canonical_rows(of_h, of_y, document, SIGMAS),
     }
-    if hook.layer == hook.model.config.num_hidden_layers // 2:
+    if hook.layer == text_config(hook.model).num_hidden_layers // 2:
         tables["critics.csv"] = critics_at(eval_set, critic)
     return {table: [name | row for row in found] for table, found in tables.items()}
 
@@ -119,10 +120,9 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, critic: str) -> dic
 def critics_at(eval_set: EvalSet, critic: str) -> list[dict]:
     """A row for each Y, estimator and amount of noise."""
     hook, ids = eval_set.hook, eval_set.held.input_ids
-    first = int(ids[0, 0]) if (ids[:, 0] == ids[0, 0]).all() else None  # rows begin with BOS
     split = getattr(eval_set.middle.origin, "split", "train")
     ctx = min(critics.CTX, ids.shape[1])
-    texts = critics.rows_of(eval_set.source.data, split, eval_set.tokenizer, ctx, first)
+    texts = critics.rows_of(eval_set.source.data, split, eval_set.tokenizer, ctx, eval_set.bos)
     batch = eval_batch(hook, ctx)
     fit, stop, held = (critics.pairs_at(hook, rows, batch, seed) for seed, rows in enumerate(texts))
     rows = []

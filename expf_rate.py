@@ -98,7 +98,8 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, *, command: Command
         assert isinstance(loaded, TopKSAE)
         saes[one.condition] = loaded.to(device)
     ctx = eval_set.held.input_ids.shape[1]
-    rows = text.train_rows(eval_set.source.data, eval_set.tokenizer, ctx, TRAINING_ROWS, command.grid.split)
+    source, tokenizer, split = eval_set.source, eval_set.tokenizer, command.grid.split
+    rows = text.train_rows(source.data, tokenizer, ctx, TRAINING_ROWS, split, bos=eval_set.bos)
     return rate.study(eval_set, saes, next(rows), STEPS, eval_batch(eval_set.hook, ctx), device) | {
         "finish.csv": finish.study(eval_set, sae, device),
         "observer.csv": observer.study(eval_set, sae, device),

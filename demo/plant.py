@@ -22,7 +22,7 @@ import tempfile
 from typing import Any
 
 from transport_geometry.errors import Fault, UserError, run_script
-from transport_geometry.lm import blocks, cross_entropy, log_probs
+from transport_geometry.lm import blocks, cross_entropy, log_probs, text_config
 from transport_geometry.models import fingerprint, load_model, readable_names, tokenizer_hash
 from transport_geometry.text import heldout_rows
 
@@ -175,7 +175,7 @@ def run(name: str, norm: float, out: pathlib.Path, token: int | None = None) -> 
         raise UserError(str(error).removeprefix("--models ")) from error
     called, flag = readable_names([name])[name], "" if token is None else f" --token {token}"
     token, piece = token_named(token, model, tokenizer)
-    ctx = min(CTX, getattr(model.config, "max_position_embeddings", CTX))
+    ctx = min(CTX, getattr(text_config(model), "max_position_embeddings", CTX))
     input_ids = text_with(token, tokenizer, ctx)
     weight = model.get_input_embeddings().weight
     row = weight[token].clone()

@@ -27,7 +27,7 @@ from transport_geometry.evaluate import Reconstruction, evaluate
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, FLAGS, FLATTERS, NO_WIDTH, UNDERRATES, flagged
 from transport_geometry.formats import hub_name
 from transport_geometry.libraries import LIBRARIES
-from transport_geometry.lm import Hook
+from transport_geometry.lm import Hook, text_config
 from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import pick_layer
 from transport_geometry.results import behind
@@ -589,7 +589,9 @@ def audit(
         name
     ]
     weights = document_weights(int(of.max()) + 1, N_RESAMPLES, seed=0)[:, of]
-    values = computed(Sums({q: v[None] for q, v in result.sums.items()}, weights, model.config.hidden_size))
+    values = computed(
+        Sums({q: v[None] for q, v in result.sums.items()}, weights, text_config(model).hidden_size)
+    )
     row = {metric: float(value[0, 0]) for metric, value in values.items()}
     (row,) = flagged([row], values)
     out: dict[str, Any] = {}

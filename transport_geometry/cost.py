@@ -9,7 +9,7 @@ from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
 from transport_geometry.evaluate import DRAWS
 from transport_geometry.grid import Command, Grid
-from transport_geometry.lm import block_size, pick_device
+from transport_geometry.lm import block_size, pick_device, text_config
 from transport_geometry.models import EMBEDDED, pick_layer, read_config
 from transport_geometry.tables import markdown, readable_count
 from transport_geometry.train import (
@@ -67,8 +67,9 @@ def evaluation_flops(model: Any, layer: int, passes: int, codes: int, overhead: 
     `passes` through the tail; the encoders of `codes` latents. overhead: multiplications as long as what a
     block costs besides them.
     """
-    d, vocab = model.config.hidden_size, model.config.vocab_size
-    block, after = block_size(model) + overhead, model.config.num_hidden_layers - 1 - layer
+    config = text_config(model)
+    d, vocab = config.hidden_size, config.vocab_size
+    block, after = block_size(model) + overhead, config.num_hidden_layers - 1 - layer
     blocks = layer + 1 + after * (2 + DRAWS + passes)
     return 2 * (block * blocks + vocab * d * (3 + passes) + d * codes)
 
@@ -86,7 +87,7 @@ def cost(
     runs for the hooks before it.
     """
     model = shape_of(name, grid.revision)
-    layer, d = pick_layer(model, name, layer), model.config.hidden_size
+    layer, d = pick_layer(model, name, layer), text_config(model).hidden_size
     d_sae, n_tok, longest = grid.expansion * d, grid.eval_seqs * grid.ctx, max(grid.tokens)
     if widths:
         saes, trained, training, codes = len(widths), 0.0, 0.0, sum(widths)
@@ -132,7 +133,8 @@ def training_passes(grid: Grid, device: torch.device) -> list[tuple[str, list[in
     out = []
     for name, theirs in layers.items():
         model = shape_of(name, grid.revision)
-        d, held = model.config.hidden_size, held_at(model.config.hidden_size, grid)
+        d = text_config(model).hidden_size
+        held = held_at(d, grid)
         fixed = 4 * (sum(p.numel() for p in model.parameters()) + d * min(CHUNK, max(grid.tokens)))
         fixed += 4 * 4 * 2 * d * grid.expansion * d
         for one in in_passes(dict.fromkeys(theirs, held), MEMORY * memory_of(device)):

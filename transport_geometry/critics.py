@@ -18,7 +18,7 @@ from typing import Any
 from transport_geometry import fisher, text
 from transport_geometry.dimension import participation_ratio
 from transport_geometry.errors import UserError
-from transport_geometry.lm import Hook
+from transport_geometry.lm import Hook, text_config
 from transport_geometry.sae import sink_positions
 
 import numpy as np
@@ -279,13 +279,11 @@ def rows_of(
     measure (of the held-out side), each row begun with `first` where it is given. Fewer where the text is
     short.
     """
-    start = [] if first is None else [first]
 
     def some(side: str, n: int) -> torch.Tensor:
-        rows = text.packed_rows(data, side, tokenizer, ctx - len(start), split=split)
+        rows = text.packed_rows(data, side, tokenizer, ctx, split, first)
         found = list(itertools.islice(rows, 0, n * EVERY, EVERY))
-        ids = torch.stack(found) if found else torch.zeros(0, ctx - len(start), dtype=torch.int64)
-        return torch.cat([torch.tensor(start).expand(len(ids), -1).long(), ids], 1)
+        return torch.stack(found) if found else torch.zeros(0, ctx, dtype=torch.int64)
 
     train = some("train", N_FIT + 2 * N_STOP)
     # a short text is shared out alike
@@ -357,7 +355,7 @@ def targets(hook: Hook, parts: tuple[Pairs, Pairs, Pairs], input_ids: torch.Tens
         unembedding = hook.model.get_output_embeddings()
         A = fisher_components(plain.fit.y.flatten(0, 1), unembedding)
         of["logits, Fisher"] = Split(*(Pairs(part.x, part.y @ A) for part in parts))
-    vocab = hook.model.config.vocab_size
+    vocab = text_config(hook.model).vocab_size
     for name, split in of.items():
         refuse_logits(name, split.fit.y.shape[-1], vocab)
     return {name: split.standardised() for name, split in of.items()}

@@ -131,7 +131,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
     condition, ctx = middle.condition, held.input_ids.shape[1]
     steps, sequences, rate = pace(condition.tokens, condition.d_sae, ctx)
     split, data = middle.origin.split, eval_set.source.data
-    rows = text.spread_rows(data, eval_set.tokenizer, ctx, steps * sequences, split)
+    rows = text.spread_rows(data, eval_set.tokenizer, ctx, steps * sequences, split, eval_set.bos)
     arms: dict[str, SAE] = {START: sae}
     for kind in (MSE, KL):
         arms[kind] = finish(hook, rows.split(sequences), sae, kind, rate)

@@ -24,7 +24,7 @@ from typing import Any
 
 from transport_geometry import kernels, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
-from transport_geometry.lm import Hook
+from transport_geometry.lm import Hook, text_config
 from transport_geometry.models import fingerprint
 from transport_geometry.sae import SAE, TopKSAE, load_sae, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
@@ -808,7 +808,7 @@ def near(hook: Hook, input_ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """{layer: h [N,d] without sink positions} of the hook and of the blocks before and after it. Raises Fault
     where the hook's are all one.
     """
-    out, n_layers = {}, hook.model.config.num_hidden_layers
+    out, n_layers = {}, text_config(hook.model).num_hidden_layers
     for layer in range(max(hook.layer - 1, 0), min(hook.layer + 2, n_layers)):
         h = Hook(hook.model, layer).head(input_ids)
         norms = torch.linalg.vector_norm(h, dim=-1)

@@ -13,8 +13,16 @@ from transport_geometry import ANY_X86, given, plant, sources, text
 from transport_geometry.condition import NULLS, Condition
 from transport_geometry.errors import UserError
 from transport_geometry.given import Chosen, Given, Refused
-from transport_geometry.lm import Hook
-from transport_geometry.models import load_model, model_hash, pick_layer, readable_names, tokenizer_hash
+from transport_geometry.lm import Hook, text_config
+from transport_geometry.models import (
+    CACHE,
+    bos_of,
+    load_model,
+    model_hash,
+    pick_layer,
+    readable_names,
+    tokenizer_hash,
+)
 from transport_geometry.sae import TrainingSpec
 from transport_geometry.train import TRAIN_VERSION, check_memory, trunk
 
@@ -44,6 +52,7 @@ class Grid:
     eval_seqs: int
     ctx: int
     save_tokens: bool
+    bos: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,11 @@ class EvalSet:
     held: text.HeldOut
     candidates: tuple[Candidate, ...]
     nulls: tuple[Condition, ...]  # in the order of NULLS
+    bos: int | None = None  # what its rows, and those it is trained on, begin with
 
     @property
     def d(self) -> int:
-        return self.hook.model.config.hidden_size
+        return text_config(self.hook.model).hidden_size
 
     @property
     def label(self) -> str:
@@ -125,18 +135,22 @@ class Loaded:
 
     @property
     def first_token(self) -> int:
-        """What stands before a sequence that begins with BOS."""
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
-
-    def place(self, chosen: Chosen, ctx: int) -> Place:
-        """No longer than the SAE was trained on; where nothing is said of BOS, trainers tokenise as the
-        tokenizer does by itself.
+        """What stands before a sequence that begins with BOS: the tokenizer's own, else what it calls so,
+        else the token between documents.
         """
+        known = (bos_of(self.tokenizer), self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next(token for token in known if token is not None)
+
+    def begins(self, asked: str) -> bool:
+        """Do rows of text begin with BOS, by --bos? By itself as the tokenizer encodes a text."""
+        return asked == "yes" or (asked == "auto" and bos_of(self.tokenizer) is not None)
+
+    def place(self, chosen: Chosen, grid: Grid) -> Place:
+        """No longer than the SAE was trained on. Its file's word on BOS stands above --bos."""
         bos = chosen.declared.bos
         if bos is None:
-            bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        return Place(chosen.model, chosen.layer, min(ctx, chosen.declared.ctx or ctx), bool(bos))
+            bos = self.begins(grid.bos)
+        return Place(chosen.model, chosen.layer, min(grid.ctx, chosen.declared.ctx or grid.ctx), bos)
 
 
 def sae_name(expansion: int, sinks: str) -> str:
@@ -144,10 +158,12 @@ def sae_name(expansion: int, sinks: str) -> str:
     return f"topk-x{expansion}" + ("-nosinks" if sinks == "drop" else "")
 
 
-def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any], list[EvalSet]]:
+def plan(
+    grid: Grid, device: torch.device, script: str, cache: pathlib.Path = CACHE
+) -> tuple[dict[str, Any], list[EvalSet]]:
     """(settings, eval_sets): every model and SAE file loaded (on the CPU), every argument checked against it,
     before anything is written. Settings are what a results folder is the results of, as its run.json keeps
-    them. Raises UserError.
+    them. cache: of models in GGUF files. Raises UserError.
     """
     chosen, refused = given.choose(grid.saes, grid.models, grid.basis) if grid.saes else ([], [])
     source = text.find(grid.data)
@@ -155,9 +171,8 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
     called, models = readable_names(names), {}
     for name in names:
         try:
-            model, tokenizer = load_model(
-                name, torch.device("cpu"), grid.revision, getattr(torch, grid.dtype)
-            )
+            dtype = getattr(torch, grid.dtype)
+            model, tokenizer = load_model(name, torch.device("cpu"), grid.revision, dtype, cache)
         except UserError as why:
             if grid.models:
                 raise
@@ -165,10 +180,11 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
             chosen = [one for one in chosen if one.model != name]
             continue
         models[name] = Loaded(called[name], model, tokenizer, model_hash(model), tokenizer_hash(tokenizer))
-    place_of = {one.file.label: models[one.model].place(one, grid.ctx) for one in chosen}
+    place_of = {one.file.label: models[one.model].place(one, grid) for one in chosen}
     places = list(dict.fromkeys(place_of.values()))
     if not grid.saes:
-        places = [Place(name, layer, grid.ctx, False) for name, layer in grid.models]
+        begins = {name: rows_begin(loaded, source, grid) for name, loaded in models.items()}
+        places = [Place(name, layer, grid.ctx, begins[name]) for name, layer in grid.models]
     rows: dict[tuple, text.HeldOut] = {}
     eval_sets = []
     for place in places:
@@ -192,13 +208,22 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
             if not candidates:
                 continue
         else:
-            candidates = trained_here(place.model, hook, loaded, source, grid, device)
+            candidates = trained_here(place, hook, loaded, source, grid, device)
         several = sum((other.model, other.layer) == (place.model, place.layer) for other in places) > 1
         # SAEs of one place that want other contexts have null rows of their own
         suffix = f"-{'bos-' if place.bos else ''}ctx{place.ctx}" if several else ""
         nulls = null_conditions(loaded.called, hook.layer, suffix, candidates[len(candidates) // 2])
         eval_sets.append(
-            EvalSet(loaded.called, hook, loaded.tokenizer, source, rows[which], tuple(candidates), nulls)
+            EvalSet(
+                loaded.called,
+                hook,
+                loaded.tokenizer,
+                source,
+                rows[which],
+                tuple(candidates),
+                nulls,
+                bos=loaded.first_token if place.bos else None,
+            )
         )
     given.say(refused, any_left=bool(eval_sets))
     hooks = {(eval_set.name, eval_set.hook.layer) for eval_set in eval_sets}
@@ -217,6 +242,12 @@ def plan(grid: Grid, device: torch.device, script: str) -> tuple[dict[str, Any],
     return about, eval_sets
 
 
+def rows_begin(loaded: Loaded, source: text.Source, grid: Grid) -> bool:
+    """Do a model's rows begin with BOS? Those that come as token ids stay as they are unless asked for."""
+    begins = loaded.begins(grid.bos)
+    return begins and (grid.bos == "yes" or not text.tokenised(source.data, grid.split))
+
+
 def check_plant(name: str, hook: Hook, from_files: bool) -> None:
     """Raises UserError where what the name plants has no place at this hook."""
     for planted in plant.plants(name):
@@ -228,7 +259,7 @@ def check_plant(name: str, hook: Hook, from_files: bool) -> None:
 
 def evaluation_rows(loaded: Loaded, place: Place, source: text.Source, grid: Grid) -> text.HeldOut:
     """The rows that a model's SAEs are evaluated on. Raises UserError."""
-    config = loaded.model.config
+    config = text_config(loaded.model)
     longest = getattr(config, "max_position_embeddings", place.ctx)
     if place.ctx > longest:
         raise UserError(f"--ctx {place.ctx}: {place.model} takes {longest} tokens at most")
@@ -265,10 +296,11 @@ def from_files(
 
 
 def trained_here(
-    name: str, hook: Hook, loaded: Loaded, source: text.Source, grid: Grid, device: torch.device
+    place: Place, hook: Hook, loaded: Loaded, source: text.Source, grid: Grid, device: torch.device
 ) -> list[Candidate]:
-    """The SAEs that the grid asks for at one hook of the model of this name. Raises UserError."""
-    d = hook.model.config.hidden_size
+    """The SAEs that the grid asks for at one hook. Raises UserError."""
+    name = place.model
+    d = text_config(hook.model).hidden_size
     d_sae = grid.expansion * d
     if grid.k[-1] > d_sae:
         raise UserError(
@@ -278,7 +310,7 @@ def trained_here(
     planted, trained_on = plant.plants(name), plant.own_name(name)
     # called by its own name, whatever other models the command names: the same SAE in every grid
     own_name = readable_names([trained_on])[trained_on]
-    turn = sum(one.turn(hook.layer, hook.model.config.num_hidden_layers) for one in planted)
+    turn = sum(one.turn(hook.layer, text_config(hook.model).num_hidden_layers) for one in planted)
     had = {tokens: plant.had(planted, tokens) for tokens in grid.tokens}
     out = []
     arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
@@ -302,6 +334,7 @@ def trained_here(
             seed=seed,
             recipe=recipe,
             sinks=sinks,
+            bos=loaded.first_token if place.bos else None,
             instructions=any_x86(device),
         )
         called = sae_name(grid.expansion, sinks)
@@ -359,8 +392,12 @@ def settings(
     origins = [(one.condition.sae, one.origin) for eval_set in eval_sets for one in eval_set.candidates]
     if trained:
         out["data_content"] = eval_sets[0].source.content
+        if begun := {one.name: one.bos for one in eval_sets if one.bos is not None}:
+            out["bos"] = begun
     else:
         out["saes"] = {sae: one.in_settings() for sae, one in origins if isinstance(one, Given)}
+    if stored := {one.called: one.model.stored_as for one in models if hasattr(one.model, "stored_as")}:
+        out["stored_as"] = stored
     # what is not the default
     for name, value, default in (
         ("revision", grid.revision, None),
@@ -375,7 +412,7 @@ def settings(
 
 def depth(hook: Hook) -> str:
     """Of a hook in its model, by which hooks of different models are matched."""
-    return f"{(hook.layer / hook.model.config.num_hidden_layers):.2f}"
+    return f"{(hook.layer / text_config(hook.model).num_hidden_layers):.2f}"
 
 
 def any_x86(device: torch.device) -> str | None:

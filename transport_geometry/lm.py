@@ -36,10 +36,24 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the language model: of a multimodal one, of its part that reads text."""
+    return model.config.get_text_config(decoder=True)
+
+
 def blocks(model: Any) -> list[torch.nn.Module]:
-    """The transformer blocks. Raises UserError for an architecture without a list of them."""
-    n = getattr(model.config, "num_hidden_layers", None)
-    for parent in model.modules():
+    """The transformer blocks. Raises UserError for an architecture without a list of them.
+
+    Of a multimodal model, those of the part that reads text: its vision tower may have as many.
+    """
+    config = text_config(model)
+    n = getattr(config, "num_hidden_layers", None)
+    reading = (
+        part
+        for part in model.modules()
+        if hasattr(part, "config") and part.config.model_type == config.model_type
+    )
+    for parent in next(reading, model).modules():
         for child in parent.children():
             if isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential)) and len(child) == n:
                 return list(child)
@@ -52,9 +66,8 @@ def block_size(model: Any) -> int:
     """
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     apart = {id(p): p.numel() for table in tables for p in table.parameters()}
-    return (
-        sum(p.numel() for p in model.parameters()) - sum(apart.values())
-    ) // model.config.num_hidden_layers
+    rest = sum(p.numel() for p in model.parameters()) - sum(apart.values())
+    return rest // text_config(model).num_hidden_layers
 
 
 # ------------------------------------------------------------------------------------------ the hook
@@ -77,7 +90,7 @@ class Hook:
     @property
     def is_last(self) -> bool:
         """Is it the last block's, so that no attention follows it?"""
-        return self.layer == self.model.config.num_hidden_layers - 1
+        return self.layer == text_config(self.model).num_hidden_layers - 1
 
     def head(self, input_ids: torch.Tensor) -> torch.Tensor:
         """h, [B,T,d], float32 at least, and nothing computed after it. Raises UserError.
@@ -165,7 +178,7 @@ class Hook:
         does not return it page by page); 128 MB elsewhere.
         """
         most = 2 ** (20 if self.device.type == "cpu" else 25)
-        step = max(128, most // self.model.config.vocab_size)
+        step = max(128, most // text_config(self.model).vocab_size)
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def clean_pass(

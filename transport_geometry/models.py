@@ -1,4 +1,4 @@
-"""Language models and their tokenizers: embedded, in a local folder, or on the hub.
+"""Language models and their tokenizers: embedded, in a local folder or GGUF file, or on the hub.
 
 They are loaded here, and known here: by hashes of what they compute, and by the names that results call them.
 A stranger's files bring no code: only safetensors are read, nothing of a repository is run, and what would
@@ -14,13 +14,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from transport_geometry import ROOT, plant
+from transport_geometry import ROOT, gguf_models, plant
 from transport_geometry.errors import UserError, one_line
-from transport_geometry.lm import blocks
+from transport_geometry.gguf_models import PACKAGED
+from transport_geometry.lm import blocks, text_config
 
 import torch
 
 EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
+SHORT_NAMES = ", ".join([*EMBEDDED, *PACKAGED])
+CACHE = pathlib.Path("outputs/cache")
 # what a config.json counts out
 COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024
 MASKS = 2**26  # numbers; GPT-Neo's are context^2 a block
@@ -31,10 +34,14 @@ UNWANTED = ["*/*", "consolidated*"]
 
 # -------------------------------------------------------------------------------------------------- loading
 def load_model(
-    name: str, device: torch.device, revision: str | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    device: torch.device,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache: pathlib.Path = CACHE,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, a local folder or a hub id, and what
-    `plant` may plant in it. Raises UserError.
+    """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, packaged, a local folder or GGUF
+    file, or a hub id, and what `plant` may plant in it. cache: of GGUF files, unpacked. Raises UserError.
 
     The dtype is asked for by name: left to itself `from_pretrained` takes the file's, which for Pythia is
     float16. Every weight is the file's: transformers would draw at random what it lacks.
@@ -49,14 +56,17 @@ def load_model(
     _quiet()
     whole_name, (name, _) = name, plant.split(name)
     source = str(EMBEDDED.get(name, name))
-    local = os.path.isdir(source)
+    in_gguf = gguf_models.is_gguf(name)
+    local = in_gguf or os.path.isdir(source)
     if revision and local:
         raise UserError(f"--revision {revision}: {name} does not come from the hub")
     about = f"--models {name}"
     if revision:
         about += f" at revision {revision}"
     if not local and "/" not in name:
-        about += f" (embedded are {', '.join(EMBEDDED)})"
+        about += f" (known by name are {SHORT_NAMES})"
+    if in_gguf:
+        source = str(gguf_models.unpacked(name, cache))
     with one_line(about):
         folder = source if local else _download(name, revision)
         check_size(read_config(folder), weight_files(pathlib.Path(folder)))
@@ -78,6 +88,9 @@ def load_model(
         raise UserError(f"{about}: its tokenizer has no end-of-text token to join documents with")
     blocks(model)
     model.eval().requires_grad_(False)
+    _check_causal(model, about)
+    if in_gguf:
+        model.stored_as = gguf_models.stored_as(pathlib.Path(source))
     plant.planted(model, whole_name)
     return model.to(device), tokenizer
 
@@ -107,6 +120,24 @@ def _check_weights(model: Any, report: dict[str, Any], about: str) -> None:
             raise UserError(f"{about}: {weight} holds a number that is not finite")
 
 
+@torch.no_grad()
+def _check_causal(model: Any, about: str) -> None:
+    """Raises UserError where logits at a position move when later tokens do: masked language models load
+    through the same class.
+
+    What comes before is computed from the same numbers, so it differs by rounding at most; a model that looks
+    ahead moves by a share of its logits.
+    """
+    config = text_config(model)
+    T = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    ids = torch.randint(config.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
+    ids[1, : T // 2] = ids[0, : T // 2]
+    one, other = model(ids, use_cache=False).logits[:, : T // 2].float()
+    tolerance = 1e-2 if model.dtype == torch.bfloat16 else 1e-4
+    if (one - other).norm() > tolerance * one.norm():
+        raise UserError(f"{about}: not a causal language model: its logits depend on later tokens")
+
+
 def _download(name: str, revision: str | None) -> str:
     """The local folder of what is read of a hub repository. Whole before anything is read: left to itself,
     transformers takes a file that the hub fails to send for one that is not there, and has the hub unpickle
@@ -115,7 +146,7 @@ def _download(name: str, revision: str | None) -> str:
     import huggingface_hub
 
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise OSError(f"no such folder (embedded: {', '.join(EMBEDDED)}; else a local folder or a hub id)")
+        raise OSError(f"no such folder (known by name: {SHORT_NAMES}; else a folder, GGUF file or hub id)")
     try:
         return huggingface_hub.snapshot_download(
             name, revision=revision, ignore_patterns=UNWANTED, allow_patterns=WANTED
@@ -145,8 +176,8 @@ def read_config(source: str, revision: str | None = None) -> Any:
                 f"by config.json {name} is {value:.6g}: more than the {MOST_MODULES} that are read"
             )
     config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    if getattr(config, "num_hidden_layers", 1) < 1:
-        raise UserError(f"by config.json num_hidden_layers is {config.num_hidden_layers}")
+    if (n := getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)) < 1:
+        raise UserError(f"by config.json num_hidden_layers is {n}")
     return config
 
 
@@ -250,6 +281,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return short_hash(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}")
 
 
+def bos_of(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before a text, None where it puts none. Looked at in an encoding:
+    Gemma 3's attribute `add_bos_token` reads False, and it puts one.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=special).input_ids[0] for special in (False, True))
+    return None if whole == plain else whole
+
+
 def readable_names(names: Sequence[str]) -> dict[str, str]:
     """{name as typed: what results call it}. A local path is called by its last part, or by as many as tell
     it from the others.
@@ -270,7 +309,7 @@ def readable_names(names: Sequence[str]) -> dict[str, str]:
 def _parts(name: str) -> tuple[str, ...]:
     """Of a local path, what is planted in it with its last part; any other name is one."""
     path, planted = plant.split(name)
-    if path in EMBEDDED or not os.path.exists(path):
+    if path in EMBEDDED or path in PACKAGED or not os.path.exists(path):
         return (name,)
     *folders, last = pathlib.Path(path).resolve().parts
     return (*folders, last + planted)
@@ -278,7 +317,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 def pick_layer(model: Any, name: str, layer: int | None) -> int:
     """The layer asked for, or the middle one. Raises UserError for one that the model has not."""
-    n = model.config.num_hidden_layers
+    n = text_config(model).num_hidden_layers
     if layer is None:
         return n // 2
     if layer >= n:

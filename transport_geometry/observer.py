@@ -17,7 +17,7 @@ from typing import Any
 
 from transport_geometry import stats, text
 from transport_geometry.grid import EvalSet
-from transport_geometry.lm import Hook, cross_entropy
+from transport_geometry.lm import Hook, cross_entropy, text_config
 from transport_geometry.run import eval_batch
 from transport_geometry.sae import SAE, TrainingSpec
 from transport_geometry.tables import markdown, span
@@ -148,10 +148,10 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
     """
     hook, held, condition = eval_set.hook, eval_set.held, eval_set.middle.condition
     origin, ctx = eval_set.middle.origin, held.input_ids.shape[1]
-    batch, V = eval_batch(hook, ctx), hook.model.config.vocab_size
+    batch, V = eval_batch(hook, ctx), text_config(hook.model).vocab_size
     n = max(1, PAIRS // (ctx - 1))
     split = origin.split if isinstance(origin, TrainingSpec) else "train"
-    rows = text.spread_rows(eval_set.source.data, eval_set.tokenizer, ctx, n, split)
+    rows = text.spread_rows(eval_set.source.data, eval_set.tokenizer, ctx, n, split, eval_set.bos)
     x, y = pairs(hook, rows, sae, batch)
     held_x, held_y = pairs(hook, held.input_ids, sae, batch)
     bar = tqdm(INPUTS, desc=f"observer {eval_set.label}", delay=2, leave=False, disable=None)

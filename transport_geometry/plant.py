@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.lm import Hook, blocks
+from transport_geometry.lm import Hook, blocks, text_config
 from transport_geometry.sae import SAE
 
 import torch
@@ -180,7 +180,7 @@ def regauge(model: Any, gauge: Gauge) -> None:
     """From now on every block but the last writes in this gauge and the next one reads it, in place: hooks
     are moved, and logits are not. Raises UserError for a family in which that is not so.
     """
-    probe = torch.arange(8)[None] % model.config.vocab_size
+    probe = torch.arange(8)[None] % text_config(model).vocab_size
     parts, norm = blocks(model), torch.linalg.vector_norm
     with torch.no_grad():
         before = model(probe, use_cache=False).logits
@@ -204,7 +204,7 @@ def planted(model: Any, name: str) -> None:
         if plant.in_model and model.dtype != torch.float32:
             raise UserError(f"--models {name}: a sink is planted in float32 only")
         if plant.in_model:
-            regauge(model, sink(plant, model.config.hidden_size))
+            regauge(model, sink(plant, text_config(model).hidden_size))
 
 
 # ------------------------------------------------------------------------------------------- turned errors

@@ -28,7 +28,15 @@ from transport_geometry.evaluate import (
 from transport_geometry.given import Given
 from transport_geometry.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.libraries import r2_by_library
-from transport_geometry.lm import OVERHEAD, Hook, block_size, check_parity, keeping_heads, pick_device
+from transport_geometry.lm import (
+    OVERHEAD,
+    Hook,
+    block_size,
+    check_parity,
+    keeping_heads,
+    pick_device,
+    text_config,
+)
 from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, computed
 from transport_geometry.plant import TurnedSAE, felt
 from transport_geometry.progress import Progress
@@ -115,14 +123,14 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     ranks.join(device)
     keep_freed_memory()
     ranks.say(kernels.describe())
-    settings, eval_sets = plan(grid, device, experiment.name)
+    settings, eval_sets = plan(grid, device, experiment.name, command.cache)
     if device.type == "mps" and command.device == "auto":
         try:
             check_parity(eval_sets[0].hook, eval_sets[0].held.input_ids[:2], device)
         except Fault as why:
             print(f"{why}; going on with the CPU")
             device = CPU
-            settings, eval_sets = plan(grid, device, experiment.name)
+            settings, eval_sets = plan(grid, device, experiment.name, command.cache)
     settings |= command.own
     if experiment.check:
         experiment.check(eval_sets)
@@ -248,7 +256,8 @@ def training_shares(missing: list[Share]) -> list[TrainingShare]:
     of_text: dict[tuple, tuple[dict[int, EvalSet], list[TrainingSpec]]] = {}
     for (number, *_), specs in ranks.share(list(families.items()), work):
         eval_set = missing[number].eval_set
-        same = id(eval_set.hook.model), eval_set.source.content, specs[0].ctx, specs[0].split
+        one = specs[0]
+        same = id(eval_set.hook.model), eval_set.source.content, one.ctx, one.split, one.bos
         hooks, theirs = of_text.setdefault(same, ({}, []))
         hooks[number] = eval_set
         theirs += specs
@@ -315,7 +324,7 @@ def descending(shares: list[Share]) -> list[Share]:
 
 def tail_work(hook: Hook) -> float:
     """What a token costs from the hook on, in multiplications."""
-    config = hook.model.config
+    config = text_config(hook.model)
     after = config.num_hidden_layers - 1 - hook.layer
     return after * (block_size(hook.model) + OVERHEAD) + config.vocab_size * (config.hidden_size + 64)
 
@@ -336,7 +345,7 @@ def eval_batch(hook: Hook, ctx: int, vocabulary: bool = True) -> int:
     tokens at least.
     """
     logits = 2 ** (21 if hook.device.type == "cpu" else 26)
-    tokens = logits // hook.model.config.vocab_size
+    tokens = logits // text_config(hook.model).vocab_size
     return max(1, (tokens if vocabulary else max(tokens, 1024)) // ctx)
 
 
@@ -431,7 +440,8 @@ def turned(share: Share, saes: dict[Condition, SAE], grid: Grid) -> dict[Conditi
         return {}
     eval_set, hook = share.eval_set, share.eval_set.hook
     ctx = eval_set.held.input_ids.shape[1]
-    rows = text.train_rows(eval_set.source.data, eval_set.tokenizer, ctx, TURNED_BY, grid.split)
+    source, tokenizer, bos = eval_set.source, eval_set.tokenizer, eval_set.bos
+    rows = text.train_rows(source.data, tokenizer, ctx, TURNED_BY, grid.split, bos=bos)
     directions = felt(hook, next(rows).to(hook.device))
     return {one: TurnedSAE(saes[one], directions, turn) for one, turn in turns.items()}
 

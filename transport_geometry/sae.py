@@ -161,6 +161,7 @@ class TrainingSpec:
     seed: int
     recipe: str
     sinks: str
+    bos: int | None = None  # the token that rows begin with, if any
     instructions: str | None = None  # `any x86-64` where the bytes are the same on every one
 
     def facts(self) -> dict[str, Any]:

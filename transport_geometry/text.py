@@ -218,20 +218,39 @@ def as_ids(document: Document, tokenizer: Any, data: str) -> list[int]:
     return document
 
 
-def packed_rows(
-    data: str, side: str, tokenizer: Any, ctx: int, split: str = "train"
-) -> Iterator[torch.Tensor]:
-    """One pass of rows [ctx] (int64): documents joined by the end-of-text token and cut, no padding, no BOS,
-    as Pythia was trained.
+def cut(ids: list[int], ctx: int, bos: int | None) -> tuple[list[list[int]], list[int]]:
+    """(rows of ctx ids, those left over): one after another, each begun with `bos` where it is given and does
+    not stand there already.
+    """
+    rows: list[list[int]] = []
+    at = 0
+    while True:
+        start = [] if bos is None or ids[at : at + 1] == [bos] else [bos]
+        end = at + ctx - len(start)
+        if end > len(ids):
+            return rows, ids[at:]
+        rows.append(start + ids[at:end])
+        at = end
 
-    Rows of token ids come packed already: they are cut anew, and nothing is put between them.
+
+def packed_rows(
+    data: str, side: str, tokenizer: Any, ctx: int, split: str = "train", bos: int | None = None
+) -> Iterator[torch.Tensor]:
+    """One pass of rows [ctx] (int64): documents joined by the end-of-text token and cut, no padding.
+
+    With `bos` every row begins with that token, as evaluation rows do, and holds ctx - 1 of text; within a
+    row documents follow each other without it. Rows of token ids come packed already: they are cut anew, and
+    nothing is put between them.
     """
     carry: list[int] = []
     for document in documents(data, side, split):
-        carry += as_ids(document, tokenizer, data)
-        for start in range(0, len(carry) - ctx + 1, ctx):
-            yield torch.tensor(carry[start : start + ctx])
-        carry = carry[len(carry) // ctx * ctx :]
+        rows, carry = cut(carry + as_ids(document, tokenizer, data), ctx, bos)
+        yield from map(torch.tensor, rows)
+
+
+def tokenised(data: str, split: str) -> bool:
+    """Does the text come as token ids?"""
+    return not isinstance(next(documents(data, "train", split), ""), str)
 
 
 ROWS = 2**23  # tokens that `keeping_rows` keeps of a text
@@ -251,16 +270,18 @@ def keeping_rows() -> Iterator[None]:
         _kept = before
 
 
-def one_pass(data: str, tokenizer: Any, ctx: int, split: str) -> Iterator[torch.Tensor]:
+def one_pass(
+    data: str, tokenizer: Any, ctx: int, split: str, bos: int | None = None
+) -> Iterator[torch.Tensor]:
     """`packed_rows` of the training side, its beginning from what `keeping_rows` has."""
     if _kept is None:
-        yield from packed_rows(data, "train", tokenizer, ctx, split=split)
+        yield from packed_rows(data, "train", tokenizer, ctx, split, bos)
         return
-    known, given = _kept.setdefault((data, tokenizer_hash(tokenizer), ctx, split), []), 0
+    known, given = _kept.setdefault((data, tokenizer_hash(tokenizer), ctx, split, bos), []), 0
     for row in known:
         given += 1
         yield row
-    for i, row in enumerate(packed_rows(data, "train", tokenizer, ctx, split=split)):
+    for i, row in enumerate(packed_rows(data, "train", tokenizer, ctx, split, bos)):
         if i < given:
             continue
         if i == len(known) and (i + 1) * ctx <= ROWS:
@@ -275,13 +296,14 @@ def train_rows(
     batch: int,
     split: str = "train",
     once: Callable[[int], object] | None = None,
+    bos: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Batches [batch,ctx] of the training side, pass after pass without end; once(tokens in a pass) is called
     where the second begins. Raises UserError where the side is too short for one row.
     """
     for number in itertools.count():
         given = 0
-        rows = one_pass(data, tokenizer, ctx, split)
+        rows = one_pass(data, tokenizer, ctx, split, bos)
         while chunk := list(itertools.islice(rows, batch)):
             given += len(chunk) * ctx
             yield torch.stack(chunk)
@@ -291,11 +313,13 @@ def train_rows(
             once(given)
 
 
-def spread_rows(data: str, tokenizer: Any, ctx: int, n: int, split: str = "train") -> torch.Tensor:
+def spread_rows(
+    data: str, tokenizer: Any, ctx: int, n: int, split: str = "train", bos: int | None = None
+) -> torch.Tensor:
     """[n,ctx]: every SPREAD-th row of the training side, in an order set by a seed: for few steps, that must
     not be about few documents. Raises UserError.
     """
-    rows = itertools.islice(train_rows(data, tokenizer, ctx, 1, split), 0, n * SPREAD, SPREAD)
+    rows = itertools.islice(train_rows(data, tokenizer, ctx, 1, split, bos=bos), 0, n * SPREAD, SPREAD)
     return torch.cat(list(rows))[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
 
 
@@ -315,11 +339,10 @@ def heldout_rows(
 
     One of each document in the order of `drawn`, then a second of each, and so on: windows that do not
     overlap, at a place of the seed's choice. Documents shorter than a row are joined until they fill one, and
-    count as one. With `bos` every row begins with that token and holds ctx - 1 of text. Raises UserError
-    where the held-out side gives fewer.
+    count as one. With `bos` every row begins with that token, see `cut`. Raises UserError where the held-out
+    side gives fewer.
     """
-    start = [] if bos is None else [bos]
-    length = ctx - len(start)
+    length = ctx - (bos is not None)
     used = hashlib.sha256()
     carry: list[int] = []
     # rounds[i]: the i-th row of each document that has one, as (number of the document, ids)
@@ -337,8 +360,9 @@ def heldout_rows(
             ids, carry = carry[:length], []
         rng = np.random.default_rng([seed, *digest(str(document))[:8]])
         phase = rng.integers(len(ids) % length + 1)
-        for one_round, i in zip(rounds, rng.permutation(len(ids) // length)):
-            one_round.append((number, ids[phase + i * length : phase + (i + 1) * length]))
+        its_rows, _ = cut(ids[phase:], ctx, bos)
+        for one_round, i in zip(rounds, rng.permutation(len(its_rows))):
+            one_round.append((number, its_rows[i]))
     rows = sorted(itertools.islice(itertools.chain(*rounds), n), key=lambda row: row[0])
     if len(rows) < n:
         too_short = "" if rows else " (too short for one sequence)"
@@ -347,7 +371,7 @@ def heldout_rows(
             f"at most {PER_DOCUMENT} of a document{too_short}"
         )
     return HeldOut(
-        input_ids=torch.tensor([start + ids for _, ids in rows]),
+        input_ids=torch.tensor([ids for _, ids in rows]),
         document=np.array([number for number, _ in rows]),
         sha256=used.hexdigest(),
     )

