@@ -7,9 +7,11 @@ from transport_geometry import given, plant
 from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
 from transport_geometry.evaluate import DRAWS
+from transport_geometry.gguf_models import PACKAGED
 from transport_geometry.grid import Command, Grid
-from transport_geometry.lm import HEADS, pick_device
-from transport_geometry.models import EMBEDDED, pick_layer, read_config
+from transport_geometry.lm import HEADS, blocks, pick_device, text_config
+from transport_geometry.model_files import read_config
+from transport_geometry.models import EMBEDDED, SHORT_NAMES, pick_layer
 from transport_geometry.tables import markdown, readable_count
 from transport_geometry.train import CHUNK, RECIPES, trunk
 
@@ -36,7 +38,7 @@ def shape_of(name: str, revision: str | None) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     name, _ = plant.split(name)
-    hint = "" if "/" in name else f" (embedded are {', '.join(EMBEDDED)})"
+    hint = "" if "/" in name else f" (known by name are {SHORT_NAMES})"
     with one_line(f"--models {name}{hint}"):
         if name in PYTHIA:
             d, n_layers, heads = PYTHIA[name]
@@ -47,6 +49,8 @@ def shape_of(name: str, revision: str | None) -> Any:
                 intermediate_size=4 * d,
                 vocab_size=50304,
             )
+        elif name in PACKAGED:
+            config = transformers.AutoConfig.for_model(**PACKAGED[name].shape)
         else:
             config = read_config(str(EMBEDDED.get(name, name)), revision or "main")
         with torch.device("meta"):
@@ -54,9 +58,9 @@ def shape_of(name: str, revision: str | None) -> Any:
 
 
 def block_size(model: Any) -> int:
-    """Parameters of one block: what is left without the embedding and the unembedding, shared out."""
-    config, whole = model.config, sum(p.numel() for p in model.parameters())
-    return (whole - 2 * config.vocab_size * config.hidden_size) // config.num_hidden_layers
+    """Parameters of one block."""
+    parts = blocks(model)
+    return sum(p.numel() for part in parts for p in part.parameters()) // len(parts)
 
 
 def blocks_run(layer: int, before: int, activations: int) -> int:
@@ -77,10 +81,11 @@ def evaluation_flops(model: Any, layer: int, passes: int, codes: int, overhead: 
     `passes` through the tail; the encoders of `codes` latents. overhead: multiplications as long as what a
     block costs besides them.
     """
-    d, vocab = model.config.hidden_size, model.config.vocab_size
-    block, after = block_size(model) + overhead, model.config.num_hidden_layers - 1 - layer
-    blocks = layer + 1 + after * (2 + DRAWS + passes)
-    return 2 * (block * blocks + vocab * d * (3 + passes) + d * codes)
+    config = text_config(model)
+    d, vocab = config.hidden_size, config.vocab_size
+    block, after = block_size(model) + overhead, config.num_hidden_layers - 1 - layer
+    runs_of_blocks = layer + 1 + after * (2 + DRAWS + passes)
+    return 2 * (block * runs_of_blocks + vocab * d * (3 + passes) + d * codes)
 
 
 def cost(
@@ -95,7 +100,7 @@ def cost(
     a row. widths: of SAEs that exist. before: the layer of the model's hook before this one.
     """
     model = shape_of(name, grid.revision)
-    layer, d = pick_layer(model, name, layer), model.config.hidden_size
+    layer, d = pick_layer(model, name, layer), text_config(model).hidden_size
     d_sae, n_tok, longest = grid.expansion * d, grid.eval_seqs * grid.ctx, max(grid.tokens)
     if widths:
         saes, trained, training, live, codes = len(widths), 0.0, 0.0, 1, sum(widths)
