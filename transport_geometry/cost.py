@@ -8,9 +8,11 @@ from transport_geometry import given, plant
 from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
 from transport_geometry.evaluate import DRAWS
+from transport_geometry.gguf_models import PACKAGED
 from transport_geometry.grid import Command, Grid
 from transport_geometry.lm import block_size, pick_device, text_config
-from transport_geometry.models import EMBEDDED, pick_layer, read_config
+from transport_geometry.model_files import read_config
+from transport_geometry.models import EMBEDDED, SHORT_NAMES, pick_layer
 from transport_geometry.tables import markdown, readable_count
 from transport_geometry.train import (
     CHUNK,
@@ -44,7 +46,7 @@ def shape_of(name: str, revision: str | None) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     name, _ = plant.split(name)
-    hint = "" if "/" in name else f" (embedded are {', '.join(EMBEDDED)})"
+    hint = "" if "/" in name else f" (known by name are {SHORT_NAMES})"
     with one_line(f"--models {name}{hint}"):
         if name in PYTHIA:
             d, n_layers, heads = PYTHIA[name]
@@ -55,6 +57,8 @@ def shape_of(name: str, revision: str | None) -> Any:
                 intermediate_size=4 * d,
                 vocab_size=50304,
             )
+        elif name in PACKAGED:
+            config = transformers.AutoConfig.for_model(**PACKAGED[name].shape)
         else:
             config = read_config(str(EMBEDDED.get(name, name)), revision or "main")
         with torch.device("meta"):
@@ -70,8 +74,8 @@ def evaluation_flops(model: Any, layer: int, passes: int, codes: int, overhead: 
     config = text_config(model)
     d, vocab = config.hidden_size, config.vocab_size
     block, after = block_size(model) + overhead, config.num_hidden_layers - 1 - layer
-    blocks = layer + 1 + after * (2 + DRAWS + passes)
-    return 2 * (block * blocks + vocab * d * (3 + passes) + d * codes)
+    runs_of_blocks = layer + 1 + after * (2 + DRAWS + passes)
+    return 2 * (block * runs_of_blocks + vocab * d * (3 + passes) + d * codes)
 
 
 def cost(

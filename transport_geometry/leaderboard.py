@@ -798,7 +798,8 @@ def gate_limits(claim: str, verdict: dict) -> str:
 
 def about_these(settings: dict) -> str:
     """What every answer is about, and no more."""
-    models = settings["models"]
+    models, stored = settings["models"], settings.get("stored_as", {})
+    models = [f"{one} with {stored[one].partition(' (')[0]}" if one in stored else one for one in models]
     those = "a model" if len(models) == 1 else f"{len(models)} models"
     return f"{those} ({models_in_words(models)}) on one text"
 

@@ -61,13 +61,9 @@ def blocks(model: Any) -> list[torch.nn.Module]:
 
 
 def block_size(model: Any) -> int:
-    """Parameters of one block: what is left without the embedding and the unembedding, which may be one,
-    shared out.
-    """
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    apart = {id(p): p.numel() for table in tables for p in table.parameters()}
-    rest = sum(p.numel() for p in model.parameters()) - sum(apart.values())
-    return rest // text_config(model).num_hidden_layers
+    """Parameters of one block."""
+    parts = blocks(model)
+    return sum(p.numel() for part in parts for p in part.parameters()) // len(parts)
 
 
 # ------------------------------------------------------------------------------------------ the hook

@@ -7,26 +7,23 @@ fill the memory is refused before it does.
 
 import hashlib
 import json
-import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transport_geometry import ROOT, gguf_models, plant
 from transport_geometry.errors import UserError, one_line
 from transport_geometry.gguf_models import PACKAGED
 from transport_geometry.lm import blocks, text_config
+from transport_geometry.model_files import check_size, numbers_in, read_config, weight_files
 
 import torch
 
 EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
 SHORT_NAMES = ", ".join([*EMBEDDED, *PACKAGED])
 CACHE = pathlib.Path("outputs/cache")
-# what a config.json counts out
-COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024
-MASKS = 2**26  # numbers; GPT-Neo's are context^2 a block
 # what is downloaded of a repository: files of its top level only
 WANTED = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
 UNWANTED = ["*/*", "consolidated*"]
@@ -69,7 +66,7 @@ def load_model(
         source = str(gguf_models.unpacked(name, cache))
     with one_line(about):
         folder = source if local else _download(name, revision)
-        check_size(read_config(folder), weight_files(pathlib.Path(folder)))
+        check_size(read_config(folder), numbers_in(weight_files(pathlib.Path(folder))))
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -154,88 +151,6 @@ def _download(name: str, revision: str | None) -> str:
     # says what is not in the cache; its cause, why
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise (error.__cause__ or error) from None
-
-
-def read_config(source: str, revision: str | None = None) -> Any:
-    """transformers' configuration of a local folder or hub id. Raises what transformers raises, and
-    UserError.
-
-    What it counts out (blocks, experts) is bounded first: transformers would make lists of them before any
-    size is known.
-    """
-    import transformers
-
-    raw, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision)
-    if "transformers_weights" in raw:
-        raise UserError(
-            "config.json names transformers_weights, and only model.safetensors or its index are read"
-        )
-    for name, value in _numbers(raw):
-        if re.fullmatch(COUNTED, name) and not value <= MOST_MODULES:
-            raise UserError(
-                f"by config.json {name} is {value:.6g}: more than the {MOST_MODULES} that are read"
-            )
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    if (n := getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)) < 1:
-        raise UserError(f"by config.json num_hidden_layers is {n}")
-    return config
-
-
-def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """(field, number) of all that a JSON value holds; an item of a list goes by the list's name."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _numbers(value, key)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _numbers(value, name)
-    elif isinstance(content, (int, float)):
-        yield name, content
-
-
-def check_size(config: Any, files: Sequence[pathlib.Path]) -> None:
-    """Raises UserError for a model by `config` that is larger than its safetensors, before its memory is
-    spent.
-
-    Up to twice the size goes on, to be told which weight is missing; MASKS allows for buffers, which no file
-    holds.
-    """
-    import transformers
-    from safetensors import safe_open
-
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    there = 0
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            there += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
-    if wanted > 2 * there + MASKS:
-        raise UserError(
-            f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} "
-            "numbers"
-        )
-
-
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors that transformers takes a folder's weights from. Raises UserError where it would read
-    anything else.
-
-    An index may name pickles, which transformers then unpickles, and files outside the folder.
-    """
-    if (folder / "adapter_config.json").exists():
-        raise UserError("it is an adapter to another model (adapter_config.json), or holds one")
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        raise UserError("no model.safetensors there, and other weights, such as pickled ones, are not read")
-    with one_line(index.name):
-        names = set(map(str, json.loads(index.read_text())["weight_map"].values()))
-    for name in sorted(names):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise UserError(f"its index names {name}, and only safetensors beside it are read")
-    return [folder / name for name in sorted(names)]
 
 
 # ----------------------------------------------------------------------------------------- identity and names

@@ -255,6 +255,8 @@ def about(run: Run, several: set[str]) -> str:
     for model in settings.get("models") or []:
         weights = str((settings.get("weights") or {}).get(model))
         name = f"{model} (weights {weights[:8]})" if model in several else model
+        if stored := (settings.get("stored_as") or {}).get(model):
+            name += f" with {stored}"
         places.setdefault(",".join(sorted(layers.get(model, []), key=lambda n: (len(n), n))), []).append(name)
     where = [", ".join(models) + (f" @ {at}" if at else "") for at, models in places.items()]
     parts = [" and ".join(where), f"{sum(map(len, layers.values()))} hooks"]

@@ -392,6 +392,9 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
             f"SAEs were trained on several processors ({counted}; run.json says which). Two of them may "
             "differ as much as two seeds do.\n"
         )
+    stored, begun = settings.get("stored_as", {}), settings.get("bos", {})
+    notes += [f"{model}: {words} of a GGUF file, made float32.\n" for model, words in stored.items()]
+    notes += [f"{model}: every row begins with BOS, token {token}.\n" for model, token in begun.items()]
     notes += [f"{hook}: the last block, so no attention follows it.\n" for hook in settings["last_blocks"]]
     python = f", the standard library of Python {settings['python']}" if settings["python"] else ""
     text = ABOUT.format(
