@@ -307,7 +307,6 @@ def test_the_packaged_models(name, bos, tied_at, ce, tmp_path):
         gguf_models.parts_of(name)
     except UserError as why:
         pytest.skip(str(why))
-    from transport_geometry.lm import cross_entropy, log_probs_of_rows
 
     model, tokenizer = load_model(name, CPU, cache=tmp_path)
     assert bos_of(tokenizer) == bos and model.stored_as.startswith("4-bit weights")
