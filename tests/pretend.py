@@ -8,7 +8,6 @@ silently wrong.
 """
 
 import contextlib
-import itertools
 import json
 import pathlib
 import re
@@ -24,7 +23,7 @@ from transport_geometry.lm import Hook
 from transport_geometry.progress import Progress
 from transport_geometry.run import Experiment
 from transport_geometry.sae import TrainingSpec
-from transport_geometry.train import RECIPES, TRAIN_VERSION, Statistics
+from transport_geometry.train import TRAIN_VERSION
 
 import numpy as np
 import torch
@@ -98,6 +97,7 @@ class PretendMps(TorchDispatchMode):
         super().__init__()
         self.native, self.inside = mps_kernels() | COPIES, False  # inside: of a composite kernel
         self.ran: dict[str, set[torch.dtype]] = {}  # every operator, and what its tensors held
+        self.served: dict[str, str] = {}  # by what: "MPS" a kernel, "view" none, "parts" other operators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, tensors = (
@@ -140,9 +140,11 @@ class PretendMps(TorchDispatchMode):
 
     def run(self, func, args, kwargs):
         if func.name() in self.native or func.is_view:  # a view computes nothing
+            self.served[func.name()] = "view" if func.is_view else "MPS"
             return func(*args, **kwargs)
         for key in COMPOSITE:
             if _dispatch_has_kernel_for_dispatch_key(func.name(), key):
+                self.served[func.name()] = "parts"
                 before, self.inside = self.inside, True
                 try:
                     with self:  # each operator that this one is made of comes back to __torch_dispatch__
@@ -230,22 +232,6 @@ def patched_sums(model, device: torch.device) -> dict[str, np.ndarray]:
     """Every quantity of one patched run, a sum for each sequence."""
     hook, half = Hook(model, 1).to(device), {"half": lambda h, mean: 0.5 * h}
     return evaluate(hook, tiny_rows(), half, 6)["half"].sums
-
-
-def training_steps(device: torch.device) -> dict[str, torch.Tensor]:
-    """{what: weights on the CPU} after a step of each recipe with few, some and most latents dead: each takes
-    another way through AuxK.
-    """
-    h = torch.randn(48, 16, generator=torch.Generator().manual_seed(0)).to(device)
-    statistics = Statistics.of(h, torch.zeros(48, dtype=torch.bool, device=device))
-    found = {}
-    for recipe, dead in itertools.product(RECIPES, (0, 6, 24, 50)):
-        training = RECIPES[recipe](statistics, 64, 4, 0, [480])
-        training.idle[:dead] = 10**6
-        training.one_step(h)
-        for name, weight in training.finished().named_parameters():
-            found[f"{recipe}, {dead} dead: {name}"] = weight.cpu()
-    return found
 
 
 def tiny_eval_set(candidates, tokenizer=None, source=None, model=None) -> EvalSet:

@@ -1,5 +1,6 @@
 """--device mps without a Mac: the pipeline on a pretend MPS device (pretend.py)."""
 
+from helpers import one_line, script
 from pretend import (
     CPU,
     FAMILIES,
@@ -12,9 +13,8 @@ from pretend import (
     patched_sums,
     tiny_model,
     tiny_rows,
-    training_steps,
 )
-from transport_geometry import errors, lm, metrics
+from transport_geometry import check_device, errors, lm, metrics
 from transport_geometry.condition import Condition
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook
@@ -86,9 +86,8 @@ def test_whole_pipeline(tmp_path):
 def test_recipes():
     """Few, some and most latents dead: every way through AuxK."""
     with PretendMps():
-        there = training_steps(MPS)
-    for what, here in training_steps(CPU).items():
-        torch.testing.assert_close(there[what], here, rtol=1e-3, atol=1e-5, msg=what)
+        errors = check_device.training(MPS)
+    assert len(errors) == 8 and max(errors.values()) < 1e-5
 
 
 def test_large_vocabulary():
@@ -136,3 +135,68 @@ def test_parity_check(what):
         model.gpt_neox.layers[layer].mlp.register_forward_hook(mistake)
         with pytest.raises(errors.Fault, match=f"on {what} at layer 1"):
             lm.check_parity(Hook(model, 1), tiny_rows(), MPS)
+
+
+# -------------------------------------------------------------------------------- python common.py check
+@pytest.fixture
+def pretended(monkeypatch):
+    """The pretend device is there, and the check takes it."""
+    monkeypatch.setattr(check_device, "pick_device", lambda wanted: MPS)
+    with PretendMps():
+        yield
+
+
+def off(function):
+    """A function that is wrong where MPS computes it."""
+
+    def wrong(*args, **kwargs):
+        found = function(*args, **kwargs)
+        return found + 1 if found.device.type == "mps" else found
+
+    return wrong
+
+
+@pytest.mark.slow
+def test_check_agrees(pretended, capsys):
+    assert check_device.check("mps") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"mps agrees with the CPU: {len(said) - 3} of {len(said) - 3} within tolerance"
+
+
+@pytest.mark.parametrize(
+    "module, name, named",
+    [
+        (torch, "searchsorted", "searchsorted (relative error"),
+        (check_device, "kl_divergence", "KL (relative error"),
+    ],
+)
+def test_check_names_what_is_wrong(pretended, monkeypatch, capsys, module, name, named):
+    """One operator wrong, and the evaluation left out for its time."""
+    for part in ("training", "model", "evaluation"):
+        monkeypatch.setattr(check_device, part, lambda device: {})
+    monkeypatch.setattr(module, name, off(getattr(module, name)))
+    assert check_device.check("mps") == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("mps disagrees with the CPU on ") and named in last
+    assert len([line for line in lines if line.startswith("WRONG")]) == last.count("allowed 1e-03") == 1
+
+
+def test_check_names_what_is_not_there(pretended, monkeypatch, capsys):
+    monkeypatch.setattr(
+        check_device, "OPERATORS", {"eigenvectors": lambda draw: torch.linalg.eigh(draw(4, 4))[1]}
+    )
+    for part in ("training", "model", "evaluation"):
+        monkeypatch.setattr(check_device, part, lambda device: {})
+    assert check_device.check("mps") == 1
+    assert "on eigenvectors (Refused aten._linalg_eigh" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_check_command():
+    """The CPU agrees with itself, in float32 against float64; what is not there is one line."""
+    said = script("common.py", "check", "--device", "cpu").stdout.splitlines()
+    assert said[-1] == f"cpu agrees with the CPU: {len(said) - 3} of {len(said) - 3} within tolerance"
+    assert {"R²", "CE_rec", "KL of the patch", "SWD"} <= {line[7:].split(":")[0] for line in said}
+    if not torch.backends.mps.is_available():
+        none = script("common.py", "check", "--device", "mps", check=2)
+        assert one_line(none).startswith("common.py: --device mps: this machine has none")
