@@ -110,6 +110,7 @@ class PretendMps(TorchDispatchMode):
             return func(*args, **kwargs)
         if not (self.inside or func.name() in COPIES or all(isinstance(x, OnMps) for x in tensors)):
             raise Refused(f"{func}: a CPU tensor among those on the device")
+        self.check_copy(func, args, kwargs)
         if goal is not None:
             kwargs["device"] = CPU
         # an in-place operator gives back what it was given
@@ -124,6 +125,17 @@ class PretendMps(TorchDispatchMode):
         if self.inside or (goal is not None and not to_mps):
             return result
         return tree_map_only(torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnMps(x), result)
+
+    def check_copy(self, func, args, kwargs):
+        """A copy home that changes the dtype has overwritten its source (pytorch #189563)."""
+        if func.name() == "aten::copy_" and not isinstance(args[0], OnMps):
+            target, source = args[0].dtype, args[1]
+        elif func.name() == "aten::_to_copy" and kwargs.get("device") == CPU:
+            target, source = kwargs.get("dtype"), args[0]
+        else:
+            return
+        if isinstance(source, OnMps) and target not in (None, source.dtype, *WIDE):
+            raise Refused(f"{func}: {source.dtype} becomes {target} on its way to the CPU")
 
     def check_product(self, func, args):
         position = LEFT.get(func._schema.name.removeprefix("aten::").removesuffix("_"))

@@ -33,6 +33,8 @@ REFUSED = {
     "float64 cast": ("float64", lambda x: x.double()),
     "float64 inside": ("float64", lambda x: x.sum(dtype=torch.float64)),
     "float64 before home": ("float64", lambda x: x.to(CPU, torch.float64)),
+    "another dtype on the way home": ("on its way", lambda x: x.to(CPU, torch.bfloat16)),
+    "another dtype, copied home": ("on its way", lambda x: torch.ones(4, 4, dtype=torch.bfloat16).copy_(x)),
     "complex128": ("complex128", lambda x: torch.zeros(2, dtype=torch.complex128, device=x.device)),
     "mm": ("transposed", lambda x: x.t() @ x),
     "addmm": ("transposed", lambda x: torch.addmm(x, x.t(), x)),
