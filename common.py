@@ -2,9 +2,12 @@
 
     python common.py diff A B            # are two results folders one run?
     python common.py report outputs/     # what all finished experiments say, gate by gate
+    python common.py check --device mps  # does this machine's mps (or cuda) compute what its CPU does?
 
 The answer of `diff` is one of four words, `identical`, `same SAEs`, `reproduced` (exit 0) or `different` (1).
 `report` writes outputs/report.md: the verdicts of the runs in that folder, joined; nothing is computed.
+`check` compares operators and one evaluation on four rows, without a network: exit 0 where they agree, 1
+where not, 2 where there is no such device. What it prints can be pasted into an issue.
 """
 
 import argparse
@@ -18,7 +21,7 @@ if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
     # torch alone takes seconds, and on a disk that has not read it yet half a minute
     print("loading PyTorch ...", file=sys.stderr, flush=True)
 
-from transport_geometry import outline, plant, rerun
+from transport_geometry import check_device, outline, plant, rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
 from transport_geometry.grid import Command, Grid
 from transport_geometry.models import CACHE
@@ -373,7 +376,11 @@ def main() -> None:
         sys.exit(rerun.diff(*folders))
     if sys.argv[1:2] == ["report"] and len(folders) == 1:
         return outline.write(*folders)
-    raise UserError("usage: python common.py diff FOLDER FOLDER | report FOLDER")
+    if sys.argv[1:3] == ["check", "--device"] and sys.argv[3:] in (["cpu"], ["cuda"], ["mps"]):
+        sys.exit(check_device.check(sys.argv[3]))
+    raise UserError(
+        "usage: python common.py diff FOLDER FOLDER | report FOLDER | check --device mps|cuda|cpu"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 import sys
+import zipfile
 
 import zygote
 from helpers import ROOT, process, script
@@ -215,3 +216,15 @@ def test_planted_peers():
     assert changes["passages that begin with it", "frac_variance_explained"] > 0.3
     assert abs(changes["rows that begin with it, exclude_tokens", "fvu of held-out rows"]) < 1e-3
     assert abs(changes["its defaults: nowhere", "frac_variance_explained"]) < 1e-3
+
+
+@pytest.mark.slow
+def test_mps_operators(tmp_path):
+    """A macOS wheel that registers two kernels lacks the others'."""
+    with zipfile.ZipFile(tmp_path / "torch.whl", "w") as wheel:
+        wheel.writestr("torch/lib/libtorch_cpu.dylib", b"_127wrapper_MPS_Tensor_sub..16wrapper_MPS_topk6_")
+    done = script("bench/mps_operators.py", "--wheel", tmp_path / "torch.whl", check=1)
+    found = dict(re.findall(r"^aten::(\S+) +MPS +(in|NOT in) the wheel", done.stdout, re.MULTILINE))
+    assert found["topk"] == "in" and found["mm"] == found["searchsorted.Tensor"] == "NOT in"
+    assert len(found) > 80 and found["_scaled_dot_product_attention_math_for_mps"]
+    assert re.search(r"^aten::view +view +bfloat16, bool, float32, int64$", done.stdout, re.MULTILINE)

@@ -1,156 +1,29 @@
-"""--device mps without a Mac: the pipeline on a pretend MPS device that refuses what a real one cannot be
-trusted with.
+"""--device mps without a Mac: the pipeline on a pretend MPS device (pretend.py)."""
 
-The pretend device is a wrapper tensor that says "mps" and holds a CPU tensor, under a dispatch mode. Every
-operator that touches one, those inside PyTorch's composite kernels included, must have an MPS kernel in this
-PyTorch's own list, stay clear of float64, take nothing from the CPU, and be none of the matrix products that
-MPS has got silently wrong.
-"""
-
-import contextlib
-import json
-import pathlib
-import re
-import types
-
-import expc_fisher
-from transport_geometry import errors, formats, lm, metrics, run, text
+from helpers import one_line, script
+from pretend import (
+    CPU,
+    FAMILIES,
+    LONG,
+    MPS,
+    PretendMps,
+    Refused,
+    files,
+    one_hook,
+    patched_sums,
+    tiny_model,
+    tiny_rows,
+)
+from transport_geometry import check_device, errors, lm, metrics
 from transport_geometry.condition import Condition
-from transport_geometry.given import Given
-from transport_geometry.grid import Candidate, EvalSet, null_conditions
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook
-from transport_geometry.progress import Progress
-from transport_geometry.run import Experiment
-from transport_geometry.sae import TrainingSpec
-from transport_geometry.train import TRAIN_VERSION
 
 import numpy as np
 import pytest
 import torch
-import torchgen
-import transformers
-from safetensors.torch import save_file
-from torch._C import DispatchKey, _current_autograd_node, _dispatch_has_kernel_for_dispatch_key
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-# without an index torch would ask the MPS runtime for one
 NAMES = [metric.name for metric in metrics.METRICS]
-MPS, CPU = torch.device("mps", 0), torch.device("cpu")
-WIDE = {torch.float64, torch.complex128}
-COPIES = {"aten::_to_copy", "aten::copy_"}  # every device has them, and they are the only way across
-COMPOSITE = (
-    "CompositeExplicitAutograd",
-    "CompositeExplicitAutogradNonFunctional",
-    "CompositeImplicitAutograd",
-)
-# where the left operand stands
-LEFT = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1}
-# terms, at which an M1 or M2 adds what lies behind the operands (pytorch #195163, the cause of #193487)
-LONG = 32767
-
-
-def mps_kernels() -> set[str]:
-    """Operators with an MPS kernel in the native_functions.yaml of this PyTorch, their own or their out=
-    form's.
-    """
-    text = (pathlib.Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
-    entries = {entry[: entry.index("(")]: entry for entry in text.split("\n- func: ")[1:]}
-    own = {name for name, entry in entries.items() if re.search(r"^    [\w, ]*\bMPS\b[\w, ]*:", entry, re.M)}
-    shared = {name: re.search(r"structured_delegate: (\S+)", entry) for name, entry in entries.items()}
-    return {f"aten::{name}" for name in entries if name in own or shared[name] and shared[name][1] in own}
-
-
-class Refused(Exception):
-    """Raised where a real MPS device would fail, or would answer and be wrong."""
-
-
-class OnMps(torch.Tensor):
-    """Python sees device mps; C++ sees meta, a device of every build: autograd runs on it, and sdpa is
-    composed.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: MPS)
-
-    @staticmethod
-    def __new__(cls, held: torch.Tensor):
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.size(),
-            strides=held.stride(),
-            device="meta",
-            dtype=held.dtype,
-            storage_offset=held.storage_offset(),
-        )
-        self.held = held
-        return self
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise Refused(f"{func}: not under PretendMps")
-
-
-class PretendMps(TorchDispatchMode):
-    """Runs what touches an OnMps tensor on the tensors held, or raises Refused. The CPU's own work passes."""
-
-    def __init__(self):
-        super().__init__()
-        # inside: of a composite kernel
-        self.native, self.ran, self.inside = mps_kernels() | COPIES, set(), False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, tensors = (
-            dict(kwargs or {}),
-            [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)],
-        )
-        goal = kwargs.get("device")
-        to_mps = goal is not None and goal.type in ("mps", "meta")
-        if not (self.inside or to_mps or any(isinstance(x, OnMps) for x in tensors)):
-            return func(*args, **kwargs)
-        if not (self.inside or func.name() in COPIES or all(isinstance(x, OnMps) for x in tensors)):
-            raise Refused(f"{func}: a CPU tensor among those on the device")
-        if goal is not None:
-            kwargs["device"] = CPU
-        # an in-place operator gives back what it was given
-        known = {id(getattr(x, "held", x)): x for x in tensors}
-        args, kwargs = tree_map_only(OnMps, lambda x: x.held, (args, kwargs))
-        self.check_product(func, args)
-        result = self.run(func, args, kwargs)
-        for x in tree_leaves((args, kwargs, result)):
-            if isinstance(x, torch.Tensor) and x.dtype in WIDE:
-                raise Refused(f"{func}: {x.dtype}")
-        if self.inside or (goal is not None and not to_mps):
-            return result
-        return tree_map_only(torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnMps(x), result)
-
-    def check_product(self, func, args):
-        position = LEFT.get(func._schema.name.removeprefix("aten::").removesuffix("_"))
-        if position is None:
-            return
-        left, node = args[position], _current_autograd_node()
-        if left.shape[-1] >= LONG:
-            raise Refused(f"{func}: dot products of {left.shape[-1]} terms")
-        if node is not None and node.name() == "BmmBackward0":
-            # the attention's backward: autograd transposes there, and sums over T or a head's width only
-            return
-        if left.stride(-2) == 1 < left.stride(-1) and min(left.shape[-2:]) > 1:
-            raise Refused(f"{func}: the left operand is a transposed view")
-
-    def run(self, func, args, kwargs):
-        self.ran.add(func.name())
-        if func.name() in self.native or func.is_view:  # a view computes nothing
-            return func(*args, **kwargs)
-        for key in COMPOSITE:
-            if _dispatch_has_kernel_for_dispatch_key(func.name(), key):
-                before, self.inside = self.inside, True
-                try:
-                    with self:  # each operator that this one is made of comes back to __torch_dispatch__
-                        return func._op_dk(getattr(DispatchKey, key), *args, **kwargs)
-                finally:
-                    self.inside = before
-        raise Refused(f"{func}: no MPS kernel")
 
 
 # ------------------------------------------------------------------------------------------- the guard itself
@@ -160,6 +33,8 @@ REFUSED = {
     "float64 cast": ("float64", lambda x: x.double()),
     "float64 inside": ("float64", lambda x: x.sum(dtype=torch.float64)),
     "float64 before home": ("float64", lambda x: x.to(CPU, torch.float64)),
+    "another dtype on the way home": ("on its way", lambda x: x.to(CPU, torch.bfloat16)),
+    "another dtype, copied home": ("on its way", lambda x: torch.ones(4, 4, dtype=torch.bfloat16).copy_(x)),
     "complex128": ("complex128", lambda x: torch.zeros(2, dtype=torch.complex128, device=x.device)),
     "mm": ("transposed", lambda x: x.t() @ x),
     "addmm": ("transposed", lambda x: torch.addmm(x, x.t(), x)),
@@ -183,125 +58,6 @@ def test_guard_refuses(why, call):
 
 
 # ----------------------------------------------------------------------------------------------- the pipeline
-def tiny_model(vocab: int = 128):
-    torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=16,
-        initializer_range=0.2,
-    )
-    return (
-        transformers.GPTNeoXForCausalLM._from_config(config, attn_implementation="sdpa")
-        .eval()
-        .requires_grad_(False)
-    )
-
-
-def tiny_rows() -> torch.Tensor:
-    return torch.randint(128, (6, 16), generator=torch.Generator().manual_seed(0))
-
-
-def one_hook(folder: pathlib.Path, device: torch.device) -> list[dict]:
-    """The rows that an experiment has for one hook: parity check, SAEs of both recipes trained, null rows,
-    evaluation, metrics.
-    """
-    document = folder / "text.txt"
-    document.write_text("\n".join(str(i * 7919 % 10007) for i in range(20000)))
-
-    def tokenizer(document, add_special_tokens):
-        return types.SimpleNamespace(input_ids=[ord(c) for c in document])
-
-    tokenizer.eos_token_id = 0
-    specs = [
-        TrainingSpec(
-            model="tiny",
-            weights="",
-            tokenizer="",
-            dtype="float32",
-            layer=1,
-            data=str(document),
-            data_content="",
-            split="train",
-            ctx=16,
-            tokens=1280,
-            trunk=(),
-            d_sae=128,
-            k=k,
-            seed=0,
-            recipe=recipe,
-            sinks="drop",
-            device=device.type,
-            version=TRAIN_VERSION,
-        )
-        for recipe in ("base", "saelens")
-        for k in (2, 4)
-    ]
-    candidates = [Candidate(Condition("tiny", 1, "x", one.recipe, 128, one.k, 0, 1280), one) for one in specs]
-    eval_set = tiny_eval_set(candidates, tokenizer, text.find(str(document)))
-    share = run.Share(eval_set, candidates, with_nulls=True)
-    cache, training = folder / device.type, run.training_shares([share])
-    with contextlib.closing(Progress(1.0)) as bar:
-        run.train(training, [one.flops(cache) for one in training], cache, device, bar)
-    saes = types.SimpleNamespace(save_tokens=True, saes=())
-    command = types.SimpleNamespace(grid=saes, cache=folder / device.type)
-    return run.measure(share, command, device, expc_fisher.EXPERIMENT).rows
-
-
-def tiny_eval_set(candidates, tokenizer=None, source=None) -> EvalSet:
-    nulls = null_conditions("tiny", 1, "", candidates[0])
-    held = text.HeldOut(tiny_rows(), np.arange(len(tiny_rows())), "")
-    return EvalSet("tiny", Hook(tiny_model(), 1), tokenizer, source, held, tuple(candidates), nulls)
-
-
-def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
-    """The rows of SAEs from files, by each rule and norm there is."""
-
-    def random(*shape):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 4
-
-    common_tensors = {"W_enc": random(32, 64), "W_dec": random(64, 32), "b_dec": random(32)}
-    kinds = {
-        "jumprelu": {"threshold": random(64).abs(), "b_enc": random(64)},
-        "gated": {"b_gate": random(64), "r_mag": random(64), "b_mag": random(65)[1:].clone()},
-        "topk": {"b_enc": random(64)},
-    }
-    candidates = []
-    for (kind, tensors), norm in zip(kinds.items(), ("none", "constant_norm_rescale", "layer_norm")):
-        (folder / kind).mkdir(exist_ok=True)
-        (folder / kind / "cfg.json").write_text(
-            json.dumps(
-                {
-                    "architecture": kind,
-                    "k": 4,
-                    "normalize_activations": norm,
-                    "metadata": {"sae_lens_version": "6.0.0"},
-                }
-            )
-        )
-        save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
-        for file in formats.find(str(folder / kind)):
-            of_file = Given(
-                file,
-                formats.Declared("saelens", basis="centred"),
-                fingerprint="",
-                d_sae=64,
-                k=4,
-                typical_k=4,
-                mean=random(32),
-                fvu_as_said=0.5,
-                fvu_otherwise=0.6,
-            )
-            condition = Condition("tiny", 1, file.label, "saelens", 64, 4, 0, 0)
-            candidates.append(Candidate(condition, of_file))
-    eval_set = tiny_eval_set(candidates)
-    command = types.SimpleNamespace(grid=types.SimpleNamespace(save_tokens=False, saes=("x",)), cache=None)
-    return run.measure(run.Share(eval_set, candidates, True), command, device, Experiment("expb")).rows
-
-
 def test_saes_from_files(tmp_path):
     with PretendMps():
         there = files(tmp_path, MPS)
@@ -322,18 +78,43 @@ def test_whole_pipeline(tmp_path):
         "aten::native_layer_norm_backward",
         # encode, sparse backward, sampled labels, g and Adam were on the device
         "aten::addcdiv_",
-    } <= guard.ran
+    } <= guard.ran.keys()
     here = one_hook(tmp_path, CPU)
     for a, b in zip(there, here, strict=True):
         assert Condition.of(a) == Condition.of(b)
         np.testing.assert_allclose([a[m] for m in NAMES], [b[m] for m in NAMES], rtol=1e-3, atol=1e-5)
 
 
-def test_large_vocabulary():
-    """Pythia's 50,304 tokens: g must not come from dot products that an M1 or M2 gets wrong."""
+def test_recipes():
+    """Few, some and most latents dead: every way through AuxK."""
     with PretendMps():
-        model, rows = tiny_model(vocab=50304).to(MPS), tiny_rows().to(MPS)
-        Hook(model, 1).clean_pass(rows, Hook(model, 1).head(rows))
+        errors = check_device.training(MPS)
+    assert len(errors) == 8 and max(errors.values()) < 1e-5
+
+
+def test_large_vocabulary():
+    """Pythia's 50,304 tokens: nothing must come from dot products that an M1 or M2 gets wrong."""
+    with PretendMps():
+        there = patched_sums(tiny_model(50304), MPS)
+    here = patched_sums(tiny_model(50304), CPU)
+    for quantity in here:
+        np.testing.assert_allclose(there[quantity], here[quantity], rtol=1e-3, atol=1e-5, err_msg=quantity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, dtype):
+    """What real models are made of; an honest device passes the check in bfloat16 too, where roundings
+    exchange latents.
+    """
+    model = tiny_model(family=family, dtype=dtype)
+    with PretendMps():
+        lm.check_parity(Hook(model, 1), tiny_rows(), MPS)
+        # in 16 bits torch's fused attention lets positions see later ones there
+        assert (model.config._attn_implementation == "eager") == (
+            family == "Gemma2" or dtype == torch.bfloat16
+        )
+        patched_sums(model, MPS)
 
 
 WRONG = {  # a block before the hook, one after it, and one that is wrong only in its gradient
@@ -356,3 +137,68 @@ def test_parity_check(what):
         model.gpt_neox.layers[layer].mlp.register_forward_hook(mistake)
         with pytest.raises(errors.Fault, match=f"on {what} at layer 1"):
             lm.check_parity(Hook(model, 1), tiny_rows(), MPS)
+
+
+# -------------------------------------------------------------------------------- python common.py check
+@pytest.fixture
+def pretended(monkeypatch):
+    """The pretend device is there, and the check takes it."""
+    monkeypatch.setattr(check_device, "pick_device", lambda wanted: MPS)
+    with PretendMps():
+        yield
+
+
+def off(function):
+    """A function that is wrong where MPS computes it."""
+
+    def wrong(*args, **kwargs):
+        found = function(*args, **kwargs)
+        return found + 1 if found.device.type == "mps" else found
+
+    return wrong
+
+
+@pytest.mark.slow
+def test_check_agrees(pretended, capsys):
+    assert check_device.check("mps") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"mps agrees with the CPU: {len(said) - 3} of {len(said) - 3} within tolerance"
+
+
+@pytest.mark.parametrize(
+    "module, name, named",
+    [
+        (torch, "searchsorted", "searchsorted (relative error"),
+        (check_device, "kl_divergence", "KL (relative error"),
+    ],
+)
+def test_check_names_what_is_wrong(pretended, monkeypatch, capsys, module, name, named):
+    """One operator wrong, and the evaluation left out for its time."""
+    for part in ("training", "model", "evaluation"):
+        monkeypatch.setattr(check_device, part, lambda device: {})
+    monkeypatch.setattr(module, name, off(getattr(module, name)))
+    assert check_device.check("mps") == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("mps disagrees with the CPU on ") and named in last
+    assert len([line for line in lines if line.startswith("WRONG")]) == last.count("allowed 1e-03") == 1
+
+
+def test_check_names_what_is_not_there(pretended, monkeypatch, capsys):
+    monkeypatch.setattr(
+        check_device, "OPERATORS", {"eigenvectors": lambda draw: torch.linalg.eigh(draw(4, 4))[1]}
+    )
+    for part in ("training", "model", "evaluation"):
+        monkeypatch.setattr(check_device, part, lambda device: {})
+    assert check_device.check("mps") == 1
+    assert "on eigenvectors (Refused aten._linalg_eigh" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_check_command():
+    """The CPU agrees with itself, in float32 against float64; what is not there is one line."""
+    said = script("common.py", "check", "--device", "cpu").stdout.splitlines()
+    assert said[-1] == f"cpu agrees with the CPU: {len(said) - 3} of {len(said) - 3} within tolerance"
+    assert {"R²", "CE_rec", "KL of the patch", "SWD"} <= {line[7:].split(":")[0] for line in said}
+    if not torch.backends.mps.is_available():
+        none = script("common.py", "check", "--device", "mps", check=2)
+        assert one_line(none).startswith("common.py: --device mps: this machine has none")

@@ -19,11 +19,14 @@ from collections.abc import Iterator
 import common
 import expc_fisher
 import expd_mi
+import pretend
 from helpers import script
 from transport_geometry import (
     formats,
+    kernels,
     leaderboard,
     libraries,
+    lm,
     plant,
     published,
     sources,
@@ -159,7 +162,14 @@ COMPARED = {
     "2.7 GB of downloads": results("2.7 GB of wheels"),
     "the CPU's 0.2 GB": results("the CPU's is 0.2 GB"),
     "takes 1.7 GB": results("takes 1.7 GB"),
+    "torch 2.13.0": "torch==2.13.0" in (ROOT / "constraints.txt").read_text(),
+    "GPT-NeoX, Llama, Gemma 2 and Qwen 2": set(pretend.FAMILIES) == {"GPTNeoX", "Llama", "Gemma2", "Qwen2"},
     # what the code does
+    "dot products of 32,767 terms or more": lm.MPS_LONGEST_DOT == 32_767,
+    "takes 16,384 tokens at most": "TILE >> 14" in inspect.getsource(kernels.scatter_rows_ref),
+    # two billion float32 numbers; CHUNK rows of d_model
+    "a decoder of that size (8 GB)": 2**31 * 4 > 8e9,
+    "d_model is above 8,000": training.CHUNK * 8000 < 2**31 < training.CHUNK * 9000,
     "the audit takes 32 unless told otherwise": loaded("audit.py").GRID["eval_seqs"] == 32,
     "four CPU-minutes": generate.minutes("expb") == "four CPU-minutes",
     "fewer than six hooks": stats.MIN_CLUSTERS == 6,
@@ -211,6 +221,8 @@ DEFINED = (
     "1 − FVU",
     "h itself 1 and the mean 0",
     "position 0",
+    "in November 2026",
+    "16-bit dtypes",
     "ΔR² > 0 and ΔCE_rec < 0",
     "interval holds 0",
 )
@@ -289,6 +301,7 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
         shutil.copytree(REFERENCE / "expb", tmp_path / "outputs/expb")
         (tmp_path / "outputs/reference").symlink_to(REFERENCE)
         monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(common.check_device, "check", lambda device: int(device != arguments[3]))
         if arguments[1] == "report":
             common.main()
             assert "not to be interpreted yet" in (tmp_path / "outputs/report.md").read_text(encoding="utf-8")

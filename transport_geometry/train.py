@@ -474,14 +474,16 @@ class SAELensTraining(Training):
         """
         W_enc, b_enc, W_dec = weights
         D, wanted = len(W_enc), centred.shape[1] // 2
-        if D <= DENSE * centred.shape[1]:
+        # on MPS never: autograd would transpose the left operands of these matmuls
+        if D <= DENSE * centred.shape[1] and centred.device.type != "mps":
             z = torch.nn.functional.linear(centred, W_enc, b_enc)
             if D > wanted:
                 values, among_dead = z.topk(wanted)
                 z = torch.zeros_like(z).scatter(1, among_dead, values)
             guess = z @ W_dec
         else:
-            _, among_dead = kernels.topk_encode(centred.detach(), W_enc.detach(), b_enc.detach(), wanted)
+            detached = centred.detach(), W_enc.detach(), b_enc.detach()
+            _, among_dead = kernels.topk_encode(*detached, min(wanted, D))
             values = kernels.gather_dot(centred, W_enc, among_dead) + b_enc[among_dead]
             guess = kernels.sparse_decode(values, among_dead, W_dec, torch.zeros_like(self.sae.b_dec))
         return min(D / wanted, 1.0) * (guess - error).square().sum(1).mean()
