@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from transport_geometry import kernels
 from transport_geometry.errors import reason
@@ -223,12 +224,18 @@ def trained(device: torch.device) -> dict[str, Tensor]:
     return found
 
 
+@functools.cache
+def embedded() -> tuple[Any, Tensor]:
+    """(stdlib-s, rows of held-out text [ROWS,CTX])."""
+    small, tokenizer = load_model("stdlib-s", CPU)
+    return small, heldout_rows("stdlib", tokenizer, CTX, ROWS).input_ids
+
+
 def model(device: torch.device) -> dict[str, float]:
     """Of an embedded model, and of one with a large vocabulary: h, CE, g, TopK values."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    small, tokenizer = load_model("stdlib-s", CPU)
-    rows = heldout_rows("stdlib", tokenizer, CTX, ROWS).input_ids
+    small, rows = embedded()
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=D,
@@ -252,8 +259,8 @@ def evaluation(device: torch.device) -> dict[str, float]:
 
 
 def scores(device: torch.device) -> dict[str, float]:
-    small, tokenizer = load_model("stdlib-s", CPU)
-    rows, hook = heldout_rows("stdlib", tokenizer, CTX, ROWS).input_ids, Hook(small, LAYER).to(device)
+    small, rows = embedded()
+    hook = Hook(small, LAYER).to(device)
     d = small.config.hidden_size
     sae = tied_init(d, 4 * d, 16, 0, torch.zeros(d)).requires_grad_(False).to(device)
     sums = {q: x[None] for q, x in evaluate(hook, rows, {"sae": sae}, ROWS)["sae"].sums.items()}
