@@ -15,6 +15,7 @@ from pretend import (
     tiny_rows,
 )
 from transport_geometry import check_device, errors, lm, metrics
+from transport_geometry.audit import audit
 from transport_geometry.condition import Condition
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook
@@ -115,6 +116,11 @@ def test_families(family, dtype):
             family == "Gemma2" or dtype == torch.bfloat16
         )
         patched_sums(model, MPS)
+
+
+def test_audit_refuses_attention_that_looks_ahead():
+    with PretendMps(), pytest.raises(errors.UserError, match="set_attn_implementation"):
+        audit(tiny_model(dtype=torch.bfloat16).to(MPS), 1, lambda h: 0.5 * h, tiny_rows())
 
 
 WRONG = {  # a block before the hook, one after it, and one that is wrong only in its gradient

@@ -455,6 +455,14 @@ def test_every_module_stands_in_what_is_where():
     assert named <= modules | scripts | {"generate.py"}
 
 
+def test_the_macs_workflow_runs_what_the_pages_and_ci_run():
+    steps = yaml.safe_load((ROOT / ".ci/macos-arm64.yml").read_text(encoding="utf-8"))["jobs"]["mac"]["steps"]
+    *_, install, built, quick, check = [step["run"] for step in steps if "run" in step]
+    by_hand = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert install in by_hand and quick in by_hand and built.split("'")[1] in by_hand
+    assert f"    {check}\n" in PAGES["docs/gpus.md"]
+
+
 def test_the_plants_of_the_flags_are_plants():
     for name in re.findall(
         r"`\+?((?:null|visible|relative|starved|turned)[\d.]+)`", PAGES["docs/running.md"]

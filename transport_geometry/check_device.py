@@ -8,6 +8,7 @@ library. Dot products are as long as the program makes them (`lm.MPS_LONGEST_DOT
 import functools
 import platform
 from collections.abc import Callable
+from typing import Any
 
 from transport_geometry import kernels
 from transport_geometry.errors import reason
@@ -112,8 +113,8 @@ def encode_ties(draw: Draw) -> Tensor:
 
 
 def gradients(draw: Draw) -> Tensor:
-    """Through encode and decode."""
-    leaves = [x.requires_grad_() for x in (draw(N, D), draw(F, D), draw(F), draw(F, D), draw(D))]
+    """Through encode and decode, of few rows: in none are the last latents in and out nearly equal."""
+    leaves = [x.requires_grad_() for x in (draw(SOME, D), draw(F, D), draw(F), draw(F, D), draw(D))]
     h, W_enc, b_enc, W_dec, b_dec = leaves
     values, indices = kernels.topk_encode(h, W_enc, b_enc, K)
     h_hat = kernels.sparse_decode(values, indices, W_dec, b_dec)
@@ -212,12 +213,18 @@ def trained(device: torch.device) -> dict[str, Tensor]:
     return found
 
 
+@functools.cache
+def embedded() -> tuple[Any, Tensor]:
+    """(stdlib-s, rows of held-out text [ROWS,CTX])."""
+    small, tokenizer = load_model("stdlib-s", CPU)
+    return small, heldout_rows("stdlib", tokenizer, CTX, ROWS).input_ids
+
+
 def model(device: torch.device) -> dict[str, float]:
     """Of an embedded model, and of one with a large vocabulary: h, CE, g, TopK values."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    small, tokenizer = load_model("stdlib-s", CPU)
-    rows = heldout_rows("stdlib", tokenizer, CTX, ROWS).input_ids
+    small, rows = embedded()
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=D,
@@ -241,8 +248,8 @@ def evaluation(device: torch.device) -> dict[str, float]:
 
 
 def scores(device: torch.device) -> dict[str, float]:
-    small, tokenizer = load_model("stdlib-s", CPU)
-    rows, hook = heldout_rows("stdlib", tokenizer, CTX, ROWS).input_ids, Hook(small, LAYER).to(device)
+    small, rows = embedded()
+    hook = Hook(small, LAYER).to(device)
     d = small.config.hidden_size
     sae = tied_init(d, 4 * d, 16, 0, torch.zeros(d)).requires_grad_(False).to(device)
     sums = {q: x[None] for q, x in evaluate(hook, rows, {"sae": sae}, ROWS)["sae"].sums.items()}

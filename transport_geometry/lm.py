@@ -79,10 +79,8 @@ class Hook:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device) -> "Hook":
-        """The model moved there. On MPS a model in bfloat16 gets plain attention: in 16 bits torch's fused
-        one lets positions see up to three later ones (pytorch #195910).
-        """
-        if device.type == "mps" and self.model.dtype == torch.bfloat16:
+        """The model moved there, with plain attention where its own `looks_ahead`."""
+        if looks_ahead(self.model, device):
             self.model.set_attn_implementation("eager")
         self.model.to(device)
         return self
@@ -447,6 +445,14 @@ def _computing(modules: list[Any], function: Callable) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------ attention
+def looks_ahead(model: Any, device: torch.device) -> bool:
+    """Do positions see later ones there? Up to three, in 16 bits by torch's fused attention on MPS (pytorch
+    #195910).
+    """
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return device.type == "mps" and half and model.config._attn_implementation == "sdpa"
+
+
 EXCHANGED = "transport_geometry"  # the name of our attention among those of transformers
 
 
