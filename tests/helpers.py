@@ -64,11 +64,11 @@ def get_saes(model, tokenizer, specs, cache) -> list:
     return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
 
 
-def one_hook(eval_seqs: int, ctx: int):
-    """The evaluation set of stdlib-s at block 3, as a command for one SAE of k = 8 and 50k tokens has it."""
-    from transport_geometry.grid import Grid, plan
+def small_grid(**more):
+    """Of a command for one SAE of k = 8 and 50k tokens at block 3 of stdlib-s."""
+    from transport_geometry.grid import Grid
 
-    grid = Grid(
+    grid = dict(
         models=(("stdlib-s", 3),),
         k=(8,),
         seeds=(0,),
@@ -82,11 +82,16 @@ def one_hook(eval_seqs: int, ctx: int):
         split="train",
         revision=None,
         dtype="float32",
-        eval_seqs=eval_seqs,
-        ctx=ctx,
         save_tokens=False,
     )
-    return plan(grid, torch.device("cpu"), "test")[1][0]
+    return Grid(**grid | more)
+
+
+def one_hook(eval_seqs: int, ctx: int):
+    """The evaluation set of `small_grid`."""
+    from transport_geometry.grid import plan
+
+    return plan(small_grid(eval_seqs=eval_seqs, ctx=ctx), torch.device("cpu"), "test")[1][0]
 
 
 # ---------------------------------------------------------------------------------------------------- folders

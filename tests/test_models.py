@@ -13,7 +13,7 @@ import sys
 
 from helpers import ROOT, measured
 from transport_geometry import lm, models, plant
-from transport_geometry.cost import shape_of
+from transport_geometry.cost import block_size, shape_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
 from transport_geometry.fisher import same_form, sequence_form
@@ -162,6 +162,93 @@ def test_families_load_from_a_folder(family, input_ids, tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     eager = family in ("gemma2", "gpt_neo", "bloom")
     assert loaded.config._attn_implementation == ("eager" if eager else "sdpa")
+
+
+# ------------------------------------------------------------------------------- text in a multimodal model
+VISION = dict(
+    hidden_size=16,
+    num_hidden_layers=4,  # as many as the language model
+    num_attention_heads=2,
+    intermediate_size=16,
+    image_size=8,
+    patch_size=4,
+)
+WRAPPED = {  # the wrapper, and the family that it wraps
+    "gemma3": (
+        "gemma3_text",
+        dict(image_token_index=60, boi_token_index=59, eoi_token_index=58, mm_tokens_per_image=4),
+    ),
+    "gemma4": ("gemma4_text", {}),
+}
+
+
+def wrapped(kind):
+    """Random, in float32, on the CPU."""
+    text, more = WRAPPED[kind]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, text_config=SIZE | ALTERNATE | {"model_type": text}, vision_config=VISION, **more
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_the_language_model_inside_a_multimodal_one(kind, input_ids, tmp_path):
+    """Its blocks are found, not those of the vision tower, which stand before them and are as many."""
+    if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {kind}")
+    model = wrapped(kind)
+    inner = [name for name, part in model.named_modules() if part is lm.blocks(model)[0]]
+    assert "language_model" in inner[0] and lm.text_config(model).num_hidden_layers == 4
+    whole = model(input_ids, use_cache=False).logits
+    for layer in LAYERS:
+        hook = Hook(model, layer)
+        h = hook.head(input_ids)
+        assert h.shape == (2, 12, 32) and hook.is_last == (layer == 3)
+        torch.testing.assert_close(hook.tail(input_ids, h), whole, rtol=0, atol=1e-5)
+        patched = replaced(model, layer, input_ids, moved(h))
+        torch.testing.assert_close(hook.tail(input_ids, moved(h)), patched, rtol=0, atol=1e-5)
+    assert models.pick_layer(model, kind, None) == 2 and block_size(model) > 0
+    assert hook.tiles(1000) == [slice(0, 1000)]
+    model.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    loaded, _ = load_model(str(tmp_path), CPU)
+    assert torch.equal(loaded(input_ids, use_cache=False).logits, whole)
+
+
+# --------------------------------------------------------------------------------- models that look ahead
+AHEAD = {
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "xlm": {},
+    "rembert": {},
+    "electra": dict(embedding_size=32),
+    "roformer": dict(embedding_size=32),
+}
+
+
+@pytest.mark.parametrize("family", AHEAD)
+def test_a_model_that_looks_ahead_is_refused(family, tmp_path):
+    """Masked language models load through the same class."""
+    make(family, torch.float32, **AHEAD[family]).save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match="not a causal language model"):
+            load_model(str(tmp_path), CPU, dtype=dtype)
+
+
+def test_the_tolerance_lies_between_rounding_and_the_weakest_look_ahead():
+    """Weakest at the usual first weights, which hardly attend. Experts round otherwise where other tokens are
+    beside theirs.
+    """
+    causal = [models.looks_ahead(make(family, torch.float32)) for family in [*FAMILIES, "mixtral"]]
+    ahead = [
+        models.looks_ahead(make(family, torch.float32, **more, initializer_range=0.02))
+        for family, more in AHEAD.items()
+    ]
+    assert max(causal) < 1e-5 and min(ahead) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------- what does not split

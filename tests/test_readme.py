@@ -35,6 +35,7 @@ from transport_geometry import (
 )
 from transport_geometry import train as training
 from transport_geometry.errors import Fault, UserError, run_script
+from transport_geometry.gguf_models import PACKAGED
 
 import pytest
 import yaml
@@ -212,6 +213,8 @@ DEFINED = (
     "fits 80 columns",
     "2 − patched CE / clean CE, 1 for a perfect patch",
     "1 − NMSE",
+    "Gemma 3 from 4B up, Gemma 4",
+    'Reports say "4-bit weights"',
     "1 − SSE/SST",
     "2 − L_recon/L_orig",
     "1 is a perfect patch",
@@ -357,6 +360,8 @@ def assert_pip(words: list[str]) -> None:
             assert word == f"{PROJECT['name'].replace('-', '_')}-*.whl"
         elif word == "constraints.txt":
             assert (ROOT / word).exists()
+        elif "==" in word:
+            assert any(word in package.install for package in PACKAGED.values())
         else:
             options.add(word)
     assert options <= {"-e", "-c", "--no-deps", "--index-url", "https://download.pytorch.org/whl/cpu"}

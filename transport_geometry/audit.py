@@ -27,7 +27,7 @@ from transport_geometry.evaluate import Reconstruction, evaluate
 from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, FLAGS, FLATTERS, NO_WIDTH, UNDERRATES, flagged
 from transport_geometry.formats import hub_name
 from transport_geometry.libraries import LIBRARIES
-from transport_geometry.lm import Hook, looks_ahead, text_config
+from transport_geometry.lm import Hook, fused_attention_errs, text_config
 from transport_geometry.metrics import Sums, computed
 from transport_geometry.models import pick_layer
 from transport_geometry.results import behind
@@ -583,7 +583,7 @@ def audit(
     if len(of) != len(tokens):
         raise UserError(f"document has {len(of)} entries, and tokens {len(tokens)} rows")
     hook = Hook(model, pick_layer(model, type(model).__name__, layer))
-    if looks_ahead(model, hook.device):
+    if fused_attention_errs(model, hook.device):
         raise UserError(
             "in 16 bits torch's fused attention sees later positions on MPS: model.set_attn_implementation"
             "('eager')"

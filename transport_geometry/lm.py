@@ -79,8 +79,8 @@ class Hook:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device) -> "Hook":
-        """The model moved there, with plain attention where its own `looks_ahead`."""
-        if looks_ahead(self.model, device):
+        """The model moved there, with plain attention where its own `fused_attention_errs`."""
+        if fused_attention_errs(self.model, device):
             self.model.set_attn_implementation("eager")
         self.model.to(device)
         return self
@@ -445,7 +445,7 @@ def _computing(modules: list[Any], function: Callable) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------ attention
-def looks_ahead(model: Any, device: torch.device) -> bool:
+def fused_attention_errs(model: Any, device: torch.device) -> bool:
     """Do positions see later ones there? Up to three, in 16 bits by torch's fused attention on MPS (pytorch
     #195910).
     """

@@ -1,0 +1,190 @@
+"""The token that rows begin with: when it is put, where it stands, and what of a run it changes."""
+
+import json
+import random
+import shutil
+import types
+
+from helpers import small_grid
+from transport_geometry import models, text
+from transport_geometry.grid import Loaded, plan
+from transport_geometry.lm import Hook
+from transport_geometry.models import bos_of, load_model
+from transport_geometry.train import activation_chunks
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from test_rows import Letters
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------- what a tokenizer says
+def words(template: str | None):
+    """A tokenizer of whole words that puts a text into `template`."""
+    vocabulary = {"<s>": 0, "</s>": 1, "<cls>": 2, "a": 3, "b": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="b"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if template:
+        special = [(token, i) for token, i in vocabulary.items() if i < 3]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=special)
+    special = dict(bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.mark.parametrize(
+    "template, token",
+    [(None, None), ("<s> $A", 0), ("<s> $A </s>", 0), ("<cls> $A </s>", 2), ("$A </s>", None)],
+)
+def test_what_stands_before_a_text_is_seen_in_an_encoding(template, token):
+    """Whatever the attributes say: Gemma 3's `add_bos_token` is False, and others name a BOS that they do not
+    put.
+    """
+    assert bos_of(words(template)) == token
+
+
+def test_the_embedded_models_put_none():
+    for name in models.EMBEDDED:
+        assert bos_of(load_model(name, CPU)[1]) is None
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+@pytest.mark.parametrize("bos", [None, 7])
+def test_rows_are_cut_one_after_another(bos):
+    """Nothing is lost, no row is of another length, and BOS stands once where it is wanted."""
+    rng = random.Random(0)
+    for _ in range(200):
+        ids, ctx = rng.choices([5, 6, 7, 8], k=rng.randrange(40)), rng.randint(2, 9)
+        rows, rest = text.cut(ids, ctx, bos)
+        assert all(len(row) == ctx for row in rows) and len(rest) < ctx
+        again: list[int] = []
+        for row in rows:
+            theirs = bos is None or ids[len(again)] == bos
+            assert bos is None or row[0] == bos
+            again += row if theirs else row[1:]
+        assert again + rest == ids
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+TEXTS = [f"text number {i} of them " * (3 + i % 5) for i in range(300)]
+
+
+def test_training_rows_begin_with_it_too(tmp_path):
+    data = write(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
+    plain = torch.cat(list(text.packed_rows(data, "train", Letters(), 9)))
+    rows = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=50)))
+    assert rows.shape[1] == 10 and (rows[:, 0] == 50).all() and (rows[:, 1:] != 50).all()
+    assert torch.equal(rows[:, 1:].flatten(), plain)
+    batch = next(text.train_rows(data, Letters(), 10, 4, bos=50))
+    assert torch.equal(batch, rows[:4])
+    spread = text.spread_rows(data, Letters(), 10, 6, bos=50)
+    assert sorted(spread.tolist()) == sorted(rows[: 6 * text.SPREAD : text.SPREAD].tolist())
+
+
+def test_rows_that_are_kept_are_kept_apart(monkeypatch):
+    """A text with BOS is another one than without."""
+    tokenizer = load_model("stdlib-s", CPU)[1]
+    with text.keeping_rows():
+        for bos in (None, 3, None, 3):
+            row = next(text.train_rows("stdlib", tokenizer, 16, 1, bos=bos))[0]
+            assert (row[0] == 3) == (bos == 3)
+
+
+def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
+    """As SAELens writes them: every row of 10 begins with it."""
+    rng = random.Random(1)
+    rows = [[30, *rng.choices(range(1, 30), k=9)] for _ in range(400)]
+    data = write(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
+
+    class Known(Letters):
+        def __len__(self):
+            return 41
+
+    assert text.tokenised(data, "train")
+    packed = torch.stack(list(text.packed_rows(data, "train", Known(), 10, bos=30)))
+    held = text.heldout_rows(data, Known(), 10, 12, bos=30).input_ids
+    for found in (packed, held):
+        assert (found[:, 0] == 30).all() and (found[:, 1] != 30).all()
+    assert set(map(tuple, packed.tolist())) <= set(map(tuple, rows))  # each its own row again
+
+
+# ------------------------------------------------------------------------------------------------------ a run
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """stdlib-s with a tokenizer that puts its token 1 before a text."""
+    folder = tmp_path_factory.mktemp("models") / "begun"
+    shutil.copytree(models.EMBEDDED["stdlib-s"], folder)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    token = next(word for word, i in rules["model"]["vocab"].items() if i == 1)
+    rules["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [1], "tokens": [token]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    return str(folder)
+
+
+def planned(model, bos, data="stdlib"):
+    grid = small_grid(eval_seqs=2, ctx=16, models=((model, 3),), bos=bos, data=data)
+    settings, (eval_set,) = plan(grid, CPU, "test")
+    return settings, eval_set, eval_set.candidates[0].origin
+
+
+@pytest.mark.parametrize("bos, token", [("auto", 1), ("yes", 1), ("no", None)])
+def test_a_model_whose_tokenizer_puts_it(begun, bos, token):
+    settings, eval_set, spec = planned(begun, bos)
+    assert eval_set.bos == spec.bos == token and ("bos" in spec.facts()) == (token is not None)
+    assert settings.get("bos") == (token and {"begun": token})
+    assert ((eval_set.held.input_ids[:, 0] == 1).all()) == (token == 1)
+
+
+def test_an_embedded_model_is_as_it_was():
+    """Nothing about BOS in settings or keys, unless it is asked for: then the token between documents."""
+    settings, eval_set, spec = planned("stdlib-s", "auto")
+    assert "bos" not in settings and "bos" not in spec.facts() and eval_set.bos is None
+    other_settings, other, other_spec = planned("stdlib-s", "yes")
+    assert other_settings["bos"] == {"stdlib-s": 0} and (other.held.input_ids[:, 0] == 0).all()
+    assert other_spec.bos == 0 and other_spec.identity() == spec.identity() | {"bos": 0}
+
+
+def test_rows_of_ids_stay_as_they_are_unless_asked_for(begun, tmp_path):
+    rng = random.Random(2)
+    data = write(tmp_path / "ids.jsonl", [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)])
+    for bos, token in (("auto", None), ("no", None), ("yes", 1)):
+        _, eval_set, spec = planned(begun, bos, data)
+        assert eval_set.bos == spec.bos == token
+        assert (eval_set.held.input_ids[:, 0] == 1).any() == (token == 1)
+
+
+def test_a_files_own_word_stands_above_it(begun):
+    model, tokenizer = load_model(begun, CPU)
+    loaded = Loaded("begun", model, tokenizer, "w", "t")
+    for declared, asked, expected in [
+        (True, "no", True),
+        (False, "yes", False),
+        (None, "auto", True),
+        (None, "no", False),
+    ]:
+        one = types.SimpleNamespace(
+            model="begun", layer=1, declared=types.SimpleNamespace(bos=declared, ctx=None)
+        )
+        assert loaded.place(one, small_grid(eval_seqs=2, ctx=16, bos=asked)).bos is expected
+
+
+def test_saes_are_trained_on_rows_that_begin_with_it(begun, monkeypatch):
+    """And its position is a sink's, which `drop` leaves out."""
+    model, tokenizer = load_model(begun, CPU)
+    seen, head = [], Hook.head
+    monkeypatch.setattr(Hook, "head", lambda self, ids: (seen.append(ids), head(self, ids))[1])
+    hook = Hook(model, 3)
+    _, sink = next(activation_chunks(hook, "stdlib", tokenizer, 16, 256, "keep", bos=1))
+    assert (seen[0][:, 0] == 1).all() and (seen[0][:, 1:] != 1).any()
+    assert sink.view(-1, 16)[:, 0].all()
