@@ -134,9 +134,16 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> dict[str, list[d
     }
 
 
+def check(eval_sets: list[EvalSet]) -> None:
+    """Raises UserError where a position's own form cannot be had."""
+    for eval_set in eval_sets:
+        hook, one = eval_set.hook, eval_set.held.input_ids[:1].to(eval_set.hook.device)
+        fisher.check_attention_mixes(hook, one, hook.head(one))
+
+
 # of `terms` through the tail: two in forward mode, about three each, and two patches
 # and of `study`: 9 backward passes of all the text, some 140 of one batch
-EXPERIMENT = Experiment("expc_fisher", terms, OWN, study, more_passes=8, study_passes=34)
+EXPERIMENT = Experiment("expc_fisher", terms, OWN, study, more_passes=8, study_passes=34, check=check)
 
 
 # ---------------------------------------------------------------------------------------------- analysis

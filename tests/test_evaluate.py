@@ -180,7 +180,7 @@ def test_evaluation_holds_a_tile_of_the_vocabulary():
     rows = torch.randint(0, 20_000, (12, 64), generator=torch.Generator().manual_seed(8))
     hook = Hook(model, 0)
     saes = saes_of(hook, rows, 12)
-    hook.unembeds(rows, hook.head(rows))  # looked at once, on 16 positions
+    hook.unembeds(rows)  # looked at once
 
     def most(terms=None):
         with Largest(model.parameters()) as seen:

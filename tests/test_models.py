@@ -13,9 +13,10 @@ import sys
 
 from helpers import ROOT, measured
 from transport_geometry import lm, models, plant
+from transport_geometry.attention_plan import check_readable
 from transport_geometry.cost import block_size, shape_of
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import evaluate
+from transport_geometry.evaluate import ablated, evaluate
 from transport_geometry.fisher import same_form, sequence_form
 from transport_geometry.lm import Hook, log_softmax
 from transport_geometry.metrics import Sums, computed
@@ -303,6 +304,127 @@ def test_what_has_no_hook_is_refused(input_ids):
     none.gpt_neox.layers = torch.nn.ModuleList(none.gpt_neox.layers[:3])
     with pytest.raises(UserError, match="no list of transformer blocks"):
         Hook(none, 1).head(input_ids)
+
+
+def test_a_block_output_of_another_shape_is_refused(input_ids):
+    """Gemma 3n's blocks put out four streams."""
+    streams = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, num_kv_shared_layers=0)
+    more = dict(laurel_rank=4, activation_sparsity_pattern=[0.0] * 4, **streams)
+    with pytest.raises(UserError, match=r"block 1 puts out \[4, 1, 12, 32\] for \[1, 12\] tokens"):
+        Hook(make("gemma3n_text", **ALTERNATE, **more), 1).head(input_ids)
+
+
+def test_what_all_logits_share_hides_no_way_that_is_wrong(input_ids):
+    """A number added to all logits changes nothing, and the way is looked for without it."""
+    model = remembering()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output + 1e6)
+    hook, whole = Hook(model, 1), model(input_ids, use_cache=False).logits
+    assert not hook.splits(input_ids)
+    torch.testing.assert_close(hook.tail(input_ids, hook.head(input_ids)), whole, rtol=0, atol=1e-8)
+
+
+def test_a_model_that_reads_the_text_later_is_ablated_on_every_sequence():
+    """Whatever the first sequence is: one token over and over, or the same read backwards."""
+    model, text = make("gpt_neox"), {}
+    model.register_forward_pre_hook(lambda module, inputs: text.update(ids=inputs[0]))
+    model.gpt_neox.layers[2].register_forward_hook(
+        lambda module, inputs, output: output + model.get_input_embeddings()(text["ids"])
+    )
+    random = torch.randint(3, 61, (12,), generator=torch.Generator().manual_seed(1))
+    palindrome = torch.cat([random[:6], random[:6].flip(0)])
+    for first in (palindrome, torch.full((12,), 5)):
+        rows, x = torch.stack([first, random]), torch.full((32,), 0.1, dtype=torch.float64)
+        truth = log_softmax(replaced(model, 1, rows, x.expand(2, 12, 32))[:, :-1])
+        found, _ = ablated(Hook(model, 1), rows, x, 2)
+        torch.testing.assert_close(found, -truth.gather(-1, rows[:, 1:, None]).squeeze(-1))
+
+
+# -------------------------------------------------------------------------------- what is done to the logits
+AFTER_THE_UNEMBEDDING = {
+    "gemma2": dict(final_logit_softcapping=30.0),
+    "gemma3_text": dict(final_logit_softcapping=30.0),
+    "nanochat": dict(final_logit_softcapping=15.0),
+    "granite": dict(logits_scaling=3.0),
+    "cohere": dict(logit_scale=0.0625),
+    "llama": {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", AFTER_THE_UNEMBEDDING)
+def test_losses_are_of_the_logits_the_model_returns(family, dtype, input_ids):
+    """Against a hooked run, where a cap bends the largest logits, and the zero ablation has none but 0."""
+    model = make(family, dtype, **AFTER_THE_UNEMBEDDING[family], tie_word_embeddings=False)
+    model.get_output_embeddings().weight[::5] *= 6
+    hook = Hook(model, 2)
+    found = evaluate(hook, input_ids, {"x": lambda h, mean: 0.7 * h}, 2)["x"].sums
+    log_p = torch.log_softmax(model(input_ids, use_cache=False).logits[:, :-1].double(), -1)
+    h_hat = (0.7 * hook.head(input_ids)).to(dtype)
+    log_q = torch.log_softmax(replaced(model, 2, input_ids, h_hat)[:, :-1].double(), -1)
+    targets = input_ids[:, 1:, None]
+    truth = {
+        "ce_orig": -log_p.gather(-1, targets).sum((1, 2)),
+        "ce_recon": -log_q.gather(-1, targets).sum((1, 2)),
+        "kl": (log_p.exp() * (log_p - log_q)).sum((1, 2)),
+    }
+    for name, value in truth.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    assert model.unembeds == (family == "llama")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_logits_hide_no_cap(dtype, input_ids):
+    model = make("gemma2", dtype, final_logit_softcapping=32.0, initializer_range=1e-4)
+    assert not Hook(model, 1).unembeds(input_ids)
+
+
+# ----------------------------------------------------------------------------------- what mixes positions
+MIXING = {
+    "recurrent_gemma": dict(block_types=["recurrent", "attention"], lru_width=32, attention_window_size=4),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2, block_multiple_of=8),
+    "granitemoehybrid": dict(
+        layer_types=["mamba", "attention"] * 2,
+        **dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1),
+        **dict(num_local_experts=2, num_experts_per_tok=1, shared_intermediate_size=48),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MIXING)
+def test_a_position_is_not_looked_at_alone_where_more_than_attention_mixes(family, dtype, input_ids):
+    model = make(family, dtype, **MIXING[family])
+    for layer, mixed in ((0, True), (2, False)):  # of the blocks after 2 none mixes but by attention
+        hook = Hook(model, layer)
+        h = hook.head(input_ids)
+        delta = 0.1 * h
+        delta[:, -1] = 0
+        p = hook.log_probs(input_ids, h).exp()
+        refused = pytest.raises(UserError, match=f"mixed after block {layer} by something else")
+        for look in (
+            lambda: same_form(hook, input_ids, h, delta, p),
+            lambda: check_readable(hook, input_ids[:1]),
+        ):
+            with refused if mixed else contextlib.nullcontext():
+                look()
+
+
+def test_attention_and_something_else_in_one_block(input_ids):
+    """Every block attends once, and one lets a position see the one before it as well."""
+    model = make("llama")
+    model.model.layers[2].register_forward_hook(lambda module, inputs, output: output + output.roll(1, 1))
+    check_readable(Hook(model, 2), input_ids[:1])
+    with pytest.raises(UserError, match="mixed after block 1 by something else"):
+        check_readable(Hook(model, 1), input_ids[:1])
+
+
+def test_one_long_position_does_not_hide_the_others():
+    truth = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = 1.02 * truth
+    truth[:, 0] *= 1000
+    found[:, 0] = truth[:, 0]
+    assert 0.015 < lm.error_by_position(found, truth) < 0.025
+    assert lm.error_by_position(found[..., 0], 1.5 * found[..., 0]) > 0.1  # CE [B,T-1]
 
 
 # ----------------------------------------------------------------------------------------------------- dtypes

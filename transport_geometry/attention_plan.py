@@ -144,9 +144,10 @@ def four_runs(
 
 
 def check_readable(hook: Hook, input_ids: torch.Tensor) -> None:
-    """Raises UserError where the attention after the hook cannot be exchanged or read; input_ids [1,T] are
-    run once.
+    """Raises UserError where the attention after the hook cannot be exchanged or read, or is not all
+    that mixes positions; input_ids [1,T] are run once.
     """
     with torch.no_grad():
         h = hook.head(input_ids)
+        fisher.check_attention_mixes(hook, input_ids, h)
         four_runs(hook, input_ids, h, h, lambda block, change: None)

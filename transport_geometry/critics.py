@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import fisher, text
+from transport_geometry import text
 from transport_geometry.dimension import participation_ratio
 from transport_geometry.errors import UserError
 from transport_geometry.lm import Hook, text_config
@@ -351,7 +351,7 @@ def targets(hook: Hook, parts: tuple[Pairs, Pairs, Pairs], input_ids: torch.Tens
     if not plain.enough:
         return {"final norm": plain}
     of = {"final norm": plain}
-    if fisher.unembeds_linearly(hook, input_ids, hook.head(input_ids)):
+    if hook.unembeds(input_ids):
         unembedding = hook.model.get_output_embeddings()
         A = fisher_components(plain.fit.y.flatten(0, 1), unembedding)
         of["logits, Fisher"] = Split(*(Pairs(part.x, part.y @ A) for part in parts))

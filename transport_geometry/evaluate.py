@@ -148,6 +148,7 @@ def evaluate(
     pieces: dict[Name, list] = {name: [] for name in reconstructions}
     fired: dict[Name, np.ndarray] = {}
     start, everyone = 0, list(reconstructions)
+    hook.unembeds(input_ids[:1].to(hook.device))
     with line(bar, f"patching {label}", len(input_ids) * len(pieces)) as bar, torch.no_grad():
         ce_zero, _ = ablated(hook, input_ids, torch.zeros_like(shared.mean), batch)
         ce_mean, final_mean = ablated(hook, input_ids, shared.mean, batch)
@@ -233,12 +234,14 @@ def ablated(
     """(CE [S,T-1] float64 on the CPU, `Hook.final` [1,T-1,d]) of the run that has x [d] at every position.
 
     Such a run sees nothing of its text, so that one serves every sequence; None, and a run for each, in a
-    family whose later blocks read the text themselves: one sequence and its reverse tell.
+    family whose later blocks read the text themselves: one sequence tells, beside another that has a
+    different token at every position.
     """
     device, (S, T) = hook.device, input_ids.shape
-    fed, norm = x.expand(1, T, len(x)), torch.linalg.vector_norm
-    two = [hook.final(one.to(device), fed) for one in (input_ids[:1], input_ids[:1].flip(1))]
-    alike = bool(norm(two[0] - two[1]) <= 1e-5 * norm(two[0]))
+    fed, norm, first = x.expand(1, T, len(x)), torch.linalg.vector_norm, input_ids[:1]
+    other = (first + 1) % hook.model.get_input_embeddings().weight.shape[0]
+    two = [hook.final(one.to(device), fed) for one in (first, other)]
+    alike = bool((norm(two[0] - two[1], dim=-1) <= 1e-5 * norm(two[0], dim=-1)).all())
     losses = []
     for chunk in input_ids.split(S if alike else batch):
         chunk = chunk.to(device)

@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from transport_geometry.errors import UserError
 from transport_geometry.lm import Hook, attending, for_every_head
 
 import torch
@@ -35,7 +36,7 @@ def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: to
     MPS, whose attention is decomposed for backward passes only (#179294), and where something else has no
     forward derivative, u comes from two backward passes.
     """
-    linear = unembeds_linearly(hook, input_ids, h)
+    linear = hook.unembeds(input_ids)
 
     def f(x: torch.Tensor) -> torch.Tensor:
         return hook.tail(input_ids, x, unembedded=not linear)[:, :-1]
@@ -50,13 +51,6 @@ def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: to
     if linear:
         moved = torch.nn.functional.linear(moved, hook.model.get_output_embeddings().weight)
     return moved.to(h.dtype)
-
-
-def unembeds_linearly(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor) -> bool:
-    """Are the logits the unembedding and nothing else (no cap, no scale after it)? Looked at once per
-    model.
-    """
-    return hook.unembeds(input_ids, h)
 
 
 def push_forward_twice(f: Callable, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -92,11 +86,40 @@ def same_form(
 ) -> torch.Tensor:
     """[B,T-1]: delta_t^T G_tt delta_t of every position, exactly, in one pass with self-position attention.
 
-    Raises UserError for a family whose attention cannot be exchanged: its same-position form would silently
-    be the sequence's.
+    Raises UserError for a family that mixes positions after the hook by what cannot be exchanged: its form
+    would silently be partly, or all, the sequence's.
     """
+    check_attention_mixes(hook, input_ids, h)
     with attending(hook.model, self_position_attention):
         return variance(p, push_forward(hook, input_ids, h, delta))
+
+
+def check_attention_mixes(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor) -> None:
+    """Raises UserError where positions are mixed after the hook by something else than attention (a
+    convolution, a recurrence), or attention is something else than the one it is exchanged for.
+
+    With `self_position_attention` the logits are the model's own, and those at the last position have a
+    gradient of exactly 0 at the others, whatever the dtype: no path leads there. One look per model and hook,
+    on the clean h of one sequence.
+    """
+    known, name = vars(hook.model).setdefault("mixed_by_attention", set()), type(hook.model).__name__
+    if hook.layer in known:
+        return
+    one, x = input_ids[:1], h[:1].detach().requires_grad_()
+    with attending(hook.model, self_position_attention), torch.enable_grad():
+        logits = hook.tail(one, x)
+        moved = torch.autograd.grad(logits[:, -1], x, logits[:, -1].detach())[0][:, :-1]
+    if moved.any():
+        raise UserError(
+            f"{name}: positions are mixed after block {hook.layer} by something else than attention, so a "
+            "position cannot be looked at alone"
+        )
+    with torch.no_grad():
+        own = hook.tail(one, h[:1])
+    apart, of = (torch.linalg.vector_norm(z.float(), dim=-1) for z in (logits.detach() - own, own))
+    if (apart > (0.05 if own.dtype == torch.bfloat16 else 1e-3) * of).any():
+        raise UserError(f"{name}: its attention is more than a masked softmax of scaled scores")
+    known.add(hook.layer)
 
 
 def self_position_attention(

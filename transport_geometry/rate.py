@@ -294,7 +294,7 @@ def softmax_form(
     comes after it. h, delta [B,T,d], p [B,T-1,V].
     """
     norms = [m for m in hook.model.base_model.children() if isinstance(m, torch.nn.LayerNorm)]
-    if not (hook.is_last and len(norms) == 1 and fisher.unembeds_linearly(hook, input_ids, h)):
+    if not (hook.is_last and len(norms) == 1 and hook.unembeds(input_ids)):
         return None
     norm, centred = norms[0], h - h.mean(-1, keepdim=True)
     s = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
