@@ -6,11 +6,9 @@ import shutil
 import types
 
 from helpers import small_grid
-from transport_geometry import models, text
+from transport_geometry import models, text, train
 from transport_geometry.grid import Loaded, plan
-from transport_geometry.lm import Hook
 from transport_geometry.models import bos_of, load_model
-from transport_geometry.train import activation_chunks
 
 import pytest
 import tokenizers
@@ -133,7 +131,7 @@ def begun(tmp_path_factory):
 
 
 def planned(model, bos, data="stdlib"):
-    grid = small_grid(eval_seqs=2, ctx=16, models=((model, 3),), bos=bos, data=data)
+    grid = small_grid(eval_seqs=2, ctx=16, models=((model, 3),), bos=bos, data=data, tokens=(1000,))
     settings, (eval_set,) = plan(grid, CPU, "test")
     return settings, eval_set, eval_set.candidates[0].origin
 
@@ -179,12 +177,12 @@ def test_a_files_own_word_stands_above_it(begun):
         assert loaded.place(one, small_grid(eval_seqs=2, ctx=16, bos=asked)).bos is expected
 
 
-def test_saes_are_trained_on_rows_that_begin_with_it(begun, monkeypatch):
-    """And its position is a sink's, which `drop` leaves out."""
-    model, tokenizer = load_model(begun, CPU)
-    seen, head = [], Hook.head
-    monkeypatch.setattr(Hook, "head", lambda self, ids: (seen.append(ids), head(self, ids))[1])
-    hook = Hook(model, 3)
-    _, sink = next(activation_chunks(hook, "stdlib", tokenizer, 16, 256, "keep", bos=1))
-    assert (seen[0][:, 0] == 1).all() and (seen[0][:, 1:] != 1).any()
-    assert sink.view(-1, 16)[:, 0].all()
+@pytest.mark.parametrize("bos", ["auto", "no"])
+def test_saes_are_trained_on_the_rows_they_are_evaluated_on(begun, bos, tmp_path, monkeypatch):
+    seen, outputs = [], train.block_outputs
+    monkeypatch.setattr(
+        train, "block_outputs", lambda *run: (seen.append(run[2][:, 0] == 1), outputs(*run))[1]
+    )
+    _, eval_set, spec = planned(begun, bos)
+    train.train_missing(eval_set.hook.model, eval_set.tokenizer, [spec], tmp_path, eval_set.source)
+    assert torch.cat(seen).all() == (eval_set.held.input_ids[:, 0] == 1).all() == (bos == "auto")
