@@ -194,7 +194,9 @@ def main() -> None:
     if {"-h", "--help"} & set(flags):
         bench.parser_of(__doc__).parse_args(flags)
     with tempfile.TemporaryDirectory() as folder, hub.serve(pathlib.Path(folder) / "hub") as served:
-        os.environ.update(served.environment(pathlib.Path(folder) / "hf"))
+        environment = served.environment(pathlib.Path(folder) / "hf")
+        os.environ.clear()  # of HF_HUB_OFFLINE, too
+        os.environ.update(environment)
         measure(served, pathlib.Path(folder), size, [flag for flag in flags if flag != "--small"])
 
 

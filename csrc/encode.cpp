@@ -19,6 +19,7 @@
 // rounded, and such that a dimension that is large in h or in W does not cost the others their digits (Xiao
 // et al. 2023, arXiv:2211.10438, eq. 4).
 #include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <atomic>
@@ -65,7 +66,7 @@ void gemm(const T* a, int64_t rows, const T* b, int64_t cols, int64_t d, A* resu
   std::array<StableIValue, 3> stack{view(a, DTYPE<T>, rows, d, d, 1), view(b, DTYPE<T>, d, cols, 1, d),
                                     view(result, DTYPE<A>, rows, cols, cols, 1)};
   const char* op = std::is_same_v<T, int8_t> ? "aten::_int_mm" : "aten::mm";
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference, so that it is released
 }
 
@@ -463,7 +464,8 @@ template <class T> void without_a_screen(const Problem<T>& of, const std::vector
 }
 
 // What an 8-bit GEMM costs here beside a float32 one; infinite where it is not exact: on a processor without
-// 8-bit products a library may add pairs of them in 16 bits, which saturate.
+// 8-bit products a library may add pairs of them in 16 bits, which saturate. Of each the least of several
+// turns counts, for other work on the machine only ever adds time.
 double price_of_integers() {
   constexpr int64_t rows = 64, d = 256, more_rows = 256, more_cols = 1024;
   auto q = memory<int8_t>(more_cols * d);
@@ -482,18 +484,24 @@ double price_of_integers() {
       for (int64_t i = 0; i < d; ++i) sum += q[r * d + i] * q[c * d + i];
       if (sums[r * rows + c] != sum) return INF<double>;
     }
-  double seconds[2] = {1, 1};
-  for (int turn = 0; turn < 4; ++turn)
-    for (int integers : {0, 1}) {
-      const auto start = std::chrono::steady_clock::now();
-      if (integers)
-        gemm(q.get(), more_rows, q.get(), more_cols, d, sums.get());
-      else
-        gemm(x.get(), more_rows, x.get(), more_cols, d, pre.get());
-      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-      seconds[integers] = std::min(seconds[integers], took.count());
-    }
-  return seconds[1] / seconds[0];
+  const auto ratio = [&](int64_t n, int64_t m) {
+    double seconds[2] = {INF<double>, INF<double>};
+    for (int turn = 0; turn < 4; ++turn)
+      for (int integers : {0, 1}) {
+        const auto start = std::chrono::steady_clock::now();
+        if (integers)
+          gemm(q.get(), n, q.get(), m, d, sums.get());
+        else
+          gemm(x.get(), n, x.get(), m, d, pre.get());
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        seconds[integers] = std::min(seconds[integers], took.count());
+      }
+    return seconds[1] / seconds[0];
+  };
+  // A library without a kernel for them multiplies one by one: 20 times slower in the small turns, 50 and up in
+  // the large ones, which would take a second or more. They are not run then.
+  const double small = ratio(rows, rows);
+  return small < 8 ? ratio(more_rows, more_cols) : small;
 }
 
 enum First { INTEGERS, OWN, NONE, MEASURED };
@@ -501,7 +509,14 @@ First asked_for = MEASURED;
 std::atomic<int64_t> went_on[2];  // tokens that the first and the second screen left to the next
 
 double measured_price() {
-  static const double price = price_of_integers();
+  static const double price = [] {
+    double found = 0;
+    // of two tasks one does nothing: within parallel_for the products take one thread, as they do in encode
+    torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t) {
+      if (begin == 0) found = price_of_integers();
+    });
+    return found;
+  }();
   return price;
 }
 
@@ -523,8 +538,9 @@ void encode(const Tensor& h, const Tensor& W, const Tensor& b, int64_t k, const 
     const int64_t most = std::min(TILE_TOKENS, end - begin);
     const auto some = [&](std::vector<int64_t>& tokens, auto& screen) {
       std::vector<int64_t> left;
-      for (size_t n0 = 0; n0 < tokens.size(); n0 += most) {
-        const auto from = tokens.begin() + n0, to = tokens.begin() + std::min(n0 + most, tokens.size());
+      const int64_t count = tokens.size();
+      for (int64_t n0 = 0; n0 < count; n0 += most) {
+        const auto from = tokens.begin() + n0, to = tokens.begin() + std::min(n0 + most, count);
         const std::vector<int64_t> more = screen({from, to});
         left.insert(left.end(), more.begin(), more.end());
       }

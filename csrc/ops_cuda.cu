@@ -5,10 +5,12 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -79,7 +81,7 @@ struct Device {  // the one that the caller's tensor lives on, and the stream th
   cudaStream_t stream;
   explicit Device(const Tensor& t) : guard(t.get_device_index()) {
     void* raw = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &raw));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &raw));
     stream = static_cast<cudaStream_t>(raw);
   }
 
@@ -367,8 +369,7 @@ __global__ void select(const float* tile, const float* h, const float* W, const 
 void gemm(const Tensor& a, const Tensor& bT, const Tensor& result) {
   using torch::stable::detail::from, torch::stable::detail::to;
   std::array<StableIValue, 4> stack{from(a), from(bT), from(ScalarType::Float), from(result)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
   to<Tensor>(stack[0]);
 }
 
@@ -543,12 +544,11 @@ Tensor gather_dot(const Tensor& x_, const Tensor& W_, const Tensor& indices_) {
   return dots;
 }
 
-std::tuple<Tensor, Tensor> sort(const Tensor& x) {  // of one dimension; stable
+std::tuple<Tensor, Tensor> stable_sort(const Tensor& x) {  // of one dimension; torch 2.15 has a sort
   using torch::stable::detail::from, torch::stable::detail::to;
   const std::optional<bool> stable = true;
   std::array<StableIValue, 4> stack{from(x), from(stable), from(int64_t(0)), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
@@ -647,7 +647,7 @@ std::tuple<Tensor, Tensor> scatter_rows(const Tensor& coef_, const Tensor& indic
   const int64_t per_entry = entries / THREADS + 1, pieces = (entries + PIECE - 1) / PIECE;
   Tensor latents = new_empty(x, {entries}, ScalarType::Int);
   on.run(narrow, per_entry, 0, in<int64_t>(indices), entries, F, out<int>(latents));
-  const auto by_latent = sort(latents);
+  const auto by_latent = stable_sort(latents);
   const Tensor &sorted = std::get<0>(by_latent), &place = std::get<1>(by_latent);
   Tensor tokens = new_empty(x, {entries}, ScalarType::Int), weights = new_empty(x, {entries});
   Tensor starts = new_empty(x, {F + 1}, ScalarType::Long), rows = new_empty(x, {F, d}),

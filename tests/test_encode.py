@@ -202,7 +202,7 @@ assert_same(*problem(), 24)
 @pytest.mark.slow
 def test_a_library_that_saturates_is_found_out():
     """oneDNN without 8-bit products adds pairs of them in 16 bits: nearly every sum is wrong."""
-    if kernels._module.integers_price() == float("inf"):
+    if kernels._module.integers_price() >= kernels._module.WORTH:
         pytest.skip("this CPU has no exact 8-bit products to be taken away")
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"

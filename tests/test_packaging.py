@@ -67,6 +67,12 @@ def test_the_hash_of_csrc_is_the_one_kernels_compares(setup):
     assert not any("fast-math" in flag or "march" in flag for flag in flags)
 
 
+def test_pybind11_is_found_before_the_one_that_torch_brings(setup):
+    """Torch's refuses TORCH_TARGET_VERSION."""
+    ours, *others = setup["given"]["ext_modules"][0].include_dirs
+    assert (pathlib.Path(ours) / "pybind11/pybind11.h").is_file() and torch.__path__[0] not in ours and others
+
+
 def test_every_requirement_is_pinned_within_its_range():
     pinned = pins("constraints.txt")
     for wanted in requirements("test"):
