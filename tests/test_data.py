@@ -338,7 +338,8 @@ def test_held_out_files_of_the_standard_library_are_not_in_the_training_text():
         hashes = text.windows(document).tolist()
         assert sum(one in seen for one in hashes) <= text.NEAR * len(hashes), name
     moved = [name for name, _ in text.stdlib_documents("train") if text.one_in_ten(name)]
-    assert {"chunk.py", "token.py", "posixpath.py"} <= set(moved) and len(moved) < len(held)
+    # of every Python from 3.11 to 3.14
+    assert {"cProfile.py", "encodings/gb2312.py", "encodings/gbk.py"} <= set(moved) and len(moved) < len(held)
 
 
 def test_a_budget_beyond_the_text_says_that_it_repeats(tmp_path, capsys):

@@ -135,8 +135,9 @@ def stdlib_sides() -> dict[str, list[tuple[str, str]]]:
 
     One file in ten is held out, by its name's hash; of these, files that share more than NEAR of their
     windows with the training side are near-duplicates of something there, and join it (the held-out side only
-    shrinks: nothing on it was seen by the embedded models, which were trained on the other nine tenths). In
-    the order of their names' hashes, so that any stretch of the stream is a mixture. Raises UserError.
+    shrinks: nothing on it was seen by the embedded models, which were trained on the other nine tenths of
+    Python 3.11's; in another version a file may hold what stood in one of those). In the order of their
+    names' hashes, so that any stretch of the stream is a mixture. Raises UserError.
     """
     texts = stdlib_texts()
     names = sorted(texts, key=digest)
