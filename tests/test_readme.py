@@ -142,6 +142,12 @@ def pinned(name: str, version: str) -> bool:
 COMPARED = {
     # versions
     "Python 3.11 or newer": PROJECT["requires-python"] == ">=3.11",
+    "Everything is tried with Python 3.11;": "python3.11 -m venv" in (ROOT / ".ci/run").read_text(),
+    "with 3.13 and CUDA's torch": results("| Python 3.13.0, CUDA's torch first"),
+    "For 3.12 and 3.14 only": results("| Python 3.12.1, 3.14.10 | every file compiles"),
+    "linked against torch 2.10": results(
+        "| encode.cpp, arm64 macOS | 2.10 | as above | compiles and links |"
+    ),
     "the torch you have (2.10 or newer)": "torch>=2.10" in PROJECT["dependencies"],
     "SAELens 6.54.12": pinned("sae-lens", "6.54.12"),
     "sparsify 1.3.3": pinned("eai-sparsify", "1.3.3"),
@@ -318,6 +324,8 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
     by_hand = (ROOT / ".ci/run").read_text(encoding="utf-8")
     if name in ("ruff", "mypy"):
         assert " ".join(words) in by_hand
+    elif name == "bash":
+        assert " ".join(words) in by_hand and (ROOT / arguments[0]).exists()
     elif name == "pytest":
         assert " ".join(words).replace("'", "").replace("not slow", "'not slow'") in by_hand
     elif name.startswith("transport-"):
