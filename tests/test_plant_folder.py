@@ -186,7 +186,7 @@ def test_float32_cannot_hold_every_norm(tmp_path):
         (["stdlib-s", "--norm", "5", "FULL"], "only a new or empty folder"),
         (["stdlib-s", "--norm", "5", "FULL/file"], "only a new or empty folder"),
         (["stdlib-s", "--norm", "5", "--token", "2048", "OUT"], "the model has tokens 0 to 2047"),
-        (["nowhere", "--norm", "5", "OUT"], "nowhere (embedded are stdlib-s"),
+        (["nowhere", "--norm", "5", "OUT"], "nowhere (known by name are stdlib-s"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ and every column against a run of transformers with hooks of the test's own.
 
 import importlib.util
 import json
+import shutil
 
 import zygote
 from helpers import ROOT, contents, script
@@ -46,11 +47,8 @@ def test_r2_rises_where_the_patch_gets_worse(quick):
     assert after["r2"] > before["r2"] + 0.2
     assert after["r2_nosink"] <= before["r2_nosink"]
     sums = np.load(out / "sequences.npz")
-    at = {
-        int(name.split("@")[1].split("/")[0]): i
-        for i, name in enumerate(sums["condition"].astype(str))
-        if "base" in name
-    }
+    saes = ((i, name.split()) for i, name in enumerate(sums["condition"].astype(str)) if " base " in name)
+    at = {int(layer): i for i, (_, layer, *_) in saes}
     assert len(set(sums["document"][at[10]])) == 12
     draws = np.random.default_rng(0).integers(12, size=(2000, 12))  # one row of each document
     patched, clean = (
@@ -131,8 +129,6 @@ def test_every_column_is_that_of_a_hooked_run(quick):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "outputs/reference").glob("expb-*")))
 def test_a_reference_on_a_real_model_is_made_again_from_its_rows(name, tmp_path):
-    import shutil
-
     shutil.copytree(ROOT / "outputs/reference" / name, tmp_path / name)
     script("expb.py", "--from", tmp_path / name)
     assert contents(tmp_path / name) == contents(ROOT / "outputs/reference" / name)
