@@ -23,6 +23,7 @@ import pretend
 from helpers import script
 from transport_geometry import (
     formats,
+    gguf_models,
     kernels,
     leaderboard,
     libraries,
@@ -145,9 +146,10 @@ COMPARED = {
     "Everything is tried with Python 3.11;": "python3.11 -m venv" in (ROOT / ".ci/run").read_text(),
     "with 3.13 and CUDA's torch": results("| Python 3.13.0, CUDA's torch first"),
     "For 3.12 and 3.14 only": results("| Python 3.12.1, 3.14.10 | every file compiles"),
-    "linked against torch 2.10": results(
-        "| encode.cpp, arm64 macOS | 2.10 | as above | compiles and links |"
+    "linked against torch 2.10 to 2.15": results(
+        "| encode.cpp, arm64 macOS | 2.10, 2.11, 2.12 | the same macro unknown | compiles and links |"
     ),
+    "SmolLM2-135M and Gemma 3 270M": {"smollm2-135m", "gemma3-270m"} == set(gguf_models.PACKAGED),
     "the torch you have (2.10 or newer)": "torch>=2.10" in PROJECT["dependencies"],
     "SAELens 6.54.12": pinned("sae-lens", "6.54.12"),
     "sparsify 1.3.3": pinned("eai-sparsify", "1.3.3"),

@@ -162,6 +162,8 @@ def _is_whole(folder: pathlib.Path, made_from: dict[str, str]) -> bool:
 
 def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_from: dict[str, str]) -> None:
     """Write the model in float32, and its tokenizer, as transformers saves them. Raises UserError, Fault."""
+    from transport_geometry import models  # which loads what this unpacks
+
     import transformers
 
     with (
@@ -178,6 +180,12 @@ def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_fro
         rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             raise UserError(f"its tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings")
+        asks = header.get_field("tokenizer.ggml.add_bos_token")
+        if asks and asks.contents() and models.bos_of(tokenizer) is None:
+            raise UserError(
+                "its tokenizer is to put BOS before a text, and transformers "
+                f"{transformers.__version__} reads it without: a newer one, please"
+            )
         # once it is unpacked, nothing of it is quantised
         vars(model.config).pop("quantization_config", None)
         first: dict[int, tuple[str, torch.Tensor]] = {}  # of tied ones
