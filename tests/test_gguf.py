@@ -295,6 +295,13 @@ def test_a_run_says_what_it_was_about(tmp_path):
     assert len([record for record in records if "d_sae" in record]) == 2
 
 
+def test_a_bos_that_its_reader_loses_is_refused(tmp_path, monkeypatch):
+    """As transformers 5.21 does: Gemma 3 would predict a nat worse, without a word."""
+    write(tmp_path / "tiny.gguf", bos=True)
+    monkeypatch.setattr(models, "bos_of", lambda tokenizer: None)
+    assert "is to put BOS before a text" in refused(tmp_path / "tiny.gguf", tmp_path / "cache")
+
+
 # ---------------------------------------------------------------------------------------- the real models
 @pytest.mark.slow
 @pytest.mark.parametrize("name, bos", [("smollm2-135m", None), ("gemma3-270m", 2)])
