@@ -116,14 +116,11 @@ def cost(
 
 def held_at(d: int, grid: Grid) -> int:
     """Bytes that a hook of width d holds while its SAEs are trained."""
-    live = []
-    for recipe in grid.recipes:
-        inner = {before for tokens in grid.tokens for before in trunk(recipe, tokens, grid.tokens)}
-        live += [
-            (recipe, grid.expansion * d, runs(grid) * (2 if trunk(recipe, tokens, grid.tokens) else 1))
-            for tokens in grid.tokens
-            if tokens not in inner
-        ]
+    live = [
+        (recipe, grid.expansion * d, runs(grid) * (2 if way else 1))
+        for recipe in grid.recipes
+        for way in trunks(recipe, grid).values()
+    ]
     return held_bytes(d, max(grid.tokens), live)
 
 
@@ -153,12 +150,18 @@ def runs(grid: Grid) -> int:
 
 def trained_tokens(grid: Grid) -> float:
     """Tokens that SAEs are trained on at a hook, each SAE's counted."""
-    total = 0.0
-    for recipe in grid.recipes:
-        for tokens in grid.tokens:  # a budget on the way to another is a branch of its run
-            inner = any(tokens in trunk(recipe, other, grid.tokens) for other in grid.tokens)
-            total += runs(grid) * tokens * (RECIPES[recipe].DECAY if inner else 1.0)
-    return total
+    return runs(grid) * sum(
+        tokens + RECIPES[recipe].DECAY * sum(way)
+        for recipe in grid.recipes
+        for tokens, way in trunks(recipe, grid).items()
+    )
+
+
+def trunks(recipe: str, grid: Grid) -> dict[int, tuple[int, ...]]:
+    """{budget: the smaller ones on its way}, of the budgets that are on no other's way."""
+    ways = {tokens: trunk(recipe, tokens, grid.tokens) for tokens in grid.tokens}
+    inner = {tokens for way in ways.values() for tokens in way}
+    return {tokens: way for tokens, way in ways.items() if tokens not in inner}
 
 
 def measured_rate(device: torch.device) -> float:

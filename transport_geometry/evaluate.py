@@ -148,7 +148,6 @@ def evaluate(
     pieces: dict[Name, list] = {name: [] for name in reconstructions}
     fired: dict[Name, np.ndarray] = {}
     start, everyone = 0, list(reconstructions)
-    hook.unembeds(input_ids[:1].to(hook.device))
     with line(bar, f"patching {label}", len(input_ids) * len(pieces)) as bar, torch.no_grad():
         ce_zero, _ = ablated(hook, input_ids, torch.zeros_like(shared.mean), batch)
         ce_mean, final_mean = ablated(hook, input_ids, shared.mean, batch)

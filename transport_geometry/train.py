@@ -83,12 +83,15 @@ class Stream:
     layer: int
     sinks: str  # "drop" leaves sink positions out and does not count them
     tokens: int  # that are given out
-    number: int = 0  # of the chunk that comes next; those before it are passed over
+    number: int = 0  # of the chunk that comes next
     median: float | None = None  # of the norms of the first batch, which says what a sink is
-    seen: int = 0  # tokens that were given out or passed over
+    over: int = field(init=False)  # tokens before the first chunk, still to be passed over
     waiting: int = 0  # tokens in `parts`
     # (h [n,d], sink [n], which of them): both arms of a hook hold the same h
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.over = self.number * CHUNK
 
     @property
     def length(self) -> int:
@@ -96,9 +99,13 @@ class Stream:
         return max(0, min(CHUNK, self.tokens - self.number * CHUNK))
 
     def passes_over(self, n: int) -> bool:
-        """Are the next n positions passed over without the model? How many are sinks only the model knows."""
-        known = self.median is not None and self.sinks == "keep"
-        return known and self.seen + n <= self.number * CHUNK
+        """Pass over the next n positions without the model, where that can be: how many are sinks only the
+        model knows.
+        """
+        if self.median is None or self.sinks == "drop" or n > self.over:
+            return False
+        self.over -= n
+        return True
 
     def add(self, h: torch.Tensor) -> None:
         """h [B,T,d] of the next rows."""
@@ -106,8 +113,8 @@ class Stream:
         self.median = norms[:, 1:].median().item() if self.median is None else self.median
         sink = sink_positions(norms, self.median).flatten()
         taken = (~sink if self.sinks == "drop" else torch.ones_like(sink)).nonzero().squeeze(1)
-        over = min(max(self.number * CHUNK - self.seen - self.waiting, 0), len(taken))
-        self.seen += over
+        over = min(self.over, len(taken))
+        self.over -= over
         if over < len(taken):
             self.parts.append((h.flatten(0, 1), sink, taken[over:]))
             self.waiting += len(taken) - over
@@ -124,7 +131,7 @@ class Stream:
             at += len(now)
             if len(later):
                 self.parts.insert(0, (of, of_sink, later))
-        self.number, self.seen, self.waiting = self.number + 1, self.seen + n, self.waiting - n
+        self.number, self.waiting = self.number + 1, self.waiting - n
         return h, sink
 
 
@@ -143,8 +150,6 @@ def stream_chunks(
     for input_ids in rows:
         n = input_ids.numel()
         running = [stream for stream in streams if not stream.passes_over(n)]
-        for stream in streams:
-            stream.seen += 0 if stream in running else n
         layers = sorted({stream.layer for stream in running})
         for layer in layers:  # so that nothing is trained on what cannot be evaluated
             Hook(model, layer).way_to_patch(input_ids.to(device))
@@ -731,9 +736,8 @@ def pass_flops(model: Any, runs: Sequence[Run]) -> float:
 
 def training_flops(model: Any, runs: Sequence[Run]) -> float:
     """Of these SAEs' training and the passes that it takes."""
-    longest = [max(run.spec.tokens for run in one) for one in passes(model, runs)]
-    of_passes = sum(n * pass_flops(model, one) for n, one in zip(longest, passes(model, runs)))
-    return of_passes + sum(sae_flops(model, run) for run in runs)
+    of_passes = (max(run.spec.tokens for run in one) * pass_flops(model, one) for one in passes(model, runs))
+    return sum(of_passes) + sum(sae_flops(model, run) for run in runs)
 
 
 def sae_flops(model: Any, run: Run) -> float:
