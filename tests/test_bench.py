@@ -76,6 +76,18 @@ def test_bench_kernels():
     assert float(re.search(r"takes ([\d.]+) times", said)[1]) > 0
 
 
+def test_bits():
+    """A line an operator and input; the same bits whichever screen comes first."""
+    lines = bench("bits").splitlines()
+    assert len(lines) == len(set(lines)) == 396
+    encoded: dict[str, set[str]] = {}
+    for line in lines:
+        at, found = line.split(": ")
+        if found.startswith("topk_encode"):
+            encoded.setdefault(at, set()).add(found.rsplit(maxsplit=1)[1])
+    assert len(encoded) == 36 and all(len(digests) == 1 for digests in encoded.values())
+
+
 def test_bench_evaluate():
     """Together and one at a time, the same numbers."""
     said = bench("bench_evaluate", "--small", *"--saes 7 --alone 3 --sequences 3".split())

@@ -8,7 +8,8 @@ import types
 from helpers import small_grid
 from transport_geometry import models, text, train
 from transport_geometry.grid import Loaded, plan
-from transport_geometry.models import bos_of, load_model
+from transport_geometry.model_files import bos_of
+from transport_geometry.models import load_model
 
 import pytest
 import tokenizers

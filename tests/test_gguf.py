@@ -12,11 +12,12 @@ import re
 import shutil
 
 from helpers import one_line, script
-from transport_geometry import gguf_models, models, store
+from transport_geometry import gguf_models, store
 from transport_geometry.errors import UserError
 from transport_geometry.gguf_models import PACKAGED, Package
 from transport_geometry.lm import cross_entropy, log_probs
-from transport_geometry.models import bos_of, fingerprint, load_model, model_hash
+from transport_geometry.model_files import bos_of
+from transport_geometry.models import fingerprint, load_model, model_hash
 from transport_geometry.text import heldout_rows
 
 import numpy as np
@@ -298,7 +299,7 @@ def test_a_run_says_what_it_was_about(tmp_path):
 def test_a_bos_that_its_reader_loses_is_refused(tmp_path, monkeypatch):
     """As transformers 5.21 does: Gemma 3 would predict a nat worse, without a word."""
     write(tmp_path / "tiny.gguf", bos=True)
-    monkeypatch.setattr(models, "bos_of", lambda tokenizer: None)
+    monkeypatch.setattr(gguf_models, "bos_of", lambda tokenizer: None)
     assert "is to put BOS before a text" in refused(tmp_path / "tiny.gguf", tmp_path / "cache")
 
 

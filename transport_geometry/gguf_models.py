@@ -19,7 +19,7 @@ from typing import Any
 
 from transport_geometry import ranks, store
 from transport_geometry.errors import Damaged, UserError, one_line
-from transport_geometry.model_files import check_size, read_config
+from transport_geometry.model_files import bos_of, check_size, read_config
 
 import torch
 from safetensors.torch import save
@@ -162,8 +162,6 @@ def _is_whole(folder: pathlib.Path, made_from: dict[str, str]) -> bool:
 
 def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_from: dict[str, str]) -> None:
     """Write the model in float32, and its tokenizer, as transformers saves them. Raises UserError, Fault."""
-    from transport_geometry import models  # which loads what this unpacks
-
     import transformers
 
     with (
@@ -181,7 +179,7 @@ def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_fro
         if len(tokenizer) > rows:
             raise UserError(f"its tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings")
         asks = header.get_field("tokenizer.ggml.add_bos_token")
-        if asks and asks.contents() and models.bos_of(tokenizer) is None:
+        if asks and asks.contents() and bos_of(tokenizer) is None:
             raise UserError(
                 "its tokenizer is to put BOS before a text, and transformers "
                 f"{transformers.__version__} reads it without: a newer one, please"

@@ -1,5 +1,5 @@
-"""What the files of a language model say of its size, read before any of it is spent: a stranger's
-configuration may count out more than the memory holds.
+"""What the files of a language model say: its size, read before any memory is spent (a stranger's
+configuration may count out more than there is), and the token that its tokenizer puts before a text.
 """
 
 import json
@@ -108,3 +108,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise UserError(f"its index names {name}, and only safetensors beside it are read")
     return [folder / name for name in sorted(names)]
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before a text, None where it puts none. Looked at in an encoding:
+    Gemma 3's attribute `add_bos_token` reads False, and it puts one.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=special).input_ids[0] for special in (False, True))
+    return None if whole == plain else whole

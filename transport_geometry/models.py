@@ -194,14 +194,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return short_hash(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}")
 
 
-def bos_of(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before a text, None where it puts none. Looked at in an encoding:
-    Gemma 3's attribute `add_bos_token` reads False, and it puts one.
-    """
-    plain, whole = (tokenizer("a", add_special_tokens=special).input_ids[0] for special in (False, True))
-    return None if whole == plain else whole
-
-
 def readable_names(names: Sequence[str]) -> dict[str, str]:
     """{name as typed: what results call it}. A local path is called by its last part, or by as many as tell
     it from the others.
