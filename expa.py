@@ -33,7 +33,7 @@ from transport_geometry.grid import sae_name
 from transport_geometry.metrics import EUCLIDEAN_CONTROLS
 from transport_geometry.page import with_page
 from transport_geometry.plant import split
-from transport_geometry.results import about_the_run, measured, rows_hash
+from transport_geometry.results import about_the_run, measured, of_one_processor, rows_hash, subset
 from transport_geometry.run import Experiment, run
 from transport_geometry.scale import Conditions, Pair, mismatch
 from transport_geometry.tables import (
@@ -562,6 +562,7 @@ class Findings:
     stars: list[curves.KStar]
     laws: list[dict]
     correlation: float
+    left_out: int  # SAEs of other processors
     settings: dict[str, Any]
 
     @property
@@ -574,10 +575,12 @@ class Findings:
 
 
 def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
-    """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv and
-    sequences.npz.
+    """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and
+    what run.json says of processors.
     """
     found = measured(out, settings, N_RESAMPLES)
+    paired = of_one_processor(out, found.saes)
+    found, left_out = subset(found, paired), int((~paired).sum())
     alive = np.array([row["alive"] for row in found.saes])
     conditions = Conditions(found.values, found.meta, alive, settings["models"], min(settings["documents"]))
     deltas, verdicts, stars, laws = [], [], [], []
@@ -589,7 +592,8 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
         of_arm = curves.Curves.of(part, N_RESAMPLES)
         stars += curves.k_stars(of_arm, recipe, sinks)
         laws += curves.laws(of_arm, recipe, sinks, decay=RECIPES[recipe].DECAY > 0)
-    findings = Findings(found.saes, deltas, verdicts, stars, laws, seed_correlation(conditions), settings)
+    correlation = seed_correlation(conditions)
+    findings = Findings(found.saes, deltas, verdicts, stars, laws, correlation, left_out, settings)
     record = verdicts[0].record() | dict(
         other_arms=[verdict.record() for verdict in verdicts[1:]],
         kstar=[star.row() for star in stars],
@@ -623,6 +627,9 @@ PICTURE = """\
 """
 WORDS = """\
 The verdict, in the words of the tree. {sentence}
+"""
+LEFT_OUT = """\
+No SAE is compared with one that another processor trained: {n} are left out of all that follows.
 """
 
 HEADLINE = """\
@@ -705,6 +712,7 @@ def report(f: Findings, pictures: list[str]) -> bytes:
     """report.md; pictures: the plots' files, sorted."""
     sections = [TITLE.format(answer=answer(f.verdict, f.headline).markdown()), PICTURE * bool(f.headline)]
     sections.append(WORDS.format(sentence=f.verdict.sentence()))
+    sections.append(LEFT_OUT.format(n=f.left_out) * bool(f.left_out))
     if f.headline:
         sections += [headline_section(f), tree_section(f.verdict), MISMATCH]
     sections += [

@@ -15,7 +15,7 @@ import time
 
 import zygote
 from helpers import ROOT, SMALL, contents, one_line, process, script
-from transport_geometry import leaderboard
+from transport_geometry import leaderboard, store
 from transport_geometry.tables import read_table
 
 import pytest
@@ -197,6 +197,23 @@ def run_a(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expa")
     done = expa(*SMALL_A, *folders(folder))
     return folder / "out", folder / "cache", done.stdout
+
+
+@pytest.mark.slow
+def test_exp_a_pairs_no_sae_with_one_of_another_processor(run_a, tmp_path):
+    """Of three seeds one was trained elsewhere: what is left are two, too few for a verdict."""
+    out = tmp_path / "out"
+    shutil.copytree(run_a[0], out)
+    ((here, saes),) = json.loads((out / "run.json").read_text())["trained_on"].items()
+    elsewhere = [name for name in saes if name.split("-")[-2] == "2"]
+    assert len(elsewhere) * 3 == len(saes)
+    both = {here: sorted({*saes} - {*elsewhere}), "Another CPU": elsewhere}
+    store.put(out / "run.json", {}, trained_on=both)
+    expa("--from", out)
+    report = (out / "report.md").read_text()
+    assert f"with one that another processor trained: {len(elsewhere)} are left out" in report
+    assert {row["n_seeds"] for row in read_table(out / "deltas.csv")} == {2}
+    assert json.loads((out / "verdict.json").read_text())["reason"] == "no budget has 3 seeds in both models"
 
 
 @pytest.mark.slow

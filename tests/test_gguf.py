@@ -12,7 +12,7 @@ import re
 import shutil
 
 from helpers import one_line, script
-from transport_geometry import gguf_models, store
+from transport_geometry import gguf_models, models, store
 from transport_geometry.errors import UserError
 from transport_geometry.gguf_models import PACKAGED, Package
 from transport_geometry.lm import cross_entropy, log_probs

@@ -15,7 +15,14 @@ from transport_geometry.errors import UserError
 from transport_geometry.given import Chosen, Given, Refused
 from transport_geometry.lm import Hook, text_config
 from transport_geometry.model_files import bos_of
-from transport_geometry.models import CACHE, load_model, model_hash, pick_layer, readable_names, tokenizer_hash
+from transport_geometry.models import (
+    CACHE,
+    load_model,
+    model_hash,
+    pick_layer,
+    readable_names,
+    tokenizer_hash,
+)
 from transport_geometry.sae import TrainingSpec
 from transport_geometry.train import TRAIN_VERSION, check_memory, trunk
 

@@ -347,6 +347,24 @@ def meta_of(saes: list[dict], settings: dict) -> dict[str, np.ndarray]:
     return meta
 
 
+def of_one_processor(out: pathlib.Path, saes: list[dict]) -> np.ndarray:
+    """[C] bool: the SAEs that the processor trained which trained most of them; all, where it is one.
+
+    On another processor training ends in other weights, as from another seed: no SAE is paired with one of
+    another.
+    """
+    on = store.load(out / RUN).get("trained_on", {})
+    if len(on) < 2:
+        return np.ones(len(saes), bool)
+    most = max((set(names) for names in on.values()), key=lambda names: len(names))
+    return np.array([in_record(Condition.of(row)) in most for row in saes])
+
+
+def in_record(one: Condition) -> str:
+    """What run.json calls an SAE."""
+    return f"{one.hook} {one.within_hook}"
+
+
 def rows_hash(out: pathlib.Path) -> str:
     """SHA-256 of the rows a verdict was computed from."""
     return hashlib.sha256(

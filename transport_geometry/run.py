@@ -47,6 +47,7 @@ from transport_geometry.results import (
     check_verdict,
     finished_run,
     gather,
+    in_record,
     load_results,
     open_output,
     with_training,
@@ -195,8 +196,7 @@ def seen_in_training(eval_sets: list[EvalSet], command: Command) -> dict:
             record = store.load(candidate.origin.folder(command.cache) / store.PROVENANCE)
             one_pass |= {record.get("one_pass")} - {None}
             if name := record.get("processor"):
-                one = candidate.condition
-                on.setdefault(name, set()).add(f"{one.hook} {one.within_hook}")
+                on.setdefault(name, set()).add(in_record(candidate.condition))
     return {
         "one_pass": sorted(one_pass),
         "trained_on": {name: sorted(saes) for name, saes in sorted(on.items())},
