@@ -8,11 +8,22 @@ import random
 
 import pytest
 
+# files that take minutes: begun last, one of them would keep one process busy and the others idle
+LONG = "real_models experiments packaging ranks identity audit gguf bench cuda expa".split()
+
 
 def pytest_configure(config):
-    """Where several processes run the tests (-n 2), each takes one thread, and so does what it starts."""
+    """Where several processes run the tests (-n 2), each takes one thread, and so does what it starts. Files
+    are given out in the order below, not by how many tests they hold.
+    """
     if getattr(config.option, "numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(autouse=True)
