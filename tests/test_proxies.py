@@ -122,7 +122,19 @@ def test_everything_against_dense_float64(hook):
     recon = -log_q.gather(-1, rows[:, 1:, None]).squeeze(-1)
     keep_sink = torch.where(sink[..., None], h, h_hat)
     clean = Hook(exact, layer).tail(rows, torch.cat([keep_sink, whole[:, -1:]], 1))[:, :-1]
-    sinkclean = -torch.log_softmax(clean, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)
+    log_q_clean = torch.log_softmax(clean, -1)
+    sinkclean = -log_q_clean.gather(-1, rows[:, 1:, None]).squeeze(-1)
+    random = torch.stack(
+        [torch.randn(T - 1, d, generator=torch.Generator().manual_seed(row)) for row in range(B)]
+    ).double()
+    random *= delta.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True)
+    lost = torch.where(sink[..., None], h, h + random)
+    log_q_random = torch.log_softmax(
+        Hook(exact, layer).tail(rows, torch.cat([lost, whole[:, -1:]], 1))[:, :-1], -1
+    )
+    kl_calm, kl_random = (
+        (log_p.exp() * (log_p - q)).sum(-1)[[0, 1, 4, 5]].sum() for q in (log_q_clean, log_q_random)
+    )
     expected = {
         "r2": 1 - sq(delta).sum() / sq(centred).sum(),
         "r2_nosink": 1 - sq(delta)[~sink].sum() / sq(calm)[~sink].sum(),
@@ -143,6 +155,8 @@ def test_everything_against_dense_float64(hook):
         "ce_rec": 2 - recon.mean() / ce.mean(),
         "ce_rec_sinkclean": 2 - sinkclean.mean() / ce.mean(),
         "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+        "sink_share": sq(centred)[sink].sum() / sq(centred).sum(),
+        "kl_excess": (kl_calm / kl_random).log(),
         "l0": (torch.where(z >= cut, z, 0) > 0).sum(-1).double().mean(),
     }
     for name, value in expected.items():

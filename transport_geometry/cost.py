@@ -7,7 +7,7 @@ from typing import Any
 from transport_geometry import given, plant
 from transport_geometry.condition import NULLS
 from transport_geometry.errors import one_line
-from transport_geometry.evaluate import DRAWS
+from transport_geometry.evaluate import DRAWS, PATCHED_RUNS
 from transport_geometry.gguf_models import PACKAGED
 from transport_geometry.grid import Command, Grid
 from transport_geometry.lm import block_size, pick_device, text_config
@@ -65,7 +65,7 @@ def shape_of(name: str, revision: str | None) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def evaluation_flops(model: Any, layer: int, passes: int, codes: int, overhead: int = 0) -> float:
+def evaluation_flops(model: Any, layer: int, passes: float, codes: int, overhead: int = 0) -> float:
     """Of a token in a hook's evaluation: the head; the clean run, and through the blocks after the hook one
     backward pass for each set of labels, through the unembedding one for all, which the losses meet again;
     `passes` through the tail; the encoders of `codes` latents. overhead: multiplications as long as what a
@@ -102,7 +102,7 @@ def cost(
         training = 2 * longest * head * block_size(model) + trained * token_flops(d, d_sae, overhead=0)
         codes = (saes + len(NULLS)) * d_sae
         held = held_at(d, grid)
-    passes = (2 + more_passes) * (saes + len(NULLS))  # each patch once more, sinks clean
+    passes = (PATCHED_RUNS + more_passes) * (saes + len(NULLS))
     evaluation = n_tok * evaluation_flops(model, layer, passes, codes)
     return dict(
         hook=f"{name}@{layer}",

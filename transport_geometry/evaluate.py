@@ -25,6 +25,8 @@ import torch
 from torch.nn.functional import layer_norm
 
 DRAWS = 4  # of sampled labels
+# of a reconstruction: as it is, with sinks clean, and an isotropic error in every second two sequences
+PATCHED_RUNS = 2.5
 # an SAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]
 Reconstruction = SAE | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Terms = Callable[[Patch], dict[str, torch.Tensor]]
@@ -41,6 +43,7 @@ class Activations:
     calm_mean: torch.Tensor  # [d], without sinks
     top: torch.Tensor  # [d], first eigenvector of the covariance
     ln_mean: torch.Tensor  # [d], mean after LayerNorm
+    calm_share: float  # of SST: the most that one position has which is no sink
 
     def batches(
         self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int
@@ -99,11 +102,14 @@ def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
     sink = sink_positions(norms, norms[:, 1:].median().item())
     flat = used.flatten(0, 1).double()
     must_vary(flat, f"layer {hook.layer}")
-    mean = flat.mean(0)
+    mean, calm = flat.mean(0), ~sink.flatten()
     top = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors[:, -1]
-    calm_mean = flat[~sink.flatten()].mean(0)
+    calm_mean = flat[calm].mean(0)
     ln_mean = layer_norm(flat, flat.shape[-1:]).mean(0)
-    return Activations(h, sink, *(t.float().to(device) for t in (mean, calm_mean, top, ln_mean)))
+    square = (flat - mean).square().sum(1)
+    calm_share = float(square[calm].max() / square.sum())
+    mean, calm_mean, top, ln_mean = (t.float().to(device) for t in (mean, calm_mean, top, ln_mean))
+    return Activations(h, sink, mean, calm_mean, top, ln_mean, calm_share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +149,7 @@ def evaluate(
     which is told of every sequence of every reconstruction.
     """
     half = (np.arange(len(input_ids)) if document is None else document) % 2
+    compared = torch.arange(len(input_ids)) // 2 % 2 == 0  # with an isotropic error: see `isotropic`
     shared = shared or activations(hook, input_ids, batch)
     uniforms = label_uniforms(input_ids, seed)
     pieces: dict[Name, list] = {name: [] for name in reconstructions}
@@ -155,11 +162,13 @@ def evaluate(
         for clean in shared.batches(hook, input_ids, uniforms, batch):
             here = slice(start, start + len(clean.input_ids))
             common = clean_quantities(clean, shared) | {"ce_zero": ce_zero[here], "ce_mean": ce_mean[here]}
+            drawn = directions(clean, torch.arange(here.start, here.stop)[compared[here]], seed)
             for first in range(0, len(everyone), at_once):
                 names = everyone[first : first + at_once]
                 patches = [patched(clean, reconstructions[name], shared, final_mean) for name in names]
                 calm = [sinks_clean(patch) for patch in patches]
-                losses = outcomes(clean, [patch.final for patch in patches], calm)
+                random = [isotropic(patch, drawn, compared[here]) for patch in patches]
+                losses = outcomes(clean, [patch.final for patch in patches], calm, random, compared[here])
                 for name, patch, outcome in zip(names, consumed(patches), losses):
                     quantities = common | patch_quantities(patch, common, shared) | outcome
                     if terms is not None:
@@ -215,6 +224,7 @@ def clean_quantities(clean: Clean, shared: Activations) -> dict[str, torch.Tenso
         "n_nosink": keep,
         "h_sq": per_token(h.square().sum(1)),
         "sst": per_token(centred.square().sum(1)),
+        "sst_sink": per_token(centred.square().sum(1)) * (1 - keep),
         "sst_nosink": per_token(calm.square().sum(1)) * keep,
         "sst_defl1": per_token((centred - torch.outer(centred @ top, top)).square().sum(1)),
         "sst_ln": per_token((clean.ln - shared.ln_mean).square().sum(1)),
@@ -299,46 +309,100 @@ def sinks_clean(patch: Patch) -> torch.Tensor:
     return clean.final_of(torch.where(sink.view(-1, 1), h, patch.h_hat))
 
 
-def outcomes(
-    clean: Clean, finals: Sequence[torch.Tensor], calm: Sequence[torch.Tensor]
-) -> list[dict[str, torch.Tensor]]:
-    """Of each patched run, {ce_orig, ce_recon, kl, ce_sinkclean: [B,T-1]}, a tile of positions after the
-    other, so that what they share of the clean run is made once and little of the vocabulary is held.
+def directions(clean: Clean, numbers: torch.Tensor, seed: int) -> torch.Tensor:
+    """[b,T-1,d] of unit length, isotropic: one at every position of the sequences of these numbers [b], the
+    same for all reconstructions and whatever the batch.
+    """
+    _, T, d = clean.h.shape
+    drawn = [
+        torch.randn(T - 1, d, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(number)))
+        for number in numbers
+    ]
+    x = torch.stack(drawn) if drawn else torch.empty(0, T - 1, d)
+    return torch.nn.functional.normalize(x, dim=-1).to(clean.h)
 
-    finals and calm: `Hook.final` [B,T-1,d] of the patched runs, and of those with clean sinks.
+
+def isotropic(patch: Patch, drawn: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
+    """`Hook.final` [b,T-1,d] of the run whose error is as long as the patch's at every position but has the
+    direction `drawn` [b,T-1,d]; sinks keep their clean activation. Of the sequences in compared [B] bool.
+
+    The epsilon-random substitution of Gurnee (2024), "SAE reconstruction errors are (empirically)
+    pathological".
+    """
+    clean = patch.clean
+    if patch.h_hat is clean.h_flat or not compared.any():  # nothing is measured in such a run
+        return clean.final
+    rows, sink = compared.to(clean.h.device), clean.sink.to(clean.h.device)
+    h, size = clean.h[rows], torch.linalg.vector_norm(patch.delta[rows], dim=-1)[:, :-1]
+    fed = h[:, :-1] + drawn * (size * ~sink[rows])[..., None]
+    return clean.hook.final(clean.input_ids[rows], torch.cat([fed, h[:, -1:]], 1))
+
+
+def outcomes(
+    clean: Clean,
+    finals: Sequence[torch.Tensor],
+    calm: Sequence[torch.Tensor],
+    random: Sequence[torch.Tensor],
+    compared: torch.Tensor,
+) -> list[dict[str, torch.Tensor]]:
+    """Of each patched run, {ce_orig, ce_recon, kl, ce_sinkclean, kl_sinkclean, kl_isotropic: [B,T-1]}, a tile
+    of positions after the other, so that what they share of the clean run is made once and little of the
+    vocabulary is held.
+
+    finals and calm: `Hook.final` [B,T-1,d] of the patched runs, and of those with clean sinks; random
+    [b,T-1,d]: see `isotropic`. kl_sinkclean and kl_isotropic: 0 but in the sequences of compared [B] bool.
     """
     hook, of_clean = clean.hook, clean.final.flatten(0, 1)
     n, wide = len(of_clean), torch.promote_types(of_clean.dtype, torch.float32)
-    ours = {id(final): final.flatten(0, 1) for final in (*finals, *calm)}
-    ours.pop(id(clean.final), None)
-    ce = {key: of_clean.new_empty(n, dtype=wide) for key in (*ours, id(clean.final))}
-    kl = {id(final): of_clean.new_zeros(n, dtype=wide) for final in finals}
+    whole, part = (
+        {id(final): final.flatten(0, 1) for final in runs if final is not clean.final}
+        for runs in ((*finals, *calm), random)
+    )
+    ce = {key: of_clean.new_empty(n, dtype=wide) for key in (*whole, id(clean.final))}
+    kl, kl_calm, kl_random = (
+        {id(final): of_clean.new_zeros(n, dtype=wide) for final in runs} for runs in (finals, calm, random)
+    )
     targets = clean.input_ids[:, 1:].reshape(-1, 1)
-    tiles = hook.tiles(n)
+    of_compared = compared.to(of_clean.device).repeat_interleave(n // len(compared))
+    tiles, seen = hook.tiles(n), 0
     # two runs meet the unembedding at once, in memory that is there already
-    rows, V = 2 * max(tile.stop - tile.start for tile in tiles), hook.logits(of_clean[:1]).shape[-1]
-    z = of_clean.new_empty(rows, V)
+    most, V = 2 * max(tile.stop - tile.start for tile in tiles), hook.logits(of_clean[:1]).shape[-1]
+    z = of_clean.new_empty(most, V)
     log_q = z if z.dtype == wide else z.new_empty(z.shape, dtype=wide)
+
+    def met(runs: dict[int, torch.Tensor], rows: slice) -> Iterator[tuple[int, torch.Tensor]]:
+        """(run, log q [rows,V]), which holds until the next two."""
+        for first in range(0, len(runs), 2):
+            keys = list(runs)[first : first + 2]
+            x = torch.cat([runs[key][rows] for key in keys])
+            both = log_softmax(hook.logits(x, z[: len(x)]), log_q[: len(x)])  # of z in place
+            yield from zip(keys, both.chunk(len(keys)))
+
     for tile in tiles:
         log_p = log_softmax(hook.logits(of_clean[tile]))
         p = log_p.exp()
         ce[id(clean.final)][tile] = -log_p.gather(1, targets[tile]).squeeze(1)
-        for first in range(0, len(ours), 2):
-            keys = list(ours)[first : first + 2]
-            x = torch.cat([ours[key][tile] for key in keys])
-            both = log_softmax(hook.logits(x, z[: len(x)]), log_q[: len(x)])  # of z in place
-            for key, one in zip(keys, both.chunk(len(keys))):
-                ce[key][tile] = -one.gather(1, targets[tile]).squeeze(1)
-                if key in kl:
-                    kl[key][tile] = kl_divergence(p, log_p, one)
+        inside = of_compared[tile].nonzero().squeeze(1)
+        at, some, seen = inside + tile.start, slice(seen, seen + len(inside)), seen + len(inside)
+        some_p, some_log_p = p[inside], log_p[inside]
+        for key, one in met(whole, tile):
+            ce[key][tile] = -one.gather(1, targets[tile]).squeeze(1)
+            if key in kl:
+                kl[key][tile] = kl_divergence(p, log_p, one)
+            if key in kl_calm and len(inside):
+                kl_calm[key][at] = kl_divergence(some_p, some_log_p, one[inside])
+        for key, one in met(part, some) if len(inside) else ():
+            kl_random[key][at] = kl_divergence(some_p, some_log_p, one)
     return [
         {
             "ce_orig": clean.per_token(ce[id(clean.final)]),
             "ce_recon": clean.per_token(ce[id(final)]),
             "kl": clean.per_token(kl[id(final)]),
             "ce_sinkclean": clean.per_token(ce[id(without)]),
+            "kl_sinkclean": clean.per_token(kl_calm[id(without)]),
+            "kl_isotropic": clean.per_token(kl_random[id(other)]),
         }
-        for final, without in zip(finals, calm)
+        for final, without, other in zip(finals, calm, random)
     ]
 
 

@@ -14,6 +14,8 @@ from transport_geometry.patch import Patch
 import numpy as np
 import torch
 
+# what folders of earlier versions lack
+NEWER = ("sst_sink", "kl_sinkclean", "kl_isotropic")
 VALUE_BITS = 8  # that a latent's value is counted with
 
 
@@ -30,6 +32,8 @@ class Sums:
         self.totals: dict[str, np.ndarray] = {}  # those asked for
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in NEWER and name not in self.quantities:
+            return self["n"] * np.nan
         if name not in self.totals:
             self.totals[name] = self.weights @ self.quantities[name].T
         return self.totals[name]
@@ -114,6 +118,7 @@ def relative_fisher(form: str, which: str = "") -> Callable[[Sums], np.ndarray]:
 METRICS = (
     Metric("r2", lambda s: s.explained(), SHARE, EUCLIDEAN),
     Metric("r2_nosink", lambda s: s.explained("_nosink"), SHARE, CONTROL),
+    Metric("sink_share", lambda s: s["sst_sink"] / s["sst"]),
     Metric("r2_defl1", lambda s: s.explained("_defl1"), SHARE, CONTROL),
     Metric("r2_ln", lambda s: s.explained("_ln"), SHARE, CONTROL),
     Metric("nmse", lambda s: s["sse"] / s["h_sq"], DISTORTION, EUCLIDEAN),
@@ -150,6 +155,8 @@ METRICS = (
     Metric("frac_zero", fraction("ce_zero")),
     Metric("frac_mean", fraction("ce_mean")),
     Metric("kl", mean("kl"), DISTORTION),
+    # KL of the patch over that of an isotropic error as long at every position, sinks clean in both
+    Metric("kl_excess", lambda s: np.log(s["kl_sinkclean"] / s["kl_isotropic"])),
     Metric("alive", None),
     Metric("l0", mean("l0")),
     Metric("bits_idx", None),

@@ -30,7 +30,8 @@ from transport_geometry.tables import Content, as_csv, as_npz, read_npz, read_ta
 import numpy as np
 import torch
 
-COLUMNS = [*KEY, "n_seq", "n_tok", "n_sink", *(metric.name for metric in METRICS)]
+ROW_VERSION = 2  # what a row holds: with sink_share, calm_share, kl_excess
+COLUMNS = [*KEY, "n_seq", "n_tok", "n_sink", "calm_share", *(metric.name for metric in METRICS)]
 # and pictures: made again from the others
 DERIVED = (
     "verdict.json",

@@ -17,6 +17,7 @@ from transport_geometry.condition import NULLS, Condition
 from transport_geometry.cost import dry_run, evaluation_flops
 from transport_geometry.errors import Fault
 from transport_geometry.evaluate import (
+    PATCHED_RUNS,
     Activations,
     Reconstruction,
     Result,
@@ -41,6 +42,7 @@ from transport_geometry.metrics import METRICS, Metric, Sums, code_metrics, comp
 from transport_geometry.plant import TurnedSAE, felt
 from transport_geometry.progress import Progress
 from transport_geometry.results import (
+    ROW_VERSION,
     Measurements,
     add_results,
     beside,
@@ -132,7 +134,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
             print(f"{why}; going on with the CPU")
             device = CPU
             settings, eval_sets = plan(grid, device, experiment.name, command.cache)
-    settings |= command.own
+    settings |= {"rows": ROW_VERSION, **command.own}
     if experiment.check:
         experiment.check(eval_sets)
     if command.out == experiment.default_out and not command.fresh:
@@ -334,7 +336,7 @@ def evaluation_work(share: Share, experiment: Experiment) -> tuple[float, float]
     hook, n = share.eval_set.hook, share.eval_set.held.input_ids.numel()
     n_saes = len(share.candidates) + len(NULLS) * share.with_nulls
     codes = [one.condition.d_sae for one in share.candidates]
-    passes = (2 + experiment.more_passes) * n_saes + experiment.study_passes * share.with_nulls
+    passes = (PATCHED_RUNS + experiment.more_passes) * n_saes + experiment.study_passes * share.with_nulls
     flops = n * evaluation_flops(hook.model, hook.layer, passes, sum(codes), OVERHEAD)
     return flops, n_saes * len(share.eval_set.held.input_ids)
 
@@ -456,7 +458,8 @@ def table(
     """The rows of conditions.csv; sums {quantity: [C,S]}."""
     n_seq, ctx = eval_set.held.input_ids.shape
     values = computed(Sums(sums, np.ones((1, n_seq)), eval_set.d), (*METRICS, *experiment.metrics))
-    counts = {"n_seq": n_seq, "n_tok": n_seq * (ctx - 1), "n_sink": int(shared.sink.sum())}
+    n_sink = int(shared.sink.sum())
+    counts = dict(n_seq=n_seq, n_tok=n_seq * (ctx - 1), n_sink=n_sink, calm_share=shared.calm_share)
     n_tok = np.bincount(eval_set.held.document % 2, minlength=2) * (ctx - 1)
     rows = []
     for i, (condition, result) in enumerate(results.items()):

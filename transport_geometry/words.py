@@ -1,0 +1,187 @@
+"""What is said of one SAE: who owns its R², where its harm is, and which score to read.
+
+Each finding is a number measured on the same tokens, its 95% interval over documents, and a margin. Shapes: C
+SAEs, W weightings of the documents, of which 0 is all of them and 3.. are resamples.
+"""
+
+import math
+from dataclasses import dataclass
+
+from transport_geometry.stats import percentiles
+from transport_geometry.tables import estimate, span
+
+import numpy as np
+
+# an interval narrower than this comes of one document, or of an error that every text makes alike
+NO_WIDTH = 1e-6
+KL_FLOOR = 1e-6  # nats a token: less is lost in float32, and its ratio to anything means nothing
+MUCH_OF_SST = 0.1  # of one position that is no sink by the rule: worth saying
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Holds where the interval of a column lies beyond the margin, on the side of its sign."""
+
+    word: str
+    column: str  # of a row, with _lo and _hi
+    margin: float
+    says: str
+    read: str  # which score instead, or what to do
+
+
+SINK_MARGIN = 0.05  # of R² and of CE_rec
+KL_MARGIN = math.log(1.25)
+FINDINGS = (
+    Finding(
+        "worse than zero ablation",
+        "ce_over_zero",
+        0.0,
+        "Patched CE is {ce_recon:.2f} nats: worse than cutting the layer's output to zero ({ce_zero:.2f}).",
+        "Read CE_rec: no score of the reconstruction says what such an error does.",
+    ),
+    Finding(
+        "more than doubles CE",
+        "ce_below_zero",
+        0.0,
+        "Patched CE is {ce_recon:.2f} nats, more than twice the {ce_orig:.2f} without the patch.",
+        "Read CE_rec: no score of the reconstruction says what such an error does.",
+    ),
+    Finding(
+        "breaks the sink",
+        "sink_harm",
+        SINK_MARGIN,
+        "{harm_share} of the harm is {where}: leave sinks alone and CE_rec is {ce_rec_sinkclean:.3f}.",
+        "Scores without sinks cannot see it: read SWD or CE_rec. Train without sinks (--sinks drop) and leave "
+        "them alone when patching (--leave-sinks).",
+    ),
+    Finding(
+        "R² is the sink's",
+        "sink_r2",
+        SINK_MARGIN,
+        "R² {r2:.3f} is {n_sink} positions in {n_tok:,}; without them it is {r2_nosink:.3f}.",
+        "Read SWD, or R² without sinks.",
+    ),
+    Finding(
+        "flatters",
+        "kl_excess",
+        KL_MARGIN,
+        "Its error costs {kl_ratio:.2f} times the KL of a random error as long.",
+        "Read CE_rec or KL: R² says too much of it.",
+    ),
+    Finding(
+        "underrates",
+        "kl_deficit",
+        KL_MARGIN,
+        "Its error costs only {kl_ratio:.2f} times the KL of a random error as long.",
+        "Read CE_rec or KL: R² says too little of it.",
+    ),
+)
+AS_IT_READS, UNJUDGED = "as it reads", "cannot be judged"
+WORDS = (*(finding.word for finding in FINDINGS), AS_IT_READS, UNJUDGED)
+NOTHING_ELSE = "Nothing measured here speaks against its R²."
+NO_INTERVAL = "Of one document, or of an error that is the same in all, there is no interval."
+ACROSS = "{name} {value} lies across its margin of {margin:.2f}; about {n} documents would tell."
+NAMED = {
+    "ce_over_zero": "Patched CE less that of zero ablation",
+    "ce_below_zero": "−CE_rec",
+    "sink_harm": "CE_rec with sinks clean less CE_rec",
+    "sink_r2": "R² less R² without sinks",
+    "kl_excess": "kl_excess",
+    "kl_deficit": "−kl_excess",
+}
+HIDDEN = "One position that is no sink by the rule has {calm_share:.0%} of SST."
+COLUMNS = [f"{name}{end}" for name in ("sink_r2", "sink_harm", "kl_excess") for end in ("", "_lo", "_hi")]
+
+
+def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> list[dict]:
+    """The rows of C SAEs, each with its differences and their intervals, `word`, `also` (the words of other
+    findings that hold), `says` and `read`. values {metric: [W,C]}, as `results.measured` gives them; n_doc:
+    documents.
+    """
+    small = np.minimum(values["kl"], values["kl"] / np.exp(values["kl_excess"]))[:1] < KL_FLOOR
+    excess = np.where(small, np.nan, values["kl_excess"])
+    differences = {
+        "ce_over_zero": values["ce_recon"] - values["ce_zero"],
+        "ce_below_zero": -values["ce_rec"],
+        "sink_harm": values["ce_rec_sinkclean"] - values["ce_rec"],
+        "sink_r2": values["r2"] - values["r2_nosink"],
+        "kl_excess": excess,
+        "kl_deficit": -excess,
+        "r2": values["r2"],
+        "ce_rec": values["ce_rec"],
+    }
+    ends = {name: percentiles(value[3:]) for name, value in differences.items()}
+    out = []
+    for i, row in enumerate(saes):
+        found = {name: value[0, i] for name, value in differences.items()}
+        for name, (lo, hi) in ends.items():
+            found |= {f"{name}_lo": lo[i], f"{name}_hi": hi[i]}
+        out.append(row | found | said_of(row | found, n_doc))
+    return out
+
+
+def said_of(row: dict, n_doc: int) -> dict[str, str]:
+    """word, also, says and read of a row that has every column of FINDINGS with its interval."""
+    holds = [finding for finding in FINDINGS if row[f"{finding.column}_lo"] > finding.margin]
+    facts = row | {
+        "kl_ratio": math.exp(row["kl_excess"]) if math.isfinite(row["kl_excess"]) else math.nan,
+        "harm_share": share_in_words(row["sink_harm"], 1 - row["ce_rec"]),
+        "where": "one position a sequence" if row["n_sink"] == row["n_seq"] else f"{row['n_sink']} sinks",
+    }
+    says = [finding.says.format(**facts) for finding in holds]
+    open_ones = [text for finding in FINDINGS if (text := why_open(row, finding, n_doc))]
+    if holds:
+        word, read = holds[0].word, holds[0].read
+    elif open_ones:
+        word, read = UNJUDGED, "Read CE_rec with its interval."
+        says.append(open_ones[0])
+    else:
+        word, read = AS_IT_READS, "R² may be read as it is."
+        says.append(NOTHING_ELSE)
+    if row.get("calm_share", 0) > MUCH_OF_SST:
+        says.append(HIDDEN.format(**row))
+    also = ", ".join(finding.word for finding in holds[1:])
+    return {"word": word, "also": also, "says": " ".join(says), "read": read}
+
+
+def why_open(row: dict, finding: Finding, n_doc: int) -> str:
+    """Why this row neither has the finding nor is shown not to have it; empty where it is one or the other.
+
+    An interval shrinks as the root of the documents: so many more would put the margin outside of it.
+    """
+    value, lo, hi = (row[f"{finding.column}{end}"] for end in ("", "_lo", "_hi"))
+    if not np.isfinite([value, lo, hi]).all() or hi - lo < NO_WIDTH:
+        return NO_INTERVAL
+    if not lo <= finding.margin <= hi:
+        return ""
+    reach = (finding.margin - lo) if value > finding.margin else (hi - finding.margin)
+    distance = abs(value - finding.margin)
+    times = ((distance + reach) / max(distance, 1e-9)) ** 2
+    n = f"{math.ceil(n_doc * times):,}" if times < 1000 else "over a thousand times as many"
+    return ACROSS.format(
+        name=NAMED[finding.column],
+        value=span(value, lo, hi),
+        margin=finding.margin,
+        n=n,
+    )
+
+
+def share_in_words(part: float, whole: float) -> str:
+    """Of a harm, at the start of a sentence.
+
+    >>> share_in_words(0.5, 0.51), share_in_words(0.25, 0.5)
+    ('All', '50%')
+    """
+    share = part / whole if whole > 0 else math.nan
+    return "All" if not share < 0.95 else f"{share:.0%}"
+
+
+def findings_of(row: dict) -> str:
+    """The numbers behind the words, in one line.
+
+    Raises KeyError for a row that is not from `with_words`.
+    """
+    return (
+        f"R² less R² without sinks {estimate(row, 'sink_r2', 3)}, CE_rec with sinks clean less CE_rec "
+        f"{estimate(row, 'sink_harm', 3)}, kl_excess {estimate(row, 'kl_excess')}"
+    )
