@@ -1,15 +1,16 @@
-"""The audit: which of the SAEs that you have can their R^2 be trusted about?
+"""The audit: which of the SAEs that you have should you use, and what is its R^2 worth?
 
     python audit.py --models EleutherAI/pythia-70m@3 --sae EleutherAI/sae-pythia-70m-32k
     python audit.py --models EleutherAI/pythia-70m@3 --sae 'my/saes/layers.3*,canrager/lm_sae/PATTERN'
     python audit.py --from outputs/audit             # tables and plots again, without a model
 
-Question: of two SAEs at one hook, with one k, R^2 says that one is better. Does the language model agree when
-their reconstructions are patched in? Grid: the SAEs of --sae, on the same held-out tokens. Each pair of SAEs
-that share hook, k, context and BOS is inverted (R^2 and CE_rec both differ, in opposite directions), told
-apart by R^2 alone, or ordered, by paired 95% intervals over documents. One SAE is flagged where the model
-feels its error otherwise than an isotropic one of the same lengths. An SAE that cannot be read, or does not
-read what its files say, is refused with the reason, and the others go on.
+Question: which SAE does least harm when its reconstruction is patched in, and does R^2 say so? Grid: the SAEs
+of --sae, on the same held-out tokens. Each SAE gets a word from what was measured of it (see
+`transport_geometry/words.py`): whether a sink owns its R^2 or its harm, and how much its error costs beside a
+random one as long. Each pair of SAEs of one model, k, context and BOS, at one hook or at two, is ordered,
+inverted (R^2 and CE_rec both differ, in opposite directions) or not told apart, by paired 95% intervals over
+documents. An SAE that cannot be read, or does not read what its files say, is refused with the reason, and
+the others go on.
 """
 
 import pathlib
@@ -32,16 +33,18 @@ from transport_geometry.audit import (
     pairs,
     refused_rows,
     short_names,
+    words_counted,
 )
 from transport_geometry.errors import UserError
 from transport_geometry.figures import BLUE, GREEN, ORANGE, PURPLE, as_png, pyplot
-from transport_geometry.flag import FLAGS, flagged
 from transport_geometry.leaderboard import LEADERBOARD, how_to_read, leaderboard_table, read_verdict
 from transport_geometry.metrics import BY_NAME, PROXIES
 from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.run import Experiment, run
 from transport_geometry.tables import as_csv, as_json, grouped, markdown, plain
+from transport_geometry.where import of_folder
+from transport_geometry.words import WORDS, with_words
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -60,7 +63,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[Answ
     A pure function of conditions.csv, sequences.npz and the gate.
     """
     found = measured(out, settings, N_RESAMPLES)
-    saes = flagged(found.saes, found.values)
+    saes = with_words(found.saes, found.values, min(settings["documents"]))
     rows = audit_rows(saes, found.values, settings)
     two = pairs(saes, found.values, settings)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
@@ -68,10 +71,10 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[Answ
     said = answer(rows, two, settings)
     verdict = plain(
         {
-            "leaf": leaf(two),
+            "leaf": leaf(rows, two),
             "answer": said.found,
             "pairs": counted(two),
-            "flags": {says: sum(row["flag"] == says for row in rows) for says in FLAGS},
+            "words": words_counted(rows),
             "refused": settings.get("refused", {}),
             "h2": h2,
             "settings": settings,
@@ -79,6 +82,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[Answ
         }
     )
     report = [*audit_report(rows, two, settings), *of_proxies(board, verdict["h2"], settings)]
+    where, pictures = of_folder(out)
+    report += [where, ""]
     report += ["## Null rows", "", markdown(marked(found.nulls, settings), OF_A_NULL), ""]
     files: dict[str, store.Content | None] = {
         "audit.csv": as_csv([*rows, *refused_rows(settings)], COLUMNS),
@@ -87,20 +92,21 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[Answ
         "verdict.json": as_json(verdict),
         "report.md": "\n".join([*report, *about_the_run(saes, settings)]).encode(),
         "audit.png": as_png(picture(rows, two)),
+        **pictures,
     }
     charts = [chart.of_saes(rows, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
     store.put(out / store.RUN, with_page(out, files, charts))
     return said, console(rows, two, settings), verdict["leaf"]
 
 
-def leaf(two: list[dict]) -> str:
-    """The answer in a word, from the pairs."""
+def leaf(rows: list[dict], two: list[dict]) -> str:
+    """The answer in a word: of one SAE its own, of several from the pairs."""
     n = counted(two)
+    if len(rows) == 1:
+        return rows[0]["word"]
     if n["inverts"]:
         return "R² inverts"
-    if n["claims"]:
-        return "R² tells apart what CE_rec does not"
-    return "no pair to judge" if len(two) == n["undefined"] else "no pair shown to mislead"
+    return "no pair can be judged" if len(two) == n["undefined"] else "no inversion shown"
 
 
 OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_iso_nosink fed_excess".split()
@@ -120,9 +126,17 @@ def of_proxies(board: list[dict], h2: dict, settings: dict) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------- the plot
-# the markers say the same without colour
-LOOKS = ((ORANGE, "v"), (BLUE, "^"), (GREEN, "o"), ("#777777", "s"), ("#000000", "D"))
-MARKS = dict(zip(FLAGS, LOOKS))
+# of WORDS, in their order; the markers say the same without colour
+LOOKS = (
+    ("#000000", "X"),
+    ("#000000", "v"),
+    (ORANGE, "v"),
+    (ORANGE, "D"),
+    (BLUE, "^"),
+    (GREEN, "o"),
+    ("#777777", "s"),
+)
+MARKS = dict(zip(WORDS, LOOKS, strict=True))
 INVERTED = PURPLE
 NAME_HEIGHT = 0.16  # inches, of a name
 NAME_LETTERS = 34
@@ -130,7 +144,7 @@ NAME_LETTERS = 34
 
 def picture(rows: list[dict], two: list[dict]) -> Figure:
     """R² against CE_rec, a panel for each hook, context and BOS: every SAE named at the right, coloured by
-    its flag, with both intervals; a line joins the two of a pair that R² inverts.
+    its word, with both intervals; a line joins the two of a pair that R² inverts.
     """
     plt = pyplot()
     panels = grouped(rows, HOOK_AND_TOKENS)
@@ -151,7 +165,7 @@ def picture(rows: list[dict], two: list[dict]) -> Figure:
     handles = [
         plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=says)
         for says, (colour, marker) in MARKS.items()
-        if any(row["flag"] == says for row in rows)
+        if any(row["word"] == says for row in rows)
     ]
     if inverted:
         handles.append(plt.Line2D([], [], color=INVERTED, linewidth=1.5, label="a pair that R² inverts"))
@@ -162,9 +176,9 @@ def picture(rows: list[dict], two: list[dict]) -> Figure:
 
 def title(two: list[dict]) -> str:
     if not two:
-        return "No two SAEs share hook, k and tokens"
+        return "No two SAEs share model, k and tokens"
     n = counted(two)
-    return f"R² inverts {n['inverts']} of {count_of(len(two), 'pair')}, and alone tells {n['claims']} apart"
+    return f"R² inverts {n['inverts']} of {count_of(len(two), 'pair')} of one k"
 
 
 def panel(axis: Axes, rows: list[dict], inverted: list[dict], names: dict[str, str], height: float) -> None:
@@ -173,7 +187,7 @@ def panel(axis: Axes, rows: list[dict], inverted: list[dict], names: dict[str, s
     """
     drawn = [row for row in rows if row["r2"] >= 0] or rows
     for row in drawn:
-        (colour, marker), x, y = MARKS[row["flag"]], row["r2"], row["ce_rec"]
+        (colour, marker), x, y = MARKS[row["word"]], row["r2"], row["ce_rec"]
         axis.plot([row["r2_lo"], row["r2_hi"]], [y, y], color=colour, linewidth=1, alpha=0.6)
         axis.plot([x, x], [row["ce_rec_lo"], row["ce_rec_hi"]], color=colour, linewidth=1, alpha=0.6)
         axis.plot(x, y, color=colour, marker=marker, markeredgecolor="white", linestyle="", zorder=3)
@@ -194,7 +208,7 @@ def panel(axis: Axes, rows: list[dict], inverted: list[dict], names: dict[str, s
     for row, y in zip(order, spread(at, gap, gap / 2, 1 - gap / 2)):
         k = row["k"] if row["k"] != "none" else f"~{row['l0']:.0f}"
         name = f"{names[row['sae']]}  (k {k})"
-        style: dict[str, Any] = dict(fontsize=7.5, va="center", color=MARKS[row["flag"]][0])
+        style: dict[str, Any] = dict(fontsize=7.5, va="center", color=MARKS[row["word"]][0])
         if row in drawn:
             axis.annotate(
                 name,
@@ -225,7 +239,7 @@ def main() -> None:
         raise UserError("--sae PATH_OR_ID,..., please: the SAEs to audit (see --help)")
     with hushed(command):
         exp_a = read_verdict(command.verdict)
-        if (done := run(command, Experiment("audit", default_out=OUT))) is None:
+        if (done := run(command, Experiment("audit", default_out=OUT, where=True))) is None:
             return
         out, settings = done
         said, table, word = analyse(out, settings, exp_a)

@@ -22,7 +22,6 @@ from transport_geometry import chart, commands, leaderboard, store
 from transport_geometry.answer import Answer, as_sentence, coloured, conclude, hushed, number
 from transport_geometry.audit import trial_lines
 from transport_geometry.figures import as_png, model_colours, points_legend, pyplot, score_axis
-from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.leaderboard import (
     LEADERBOARD,
     about_these,
@@ -50,6 +49,8 @@ from transport_geometry.tables import (
     readable_count,
     signed,
 )
+from transport_geometry.where import of_folder
+from transport_geometry.words import ABOUT_WORDS, OF_A_ROW, with_words
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -76,16 +77,18 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None, colour: bool 
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
     board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
     verdict = plain(h2 | {"settings": settings, "rows_sha256": rows_hash(out)})
-    saes = flagged(found.saes, found.values)
+    saes = with_words(found.saes, found.values, min(settings["documents"]))
+    where, pictures = of_folder(out)
     files: dict[str, store.Content | None] = {
         "leaderboard.csv": as_csv(board, LEADERBOARD),
         "verdict.json": as_json(verdict),
-        "report.md": report(found.nulls, saes, board, verdict, settings),
+        "report.md": report(found.nulls, saes, board, verdict, settings, where),
+        **pictures,
     }
     charts = [chart.of_saes(saes, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
     store.put(out / store.RUN, with_page(out, files | plots(saes, board, verdict), charts))
     if verdict["n_clusters"] < verdict["min_hooks"]:  # nothing to rank proxies by: the SAEs themselves
-        return verdict, trial_lines(saes, found.values)
+        return verdict, trial_lines(saes)
     return verdict, board_in_short(read_table(out / "leaderboard.csv"), colour)
 
 
@@ -176,15 +179,17 @@ The verdict, in the words of the tree. {sentence}
 
 {saes}
 
-{flag}
+{words}
+
+{where}
 
 ## Null rows (never in a correlation)
 
 {nulls}
 
 null-gaussian is a drawn isotropic error, as long at every token as the error of the hook's middle SAE: its \
-fed_excess is 0 but for chance. `undefined`: the identity has no error, so fed, rho and the excess are 0/0; \
-a reconstruction without a code has no alive, l0 and bits.
+kl_excess and fed_excess are 0 but for chance. `undefined`: the identity has no error, so fed, rho and the \
+excesses are 0/0; a reconstruction without a code has no alive, l0 and bits.
 
 {about}
 ## Appendix: CE_rec against every proxy
@@ -192,10 +197,14 @@ a reconstruction without a code has no alive, l0 and bits.
 ![every proxy](proxies.png)
 """
 OF_AN_SAE = "model layer k seed tokens r2 r2_nosink cosine swd_tok ce_rec frac_zero kl alive bits fed".split()
-OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_iso_nosink fed_excess".split()
+OF_A_NULL = (
+    "model layer sae r2 cosine swd_tok dce ce_rec kl kl_excess rho fed_nosink fed_iso_nosink fed_excess"
+).split()
 
 
-def report(nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict, settings: dict) -> bytes:
+def report(
+    nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict, settings: dict, where: str
+) -> bytes:
     within = [
         f"## Within {model}\n\n{leaderboard_table(board, 'ce_rec', model)}\n\n"
         for model in settings["models"]
@@ -211,8 +220,9 @@ def report(nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict
         how_to_read="\n".join(how_to_read(verdict, settings)),
         board_kl=leaderboard_table(board, "kl", "pooled"),
         within="".join(within),
-        saes=markdown(shown, [*OF_AN_SAE, *FLAG_COLUMNS]),
-        flag=FLAG_TEXT,
+        saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
+        words=ABOUT_WORDS,
+        where=where,
         nulls=markdown(marked(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
@@ -277,7 +287,7 @@ def main() -> None:
         return commands.instead("audit")
     with hushed(command):
         exp_a = read_verdict(command.verdict)
-        if (done := run(command, Experiment("expb"))) is None:
+        if (done := run(command, Experiment("expb", where=True))) is None:
             return
         out, settings = done
         verdict, table = analyse(out, settings, exp_a, coloured(sys.stdout))

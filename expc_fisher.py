@@ -22,7 +22,6 @@ from transport_geometry.condition import Condition
 from transport_geometry.evaluate import DRAWS
 from transport_geometry.figures import as_png, decade_ticks, model_colours, points_legend, pyplot
 from transport_geometry.fisher_study import SHAPE, estimators, geometry, path_integral
-from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, flagged
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import (
     LEADERBOARD,
@@ -51,6 +50,7 @@ from transport_geometry.tables import (
     signed,
     span,
 )
+from transport_geometry.words import ABOUT_WORDS, OF_A_ROW, with_words
 
 import numpy as np
 import torch
@@ -231,7 +231,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     )
     tables = {name: read_table(store.checked(out / store.RUN, name)) for name in TABLES}
     tables["calibration"] = calibration(sums, meta)
-    saes = flagged(found.saes, values)
+    saes = with_words(found.saes, values, min(settings["documents"]))
     files: dict[str, store.Content | None] = {
         "leaderboard.csv": as_csv(board, LEADERBOARD),
         "verdict.json": as_json(verdict),
@@ -357,7 +357,7 @@ The upper anchor of any gradient proxy: nodes of Gauss-Legendre until the integr
 
 {saes}
 
-{flag}
+{words}
 
 ## Null rows (never in a correlation)
 
@@ -411,8 +411,8 @@ def report(
         left_none=" `undefined`: no positions are left without the sinks." if left_none else "",
         estimators=markdown(tables["estimators.csv"]),
         path=markdown(tables["path.csv"]),
-        saes=markdown(shown, [*OF_AN_SAE, *FLAG_COLUMNS]),
-        flag=FLAG_TEXT,
+        saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
+        words=ABOUT_WORDS,
         nulls=markdown(marked(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )

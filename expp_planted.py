@@ -13,6 +13,7 @@ feels, so that H2 is true. SAEs that lag behind, and catch up.
 
 import hashlib
 import json
+import math
 import pathlib
 import shlex
 import sys
@@ -30,7 +31,6 @@ from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Activations, activations, evaluate
 from transport_geometry.figures import BLUE, GREEN, ORANGE, SKY, as_png, label_ends, pyplot
-from transport_geometry.flag import flagged
 from transport_geometry.lm import Hook
 from transport_geometry.metrics import BY_NAME, METRICS, PROXIES, Sums, computed
 from transport_geometry.models import load_model
@@ -38,6 +38,7 @@ from transport_geometry.page import with_page
 from transport_geometry.plant import Gauge, plants, regauge, split
 from transport_geometry.results import check_data, measured, open_output
 from transport_geometry.scale import mismatch
+from transport_geometry.stats import percentiles
 from transport_geometry.tables import (
     as_csv,
     as_json,
@@ -56,7 +57,8 @@ import numpy as np
 import torch
 
 MODEL, LAYER, BLOCKS, CTX, SEQS = "stdlib-s", 3, 6, 256, 12
-N_RESAMPLES = 1000  # of the flags
+LEAST_EXCESS = math.log(1.25)  # of fed_excess, that it is believed to point anywhere
+N_RESAMPLES = 1000  # of its interval
 NORM = 3700  # SST times 19 here, times 18 between the published models
 SINKS = [f"{kind}{NORM}" for kind in ("null", "visible", "relative")]
 NORMS = [462, 925, 1850, NORM]
@@ -264,7 +266,7 @@ class Findings:
     verdicts: dict[str, dict]  # {part: verdict.json}
     deltas: dict[str, list[dict]]  # {part of Exp-A: deltas.csv}
     saes: dict[str, list[dict]]  # {part: rows of conditions.csv, without null rows}
-    flags: dict[str, list[dict]]  # {part of Exp-B: rows with their flag}
+    points: dict[str, list[int]]  # {part of Exp-B: which way fed_excess points, of each SAE}
     partials: dict[str, dict[str, float]]  # {part of Exp-B: {proxy: partial Spearman with CE_rec}}
     canyon: list[dict]
     gauges: list[dict]
@@ -287,7 +289,7 @@ class Findings:
 
 def findings(out: pathlib.Path) -> Findings:
     """Raises UserError where a part is not finished, Damaged where a file is not as it was written."""
-    verdicts, deltas, saes, flags, partials = {}, {}, {}, {}, {}
+    verdicts, deltas, saes, points, partials = {}, {}, {}, {}, {}
     for part in PARTS:
         record = part.folder(out) / store.RUN
         if "verdict.json" not in store.written(record):
@@ -299,12 +301,13 @@ def findings(out: pathlib.Path) -> Findings:
             deltas[part.name] = read_table(store.checked(record, "deltas.csv"))
         else:
             found = measured(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
-            flags[part.name] = flagged(found.saes, found.values)
+            lo, hi = percentiles(found.values["fed_excess"][3:])
+            points[part.name] = [int(a > LEAST_EXCESS) - int(b < -LEAST_EXCESS) for a, b in zip(lo, hi)]
             board = read_table(store.checked(record, "leaderboard.csv"))
             pooled = [row for row in board if (row["target"], row["stratum"]) == ("ce_rec", "pooled")]
             partials[part.name] = {row["proxy"]: row["partial"] for row in pooled}
     tables = [read_table(store.checked(out / store.RUN, name)) for name in ("canyon.csv", "gauges.csv")]
-    return Findings(verdicts, deltas, saes, flags, partials, *tables)
+    return Findings(verdicts, deltas, saes, points, partials, *tables)
 
 
 def checks(f: Findings) -> list[Check]:
@@ -369,13 +372,14 @@ def of_leaves(f: Findings) -> list[Check]:
 def of_geometry(f: Findings) -> list[Check]:
     whole, none = f.verdicts[f"turned-{AMOUNTS[-1]:g}"], f.verdicts["turned-0"]
     few = f.verdicts["few-hooks"]
-    right, wrong = flags_of(f.flags[f"turned-{AMOUNTS[-1]:g}"])
+    part = f"turned-{AMOUNTS[-1]:g}"
+    right, wrong = pointing(f.saes[part], f.points[part])
     says = f"{percent(right)} of those turned by 0.4 or more point there, {percent(wrong)} the other way"
     return [
         Check(
             "errors turned", "H2: supported, behind an open gate", whole["leaf"], whole["leaf"] == "supported"
         ),
-        Check("errors turned", "flags point that way", says, right >= 0.5 and wrong == 0),
+        Check("errors turned", "fed_excess points that way", says, right >= 0.5 and wrong == 0),
         Check(
             "errors turned by 0",
             "H2: not supported",
@@ -388,14 +392,11 @@ def of_geometry(f: Findings) -> list[Check]:
     ]
 
 
-def flags_of(saes: list[dict]) -> tuple[float, float]:
+def pointing(saes: list[dict], points: list[int]) -> tuple[float, float]:
     """(share that points the right way, the wrong way) of the SAEs whose errors are turned by 0.4 or more."""
-    points = {"R² flatters this SAE": 1, "R² underrates it": -1}
     turns = [sum(one.turn(row["layer"], BLOCKS) for one in plants(row["model"])) for row in saes]
-    judged = [
-        (np.sign(turn), points.get(row["flag"], 0)) for turn, row in zip(turns, saes) if abs(turn) >= 0.4
-    ]
-    right, wrong = ([turn == sign * flag for turn, flag in judged] for sign in (1, -1))
+    judged = [(np.sign(turn), point) for turn, point in zip(turns, points) if abs(turn) >= 0.4]
+    right, wrong = ([turn == sign * point for turn, point in judged] for sign in (1, -1))
     return float(np.mean(right)), float(np.mean(wrong))
 
 
@@ -627,8 +628,9 @@ def proxy_rows(f: Findings) -> list[dict]:
 def geometry_rows(f: Findings) -> list[dict]:
     rows = []
     for amount in AMOUNTS:
-        verdict, saes = f.verdicts[f"turned-{amount:g}"], f.flags[f"turned-{amount:g}"]
-        right, wrong = flags_of(saes) if amount else (np.nan, np.nan)
+        part = f"turned-{amount:g}"
+        verdict, saes = f.verdicts[part], f.saes[part]
+        right, wrong = pointing(saes, f.points[part]) if amount else (np.nan, np.nan)
         gammas = (signed(verdict[f"gamma_{name}"], 3) for name in ("proxy", "control"))
         rows.append(
             {
@@ -642,8 +644,8 @@ def geometry_rows(f: Findings) -> list[dict]:
                 "p_loho": verdict["p_loho"],
                 "Γ, SWD / control": " / ".join(gammas),
                 "H2 ungated": verdict["leaf_if_ungated"],
-                "flags right": percent(right),
-                "flags wrong": percent(wrong),
+                "excess right": percent(right),
+                "excess wrong": percent(wrong),
             }
         )
     return rows

@@ -1,5 +1,5 @@
-"""The audit: for SAEs that others trained, what R^2 says of every pair; one row each, with every library's
-R^2 under its name; the flag.
+"""The audit: for SAEs that others trained, which one to use at each hook and what its R² is worth; what R²
+says of every pair; every library's R² under its name.
 
     import torch
     from transport_geometry.audit import audit
@@ -20,11 +20,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transport_geometry import formats
+from transport_geometry import formats, words
 from transport_geometry.answer import WIDTH, Answer
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Reconstruction, evaluate
-from transport_geometry.flag import FLAG_COLUMNS, FLAG_TEXT, FLAGS, FLATTERS, NO_WIDTH, UNDERRATES, flagged
 from transport_geometry.formats import hub_name
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook, fused_attention_errs, text_config
@@ -33,53 +32,66 @@ from transport_geometry.models import pick_layer
 from transport_geometry.results import behind
 from transport_geometry.sae import SAE
 from transport_geometry.stats import document_weights, isotonic_predict, percentiles
-from transport_geometry.tables import bounds, estimate, grouped, is_undefined, markdown, readable_count
+from transport_geometry.tables import (
+    bounds,
+    estimate,
+    grouped,
+    is_undefined,
+    markdown,
+    percent,
+    readable_count,
+    span,
+)
+from transport_geometry.words import ABOUT_WORDS, NO_WIDTH, WORDS, with_words
 
 import numpy as np
 import torch
 
 N_RESAMPLES = 2000
 COLUMNS = [
-    *"sae model layer format trained_on basis fvu_as_said fvu_otherwise ctx bos d_sae k l0 alive".split(),
-    *(f"{name}{end}" for name in ("r2", *LIBRARIES) for end in ("", "_nosink")),
-    *"nmse_tok cosine ce_orig ce_recon dce ce_rec ce_rec_sinkclean frac_zero frac_mean kl".split(),
-    *"swd_tok swd_seq swd_sampled rho fed fed_nosink fed_nosink_lo fed_nosink_hi flag".split(),
-    *"fed_iso_nosink fed_excess fed_excess_lo fed_excess_hi".split(),
-    *"kl_swd_ratio kl_swd_ratio_lo kl_swd_ratio_hi ce_rec_lo ce_rec_hi".split(),
-    *"ce_rec_residual ce_rec_residual_lo ce_rec_residual_hi r2_lo r2_hi refused".split(),
+    *"sae model layer format trained_on basis fvu_as_said fvu_otherwise ctx bos d_sae".split(),
+    *"k l0 alive dense".split(),
+    *"word also says read dominated_by ce_rec ce_rec_lo ce_rec_hi r2 r2_lo r2_hi".split(),
+    *"sink_share n_sink n_tok calm_share".split(),
+    *words.COLUMNS,
+    *(f"{name}{end}" for name in ("r2", *LIBRARIES) for end in ("", "_nosink") if name + end != "r2"),
+    *"nmse_tok cosine ce_orig ce_recon ce_zero dce ce_rec_sinkclean frac_zero frac_mean kl".split(),
+    *"swd_tok swd_seq swd_sampled rho fed fed_nosink fed_iso_nosink fed_excess".split(),
+    *"ce_rec_residual ce_rec_residual_lo ce_rec_residual_hi refused".split(),
 ]
+# what SAEs share that are ranked, and that are paired; k of one that has none: its L0, to a power of two
 HOOK_AND_TOKENS = "model layer ctx bos".split()
-# SAEs are compared within one; k of an SAE that has none: its L0, to the nearest power of two
-GROUP = "model layer k ctx bos".split()
+AT_ONE_K = "model k ctx bos".split()
 PAIRS = [
-    *GROUP,
-    *"sae_a sae_b r2_a r2_b delta_r2 delta_r2_lo delta_r2_hi".split(),
+    *AT_ONE_K,
+    *"layer_a layer_b sae_a sae_b r2_a r2_b delta_r2 delta_r2_lo delta_r2_hi".split(),
     *"ce_rec_a ce_rec_b delta_ce_rec delta_ce_rec_lo delta_ce_rec_hi l0_a l0_b kind".split(),
 ]
-# from where R^2 misleads most to where it says what CE_rec says
-KINDS = ("inverts", "claims", "misses", "neither", "orders", "undefined")
-RESOLUTION = 1e-5  # a difference of R^2 or CE_rec that float32 cannot tell from none: one SAE in two formats
-CURVE_OF = 3  # other SAEs, at least, that a curve of CE_rec on R^2 is drawn through
+# what R² says of a pair, as CE_rec sees it
+KINDS = ("inverts", "orders", "claims", "misses", "neither", "undefined")
+RESOLUTION = 1e-5  # a difference of R² or CE_rec that float32 cannot tell from none: one SAE in two formats
+CURVE_OF = 3  # other SAEs, at least, that a curve of CE_rec on R² is drawn through
 NAMED = 10  # pairs, at most, that the report names
+FEW = 4  # SAEs of which the console says all that is said
 
 
 # ---------------------------------------------------------------------------------------------- one row each
 def audit_rows(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> list[dict]:
-    """Of audit.csv, sorted by model, layer and name. saes: rows as `flag.flagged` gives them; values {metric:
+    """Of audit.csv, sorted by model, layer and name. saes: rows as `with_words` gives them; values {metric:
     [W,C]}.
     """
-    ends = {name: percentiles(values[name][3:]) for name in ("fed_nosink", "ce_rec", "r2")}
     residual, residual_lo, residual_hi = residuals(saes, values, settings).T
+    better = dominated(saes, values, settings)
     rows = []
     for i, row in enumerate(saes):
         declared = settings["saes"][row["sae"]]
         rows.append(
             row
             | {name: declared[name] for name in ("format", "basis", "ctx", "bos", "unseen")}
-            | {f"{name}_{end}": at[i] for name, two in ends.items() for end, at in zip(("lo", "hi"), two)}
             | {
                 "trained_on": hub_name(declared["model"]) if declared["model"] else "not said",
                 "k": row["k"] or "none",
+                "dominated_by": better[i],
                 "ce_rec_residual": residual[i],
                 "ce_rec_residual_lo": residual_lo[i],
                 "ce_rec_residual_hi": residual_hi[i],
@@ -93,35 +105,46 @@ def refused_rows(settings: dict) -> list[dict]:
     """Of audit.csv, behind the others: the SAEs that could not be measured, and why not."""
     refused = settings.get("refused", {})
     return [
-        dict.fromkeys(COLUMNS, math.nan) | {"sae": sae, "flag": "refused", "refused": why}
+        dict.fromkeys(COLUMNS, math.nan) | {"sae": sae, "word": "refused", "refused": why}
         for sae, why in sorted(refused.items())
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- pairs
-def group_of(row: dict, settings: dict) -> tuple:
-    """The values of GROUP: SAEs of one group take as much of the same activations at the same tokens."""
-    declared = settings["saes"][row["sae"]]
-    k = row["k"] or 2 ** round(math.log2(max(row["l0"], 1)))
-    return row["model"], row["layer"], k, declared["ctx"], declared["bos"]
-
-
-def comparable(saes: list[dict], settings: dict, given_k: bool = True) -> dict[tuple, list[int]]:
-    """{group: indices of its SAEs}, sorted. given_k False: of any k, under (model, layer, ctx, bos)."""
+# --------------------------------------------------------------------------------------- what is compared
+def comparable(saes: list[dict], settings: dict, names: Sequence[str]) -> dict[tuple, list[int]]:
+    """{values of names: indices of the SAEs that share them}, sorted; names: AT_ONE_K or HOOK_AND_TOKENS."""
     groups: dict[tuple, list[int]] = {}
     for i, row in enumerate(saes):
-        model, layer, k, ctx, bos = group_of(row, settings)
-        groups.setdefault((model, layer, k, ctx, bos) if given_k else (model, layer, ctx, bos), []).append(i)
+        declared = settings["saes"][row["sae"]]
+        k = row["k"] or 2 ** round(math.log2(max(row["l0"], 1)))
+        shared = row | {"k": k, "ctx": declared["ctx"], "bos": declared["bos"]}
+        groups.setdefault(tuple(shared[name] for name in names), []).append(i)
     return dict(sorted(groups.items()))
 
 
+def dominated(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> list[str]:
+    """Of every SAE, the one of its hook and tokens with no more latents active and the highest CE_rec, where
+    that is higher by a 95% interval over documents; else nothing.
+    """
+    out = [""] * len(saes)
+    ce_rec = values["ce_rec"]
+    for members in comparable(saes, settings, HOOK_AND_TOKENS).values():
+        for i in members:
+            others = [j for j in members if j != i and saes[j]["l0"] <= saes[i]["l0"] * (1 + RESOLUTION)]
+            for j in sorted(others, key=lambda j: -ce_rec[0, j]):
+                if percentiles(ce_rec[3:, j] - ce_rec[3:, i])[0] > RESOLUTION:
+                    out[i] = saes[j]["sae"]
+                    break
+    return out
+
+
 def kind(r2: tuple[float, float], ce_rec: tuple[float, float]) -> str:
-    """What R^2 says of a pair, as CE_rec sees it: one of KINDS, from the 95% intervals (lo, hi) of both
+    """What R² says of a pair, as CE_rec sees it: one of KINDS, from the 95% intervals (lo, hi) of both
     differences.
 
-    `orders`: both differ, the same way; `inverts`: both differ, R^2 the other way; `claims`: R^2 differs and
-    CE_rec is not shown to; `misses`: CE_rec differs and R^2 is not shown to. An interval without width (one
-    sequence) shows nothing: `undefined`.
+    `orders`: both differ, the same way; `inverts`: both differ, R² the other way; `claims`: R² differs and
+    CE_rec is not shown to; `misses`: CE_rec differs and R² is not shown to; `neither`. An interval without
+    width (one document) shows nothing: `undefined`.
     """
     if not np.isfinite([r2, ce_rec]).all():
         return "undefined"
@@ -136,36 +159,39 @@ def kind(r2: tuple[float, float], ce_rec: tuple[float, float]) -> str:
 
 
 def pairs(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> list[dict]:
-    """Of pairs.csv: every pair of a group, `sae_a` the one with the higher R^2, differences a minus b, sorted
-    by how far R^2 misleads: see `misled`.
+    """Of pairs.csv: every two SAEs of one model, k and tokens, at one hook or at two; `sae_a` the one with
+    the higher R², differences a minus b. Inverted ones come first, by the CE_rec that choosing after R² loses
+    at least (the interval's near end).
 
     saes: rows of conditions.csv; values {metric: [W,C]}. Both SAEs of a pair stand under the same resamples.
     """
     found = []
-    for group, members in comparable(saes, settings).items():
+    for group, members in comparable(saes, settings, AT_ONE_K).items():
         for i, j in itertools.combinations(members, 2):
-            a, b = sorted((i, j), key=lambda at: (-values["r2"][0, at], saes[at]["sae"]))
-            row = dict(zip(GROUP, group))
-            for end, at in (("a", a), ("b", b)):
-                row |= {f"sae_{end}": saes[at]["sae"], f"l0_{end}": saes[at]["l0"]}
-                row |= {f"{metric}_{end}": values[metric][0, at] for metric in ("r2", "ce_rec")}
-            intervals = []
-            for metric in ("r2", "ce_rec"):
-                delta = values[metric][:, a] - values[metric][:, b]
-                lo, hi = percentiles(delta[3:])
-                row |= {f"delta_{metric}": delta[0], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
-                intervals.append((lo, hi))
-            found.append(row | {"kind": kind(*intervals)})
-    return sorted(found, key=misled)
+            a, b = sorted((i, j), key=lambda at: (-values["r2"][0, at], saes[at]["layer"], saes[at]["sae"]))
+            found.append(dict(zip(AT_ONE_K, group)) | difference(saes, values, a, b))
+    columns = [*AT_ONE_K, "layer_a", "layer_b", "sae_a", "sae_b"]
+
+    def furthest(row: dict) -> tuple:
+        lost = row["delta_ce_rec_hi"] if row["kind"] == "inverts" else 0.0
+        return KINDS.index(row["kind"]), lost, *(row[column] for column in columns)
+
+    return sorted(found, key=furthest)
 
 
-def misled(row: dict) -> tuple:
-    """By which rows of pairs.csv are sorted: inverted ones first, by the CE_rec that choosing after R^2 loses
-    at least (the interval's near end); then those that R^2 tells apart and CE_rec does not, by the least
-    difference of R^2.
-    """
-    least = {"inverts": -row["delta_ce_rec_hi"], "claims": row["delta_r2_lo"]}.get(row["kind"], 0.0)
-    return KINDS.index(row["kind"]), -least, *(row[column] for column in (*GROUP, "sae_a", "sae_b"))
+def difference(saes: list[dict], values: dict[str, np.ndarray], a: int, b: int) -> dict[str, Any]:
+    """Of a row of pairs.csv: a minus b, with intervals."""
+    row: dict[str, Any] = {}
+    for end, at in (("a", a), ("b", b)):
+        row |= {f"{name}_{end}": saes[at][name] for name in ("sae", "layer", "l0")}
+        row |= {f"{metric}_{end}": values[metric][0, at] for metric in ("r2", "ce_rec")}
+    intervals = []
+    for metric in ("r2", "ce_rec"):
+        delta = values[metric][:, a] - values[metric][:, b]
+        lo, hi = percentiles(delta[3:])
+        row |= {f"delta_{metric}": delta[0], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
+        intervals.append((lo, hi))
+    return row | {"kind": kind(*intervals)}
 
 
 def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> np.ndarray:
@@ -177,7 +203,7 @@ def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
     other SAEs are as they are.
     """
     out = np.full((len(saes), 3), np.nan)
-    for members in comparable(saes, settings, given_k=False).values():
+    for members in comparable(saes, settings, HOOK_AND_TOKENS).values():
         # many SAEs: fewer resamples, each fit takes C steps
         used = np.r_[0, 3 : min(len(values["r2"]), 3 + max(200, 20_000 // len(members)))]
         r2, ce_rec = values["r2"][used], values["ce_rec"][used]
@@ -192,13 +218,18 @@ def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
 
 
 # ------------------------------------------------------------------------------------------- the three lines
-SAYS = {"inverts": "inverts", "claims": "alone tells apart"}  # the pairs to look at
-ASKED = "Can the R² of {saes} be trusted to say whose patch does less harm ({hooks}; {behind})?"
-OF_PAIRS = "Of {pairs} at one hook and k R² inverts {inverts} and tells {claims} apart that CE_rec does not"
+ASKED = "Which of {saes} does least harm when it is patched in, and does R² say so ({hooks}; {behind})?"
+ASKED_OF_ONE = "Can the R² of this SAE be read as it is ({hooks}; {behind})?"
+OF_ONE = (
+    "{word}: R² {r2:.3f} [{r2_lo:.3f}, {r2_hi:.3f}], CE_rec {ce_rec:.3f} [{ce_rec_lo:.3f}, {ce_rec_hi:.3f}]. "
+    "{says} {read}"
+)
+OF_PAIRS = (
+    "Of {pairs} of one k ({at_a_hook} at one hook, {between} between layers) R² inverts {inverts}{open}"
+)
 WORST = "; furthest: {a} over {b}, R² {r2}, CE_rec {ce_rec}"
-NO_PAIRS = "No two of them share hook, k, context and BOS, so that no order is judged"
-ONE_SAE = "R² {r2:.3f} [{r2_lo:.3f}, {r2_hi:.3f}], CE_rec {ce_rec:.3f} [{ce_rec_lo:.3f}, {ce_rec_hi:.3f}]"
-NOT_THIS = (
+NO_PAIRS = "No two of them share model, k, context and BOS, so that no order is judged"
+LIMITS = (
     "It is about these SAEs on this text, not about ways to train (another seed is another SAE), other texts "
     "or what features mean{by_chance}."
 )
@@ -215,53 +246,87 @@ def hooks_of(rows: list[dict]) -> str:
     return ", ".join(hooks[:2]) + (f" and {len(hooks) - 2} more hooks" if len(hooks) > 2 else "")
 
 
+def counted(found: list[dict]) -> dict[str, int]:
+    """{kind: pairs}."""
+    return {name: sum(row["kind"] == name for row in found) for name in KINDS}
+
+
+def words_counted(rows: list[dict]) -> dict[str, int]:
+    """{word: SAEs}, of the words there are."""
+    return {word: n for word in WORDS if (n := sum(row["word"] == word for row in rows))}
+
+
+def not_told(n: dict[str, int]) -> str:
+    """The pairs on which R² and CE_rec do not both speak, in words; nothing where there are none."""
+    open_ones, unjudged = n["claims"] + n["misses"] + n["neither"], n["undefined"]
+    text = f", {open_ones} are not told apart by one or both" if open_ones else ""
+    return text + (f", {unjudged} cannot be judged" if unjudged else "")
+
+
+def name_in_pair(row: dict, end: str, names: dict[str, str]) -> str:
+    name = names[row[f"sae_{end}"]]
+    return name if row["layer_a"] == row["layer_b"] else f"block {row[f'layer_{end}']} ({name})"
+
+
 def answer(rows: list[dict], found: list[dict], settings: dict) -> Answer:
     """rows: `audit_rows`; found: `pairs`."""
     short = short_names([row["sae"] for row in rows], 40)
-    asked = ASKED.format(
-        saes="this SAE" if len(rows) == 1 else f"these {len(rows)} SAEs",
-        hooks=hooks_of(rows),
-        behind=behind(settings).partition(",")[0],
-    )
+    where = dict(hooks=hooks_of(rows), behind=behind(settings).partition(",")[0])
     if len(rows) == 1:
-        out = ONE_SAE.format(**rows[0])
-        out += f": {rows[0]['flag']}"
+        asked = ASKED_OF_ONE.format(**where)
+        out = OF_ONE.format(**rows[0] | {"word": sentence_case(rows[0]["word"])})
     else:
-        out = NO_PAIRS
-        if found:
-            out = OF_PAIRS.format(pairs=count_of(len(found), "pair"), **counted(found))
-            if (worst := found[0])["kind"] in SAYS:
-                out += WORST.format(
-                    a=short[worst["sae_a"]],
-                    b=short[worst["sae_b"]],
-                    r2=estimate(worst, "delta_r2", 3),
-                    ce_rec=estimate(worst, "delta_ce_rec", 3),
-                )
-        flatters, underrates = (sum(row["flag"] == says for row in rows) for says in (FLATTERS, UNDERRATES))
-        out += f". By the flag R² flatters {flatters} of {len(rows)} and underrates {underrates}"
+        asked = ASKED.format(saes=f"these {len(rows)} SAEs", **where)
+        said = ", ".join(f"{word}: {n}" for word, n in words_counted(rows).items())
+        out = f"{sentence_case(said)}. "
+        n = counted(found)
+        at_a_hook = sum(row["layer_a"] == row["layer_b"] for row in found)
+        out += (
+            OF_PAIRS.format(
+                pairs=count_of(len(found), "pair"),
+                at_a_hook=at_a_hook,
+                between=len(found) - at_a_hook,
+                inverts=n["inverts"],
+                open=not_told(n),
+            )
+            if found
+            else NO_PAIRS
+        )
+        if found and (worst := found[0])["kind"] == "inverts":
+            out += WORST.format(
+                a=name_in_pair(worst, "a", short),
+                b=name_in_pair(worst, "b", short),
+                r2=estimate(worst, "delta_r2", 3),
+                ce_rec=estimate(worst, "delta_ce_rec", 3),
+            )
+        out += "."
     refused = len(settings.get("refused", {}))
-    out += f". {count_of(refused, 'other')} refused." if refused else "."
+    out += f" {count_of(refused, 'other')} refused." if refused else ""
     by_chance = BY_CHANCE.format(n=0.025 * len(found)) if found else ""
-    return Answer(asked, out, NOT_THIS.format(by_chance=by_chance))
+    return Answer(asked, out, LIMITS.format(by_chance=by_chance))
+
+
+def sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 # ------------------------------------------------------------------------------------------ what is printed
-SHORT_FLAG = dict(zip(FLAGS, ("flatters", "underrates", "no difference", "withheld", "undefined")))
-LINE = "{name:<{width}}  {k:>5}  {r2:>7}  {ce_rec:<23}  {flag}"
+SHORT_WORD = {"worse than zero ablation": "worse than zero", "more than doubles CE": "more than 2x CE"}
+LINE = "{name:<{width}}  {k:>5}  {ce_rec:<23}  {r2:>6}  {word}"
 # what a line leaves to the name
-NAME_LETTERS = WIDTH - len(LINE.format(name="", width=0, k="", r2="", ce_rec="", flag="no difference"))
+NAME_LETTERS = WIDTH - len(LINE.format(name="", width=0, k="", r2="", ce_rec="", word="cannot be judged"))
 
 
 def short_names(names: Sequence[str], most: int) -> dict[str, str]:
-    """{name: the same without what all share of the path, first or last, and its end where it is still longer
-    than `most`}: as many different ones as names.
+    """{name: the same without what all share of the path, first or last, and its middle where it is still
+    longer than `most`}: as many different ones as names.
 
     >>> short_names(["org/run/layers.3/a", "org/run/layers.3/b"], 20)
     {'org/run/layers.3/a': 'a', 'org/run/layers.3/b': 'b'}
     >>> list(short_names(["org/a/layers.3", "org/b/layers.3"], 20).values())
     ['a', 'b']
-    >>> list(short_names(["topk-of-width-32768", "gated-of-width-32768"], 12).values())
-    ['…width-32768', '…th-32768 #2']
+    >>> list(short_names(["topk-of-width-32768", "topk-of-length-32768"], 12).values())
+    ['topk-…-32768', 'topk…8768 #2']
     """
     paths = [name.split("/") for name in names]
     first = len(os.path.commonprefix([path[:-1] for path in paths]))
@@ -271,11 +336,12 @@ def short_names(names: Sequence[str], most: int) -> dict[str, str]:
         rest, ending = "/".join(path[first : len(path) - last]), ""
         for number in itertools.count(2):
             room = most - len(ending)
-            short = (rest if len(rest) <= room else "…" + rest[1 - room :]) + ending
-            if short not in out.values():
+            front = room // 2 - 1
+            cut = rest if len(rest) <= room else f"{rest[:front]}…{rest[len(rest) - room + front + 1 :]}"
+            if cut + ending not in out.values():
                 break
             ending = f" #{number}"
-        out[name] = short
+        out[name] = cut + ending
     return out
 
 
@@ -284,52 +350,59 @@ def number(value: float | None) -> str:
 
 
 def sae_lines(groups: dict[str, list[dict]], names: dict[str, str]) -> list[str]:
-    """A line for each SAE, at most WIDTH wide, under a line for each group; in a group in the order of R².
+    """A line for each SAE, at most WIDTH wide, under a line for each group; in a group by k, the highest
+    CE_rec first.
 
-    groups {what its SAEs share: rows with sae, k, r2, ce_rec, ce_rec_lo, ce_rec_hi, flag}; names {sae: as it
+    groups {what its SAEs share: rows with sae, k, r2, ce_rec, ce_rec_lo, ce_rec_hi, word}; names {sae: as it
     is printed}.
     """
     width = max(map(len, (*names.values(), "SAE")))
-    head = LINE.format(name="SAE", width=width, k="k", r2="R²", ce_rec="CE_rec [95%]", flag="R² here")
+    head = LINE.format(name="SAE", width=width, k="k", r2="R²", ce_rec="CE_rec [95%]", word="its R²")
     lines = [head]
     for title, rows in groups.items():
-        lines += textwrap.wrap(title, WIDTH)
-        for row in sorted(rows, key=lambda row: (-row["r2"], row["sae"])):
+        lines += textwrap.wrap(f"- {title}", WIDTH)
+        for row in in_order(rows):
             lo, hi = number(row["ce_rec_lo"]), number(row["ce_rec_hi"])
             ce_rec = f"{number(row['ce_rec'])} [{lo if lo == 'undefined' else f'{lo}, {hi}'}]"
             k = row["k"] if row["k"] not in (0, "none") else f"~{row['l0']:.0f}"
-            flag = SHORT_FLAG[row["flag"]]
+            word = SHORT_WORD.get(row["word"], row["word"])
             name = names[row["sae"]]
-            line = LINE.format(name=name, width=width, k=k, r2=number(row["r2"]), ce_rec=ce_rec, flag=flag)
+            line = LINE.format(name=name, width=width, k=k, r2=number(row["r2"]), ce_rec=ce_rec, word=word)
             lines.append(line.rstrip())
     return lines
 
 
+def in_order(rows: list[dict]) -> list[dict]:
+    """By k, or L0 where there is none, and then the highest CE_rec first."""
+    active = {id(row): row["l0"] if row["k"] in (0, "none") else row["k"] for row in rows}
+    return sorted(rows, key=lambda row: (active[id(row)], -np.nan_to_num(row["ce_rec"]), row["sae"]))
+
+
 def title_of(group: tuple) -> str:
-    model, layer, k, ctx, bos = group
-    return f"- {model} block {layer}, k = {k}, {ctx} tokens{' after a BOS' if bos else ''}"
+    model, layer, ctx, bos = group
+    return f"{model} block {layer}, {ctx} tokens{' after a BOS' if bos else ''}"
 
 
-def in_groups(rows: list[dict], found: list[dict], settings: dict) -> dict[str, list[dict]]:
-    """{what they share: rows of audit.csv}, the group first in which R^2 misleads furthest."""
-    as_measured = [row | {"k": 0 if row["k"] == "none" else row["k"]} for row in rows]
-    groups = comparable(as_measured, settings)
-    worst = list(dict.fromkeys(tuple(row[column] for column in GROUP) for row in found))
-    order = sorted(groups, key=lambda group: (worst.index(group) if group in worst else len(worst), group))
-    return {title_of(group): [rows[i] for i in groups[group]] for group in order}
+def by_hook(rows: list[dict]) -> dict[str, list[dict]]:
+    """{what they share: rows of audit.csv}."""
+    return {title_of(group): here for group, here in grouped(rows, HOOK_AND_TOKENS).items()}
 
 
 def console(rows: list[dict], found: list[dict], settings: dict) -> str:
-    """What a person sees below the answer, WIDTH wide: one line per SAE, what is odd, the worst pairs, and
-    what was refused.
+    """What a person sees below the answer, WIDTH wide: one line per SAE, what is said of a few, the pairs
+    that R² inverts, what is odd, and what was refused.
     """
     names = short_names([row["sae"] for row in rows], NAME_LETTERS)
-    lines = sae_lines(in_groups(rows, found, settings), names)
-    if named := [row for row in found if row["kind"] in SAYS][:NAMED]:
-        lines += ["", "Where R² misleads, furthest first (higher R² minus lower, 95% intervals):"]
+    lines = sae_lines(by_hook(rows), names)
+    if 1 < len(rows) <= FEW:
+        lines += [""]
+        for row in rows:
+            lines += hanging(f"{names[row['sae']]}: {row['says']} {row['read']}")
+    if named := [row for row in found if row["kind"] == "inverts"][:NAMED]:
+        lines += ["", "R² inverts (higher R² minus lower, 95% intervals):"]
         for row in named:
             r2, ce_rec = (estimate(row, f"delta_{metric}", 3) for metric in ("r2", "ce_rec"))
-            lines.append(f"R² {SAYS[row['kind']]} {names[row['sae_a']]} over {names[row['sae_b']]}")
+            lines += hanging(f"{name_in_pair(row, 'a', names)} over {name_in_pair(row, 'b', names)}")
             lines.append(f"  R² {r2}, CE_rec {ce_rec}")
     odd = warnings([row | {"sae": names[row["sae"]]} for row in rows])
     said = [*odd, *(f"refused: {sae}: {why}" for sae, why in refusals(settings))]
@@ -349,17 +422,16 @@ def refusals(settings: dict) -> list[tuple[str, str]]:
     return sorted(settings.get("refused", {}).items())
 
 
-def trial_lines(saes: list[dict], values: dict[str, np.ndarray]) -> str:
+def trial_lines(saes: list[dict]) -> str:
     """The SAEs of a run that is too small for a leaderboard, as `console` shows those of an audit. saes: rows
-    as `flag.flagged` gives them; values {metric: [W,C]}.
+    as `with_words` gives them.
     """
-    lo, hi = percentiles(values["ce_rec"][3:])
-    rows = [row | {"ce_rec_lo": lo[i], "ce_rec_hi": hi[i]} for i, row in enumerate(saes)]
-    for row in rows:
-        row["sae"] = f"{row['sae']} {row['recipe']} {readable_count(row['tokens'])} s{row['seed']}"
+    rows = [
+        row | {"sae": f"{row['sae']} {row['recipe']} {readable_count(row['tokens'])} s{row['seed']}"}
+        for row in saes
+    ]
     groups = {
-        f"- {model} block {layer}, k = {k}": here
-        for (model, layer, k), here in grouped(rows, ["model", "layer", "k"]).items()
+        f"{model} block {layer}": here for (model, layer), here in grouped(rows, ["model", "layer"]).items()
     }
     names = sorted({row["sae"] for row in rows})
     return "\n".join(sae_lines(groups, short_names(names, NAME_LETTERS)))
@@ -367,53 +439,48 @@ def trial_lines(saes: list[dict], values: dict[str, np.ndarray]) -> str:
 
 # -------------------------------------------------------------------------------------- what is said of pairs
 NOTHING_TO_COMPARE = (
-    "No two of these SAEs can be compared (same model, layer, k and tokens): nothing is said about what R² "
-    "orders."
+    "No two of these SAEs can be compared (same model, k and tokens): nothing is said about what R² orders."
 )
-ALL_PAIRS = "Of the {pairs} that can be compared (same model, layer, k and tokens), {told}"
-TOLD = (
-    "R² orders {orders} as CE_rec does, inverts {inverts}, and in {claims} claims a difference that CE_rec "
-    "does not show"
+ALL_PAIRS = (
+    "Of the {pairs} that can be compared (same model, k and tokens), R² orders {orders} as CE_rec does and "
+    "inverts {inverts}{more}."
 )
-TOLD_MORE = {  # where there are such
-    "misses": "in {misses} CE_rec shows one that R² does not",
+MORE_PAIRS = {  # where there are such
+    "claims": "in {claims} R² shows a difference and CE_rec none",
+    "misses": "in {misses} CE_rec shows one and R² none",
     "neither": "in {neither} neither does",
-    "undefined": "{undefined} have no interval",
+    "undefined": "{undefined} cannot be judged: there is no interval",
 }
-ONE_PAIR = "- R² {says} {sae_a} over {sae_b} ({where}): R² {r2}, CE_rec {ce_rec}"
+ONE_PAIR = "- R² inverts {a} over {b} ({where}): R² {r2}, CE_rec {ce_rec}"
 ABOUT_DIFFERENCES = (
     "Differences: the SAE of higher R² minus the other; 95% intervals, both SAEs under the same resamples "
     "of {behind}. Every interval is for its pair alone: among {n} pairs that did not differ at all, "
-    "{by_chance:.4g} would be expected to be shown to differ by chance, in R² and again in CE_rec. Furthest "
-    "first: of the inverted by the CE_rec that choosing after R² loses at least, of the others by the least "
-    "difference of R². All pairs: pairs.csv."
+    "{by_chance:.4g} would be expected to be shown to differ by chance, in R² and again in CE_rec. Inverted "
+    "ones come first, by the CE_rec that choosing after R² loses at least. All pairs: pairs.csv."
 )
 
 
-def counted(found: list[dict]) -> dict[str, int]:
-    """{kind: pairs}."""
-    return {name: sum(row["kind"] == name for row in found) for name in KINDS}
-
-
 def pair_sentence(found: list[dict]) -> str:
-    """What R^2 says about the choice between two SAEs. found: `pairs`."""
+    """What R² says about the choice between two SAEs. found: `pairs`."""
     if not found:
         return NOTHING_TO_COMPARE
     n = counted(found)
-    more = ", ".join(text.format(**n) for name, text in TOLD_MORE.items() if n[name])
-    told = TOLD.format(**n) + (f"; {more}." if more else ".")
-    return ALL_PAIRS.format(pairs=count_of(len(found), "pair"), told=told)
+    more = "; ".join(text.format(**n) for name, text in MORE_PAIRS.items() if n[name])
+    return ALL_PAIRS.format(pairs=count_of(len(found), "pair"), more=f"; {more}" * bool(more), **n)
 
 
 def pair_lines(found: list[dict]) -> list[str]:
-    """The pairs to look at in Markdown, inverted ones first, the furthest first."""
-    worth = [row for row in found if row["kind"] in SAYS]
+    """The inverted pairs in Markdown, the furthest first."""
+    inverted = [row for row in found if row["kind"] == "inverts"]
+    names = {row[f"sae_{end}"]: row[f"sae_{end}"] for row in inverted for end in "ab"}
     lines = []
-    for row in worth[:NAMED]:
+    for row in inverted[:NAMED]:
         r2, ce_rec = (estimate(row, f"delta_{metric}", 3) for metric in ("r2", "ce_rec"))
-        where = title_of(tuple(row[column] for column in GROUP)).removeprefix("- ")
-        lines.append(ONE_PAIR.format(**row, says=SAYS[row["kind"]], where=where, r2=r2, ce_rec=ce_rec))
-    return lines + ([f"- and {len(worth) - NAMED} more in pairs.csv"] if len(worth) > NAMED else [])
+        one_hook = f"block {row['layer_a']}, " if row["layer_a"] == row["layer_b"] else ""
+        where = f"{row['model']}, {one_hook}k = {row['k']}, {row['ctx']} tokens"
+        a, b = (name_in_pair(row, end, names) for end in "ab")
+        lines.append(ONE_PAIR.format(a=a, b=b, where=where, r2=r2, ce_rec=ce_rec))
+    return lines + ([f"- and {len(inverted) - NAMED} more in pairs.csv"] if len(inverted) > NAMED else [])
 
 
 def pair_report(found: list[dict], settings: dict) -> list[str]:
@@ -423,24 +490,28 @@ def pair_report(found: list[dict], settings: dict) -> list[str]:
         return text
     if lines := pair_lines(found):
         text += [*lines, ""]
-    groups = grouped(found, GROUP)
+    named = [
+        row | {"at": f"block {row['layer_a']}" if row["layer_a"] == row["layer_b"] else "between blocks"}
+        for row in found
+    ]
+    groups = grouped(named, ["model", "k", "at"])
     if len(groups) > 1:
         table = [
-            dict(zip(GROUP, group)) | {"pairs": len(rows)} | counted(rows) for group, rows in groups.items()
+            dict(zip(("model", "k", "at"), group)) | {"pairs": len(rows)} | counted(rows)
+            for group, rows in sorted(groups.items())
         ]
-        text += [markdown(table, [*GROUP, "pairs", *KINDS]), ""]
+        text += [markdown(table, ["model", "k", "at", "pairs", *KINDS]), ""]
     n = len(found)
     return [*text, ABOUT_DIFFERENCES.format(behind=behind(settings), n=n, by_chance=0.05 * n), ""]
 
 
 # ------------------------------------------------------------------------------------------------ the report
 HEADLINE = [
-    *"sae layer k l0 r2".split(),
+    *"sae k l0 ce_rec".split(),
+    "CE_rec interval",
+    "r2",
     "R² interval",
-    *"r2_nosink cosine ce_rec".split(),
-    "ce_rec interval",
-    *"residual frac_zero frac_mean swd_tok".split(),
-    *FLAG_COLUMNS,
+    *"r2_nosink sink_share kl_excess dead dense word also dominated_by".split(),
 ]
 OTHER_MODEL = "{sae}: its files say {trained_on}; measured on {model}"
 NEGATIVE = "{sae}: worse than predicting the mean (R² {r2:.2f}); the wrong model, layer or normalisation?"
@@ -448,33 +519,35 @@ UNSEEN = (
     "{sae}: never saw some positions ({positions}) and is patched there too; ce_rec_sinkclean and *_nosink "
     "leave sinks out"
 )
-RESIDUAL = (
-    "residual: CE_rec minus what the increasing curve of CE_rec on R², through the other SAEs on the same "
-    "tokens, says at this SAE's R²; `undefined` with fewer than {at_least} SAEs, and for the lowest and the "
-    "highest R², where there is no curve. frac_zero and frac_mean are ablation-normalised (what other "
-    "libraries call loss or CE recovered), ce_rec = 2 - L_recon/L_orig is not. All columns: audit.csv."
+ABOUT_COLUMNS = (
+    "Within a hook by k, the highest CE_rec first. dominated_by: an SAE of the hook with no more latents "
+    "active has a higher CE_rec (95% interval of the difference). kl_excess: the ε-random substitution of "
+    "Gurnee (2024), sinks clean in both runs. dead, dense: latents that never fire, and that fire on more "
+    "than a tenth of the tokens. frac_zero in audit.csv is what other libraries call CE loss score or loss "
+    "recovered; ce_rec = 2 - L_recon/L_orig is not. All columns: audit.csv."
 )
 OTHER_TOKENS = (
     "Not all SAEs were measured on the same tokens: their files ask for contexts of {contexts}. Compare "
     "within one of them."
 )
 REPORT = """\
-# Audit: can their R² be trusted?
+# Audit: which SAE, and what is its R² worth?
 
 {answer}
 ![R² against CE_rec](audit.png)
 
-## Where R² misleads
-
-{pairs}
-{warnings}
 ## One by one
 
 {one_by_one}
-{flag}
+{words}
 
-{residual}
+{about}
 
+{says}
+{warnings}
+## What R² inverts
+
+{pairs}
 ## One reconstruction, every library's R²
 
 {libraries}
@@ -501,14 +574,19 @@ def warnings(rows: list[dict]) -> list[str]:
 
 
 def headline(rows: list[dict]) -> str:
-    """One line per SAE, the highest R² first."""
-    lines = []
-    for row in sorted(rows, key=lambda row: (-row["r2"], row["sae"])):
-        intervals = {
-            f"{name} interval": bounds(row[f"{column}_lo"], row[f"{column}_hi"], 3)
-            for name, column in (("ce_rec", "ce_rec"), ("R²", "r2"))
+    """One line per SAE of a hook, in Markdown."""
+    lines = [
+        row
+        | {
+            "CE_rec interval": bounds(row["ce_rec_lo"], row["ce_rec_hi"], 3),
+            "R² interval": bounds(row["r2_lo"], row["r2_hi"], 3),
+            "sink_share": percent(row["sink_share"]),
+            "kl_excess": span(row["kl_excess"], row["kl_excess_lo"], row["kl_excess_hi"]),
+            "dead": percent(1 - row["alive"]),
+            "dense": percent(row["dense"]),
         }
-        lines.append(row | intervals | {"residual": estimate(row, "ce_rec_residual", 3)})
+        for row in in_order(rows)
+    ]
     return markdown(lines, HEADLINE)
 
 
@@ -527,11 +605,10 @@ def _contexts(rows: list[dict]) -> str:
 
 
 def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[str]:
-    """In Markdown lines: the answer, the picture, the pairs, one line per SAE. found: `pairs`."""
-    tables = [
-        f"### {title.removeprefix('- ')}\n\n{headline(here)}\n"
-        for title, here in in_groups(rows, found, settings).items()
-    ]
+    """In Markdown lines: the answer, the picture, one line per SAE and what is said of it, the pairs. found:
+    `pairs`.
+    """
+    tables = [f"### {title}\n\n{headline(here)}\n" for title, here in by_hook(rows).items()]
     if refused := refusals(settings):
         tables.append("### Refused\n\n" + markdown([{"sae": sae, "why": why} for sae, why in refused]) + "\n")
     by_r2 = sorted(rows, key=lambda row: (-row["r2"], row["sae"]))
@@ -540,8 +617,9 @@ def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[st
         pairs="\n".join(pair_report(found, settings)),
         warnings="".join(f"- **{line}**\n" for line in warnings(rows)),
         one_by_one="\n".join(tables),
-        flag=FLAG_TEXT,
-        residual=RESIDUAL.format(at_least=CURVE_OF + 1),
+        words=ABOUT_WORDS,
+        about=ABOUT_COLUMNS,
+        says="".join(f"- {row['sae']}: **{row['word']}**. {row['says']} {row['read']}\n" for row in rows),
         libraries=markdown(by_r2, ["sae", "r2", *LIBRARIES]),
         libraries_nosink=markdown([_without_sinks(row) for row in by_r2], ["sae", "r2", *LIBRARIES]),
         definitions="\n".join(f"{name}: {meaning}." for name, meaning in LIBRARIES.items()),
@@ -551,7 +629,35 @@ def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[st
 
 
 # ------------------------------------------------------------------------------------------------ from Python
-RETURNED = "r2 r2_nosink cosine ce_orig ce_recon dce ce_rec kl swd_tok swd_sampled l0 fed_excess".split()
+RETURNED = (
+    "r2 r2_nosink cosine ce_orig ce_recon dce ce_rec ce_rec_sinkclean frac_zero kl swd_tok swd_sampled l0 "
+    "sink_share kl_excess fed_excess"
+).split()
+# SAELens' names of what is defined in the same way
+SAELENS = {"explained_variance": "r2", "ce_loss_score": "frac_zero"}
+
+
+class Audited(dict[str, Any]):
+    """{metric: value, metric_lo, metric_hi: its 95% interval over documents}, word, also, says, read, n_tok,
+    n_sink, documents. It prints as a table.
+    """
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row a metric, for a data frame."""
+        return [
+            {"metric": name, "value": self[name], "lo": self[f"{name}_lo"], "hi": self[f"{name}_hi"]}
+            for name in self
+            if f"{name}_lo" in self
+        ]
+
+    def __str__(self) -> str:
+        rows = [
+            {"metric": row["metric"], "value": number(row["value"]), "95%": bounds(row["lo"], row["hi"], 3)}
+            for row in self.records()
+        ]
+        return "\n".join(
+            [f"{sentence_case(self['word'])}. {self['says']} {self['read']}", "", markdown(rows)]
+        )
 
 
 def audit(
@@ -561,10 +667,9 @@ def audit(
     tokens: torch.Tensor,
     document: Sequence[int] | np.ndarray | None = None,
     basis: str | None = None,
-) -> dict[str, Any]:
-    """R^2, CE_rec, dCE (nats a token), KL, the flag, ... of one SAE at the output of block `layer`, on these
-    tokens and a model that is loaded: {metric: value, metric_lo, metric_hi: its 95% interval over documents},
-    and flag, n_tok, documents.
+) -> Audited:
+    """R², CE_rec, dCE (nats a token), KL, ... of one SAE at the output of block `layer`, on these tokens and
+    a model that is loaded, and what is said of it.
 
     The numbers that `audit.py` writes for the same tokens. model: a causal language model of transformers, in
     eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw` or
@@ -597,14 +702,15 @@ def audit(
     values = computed(
         Sums({q: v[None] for q, v in result.sums.items()}, weights, text_config(model).hidden_size)
     )
+    n_doc, n_sink = int(of.max()) + 1, round((result.sums["n"] - result.sums["n_nosink"]).sum())
     row = {metric: float(value[0, 0]) for metric, value in values.items()}
-    (row,) = flagged([row], values)
-    out: dict[str, Any] = {}
-    for metric in RETURNED:
+    row |= {"n_seq": len(tokens), "n_tok": tokens.shape[0] * (tokens.shape[1] - 1), "n_sink": n_sink}
+    (row,) = with_words([row], values, n_doc)
+    out = Audited({name: row[name] for name in ("word", "also", "says", "read")})
+    for name, metric in [*zip(RETURNED, RETURNED), *SAELENS.items()]:
         lo, hi = (float(end[0]) for end in percentiles(values[metric][3:]))
-        out |= {metric: row[metric], f"{metric}_lo": lo, f"{metric}_hi": hi}
-    n_tok = tokens.shape[0] * (tokens.shape[1] - 1)
-    return out | {"flag": row["flag"], "n_tok": n_tok, "documents": int(of.max()) + 1}
+        out |= {name: float(values[metric][0, 0]), f"{name}_lo": lo, f"{name}_hi": hi}
+    return Audited(out | {"n_tok": row["n_tok"], "n_sink": n_sink, "documents": n_doc})
 
 
 def _reconstruction(sae: Any, hook: Hook, tokens: torch.Tensor, basis: str | None) -> Reconstruction:

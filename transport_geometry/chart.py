@@ -77,7 +77,7 @@ def of_saes(
     target: str = "ce_rec",
 ) -> str:
     """A panel for each metric, against the target: one mark an SAE, shape = k, colour = model, or, of one
-    model's SAEs that have one, their flag. rows: of conditions.csv, without null rows, perhaps with a `flag`,
+    model's SAEs that have one, their word. rows: of conditions.csv, without null rows, perhaps with a `word`,
     and with the target's interval as target_lo and target_hi.
 
     SAEs worse than the mean would press the others together: they are counted and not drawn, where there are
@@ -86,8 +86,8 @@ def of_saes(
     drawn = [row for row in rows if not row["r2"] < 0] or rows
     there = [model for model in models if any(row["model"] == model for row in rows)]
     by, values = "model", there
-    if len(there) == 1 and all("flag" in row for row in rows):
-        by, values = "flag", sorted({row["flag"] for row in rows})
+    if len(there) == 1 and all("word" in row for row in rows):
+        by, values = "word", sorted({row["word"] for row in rows})
     ks = sorted({row["k"] for row in rows}, key=lambda k: (not isinstance(k, int), k))
     panels = []
     for metric in metrics:
@@ -193,9 +193,9 @@ def sae_words(row: Mapping[str, Any]) -> str:
 
 
 def numbers(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Lines of what the row says under these names, and of its flag."""
+    """Lines of what the row says under these names, and its word."""
     lines = [f"{called(name)} {figures(row[name])}{interval(row, name)}" for name in names]
-    return lines + ([str(row["flag"])] if "flag" in row else [])
+    return lines + ([str(row["word"])] if "word" in row else [])
 
 
 def interval(row: Mapping[str, Any], name: str) -> str:

@@ -121,6 +121,7 @@ class Result:
         np.ndarray | None
     )  # [2,F] how often each latent fired in the halves of the documents; None without a code
     tokens: dict[str, np.ndarray]  # {quantity: [S,T-1] float32} where they are kept
+    harm: np.ndarray  # [S,T-1] float32: patched CE less clean CE, nats
 
 
 def evaluate(
@@ -183,15 +184,16 @@ def evaluate(
                             f"to {here.stop - 1}"
                         )
                     kept = {q: v.float().numpy() for q, v in quantities.items()} if keep_tokens else {}
-                    pieces[name].append((sums, kept))
+                    harm = (outcome["ce_recon"] - outcome["ce_orig"]).float().numpy()
+                    pieces[name].append((sums, kept, harm))
                     if isinstance(sae := reconstructions[name], SAE):
                         counts = fired_in(patch, len(sae.W_dec), half[here])
                         fired[name] = fired.get(name, 0) + counts
                     bar.update(here.stop - here.start)
             start = here.stop
     return {
-        name: Result(joined([s for s, _ in parts]), fired.get(name), joined([t for _, t in parts]))
-        for name, parts in pieces.items()
+        name: Result(joined(sums), fired.get(name), joined(kept), np.concatenate(harm))
+        for name, (sums, kept, harm) in ((name, zip(*parts)) for name, parts in pieces.items())
     }
 
 
@@ -208,7 +210,7 @@ def label_uniforms(input_ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The batches' arrays end to end."""
     return {q: np.concatenate([part[q] for part in parts]) for q in parts[0]}
 

@@ -16,6 +16,7 @@ import torch
 
 # what folders of earlier versions lack
 NEWER = ("sst_sink", "kl_sinkclean", "kl_isotropic")
+DENSE = 0.1  # of the tokens
 VALUE_BITS = 8  # that a latent's value is counted with
 
 
@@ -158,6 +159,7 @@ METRICS = (
     # KL of the patch over that of an isotropic error as long at every position, sinks clean in both
     Metric("kl_excess", lambda s: np.log(s["kl_sinkclean"] / s["kl_isotropic"])),
     Metric("alive", None),
+    Metric("dense", None),
     Metric("l0", mean("l0")),
     Metric("bits_idx", None),
     Metric("bits", None),
@@ -188,12 +190,19 @@ def oriented(name: str, value: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------ of the code
 def code_metrics(fired: np.ndarray, n_tok: np.ndarray, l0: float) -> dict[str, float]:
-    """alive: share of latents that fire at all; bits a token of their indices, and of indices and values.
+    """alive, dense: shares of latents that fire at all, and on more than DENSE of the tokens; bits a token of
+    their indices, and of indices and values.
 
     fired [2,F]: how often each latent fires in the n_tok [2] tokens of the two halves of the documents.
     """
     bits = index_bits(fired, n_tok)
-    return {"alive": float((fired.sum(0) > 0).mean()), "bits_idx": bits, "bits": bits + VALUE_BITS * l0}
+    often = fired.sum(0) / np.sum(n_tok)
+    return {
+        "alive": float((often > 0).mean()),
+        "dense": float((often > DENSE).mean()),
+        "bits_idx": bits,
+        "bits": bits + VALUE_BITS * l0,
+    }
 
 
 def index_bits(fired: np.ndarray, n_tok: np.ndarray) -> float:

@@ -61,6 +61,8 @@ ROUNDING = {
     "swd_seq": (5e-3, 1e-6),
     "gd_mean": (2e-3, 2e-4),
     "alive": (0.0, 5e-3),
+    "dense": (0.0, 5e-3),
+    "kl_excess": (1e-4, 5e-3),
 }
 LITTLE = (3e-4, 1e-6)  # every other column
 TABLES = (1e-5, 1e-9)  # numbers of two tables made from the same rows

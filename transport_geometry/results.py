@@ -254,9 +254,13 @@ def add_results(out: pathlib.Path, settings: dict, new: Measurements) -> None:
         files["tokens.npz"] = as_npz(kept | new.tokens)
     for name, table in new.tables.items():
         old = read_table(store.checked(record, name)) if name in known else []
-        hooks = {(row["model"], row["layer"]) for row in table}
-        both = [row for row in old if (row["model"], row["layer"]) not in hooks] + table
-        files[name] = as_csv(sorted(both, key=lambda row: (row["model"], row["layer"])), list(table[0]))
+        if not table:
+            continue
+        about = KEY if set(KEY) <= table[0].keys() else KEY[:2]  # one of a hook's conditions, or the hook
+        again = {tuple(row[column] for column in about) for row in table}
+        both = [row for row in old if tuple(row[column] for column in about) not in again] + table
+        both.sort(key=lambda row: tuple(row[column] for column in about))
+        files[name] = as_csv(both, list(table[0]))
     store.put(record, files, settings=settings)
 
 
@@ -313,6 +317,9 @@ def measured(out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[
         part = Sums({q: v[mine] for q, v in sums.items()}, weights, d[mine])
         for name, value in computed(part, (*METRICS, *own)).items():
             values.setdefault(name, np.empty((len(weights), len(rows))))[:, mine] = value
+    for name in set(COLUMNS) - rows[0].keys():  # of a folder of an earlier version
+        for i, row in enumerate(rows):
+            row[name] = float(values[name][0, i]) if name in values else np.nan
     trained = np.array([row["recipe"] != "null" for row in rows])
     saes = [row for row, keep in zip(rows, trained) if keep]
     return Measured(

@@ -57,6 +57,7 @@ from transport_geometry.results import (
 from transport_geometry.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
 from transport_geometry.store import RUN
 from transport_geometry.train import runs_of, token_flops, train_missing, training_flops
+from transport_geometry.where import HARM, WORST, by_position, worst_tokens
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ class Experiment:
     study_passes: int = 0  # and its study a hook, in passes of the evaluation text
     # raises UserError for hooks that it cannot measure, before anything is trained or written
     check: Callable[[list[EvalSet]], None] | None = None
+    where: bool = False  # are the positions and tokens kept that a patch harms?
     # its folder where no other was asked for: a run with other settings is left there, and this one goes
     # beside it
     default_out: pathlib.Path | None = None
@@ -413,6 +415,16 @@ def measure(
     )
     tables = experiment.study(eval_set, trained, device) if experiment.study and share.with_nulls else {}
     definitions = r2_by_library(shared, reconstructions, device) if grid.saes else {}
+    if experiment.where:
+        harm = {one: results[one].harm for one in saes}
+        tables |= {
+            HARM: [row for one in harm for row in by_position(one, harm[one])],
+            WORST: [
+                row
+                for one in harm
+                for row in worst_tokens(one, harm[one], input_ids, document, eval_set.tokenizer)
+            ],
+        }
     hook.to(CPU)
     conditions = list(results)
     names = results[conditions[0]].sums
@@ -463,7 +475,7 @@ def table(
     n_tok = np.bincount(eval_set.held.document % 2, minlength=2) * (ctx - 1)
     rows = []
     for i, (condition, result) in enumerate(results.items()):
-        row = vars(condition) | counts | dict.fromkeys(("alive", "bits_idx", "bits"), np.nan)
+        row = vars(condition) | counts | dict.fromkeys(("alive", "dense", "bits_idx", "bits"), np.nan)
         row |= {name: float(value[0, i]) for name, value in values.items()}
         if result.fired is not None:
             row |= code_metrics(result.fired, n_tok, row["l0"])

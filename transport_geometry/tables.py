@@ -19,7 +19,15 @@ from transport_geometry.errors import reading
 import numpy as np
 
 Content = bytes | Callable[[io.BufferedWriter], object]  # of a file: the bytes, or what writes them
-NAMES = {"model", "sae", "sae_a", "sae_b", "recipe"}  # columns that stay text: a folder may be called 16
+NAMES = {
+    "model",
+    "sae",
+    "sae_a",
+    "sae_b",
+    "recipe",
+    "before",
+    "next",
+}  # columns that stay text: a folder may be called 16
 UNDEFINED = "undefined"
 
 
