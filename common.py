@@ -229,6 +229,11 @@ def parser_of(
         type=parse_path,
         help="Exp-A's verdict, which opens the gate: outputs/expa/verdict.json, where there is one",
     )
+    add(
+        "--leave-sinks",
+        action="store_true",
+        help="patch every position but sinks, which keep their activation",
+    )
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
     add("--quiet", action="store_true", help="say nothing but errors and, at the end, where the report is")
@@ -293,6 +298,7 @@ def parse_args(
         dtype=args.dtype,
         eval_seqs=parse_int(str(args.eval_seqs), "--eval-seqs", 2),
         ctx=parse_int(str(args.ctx), "--ctx", 2),
+        leave_sinks=args.leave_sinks,
         save_tokens=args.save_tokens,
         bos=args.bos,
     )

@@ -82,6 +82,7 @@ def small_grid(**more):
         split="train",
         revision=None,
         dtype="float32",
+        leave_sinks=False,
         save_tokens=False,
     )
     return Grid(**grid | more)

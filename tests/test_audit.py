@@ -12,8 +12,6 @@ import zygote
 from helpers import ROOT, contents, script
 from hub import serve
 from transport_geometry import formats
-from transport_geometry.audit import SHORT_FLAG
-from transport_geometry.flag import flag
 from transport_geometry.lm import Hook
 from transport_geometry.models import load_model
 from transport_geometry.sae import save_sae
@@ -205,11 +203,7 @@ def test_the_headline_command(audit, hub):
         8,
         8,
     )
-    assert row["flag"] == flag(row["fed_excess_lo"], row["fed_excess_hi"], row["kl_swd_ratio"]) != "undefined"
-    assert (
-        row["fed_nosink_lo"] < row["fed_nosink"] < row["fed_nosink_hi"]
-        and row["fed_excess_lo"] < row["fed_excess"] < row["fed_excess_hi"]
-    )
+    assert row["word"] == "as it reads" and row["kl_excess_lo"] < row["kl_excess"] < row["kl_excess_hi"]
     assert (
         0 < row["r2"] < row["r2_overcomplete"]
         and row["r2"] < row["r2_dictionary_learning"]
@@ -218,14 +212,14 @@ def test_the_headline_command(audit, hub):
     assert row["fvu_as_said"] < row["fvu_otherwise"] * 1.05
     report = (out / "report.md").read_text()
     assert (
-        "Can the R² of this SAE be trusted" in report
-        and "Can the R² of this SAE be trusted" in done.stdout
-        and row["flag"] in report
-        and SHORT_FLAG[row["flag"]] in done.stdout
+        "Can the R² of this SAE be read as it is" in report
+        and "Can the R² of this SAE be read as it is" in done.stdout
+        and row["says"] in report
+        and row["word"] in done.stdout
         and "8 sequences of 64 tokens" in report
     )
     verdict = json.loads((out / "verdict.json").read_text())
-    assert verdict["h2"]["leaf_if_ungated"] == "undecided" and verdict["leaf"] == "no pair to judge"
+    assert verdict["h2"]["leaf_if_ungated"] == "undecided" and verdict["leaf"] == "as it reads"
     nulls = {r["sae"]: r for r in read_table(out / "conditions.csv") if r["recipe"] == "null"}
     assert set(nulls) == {"null-identity", "null-mean", "null-random", "null-gaussian"}
     assert (
@@ -360,7 +354,7 @@ def test_one_refused_sae_is_a_row_and_does_not_stop_the_others(hub, tmp_path):
     broken = ["org/wide", "org/one-late", "org/nope", str(tmp_path / "nothing-here/at-all")]
     done = run(hub, tmp_path / "out", ",".join([f"{SAES}/layers.3", *broken]), models=MODEL)
     rows = {row["sae"]: row for row in read_table(tmp_path / "out/audit.csv")}
-    why = {sae: row["refused"] for sae, row in rows.items() if row["flag"] == "refused"}
+    why = {sae: row["refused"] for sae, row in rows.items() if row["word"] == "refused"}
     assert rows.keys() - why.keys() == {f"{SAES}/layers.3"} and rows[f"{SAES}/layers.3"]["refused"] == ""
     assert "reads 32 dimensions" in why["org/wide/layers.3"] and "layer 3, raw 0." in why["org/one-late"]
     assert "no repository of the hub" in why["org/nope"] and "no such file" in why["nothing-here/at-all"]

@@ -42,11 +42,15 @@ def test_the_numbers_are_the_command_s(trained, tmp_path):
     grid = ["--models", f"stdlib-s@{LAYER}", "--eval-seqs", SEQS, "--ctx", CTX, "--device", "cpu"]
     script("audit.py", "--sae", folder, *grid, "--out", tmp_path / "out")
     (row,) = read_table(tmp_path / "out/audit.csv")
-    columns = [name for name in found if name in row and name != "flag"]
-    assert {"r2", "ce_rec", "ce_rec_lo", "r2_hi", "dce", "kl", "fed_excess_lo", "l0"} <= set(columns)
+    columns = [name for name in found if name in row and not isinstance(found[name], str)]
+    assert {"r2", "ce_rec", "ce_rec_lo", "r2_hi", "dce", "kl", "kl_excess_lo", "l0"} <= set(columns)
     for name in columns:
         assert row[name] == pytest.approx(found[name], rel=1e-4, abs=1e-6), name
-    assert found["flag"] == row["flag"] and found["n_tok"] == SEQS * (CTX - 1)
+    assert all(found[name] == row[name] for name in ("word", "says", "read")) and found["n_sink"] == SEQS
+    assert found["n_tok"] == SEQS * (CTX - 1)
+    assert {"metric": "l0", "value": 8, "lo": 8, "hi": 8} in found.records()
+    assert found["explained_variance"] == found["r2"]
+    assert found["ce_loss_score"] == pytest.approx(row["frac_zero"], rel=1e-4)
 
 
 def test_and_those_of_the_definitions(trained):
@@ -98,10 +102,10 @@ def test_whatever_reconstructs_can_be_given(trained):
     of_file = audit(model, LAYER, folder, ids)
     for given in (sae, lambda h: sae.reconstruct(h)[2]):
         found = audit(model, LAYER, given, ids)
-        for name in ("r2", "ce_rec", "ce_rec_lo", "kl", "fed_excess"):
+        for name in ("r2", "ce_rec", "ce_rec_lo", "kl", "fed_excess", "kl_excess"):
             assert found[name] == pytest.approx(of_file[name], rel=1e-4), name
     nothing_lost = audit(model, LAYER, lambda h: h, ids)
-    assert nothing_lost["r2"] == nothing_lost["ce_rec"] == 1 and nothing_lost["flag"] == "undefined"
+    assert nothing_lost["r2"] == nothing_lost["ce_rec"] == 1 and "there is no error" in nothing_lost["says"]
     assert math.isnan(nothing_lost["l0"])
     mean = audit(model, LAYER, lambda h: Hook(model, LAYER).head(ids)[:, :-1].mean((0, 1)).expand_as(h), ids)
     assert mean["r2"] == pytest.approx(0, abs=1e-5)
@@ -111,7 +115,7 @@ def test_documents_are_what_the_intervals_count(trained):
     """One document has no interval, and rows of few documents a wider one."""
     model, _, held, folder = trained
     one = audit(model, LAYER, folder, held.input_ids, [7] * SEQS)
-    assert one["ce_rec_lo"] == one["ce_rec_hi"] and (one["flag"], one["documents"]) == ("undefined", 1)
+    assert one["ce_rec_lo"] == one["ce_rec_hi"] and (one["word"], one["documents"]) == ("cannot be judged", 1)
     each, twice = (
         audit(model, LAYER, folder, held.input_ids.repeat(2, 1), document)
         for document in (None, list(range(SEQS)) * 2)
@@ -164,4 +168,4 @@ def test_the_lines_of_the_pages_run(trained, monkeypatch, capsys):
     for where, code in found.items():
         exec(code, {})
         said = capsys.readouterr().out
-        assert "'ce_rec': 0." in said and "'flag': " in said, where
+        assert re.search(r"\| ce_rec +\| 0\.", said) and said.startswith("As it reads. "), where

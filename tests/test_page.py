@@ -151,7 +151,7 @@ def test_the_same_rows_give_the_same_bytes_and_others_others():
 
 
 def test_names_are_text_wherever_they_stand():
-    rows = [an_sae(model=EVIL, sae=EVIL, flag=EVIL), an_sae(model="m", recipe=EVIL, r2=0.5)]
+    rows = [an_sae(model=EVIL, sae=EVIL, word=EVIL), an_sae(model="m", recipe=EVIL, r2=0.5)]
     named = [{"sae": EVIL, "r2": 0.5}]
     report = (
         f"# {EVIL}\n\n**{EVIL}**\n\n![{EVIL}](box.png)\n\n## {EVIL}\n\n{markdown(named)}\n\n## a\n\n## b\n"
@@ -262,14 +262,13 @@ def two(panel, rows):
     return [(panel[i], rows[i], panel[5], rows[5]) for i in range(4)]
 
 
-def test_colours_are_of_models_and_of_flags_where_there_is_one_model():
+def test_colours_are_of_models_and_of_words_where_there_is_one_model():
     def tones(rows):
         return re.findall(r'"mark (c\d)"', a_chart(rows)), re.findall(r"</svg>([^<]*)</li>", a_chart(rows))
 
     rows = saes()
     assert tones(rows) == (["c0"] * 3 + ["c1"] * 3 + ["c0"] * 3 + ["c1"] * 3, ["s", "l", *K])
-    flags = ["b", "a", "b"]
-    one = [row | {"flag": flag} for row, flag in zip(rows, flags)]
+    one = [row | {"word": word} for row, word in zip(rows, "bab")]
     assert tones(one) == (["c1", "c0", "c1"] * 2, ["a", "b", *K])
 
 

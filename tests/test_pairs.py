@@ -2,11 +2,14 @@
 
 from transport_geometry import audit
 from transport_geometry.audit import (
+    AT_ONE_K,
+    HOOK_AND_TOKENS,
     PAIRS,
     answer,
     comparable,
     console,
     counted,
+    dominated,
     kind,
     pair_lines,
     pair_report,
@@ -93,8 +96,8 @@ def test_planted_pairs_are_found_and_paired():
         "delta_ce_rec_lo"
     ] < -0.02 < row["delta_ce_rec_hi"] < 0
     assert row["delta_r2_hi"] - row["delta_r2_lo"] == pytest.approx(2 * 1.96 * 0.002 * 2**0.5, rel=0.15)
-    # the inverted one first, then the one claimed, then the one missed
-    assert list(found)[:3] == [("sae1", "sae2"), ("sae3", "sae0"), ("sae3", "sae2")]
+    # the inverted one first; what is not told apart comes behind what is ordered
+    assert list(found)[0] == ("sae1", "sae2") and list(found)[-2:] == [("sae3", "sae0"), ("sae3", "sae2")]
 
 
 def test_the_order_of_the_saes_leaves_no_trace():
@@ -115,13 +118,19 @@ def test_only_what_saw_the_same_tokens_is_compared():
     rows, values, settings = planted(
         r2=np.linspace(0.5, 0.9, 6), ce_rec=np.linspace(0.5, 0.9, 6), places=places
     )
-    assert sorted(comparable(rows, settings).values()) == [[0, 1], [2], [3], [4], [5]]
-    assert [(row["sae_a"], row["sae_b"]) for row in pairs(rows, values, settings)] == [("sae1", "sae0")]
+    assert sorted(comparable(rows, settings, HOOK_AND_TOKENS).values()) == [[0, 1], [2], [3], [4], [5]]
+    found = pairs(rows, values, settings)
+    # two at one hook, and each of them with the one a layer later
+    assert sorted((row["sae_a"], row["sae_b"], row["layer_a"], row["layer_b"]) for row in found) == [
+        ("sae1", "sae0", 3, 3),
+        ("sae4", "sae0", 4, 3),
+        ("sae4", "sae1", 4, 3),
+    ]
 
 
 def test_one_sequence_shows_nothing():
     found = pairs(*planted(r2=[0.8, 0.9], ce_rec=[0.9, 0.95], noise=0, shared=0))
-    assert found[0]["kind"] == "undefined" and "1 have no interval" in pair_sentence(found)
+    assert found[0]["kind"] == "undefined" and "1 cannot be judged" in pair_sentence(found)
 
 
 def test_only_saes_of_one_k_are_compared():
@@ -133,13 +142,13 @@ def test_only_saes_of_one_k_are_compared():
         ks=[8, 16, 16, 0, 0, 0],
         l0=[8, 16, 16, 14.0, 22.0, 23.0],
     )
-    assert {group[2]: members for group, members in comparable(rows, settings).items()} == {
+    assert {group[1]: members for group, members in comparable(rows, settings, AT_ONE_K).items()} == {
         8: [0],
         16: [1, 2, 3, 4],
         32: [5],
     }
     assert len(pairs(rows, values, settings)) == 6
-    assert [*comparable(rows, settings, given_k=False).values()] == [[0, 1, 2, 3, 4, 5]]
+    assert [*comparable(rows, settings, HOOK_AND_TOKENS).values()] == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_what_is_said():
@@ -150,12 +159,9 @@ def test_what_is_said():
     )
     found = pairs(rows, values, settings)
     sentence = pair_sentence(found)
-    assert (
-        "Of the 28 pairs that" in sentence
-        and "R² orders 0 as CE_rec does, inverts 28, and in 0 claims" in sentence
-    )
+    assert "Of the 28 pairs that" in sentence and "R² orders 0 as CE_rec does and inverts 28." in sentence
     lines = pair_lines(found)
-    assert lines[0].startswith("- R² inverts sae7 over sae0 (m block 3, k = 16, 64 tokens): R² +0.100 [")
+    assert lines[0].startswith("- R² inverts sae7 over sae0 (m, block 3, k = 16, 64 tokens): R² +0.100 [")
     assert len(lines) == 11 and lines[-1] == "- and 18 more in pairs.csv"
     surely = [row["delta_ce_rec_hi"] for row in found]
     assert surely == sorted(surely) and surely[-1] < 0
@@ -164,16 +170,18 @@ def test_what_is_said():
     rows, values, settings = planted(r2=[0.80, 0.90, 0.85], ce_rec=[0.90, 0.90, 0.95], noise=0.001)
     found = pairs(rows, values, settings)
     assert counted(found) == dict(orders=1, inverts=1, claims=1, misses=0, neither=0, undefined=0)
-    assert [line[:12] for line in pair_lines(found)] == ["- R² inverts", "- R² alone t"]
+    assert [line[:12] for line in pair_lines(found)] == ["- R² inverts"]
+    assert "in 1 R² shows a difference and CE_rec none" in pair_sentence(found)
     assert "nothing is said" in pair_sentence([]) and len(pair_report([], settings)) == 2
 
 
-def with_ends(rows, values, settings, flag="no difference shown"):
+def with_ends(rows, values, settings, word="as it reads"):
     """As `audit_rows` gives them, as far as text is made of them."""
     for i, row in enumerate(rows):
         for name in ("r2", "ce_rec"):
             row[f"{name}_lo"], row[f"{name}_hi"] = np.percentile(values[name][3:, i], [2.5, 97.5])
-        row |= dict(flag=flag, trained_on="not said", unseen=(), k=row["k"] or "none")
+        row |= dict(word=word, says="No sink.", read="Read R².", trained_on="not said", unseen=())
+        row |= dict(k=row["k"] or "none", ctx=64, bos=False)
     return rows
 
 
@@ -187,19 +195,20 @@ def test_the_three_lines_and_what_is_printed():
     rows = with_ends(rows, values, settings)
     said = answer(rows, found, settings)
     asked, came_out, not_this = said.question, said.found, said.limits
-    assert asked == (
-        "Can the R² of these 3 SAEs be trusted to say whose patch does less harm (m L3; 48 documents)?"
+    assert asked.startswith(
+        "Which of these 3 SAEs does least harm when it is patched in, and does R² say so ("
     )
+    assert asked.endswith("(m L3; 48 documents)?")
     assert came_out.startswith(
-        "Of 3 pairs at one hook and k R² inverts 1 and tells 1 apart that CE_rec does not; "
-        "furthest: sae1 over sae2, R² +0.050 [+0.0"
-    ) and came_out.endswith("R² flatters 0 of 3 and underrates 0. 1 other refused.")
+        "As it reads: 3. Of 3 pairs of one k (3 at one hook, 0 between layers) R² inverts 1, 1 are not told "
+        "apart by one or both; furthest: sae1 over sae2, R² +0.050 [+0.0"
+    ) and came_out.endswith(". 1 other refused.")
     assert "CE_rec -0.050 [-0.05" in came_out and "another seed" in not_this
     assert "up to 0.075 inversions would come by chance" in not_this
     printed = "\n".join([*said.lines(), console(rows, found, settings)])
     assert max(map(len, printed.splitlines())) <= 80
-    at = [printed.index(f"\n{name} ") for name in ("sae1", "sae2", "sae0")]
-    assert at == sorted(at)  # in the order of R²
+    at = [printed.index(f"\n{name} ") for name in ("sae2", "sae0", "sae1")]
+    assert at == sorted(at)  # in the order of CE_rec
     assert "refused: org/broken: no SAE in it" in printed
     long = [f"org/{'x' * 50}/trainer_{i}-resid_post_layer_3-of-many-others" for i in range(3)]
     for pair in found:
@@ -210,7 +219,10 @@ def test_the_three_lines_and_what_is_printed():
     assert max(map(len, console(rows, found, settings).splitlines())) <= 80
     assert len(set(short_names(long, 26).values())) == 3
     alone = answer(rows[:1], [], settings)
-    assert alone.question.startswith("Can the R² of this SAE") and "R² 0.800 [0.7" in alone.found
+    assert alone.question.startswith("Can the R² of this SAE")
+    assert alone.found.startswith("As it reads: R² 0.800 [0.7") and alone.found.endswith(
+        "No sink. Read R². 1 other refused."
+    )
 
 
 def test_several_hooks_have_a_table():
@@ -224,9 +236,20 @@ def test_several_hooks_have_a_table():
         for line in report.splitlines()
         if line.startswith("| m ")
     ] == [
-        ["m", "3", "16", "64", "False", "1", "1", "0", "0", "0", "0", "0"],
-        ["m", "5", "16", "64", "False", "3", "0", "0", "0", "0", "3", "0"],
+        ["m", "16", "between blocks", "6", "0", "2", "2", "2", "0", "0"],
+        ["m", "16", "block 3", "1", "1", "0", "0", "0", "0", "0"],
+        ["m", "16", "block 5", "3", "0", "3", "0", "0", "0", "0"],
     ]
+
+
+def test_what_another_sae_of_the_hook_does_better_with_no_more_latents():
+    """Over k: the one of k = 16 is worse than that of 8; that of 32 is the best."""
+    rows, values, settings = planted(
+        r2=[0.7, 0.8, 0.9], ce_rec=[0.90, 0.85, 0.95], noise=0.002, ks=[8, 16, 32], l0=[8.0, 16.0, 32.0]
+    )
+    assert dominated(rows, values, settings) == ["", "sae0", ""]
+    values["ce_rec"][3:, 1] += 0.05 * np.random.default_rng(1).standard_normal(len(values["ce_rec"]) - 3)
+    assert dominated(rows, values, settings) == ["", "", ""]
 
 
 def test_the_picture_names_every_sae_and_no_name_lies_on_another():

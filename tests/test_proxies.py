@@ -291,3 +291,24 @@ def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
     for measure in (lambda of, rows: activations(of, rows, 6), formats.near):
         with pytest.raises(Fault, match="layer 1: the activations of .* do not vary"):
             measure(Hook(model, 1), hook[1])
+
+
+def test_sinks_that_are_left_are_as_they_were(hook):
+    """What is measured then is what another reconstruction gives that is h itself at position 0."""
+    model, rows, layer, h = hook
+    sae = random_sae(hook)
+    first = torch.arange(len(h)).view(len(rows), -1)[:, 0]
+
+    def at_the_others(h, mean):
+        h_hat = sae.reconstruct(h)[2].clone()
+        h_hat[first] = h[first]
+        return h_hat
+
+    by_hand = evaluate(Hook(model, layer), rows, {"it": at_the_others}, 6)["it"].sums
+    left = evaluate(Hook(model, layer), rows, {"it": sae}, 6, leave_sinks=True)["it"].sums
+    for name, value in by_hand.items():
+        if name != "l0":
+            assert left[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    whole = evaluate(Hook(model, layer), rows, {"it": sae}, 6)["it"].sums
+    assert left["ce_recon"] == pytest.approx(whole["ce_sinkclean"], rel=1e-5)
+    assert abs(left["sse"] - whole["sse"]).min() > 1e-3

@@ -23,7 +23,7 @@ from typing import Any
 from transport_geometry import formats, words
 from transport_geometry.answer import WIDTH, Answer
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import Reconstruction, evaluate
+from transport_geometry.evaluate import Reconstruction, activations, evaluate
 from transport_geometry.formats import hub_name
 from transport_geometry.libraries import LIBRARIES
 from transport_geometry.lm import Hook, fused_attention_errs, text_config
@@ -42,7 +42,7 @@ from transport_geometry.tables import (
     readable_count,
     span,
 )
-from transport_geometry.words import ABOUT_WORDS, NO_WIDTH, WORDS, with_words
+from transport_geometry.words import ABOUT_WORDS, WORDS, with_words
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ PAIRS = [
 ]
 # what R² says of a pair, as CE_rec sees it
 KINDS = ("inverts", "orders", "claims", "misses", "neither", "undefined")
+NO_WIDTH = 1e-6  # an interval as narrow comes of one document
 RESOLUTION = 1e-5  # a difference of R² or CE_rec that float32 cannot tell from none: one SAE in two formats
 CURVE_OF = 3  # other SAEs, at least, that a curve of CE_rec on R² is drawn through
 NAMED = 10  # pairs, at most, that the report names
@@ -695,16 +696,15 @@ def audit(
         )
     tokens = tokens.to(hook.device)
     name, batch = "SAE", max(1, 2048 // tokens.shape[1])
-    result = evaluate(hook, tokens, {name: _reconstruction(sae, hook, tokens, basis)}, batch, document=of)[
-        name
-    ]
+    given, shared = _reconstruction(sae, hook, tokens, basis), activations(hook, tokens, batch)
+    result = evaluate(hook, tokens, {name: given}, batch, shared=shared, document=of)[name]
     weights = document_weights(int(of.max()) + 1, N_RESAMPLES, seed=0)[:, of]
     values = computed(
         Sums({q: v[None] for q, v in result.sums.items()}, weights, text_config(model).hidden_size)
     )
-    n_doc, n_sink = int(of.max()) + 1, round((result.sums["n"] - result.sums["n_nosink"]).sum())
+    n_doc, n_sink = int(of.max()) + 1, int(shared.sink.sum())
     row = {metric: float(value[0, 0]) for metric, value in values.items()}
-    row |= {"n_seq": len(tokens), "n_tok": tokens.shape[0] * (tokens.shape[1] - 1), "n_sink": n_sink}
+    row |= dict(n_seq=len(tokens), n_tok=shared.sink.numel(), n_sink=n_sink, calm_share=shared.calm_share)
     (row,) = with_words([row], values, n_doc)
     out = Audited({name: row[name] for name in ("word", "also", "says", "read")})
     for name, metric in [*zip(RETURNED, RETURNED), *SAELENS.items()]:

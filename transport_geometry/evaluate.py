@@ -131,6 +131,7 @@ def evaluate(
     batch: int,
     seed: int = 0,
     keep_tokens: bool = False,
+    leave_sinks: bool = False,
     terms: Terms | None = None,
     shared: Activations | None = None,
     document: np.ndarray | None = None,
@@ -141,7 +142,8 @@ def evaluate(
 
     The clean forward, g and its sampled twins are computed once per batch for all of them. An experiment's
     own quantities [B,T-1] come from terms(patch). Per-token values are formed in float32 on the model's
-    device, summed in float64 on the CPU. shared: `activations`, where they are known. document [S], default
+    device, summed in float64 on the CPU. leave_sinks: sinks keep their activation, in the patch and in every
+    score. shared: `activations`, where they are known. document [S], default
     one a sequence: the halves are its even and odd numbers. Raises Fault on a loss that is not finite.
 
     Of the vocabulary a tile is held at a time (`Hook.tiles`), for all reconstructions: about 6 x 4 V bytes a
@@ -166,7 +168,9 @@ def evaluate(
             drawn = directions(clean, torch.arange(here.start, here.stop)[compared[here]], seed)
             for first in range(0, len(everyone), at_once):
                 names = everyone[first : first + at_once]
-                patches = [patched(clean, reconstructions[name], shared, final_mean) for name in names]
+                patches = [
+                    patched(clean, reconstructions[name], shared, final_mean, leave_sinks) for name in names
+                ]
                 calm = [sinks_clean(patch) for patch in patches]
                 random = [isotropic(patch, drawn, compared[here]) for patch in patches]
                 losses = outcomes(clean, [patch.final for patch in patches], calm, random, compared[here])
@@ -271,9 +275,10 @@ def patched(
     reconstruction: Reconstruction,
     shared: Activations,
     final_mean: torch.Tensor | None = None,
+    leave_sinks: bool = False,
 ) -> Patch:
-    """One reconstruction in the batch's h's place, and the model run on it. final_mean: see `ablated`, of the
-    mean, where it is known.
+    """One reconstruction in the batch's h's place, at sinks only where they are not left, and the model run
+    on it. final_mean: see `ablated`, of the mean, where it is known.
     """
     h, values, indices = clean.h_flat, None, None
     if isinstance(reconstruction, TopKSAE):
@@ -287,6 +292,9 @@ def patched(
         stats = dense_statistics(h, h_hat, clean.g)
     else:
         h_hat = reconstruction(h, shared.mean)
+        stats = dense_statistics(h, h_hat, clean.g)
+    if leave_sinks and h_hat is not h:
+        h_hat = torch.where(clean.sink.to(h.device).view(-1, 1), h, h_hat)
         stats = dense_statistics(h, h_hat, clean.g)
     columns = {column: clean.per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
     # nothing lost and everything lost (null rows) are runs that have been made

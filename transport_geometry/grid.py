@@ -51,6 +51,7 @@ class Grid:
     dtype: str
     eval_seqs: int
     ctx: int
+    leave_sinks: bool
     save_tokens: bool
     bos: str = "auto"
 
@@ -404,6 +405,7 @@ def settings(
         ("split", grid.split, "train"),
         ("dtype", grid.dtype, "float32"),
         ("instructions", any_x86(device), None),
+        ("leave_sinks", grid.leave_sinks, False),
     ):
         if value != default:
             out[name] = value

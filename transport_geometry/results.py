@@ -46,7 +46,7 @@ DERIVED = (
 )
 # settings that say more than those that follow from them, where several differ
 TELLING = ("models", "saes", "script")
-RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", *DERIVED)
+RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", "harm.csv", "worst.csv", *DERIVED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -407,6 +407,7 @@ def measure(
         reconstructions,
         batch,
         keep_tokens=grid.save_tokens,
+        leave_sinks=grid.leave_sinks,
         terms=experiment.terms,
         shared=shared,
         document=document,

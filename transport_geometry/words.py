@@ -12,8 +12,6 @@ from transport_geometry.tables import span
 
 import numpy as np
 
-# an interval narrower than this comes of one document, or of an error that every text makes alike
-NO_WIDTH = 1e-6
 KL_FLOOR = 1e-6  # nats a token: less is lost in float32, and its ratio to anything means nothing
 MUCH_OF_SST = 0.1  # of one position that is no sink by the rule: worth saying
 
@@ -74,7 +72,7 @@ FINDINGS = (
 AS_IT_READS, UNJUDGED = "as it reads", "cannot be judged"
 WORDS = (*(finding.word for finding in FINDINGS), AS_IT_READS, UNJUDGED)
 NOTHING_ELSE = "No sink owns its R² or its harm."
-NO_INTERVAL = "Of one document, or of an error that is the same in all, there is no interval."
+NO_INTERVAL = "Of one document there is no interval."
 NOT_THERE = "{name} is undefined: there is no error, or it was not measured."
 ACROSS = "{name} {value} lies across its margin of {margin:.2f}; about {n} documents would tell."
 NAMED = {
@@ -128,7 +126,7 @@ def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> l
 
 def said_of(row: dict, n_doc: int) -> dict[str, str]:
     """word, also, says and read of a row that has every column of FINDINGS with its interval."""
-    holds = [finding for finding in FINDINGS if row[f"{finding.column}_lo"] > finding.margin]
+    holds = [one for one in FINDINGS if row[f"{one.column}_lo"] > one.margin and n_doc > 1]
     facts = row | {
         "kl_ratio": math.exp(row["kl_excess"]) if math.isfinite(row["kl_excess"]) else math.nan,
         "harm_share": share_in_words(row["sink_harm"], 1 - row["ce_rec"]),
@@ -158,16 +156,16 @@ def why_open(row: dict, finding: Finding, n_doc: int) -> str:
     An interval shrinks as the root of the documents: so many more would put the margin outside of it.
     """
     value, lo, hi = (row[f"{finding.column}{end}"] for end in ("", "_lo", "_hi"))
-    if not math.isfinite(value):
+    if not np.isfinite([value, lo, hi]).all():
         return NOT_THERE.format(name=NAMED[finding.column])
-    if not lo < hi or hi - lo < NO_WIDTH:
+    if n_doc < 2:
         return NO_INTERVAL
     if not lo <= finding.margin <= hi:
         return ""
     reach = (finding.margin - lo) if value > finding.margin else (hi - finding.margin)
     distance = abs(value - finding.margin)
     times = ((distance + reach) / max(distance, 1e-9)) ** 2
-    n = f"{math.ceil(n_doc * times):,}" if times < 1000 else "over a thousand times as many"
+    n = f"{round(n_doc * times):,}" if times < 1000 else "over a thousand times as many"
     return ACROSS.format(
         name=NAMED[finding.column],
         value=span(value, lo, hi),
