@@ -30,7 +30,7 @@ import numpy as np
 
 # how these begin: 1 is perfect, and the distance to it is a distortion
 LOG_OF_1_MINUS = ("r2", "cosine", "ce_rec", "frac_")
-PLAIN = ("gd_mean", "fed", "alive", "delta")
+PLAIN = ("gd_mean", "fed", "kl_excess", "alive", "dense", "delta")
 PRIOR = 4
 SAID = "{seeds} seeds of {cells} cells, {scripts}, tokens {tokens}, k {k}, {processor}"
 END = "---\n{said}\nbeyond 3 SDs in some column: {beyond} of {pairs} pairs; largest |z| {largest:.2f}\n{path}"

@@ -11,6 +11,7 @@ every other figure with what it is about.
 
 import functools
 import importlib
+import math
 import pathlib
 import re
 import sys
@@ -21,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import DEFAULTS, PRESETS  # noqa: E402
-from transport_geometry import flag, leaderboard, libraries, metrics, outline, published, stats  # noqa: E402
+from transport_geometry import leaderboard, libraries, metrics, outline, published, stats, words  # noqa: E402
 from transport_geometry.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -119,7 +120,6 @@ the same way, by {spanned(twin, "delta_r2", 3)} and {spanned(twin, "delta_ce_rec
 
 PROXIES = "cosine nmse_tok gd_abs r2 r2_nosink swd_tok swd_sampled swd_seq".split()
 AT_FIRST = "cosine gd_abs r2 swd_tok".split()  # of them, in README.md
-FLATTERS = flag.flag(lo=1, hi=2, kl_swd_ratio=1)
 
 
 def scores(names: list[str]) -> str:
@@ -136,14 +136,15 @@ def scores(names: list[str]) -> str:
     return table(["score", "partial ρ with CE_rec given k", "minus R²'s", "error in dCE"], lines)
 
 
-def flattered() -> str:
-    """How many SAEs the flag names, and of which models."""
+def said_of_each() -> str:
+    """How many SAEs have which word, and what their errors cost beside a random one."""
     saes = report_table("expb", "Every SAE")
-    found = [row["model"] for row in saes if row["flag"] == FLATTERS]
-    of = ", ".join(f"{found.count(f'stdlib-{size}')} of stdlib-{size}" for size in "lms")
+    found = [row["word"] for row in saes]
+    counted = ", ".join(f"{found.count(word)} *{word}*" for word in words.WORDS if word in found)
+    ratios = sorted(math.exp(float(row["kl_excess"])) for row in saes)
     return (
-        f"By the flag, R² flatters {len(found)} of the {len(saes)} SAEs ({of}): the model feels their error at least "
-        "a quarter more than a random one as long."
+        f"Of the {len(saes)} SAEs: {counted}. Their errors cost {ratios[0]:.1f} to {ratios[-1]:.1f} times the KL of a "
+        "random error as long."
     )
 
 
@@ -154,7 +155,7 @@ def exp_b() -> str:
     some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
     said = [*script.answer(v, every).lines(), "", head, *some, "..."]
     said += ["---", f"verdict: {leaderboard.word('H2', v)}"]
-    return f"```\n{chr(10).join(said)}\n```\n\n{flattered()}"
+    return f"```\n{chr(10).join(said)}\n```\n\n{said_of_each()}"
 
 
 def ladder() -> str:
@@ -415,17 +416,23 @@ def tree_of_h2() -> str:
     return table(["H2 is *supported* by", "asked for"], lines)
 
 
-def flag_rule() -> str:
-    lo, hi = flag.FIRST_ORDER
+def rule_of_the_words() -> str:
+    where = {
+        "ce_over_zero": "patched CE less that of zero ablation",
+        "ce_below_zero": "−CE_rec",
+        "sink_harm": "CE_rec with sinks clean less CE_rec",
+        "sink_r2": "R² less R² without sinks",
+        "sink_r2_lost": "R² without sinks less R²",
+        "kl_deficit": "−`kl_excess`",
+    }
     lines = [
-        ["*R² flatters this SAE*", f"95% interval of `fed_excess` above {flag.MIN_EFFECT:.2f}: felt at least a "
-         "quarter more"],
-        ["*R² underrates it*", f"below {dashed(f'-{flag.MIN_EFFECT:.2f}')}"],
-        ["*no difference shown*", "neither"],
-        ["*withheld*", f"2 KL / `swd_sampled` outside {lo:g} to {hi:g}: first order does not hold (as for a code "
-         "that shrinks h)"],
-    ]  # fmt: skip
-    return table(["flag", "where"], lines)
+        [f"*{one.word}*", f"{where[one.column]} above {one.margin:.2f}", one.read] for one in words.FINDINGS
+    ]
+    lines.append(
+        [f"*{words.AS_IT_READS}*", "none of these, and each shown not to be", "R² may be read as it is"]
+    )
+    lines.append([f"*{words.UNJUDGED}*", "else", "the reason says what is missing"])
+    return table(["word", "95% interval over documents of", "what to do"], lines)
 
 
 # -------------------------------------------------------------------------------------------- docs/formats.md
@@ -486,7 +493,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "presets": presets,
     "tree": tree_of_exp_a,
     "h2": tree_of_h2,
-    "flag": flag_rule,
+    "words": rule_of_the_words,
     "every-r2": every_r2,
     "files-read": files_read,
 }

@@ -235,7 +235,7 @@ def one_hook(
     cache, training = folder / device.type, run.training_shares([share])
     with contextlib.closing(Progress(1.0)) as bar:
         run.train(training, [one.flops(cache) for one in training], cache, device, bar)
-    saes = types.SimpleNamespace(save_tokens=True, saes=())
+    saes = types.SimpleNamespace(save_tokens=True, leave_sinks=False, saes=())
     command = types.SimpleNamespace(grid=saes, cache=folder / device.type)
     return run.measure(share, command, device, experiment).rows
 
@@ -293,5 +293,7 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
             condition = Condition("tiny", 1, file.label, "saelens", 64, 4, 0, 0)
             candidates.append(Candidate(condition, of_file))
     eval_set = tiny_eval_set(candidates)
-    command = types.SimpleNamespace(grid=types.SimpleNamespace(save_tokens=False, saes=("x",)), cache=None)
+    command = types.SimpleNamespace(
+        grid=types.SimpleNamespace(save_tokens=False, leave_sinks=False, saes=("x",)), cache=None
+    )
     return run.measure(run.Share(eval_set, candidates, True), command, device, Experiment("expb")).rows

@@ -53,12 +53,12 @@ def run(tmp_path_factory):
 def test_what_a_run_leaves_behind(run):
     out, cache, printed = run
     assert " ".join(sorted(p.name for p in out.iterdir())) == (
-        "conditions.csv leaderboard.csv leaderboard.png proxies.png report.html report.md run.json "
-        "sequences.npz swd_r2.png verdict.json"
+        "conditions.csv harm.csv harm.png leaderboard.csv leaderboard.png proxies.png report.html report.md "
+        "run.json sequences.npz swd_r2.png verdict.json worst.csv"
     )
     rows = read_table(out / "conditions.csv")
     assert len(rows) == 3 * (3 + 4) and ",".join(rows[0]).startswith(
-        "model,layer,sae,recipe,d_sae,k,seed,tokens,n_seq,n_tok,n_sink,r2,r2_nosink"
+        "model,layer,sae,recipe,d_sae,k,seed,tokens,n_seq,n_tok,n_sink,calm_share,r2,r2_nosink"
     )
     assert rows == sorted(rows, key=lambda r: list(r.values())[:8])
     by_name = {(r["model"], r["layer"], r["sae"], r["k"]): r for r in rows}

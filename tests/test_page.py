@@ -15,7 +15,7 @@ import shutil
 import subprocess
 
 from helpers import ROOT
-from transport_geometry import chart, page
+from transport_geometry import chart, glossary, page
 from transport_geometry.metrics import BY_NAME
 from transport_geometry.tables import markdown
 
@@ -454,3 +454,23 @@ class TestInChromium:
         dom, console = opened(outer, tmp_path)
         (page_needs, page_has, box_needs, box_has) = said(dom)
         assert not console and page_needs == page_has and page_has <= 390 and box_needs > 2 * box_has
+
+
+def test_every_column_of_the_reports_people_read_first_has_a_meaning():
+    """Of Exp-B's: as a tooltip of the page, and in the report's last section."""
+    folder = ROOT / "outputs/reference/expb"
+    report = glossary.with_glossary((folder / "report.md").read_text().partition("## Glossary")[0])
+    assert set(glossary.columns(report)) - glossary.TERMS.keys() <= {
+        "proxy",
+        "model",
+        "sae",
+        "seed",
+        "hook",
+    } | {
+        *"position dCE text next".split(),
+        *(name for name in glossary.columns(report) if re.fullmatch(r"\d+( to \d+)?", name)),
+    }
+    said = page.page(report, {}).decode()
+    meaning = html.escape(glossary.TERMS["kl_excess"])
+    assert f'<th scope="col" title="{meaning}">kl_excess</th>' in said
+    assert f"`kl_excess`: {glossary.TERMS['kl_excess']}" in report.partition("## Glossary")[2]

@@ -5,6 +5,7 @@ behind.
 import json
 import shutil
 
+import zygote
 from helpers import one_line, script, tiny_model
 from transport_geometry import plant
 from transport_geometry.dimension import participation_of
@@ -278,3 +279,24 @@ def test_the_planted_spectrum_is_the_sinks(text_rows):
 
     plain_pr, twin = pr("stdlib-s"), pr("stdlib-s+visible3700")
     assert plain_pr[0] > 15 and twin[0] < 1.2 and twin[1] == pytest.approx(plain_pr[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_planted_sink_is_named_as_what_r2_is(tmp_path):
+    """R² of its twin is another number for the same errors; the answer was once "no difference shown"."""
+    twin = "stdlib-s+null3700@3"
+    grid = (
+        f"--models stdlib-s@3,{twin} --k 8 --tokens 10k --expansion 4 --eval-seqs 8 --sinks keep,drop".split()
+    )
+    places = "--out", tmp_path / "out", "--cache", tmp_path / "cache"
+    script("expb.py", *grid, "--device", "cpu", *places, setup=zygote.UNDRAWN)
+    rows = read_table(tmp_path / "out/conditions.csv")
+    lines = (tmp_path / "out/report.md").read_text().partition("## Every SAE")[2].splitlines()[:8]
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| stdlib-s ")] == [
+        "as it reads"
+    ] * 2
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| stdlib-s+")] == [
+        "R² is the sink's"
+    ] * 2
+    share = {row["model"]: row["sink_share"] for row in rows}
+    assert share["stdlib-s"] < 0.02 and share["stdlib-s+null3700"] > 0.9

@@ -43,7 +43,7 @@ class Activations:
     calm_mean: torch.Tensor  # [d], without sinks
     top: torch.Tensor  # [d], first eigenvector of the covariance
     ln_mean: torch.Tensor  # [d], mean after LayerNorm
-    calm_share: float  # of SST: the most that one position has which is no sink
+    calm_share: float  # of SST: the most that one position has which is no sink; nan where all are
 
     def batches(
         self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int
@@ -107,7 +107,7 @@ def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
     calm_mean = flat[calm].mean(0)
     ln_mean = layer_norm(flat, flat.shape[-1:]).mean(0)
     square = (flat - mean).square().sum(1)
-    calm_share = float(square[calm].max() / square.sum())
+    calm_share = float(square[calm].max() / square.sum()) if calm.any() else math.nan
     mean, calm_mean, top, ln_mean = (t.float().to(device) for t in (mean, calm_mean, top, ln_mean))
     return Activations(h, sink, mean, calm_mean, top, ln_mean, calm_share)
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from transport_geometry.glossary import TERMS, with_glossary
 from transport_geometry.tables import Content
 
 if typing.TYPE_CHECKING:
@@ -56,6 +57,7 @@ th[aria-sort=descending] button::after{content:"\\2193";color:inherit}
 td.prose{white-space:normal;min-width:16rem}
 td:first-child,th:first-child{position:sticky;left:0;background:var(--paper)}
 th:first-child{background:var(--band)}
+th[title] button{text-decoration:underline dotted}
 tbody tr:hover td{background:var(--band)}
 .scroll.picture{display:block;border:0}
 img{display:block;max-width:100%;height:auto;border-radius:4px}
@@ -208,13 +210,14 @@ style-src 'unsafe-inline'; script-src {policy}">
 def with_page(
     folder: pathlib.Path, files: Mapping[str, Content | None], charts: Sequence[str] = ()
 ) -> dict[str, Content | None]:
-    """The files that are to be put into a folder, with report.html made of report.md and the pictures among
-    them. charts: HTML, shown before the report's first section.
+    """The files that are to be put into a folder: report.md with its glossary, and report.html made of it and
+    the pictures among them. charts: HTML, shown before the report's first section.
     """
-    report = files[REPORT]
-    assert isinstance(report, bytes)
+    text = files[REPORT]
+    assert isinstance(text, bytes)
+    report = with_glossary(text.decode())
     pictures = {name: content for name, content in files.items() if name.endswith(".png")}
-    return {**files, PAGE: page(report.decode(), pictures, charts, folder)}
+    return {**files, REPORT: report.encode(), PAGE: page(report, pictures, charts, folder)}
 
 
 def page(
@@ -277,7 +280,9 @@ def table_close(renderer: Any, tokens: Sequence["Token"], i: int, options: Any, 
 
 
 def th_open(renderer: Any, tokens: Sequence["Token"], i: int, options: Any, env: Any) -> str:
-    return '<th scope="col">'
+    """Of a column, with what it means as a tooltip."""
+    meaning = TERMS.get(plain_text(tokens[i + 1]), "")
+    return f'<th scope="col" title="{escape(meaning)}">' if meaning else '<th scope="col">'
 
 
 def td_open(renderer: Any, tokens: Sequence["Token"], i: int, options: Any, env: Any) -> str:

@@ -62,6 +62,13 @@ FINDINGS = (
         "Read SWD, or R² without sinks.",
     ),
     Finding(
+        "R² is the sink's",  # as well where the sink is what is badly rebuilt
+        "sink_r2_lost",
+        SINK_MARGIN,
+        "R² {r2:.3f} is {n_sink} positions in {n_tok:,}; without them it is {r2_nosink:.3f}.",
+        "Read SWD, or R² without sinks.",
+    ),
+    Finding(
         "underrates",
         "kl_deficit",
         KL_MARGIN,
@@ -70,7 +77,7 @@ FINDINGS = (
     ),
 )
 AS_IT_READS, UNJUDGED = "as it reads", "cannot be judged"
-WORDS = (*(finding.word for finding in FINDINGS), AS_IT_READS, UNJUDGED)
+WORDS = (*dict.fromkeys(finding.word for finding in FINDINGS), AS_IT_READS, UNJUDGED)
 NOTHING_ELSE = "No sink owns its R² or its harm."
 NO_INTERVAL = "Of one document there is no interval."
 NOT_THERE = "{name} is undefined: there is no error, or it was not measured."
@@ -80,13 +87,14 @@ NAMED = {
     "ce_below_zero": "−CE_rec",
     "sink_harm": "CE_rec with sinks clean less CE_rec",
     "sink_r2": "R² less R² without sinks",
+    "sink_r2_lost": "R² without sinks less R²",
     "kl_deficit": "−kl_excess",
 }
 EXCESS = "Its error costs {kl_ratio:.2g} times the KL of a random error as long."
 HIDDEN = "One position that is no sink by the rule has {calm_share:.0%} of SST."
 ABOUT_WORDS = (
     "The word of an SAE is the first that holds, each by its 95% interval over documents: "
-    + "; ".join(f"*{finding.word}*" for finding in FINDINGS)
+    + "; ".join(f"*{word}*" for word in WORDS[:-2])
     + f"; *{AS_IT_READS}*, where none is and all could be shown not to be; else *{UNJUDGED}*. The sink is "
     f"broken, or owns R², where CE_rec, or R², moves by more than {SINK_MARGIN} without sinks. *underrates*: "
     "kl_excess, the log of how many times the KL of a random error as long the SAE's error costs, lies below "
@@ -109,6 +117,7 @@ def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> l
         "ce_below_zero": -values["ce_rec"],
         "sink_harm": values["ce_rec_sinkclean"] - values["ce_rec"],
         "sink_r2": values["r2"] - values["r2_nosink"],
+        "sink_r2_lost": values["r2_nosink"] - values["r2"],
         "kl_excess": excess,
         "kl_deficit": -excess,
         "r2": values["r2"],

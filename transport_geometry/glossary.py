@@ -1,0 +1,73 @@
+"""What the columns of tables mean: the last section of a report, and the tooltips of its page."""
+
+import re
+
+TERMS = {
+    "r2": "R² = 1 - SSE/SST over the evaluation set, SST about its one mean",
+    "r2_nosink": "R² without sink positions",
+    "r2_defl1": "R² without the first eigenvector of h's covariance",
+    "r2_ln": "R² after LayerNorm of h and ĥ",
+    "nmse": "SSE over the sum of |h|²",
+    "nmse_tok": "mean over tokens of |δ|²/|h|², δ = ĥ - h",
+    "mse": "mean squared error per dimension",
+    "cosine": "mean over tokens of the cosine between h and ĥ",
+    "relerr": "mean over tokens of |δ|/|h|",
+    "swd_tok": "SWD: mean over tokens of (g·δ)², g the gradient of CE at the hook",
+    "swd_seq": "SWD with all positions of a row moved together",
+    "swd_sampled": "SWD with labels drawn from the model; half of it is KL for small errors",
+    "gd_mean": "mean of g·δ: the first-order change of CE",
+    "gd_abs": "mean of |g·δ|",
+    "ce_rec": "CE_rec = 2 - patched CE / clean CE: 1 for a perfect patch, 0 where CE doubles",
+    "ce_rec_sinkclean": "CE_rec where sink positions keep their activation",
+    "dce": "patched CE less clean CE, nats a token",
+    "frac_zero": "share of what zero ablation costs that the patch does not: CE loss score, loss recovered",
+    "frac_mean": "the same beside mean ablation",
+    "kl": "KL of the clean from the patched next-token distribution, nats a token",
+    "kl_excess": "log of how many times the KL of a random error as long the SAE's error costs, sinks clean",
+    "sink_share": "share of SST in sink positions",
+    "calm_share": "the most of SST that one position has which is no sink",
+    "word": "what is said of the SAE: the first finding that holds",
+    "also": "other findings that hold",
+    "dominated_by": "an SAE of the hook with no more latents active and a higher CE_rec",
+    "alive": "share of latents that fire at all",
+    "dead": "share of latents that never fire",
+    "dense": "share of latents that fire on more than a tenth of the tokens",
+    "l0": "latents active a token",
+    "bits": "bits a token: which latents are active, and eight for each value",
+    "bits_idx": "bits a token that name the active latents",
+    "fed": "log of how much larger the error is in Fisher than in Euclidean geometry",
+    "fed_nosink": "fed without sink positions",
+    "fed_iso_nosink": "what fed_nosink is expected to be for a random error as long",
+    "fed_excess": "fed_nosink less fed_iso_nosink: kl_excess to first order",
+    "rho": "fed_excess not as a log, over all positions",
+    "partial Spearman": "rank correlation with the target among SAEs of one k",
+    "minus r2": "partial Spearman less that of R², and the 95% interval",
+    "minus best control": "the same against the best Euclidean control, chosen on the other documents",
+    "p_r2": "p that the difference from R² is none",
+    "p_ctl": "p that the difference from the best control is none",
+    "loho": "error of log10 dCE predicted for a hook that was left out",
+    "bias": "mean of that error",
+    "loho gain": "how much smaller it is than the best control's",
+    "p_loho": "p that it is no smaller",
+    "transfer gap": "what CE_rec differs by between models at one value of the score",
+    "in range": "share of the larger model's values inside the smaller one's range",
+    "same ranks as": "an earlier score that orders these SAEs alike",
+    "Pearson": "correlation with the target",
+    "Spearman": "rank correlation with the target, over all k",
+    "k": "latents kept a token",
+    "layer": "block whose output is the hook",
+    "tokens": "that the SAE was trained on",
+}
+
+
+def columns(report: str) -> list[str]:
+    """Of the tables of a report in Markdown, each once."""
+    lines = report.splitlines()
+    heads = [line for line, rule in zip(lines, lines[1:]) if re.fullmatch(r"\|[-|]+\|", rule)]
+    return list(dict.fromkeys(cell.strip() for head in heads for cell in head.strip("|").split("|")))
+
+
+def with_glossary(report: str) -> str:
+    """The report, and what the columns of its tables mean behind it."""
+    lines = [f"- `{name}`: {TERMS[name]}" for name in sorted(columns(report)) if name in TERMS]
+    return report.rstrip("\n") + "\n\n## Glossary\n\n" + "\n".join(lines) + "\n" if lines else report
