@@ -7,7 +7,7 @@ SAEs, W weightings of the documents, of which 0 is all of them and 3.. are resam
 import math
 from dataclasses import dataclass
 
-from transport_geometry.stats import percentiles
+from transport_geometry.stats import interval
 from transport_geometry.tables import span
 
 import numpy as np
@@ -123,12 +123,12 @@ def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> l
         "r2": values["r2"],
         "ce_rec": values["ce_rec"],
     }
-    ends = {name: percentiles(value[3:]) for name, value in differences.items()}
     out = []
     for i, row in enumerate(saes):
-        found = {name: value[0, i] for name, value in differences.items()}
-        for name, (lo, hi) in ends.items():
-            found |= {f"{name}_lo": lo[i], f"{name}_hi": hi[i]}
+        found = {}
+        for name, value in differences.items():
+            lo, hi = interval(value[3:, i])  # of few documents some resamples hold none with a random error
+            found |= {name: value[0, i], f"{name}_lo": lo, f"{name}_hi": hi}
         out.append(row | found | said_of(row | found, n_doc))
     return out
 
