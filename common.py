@@ -1,7 +1,7 @@
 """What every experiment's command line shares: the flags and the published grids.
 
     python common.py diff A B            # are two results folders one run?
-    python common.py report outputs/     # what all finished experiments say, gate by gate
+    python common.py report outputs/     # what all finished experiments say, in the order to read them
     python common.py check --device mps  # does this machine's mps (or cuda) compute what its CPU does?
 
 The answer of `diff` is one of four words, `identical`, `same SAEs`, `reproduced` (exit 0) or `different` (1).
@@ -224,11 +224,6 @@ def parser_of(
         type=parse_path,
         help="recompute tables, verdict and plots of a finished folder; no model",
     )
-    add(
-        "--verdict",
-        type=parse_path,
-        help="Exp-A's verdict, which opens the gate: outputs/expa/verdict.json, where there is one",
-    )
     add("--save-tokens", action="store_true", help="also keep per-token arrays")
     add("--dry-run", action="store_true", help="print the grid and what it would cost, and stop")
     add("--quiet", action="store_true", help="say nothing but errors and, at the end, where the report is")
@@ -273,7 +268,7 @@ def parse_args(
     models = parse_models(args.models) if args.models else []
     if args.plant:
         models = with_twins(models, args.plant)
-    for name in ("revision", "data", "split", "out", "cache", "finished", "verdict"):
+    for name in ("revision", "data", "split", "out", "cache", "finished"):
         printable(str(getattr(args, name)), f"--{name.replace('finished', 'from')}")
     if not (models or saes or args.finished):
         raise UserError("--sae: a path or a hub id, please")
@@ -304,7 +299,6 @@ def parse_args(
         args.cache,
         args.fresh,
         args.finished,
-        args.verdict,
         args.dry_run,
         own={name: getattr(args, name) for name in own_names},
         quiet=args.quiet,

@@ -12,7 +12,7 @@ H0: the larger model's SAE falls behind in CE_rec only because it is undertraine
 budget grows. H1: once trained, R^2 still does not mean the same in the two models. N: ... but a sink-free
 Euclidean score does, so it is how R^2 is normalised. SAEs are trained over models x k x token budgets x
 seeds, every budget with its own decay; Delta = larger model minus smaller. The tree below was fixed before
-any result; its leaf opens the gate of Exp-B and Exp-C.
+any result; what its leaf leaves open, Exp-B and Exp-C do not decide.
 """
 
 import dataclasses
@@ -170,9 +170,6 @@ class Verdict:
 
     def stopped(self, reason: str) -> "Verdict":
         return dataclasses.replace(self, reason=reason)
-
-    def sentence(self) -> str:
-        return f"H0/H1: {self.leaf}. {LEAVES[self.leaf]} ({self.reason}.)"
 
     def record(self) -> dict[str, Any]:
         """As verdict.json has it: flat, without what the tree did not come to."""
@@ -595,6 +592,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
     correlation = seed_correlation(conditions)
     findings = Findings(found.saes, deltas, verdicts, stars, laws, correlation, left_out, settings)
     record = verdicts[0].record() | dict(
+        answer=vars(answer(findings.verdict, findings.headline)),
         other_arms=[verdict.record() for verdict in verdicts[1:]],
         kstar=[star.row() for star in stars],
         power_law=laws,
@@ -626,7 +624,7 @@ PICTURE = """\
 ![the two gaps over the token budget](deltas.png)
 """
 WORDS = """\
-The verdict, in the words of the tree. {sentence}
+H0/H1: {v.leaf} ({v.reason}).
 """
 LEFT_OUT = """\
 No SAE is compared with one that another processor trained: {n} are left out of all that follows.
@@ -711,7 +709,7 @@ OTHERS = """\
 def report(f: Findings, pictures: list[str]) -> bytes:
     """report.md; pictures: the plots' files, sorted."""
     sections = [TITLE.format(answer=answer(f.verdict, f.headline).markdown()), PICTURE * bool(f.headline)]
-    sections.append(WORDS.format(sentence=f.verdict.sentence()))
+    sections.append(WORDS.format(v=f.verdict))
     sections.append(LEFT_OUT.format(n=f.left_out) * bool(f.left_out))
     if f.headline:
         sections += [headline_section(f), tree_section(f.verdict), MISMATCH]

@@ -574,11 +574,11 @@ def leaf_added(added: float, p: float, least: float) -> str:
     return "supported" if added >= least and p < ALPHA else "rejected"
 
 
-# Which claim comes first: `outline` applies it where verdicts meet, and every experiment says it in its limits.
+# which claim comes first, for an answer's limits; `outline` applies it where verdicts meet
 AFTER_EXP_A = "Exp-A comes first: until it has judged these models, this decides nothing about H2. "
 AFTER_H2 = (
-    "H2 comes first, and Exp-A before it: until H2 is supported on these SAEs (it is {h2}) and Exp-A has judged "
-    "these models, this decides nothing about {claim}. "
+    "H2 comes first, and Exp-A before it: until H2 is supported on these SAEs (it is {h2}) and Exp-A has "
+    "judged these models, this decides nothing about {claim}. "
 )
 
 
