@@ -577,7 +577,7 @@ def leaf_added(added: float, p: float, least: float) -> str:
 # which claim comes first, for an answer's limits; `outline` applies it where verdicts meet
 AFTER_EXP_A = "Exp-A comes first: until it has judged these models, this decides nothing about H2. "
 AFTER_H2 = (
-    "H2 comes first, and Exp-A before it: until H2 is supported on these SAEs (it is {h2}) and Exp-A has "
+    "H2 comes first, and Exp-A before it: until H2 is supported on these SAEs (here: {h2}) and Exp-A has "
     "judged these models, this decides nothing about {claim}. "
 )
 

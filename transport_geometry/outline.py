@@ -247,8 +247,8 @@ def order_line(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
     if claim.after != "H2":
         return line
     others = [one for one in runs if one.script == "expb" and not one.missing and one.leaf != run.h2]
-    otherwise = "".join(f"; in {of_name(one)} it is {one.leaf}" for one in others)
-    return f"{line} Then H2: on the same SAEs it is {run.h2}{otherwise}."
+    otherwise = "".join(f"; in {of_name(one)}: {one.leaf}" for one in others)
+    return f"{line} Then H2, on the same SAEs: {run.h2}{otherwise}."
 
 
 def about(run: Run, several: set[str]) -> str:
