@@ -196,7 +196,7 @@ def test_exp_a_pairs_no_sae_with_one_of_another_processor(run_a, tmp_path):
     report = (out / "report.md").read_text()
     assert f"with one that another processor trained: {len(elsewhere)} are left out" in report
     assert {row["n_seeds"] for row in read_table(out / "deltas.csv")} == {2}
-    assert json.loads((out / "verdict.json").read_text())["reason"] == "no budget has 3 seeds in both models"
+    assert json.loads((out / "verdict.json").read_text())["reason"] == "no budget has 3 seeds in both"
 
 
 @pytest.mark.slow
@@ -267,6 +267,76 @@ def test_exp_a_again_without_a_model_and_in_both_recipes(run_a, tmp_path):
         if r["k"] == 8 and r["tokens"] == 9000 and r["model"] == "stdlib-m"
     }
     assert len(r2) == len(set(r2.values())) == 4 * 3
+
+
+@pytest.mark.slow
+def test_a_pair_of_hooks_of_equal_depth_is_the_comparison_of_their_models(run_a, tmp_path):
+    """The default, written as a pair: every number is the same, and so is the verdict."""
+    command = [*SMALL_A[2:], "--pairs", "stdlib-s@3:stdlib-m@3", "--cache", run_a[1]]
+    done = expa(*command, "--out", tmp_path)
+    assert "gap: block 3 of stdlib-m minus block 3 of stdlib-s, 95%" in done.stdout
+    ours, theirs = (read_table(folder / "deltas.csv") for folder in (tmp_path, run_a[0]))
+    assert {(row.pop("small"), row.pop("large"), row.pop("depth")) for row in ours} == {
+        ("stdlib-s@3", "stdlib-m@3", "paired")
+    }
+    for row in theirs:
+        del row["small"], row["large"], row["depth"]
+    assert ours == theirs
+    verdicts = [json.loads((folder / "verdict.json").read_text()) for folder in (tmp_path, run_a[0])]
+    assert verdicts[0]["settings"].pop("pairs") == [["stdlib-s@3", "stdlib-m@3"]]
+    for verdict in verdicts:
+        for rows in (verdict["cells"], verdict["kstar"], verdict["power_law"]):
+            for row in rows:
+                row.pop("depth"), row.pop("model", None)
+        for name in ("small", "large", "depths", "answer"):
+            del verdict[name]
+    assert verdicts[0] == verdicts[1]
+
+
+@pytest.mark.slow
+def test_layers_of_one_model_are_compared_pair_by_pair(tmp_path):
+    """The hooks that are trained follow from the pairs."""
+    grid = "--k 4,8 --tokens 3k,10k --seeds 0,1,2 --expansion 4 --eval-seqs 8 --ctx 64".split()
+    done = expa("--models", "stdlib-s", "--pairs", "1:3,4:1", *grid, *folders(tmp_path))
+    out = tmp_path / "out"
+    assert {row["layer"] for row in read_table(out / "conditions.csv")} == {1, 3, 4}
+    found = [(row["small"], row["large"]) for row in read_table(out / "deltas.csv")]
+    assert found == [("stdlib-s@1", "stdlib-s@3")] * 4 + [("stdlib-s@4", "stdlib-s@1")] * 4
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert [(one["small"], one["large"]) for one in (verdict, *verdict["other_arms"])] == [
+        found[0],
+        found[-1],
+    ]
+    said = " ".join(done.stdout.split())
+    assert "Between block 1 and block 3 of stdlib-s" in said and "block 3 minus block 1 of stdlib-s" in said
+    assert "Other pairs: block 1 minus block 4 of stdlib-s, " in said
+    before = contents(out)
+    expa("--from", out)
+    assert contents(out) == before
+    again = expa("--models", "stdlib-s", "--pairs", "1:3,1:4", *grid, *folders(tmp_path), check=2)
+    assert "other settings (pairs: " in one_line(again)
+
+
+@pytest.mark.parametrize(
+    "models, pairs, words",
+    [
+        ([], "10:11", "layers of which model? --models NAME"),
+        (["--models", "stdlib-s@2"], "1:3", "layers of which model?"),
+        (["--models", "stdlib-s,stdlib-m"], "1:3", "layers of which model?"),
+        (["--models", "stdlib-s"], "stdlib-s@1:stdlib-m@3", "leave out --models"),
+        (["--models", "stdlib-s"], "1", "two different hooks"),
+        (["--models", "stdlib-s"], "1:3:4", "two different hooks"),
+        (["--models", "stdlib-s"], "3:03", "two different hooks"),
+        (["--models", "stdlib-s"], "1:3,1:3", "the same pair twice"),
+        ([], "stdlib-s@1:stdlib-m", "two hooks, please"),
+        ([], "", "two hooks, please"),
+        ([], "1:x", "two hooks, please"),
+        (["--models", "stdlib-s"], "1:6", "layers 0 to 5"),
+    ],
+)
+def test_a_bad_pair_gets_one_line_and_status_2(models, pairs, words, tmp_path):
+    done = expa(*models, "--pairs", pairs, *folders(tmp_path), check=2)
+    assert words in one_line(done) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
