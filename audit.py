@@ -37,7 +37,7 @@ from transport_geometry.audit import (
 )
 from transport_geometry.errors import UserError
 from transport_geometry.figures import BLUE, GREEN, ORANGE, PURPLE, as_png, pyplot
-from transport_geometry.leaderboard import LEADERBOARD, how_to_read, leaderboard_table, read_verdict
+from transport_geometry.leaderboard import AFTER_EXP_A, LEADERBOARD, how_to_read, leaderboard_table
 from transport_geometry.metrics import BY_NAME, PROXIES
 from transport_geometry.page import with_page
 from transport_geometry.results import about_the_run, marked, measured, rows_hash
@@ -56,23 +56,23 @@ OUT = pathlib.Path("outputs/audit")
 
 
 # ------------------------------------------------------------------------------------- tables and answer
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> tuple[Answer, str, str]:
+def analyse(out: pathlib.Path, settings: dict) -> tuple[Answer, str, str]:
     """audit.csv, pairs.csv, leaderboard.csv, verdict.json, report.md and the plot: (the answer, what to print
     below it, the verdict in a word).
 
-    A pure function of conditions.csv, sequences.npz and the gate.
+    A pure function of conditions.csv and sequences.npz.
     """
     found = measured(out, settings, N_RESAMPLES)
     saes = with_words(found.saes, found.values, min(settings["documents"]))
     rows = audit_rows(saes, found.values, settings)
     two = pairs(saes, found.values, settings)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
-    board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
+    board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
     said = answer(rows, two, settings)
     verdict = plain(
         {
             "leaf": leaf(rows, two),
-            "answer": said.found,
+            "answer": vars(said),
             "pairs": counted(two),
             "words": words_counted(rows),
             "refused": settings.get("refused", {}),
@@ -118,11 +118,9 @@ def of_proxies(board: list[dict], h2: dict, settings: dict) -> list[str]:
     text = ["## Which proxy would have told?", ""]
     if h2["n_clusters"] < h2["min_hooks"]:
         return [*text, FEW_HOOKS.format(hooks=count_of(h2["n_clusters"], "hook"), needed=h2["min_hooks"]), ""]
-    says = f"H2: {h2['leaf']}" + (
-        f" ({h2['gate_text']}; ungated {h2['leaf_if_ungated']})" * ("gated" == h2["leaf"])
-    )
     table = leaderboard_table(board, "ce_rec", "pooled")
-    return [*text, f"{says}. ({h2['reason']}.)", "", table, "", *how_to_read(h2, settings), ""]
+    says = f"H2: {h2['leaf']} ({h2['reason']}). {AFTER_EXP_A}".strip()
+    return [*text, says, "", table, "", *how_to_read(h2, settings), ""]
 
 
 # -------------------------------------------------------------------------------------------- the plot
@@ -238,11 +236,10 @@ def main() -> None:
     if not (command.grid.saes or command.finished):
         raise UserError("--sae PATH_OR_ID,..., please: the SAEs to audit (see --help)")
     with hushed(command):
-        exp_a = read_verdict(command.verdict)
         if (done := run(command, Experiment("audit", default_out=OUT, where=True))) is None:
             return
         out, settings = done
-        said, table, word = analyse(out, settings, exp_a)
+        said, table, word = analyse(out, settings)
     conclude(command, out, said, table, word)
 
 

@@ -1,7 +1,7 @@
 """What every experiment's command line shares: the flags and the published grids.
 
     python common.py diff A B            # are two results folders one run?
-    python common.py report outputs/     # what all finished experiments say, gate by gate
+    python common.py report outputs/     # what all finished experiments say, in the order to read them
     python common.py check --device mps  # does this machine's mps (or cuda) compute what its CPU does?
 
 The answer of `diff` is one of four words, `identical`, `same SAEs`, `reproduced` (exit 0) or `different` (1).
@@ -225,11 +225,6 @@ def parser_of(
         help="recompute tables, verdict and plots of a finished folder; no model",
     )
     add(
-        "--verdict",
-        type=parse_path,
-        help="Exp-A's verdict, which opens the gate: outputs/expa/verdict.json, where there is one",
-    )
-    add(
         "--leave-sinks",
         action="store_true",
         help="patch every position but sinks, which keep their activation",
@@ -278,7 +273,7 @@ def parse_args(
     models = parse_models(args.models) if args.models else []
     if args.plant:
         models = with_twins(models, args.plant)
-    for name in ("revision", "data", "split", "out", "cache", "finished", "verdict"):
+    for name in ("revision", "data", "split", "out", "cache", "finished"):
         printable(str(getattr(args, name)), f"--{name.replace('finished', 'from')}")
     if not (models or saes or args.finished):
         raise UserError("--sae: a path or a hub id, please")
@@ -310,7 +305,6 @@ def parse_args(
         args.cache,
         args.fresh,
         args.finished,
-        args.verdict,
         args.dry_run,
         own={name: getattr(args, name) for name in own_names},
         quiet=args.quiet,

@@ -5,32 +5,36 @@ SAE?
     python expa.py --tokens 100k,300k,1M --out outputs/expa-long
     python expa.py --recipe base,saelens --sinks keep,drop  # is it the trainer, or the sink positions?
     python expa.py --plant null3700                         # and with a sink in the larger model?
+    python expa.py --models smollm2-135m --pairs 10:11,10:16    # layers of one model
     python expa.py --preset phase2 --dry-run
     python expa.py --from outputs/expa                      # tables, verdict and plots again, without a model
 
 H0: the larger model's SAE falls behind in CE_rec only because it is undertrained; the gap closes as the token
 budget grows. H1: once trained, R^2 still does not mean the same in the two models. N: ... but a sink-free
 Euclidean score does, so it is how R^2 is normalised. SAEs are trained over models x k x token budgets x
-seeds, every budget with its own decay; Delta = larger model minus smaller. The tree below was fixed before
-any result; its leaf opens the gate of Exp-B and Exp-C.
+seeds, every budget with its own decay; Delta = larger model minus smaller, at equal depth, or with --pairs
+the second hook of a pair minus the first. The tree below was fixed before any result; what its leaf leaves
+open, Exp-B and Exp-C do not decide.
 """
 
 import dataclasses
 import itertools
 import pathlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import parse_args, run_script
+from common import parse_args, parse_models, run_script
 from transport_geometry import answer as console
 from transport_geometry import chart, curves, published, stats, store
 from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed, number
 from transport_geometry.condition import hook_of
-from transport_geometry.errors import UserError
+from transport_geometry.errors import UserError, brief, printable
 from transport_geometry.figures import BLUE, GREEN, ORANGE, as_png, label_ends, pyplot
-from transport_geometry.grid import sae_name
+from transport_geometry.grid import Command, sae_name
 from transport_geometry.metrics import EUCLIDEAN_CONTROLS
+from transport_geometry.models import readable_names
 from transport_geometry.page import with_page
 from transport_geometry.plant import split
 from transport_geometry.results import about_the_run, measured, of_one_processor, rows_hash, subset
@@ -63,6 +67,14 @@ GRID: dict[str, Any] = dict(
     ctx=256,
 )
 N_RESAMPLES = 1000
+FLAGS = {
+    "--pairs": dict(
+        metavar="A:B,...",
+        help="hooks to compare, the second minus the first: layers of the one model of --models (10:11), or "
+        "MODEL@LAYER:MODEL@LAYER (default: equal depths of the smallest and the largest model)",
+    )
+}
+PAIRED = "paired"  # the depth of hooks that --pairs compares
 
 
 # ------------------------------------------------------------------------ the tree, fixed before any result
@@ -157,10 +169,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The leaf of an arm and why. budget: B*; it and `found` are None where the tree does not come to it."""
+    """The leaf of a pair and an arm, and why. budget: B*; it and `found` are None where the tree does not
+    come to it.
+    """
 
     arm: Arm
-    small: str
+    small: str  # a model, or the first hook of a pair
     large: str
     depths: list[str]
     leaf: str = "undecided"
@@ -168,11 +182,12 @@ class Verdict:
     budget: int | None = None
     found: Evidence | None = None
 
+    @property
+    def difference(self) -> str:
+        return in_words(self.large, "minus", self.small, self.depths)
+
     def stopped(self, reason: str) -> "Verdict":
         return dataclasses.replace(self, reason=reason)
-
-    def sentence(self) -> str:
-        return f"H0/H1: {self.leaf}. {LEAVES[self.leaf]} ({self.reason}.)"
 
     def record(self) -> dict[str, Any]:
         """As verdict.json has it: flat, without what the tree did not come to."""
@@ -184,8 +199,8 @@ class Verdict:
 
 
 def adjudicate(conditions: Conditions, arm: Arm) -> Verdict:
-    """The pre-registered verdict on H0 and H1 between the smallest and the largest model. The first leaf that
-    applies:
+    """The pre-registered verdict on H0 and H1 between the smallest and the largest model, or two hooks. The
+    first leaf that applies:
 
       undecided     one model; no depth in common; no budget with 3 seeds in both; no budget before B*; most
                     patches improve CE
@@ -212,7 +227,7 @@ def adjudicate(conditions: Conditions, arm: Arm) -> Verdict:
     budgets = np.unique(pair.meta["tokens"])
     enough = [b for b in budgets if seeds_in_both(pair, b) >= THRESHOLDS.min_seeds]
     if not enough:
-        return verdict.stopped(f"no budget has {THRESHOLDS.min_seeds} seeds in both models")
+        return verdict.stopped(f"no budget has {THRESHOLDS.min_seeds} seeds in both")
     last = enough[-1]
     earlier = budgets[budgets < last]
     verdict = dataclasses.replace(verdict, budget=int(last))
@@ -375,12 +390,12 @@ def leaf_of(found: Evidence, n_seeds: int) -> tuple[str, str]:
 LEAVES = {
     "undertrained": "The SAEs are not trained far enough to say anything about the gap: a difference now may "
     "be gone with more tokens.",
-    "N": "R² does not carry over between the models, but a sink-free Euclidean score does: the gap is how R² "
-    "is normalised.",
-    "H0+H1": "CE_rec is the same in both models after training, and yet one value of R² means different "
-    "CE_rec in them.",
-    "H0": "CE_rec is the same in both models once the SAEs are trained.",
-    "H1": "A gap stays after training: one value of R² means different CE_rec in the two models.",
+    "N": "R² does not carry over between the two, but a sink-free Euclidean score does: the gap is how R² is "
+    "normalised.",
+    "H0+H1": "CE_rec is the same in both after training, and yet one value of R² means different CE_rec in "
+    "them.",
+    "H0": "CE_rec is the same in both once the SAEs are trained.",
+    "H1": "A gap stays after training: one value of R² means different CE_rec in the two.",
     "undecided": "This grid cannot decide.",
 }
 IMPROVED = (
@@ -394,19 +409,19 @@ SHUT = {
 }
 NORMALISED_AWAY = "{control} has less than half of R²'s transfer gap"
 EQUAL = "CE_rec is equal within the margin for every k"
-UNLIKE = "R² does not mean the same in both models"
+UNLIKE = "R² does not mean the same in both"
 NEVER_A_GAP = (
     "CE_rec is equal within the margin at every budget: there never was a gap that could go, and no transfer "
     "gap of R² is shown"
 )
 NEITHER = "neither equal CE_rec nor a transfer gap of R² is shown"
-UNJUDGED = "; R² is not transferable: {share} of the larger model's lie in the smaller one's range"
-MORE_SEEDS = "; about {n} seeds in each model would show equality if the means stay"
+UNJUDGED = "; R² is not transferable: only {share} of its values lie in the range of the other's"
+MORE_SEEDS = "; about {n} seeds of each would show equality if the means stay"
 MORE_DOCUMENTS = "; equality would take more evaluation documents, whatever the seeds"
 
 
 def n_needed(cells: list[dict], n: int) -> str:
-    """What would show equality if the means stay: the seeds per model, now n, at which every 90% interval
+    """What would show equality if the means stay: the seeds of each side, now n, at which every 90% interval
     fits the margin (normal approximation); empty where a mean is outside, or they suffice.
     """
     margin, seeds = THRESHOLDS.margin, []
@@ -443,10 +458,12 @@ COLUMNS = [
 ]
 
 
-def delta_rows(conditions: Conditions, arm: Arm) -> list[dict]:
-    """deltas.csv of one arm: larger minus smaller at every depth that both have, per k and budget."""
+def delta_rows(conditions: Conditions, arm: Arm, pairs: Sequence[Sequence[str]] = ()) -> list[dict]:
+    """deltas.csv of one arm: the second minus the first of each pair, at every depth that both have, per k
+    and budget. pairs: where none are named all models, larger minus smaller.
+    """
     rows = []
-    for small, large in itertools.combinations(conditions.models, 2):
+    for small, large in pairs or itertools.combinations(conditions.models, 2):
         pair = conditions.pair(small, large)
         for cell in pair.grid("depth", "k", "tokens"):
             if all(pair.mask(model=model, **cell).any() for model in pair.models):
@@ -476,7 +493,7 @@ def with_interval(name: str, value: float, lo: float, hi: float) -> dict[str, An
 
 
 def headline(deltas: list[dict], verdict: Verdict) -> list[dict]:
-    """The rows the verdict is about: smallest and largest model, first arm."""
+    """The rows the verdict is about: its pair and arm."""
     about = dict(small=verdict.small, large=verdict.large, **vars(verdict.arm))
     return [row for row in deltas if about.items() <= row.items()]
 
@@ -499,7 +516,7 @@ def seed_correlation(conditions: Conditions) -> float:
 
 # ------------------------------------------------------------------------------------------- in three lines
 QUESTION = (
-    "Between {small} and {large}, does the gap in what patching an SAE in does to cross-entropy go away as "
+    "Between {two}, does the gap in what patching an SAE in does to cross-entropy go away as "
     "the SAEs are trained longer, and does R² show the same gap?"
 )
 ONE_MODEL = (
@@ -508,7 +525,7 @@ ONE_MODEL = (
 )
 AT_THE_END = (
     "At {budget} tokens and k = {k}, where it is widest, the gap in CE_rec is {ce} and the gap in R² {r2}, "
-    "{large} minus {small}."
+    "{difference}."
 )
 ONE_R2 = "At one value of R² CE_rec differs by {gamma} between them."
 OPENS = {
@@ -516,16 +533,29 @@ OPENS = {
     "what waits for this verdict (Exp-B and on) decides nothing yet.",
     "undecided": "It speaks neither for a gap that stays nor for one that goes: H0 and H1 are open, and what "
     "waits for this verdict (Exp-B and on) decides nothing yet.",
-    "N": "It does not make R² useless within one model: it is between models that it does not carry over.",
+    "N": "It does not make R² useless within one of the two: it is between them that it does not carry over.",
     "H0": "Equal means within ±{t.margin} of CE_rec, and says nothing of larger budgets or of other scores.",
-    "H1": "It is a gap between these two models, whatever its cause, and no law of scale.",
+    "H1": "It is a gap between these two, whatever its cause, and no law of scale.",
     "H0+H1": "Equal means within ±{t.margin} of CE_rec; that R² does not carry over is no law of scale.",
 }
-SCOPE = " Two models on one text, {n} seeds each."
+SCOPE = " Two {what} on one text, {n} seeds each."
 
 
-def answer(verdict: Verdict, deltas: list[dict]) -> Answer:
-    """deltas: the headline's rows."""
+def in_words(a: str, word: str, b: str, depths: Sequence[str]) -> str:
+    """Two models, or two hooks, with a word between them.
+
+    >>> in_words("l", "minus", "s", ["0.50"]), in_words("s@11", "minus", "s@10", [PAIRED])
+    ('l minus s', 'block 11 minus block 10 of s')
+    """
+    if list(depths) != [PAIRED]:
+        return f"{a} {word} {b}"
+    (model, _, layer), (other, _, layer_b) = a.rpartition("@"), b.rpartition("@")
+    of_a = f" of {model}" if model != other else ""
+    return f"block {layer}{of_a} {word} block {layer_b} of {other}"
+
+
+def answer(verdict: Verdict, deltas: list[dict], others: Sequence[Verdict] = ()) -> Answer:
+    """deltas: the headline's rows. others: verdicts on other pairs of hooks, to be named."""
     v, last = verdict, [row for row in deltas if row["tokens"] == verdict.budget]
     if not deltas:
         return Answer(ONE_MODEL, f"{LEAVES[v.leaf]} {as_sentence(v.reason)}", OPENS[v.leaf])
@@ -539,14 +569,16 @@ def answer(verdict: Verdict, deltas: list[dict]) -> Answer:
             k=widest["k"],
             ce=number(widest, "delta_ce_rec", 3),
             r2=number(widest, "delta_r2", 3),
-            small=v.small,
-            large=v.large,
+            difference=v.difference,
         )
     )
     if v.found and v.found.transfer.h1 and v.leaf in ("H1", "H0+H1", "N"):
         found.append(ONE_R2.format(gamma=number(vars(v.found.transfer), "gamma_r2", 3)))
-    limits = OPENS[v.leaf].format(t=THRESHOLDS) + SCOPE.format(n=widest["n_seeds"])
-    return Answer(QUESTION.format(small=v.small, large=v.large), " ".join(found), limits)
+    if others:
+        found.append(f"Other pairs: {'; '.join(f'{one.difference}, {one.leaf}' for one in others)}.")
+    what = "hooks" if v.depths == [PAIRED] else "models"
+    limits = OPENS[v.leaf].format(t=THRESHOLDS) + SCOPE.format(what=what, n=widest["n_seeds"])
+    return Answer(QUESTION.format(two=in_words(v.small, "and", v.large, v.depths)), " ".join(found), limits)
 
 
 # -------------------------------------------------------------------------------------------- verdict.json
@@ -573,8 +605,14 @@ class Findings:
     def headline(self) -> list[dict]:
         return headline(self.deltas, self.verdict)
 
+    @property
+    def answer(self) -> Answer:
+        first = self.verdict
+        others = [v for v in self.verdicts[1:] if v.arm == first.arm and v.depths == [PAIRED]]
+        return answer(first, self.headline, others)
 
-def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
+
+def analyse(out: pathlib.Path, settings: dict) -> Findings:
     """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and
     what run.json says of processors.
     """
@@ -583,18 +621,22 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
     found, left_out = subset(found, paired), int((~paired).sum())
     alive = np.array([row["alive"] for row in found.saes])
     conditions = Conditions(found.values, found.meta, alive, settings["models"], min(settings["documents"]))
+    pairs = settings.get("pairs", [])
+    if pairs:
+        conditions = conditions.by_hook(PAIRED)
     deltas, verdicts, stars, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
         arm, sae = Arm(recipe, sinks), sae_name(settings["expansion"], sinks)
         part = conditions.only(conditions.mask(recipe=recipe, sae=sae))
-        deltas += delta_rows(part, arm)
-        verdicts += [adjudicate(part.of(models), arm) for models in compared(settings["models"])]
+        deltas += delta_rows(part, arm, pairs)
+        verdicts += [adjudicate(part.of(two), arm) for two in pairs or compared(settings["models"])]
         of_arm = curves.Curves.of(part, N_RESAMPLES)
         stars += curves.k_stars(of_arm, recipe, sinks)
         laws += curves.laws(of_arm, recipe, sinks, decay=RECIPES[recipe].DECAY > 0)
-    correlation = seed_correlation(conditions)
+    correlation = seed_correlation(conditions.of(pairs[0] if pairs else settings["models"]))
     findings = Findings(found.saes, deltas, verdicts, stars, laws, correlation, left_out, settings)
     record = verdicts[0].record() | dict(
+        answer=vars(findings.answer),
         other_arms=[verdict.record() for verdict in verdicts[1:]],
         kstar=[star.row() for star in stars],
         power_law=laws,
@@ -608,13 +650,9 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Verdict, list[dict]]:
         "report.md": report(findings, sorted(pictures)),
         **pictures,
     }
-    charts = (
-        [chart.of_deltas(findings.headline, verdicts[0].small, verdicts[0].large)]
-        if findings.headline
-        else []
-    )
+    charts = [chart.of_deltas(findings.headline, verdicts[0].difference)] if findings.headline else []
     store.put(out / store.RUN, with_page(out, files, charts))
-    return verdicts[0], deltas
+    return findings
 
 
 # ----------------------------------------------------------------------------------------------- report.md
@@ -626,25 +664,25 @@ PICTURE = """\
 ![the two gaps over the token budget](deltas.png)
 """
 WORDS = """\
-The verdict, in the words of the tree. {sentence}
+H0/H1: {v.leaf} ({v.reason}).
 """
 LEFT_OUT = """\
 No SAE is compared with one that another processor trained: {n} are left out of all that follows.
 """
 
 HEADLINE = """\
-## Deltas: {v.large} minus {v.small}, recipe {v.arm.recipe}, sinks {v.arm.sinks}
+## Deltas: {v.difference}, recipe {v.arm.recipe}, sinks {v.arm.sinks}
 
 {table}
 
-Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife in each model) and \
+Intervals: 95%, Student with Satterthwaite's degrees of freedom, seeds (jackknife on each side) and \
 evaluation documents (bootstrap) together; undefined where one seed leaves none. Mismatch: ΔR² and ΔCE_rec \
 differ in sign, over all pairs of seeds; published rule: ΔR² > 0 and ΔCE_rec < 0 on seeds of the same index. \
 A mismatch that all pairs agree on has no bootstrap interval. ΔR²/ΔCE_rec: Fieller; undefined where the \
 denominator's interval holds 0.
 
-Seeds are not paired across models: the same seed draws the same tokens in the same order in both, but \
-starts from weights of another shape.{correlation}
+Seeds are not paired: the same seed draws the same tokens in the same order in both, but the two SAEs learn \
+other directions.{correlation}
 """
 CORRELATION = " The correlation of what a seed does to CE_rec in the two is {value}."
 
@@ -658,27 +696,27 @@ At B* = {budget} tokens, {v.small} / {v.large}, recipe {v.arm.recipe}, sinks {v.
 - H0: 90% interval of ΔCE_rec inside ±{t.margin} for every k: {equal}; a gap at a smaller budget that could \
 go (95% interval without 0, {t.margin} or more): {gap_before}. Patches that improve CE: {improved}.
 - H1: transfer gap Γ of R² at least {t.gamma} in size, interval without 0, one sign for {t.same_sign:.0%} of \
-k: {h1}. Γ = {gamma_r2}, {same_sign} of one sign, {in_range} of the larger model's R² in the smaller one's \
-range ({t.in_range:.0%} needed to be judged).
+k: {h1}. Γ = {gamma_r2}, {same_sign} of one sign, {in_range} of {v.large}'s R² in {v.small}'s range \
+({t.in_range:.0%} needed to be judged).
 - N: |Γ| of the best sink-free Euclidean score under {t.normalisation:.0%} of R²'s, on the half of the \
 documents it was not chosen on: {normalised_away}. {control}: {gamma_control}, R²: {gamma_r2_half_b}. On all \
 documents: {gamma_controls}.
 
 {table}
 
-Γ is in units of CE_rec: what the larger model has above what the smaller one's curve of CE_rec over R² \
-says, averaged with the reverse.
+Γ is in units of CE_rec: what {v.large} has above what {v.small}'s curve of CE_rec over R² says, averaged \
+with the reverse.
 """
 MISMATCH = """\
 ![mismatch](mismatch.png)
 """
 
 ARMS = """\
-## Trainer and sinks as confounds
+## {title}
 
 {table}
 
-The verdict is the first arm's; the others are there to be compared with.
+The verdict is the first row's; the others are there to be compared with.
 """
 FLIPS = """\
 Sinks {sinks}: ΔR² and ΔCE_rec differ in sign in {theirs} of seed pairs under saelens, in {ours} under \
@@ -702,7 +740,7 @@ CONSTANT = " (saelens: a constant rate, so its budgets are checkpoints)"
 SHOWN = "r2 r2_nosink r2_defl1 cosine swd_tok ce_rec ce_rec_sinkclean frac_zero kl alive".split()
 
 OTHERS = """\
-## {large} minus {small}, recipe {recipe}, sinks {sinks}
+## {difference}, recipe {recipe}, sinks {sinks}
 
 {table}
 """
@@ -710,8 +748,8 @@ OTHERS = """\
 
 def report(f: Findings, pictures: list[str]) -> bytes:
     """report.md; pictures: the plots' files, sorted."""
-    sections = [TITLE.format(answer=answer(f.verdict, f.headline).markdown()), PICTURE * bool(f.headline)]
-    sections.append(WORDS.format(sentence=f.verdict.sentence()))
+    sections = [TITLE.format(answer=f.answer.markdown()), PICTURE * bool(f.headline)]
+    sections.append(WORDS.format(v=f.verdict))
     sections.append(LEFT_OUT.format(n=f.left_out) * bool(f.left_out))
     if f.headline:
         sections += [headline_section(f), tree_section(f.verdict), MISMATCH]
@@ -722,9 +760,13 @@ def report(f: Findings, pictures: list[str]) -> bytes:
         curves.law_section(f.laws),
         published.section(f.deltas, f.saes, f.stars, f.settings["hooks"]),
     ]
-    names = ["small", "large", "recipe", "sinks"]
-    for key, here in grouped([row for row in f.deltas if row not in f.headline], names).items():
-        sections.append(OTHERS.format(**dict(zip(names, key)), table=delta_table(here)))
+    others = grouped(
+        [row for row in f.deltas if row not in f.headline], ["small", "large", "recipe", "sinks"]
+    )
+    for (small, large, recipe, sinks), here in others.items():
+        difference = in_words(large, "minus", small, sorted({row["depth"] for row in here}))
+        section = OTHERS.format(difference=difference, recipe=recipe, sinks=sinks, table=delta_table(here))
+        sections.append(section)
     shown = (f"![learning curves]({name})" for name in pictures if name.startswith("learning"))
     appendix = APPENDIX.format(pictures="\n".join(shown))
     return "\n".join([*filter(None, sections), *about_the_run(f.saes, f.settings), appendix]).encode()
@@ -832,7 +874,9 @@ def arms_section(f: Findings) -> str:
                 "why": v.reason,
             }
         )
-    parts = [ARMS.format(table=markdown(rows, list(rows[0])[0 if len(pairs) > 1 else 2 :]))]
+    arms = {v.arm for v in f.verdicts}
+    title = "Trainer and sinks as confounds" if len(arms) > 1 else "Every pair"
+    parts = [ARMS.format(title=title, table=markdown(rows, list(rows[0])[0 if len(pairs) > 1 else 2 :]))]
     for sinks in dict.fromkeys(v.arm.sinks for v in f.verdicts):
         theirs, ours = (flips.get((*pairs[0], Arm(recipe, sinks))) for recipe in ("saelens", "base"))
         if theirs is None or ours is None:
@@ -915,7 +959,7 @@ def delta_plot(deltas: list[dict], verdict: Verdict) -> bytes:
         end = max((row for row in deltas if row["depth"] == depth), key=lambda row: (row["k"], row["tokens"]))
         label_ends(axis, [(end[name], what, how["color"]) for name, what, how in shown])
     figure.supxlabel("training tokens of an SAE", fontsize=9)
-    figure.supylabel(f"{verdict.large} − {verdict.small}", fontsize=9)
+    figure.supylabel(in_words(verdict.large, "−", verdict.small, verdict.depths), fontsize=9)
     figure.suptitle(f"{SAYS[verdict.leaf].capitalize()}: the two gaps, 95% bands", fontsize=10)
     return as_png(figure)
 
@@ -965,12 +1009,45 @@ def deltas_in_short(deltas: list[dict], verdict: Verdict, colour: bool) -> str:
     ]
     codes = [console.ORANGE if row["mismatch"] >= 0.5 else "" for row in deltas]
     under = "mismatch: seed pairs in which the two gaps differ in sign"
-    gap = f"gap: {verdict.large} minus {verdict.small}, 95%"
+    gap = f"gap: {verdict.difference}, 95%"
     return f"{columns(rows, codes, colour)}\n\n{gap}\n{under}"
 
 
+def with_pairs(command: Command) -> Command:
+    """The command with the hooks of --pairs as its grid, and the pairs, as results call them, among its
+    settings. Raises UserError.
+    """
+    if (typed := command.own["pairs"]) is None or command.finished:
+        return dataclasses.replace(command, own={})
+    pairs = [pair_of(printable(text, "--pairs"), command.grid.models) for text in typed.split(",")]
+    if len(set(pairs)) < len(pairs):
+        raise UserError(f"--pairs {brief(typed)}: the same pair twice")
+    hooks = list(dict.fromkeys(itertools.chain(*pairs)))
+    called = readable_names(list(dict.fromkeys(name for name, _ in hooks)))
+    own = {"pairs": [[f"{called[name]}@{layer}" for name, layer in pair] for pair in pairs]}
+    return dataclasses.replace(command, grid=dataclasses.replace(command.grid, models=tuple(hooks)), own=own)
+
+
+def pair_of(text: str, models: Sequence[tuple[str, int | None]]) -> tuple[tuple[str, int], ...]:
+    """(model, layer) of both hooks, as typed. models: of --models. Raises UserError."""
+    ends = text.split(":")
+    if all(end.isdecimal() for end in ends):
+        if len(models) != 1 or models[0][1] is not None:
+            raise UserError(f"--pairs {brief(text)}: layers of which model? --models NAME, one and no layer")
+        ends = [f"{models[0][0]}@{end}" for end in ends]
+    elif list(models) != parse_models(GRID["models"]):
+        raise UserError(f"--pairs {brief(text)} names its models: leave out --models")
+    parts = [end.rpartition("@") for end in ends]
+    if not all(name and layer.isdecimal() and len(layer) < 5 for name, _, layer in parts):
+        raise UserError(f"--pairs {brief(text)}: two hooks, please, as 10:11 or MODEL@10:MODEL@11")
+    hooks = tuple((name, int(layer)) for name, _, layer in parts)
+    if len(hooks) != 2 or len(set(hooks)) != 2:
+        raise UserError(f"--pairs {brief(text)}: two different hooks, please")
+    return hooks
+
+
 def main() -> None:
-    command = parse_args(__doc__, GRID)
+    command = with_pairs(parse_args(__doc__, GRID, flags=FLAGS))
     if command.grid.saes:
         raise UserError(
             "--sae: Exp-A is about how SAEs train; expb.py and expc_fisher.py evaluate existing ones"
@@ -979,10 +1056,11 @@ def main() -> None:
         if (done := run(command, Experiment("expa"))) is None:
             return
         out, settings = done
-        verdict, deltas = analyse(out, settings)
-    mine = headline(deltas, verdict)
-    table = deltas_in_short(mine, verdict, coloured(sys.stdout)) if mine else "No two models to compare."
-    conclude(command, out, answer(verdict, mine), table, f"H0/H1: {verdict.leaf}")
+        f = analyse(out, settings)
+    table = "No two models to compare; --pairs compares layers of one."
+    if f.headline:
+        table = deltas_in_short(f.headline, f.verdict, coloured(sys.stdout))
+    conclude(command, out, f.answer, table, f"H0/H1: {f.verdict.leaf}")
 
 
 if __name__ == "__main__":

@@ -23,17 +23,15 @@ from transport_geometry.answer import Answer, as_sentence, coloured, conclude, h
 from transport_geometry.audit import trial_lines
 from transport_geometry.figures import as_png, model_colours, points_legend, pyplot, score_axis
 from transport_geometry.leaderboard import (
+    AFTER_EXP_A,
     LEADERBOARD,
     about_these,
     board_in_short,
-    gate_limits,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
     of_target,
-    read_verdict,
     what_r2_is_worth,
-    word,
 )
 from transport_geometry.metrics import BY_NAME, PROXIES, Metric
 from transport_geometry.page import with_page
@@ -68,15 +66,16 @@ N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None, colour: bool = False) -> tuple[dict, str]:
+def analyse(out: pathlib.Path, settings: dict, colour: bool = False) -> tuple[dict, str]:
     """leaderboard.csv, verdict.json, report.md and the plots: (verdict, the table to print).
 
-    A pure function of conditions.csv, sequences.npz and the gate.
+    A pure function of conditions.csv and sequences.npz.
     """
     found = measured(out, settings, N_RESAMPLES)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
-    board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
-    verdict = plain(h2 | {"settings": settings, "rows_sha256": rows_hash(out)})
+    board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
+    said = vars(answer(h2, board, settings))
+    verdict = plain(h2 | {"answer": said, "settings": settings, "rows_sha256": rows_hash(out)})
     saes = with_words(found.saes, found.values, min(settings["documents"]))
     where, pictures = of_folder(out)
     files: dict[str, store.Content | None] = {
@@ -90,29 +89,6 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None, colour: bool 
     if verdict["n_clusters"] < verdict["min_hooks"]:  # nothing to rank proxies by: the SAEs themselves
         return verdict, trial_lines(saes)
     return verdict, board_in_short(read_table(out / "leaderboard.csv"), colour)
-
-
-LEAVES = {
-    "supported": "SWD ranks SAEs by CE_rec better than the best Euclidean control, and transfers across "
-    "scale better.",
-    "beats-r2-only": "SWD beats R², but not the best Euclidean control: no case for a sensitivity-weighted "
-    "geometry.",
-    "rejected": "SWD is not shown to predict CE_rec better than the best Euclidean control.",
-    "not-transferable": "SWD ranks better than the best control, but the models' ranges of the proxy hardly "
-    "meet, so whether it transfers across scale cannot be judged.",
-    leaderboard.CANNOT: "No data of this grid could have shown SWD to be better than the best Euclidean "
-    "control: there is too little left to gain.",
-    "undecided": "This grid cannot decide.",
-}
-
-
-def sentence(verdict: dict) -> str:
-    """The verdict on H2 in words."""
-    leaf = verdict["leaf_if_ungated"]
-    text = f"{LEAVES[leaf]} ({verdict['reason']}.)"
-    if verdict["leaf"] == "gated":
-        return f"H2: gated ({verdict['gate_text']}). Ungated it would read: {leaf}. {text}"
-    return f"H2: {leaf}. {text}"
 
 
 QUESTION = (
@@ -133,26 +109,21 @@ FOUND = {
     "undecided": "SWD stands at {diff_r2} against R², and this grid cannot decide: {reason}",
 }
 LIMITS = (
-    "{gate}It is about order at one k, not about size, and about {these}. Every proxy is "
+    "It is about order at one k, not about size, and about {these}. Every proxy is "
     "tested alone, and one not shown to be better is not shown to be equal."
 )
 
 
-def answer(verdict: dict, board: list[dict]) -> Answer:
-    leaf = verdict["leaf_if_ungated"]
-    text = FOUND[leaf].format(
+def answer(verdict: dict, board: list[dict], settings: dict) -> Answer:
+    """verdict: on H2."""
+    text = FOUND[verdict["leaf"]].format(
         **{name: number(verdict, name) for name in ("diff_r2", "diff_control")},
         control=verdict["a_control"],
         room="nothing" if verdict["room"] is None else f"{verdict['room']:.2f}",
         reason=verdict["reason"],
     )
-    return Answer(
-        QUESTION,
-        f"{what_r2_is_worth(board)} {as_sentence(text)}",
-        LIMITS.format(
-            gate=gate_limits("H2, that SWD predicts better", verdict), these=about_these(verdict["settings"])
-        ),
-    )
+    limits = AFTER_EXP_A + LIMITS.format(these=about_these(settings))
+    return Answer(QUESTION, f"{what_r2_is_worth(board)} {as_sentence(text)}", limits)
 
 
 # ------------------------------------------------------------------------------------------ report, plots
@@ -162,7 +133,7 @@ REPORT = """\
 {answer}
 ![every proxy against R²](leaderboard.png)
 
-The verdict, in the words of the tree. {sentence}
+H2: {leaf} ({reason}).
 
 ## Leaderboard, all conditions, target CE_rec
 
@@ -214,8 +185,9 @@ def report(
         for row in marked(saes, settings)
     ]
     text = REPORT.format(
-        answer=answer(verdict, board).markdown(),
-        sentence=sentence(verdict),
+        answer=Answer(**verdict["answer"]).markdown(),
+        leaf=verdict["leaf"],
+        reason=verdict["reason"],
         board=leaderboard_table(board, "ce_rec", "pooled"),
         how_to_read="\n".join(how_to_read(verdict, settings)),
         board_kl=leaderboard_table(board, "kl", "pooled"),
@@ -286,13 +258,11 @@ def main() -> None:
     if command.grid.saes:
         return commands.instead("audit")
     with hushed(command):
-        exp_a = read_verdict(command.verdict)
         if (done := run(command, Experiment("expb", where=True))) is None:
             return
         out, settings = done
-        verdict, table = analyse(out, settings, exp_a, coloured(sys.stdout))
-    board = read_table(out / "leaderboard.csv")
-    conclude(command, out, answer(verdict, board), table, word("H2", verdict))
+        verdict, table = analyse(out, settings, coloured(sys.stdout))
+    conclude(command, out, Answer(**verdict["answer"]), table, f"H2: {verdict['leaf']}")
 
 
 if __name__ == "__main__":

@@ -24,14 +24,13 @@ from transport_geometry.figures import as_png, decade_ticks, model_colours, poin
 from transport_geometry.fisher_study import SHAPE, estimators, geometry, path_integral
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import (
+    AFTER_H2,
     LEADERBOARD,
     about_these,
     board_in_short,
-    gate_limits,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
-    read_verdict,
 )
 from transport_geometry.lm import cross_entropy, kl_divergence
 from transport_geometry.metrics import BY_NAME, DISTORTION, PROXIES, Metric, mean
@@ -200,15 +199,14 @@ def radius(row: dict) -> float:
     return max((alpha for i, alpha in enumerate(ALPHAS) if all(inside[: i + 1])), default=0.0)
 
 
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
+def analyse(out: pathlib.Path, settings: dict) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
-    sequences.npz, geometry.csv and the gate.
+    sequences.npz and geometry.csv.
     """
     found = measured(out, settings, N_RESAMPLES, OWN)
     values, meta, sums = found.values, found.meta, found.sums
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in (*PROXIES, *FISHER)}
-    board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
-    gate_text = h2.pop("gate_text")
+    board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
     of_all = scores["fisher_seq"][0], scores["swd_tok"][0], values["ce_rec"][0], meta
     (added, p), gain = stats.added_value(*of_all), stats.out_of_hook_gain(*of_all)
     leaf, rungs = leaderboard.leaf_added(added, p, MIN_ADDED), ladder(values, meta)
@@ -216,7 +214,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     lost = max(shown, key=lambda row: abs(row["step"]), default=None)
     verdict = plain(
         dict(
-            leaderboard.behind_h2(leaf, h2, gate_text),
+            leaf=leaf,
+            h2=h2,
             added=added,
             p=p,
             gain=dict(zip(("value", "lo", "hi"), gain)),
@@ -229,6 +228,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
             rows_sha256=rows_hash(out),
         )
     )
+    verdict["answer"] = vars(answer(verdict, settings))
     tables = {name: read_table(store.checked(out / store.RUN, name)) for name in TABLES}
     tables["calibration"] = calibration(sums, meta)
     saes = with_words(found.saes, values, min(settings["documents"]))
@@ -251,27 +251,18 @@ LEAVES = {
 }
 
 
-def sentence(verdict: dict) -> str:
-    """The verdict in words."""
-    leaf, shown = verdict["leaf_if_ungated"], "undefined"
-    if verdict["added"] is not None:
-        shown = "partial Spearman with CE_rec given SWD and k {added:+.2f}, p = {p:.3f}".format(**verdict)
-    text = f"{leaf}. {LEAVES[leaf]} ({shown})."
-    return leaderboard.behind_the_gate("H2'", verdict, text)
-
-
 QUESTION = (
     "Does the whole local geometry of the output (the pullback Fisher) say more about what patching an SAE "
     "in does to cross-entropy than SWD, its cheap stand-in, does?"
 )
 LIMITS = (
-    "{gate}The p counts hooks, the interval resamples them; it is about order at one k, not about size, and "
+    "The p counts hooks, the interval resamples them; it is about order at one k, not about size, and "
     "about {these}."
 )
 
 
 def answer(verdict: dict, settings: dict) -> Answer:
-    leaf, gain = verdict["leaf_if_ungated"], verdict["gain"]
+    gain, h2 = verdict["gain"], verdict["h2"]
     shown = "what it adds is undefined"
     if verdict["added"] is not None:
         shown = (
@@ -279,12 +270,11 @@ def answer(verdict: dict, settings: dict) -> Answer:
             f"(p = {verdict['p']:.3f}), and takes a share of "
             f"{span(gain['value'], gain['lo'], gain['hi'])} off the variance of hooks that were left out"
         )
+    first = AFTER_H2.format(h2=h2["leaf"], claim="H2', that the Fisher adds to SWD")
     return Answer(
         QUESTION,
-        f"{LEAVES[leaf]}, on {verdict['h2']['n_clusters']} hooks: {shown}.",
-        LIMITS.format(
-            gate=gate_limits("H2', that the Fisher adds to SWD", verdict), these=about_these(settings)
-        ),
+        f"{LEAVES[verdict['leaf']]}, on {h2['n_clusters']} hooks: {shown}.",
+        first + LIMITS.format(these=about_these(settings)),
     )
 
 
@@ -295,7 +285,7 @@ REPORT = """\
 {answer}
 ![calibration](calibration.png)
 
-The verdict, in the words of the tree. {sentence}
+H2': {leaf}.
 
 p: what CE_rec has beyond SWD changes its sign in whole hooks, {n_clusters} of them. Beside it, \
 descriptive: a linear model of CE_rec on k and SWD, each hook predicted from the others, leaves {gain} \
@@ -395,8 +385,8 @@ def report(
         for row in marked(saes, settings)
     ]
     text = REPORT.format(
-        answer=answer(verdict, settings).markdown(),
-        sentence=sentence(verdict),
+        answer=Answer(**verdict["answer"]).markdown(),
+        leaf=verdict["leaf"],
         n_clusters=verdict["h2"]["n_clusters"],
         gain=span(gain["value"], gain["lo"], gain["hi"]),
         board=leaderboard_table(board, "ce_rec", "pooled"),
@@ -481,13 +471,12 @@ def plots(
 def main() -> None:
     command = parse_args(__doc__, GRID)
     with hushed(command):
-        exp_a = read_verdict(command.verdict)
         if (done := run(command, EXPERIMENT)) is None:
             return
         out, settings = done
-        verdict = analyse(out, settings, exp_a)
+        verdict = analyse(out, settings)
     table = board_in_short(read_table(out / "leaderboard.csv"), coloured(sys.stdout))
-    conclude(command, out, answer(verdict, settings), table, leaderboard.word("H2'", verdict))
+    conclude(command, out, Answer(**verdict["answer"]), table, f"H2': {verdict['leaf']}")
 
 
 if __name__ == "__main__":

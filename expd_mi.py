@@ -34,7 +34,7 @@ from transport_geometry.evaluate import activations
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.fisher_study import MOST_BLOCKS, moments
 from transport_geometry.grid import EvalSet
-from transport_geometry.leaderboard import read_verdict
+from transport_geometry.leaderboard import AFTER_H2, about_these
 from transport_geometry.lm import text_config
 from transport_geometry.metrics import BY_NAME, PROXIES
 from transport_geometry.page import with_page
@@ -260,7 +260,7 @@ def h3(hooks: list[dict]) -> dict:
 
 
 def leaf_d(found: dict) -> tuple[str, str]:
-    """H3 itself, without the gate: (leaf, why)."""
+    """H3: (leaf, why)."""
     within, depths, nosink = found["within"], found["depths"], found["nosink"]
     if found["n_hooks"] < MIN_HOOKS:
         return "undecided", (f"{found['n_hooks']} hooks in models that have {OF_A_MODEL}, {MIN_HOOKS} needed")
@@ -317,15 +317,14 @@ def judged(rows: list[dict], ladder: tuple[str, ...], bounded: str = "") -> list
     return out
 
 
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
-    """verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz, the tables of
-    hooks and the gate.
+def analyse(out: pathlib.Path, settings: dict) -> dict:
+    """verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and the tables
+    of hooks.
     """
     found = measured(out, settings, N_RESAMPLES)
     values, meta, models = found.values, found.meta, settings["models"]
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in PROXIES}
-    _, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
-    gate_text = h2.pop("gate_text")
+    _, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
     there = store.written(out / store.RUN)
     names = [*TABLES, *(name for name in ("critics.csv",) if name in there)]
     tables = {name: read_table(store.checked(out / store.RUN, name)) for name in names}
@@ -348,8 +347,9 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     )
     verdict = plain(
         dict(
-            leaderboard.behind_h2(leaf, h2, gate_text),
+            leaf=leaf,
             reason=why,
+            h2=h2,
             h3=result,
             hooks=[{name: row[name] for name in shown} for row in hooks],
             refused=dict(canonical=refused_counts(canonical), critics=refused_counts(trained)),
@@ -369,6 +369,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
             rows_sha256=rows_hash(out),
         )
     )
+    verdict["answer"] = vars(answer(verdict, settings))
     files: dict[str, store.Content | None] = {
         "verdict.json": as_json(verdict),
         "report.md": report(found.saes, hooks, canonical, trained, tables, verdict, settings),
@@ -398,22 +399,11 @@ LEAVES = {
 }
 
 
-def sentence(verdict: dict) -> str:
-    """The verdict in words."""
-    leaf, found = verdict["leaf_if_ungated"], verdict["h3"]
-    within = found["within"]
-    numbers = f"{verdict['reason']}; Spearman {signed(within['rho'])} within models"
-    if within["p"] is not None:
-        numbers += f", p = {within['p']:.3f}, {found['n_hooks']} hooks"
-    text = f"{leaf}. {LEAVES[leaf]} ({numbers})."
-    return leaderboard.behind_the_gate("H3", verdict, text)
-
-
 QUESTION = (
     "Does R² misjudge SAEs most where activations vary in many more directions than the output depends on?"
 )
 LIMITS = (
-    "{gate}A correlation over {n} hooks of {these}, after a dimension that is itself estimated: not shown is "
+    "A correlation over {n} hooks of {these}, after a dimension that is itself estimated: not shown is "
     "not absent."
 )
 
@@ -426,15 +416,9 @@ def answer(verdict: dict, settings: dict) -> Answer:
     )
     if within["p"] is not None:
         numbers += f" (p = {within['p']:.3f}, {found['n_hooks']} hooks)"
-    return Answer(
-        QUESTION,
-        f"{LEAVES[verdict['leaf_if_ungated']]}: {numbers}.",
-        LIMITS.format(
-            gate=leaderboard.gate_limits("H3, that this is why R² fails", verdict),
-            n=found["n_hooks"],
-            these=leaderboard.about_these(settings),
-        ),
-    )
+    first = AFTER_H2.format(h2=verdict["h2"]["leaf"], claim="H3, that this is why R² fails")
+    limits = LIMITS.format(n=found["n_hooks"], these=about_these(settings))
+    return Answer(QUESTION, f"{LEAVES[verdict['leaf']]}: {numbers}.", first + limits)
 
 
 # ------------------------------------------------------------------------------------------ report, plots
@@ -444,7 +428,7 @@ REPORT = """\
 {answer}
 ![residual of R² against the dimension ratio](h3.png)
 
-The verdict, in the words of the tree. {sentence}
+H3: {leaf} ({reason}).
 
 {statistics}
 
@@ -536,8 +520,9 @@ def report(
         interval = f"Hooks resampled within models: {bounds(found['rho_lo'], found['rho_hi'])}. "
     first = [row for row in tables["positions.csv"] if row["position"] == 0]
     text = REPORT.format(
-        answer=answer(verdict, settings).markdown(),
-        sentence=sentence(verdict),
+        answer=Answer(**verdict["answer"]).markdown(),
+        leaf=verdict["leaf"],
+        reason=verdict["reason"],
         statistics=markdown(statistics(found), ["", "Spearman", "p", "critical"]),
         n_depths=len(set(settings["hooks"].values())),
         interval=interval,
@@ -745,14 +730,13 @@ def main() -> None:
     command = parse_args(__doc__, GRID, flags=FLAGS)
     experiment = Experiment("expd_mi", study=functools.partial(study, critic=command.own["critic"]))
     with hushed(command):
-        exp_a = read_verdict(command.verdict)
         if (done := run(command, experiment)) is None:
             return
         out, settings = done
-        verdict = analyse(out, settings, exp_a)
+        verdict = analyse(out, settings)
     rows = [{name: short(value) for name, value in row.items()} for row in statistics(verdict["h3"])]
     table = columns(rows, colour=coloured(sys.stdout))
-    conclude(command, out, answer(verdict, settings), table, leaderboard.word("H3", verdict))
+    conclude(command, out, Answer(**verdict["answer"]), table, f"H3: {verdict['leaf']}")
 
 
 if __name__ == "__main__":

@@ -27,14 +27,13 @@ from transport_geometry.evaluate import activations
 from transport_geometry.figures import as_png, model_colours, pyplot
 from transport_geometry.grid import EvalSet
 from transport_geometry.leaderboard import (
+    AFTER_H2,
     LEADERBOARD,
     about_these,
     board_in_short,
-    gate_limits,
     how_to_read,
     leaderboard_plot,
     leaderboard_table,
-    read_verdict,
 )
 from transport_geometry.lm import cross_entropy
 from transport_geometry.metrics import BY_NAME, DISTORTION, PROXIES, Metric, Sums
@@ -341,9 +340,9 @@ def beyond(scores: dict, y: np.ndarray, meta: dict) -> list[dict]:
     return rows
 
 
-def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
+def analyse(out: pathlib.Path, settings: dict) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
-    sequences.npz, TABLES and the gate.
+    sequences.npz and TABLES.
 
     Everything that is compared with the plan distortion is compared on the hooks that have one: rows of a
     model's last block stand in the table of SAEs and nowhere else.
@@ -353,9 +352,9 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     found = subset(whole, followed)
     values, meta = found.values, found.meta
     scores = {one.name: one.score(values[one.name]) for one in (*PROXIES, *PLAN, BY_NAME["kl"])}
-    board, h2 = leaderboard.ranked(scores, found, settings, exp_a, N_RESAMPLES)
+    board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
     board = [row for row in board if row["proxy"] != row["target"]]  # KL is a target too
-    gate_text, control = h2.pop("gate_text"), h2["a_control"]
+    control = h2["a_control"]
     added = p = np.nan
     if control:
         half_b = scores["plan_kl"][2], scores[control][2], values["ce_rec"][2], meta
@@ -368,7 +367,8 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
     row = next(r for r in board if (r["proxy"], r["target"], r["stratum"]) == ("plan_kl", "ce_rec", "pooled"))
     verdict = plain(
         dict(
-            leaderboard.behind_h2(leaf, h2, gate_text),
+            leaf=leaf,
+            h2=h2,
             control=control,
             added=added,
             p=p,
@@ -383,6 +383,7 @@ def analyse(out: pathlib.Path, settings: dict, exp_a: dict | None) -> dict:
             rows_sha256=rows_hash(out),
         )
     )
+    verdict["answer"] = vars(answer(verdict, settings))
     by_share = [
         dict(model=m, layer=layer, mediated=float(mediated[0, i]), plan_only=float(plan_only[0, i]))
         for i, (m, layer, _) in enumerate(places)
@@ -405,23 +406,12 @@ LEAVES = {
 }
 
 
-def sentence(verdict: dict) -> str:
-    """The verdict in words."""
-    leaf, shown = verdict["leaf_if_ungated"], "undefined"
-    if verdict["added"] is not None:
-        shown = "partial Spearman with CE_rec given {control} and k {added:+.2f}, p = {p:.3f}".format(
-            **verdict
-        )
-    text = f"{leaf}. {LEAVES[leaf]} ({shown})."
-    return leaderboard.behind_the_gate("P", verdict, text)
-
-
 QUESTION = (
     "Does what a patch does to the attention patterns of later blocks say more about what it does to "
     "cross-entropy than the best Euclidean score?"
 )
 LIMITS = (
-    "{gate}The distortion takes a patched forward, as the change of cross-entropy itself does: an "
+    "The distortion takes a patched forward, as the change of cross-entropy itself does: an "
     "explanation, and no cheap stand-in. It is about {these}."
 )
 
@@ -432,10 +422,11 @@ def answer(verdict: dict, settings: dict) -> Answer:
         shown = "given {control} and k it correlates with CE_rec at {added:+.2f} in rank, p = {p:.3f}".format(
             **verdict
         )
+    first = AFTER_H2.format(h2=verdict["h2"]["leaf"], claim="the attention plan")
     return Answer(
         QUESTION,
-        f"{LEAVES[verdict['leaf_if_ungated']]}, on {verdict['h2']['n_clusters']} hooks: {shown}.",
-        LIMITS.format(gate=gate_limits("the attention plan", verdict), these=about_these(settings)),
+        f"{LEAVES[verdict['leaf']]}, on {verdict['h2']['n_clusters']} hooks: {shown}.",
+        first + LIMITS.format(these=about_these(settings)),
     )
 
 
@@ -446,7 +437,7 @@ REPORT = """\
 {answer}
 ![every proxy against R²](leaderboard.png)
 
-The verdict, in the words of the tree. {sentence}
+P: {leaf}.
 
 p: what CE_rec has beyond that control changes its sign in whole hooks, {n_clusters} of them; the \
 control is chosen on half of the documents, and the test is on the other half. The plan distortion takes \
@@ -568,8 +559,8 @@ def report(
     left_out = LEFT_OUT.format(", ".join(verdict["left_out"])) if verdict["left_out"] else ""
     shown = [row | {"tokens": readable_count(row["tokens"])} for row in marked(whole.saes, settings)]
     text = REPORT.format(
-        answer=answer(verdict, settings).markdown(),
-        sentence=sentence(verdict),
+        answer=Answer(**verdict["answer"]).markdown(),
+        leaf=verdict["leaf"],
         n_clusters=verdict["h2"]["n_clusters"],
         left_out=left_out,
         first_word=first["word"],
@@ -722,13 +713,12 @@ def mediation_plot(rows: list[dict], models: list[str]) -> bytes:
 def main() -> None:
     command = parse_args(__doc__, GRID)
     with hushed(command):
-        exp_a = read_verdict(command.verdict)
         if (done := run(command, EXPERIMENT)) is None:
             return
         out, settings = done
-        verdict = analyse(out, settings, exp_a)
+        verdict = analyse(out, settings)
     table = board_in_short(read_table(out / "leaderboard.csv"), coloured(sys.stdout))
-    conclude(command, out, answer(verdict, settings), table, leaderboard.word("P", verdict))
+    conclude(command, out, Answer(**verdict["answer"]), table, f"P: {verdict['leaf']}")
 
 
 if __name__ == "__main__":

@@ -364,6 +364,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
             quantised_sha256=store.sha256(store.checked(record, QUANTISED)),
         )
     )
+    verdict["answer"] = vars(answer(verdict))
     files: dict[str, store.Content | None] = {
         "rates.csv": as_csv(rates, list(rates[0])),
         "ratios.csv": as_csv(ratios, "depth code at_equal of ratio lo hi".split()),
@@ -386,11 +387,11 @@ LEAVES = {
 
 
 def sentence(verdict: dict) -> str:
-    """The verdict in words."""
+    """What was found."""
     small, large = verdict["models"]
     r2, ce = (verdict["by_loss"][name]["ratio"] for name in (R2, BEHAVIOUR))
     apart, least = verdict["contrast"], verdict["thresholds"]["min_pairs"]
-    text = f"{verdict['leaf'].capitalize()}: {LEAVES[verdict['leaf']]}"
+    text = LEAVES[verdict["leaf"]]
     if not apart["pairs"]:
         return f"{text}: no depth is shared by two models whose curves meet."
     text += f": {large} over {small}, {factor(r2)} in 1 − R², {factor(ce)} in ΔCE / L_orig; "
@@ -411,11 +412,10 @@ LIMITS = (
 
 
 def answer(verdict: dict) -> Answer:
-    text = sentence(verdict).partition(": ")[2]
     small, large = verdict["models"]
     return Answer(
         QUESTION.format(small=small, large=large),
-        as_sentence(text),
+        as_sentence(sentence(verdict)),
         LIMITS.format(these=about_these(verdict["settings"]), pairs=verdict["contrast"]["pairs"]),
     )
 
@@ -440,8 +440,6 @@ REPORT = """\
 
 {answer}
 ![rate and distortion](rate.png)
-
-The verdict, in its own words. {sentence}
 
 ## At equal bits
 
@@ -548,8 +546,7 @@ def report(
         ]
         softmax = SOFTMAX.format(positions=tables["softmax.csv"][0]["positions"], text="; ".join(each))
     report_text = REPORT.format(
-        answer=answer(verdict).markdown(),
-        sentence=sentence(verdict),
+        answer=Answer(**verdict["answer"]).markdown(),
         equal_bits=equal_bits(ratios, verdict["by_loss"], f"{STEP:g}σ"),
         small=small,
         large=large,
@@ -882,7 +879,7 @@ def main() -> None:
         out, settings = done
         verdict, _ = analyse(out, settings)
     table = equal_bits_in_short(verdict, coloured(sys.stdout))
-    conclude(command, out, answer(verdict), table, verdict["leaf"])
+    conclude(command, out, Answer(**verdict["answer"]), table, verdict["leaf"])
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python expp_planted.py --dry-run            # the commands that it runs, and no more
     python expp_planted.py --from outputs/expp_planted
 
-Verdicts on real SAEs say *undertrained*, *gated*, *undecided*: honest, and no proof that an effect would be
-found. Here the effects are planted (`transport_geometry/plant.py`), in twins of one model and in their SAEs,
-and what Exp-A and Exp-B say of them, by their own commands on real text, is held against what must come out.
+Verdicts on real SAEs say *undertrained*, *rejected*, *undecided*: honest, and no proof that an effect would
+be found. Here the effects are planted (`transport_geometry/plant.py`), in twins of one model and in their
+SAEs, and what Exp-A and Exp-B say of them, by their own commands on real text, is held against what must come
+out.
 A sink at position 0, which owns the variance and changes no logit. Errors turned towards what the model
 feels, so that H2 is true. SAEs that lag behind, and catch up.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 from common import GRID_FLAGS, check_output, dest, parser_of, run_script
 from transport_geometry import answer as console
-from transport_geometry import chart, commands, published, ranks, store
+from transport_geometry import chart, commands, outline, published, ranks, store
 from transport_geometry.answer import WIDTH, Answer, coloured, columns, conclude, hushed
 from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
@@ -75,6 +76,7 @@ LEAVES = {
 }
 AMOUNTS = (0.0, 0.5, 1.0)  # of turning, over the hooks of three twins
 SAME = 0.02  # in CE_rec, as in Exp-A's tree
+H2 = next(claim for claim in outline.CLAIMS if claim.label == "H2")
 MET = 0.005  # how far R² of the null twin may be from the closed form
 
 
@@ -143,8 +145,6 @@ def run_parts(out: pathlib.Path, args: Any) -> None:
         print(f"[{number}/{len(PARTS)}] {part.command()}", flush=True)
         flags = [*shlex.split(part.flags), "--out", str(part.folder(out)), "--cache", str(args.cache)]
         flags += ["--device", args.device, *["--fresh"] * args.fresh]
-        if part.script == "expb":  # else a verdict that lies about would be read
-            flags += ["--verdict", str(GATE.folder(out) / "verdict.json")]
         commands.call(part.script, flags)
 
 
@@ -268,6 +268,7 @@ class Findings:
     saes: dict[str, list[dict]]  # {part: rows of conditions.csv, without null rows}
     points: dict[str, list[int]]  # {part of Exp-B: which way fed_excess points, of each SAE}
     partials: dict[str, dict[str, float]]  # {part of Exp-B: {proxy: partial Spearman with CE_rec}}
+    joined: dict[str, str]  # {part of Exp-B: what `common.py report` says of H2}
     canyon: list[dict]
     gauges: list[dict]
 
@@ -290,10 +291,12 @@ class Findings:
 def findings(out: pathlib.Path) -> Findings:
     """Raises UserError where a part is not finished, Damaged where a file is not as it was written."""
     verdicts, deltas, saes, points, partials = {}, {}, {}, {}, {}
+    runs = [outline.read_run(out, part.folder(out)) for part in PARTS]
+    if missing := [f"{run.name}: {run.missing}" for run in runs if run.missing]:
+        raise UserError(f"--from {out}: {missing[0]}")
+    joined = {run.name: outline.word(H2, run, runs) for run in runs if run.script == "expb"}
     for part in PARTS:
         record = part.folder(out) / store.RUN
-        if "verdict.json" not in store.written(record):
-            raise UserError(f"--from {out}: {part.name} is not finished there")
         verdicts[part.name] = json.loads(store.checked(record, "verdict.json").read_text(encoding="utf-8"))
         rows = read_table(store.checked(record, "conditions.csv"))
         saes[part.name] = [row for row in rows if row["recipe"] != "null"]
@@ -307,7 +310,7 @@ def findings(out: pathlib.Path) -> Findings:
             pooled = [row for row in board if (row["target"], row["stratum"]) == ("ce_rec", "pooled")]
             partials[part.name] = {row["proxy"]: row["partial"] for row in pooled}
     tables = [read_table(store.checked(out / store.RUN, name)) for name in ("canyon.csv", "gauges.csv")]
-    return Findings(verdicts, deltas, saes, points, partials, *tables)
+    return Findings(verdicts, deltas, saes, points, partials, joined, *tables)
 
 
 def checks(f: Findings) -> list[Check]:
@@ -366,7 +369,7 @@ def of_leaves(f: Findings) -> list[Check]:
         says = f.leaf(part, twin)
         out.append(Check(twin, f"Exp-A: {leaf} ({why})", says, says == leaf))
     says = f.verdicts["gate"]["leaf"]
-    return [*out, Check("turned twins", "Exp-A: H1, which opens the gate", says, says == "H1")]
+    return [*out, Check("turned twins", "Exp-A: H1", says, says == "H1")]
 
 
 def of_geometry(f: Findings) -> list[Check]:
@@ -374,21 +377,18 @@ def of_geometry(f: Findings) -> list[Check]:
     few = f.verdicts["few-hooks"]
     part = f"turned-{AMOUNTS[-1]:g}"
     right, wrong = pointing(f.saes[part], f.points[part])
+    joined = f.joined[part]
     says = f"{percent(right)} of those turned by 0.4 or more point there, {percent(wrong)} the other way"
     return [
         Check(
-            "errors turned", "H2: supported, behind an open gate", whole["leaf"], whole["leaf"] == "supported"
+            "errors turned",
+            "H2: supported, and to be interpreted, since Exp-A has judged these models",
+            joined,
+            joined == whole["leaf"] == "supported",
         ),
         Check("errors turned", "fed_excess points that way", says, right >= 0.5 and wrong == 0),
-        Check(
-            "errors turned by 0",
-            "H2: not supported",
-            none["leaf_if_ungated"],
-            none["leaf_if_ungated"] != "supported",
-        ),
-        Check(
-            "too few hooks", "H2: undecided", few["leaf_if_ungated"], few["leaf_if_ungated"] == "undecided"
-        ),
+        Check("errors turned by 0", "H2: not supported", none["leaf"], none["leaf"] != "supported"),
+        Check("too few hooks", "H2: undecided", few["leaf"], few["leaf"] == "undecided"),
     ]
 
 
@@ -426,8 +426,6 @@ REPORT = """\
 
 {answer}
 ![the published and the planted signature](signature.png)
-
-The verdict, in its own words. {sentence}
 
 {checks}
 
@@ -514,7 +512,6 @@ PUBLISHED = {
     "leaf": "",
 }
 WORDS = (
-    "gated",
     "supported",
     "beats-r2-only",
     "rejected",
@@ -643,7 +640,7 @@ def geometry_rows(f: Findings) -> list[dict]:
                 "loho gain": signed(verdict["diff_loho_control"], 3),
                 "p_loho": verdict["p_loho"],
                 "Γ, SWD / control": " / ".join(gammas),
-                "H2 ungated": verdict["leaf_if_ungated"],
+                "H2": verdict["leaf"],
                 "excess right": percent(right),
                 "excess wrong": percent(wrong),
             }
@@ -661,8 +658,7 @@ def word_rows(f: Findings) -> list[dict]:
                 where = f"{part.name}: {split(one['large'])[1]}"
                 reached.setdefault(("H0/H1", one["leaf"]), []).append(where)
         else:
-            for word in dict.fromkeys((verdict["leaf"], verdict["leaf_if_ungated"])):
-                reached.setdefault(("H2", word), []).append(part.name)
+            reached.setdefault(("H2", verdict["leaf"]), []).append(part.name)
     rows = []
     for about, words in (("H0/H1", OF_THE_TREE), ("H2", WORDS)):
         for word in words:
@@ -698,7 +694,6 @@ def report(f: Findings, found: Sequence[Check]) -> bytes:
     measured_r2 = mean_at_end(f.saes["sinks"], f"{MODEL}+null{NORM}", "r2")
     text = REPORT.format(
         answer=answer(f, found).markdown(),
-        sentence=sentence(found),
         checks=markdown(of_checks),
         norm=NORM,
         model=MODEL,
@@ -813,7 +808,7 @@ def power_plot(f: Findings) -> bytes:
         partials = [f.partials[f"turned-{amount:g}"][name] for amount in AMOUNTS]
         axis.plot(np.array(AMOUNTS) + aside, partials, style, color=colour)
         ends.append((partials[-1], name, colour))
-    words = [f.verdicts[f"turned-{amount:g}"]["leaf_if_ungated"] for amount in AMOUNTS]
+    words = [f.verdicts[f"turned-{amount:g}"]["leaf"] for amount in AMOUNTS]
     axis.set_xticks(AMOUNTS, [f"{amount:g}\n{word}" for amount, word in zip(AMOUNTS, words)])
     axis.set(xlim=(-0.15, 1.05), xlabel="how far errors are turned, and what H2 then reads")
     axis.set_ylabel("partial Spearman with CE_rec")
@@ -830,6 +825,7 @@ def analyse(out: pathlib.Path) -> tuple[Findings, list[Check]]:
     found = checks(f)
     verdict = dict(
         leaf="found" if all(check.found for check in found) else "not all found",
+        answer=vars(answer(f, found)),
         checks=[vars(check) for check in found],
         words=word_rows(f),
         thresholds=dict(closed_form=MET, same=SAME, norm=NORM, amounts=AMOUNTS),
@@ -875,8 +871,8 @@ def main() -> None:
     args = parser_of(__doc__).parse_args()
     check_output(args)
     own = [flag for flag, how in GRID_FLAGS if getattr(args, dest(flag)) != how.get("default")]
-    if own or args.verdict or args.save_tokens:
-        typed = ", ".join([*own, *["--verdict"] * bool(args.verdict), *["--save-tokens"] * args.save_tokens])
+    if own or args.save_tokens:
+        typed = ", ".join([*own, *["--save-tokens"] * args.save_tokens])
         raise UserError(f"{typed}: its grids are planted; expa.py --plant plants in other models")
     if args.dry_run:
         print("\n".join(part.command() for part in PARTS))

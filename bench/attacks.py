@@ -49,7 +49,7 @@ import common
 common.run_script(expb.main)
 """
 WAYS = "a bit,a bit,a bit,a byte,cut,empty,garbage,longer,a folder,gone".split(",")
-STATES = "results results cache checkpoint parts verdict".split()
+STATES = "results results cache checkpoint parts".split()
 Finding = tuple[str, str]  # what was done, and what went wrong: nothing, it should be
 
 
@@ -207,12 +207,10 @@ def corruptions(n: int, scripts: list[str], rng: random.Random, folder: pathlib.
     parts = with_a_part(attacks["expb.py"].whole, folder / "parts")
     for i in range(n):
         state = rng.choice(STATES)
-        script = "expb.py" if state in ("parts", "verdict") else list(RUNS)[i % 3]
+        script = "expb.py" if state == "parts" else list(RUNS)[i % 3]
         source = {"checkpoint": half[script], "parts": parts}.get(state, attacks[script].whole)
         shutil.copytree(source, at)
-        if state == "verdict":
-            shutil.copytree(attacks["expa.py"].whole / "out", at / "expa")
-        elif state == "cache":
+        if state == "cache":
             shutil.rmtree(at / "out")  # what is measured already does not ask for its SAE
         yield corruption(attacks[script], state, at, rng)
         shutil.rmtree(at)
@@ -220,8 +218,6 @@ def corruptions(n: int, scripts: list[str], rng: random.Random, folder: pathlib.
 
 def files_of(state: str, at: pathlib.Path) -> list[pathlib.Path]:
     """What is damaged in this state."""
-    if state == "verdict":
-        return [at / "expa/verdict.json"]
     below = {"results": "out", "parts": "out/.rank1"}.get(state, "cache")
     files = [path for path in (at / below).rglob("*") if path.is_file()]
     if state == "checkpoint":
@@ -234,10 +230,8 @@ def corruption(attack: Attack, state: str, at: pathlib.Path, rng: random.Random)
     path = rng.choice(files_of(state, at))
     way = damage(path, rng)
     arguments = attack.arguments(at)
-    if state in ("results", "verdict") and rng.random() < 0.7:
+    if state == "results" and rng.random() < 0.7:
         arguments = ["--from", str(at / "out"), "--cache", str(at / "cache")]
-    if state == "verdict":
-        arguments += ["--verdict", str(at / "expa/verdict.json")]
     done = zygote.run(attack.script, *arguments, setup=CHECKPOINTS)
     lines = done.stderr.replace("\r", "\n").splitlines()
     said = [line for line in lines if line.startswith(attack.script)]
@@ -246,7 +240,7 @@ def corruption(attack: Attack, state: str, at: pathlib.Path, rng: random.Random)
         wrong = f"traceback: {done.stderr[-600:]}"
     elif done.returncode == 2:
         wrong = "" if len(said) == 1 else f"{len(said)} lines: {said}"
-    elif differs := attack.wrong(at, kept=(".kept", ".damaged", "expa/")):
+    elif differs := attack.wrong(at, kept=(".kept", ".damaged")):
         wrong = f"used: {differs}"
     elif state == "cache" and path.name != "sae.safetensors" and ".damaged" not in done.stdout:
         wrong = "not said" if way not in ("a bit", "a byte") else ""

@@ -94,14 +94,6 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
-def ungated(folder: str) -> str:
-    """*gated*; ungated: *rejected*."""
-    said = verdict(folder)
-    return (
-        f"*gated*; ungated: *{said['leaf_if_ungated']}*" if said["leaf"] == "gated" else f"*{said['leaf']}*"
-    )
-
-
 # ------------------------------------------------------------------------------------------------ README.md
 def picture() -> str:
     """The planted run's picture of what was published and what was planted, and what it shows."""
@@ -150,29 +142,33 @@ def said_of_each() -> str:
 
 def exp_b() -> str:
     """What the run prints, shortened."""
-    script, v, every = importlib.import_module("expb"), verdict("expb"), rows("expb", "leaderboard.csv")
+    v, every = verdict("expb"), rows("expb", "leaderboard.csv")
     head, *lines = leaderboard.board_in_short(every).splitlines()
     some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
-    said = [*script.answer(v, every).lines(), "", head, *some, "..."]
-    said += ["---", f"verdict: {leaderboard.word('H2', v)}"]
+    said = [*runs()["expb"].answer.lines(), "", head, *some, "..."]
+    said += ["---", f"verdict: H2: {v['leaf']}"]
     return f"```\n{chr(10).join(said)}\n```\n\n{said_of_each()}"
 
 
 def ladder() -> str:
     """The claims of the outline in the order in which they may be interpreted, and what came of each."""
-    lines = []
+    lines, every = [], list(runs().values())
     for claim in outline.CLAIMS:
         if claim.script == "expa":
             budget = readable_count(verdict("expa-long")["budget"])
-            (first, judged), (then, judged_then) = (
-                outline.word(claim, runs()[folder]) for folder in ("expa", "expa-long")
-            )
-            said = f"*{first}*; at {budget} tokens *{then}*" if judged or judged_then else "behind H0 and H1"
+            first, then = (outline.leaf_of(claim, runs()[folder]) for folder in ("expa", "expa-long"))
+            said = f"*{first}*; at {budget} tokens *{then}*"
+            if outline.comes_first(claim, runs()["expa-long"], every):
+                said = "comes after H0 and H1"
         elif claim.script == "expp_planted":
             checks = verdict(claim.script)["checks"]
             said = f"*{sum(check['found'] for check in checks)} of {len(checks)} found*"
         else:
-            said = ungated(claim.script)
+            run = runs()[claim.script]
+            first = outline.comes_first(claim, run, every)
+            said = f"*{outline.leaf_of(claim, run)}*" + f"; not to be interpreted before {first}" * bool(
+                first
+            )
         lines.append([claim.label, claim.words, f"`{claim.script}.py`", said])
     return table(["", "claim", "decided by", "reference run"], lines)
 
@@ -198,11 +194,9 @@ def experiments() -> str:
 
 
 def answers(folder: str) -> str:
-    """The sentence of the run's report, without the hash of the gate's file."""
-    said = re.sub(r" \(sha256 [0-9a-f]+\)", "", runs()[folder].answer)
-    limits = getattr(runs()[folder], "limits", "")
-    said += f"\n>\n> Limits: {limits}" if limits else ""
-    return f"> {dashed(said)}\n\n[The whole report](../outputs/reference/{folder}/report.md)."
+    """What the run found, and its limits."""
+    said = runs()[folder].answer
+    return f"> {dashed(f'{said.found}{chr(10)}>{chr(10)}> Limits: {said.limits}')}\n\n[The whole report](../outputs/reference/{folder}/report.md)."
 
 
 def exp_b_sizes() -> str:

@@ -43,8 +43,8 @@ THREE = Answer("Is it so?", "It is.", "Not more than that.")
 
 
 def test_the_examples_hold():
-    tried = [doctest.testmod(module) for module in (answers, leaderboard)]
-    assert all(one.failed == 0 and one.attempted for one in tried)
+    tried = doctest.testmod(answers)
+    assert tried.failed == 0 and tried.attempted
 
 
 # ------------------------------------------------------------------------------------------- the three lines
@@ -65,7 +65,8 @@ def test_every_script_answers_first_and_within_80_columns(name, tmp_path):
     title, question, found, limits, picture = report.split("\n\n")[:5]
     assert title.startswith("# ") and question.startswith("Question: ") and limits.startswith("Limits: ")
     assert picture.strip().endswith(f"({PICTURES[name]})") and (folder / PICTURES[name]).exists()
-    assert answers.read(report) == (found[2:-2], limits.removeprefix("Limits: "))
+    said = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))["answer"]
+    assert (said["found"], said["limits"]) == (found[2:-2], limits.removeprefix("Limits: "))
     # the same words in both
     spoken = " ".join(" ".join(printed[: printed.index("")]).split())
     shown = " ".join(part.strip("*").replace(": ", " ", 1) for part in (question, f"Answer: {found[2:-2]}"))
@@ -78,16 +79,13 @@ def number_free(text: str) -> str:
     return re.sub(r"[-+]?\d[\d.]*", "#", text)
 
 
-def verdict_b(leaf: str, gated: bool) -> dict:
+def verdict_b(leaf: str) -> dict:
     ends = {f"{name}{end}": 0.1 for name in ("diff_r2", "diff_control") for end in ("", "_lo", "_hi")}
     return ends | dict(
-        leaf="gated" if gated else leaf,
-        leaf_if_ungated=leaf,
+        leaf=leaf,
         reason="too few hooks",
         a_control="cosine",
         room=0.03,
-        gate_text="Exp-A says undertrained (sha256 0123456789ab)",
-        settings={"models": ["a", "b"]},
     )
 
 
@@ -130,16 +128,13 @@ def test_a_proxy_is_better_where_test_and_interval_say_so():
     )
 
 
-@pytest.mark.parametrize("leaf", expb.LEAVES)
+@pytest.mark.parametrize("leaf", expb.FOUND)
 def test_each_word_of_h2_in_three_lines(leaf):
-    shut, opened = (expb.answer(verdict_b(leaf, gated), BOARD) for gated in (True, False))
-    assert shut.found == opened.found and shut.question == opened.question
-    assert (
-        shut.limits.startswith("This decides nothing about H2") and "Exp-A says undertrained" in shut.limits
-    )
-    assert "decides nothing" not in opened.limits and "2 models (a and b)" in opened.limits
-    others = [expb.answer(verdict_b(other, False), BOARD).found for other in expb.LEAVES if other != leaf]
-    assert number_free(opened.found) not in map(number_free, others)
+    settings = {"models": ["a", "b"]}
+    said = expb.answer(verdict_b(leaf), BOARD, settings)
+    assert said.limits.startswith("Exp-A comes first: ") and "2 models (a and b)" in said.limits
+    others = [expb.answer(verdict_b(other), BOARD, settings).found for other in expb.FOUND if other != leaf]
+    assert number_free(said.found) not in map(number_free, others)
 
 
 @pytest.mark.parametrize("leaf", expa.LEAVES)
@@ -181,7 +176,7 @@ def test_json_is_the_verdict_and_nothing_else_on_stdout(quiet, tmp_path):
     out, cache, _ = quiet
     done = script("expb.py", *SMALL, "--out", tmp_path, "--cache", cache, "--json", setup=FEW)
     assert done.stdout == (tmp_path / "verdict.json").read_text(encoding="utf-8")
-    assert json.loads(done.stdout)["leaf"] == "gated" and "of the run" in done.stderr
+    assert json.loads(done.stdout)["leaf"] == "undecided" and "of the run" in done.stderr
     assert contents(tmp_path) == contents(out)
     both = script("expb.py", "--from", tmp_path, "--quiet", "--json", setup=FEW)
     assert both.stdout == done.stdout and both.stderr == "" and contents(tmp_path) == contents(out)

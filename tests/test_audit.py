@@ -220,7 +220,7 @@ def test_the_headline_command(audit, hub):
         and "8 sequences of 64 tokens" in report
     )
     verdict = json.loads((out / "verdict.json").read_text())
-    assert verdict["h2"]["leaf_if_ungated"] == "undecided" and verdict["leaf"] == row["word"]
+    assert verdict["h2"]["leaf"] == "undecided" and verdict["leaf"] == row["word"]
     nulls = {r["sae"]: r for r in read_table(out / "conditions.csv") if r["recipe"] == "null"}
     assert set(nulls) == {"null-identity", "null-mean", "null-random", "null-gaussian"}
     assert (

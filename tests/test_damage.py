@@ -175,22 +175,6 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
     assert (tmp_path / "out/verdict.json").read_bytes() == (whole / "out/verdict.json").read_bytes()
 
 
-def test_a_damaged_verdict_opens_no_gate(whole, tmp_path):
-    store.put(
-        tmp_path / "expa/run.json",
-        {"verdict.json": json.dumps({"leaf": "undertrained", "settings": {}}).encode()},
-    )
-    shutil.copytree(whole / "out", tmp_path / "out")
-    expb(tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json")
-    (tmp_path / "expa/verdict.json").write_text(json.dumps({"leaf": "H1", "settings": {}}))
-    assert (
-        "verdict.json: not as it was written"
-        in expb(
-            tmp_path, "--from", tmp_path / "out", "--verdict", tmp_path / "expa/verdict.json", check=2
-        ).stderr
-    )
-
-
 def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
     shutil.copytree(whole / "cache", tmp_path / "cache")
     victim = sorted((tmp_path / "cache").iterdir())[0]

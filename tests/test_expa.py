@@ -229,7 +229,7 @@ def test_the_leaves_have_an_order():
             without = dataclasses.replace(without, equality=never)
             assert expa.leaf_of(without, 3) == ("undecided", expa.NEVER_A_GAP + unjudged)
             without = dataclasses.replace(without, equality=not_equal)
-            more = "; about 37 seeds in each model would show equality if the means stay"
+            more = "; about 37 seeds of each would show equality if the means stay"
             assert expa.leaf_of(without, 3) == ("undecided", expa.NEITHER + unjudged + more)
     assert set(expa.LEAVES) == {"undecided", "undertrained", "N", "H0+H1", "H0", "H1"}
 
@@ -268,7 +268,7 @@ def test_seeds_needed_where_nothing_is_shown():
     """Neither equal nor different: the number of seeds that would tell, in half of the 40."""
     found = verdicts(40, seed_sd=0.012, seq_sd=0.001)
     said = [v["reason"] for v in found if v["leaf"] == "undecided"]
-    assert any("seeds in each model would show equality" in reason for reason in said)
+    assert any("seeds of each would show equality" in reason for reason in said)
 
 
 def test_seeds_needed_by_hand():
@@ -354,6 +354,25 @@ def test_mean_over_weighs_the_conditions_of_a_mask():
     values, w = np.array([[1.0, 2.0, 9.0], [1.0, 2.0, 9.0]]), np.array([[1.0, 1.0, 1.0], [3.0, 1.0, 1.0]])
     assert mean_over(values, w, np.array([True, True, False])).tolist() == [1.5, 1.25]
     assert np.isnan(mean_over(values, w, np.zeros(3, bool))).all()
+
+
+def test_hooks_are_compared_as_models_are():
+    c = planted(np.random.default_rng(5), delta=0.03, gap=0.06)
+    c = dataclasses.replace(c, meta=c.meta | {"layer": np.where(c.meta["model"] == "large", 7, 3)})
+    hooks = c.by_hook(expa.PAIRED)
+    pair = ["small@3", "large@7"]
+    ours, theirs = expa.adjudicate(hooks.of(pair), ARM).record(), verdict(c)
+    assert (ours["small"], ours["large"], ours["depths"]) == (*pair, ["paired"])
+    assert [ours[key] for key in ("leaf", "reason")] == [theirs[key] for key in ("leaf", "reason")]
+    assert ours["gamma_r2_lo"] == theirs["gamma_r2_lo"] and ours["gamma_controls"] == theirs["gamma_controls"]
+    names = {"small", "large", "depth"}
+    rows, expected = expa.delta_rows(hooks, ARM, [pair]), expa.delta_rows(c, ARM)
+    for row, other in zip(rows, expected, strict=True):
+        assert {key: str(value) for key, value in row.items() if key not in names} == {
+            key: str(value) for key, value in other.items() if key not in names
+        }
+    flipped = expa.delta_rows(hooks, ARM, [pair[::-1]])
+    assert [row["delta_r2"] for row in flipped] == [-row["delta_r2"] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------ mismatch

@@ -184,8 +184,8 @@ def test_exp_d_whole_killed_from_a_folder_and_on_saes_that_exist(tmp_path):
     expd("--from", tmp_path / "out")
     assert contents(tmp_path / "out") == whole
     verdict = json.loads(whole["verdict.json"])
-    assert verdict["leaf"] == "gated" and verdict["leaf_if_ungated"] == "undecided"
-    assert "H3: gated" in done.stdout and whole["report.md"].startswith(b"# Exp-D: ")
+    assert verdict["leaf"] == verdict["h2"]["leaf"] == "undecided"
+    assert "H3: undecided" in done.stdout and whole["report.md"].startswith(b"# Exp-D: ")
     refused = expd(*small, *where, "--critic", "hybrid", check=2)
     assert "critic: there separable, here hybrid" in one_line(refused)
     table = read_table(tmp_path / "out" / "critics.csv")
@@ -200,4 +200,4 @@ def test_exp_d_whole_killed_from_a_folder_and_on_saes_that_exist(tmp_path):
     sae = next(path for path in (tmp_path / "cache").iterdir() if "-L1-" in path.name)
     expd("--sae", sae, "--models", "stdlib-s@1", *text, "--out", tmp_path / "files")
     said = (tmp_path / "files/report.md").read_text()
-    assert "Ungated it would read: undecided" in said and "no model's middle layer is on this grid" in said
+    assert "H3: undecided (" in said and "no model's middle layer is on this grid" in said

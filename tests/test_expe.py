@@ -395,9 +395,9 @@ def test_the_last_block_stands_in_no_comparison(small):
     assert {"plan_kl", "plan_next", "kl", "r2", "cosine", "swd_tok", "nmse_tok"} <= ranked.keys()
     assert "undefined" not in ranked.values()
     verdict = json.loads((small / "verdict.json").read_text())
-    assert verdict["leaf"] == "gated" and verdict["leaf_if_ungated"] == "undecided"
+    assert verdict["leaf"] == "undecided" and verdict["h2"]["leaf"] == "undecided"
     report = (small / "report.md").read_text()
-    assert "P: gated" in report and "Left out" in report
+    assert "P: undecided." in report and "Left out" in report
 
 
 @pytest.mark.slow

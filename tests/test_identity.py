@@ -175,9 +175,7 @@ def test_results_do_not_say_where_things_lie(tmp_path, model):
 
     run("expb.py", "a", "out")
     run("expc_fisher.py", "a", "c")
-    verdict = tmp_path / "verdict.json"
-    verdict.write_text(json.dumps({"leaf": "H1", "settings": {}}))
-    script("expb.py", "--from", tmp_path / "out", "--verdict", verdict)
+    script("expb.py", "--from", tmp_path / "out")
     files = [
         p
         for folder in ("out", "c", "cache")

@@ -8,10 +8,9 @@ import urllib.parse
 
 import expa
 import expb
-import expc_fisher
 from helpers import ROOT, contents, one_line, script
 from transport_geometry import answer as answers
-from transport_geometry import leaderboard, outline, store
+from transport_geometry import outline, store
 from transport_geometry.errors import UserError
 from transport_geometry.tables import as_json
 
@@ -23,6 +22,7 @@ SETTINGS = {
     "weights": {"stdlib-s": "a" * 16, "stdlib-l": "b" * 16},
     "hooks": {"stdlib-s@3": "0.50", "stdlib-l@3": "0.50", "stdlib-l@10": "0.83"},
     "tokens": [10_000, 100_000],
+    "recipe": ["base"],
     "data": "stdlib",
     "documents": [40],
     "text_sha256": "c" * 64,
@@ -38,34 +38,28 @@ def run(
     answer: str = "It is so.",
     seconds: float | None = 1.0,
     settings: dict = SETTINGS,
-) -> str:
-    """A folder as a run of this script would leave it; the first digits of its verdict's SHA-256."""
+) -> None:
+    """A folder as a run of this script would leave it."""
+    said = vars(answers.Answer("Is it?", answer, "Not more."))
     files: dict[str, store.Content | None] = {
         "conditions.csv": b"model\n",
-        "verdict.json": as_json(verdict),
-        "report.md": f"# Is it?\n\n**{answer}**\n\n**Not this.**\n".encode(),
+        "verdict.json": as_json(verdict | {"answer": said}),
+        "report.md": b"# Prose, which is not read\n",
     }
     record = root / name / "run.json"
     store.put(record, files, settings=settings | {"script": script}, seconds=seconds)
-    return store.load(record)["files"]["verdict.json"][:12]
 
 
 def exp_a(leaf: str, **flags) -> dict:
     return {"leaf": leaf, "reason": "planted", **flags}
 
 
-def exp_b(leaf: str, gate_text: str, ungated: str = "rejected") -> dict:
-    ungated = ungated if leaf == "gated" else leaf
-    return {"leaf": leaf, "leaf_if_ungated": ungated, "reason": "planted", "gate_text": gate_text}
+def exp_b(leaf: str) -> dict:
+    return {"leaf": leaf, "reason": "planted"}
 
 
-def exp_c(leaf: str, h2: str, gate_text: str) -> dict:
-    verdict = {"leaf": leaf, "leaf_if_ungated": "supported" if leaf == "gated" else leaf, "gate": h2}
-    return verdict | {"gate_text": gate_text, "h2": {"leaf": h2}, "added": 0.8, "p": 0.004}
-
-
-def says(leaf: str, sha: str) -> str:
-    return f"Exp-A says {leaf} (sha256 {sha})"
+def exp_c(leaf: str, h2: str) -> dict:
+    return {"leaf": leaf, "h2": {"leaf": h2}, "added": 0.8, "p": 0.004}
 
 
 def of(root: pathlib.Path) -> str:
@@ -102,7 +96,7 @@ def test_the_reference_folders_in_the_order_in_which_they_may_be_read(reported):
     text = (root / "report.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 80
     assert list(table(text)) == [claim.label for claim in outline.CLAIMS]
-    assert "H0 → H1 → N → H2 → H2′ → H3." in text
+    assert "Read them in this order: H0 → H1 → N → H2 → H2′ → H3." in text
     shown = [line for line in text.splitlines() if line.startswith("- `")]
     assert [re.findall("`(.*?)`", line)[0] for line in shown][:4] == [
         "expa",
@@ -111,10 +105,9 @@ def test_the_reference_folders_in_the_order_in_which_they_may_be_read(reported):
         "expc_fisher",
     ]
     for name in ("expa", "expa-long", "expb", "expc_fisher"):
-        found, limits = answers.read((root / name / "report.md").read_text(encoding="utf-8"))
-        assert lines_of(text, name)[0].endswith(f": {found}")
-        assert not limits or lines_of(text, name)[1] == f"  - Limits: {limits}"
         verdict = json.loads((root / name / "verdict.json").read_text(encoding="utf-8"))
+        assert lines_of(text, name)[0].endswith(f": {verdict['answer']['found']}")
+        assert lines_of(text, name)[1] == f"  - Limits: {verdict['answer']['limits']}"
         assert f"{name}: " in printed and verdict["leaf"] in printed
     assert printed.splitlines()[-2] == text.splitlines()[2].strip("*").replace("`", "").replace("*", "")
 
@@ -140,52 +133,67 @@ def test_nothing_else_in_the_folder_changes_and_the_bytes_are_the_same_again(rep
 
 def test_the_bytes_do_not_depend_on_where_the_folder_lies(tmp_path):
     run(tmp_path / "here", "a", "expa", exp_a("H0"))
-    run(tmp_path / "here", "b", "expb", exp_b("supported", "no"))
+    run(tmp_path / "here", "b", "expb", exp_b("supported"))
     (tmp_path / "here/b/conditions.csv").write_text("other")
     shutil.copytree(tmp_path / "here", tmp_path / "deeper/there")
     assert of(tmp_path / "here") == of(tmp_path / "deeper/there")
 
 
-# ------------------------------------------------------------------------------------------------------ gates
-def test_the_gate_is_matched_to_the_verdict_that_decided_it(tmp_path):
+# --------------------------------------------------------------------------------------- which claim is first
+def test_a_verdict_waits_for_exp_a_on_the_same_models(tmp_path):
+    run(tmp_path, "open", "expb", exp_b("beats-r2-only"))
+    run(tmp_path, "fisher", "expc_fisher", exp_c("supported", "rejected"))
+    run(tmp_path, "good", "expc_fisher", exp_c("supported", "supported"))
+    assert "Exp-A comes first: it is not in this folder." in of(tmp_path)
+
     run(tmp_path, "expa", "expa", exp_a("undertrained"))
-    long = run(tmp_path, "expa-long", "expa", exp_a("H1", h0=False, h1=True))
-    run(tmp_path, "open", "expb", exp_b("supported", says("H1", long)))
-    run(tmp_path, "elsewhere", "expb", exp_b("gated", says("undecided", "0" * 12)))
-    run(tmp_path, "none", "expb", exp_b("gated", "no Exp-A verdict yet"))
-    run(tmp_path, "fisher", "expc_fisher", exp_c("gated", "rejected", says("H1", long)))
+    said = table(of(tmp_path))
+    assert said["H2"] == "[`open`](open/report.md): beats R² only; not to be interpreted before Exp-A"
+    assert said["H2′"].count("supported; not to be interpreted before Exp-A") == 2
+    assert lines_of(of(tmp_path), "open")[0].startswith("- `open`, *not to be interpreted before Exp-A*: ")
+    assert lines_of(of(tmp_path), "open")[2] == "  - Exp-A comes first: `expa` says undertrained."
+
+    run(tmp_path, "expa-long", "expa", exp_a("H1", h0=False, h1=True))
     text = of(tmp_path)
-
-    assert lines_of(text, "expa")[1] == "  - The gate of H2: read by no other run here."
-    assert lines_of(text, "expa-long")[1] == "  - The gate of H2: opened for `open`, `fisher`."
-    assert lines_of(text, "open")[1] == "  - The gate of H2: opened by `expa-long`, which says H1."
-    assert (
-        "left shut by a verdict that is not in this folder: Exp-A says undecided"
-        in lines_of(text, "elsewhere")[1]
-    )
-    assert lines_of(text, "none")[1] == "  - The gate of H2: left shut: no Exp-A verdict yet."
-    assert lines_of(text, "fisher")[1] == (
-        "  - The gate of H2: opened by `expa-long`, which says H1. "
-        "Its own gate: H2 on its own SAEs is rejected; in `elsewhere` it is gated; in `none` it is gated; in "
-        "`open` it is supported."
-    )
-    marked = {
-        name for name in ("open", "elsewhere", "none", "fisher") if outline.NOT_YET in lines_of(text, name)[0]
-    }
-    assert marked == {"elsewhere", "none", "fisher"}
     said = table(text)
-    assert said["H0"].endswith("[`expa-long`](expa-long/report.md): not shown")
+    assert said["H2"] == "[`open`](open/report.md): beats R² only"
+    assert said["H2′"] == (
+        "[`fisher`](fisher/report.md): supported; not to be interpreted before H2; "
+        "[`good`](good/report.md): supported"
+    )
+    assert "`expa`](expa/report.md): undertrained; not to be interpreted before H0 and H1" in said["N"]
     assert said["H1"].endswith("[`expa-long`](expa-long/report.md): shown")
-    assert "`expa`](expa/report.md): *not to be interpreted yet* (undertrained)" in said["N"]
-    assert "[`open`](open/report.md): supported" in said["H2"]
-    assert said["H2′"] == "[`fisher`](fisher/report.md): *not to be interpreted yet* (gated)"
+    first = "Exp-A comes first: `expa` says undertrained; `expa-long` says H1."
+    assert lines_of(text, "open")[2] == f"  - {first}"
+    assert lines_of(text, "fisher")[2] == (
+        f"  - {first} Then H2, on the same SAEs: rejected; in `open`: beats-r2-only."
+    )
+    assert lines_of(text, "expa")[2] == "  - It comes before `open`, `fisher`, `good`."
+    assert "May be read: H0 (" in text and "Not to be interpreted yet" not in text
 
 
-def test_a_gate_opened_by_a_folder_that_was_changed_since_says_so(tmp_path):
-    sha = run(tmp_path, "expa", "expa", exp_a("H0"))
-    run(tmp_path, "expb", "expb", exp_b("supported", says("H0", sha)))
+@pytest.mark.parametrize("key, other", [("weights", {"stdlib-s": "d"}), ("data", "else"), ("recipe", ["x"])])
+def test_exp_a_on_other_models_text_or_recipe_settles_nothing(key, other, tmp_path):
+    run(tmp_path, "expa", "expa", exp_a("H1"), settings=SETTINGS | {key: other})
+    run(tmp_path, "expb", "expb", exp_b("supported"))
+    text = of(tmp_path)
+    assert table(text)["H2"].endswith("supported; not to be interpreted before Exp-A")
+    assert lines_of(text, "expb")[2] == f"  - Exp-A comes first: `expa` is about other {key}."
+    assert lines_of(text, "expa")[2] == "  - No run here comes after it."
+
+
+def test_exp_a_counts_by_its_first_recipe(tmp_path):
+    run(tmp_path, "expa", "expa", exp_a("H1"), settings=SETTINGS | {"recipe": ["base", "saelens"]})
+    run(tmp_path, "expb", "expb", exp_b("supported"))
+    assert table(of(tmp_path))["H2"].endswith("supported")
+
+
+def test_exp_a_that_was_changed_since_settles_nothing(tmp_path):
+    run(tmp_path, "expa", "expa", exp_a("H0"))
+    run(tmp_path, "expb", "expb", exp_b("supported"))
+    assert table(of(tmp_path))["H2"].endswith("): supported")
     (tmp_path / "expa/conditions.csv").write_text("other")
-    assert "opened by `expa`, which says H0; of `expa` itself no statement is shown" in of(tmp_path)
+    assert table(of(tmp_path))["H2"].endswith("not to be interpreted before Exp-A")
 
 
 FLAGS = {"H0": (True, False), "H1": (False, True), "H0+H1": (True, True), "N": (False, True)}
@@ -202,8 +210,12 @@ def test_each_word_of_exp_a(leaf, tmp_path):
     assert (
         said
         == {
-            "undertrained": ["undertrained", "undertrained", "*not to be interpreted yet* (undertrained)"],
-            "undecided": ["undecided", "undecided", "*not to be interpreted yet* (undecided)"],
+            "undertrained": [
+                "undertrained",
+                "undertrained",
+                "undertrained; not to be interpreted before H0 and H1",
+            ],
+            "undecided": ["undecided", "undecided", "undecided; not to be interpreted before H0 and H1"],
             "H0": ["shown", "not shown", "not shown"],
             "H1": ["not shown", "shown", "not shown"],
             "H0+H1": ["shown", "shown", "not shown"],
@@ -217,27 +229,27 @@ def test_an_r2_that_is_not_transferable_leaves_h1_unjudged(tmp_path):
     assert table(of(tmp_path))["H1"].endswith(": not judged")
 
 
-@pytest.mark.parametrize("leaf", ["gated", *expb.LEAVES])
+@pytest.mark.parametrize("leaf", expb.FOUND)
 def test_each_word_of_h2(leaf, tmp_path):
-    verdict = exp_b(leaf, "no Exp-A verdict yet", leaderboard.CANNOT)
-    answer = expb.sentence(verdict)
-    run(tmp_path, "expb", "expb", verdict, answer)
-    text, shut = of(tmp_path), leaf == "gated"
-    assert lines_of(text, "expb")[0] == f"- `expb`{', *not to be interpreted yet*' if shut else ''}: {answer}"
-    assert table(text)["H2"].endswith("*not to be interpreted yet* (gated)" if shut else f"): {leaf}")
-    if shut:
-        assert "**Not to be interpreted yet: H2. Not run: H0, H1, N, H2′" in text
-    else:
-        assert f"**May be read: H2 (`expb`: {leaf}). Not run: H0, H1, N, H2′" in text
+    run(tmp_path, "expb", "expb", exp_b(leaf), "It is so.")
+    shown = {"beats-r2-only": "beats R² only", "not-transferable": "not transferable"}.get(leaf, leaf)
+    assert table(of(tmp_path))["H2"].endswith(f"): {shown}; not to be interpreted before Exp-A")
+    assert "**Not to be interpreted yet: H2. Not run: H0, H1, N, H2′" in of(tmp_path)
+    run(tmp_path, "expa", "expa", exp_a("H0"))
+    assert table(of(tmp_path))["H2"].endswith(f"): {shown}")
+    assert f"H2 (`expb`: {shown})" in of(tmp_path)
 
 
-@pytest.mark.parametrize("leaf", ["gated", *expc_fisher.LEAVES])
-def test_each_word_of_h2_prime(leaf, tmp_path):
-    verdict = exp_c(leaf, "gated" if leaf == "gated" else "supported", "no Exp-A verdict yet")
-    answer = expc_fisher.sentence(verdict)
-    run(tmp_path, "expc", "expc_fisher", verdict, answer)
-    first = lines_of(of(tmp_path), "expc")[0]
-    assert first == f"- `expc`{', *not to be interpreted yet*' if leaf == 'gated' else ''}: {answer}"
+def test_a_run_of_an_earlier_version_says_how_to_make_its_verdict_anew(tmp_path):
+    run(tmp_path, "a", "expa", exp_a("H0"))
+    record = tmp_path / "b/run.json"
+    files = {
+        "verdict.json": as_json({"leaf": "gated", "leaf_if_ungated": "rejected"}),
+        "report.md": b"# It\n",
+    }
+    store.put(record, files, settings=SETTINGS | {"script": "expb"}, seconds=1.0)
+    (line,) = lines_of(of(tmp_path), "b")
+    assert line.endswith("(of an earlier version: `python expb.py --from` makes it anew)")
 
 
 # --------------------------------------------------------------------------------------- what is not shown
@@ -253,8 +265,8 @@ def test_a_file_that_is_not_as_its_run_wrote_it_is_named(file, tmp_path):
 
 def test_a_file_that_is_gone_and_an_edited_record(tmp_path):
     run(tmp_path, "a", "expa", exp_a("H0"))
-    run(tmp_path, "b", "expb", exp_b("supported", "no"))
-    run(tmp_path, "c", "expc_fisher", exp_c("supported", "supported", "no"))
+    run(tmp_path, "b", "expb", exp_b("supported"))
+    run(tmp_path, "c", "expc_fisher", exp_c("supported", "supported"))
     run(tmp_path, "d", "expd_mi", {"leaf": "undecided"})
     (tmp_path / "b/report.md").unlink()
     edited = (tmp_path / "c/run.json").read_text().replace('"seconds": 1.0', '"seconds": 2.0')
@@ -269,7 +281,7 @@ def test_a_file_that_is_gone_and_an_edited_record(tmp_path):
 
 def test_a_run_that_is_not_finished_says_so(tmp_path):
     run(tmp_path, "a", "expa", exp_a("H0"))
-    run(tmp_path, "b", "expb", exp_b("supported", "no"), seconds=None)
+    run(tmp_path, "b", "expb", exp_b("supported"), seconds=None)
     store.put(tmp_path / "c/run.json", {}, settings=SETTINGS | {"script": "expc_fisher"}, seconds=1.0)
     text = of(tmp_path)
     assert lines_of(text, "b") == [
@@ -282,7 +294,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path):
 
 def test_a_verdict_without_a_leaf_and_settings_of_another_form(tmp_path):
     run(tmp_path, "a", "expa", exp_a("H0"))
-    run(tmp_path, "b", "expb", {"gate_text": "no"})
+    run(tmp_path, "b", "expb", {"reason": "no"})
     run(tmp_path, "c", "expb", {"leaf": "supported"}, settings={"hooks": [3]})
     text = of(tmp_path)
     assert lines_of(text, "b") == ["- `b`: **no statement** (verdict.json: damaged (KeyError))"]
@@ -311,19 +323,13 @@ def test_a_folder_below_a_folder_and_a_name_with_odd_characters(tmp_path):
 def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path):
     run(tmp_path, "a", "expa", exp_a("H0"))
     other = SETTINGS | {"weights": {"stdlib-s": "d" * 16, "stdlib-l": "b" * 16}}
-    run(tmp_path, "b", "expb", exp_b("supported", "no"), settings=other)
+    run(tmp_path, "b", "expb", exp_b("supported"), settings=other)
     text = of(tmp_path)
-    assert lines_of(text, "a")[2] == (
+    assert lines_of(text, "a")[3] == (
         "  - About stdlib-s (weights aaaaaaaa) @ 3 and stdlib-l @ 3,10; 3 hooks; trained on "
         "10k, 100k tokens; text stdlib, 40 documents, SHA-256 cccccccccccc."
     )
-    assert "stdlib-s (weights dddddddd)" in lines_of(text, "b")[2]
-
-
-def test_an_audit_answers_after_its_question():
-    audit = "# Audit\n\nQuestion: can it?\n\n**One pair.**\n\nLimits: not this.\n\n- **a warning**\n"
-    assert answers.read(audit) == ("One pair.", "not this.")
-    assert answers.read("# Nothing bold\n") == ("", "")
+    assert "stdlib-s (weights dddddddd)" in lines_of(text, "b")[3]
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -354,7 +360,7 @@ def test_folders_without_a_finished_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="no such folder"):
         outline.read(tmp_path / "gone")
-    run(tmp_path, "b", "expb", exp_b("supported", "no"), seconds=None)
+    run(tmp_path, "b", "expb", exp_b("supported"), seconds=None)
     with pytest.raises(UserError, match=r"no finished run in it \(b: unfinished"):
         outline.read(tmp_path)
     with pytest.raises(UserError, match="a run's own folder; name the folder above it"):

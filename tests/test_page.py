@@ -296,7 +296,7 @@ def test_gaps_over_budget_are_joined_and_have_their_intervals():
         for k in (4, 8)
         for tokens, gap in ((100_000, 0.1), (10_000, 0.3))
     ]
-    text = chart.of_deltas(rows, "s", "l")
+    text = chart.of_deltas(rows, "l minus s")
     Document(text)
     r2, ce_rec = re.findall(r'<svg class="chart".*?</svg>', text, re.S)
     assert (r2.count("polyline"), r2.count('"bar')) == (2, 4) and ce_rec.count('"bar') == 0

@@ -7,7 +7,6 @@ whoever else shows it takes it from there.
 import contextlib
 import os
 import pathlib
-import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from transport_geometry.tables import UNDEFINED, estimate
 
 WIDTH = 80  # columns of a terminal
 LABELS = ("Question", "Answer", "Limits")
-LIMITS = "Limits: "  # begins the paragraph of a report that `outline` reads
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Answer:
 
     def markdown(self) -> str:
         """The first paragraphs of a report, under its title; what was found is its first bold line."""
-        return f"Question: {self.question}\n\n**{self.found}**\n\n{LIMITS}{self.limits}\n"
+        return f"Question: {self.question}\n\n**{self.found}**\n\nLimits: {self.limits}\n"
 
     def lines(self, colour: bool = False) -> list[str]:
         """For a terminal, at most WIDTH wide."""
@@ -134,19 +132,3 @@ def conclude(command: Any, out: pathlib.Path, answer: Answer, table: str, verdic
         lines = [*answer.lines(coloured(sys.stdout)), "", table, "---", f"verdict: {verdict}"]
         print("\n".join(lines))
     print(f"report: {out / 'report.md'}")
-
-
-# ------------------------------------------------------------------------------------------------ in a report
-def read(report: str) -> tuple[str, str]:
-    """(found, limits) of a report: the bold line under its title, before any section, and the limits after
-    it. Where there is none, as in an audit, whose pairs come first, every paragraph that is bold.
-
-    >>> read(f"# Is it?\\n\\n{Answer('Is it?', 'It is.', 'Not more.').markdown()}\\n## Table\\n\\n**No.**\\n")
-    ('It is.', 'Not more.')
-    """
-    lines = report.splitlines()
-    bold = [n for n, line in enumerate(lines) if len(line) > 4 and line[:2] == line[-2:] == "**"]
-    limits = [line.removeprefix(LIMITS) for line in lines if line.startswith(LIMITS)][:1]
-    sections = [n for n, line in enumerate(lines) if re.match("##+ ", line)] or [len(lines)]
-    under_the_title = bold[:1] if bold and bold[0] < sections[0] else bold
-    return " ".join(lines[n][2:-2] for n in under_the_title), " ".join(limits)

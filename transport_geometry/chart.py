@@ -115,9 +115,9 @@ def of_saes(
     return figure(panels, [*keys, *shapes], caption)
 
 
-def of_deltas(rows: Sequence[dict[str, Any]], small: str, large: str) -> str:
+def of_deltas(rows: Sequence[dict[str, Any]], difference: str) -> str:
     """Two panels a depth, the gaps in R² and in CE_rec against training tokens: a line for each k. rows: of
-    deltas.csv, one pair of models and one arm.
+    deltas.csv, one pair and one arm. difference: in words, which minus which.
     """
     ks = sorted({row["k"] for row in rows})
     panels = []
@@ -139,7 +139,7 @@ def of_deltas(rows: Sequence[dict[str, Any]], small: str, large: str) -> str:
             x = Axis("training tokens (log scale)", log=True, counts=True)
             panels.append(Panel(x, Axis(f"Δ{called(name)}{where}"), marks, joined=True, zero=True))
     keys: list[Key] = [(f"k = {k}", i, i) for i, k in enumerate(ks)]
-    return figure(panels, keys, f"{large} minus {small}, with 95% intervals, over training tokens.")
+    return figure(panels, keys, f"{difference}, with 95% intervals, over training tokens.")
 
 
 def of_budget(row: Mapping[str, Any]) -> str:

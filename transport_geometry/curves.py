@@ -124,13 +124,12 @@ K_STARS = """\
 
 {table}
 
-Linear between grid points; tax: the largest model's k* over the smallest's. Bootstrap over seeds and \
-documents.
+Linear between grid points; tax: k* of {large} over that of {small}. Bootstrap over seeds and documents.
 """
 
 
 def k_star_section(stars: list[KStar], small: str, large: str) -> str:
-    """Every k*, and the tax of the large model, of two."""
+    """Every k*, and the tax of `large` over `small`: models, or hooks."""
     of_small = {star.cell: star for star in stars if star.model == small}
     rows = []
     for star in stars:
@@ -149,7 +148,7 @@ def k_star_section(stars: list[KStar], small: str, large: str) -> str:
                 "tax": tax(of_small[star.cell], star) if taxed else "",
             }
         )
-    return K_STARS.format(table=markdown(rows, list(rows[0])))
+    return K_STARS.format(table=markdown(rows, list(rows[0])), small=small, large=large)
 
 
 def tax(small: KStar, large: KStar) -> str:

@@ -66,7 +66,6 @@ class Command:
     cache: pathlib.Path
     fresh: bool
     finished: pathlib.Path | None  # of --from
-    verdict: pathlib.Path | None
     dry_run: bool
     own: dict[str, Any] = field(default_factory=dict)  # a script's own flags: settings too
     quiet: bool = False  # nothing but errors and the last line

@@ -1,5 +1,5 @@
-"""What experiments that rank proxies share: the board of all proxies, the verdict on H2 and the gate before
-it, and how a board is shown.
+"""What experiments that rank proxies share: the board of all proxies, the verdict on H2, and how a board is
+shown.
 
 Arrays as in `stats`: scores {proxy: [W, C]}, larger = better; target [W, C]; magnitude [W, C], the distortion
 behind the target; C conditions under W weightings of the documents (0 all, 1 half A, 2 half B, 3..
@@ -7,16 +7,11 @@ resamples). `meta` {column: [C]}, `models` from the smallest to the largest. A b
 of LEADERBOARD.
 """
 
-import hashlib
-import json
-import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transport_geometry import answer as console
-from transport_geometry import store
 from transport_geometry.answer import models_in_words
-from transport_geometry.errors import UserError
 from transport_geometry.figures import BLUE, ORANGE, as_png, pyplot
 from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
 from transport_geometry.results import Measured, behind
@@ -414,15 +409,13 @@ def verdict_h2(
     *,
     controls: Sequence[str],
     loho_control: str | None,
-    gate: str | None,
     proxy: str = SWD,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict:
     """The verdict of `leaf_h2`, and every number it used: plain Python, None for nan.
 
-    rows, loho_control: of `board`, for this target. gate: the leaf of Exp-A or None; one that adjudicated
-    nothing (undecided, undertrained) gates as None does.
+    rows, loho_control: of `board`, for this target.
     """
     pooled = [row for row in rows if row["stratum"] == "pooled"]
     by_proxy: dict[str | None, dict] = {row["proxy"]: row for row in pooled}
@@ -436,10 +429,8 @@ def verdict_h2(
     leaf, why = leaf_h2(mine["n_clusters"], order, transfer, size)
     return plain(
         {
-            "leaf": leaf if gate in ADJUDICATED else "gated",
-            "leaf_if_ungated": leaf,
+            "leaf": leaf,
             "reason": why,
-            "gate": gate,
             "proxy": proxy,
             "target": mine["target"],
             "n_conditions": target.shape[1],
@@ -542,12 +533,8 @@ def _transfer(
     )
 
 
-def ranked(
-    scores: Scores, found: Measured, settings: dict, exp_a: dict | None, n_resamples: int
-) -> tuple[list[dict], dict]:
-    """(the board for both targets, the verdict on H2 behind Exp-A's gate) of a finished folder. exp_a: its
-    verdict, or None.
-    """
+def ranked(scores: Scores, found: Measured, settings: dict, n_resamples: int) -> tuple[list[dict], dict]:
+    """(the board for both targets, the verdict on H2) of a finished folder."""
     values, meta, models, controls = found.values, found.meta, settings["models"], EUCLIDEAN_CONTROLS
     targets = {name: oriented(name, values[name]) for name in MAGNITUDE}
     loho_controls = {
@@ -566,7 +553,6 @@ def ranked(
             loho_control=loho_controls[name],
             n_resamples=n_resamples,
         )
-    leaf, gate_text = gate(exp_a, settings)
     verdict = verdict_h2(
         [row for row in rows if row["target"] == "ce_rec"],
         scores,
@@ -575,88 +561,25 @@ def ranked(
         models,
         controls=controls,
         loho_control=loho_controls["ce_rec"],
-        gate=leaf,
         n_resamples=n_resamples,
     )
-    return rows, verdict | {"gate_text": gate_text}
+    return rows, verdict
 
 
-# ---------------------------------------------------------------------------------- Exp-A's verdict, the gate
-EXP_A = pathlib.Path("outputs/expa/verdict.json")
-LEAVES = {"undertrained", "H0", "H1", "H0+H1", "N", "undecided"}
-ADJUDICATED = ("H0", "H1", "H0+H1", "N")  # those that open the gate to H2
-SAME_RUN = ("models", "weights", "tokenizers", "data", "data_content", "split", "recipe")  # settings
-
-
-def read_verdict(path: pathlib.Path | None) -> dict | None:
-    """Exp-A's verdict at `path`, or, where none is named, at EXP_A if there is one; read before the work that
-    it may gate.
-
-    Raises UserError: not there, not a verdict of Exp-A, or not as its run.json says that it was written.
-    """
-    if path is None:
-        try:
-            return read_verdict(EXP_A) if EXP_A.exists() else None
-        except UserError as why:  # which nobody asked for
-            print(f"{why}: taken for no verdict")
-            return None
-    try:
-        raw = path.read_bytes()
-        verdict = json.loads(raw)
-        known = verdict["leaf"] in LEAVES and isinstance(verdict["settings"].get("recipe", []), list)
-    except OSError as error:
-        raise UserError(f"--verdict {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"--verdict {path}: not a verdict of expa.py") from error
-    if not known:
-        raise UserError(f"--verdict {path}: not a verdict of expa.py")
-    record = path.parent / store.RUN
-    if path.name in store.written(record):
-        store.checked(record, path.name)
-    return verdict | {"sha256": hashlib.sha256(raw).hexdigest()}
-
-
-def gate(there: dict | None, settings: dict) -> tuple[str | None, str]:
-    """(Exp-A's leaf or None, what to say): its verdict counts only for the same models, weights, data and
-    recipe.
-
-    Exp-A judges its first recipe, so a leaderboard over several recipes stays gated.
-    """
-    if there is None:
-        return None, "no Exp-A verdict yet"
-    judged = there["settings"] | {"recipe": there["settings"].get("recipe", [])[:1]}
-    differing = [key for key in SAME_RUN if judged.get(key) != settings.get(key)]
-    if differing:
-        return None, f"Exp-A's verdict is about other {', '.join(differing)}"
-    return there["leaf"], f"Exp-A says {there['leaf']} (sha256 {there['sha256'][:12]})"
-
-
-# ------------------------------------------------------------------------------ claims that stand behind H2
+# -------------------------------------------------------------------------------- claims that come after H2
 def leaf_added(added: float, p: float, least: float) -> str:
-    """Of a claim that a proxy adds to another (`stats.added_value`), without the gate."""
+    """Of a claim that a proxy adds to another (`stats.added_value`)."""
     if np.isnan(added):
         return "undecided"
     return "supported" if added >= least and p < ALPHA else "rejected"
 
 
-def behind_h2(leaf: str, h2: dict, gate_text: str) -> dict:
-    """What a verdict says of a claim and of the gate before it, H2 on the same SAEs."""
-    return dict(
-        leaf=leaf if h2["leaf"] == "supported" else "gated",
-        leaf_if_ungated=leaf,
-        gate=h2["leaf"],
-        gate_text=gate_text,
-        h2=h2,
-    )
-
-
-def behind_the_gate(claim: str, verdict: dict, text: str) -> str:
-    """The sentence of such a verdict; text: what it says without the gate."""
-    if verdict["leaf"] == "gated":
-        return (
-            f"{claim}: gated (H2 is {verdict['gate']}; {verdict['gate_text']}). Ungated it would read: {text}"
-        )
-    return f"{claim}: {text}"
+# which claim comes first, for an answer's limits; `outline` applies it where verdicts meet
+AFTER_EXP_A = "Exp-A comes first: until it has judged these models, this decides nothing about H2. "
+AFTER_H2 = (
+    "H2 comes first, and Exp-A before it: until H2 is supported on these SAEs (here: {h2}) and Exp-A has "
+    "judged these models, this decides nothing about {claim}. "
+)
 
 
 # ------------------------------------------------------------------------------------------- the board, shown
@@ -773,46 +696,12 @@ def what_r2_is_worth(board: list[dict]) -> str:
     )
 
 
-def short_gate(gate_text: str) -> str:
-    """What is said of Exp-A, without the hash.
-
-    >>> short_gate("Exp-A says undertrained (sha256 0123456789ab)")
-    'Exp-A says undertrained'
-    """
-    return gate_text.partition(" (sha256")[0]
-
-
-def gate_limits(claim: str, verdict: dict) -> str:
-    """What a verdict behind a gate that is shut decides, as a sentence with a space after it; else nothing.
-    claim: in words.
-    """
-    if verdict["leaf"] != "gated":
-        return ""
-    text = short_gate(verdict["gate_text"])
-    if "h2" not in verdict:
-        return f"This decides nothing about {claim}, until Exp-A has judged these models ({text}). "
-    own = verdict["h2"]["leaf"]
-    state = f"it is {own}" if own != "gated" else text
-    return f"This decides nothing about {claim}, until H2 is supported on the same SAEs ({state}). "
-
-
 def about_these(settings: dict) -> str:
     """What every answer is about, and no more."""
     models, stored = settings["models"], settings.get("stored_as", {})
     models = [f"{one} with {stored[one].partition(' (')[0]}" if one in stored else one for one in models]
     those = "a model" if len(models) == 1 else f"{len(models)} models"
     return f"{those} ({models_in_words(models)}) on one text"
-
-
-def word(claim: str, verdict: dict) -> str:
-    """A verdict in short.
-
-    >>> word("H2", {"leaf": "gated", "leaf_if_ungated": "rejected"})
-    'H2: gated (without the gate: rejected)'
-    """
-    if verdict["leaf"] == "gated":
-        return f"{claim}: gated (without the gate: {verdict['leaf_if_ungated']})"
-    return f"{claim}: {verdict['leaf']}"
 
 
 READ_AS = """\
@@ -885,9 +774,7 @@ def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
     if above:
         says = f"shown to order SAEs better than R²: {', '.join(above)}"
     figure.suptitle(f"On {r2['n_clusters']} hooks {says}", fontsize=10, wrap=True)
-    state, alone = verdict["leaf"], verdict["leaf_if_ungated"]
-    said = f"not decided before Exp-A is; from these SAEs alone: {alone}" if state == "gated" else state
-    axis.set_title(f"H2, that SWD does: {said}", fontsize=8)
+    axis.set_title(f"H2, that SWD does: {verdict['leaf']}", fontsize=8)
     labels = {**{kind: LOOKS[kind] for kind in (SENSITIVE, CONTROL)}, "other": OTHER}
     handles = [
         pyplot().Line2D([], [], color=colour, marker=marker, label=label)

@@ -2,9 +2,10 @@
 
     python common.py report outputs/     # outputs/report.md
 
-Each statement is the answer of an experiment's own report and the leaf of its own verdict, behind the gate
-that its verdict names; nothing is computed here. Only what lies there as its run wrote it is shown. The
-outline is a pure function of those files: same folders, same bytes.
+Each statement is the answer and the leaf of an experiment's own verdict.json; nothing is computed here. A
+verdict knows of no other: which claim has to be settled first is applied here, where they meet. Only what
+lies there as its run wrote it is shown. The outline is a pure function of those files: same folders, same
+bytes.
 
 A *run* is a folder with a run.json, directly in the folder or one below; its name is its path from there. A
 *claim* is a hypothesis, or the question of an experiment that has none.
@@ -12,15 +13,14 @@ A *run* is a folder with a run.json, directly in the folder or one below; its na
 
 import json
 import pathlib
-import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transport_geometry import answer, store
+from transport_geometry import store
+from transport_geometry.answer import Answer
 from transport_geometry.errors import Damaged, UserError, printable, reading
-from transport_geometry.leaderboard import ADJUDICATED
 from transport_geometry.page import with_page
 from transport_geometry.store import RUN
 from transport_geometry.tables import readable_count
@@ -28,19 +28,20 @@ from transport_geometry.tables import readable_count
 from tqdm import tqdm
 
 REPORT, RECORD = "report.md", "report.json"  # of the outline, in the folder that it is about
-NOT_YET = "*not to be interpreted yet*"
+NOT_YET = "not to be interpreted"
 
 
 @dataclass(frozen=True)
 class Claim:
     """label: as the outline calls it; words: what a verdict that says *supported* supports, or the question
-    that it answers; script: decides it; gated: it stands behind H2, or is H2 behind Exp-A.
+    that it answers; script: decides it; after: what has to be settled before it, H2 on the same SAEs after
+    Exp-A on the same models.
     """
 
     label: str
     words: str
     script: str
-    gated: bool = False
+    after: str = ""
 
 
 # in the order in which they may be interpreted, then what is in no order
@@ -56,14 +57,14 @@ CLAIMS = (
         "... and it is only how R² is normalised: a sink-free or deflated Euclidean score does not show it",
         "expa",
     ),
-    Claim("H2", "a sensitivity-weighted proxy (SWD, ...) predicts CE better than R²", "expb", gated=True),
-    Claim("H2′", "the pullback Fisher adds predictive value beyond SWD", "expc_fisher", gated=True),
+    Claim("H2", "a sensitivity-weighted proxy (SWD, ...) predicts CE better than R²", "expb", after="Exp-A"),
+    Claim("H2′", "the pullback Fisher adds predictive value beyond SWD", "expc_fisher", after="H2"),
     Claim(
         "H3",
         "MI-derived task-relevant dimension departs from geometric dimension (PR) exactly where the proxy "
         "fails worst",
         "expd_mi",
-        gated=True,
+        after="H2",
     ),
     Claim("planted control", "does the instrument find what was put there?", "expp_planted"),
     Claim(
@@ -71,7 +72,7 @@ CLAIMS = (
         "the divergence between attention rows before and after the patch predicts CE_rec beyond the best "
         "Euclidean control",
         "expe_attention",
-        gated=True,
+        after="H2",
     ),
     Claim(
         "rate",
@@ -100,22 +101,20 @@ class Run:
     missing: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)
-    answer: str = ""  # of its report, and what that may not be taken for
-    limits: str = ""
     tables: tuple[str, ...] = ()  # file names
-    sha256: str = ""  # of its verdict.json, as its run wrote it
 
     @property
     def leaf(self) -> str:
         return str(self.verdict["leaf"])
 
     @property
-    def gate_of_h2(self) -> str:
-        """What Exp-A's verdict did to this one: opened, left shut; "" where it stands behind no gate."""
-        if "gate_text" not in self.verdict:
-            return ""
-        h2 = self.verdict.get("h2", self.verdict)  # Exp-C has an H2 of its own SAEs
-        return "left shut" if h2["leaf"] == "gated" else "opened"
+    def h2(self) -> str:
+        """The leaf of H2 on the run's own SAEs; "" where it has none."""
+        return str(self.verdict.get("h2", {}).get("leaf", ""))
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(**self.verdict["answer"])
 
 
 # ------------------------------------------------------------------------------------------- reading the runs
@@ -162,7 +161,7 @@ def read_run(root: pathlib.Path, folder: pathlib.Path) -> Run:
         facts = store.load(record)
         with reading(record):
             files = facts["files"]
-            run = replace(run, settings=facts["settings"], sha256=files.get("verdict.json", ""))
+            run = replace(run, settings=facts["settings"])
             about(run, set())  # settings that cannot be said are not a run's
         if facts.get("coming") or facts.get("seconds") is None:
             return replace(run, missing="unfinished: the same command goes on from there")
@@ -170,78 +169,86 @@ def read_run(root: pathlib.Path, folder: pathlib.Path) -> Run:
             return replace(run, missing=f"measured, no verdict yet: `python {run.script}.py --from` makes it")
         for file in files:
             store.checked(record, file)
-        with reading(folder / REPORT):
-            found, limits = answer.read((folder / REPORT).read_text(encoding="utf-8"))
         verdict = read_verdict(folder / "verdict.json")
     except UserError as why:
         return replace(run, missing=" ".join(str(why).replace(f"{folder}/", "").split()))
     tables = tuple(file for file in sorted(files) if file.endswith(".csv"))
-    return replace(run, verdict=verdict, answer=found, limits=limits, tables=tables)
+    if "answer" not in verdict:
+        return replace(run, missing=f"of an earlier version: `python {run.script}.py --from` makes it anew")
+    return replace(run, verdict=verdict, tables=tables)
 
 
 def read_verdict(path: pathlib.Path) -> dict[str, Any]:
     """Raises Damaged where it lacks what the outline takes from it."""
     with reading(path):
         verdict = json.loads(path.read_text(encoding="utf-8"))
-        taken = [verdict["leaf"], verdict.get("gate_text", ""), verdict.get("h2", verdict)["leaf"]]
+        taken = [verdict["leaf"], verdict.get("h2", verdict)["leaf"]]
+        if "answer" in verdict:
+            taken += vars(Answer(**verdict["answer"])).values()
         if not all(isinstance(text, str) for text in taken):
             raise Damaged(f"{path}: not a verdict")
     return verdict
 
 
 # ------------------------------------------------------------------------------------------ what a run says
-def word(claim: Claim, run: Run) -> tuple[str, bool]:
-    """(the verdict's word on the claim, may it be interpreted).
+ADJUDICATED = ("H0", "H1", "H0+H1", "N")  # leaves of Exp-A that settle H0 and H1
+SAME_RUN = ("models", "weights", "tokenizers", "data", "data_content", "split", "recipe")  # settings
 
-    Exp-A's one leaf is about three claims: once it has adjudicated, its verdict holds what each came to. N is
-    about a gap that stays, so it stands behind the other two.
+
+def leaf_of(claim: Claim, run: Run) -> str:
+    """The run's own verdict on the claim, in words. Exp-A's one leaf is about three claims: once it has
+    judged, its verdict holds what each came to.
     """
-    if claim.script != "expa":
-        return run.leaf, run.leaf != "gated"
-    if run.leaf not in ADJUDICATED:
-        return run.leaf, claim.label != "N"
+    if claim.script != "expa" or run.leaf not in ADJUDICATED:
+        return run.leaf.replace("-", " ").replace("r2", "R²")
     came_to = {"H0": run.verdict.get("h0"), "H1": run.verdict.get("h1"), "N": run.leaf == "N"}[claim.label]
     shown = "not judged" if came_to is None else "shown" if came_to else "not shown"
-    return (f"{shown}, and N says how" if claim.label == "H1" and run.leaf == "N" else shown), True
+    return f"{shown}, and N says how" if claim.label == "H1" and run.leaf == "N" else shown
 
 
-def openers(run: Run, runs: Sequence[Run]) -> list[Run]:
-    """Those whose verdict is the one that this run's gate was decided by: its verdict names the SHA-256."""
-    found = re.search(r"\(sha256 ([0-9a-f]{12})\)", run.verdict.get("gate_text", ""))
-    return [one for one in runs if found and one.script == "expa" and one.sha256.startswith(found[1])]
+def differing(exp_a: Run, run: Run) -> list[str]:
+    """Settings that keep Exp-A's verdict from counting for the run. It judges its first recipe."""
+    judged = exp_a.settings | {"recipe": (exp_a.settings.get("recipe") or [])[:1]}
+    return [key for key in SAME_RUN if judged.get(key) != run.settings.get(key)]
 
 
-def gate_line(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
-    """The gate that the run stood behind, or those that it decided."""
-    if run.script == "expa":
-        decided = {
-            state: [one for one in runs if one.gate_of_h2 == state and run in openers(one, runs)]
-            for state in ("opened", "left shut")
-        }
-        said = "; ".join(f"{state} for {named(ones)}" for state, ones in decided.items() if ones)
-        return f"The gate of H2: {said}." if said else "The gate of H2: read by no other run here."
-    if not run.gate_of_h2:
-        return "Its verdict names no gate." if claim.gated else ""
-    text, by = run.verdict["gate_text"], openers(run, runs)
-    if by:
-        leaf = text.removeprefix("Exp-A says ").partition(" (sha256")[0]
-        lost = "".join(f"; of {code(one.name)} itself no statement is shown" for one in by if one.missing)
-        said = f"{run.gate_of_h2} by {named(by)}, which says {leaf}{lost}"
-    elif "(sha256 " in text:
-        said = f"{run.gate_of_h2} by a verdict that is not in this folder: {text}"
-    else:
-        said = f"{run.gate_of_h2}: {text}"
-    return f"The gate of H2: {said}.{own_gate(run, runs)}"
-
-
-def own_gate(run: Run, runs: Sequence[Run]) -> str:
-    """What H2 came to on the run's own SAEs, where it stands behind that, and where Exp-B says otherwise."""
-    if "h2" not in run.verdict:
+def comes_first(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
+    """The claim that has to be settled before the run's verdict on this one may be interpreted; "" where it
+    is. runs: those that it is read together with.
+    """
+    if claim.label == "N":
+        return "" if run.leaf in ADJUDICATED else "H0 and H1"
+    if not claim.after:
         return ""
-    own = run.verdict["h2"]["leaf"]
-    others = [one for one in runs if one.script == "expb" and not one.missing and one.leaf != own]
-    otherwise = "".join(f"; in {code(one.name)} it is {one.leaf}" for one in others)
-    return f" Its own gate: H2 on its own SAEs is {own}{otherwise}."
+    judged = [one for one in runs if one.script == "expa" and not one.missing and one.leaf in ADJUDICATED]
+    if not any(not differing(one, run) for one in judged):
+        return "Exp-A"
+    return "H2" if claim.after == "H2" and run.h2 != "supported" else ""
+
+
+def word(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
+    """The run's verdict on the claim, and whether it may be interpreted."""
+    first = comes_first(claim, run, runs)
+    return leaf_of(claim, run) + (f"; {NOT_YET} before {first}" if first else "")
+
+
+def order_line(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
+    """What comes before the run's claim, and what came of that; of Exp-A, the runs that wait for it."""
+    if run.script == "expa":
+        after = {one.script for one in CLAIMS if one.after}
+        waiting = [one for one in runs if one.script in after and not (one.missing or differing(run, one))]
+        return f"It comes before {named(waiting)}." if waiting else "No run here comes after it."
+    if not claim.after:
+        return ""
+    exp_a = [one for one in runs if one.script == "expa" and not one.missing]
+    same = [f"{of_name(one)} says {one.leaf}" for one in exp_a if not differing(one, run)]
+    other = [f"{of_name(one)} is about other {', '.join(differing(one, run))}" for one in exp_a]
+    line = f"Exp-A comes first: {'; '.join(same or other) or 'it is not in this folder'}."
+    if claim.after != "H2":
+        return line
+    others = [one for one in runs if one.script == "expb" and not one.missing and one.leaf != run.h2]
+    otherwise = "".join(f"; in {of_name(one)}: {one.leaf}" for one in others)
+    return f"{line} Then H2, on the same SAEs: {run.h2}{otherwise}."
 
 
 def about(run: Run, several: set[str]) -> str:
@@ -310,8 +317,7 @@ def verdicts(claim: Claim, runs: Sequence[Run], call: Callable[[Run], str]) -> s
         if run.missing:
             said.append(f"{code(run.name)}: no statement")
             continue
-        text, may = word(claim, run)
-        said.append(f"{call(run)}: {text if may else f'{NOT_YET} ({text})'}")
+        said.append(f"{call(run)}: {word(claim, run, runs)}")
     return "; ".join(said) or f"not run: `python {claim.script}.py`"
 
 
@@ -324,8 +330,8 @@ def headline(runs: Sequence[Run]) -> str:
     for claim in CLAIMS:
         here = [run for run in runs if run.script == claim.script]
         stated = [run for run in here if not run.missing]
-        if any(word(claim, run)[1] for run in stated):
-            readable.setdefault(verdicts(claim, stated, of_name), []).append(claim.label)
+        if any(not comes_first(claim, run, runs) for run in stated):
+            readable.setdefault(verdicts(claim, runs, of_name), []).append(claim.label)
         else:
             (shut if stated else none if here else not_run).append(claim.label)
     none += [of_name(run) for run in runs if not run.script]
@@ -343,9 +349,9 @@ HEAD = """\
 
 **{headline}**
 
-Never skip a gate: {order}. What stands behind a gate that is shut is marked {not_yet}, whatever it would \
-read without the gate. Each statement is its run's own, copied from its report and verdict and linked to its \
-tables; nothing is computed here, and statements about different models, SAEs or texts do not add up.
+Read them in this order: {order}. Where a claim before it is not settled yet, a verdict says which. Each \
+statement is its run's own, copied from its verdict and linked to its tables; nothing is computed here, and \
+statements about different models, SAEs or texts do not add up.
 
 |    | claim or question | verdict, by folder |
 |----|-------------------|--------------------|
@@ -356,7 +362,7 @@ tables; nothing is computed here, and statements about different models, SAEs or
 def outline(runs: Sequence[Run]) -> str:
     """The report, in Markdown. runs: as `read` gives them."""
     rows = [f"| {claim.label} | {claim.words} | {verdicts(claim, runs, linked)} |" for claim in CLAIMS]
-    parts = [HEAD.format(headline=headline(runs), order=ORDER, not_yet=NOT_YET, rows="\n".join(rows))]
+    parts = [HEAD.format(headline=headline(runs), order=ORDER, rows="\n".join(rows))]
     several = of_several_weights(runs)
     for script in dict.fromkeys(run.script for run in runs):
         here = [run for run in runs if run.script == script]
@@ -381,12 +387,12 @@ def statement(run: Run, runs: Sequence[Run], several: set[str]) -> list[str]:
     if run.missing:
         return [f"- {code(run.name)}: **no statement** ({run.missing})"]
     claim = next((one for one in reversed(CLAIMS) if one.script == run.script), Claim("", "", run.script))
-    shut = "" if run.leaf != "gated" else f", {NOT_YET}"
-    found = run.answer or f"{run.leaf}: its report has no answer in bold."
+    first = comes_first(claim, run, runs) if claim.after else ""
+    not_yet = f", *{NOT_YET} before {first}*" if first else ""
     links = " · ".join(link(run, file) for file in (REPORT, "verdict.json", *run.tables))
-    limits = f"{answer.LIMITS}{run.limits}" if run.limits else ""
-    lines = [limits, gate_line(claim, run, runs), f"About {about(run, several)}.", links]
-    return [f"- {code(run.name)}{shut}: {found}", *(f"  - {line}" for line in lines if line)]
+    limits = f"Limits: {run.answer.limits}"
+    lines = [limits, order_line(claim, run, runs), f"About {about(run, several)}.", links]
+    return [f"- {code(run.name)}{not_yet}: {run.answer.found}", *(f"  - {line}" for line in lines if line)]
 
 
 def in_short(runs: Sequence[Run]) -> list[str]:

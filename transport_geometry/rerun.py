@@ -494,16 +494,15 @@ def _pooled(run: Run) -> dict[str, dict]:
 
 
 def verdict_of(run: Run) -> str | None:
-    """The leaf of the tree, without the gate."""
-    return run.verdict.get("leaf_if_ungated", run.verdict.get("leaf"))
+    """The leaf of the tree."""
+    return run.verdict.get("leaf")
 
 
-def other_leaf(a: Run, b: Run) -> tuple[list[str], list[str]]:
-    """(reasons, notes). What the tree says of the rows; the gate is another run's."""
+def other_leaf(a: Run, b: Run) -> list[str]:
+    """Reasons: what the tree says of the rows."""
     if a.verdict and b.verdict and verdict_of(a) != verdict_of(b):
-        return [f"another verdict ({verdict_of(a)} | {verdict_of(b)})"], []
-    gates = [run.verdict.get("leaf") if "leaf_if_ungated" in run.verdict else None for run in (a, b)]
-    return [], [f"the gate: {gates[0]} | {gates[1]}"] if gates[0] != gates[1] else []
+        return [f"another verdict ({verdict_of(a)} | {verdict_of(b)})"]
+    return []
 
 
 def same_rows(a: Run, b: Run) -> bool:
@@ -538,7 +537,7 @@ def _leaves(name: str, content: Any) -> Iterator[tuple[str, Any]]:
     """(path below `name`, value) of everything in a table or a verdict that is made from the rows."""
     if isinstance(content, dict):
         for key, value in content.items():
-            if key not in ("settings", "gate", "gate_text", "leaf", "rows_sha256"):
+            if key not in ("settings", "answer", "leaf", "rows_sha256"):
                 yield from _leaves(f"{name}.{key}", value)
     elif isinstance(content, list):
         for i, item in enumerate(content):
@@ -737,10 +736,9 @@ def compare(a: Run, b: Run, spreads: SeedSpreads | None = None) -> Outcome:
         other += other_tables(a, b)
 
     # do they say the same?
-    leaf, notes = other_leaf(a, b)
     values, more = other_estimates(a, b)
-    lines += notes + more
-    conclusions = leaf + values
+    lines += more
+    conclusions = other_leaf(a, b) + values
 
     # how far apart are the numbers?
     columns = number_columns(a.rows, b.rows)

@@ -1,4 +1,5 @@
-"""The SAEs of a smaller and of a larger model compared: what the deltas and the tree of Exp-A are made of.
+"""The SAEs of a smaller and of a larger model compared, or of two hooks: what the deltas and the tree of
+Exp-A are made of.
 
 Shapes: C conditions (trained SAEs), W weightings of the evaluation documents (all, even, odd, resamples), R
 replicates of seeds and documents, of which the first is the estimate.
@@ -46,6 +47,14 @@ class Conditions:
         """The conditions of these models, which are from the smallest to the largest."""
         part = self.only(np.isin(self.meta["model"], models))
         return dataclasses.replace(part, models=models)
+
+    def by_hook(self, depth: str) -> "Conditions":
+        """The same with every hook as a model of its own, all at one depth, so that hooks are compared as
+        models are.
+        """
+        hooks = np.array([f"{model}@{layer}" for model, layer in zip(self.meta["model"], self.meta["layer"])])
+        meta = self.meta | {"model": hooks, "depth": np.full(len(hooks), depth)}
+        return dataclasses.replace(self, meta=meta, models=list(dict.fromkeys(hooks.tolist())))
 
     def pair(self, small: str, large: str) -> "Pair":
         """The conditions of two models."""

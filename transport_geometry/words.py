@@ -125,7 +125,7 @@ def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> l
     }
     out = []
     for i, row in enumerate(saes):
-        found = {}
+        found: dict[str, float] = {}
         for name, value in differences.items():
             lo, hi = interval(value[3:, i])  # of few documents some resamples hold none with a random error
             found |= {name: value[0, i], f"{name}_lo": lo, f"{name}_hi": hi}
