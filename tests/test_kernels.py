@@ -510,7 +510,11 @@ def test_every_other_dtype_runs_plain_pytorch_and_the_line_says_what_runs():
     assert h.grad.dtype == torch.bfloat16
     kernels.use("ref")
     assert "plain PyTorch" in kernels.describe()
+    assert kernels.in_short().startswith("fast kernels: off, plain PyTorch")
     kernels.use(None)
     assert ("C++" in kernels.describe()) == kernels.BUILT
+    assert kernels.in_short().startswith(
+        "fast kernels: on" if kernels.BUILT else "fast kernels: off, NOT BUILT"
+    )
     with pytest.raises(ValueError):
         kernels.use("fast")

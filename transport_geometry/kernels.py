@@ -91,7 +91,7 @@ def use(which: str | None) -> None:
 
 
 def describe() -> str:
-    """One line for the start of a run: what serves the operators, and whether that is what csrc now says."""
+    """One line, kept in run.json: what serves the operators, and whether that is what csrc now says."""
     version = f"torch {torch.__version__}"
     if _module is None:
         return f"kernels: NOT BUILT ({WHY_NOT}) - plain PyTorch, same numbers, slower; {version}"
@@ -102,6 +102,15 @@ def describe() -> str:
     if "cuda" not in DEVICES and (why := _note() or "built without nvcc" * torch.cuda.is_available()):
         version += f" - plain PyTorch on CUDA, same numbers, slower: {why}"
     return f"kernels: C++ ({DEVICES}; encode screens in {_first_screen(_module)}), {version}"
+
+
+def in_short() -> str:
+    """The first line of a run: `describe` without what only run.json keeps."""
+    whole = describe()
+    if not whole.startswith("kernels: C++"):
+        return f"fast kernels: off, {whole.removeprefix('kernels: ')}"
+    note = whole.partition(" - ")[2]
+    return f"fast kernels: on, {note}" if note else "fast kernels: on"
 
 
 def _first_screen(module: ModuleType) -> str:

@@ -127,7 +127,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     device = pick_device(command.device)
     ranks.join(device)
     keep_freed_memory()
-    ranks.say(kernels.describe())
+    ranks.say(kernels.in_short())
     settings, eval_sets = plan(grid, device, experiment.name, command.cache)
     if device.type == "mps" and command.device == "auto":
         try:
