@@ -18,6 +18,7 @@ from transport_geometry.gguf_models import PACKAGED, Package
 from transport_geometry.lm import cross_entropy, log_probs
 from transport_geometry.model_files import bos_of
 from transport_geometry.models import fingerprint, load_model, model_hash
+from transport_geometry.tables import read_table
 from transport_geometry.text import heldout_rows
 
 import numpy as np
@@ -287,6 +288,8 @@ def test_a_run_says_what_it_was_about(tmp_path):
     assert settings["auto"]["models"] == ["tiny.gguf"]
     assert settings["auto"]["stored_as"] == {"tiny.gguf": "4-bit weights (Q4_1)"}
     assert settings["auto"]["bos"] == {"tiny.gguf": 1} and "bos" not in settings["no"]
+    rows = read_table(tmp_path / "auto" / "conditions.csv")
+    assert {row["weights"] for row in rows} == {"4-bit weights (Q4_1)"}
     report = (tmp_path / "auto" / "report.md").read_text()
     assert "tiny.gguf: 4-bit weights (Q4_1) of a GGUF file, made float32." in report
     assert "tiny.gguf: every row begins with BOS, token 1." in report

@@ -244,9 +244,10 @@ def add_results(out: pathlib.Path, settings: dict, new: Measurements) -> None:
     rows = [rows[i] for i in order]
     sums = {q: v[order] for q, v in sums.items()}
     sums["condition"] = np.array([str(Condition.of(row)) for row in rows])
+    more = [c for c in dict.fromkeys(c for row in rows for c in row) if c not in COLUMNS]
     files: dict[str, Content | None] = {
         "sequences.npz": as_npz(sums),
-        "conditions.csv": as_csv(rows, COLUMNS + [c for c in rows[0] if c not in COLUMNS]),
+        "conditions.csv": as_csv([dict.fromkeys(more, "") | row for row in rows], COLUMNS + more),
     }
     known = store.written(record)
     if new.tokens:

@@ -478,6 +478,8 @@ def table(
     for i, (condition, result) in enumerate(results.items()):
         row = vars(condition) | counts | dict.fromkeys(("alive", "dense", "bits_idx", "bits"), np.nan)
         row |= {name: float(value[0, i]) for name, value in values.items()}
+        if stored := getattr(eval_set.hook.model, "stored_as", ""):
+            row["weights"] = stored
         if result.fired is not None:
             row |= code_metrics(result.fired, n_tok, row["l0"])
         rows.append(row)

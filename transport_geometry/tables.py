@@ -27,6 +27,7 @@ NAMES = {
     "recipe",
     "before",
     "next",
+    "weights",
 }  # columns that stay text: a folder may be called 16
 UNDEFINED = "undefined"
 
