@@ -100,6 +100,19 @@ def test_planted_pairs_are_found_and_paired():
     assert list(found)[0] == ("sae1", "sae2") and list(found)[-2:] == [("sae3", "sae0"), ("sae3", "sae2")]
 
 
+def test_how_many_documents_would_tell_two_apart():
+    """A difference of one and a half standard errors: (1.96 / 1.5)^2 times as many."""
+    rows, values, settings = planted(
+        r2=[0.8, 0.9], ce_rec=[0.9, 0.915], noise=0.01 / 2**0.5, resamples=20_000
+    )
+    (row,) = pairs(rows, values, settings)
+    assert row["kind"] == "claims"
+    assert row["documents_to_tell"] == pytest.approx(48 * (1.96 / 1.5) ** 2, rel=0.05)
+    told = pairs(*planted(r2=[0.8, 0.9], ce_rec=[0.9, 0.95], noise=0.001))[0]
+    alike = pairs(*planted(r2=[0.8, 0.9], ce_rec=[0.9, 0.9], noise=0.001))[0]
+    assert told["documents_to_tell"] == 48 and np.isnan(alike["documents_to_tell"])
+
+
 def test_the_order_of_the_saes_leaves_no_trace():
     rows, values, settings = planted(r2=[0.80, 0.90, 0.80], ce_rec=[0.90, 0.95, 0.97], noise=0.002)
     turned = {name: v[:, ::-1] for name, v in values.items()}

@@ -66,6 +66,7 @@ PAIRS = [
     *AT_ONE_K,
     *"layer_a layer_b sae_a sae_b r2_a r2_b delta_r2 delta_r2_lo delta_r2_hi".split(),
     *"ce_rec_a ce_rec_b delta_ce_rec delta_ce_rec_lo delta_ce_rec_hi l0_a l0_b kind".split(),
+    "documents_to_tell",
 ]
 # what R² says of a pair, as CE_rec sees it
 KINDS = ("inverts", "orders", "claims", "misses", "neither", "undefined")
@@ -170,7 +171,8 @@ def pairs(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> li
     for group, members in comparable(saes, settings, AT_ONE_K).items():
         for i, j in itertools.combinations(members, 2):
             a, b = sorted((i, j), key=lambda at: (-values["r2"][0, at], saes[at]["layer"], saes[at]["sae"]))
-            found.append(dict(zip(AT_ONE_K, group)) | difference(saes, values, a, b))
+            row = dict(zip(AT_ONE_K, group)) | difference(saes, values, a, b)
+            found.append(row | {"documents_to_tell": documents_to_tell(row, min(settings["documents"]))})
     columns = [*AT_ONE_K, "layer_a", "layer_b", "sae_a", "sae_b"]
 
     def furthest(row: dict) -> tuple:
@@ -193,6 +195,17 @@ def difference(saes: list[dict], values: dict[str, np.ndarray], a: int, b: int) 
         row |= {f"delta_{metric}": delta[0], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
         intervals.append((lo, hi))
     return row | {"kind": kind(*intervals)}
+
+
+def documents_to_tell(row: dict, n_doc: int) -> float:
+    """Of how many documents the interval of the difference in CE_rec would leave out 0, if the difference
+    stays: it shrinks as their root. nan where nothing is known; never below n_doc, which are there.
+    """
+    delta, lo, hi = (row[f"delta_ce_rec{end}"] for end in ("", "_lo", "_hi"))
+    if not np.isfinite([delta, lo, hi]).all() or delta == 0 or hi - lo < NO_WIDTH:
+        return math.nan
+    reach = delta - lo if delta > 0 else hi - delta
+    return float(np.ceil(n_doc * max(1.0, (reach / delta) ** 2)))
 
 
 def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> np.ndarray:
@@ -457,7 +470,8 @@ ABOUT_DIFFERENCES = (
     "Differences: the SAE of higher R² minus the other; 95% intervals, both SAEs under the same resamples "
     "of {behind}. Every interval is for its pair alone: among {n} pairs that did not differ at all, "
     "{by_chance:.4g} would be expected to be shown to differ by chance, in R² and again in CE_rec. Inverted "
-    "ones come first, by the CE_rec that choosing after R² loses at least. All pairs: pairs.csv."
+    "ones come first, by the CE_rec that choosing after R² loses at least. All pairs: pairs.csv, where "
+    "documents_to_tell says of how many documents CE_rec would tell the two apart, if the difference stays."
 )
 
 
