@@ -8,7 +8,7 @@ import sys
 
 import common
 from helpers import ROOT, one_line, script
-from transport_geometry import formats, models, tables, text, train
+from transport_geometry import formats, models, sources, tables, text, train
 from transport_geometry.errors import UserError
 
 import huggingface_hub
@@ -159,7 +159,8 @@ def test_a_path_that_is_not_here_is_said_before_the_hub_is_asked(monkeypatch, ca
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", asked)
-    monkeypatch.setattr(text, "commit_of", asked)
+    monkeypatch.setattr(sources, "quiet_datasets", asked)
+    monkeypatch.setattr(sources, "PAUSES", ())
     said = "no file or folder here of this name; asking the hub\n"
     for name, ask in (
         ("my/model", lambda: models.load_model("my/model", torch.device("cpu"))),
@@ -174,7 +175,7 @@ def test_a_path_that_is_not_here_is_said_before_the_hub_is_asked(monkeypatch, ca
 @pytest.mark.parametrize("name", ["/nothing/here", "./nothing", "a/b/c"])
 def test_what_can_be_no_hub_id_is_refused_without_asking(name, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    monkeypatch.setattr(text, "commit_of", None)
+    monkeypatch.setattr(sources, "quiet_datasets", None)
     with pytest.raises(UserError, match=f"--models {name}: no such folder"):
         models.load_model(name, torch.device("cpu"))
     with pytest.raises(UserError, match=f"--data {name}: no such file or folder"):

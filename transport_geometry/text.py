@@ -20,7 +20,7 @@ from typing import Any
 
 from transport_geometry import sources
 from transport_geometry.errors import UserError
-from transport_geometry.models import asking_hub, readable_names, tokenizer_hash
+from transport_geometry.models import readable_names, tokenizer_hash
 from transport_geometry.sources import Document, commit_of, local_files
 
 import numpy as np
@@ -67,9 +67,6 @@ def find(data: str) -> Source:
             whole.update(digest(name) + digest(text))
         return Source(data, data, whole.hexdigest())
     if not os.path.exists(data):
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@.*)?", data):
-            raise UserError(f"--data {data}: no such file or folder{sources.ELSE}")
-        asking_hub(data)
         name, commit = commit_of(data)
         return Source(f"{name}@{commit}", name, commit)
     now = stamp(data)  # before its files are read
