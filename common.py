@@ -13,6 +13,7 @@ where not, 2 where there is no such device. What it prints can be pasted into an
 import argparse
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -135,7 +136,8 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
         "--sae",
         dict(
             metavar="PATH_OR_ID,...",
-            help="SAEs to evaluate instead of training some: local, or hub id with sub-path or pattern",
+            help="SAEs to evaluate instead of training some: local, or hub id with sub-path or pattern; a "
+            r"comma in a name is written \, or the name in double quotes",
         ),
     ),
     (
@@ -269,7 +271,7 @@ def parse_args(
     for name, value in {**DEFAULTS, **own, **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    saes = [printable(spec, "--sae") for spec in dict.fromkeys((args.sae or "").split(",")) if spec]
+    saes = [printable(spec, "--sae") for spec in dict.fromkeys(parse_names(args.sae or ""))]
     models = parse_models(args.models) if args.models else []
     if args.plant:
         models = with_twins(models, args.plant)
@@ -339,6 +341,16 @@ def parse_path(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
+def parse_names(text: str) -> list[str]:
+    r"""Names separated by commas. A comma within a name is escaped, or the name stands in quotes.
+
+    >>> parse_names(r'a,"b,c",d\,e')
+    ['a', 'b,c', 'd,e']
+    """
+    parts = re.findall(r'"[^"]+"(?=,|$)|(?:\\,|[^,])+', text)
+    return [part[1:-1] if part[:1] == part[-1:] == '"' else part.replace("\\,", ",") for part in parts]
+
+
 def parse_choices(text: str, flag: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     """Names separated by commas, in the order given."""
     values = tuple(dict.fromkeys(text.split(",")))
@@ -372,6 +384,8 @@ def parse_models(text: str) -> list[tuple[str, int | None]]:
 # -------------------------------------------------------------------------------------------------- command
 def main() -> None:
     folders = [pathlib.Path(text) for text in sys.argv[2:]]
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        return print(__doc__, end="")
     if sys.argv[1:2] == ["diff"] and len(folders) == 2:
         sys.exit(rerun.diff(*folders))
     if sys.argv[1:2] == ["report"] and len(folders) == 1:

@@ -1,11 +1,17 @@
 """The command line: what is taken, and the one line that what is not gets."""
 
+import doctest
 import math
+import os
+import subprocess
+import sys
 
 import common
-from transport_geometry import tables, train
+from helpers import ROOT, one_line, script
+from transport_geometry import formats, models, sources, tables, text, train
 from transport_geometry.errors import UserError
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -89,3 +95,89 @@ def test_gaps_have_a_name_in_reports_too(gap):
         and tables.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
     )
     assert tables.bounds(0.1, 0.24) == "[+0.10, +0.24]" and tables.signed(-0.5, 3) == "-0.500"
+
+
+# ----------------------------------------------------------------------------------------------- small things
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("module", [common, formats])
+def test_help_is_help(module, flag):
+    done = script(f"{module.__name__.rpartition('.')[2]}.py", flag)
+    assert done.stdout == module.__doc__ and not done.stderr
+
+
+@pytest.mark.parametrize(
+    "main, status",
+    [
+        ("lambda: print('done')", 0),  # what is left to say at the end
+        ("lambda: (print('done'), sys.exit(1))", 1),
+        ("lambda: [print('x' * 10**6) for _ in range(9)]", 141),  # not at its end yet
+    ],
+)
+def test_a_closed_pipe_is_no_fault(main, status):
+    """As under `| head`, once head has gone."""
+    program = f"import sys; from transport_geometry.errors import run_script; run_script({main})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=buffered,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_a_name_of_sae_may_hold_a_comma():
+    assert doctest.testmod(common).failed == 0
+
+    def saes(typed: str) -> tuple[str, ...]:
+        return common.parse_args("", GRID, ["--sae", typed]).grid.saes
+
+    assert saes("a,b,a,,c") == ("a", "b", "c")
+    assert saes(r"my/sae\,k=8,b") == saes('"my/sae,k=8",b') == ("my/sae,k=8", "b")
+    assert saes('one",two') == ('one"', "two")
+
+
+def test_a_folder_with_a_comma_in_its_name_is_found(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    escaped = str(tmp_path / "a,b").replace(",", "\\,")
+    done = script("audit.py", "--models", "stdlib-s@3", "--sae", escaped, "--out", tmp_path / "o", check=2)
+    assert "a,b: no SAE in it" in one_line(done)
+
+
+class Asked(Exception):
+    """The hub was asked."""
+
+
+def test_a_path_that_is_not_here_is_said_before_the_hub_is_asked(monkeypatch, capsys):
+    def asked(*arguments, **how):
+        raise Asked
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", asked)
+    monkeypatch.setattr(sources, "quiet_datasets", asked)
+    monkeypatch.setattr(sources, "PAUSES", ())
+    said = "no file or folder here of this name; asking the hub\n"
+    for name, ask in (
+        ("my/model", lambda: models.load_model("my/model", torch.device("cpu"))),
+        ("my/sae/layer", lambda: formats.find("my/sae/layer")),
+        ("my/text", lambda: text.find("my/text")),
+    ):
+        with pytest.raises((Asked, UserError)):
+            ask()
+        assert capsys.readouterr().out == f"{name}: {said}"
+
+
+@pytest.mark.parametrize("name", ["/nothing/here", "./nothing", "a/b/c"])
+def test_what_can_be_no_hub_id_is_refused_without_asking(name, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.setattr(sources, "quiet_datasets", None)
+    with pytest.raises(UserError, match=f"--models {name}: no such folder"):
+        models.load_model(name, torch.device("cpu"))
+    with pytest.raises(UserError, match=f"--data {name}: no such file or folder"):
+        text.find(name)
+    assert not capsys.readouterr().out

@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterator
 
 import common
+import expa
 import expc_fisher
 import expd_mi
 import pretend
@@ -216,7 +217,8 @@ COMPARED = {
 }
 # formulas and places, and what a test of its own is about
 DEFINED = (
-    "Exit status: 0 done, 2 unusable arguments or input (one line), 1 a fault, 130 interrupted",
+    "Exit status: 0 done, 2 unusable arguments or input (one line), 1 a fault, 130 interrupted, "
+    "141 where a pipe was closed",
     "Exit status 1 for *different*, 2 where there is nothing to compare, else 0",
     "are one line and exit 2",
     "fits 80 columns",
@@ -422,7 +424,7 @@ def test_the_lines_of_python_run(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------- flags, files, links
 def flags() -> set[str]:
     """Of all scripts."""
-    parser = common.parser_of("", {**expd_mi.FLAGS})
+    parser = common.parser_of("", {**expd_mi.FLAGS, **expa.FLAGS})
     return {option for action in parser._actions for option in action.option_strings}
 
 

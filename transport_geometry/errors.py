@@ -98,7 +98,8 @@ def printable(text: str, what: str) -> str:
 # ------------------------------------------------------------------------------------------------ a script
 def run_script(main: Callable[[], object]) -> None:
     """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what
-    nobody foresaw.
+    nobody foresaw. Where nobody reads on (`| head`) nothing is said, and what is not done is 141, as a shell
+    has it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -106,8 +107,16 @@ def run_script(main: Callable[[], object]) -> None:
     name = pathlib.Path(sys.argv[0]).name
     if "RANK" in os.environ:
         name += f", rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+    status, message, ended = 141, "", False
     try:
-        main()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:  # argparse's, or an answer in the status
+            status, ended = int(end.code or 0), True
+        sys.stdout.flush()  # at Python's own end a closed pipe would be an error that nobody can catch
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         status, message = 2, str(error)
     except Fault as error:
@@ -116,7 +125,7 @@ def run_script(main: Callable[[], object]) -> None:
         status, message = 1, reason(error)
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command goes on from here"
-    else:
-        return
-    print(f"{name}:", *message.split(), file=sys.stderr)
-    sys.exit(status)
+    if message:
+        print(f"{name}:", *message.split(), file=sys.stderr)
+    if status or ended:
+        sys.exit(status)

@@ -25,7 +25,7 @@ from typing import Any
 from transport_geometry import kernels, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
 from transport_geometry.lm import Hook, text_config
-from transport_geometry.models import fingerprint
+from transport_geometry.models import asking_hub, fingerprint
 from transport_geometry.sae import SAE, TopKSAE, load_sae, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
 
@@ -637,6 +637,7 @@ def repository(spec: str) -> Place:
     def fetch(file: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
 
+    asking_hub(spec)
     files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)
     return Place(name, name, frozenset(files), pattern, fetch)
 
@@ -929,6 +930,8 @@ def main() -> None:
             print(listed(spec))
         case ["export", source, to]:
             print(export(source, to))
+        case ["--help"] | ["-h"]:
+            print(__doc__, end="")
         case _:
             raise UserError(
                 "usage: python -m transport_geometry.formats list PATH_OR_ID | export SAE_FOLDER TO"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transport_geometry import ROOT, gguf_models, plant
+from transport_geometry import ROOT, gguf_models, plant, ranks
 from transport_geometry.errors import UserError, one_line
 from transport_geometry.gguf_models import PACKAGED
 from transport_geometry.lm import blocks, text_config
@@ -133,6 +133,14 @@ def looks_ahead(model: Any) -> float:
     return ((one - other).norm() / one.norm()).item()
 
 
+def asking_hub(name: str) -> None:
+    """Said before the hub is asked, whose silence takes half a minute: a path with a typing error may be
+    meant.
+    """
+    if "/" in name:
+        ranks.say(f"{name}: no file or folder here of this name; asking the hub")
+
+
 def _download(name: str, revision: str | None) -> str:
     """The local folder of what is read of a hub repository. Whole before anything is read: left to itself,
     transformers takes a file that the hub fails to send for one that is not there, and has the hub unpickle
@@ -142,6 +150,7 @@ def _download(name: str, revision: str | None) -> str:
 
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise OSError(f"no such folder (known by name: {SHORT_NAMES}; else a folder, GGUF file or hub id)")
+    asking_hub(name)
     try:
         return huggingface_hub.snapshot_download(
             name, revision=revision, ignore_patterns=UNWANTED, allow_patterns=WANTED

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transport_geometry.errors import UserError, brief, reason
+from transport_geometry.models import asking_hub
 
 Document = str | list[int]
 
@@ -215,6 +216,9 @@ def commit_of(data: str) -> tuple[str, str]:
     name, _, revision = data.partition("@")
     if not name or os.path.exists(name):
         raise UserError(f"--data {data}: only hub data sets have revisions, NAME@REVISION")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"--data {data}: no such file or folder{ELSE}")
+    asking_hub(data)
     failed = 0
     while True:
         try:
