@@ -7,6 +7,10 @@
     python expb.py --sae PATH_OR_ID,...              # SAEs that exist: audit.py does it
     python expb.py --from outputs/expb               # tables, verdict and plots again, without a model
 
+Two claims. Here: about these SAEs on these layers, units the evaluation documents (and seeds); always
+answered. In general: about other layers of these models, units the hooks, of which six effective ones are
+needed, since neighbouring layers share their errors.
+
 Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by CE_rec better than R^2, and
 better than the best Euclidean control. TopK SAEs are trained over models x layers x k, their reconstructions
 patched in, and every proxy and the cross-entropy measured on the same held-out tokens. Decided by partial
@@ -18,7 +22,7 @@ import pathlib
 import sys
 
 from common import parse_args, run_script
-from transport_geometry import chart, commands, leaderboard, store
+from transport_geometry import chart, claims, commands, leaderboard, store
 from transport_geometry.answer import Answer, as_sentence, coloured, conclude, hushed, number
 from transport_geometry.audit import trial_lines
 from transport_geometry.figures import as_png, model_colours, points_legend, pyplot, score_axis
@@ -35,7 +39,7 @@ from transport_geometry.leaderboard import (
 )
 from transport_geometry.metrics import BY_NAME, PROXIES, Metric
 from transport_geometry.page import with_page
-from transport_geometry.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.results import about_the_run, behind, marked, measured, rows_hash
 from transport_geometry.run import Experiment, run
 from transport_geometry.tables import (
     as_csv,
@@ -91,6 +95,12 @@ def analyse(out: pathlib.Path, settings: dict, colour: bool = False) -> tuple[di
     return verdict, board_in_short(read_table(out / "leaderboard.csv"), colour)
 
 
+def sentence_here(verdict: dict) -> str:
+    """What H2 comes to on these SAEs, in words."""
+    leaf, reason = verdict["here"]["leaf"], verdict["here"]["reason"]
+    return f"{leaf}. {claims.LEAVES[leaf]} ({reason})."
+
+
 QUESTION = (
     "Does a score weighted by what the model feels (SWD) order SAEs by what patching them in does to "
     "cross-entropy better than R² does, and better than any plain Euclidean score?"
@@ -122,8 +132,12 @@ def answer(verdict: dict, board: list[dict], settings: dict) -> Answer:
         room="nothing" if verdict["room"] is None else f"{verdict['room']:.2f}",
         reason=verdict["reason"],
     )
+    general = claims.none_in_general(board, settings["models"])
+    if not general:
+        general = f"{what_r2_is_worth(board)} {as_sentence(text)}"
+        general = f"In general, about {claims.layers_of(settings['models'])}: {general}"
     limits = AFTER_EXP_A + LIMITS.format(these=about_these(settings))
-    return Answer(QUESTION, f"{what_r2_is_worth(board)} {as_sentence(text)}", limits)
+    return Answer(QUESTION, f"{claims.in_short(board)} {general}", limits)
 
 
 # ------------------------------------------------------------------------------------------ report, plots
@@ -133,20 +147,19 @@ REPORT = """\
 {answer}
 ![every proxy against R²](leaderboard.png)
 
-H2: {leaf} ({reason}).
+The verdict here: {here}
 
-## Leaderboard, all conditions, target CE_rec
+The verdict in general, H2: {leaf} ({reason}).
 
-{board}
+## Here: how proxies order these SAEs by CE_rec
 
-{how_to_read}
+{table_here}
+
+{how_to_read_here}
+
 ![R² and SWD against CE_rec](swd_r2.png)
 
-## Target KL
-
-{board_kl}
-
-{within}## Every SAE
+{within}{general}## Every SAE
 
 {saes}
 
@@ -167,6 +180,15 @@ excesses are 0/0; a reconstruction without a code has no alive, l0 and bits.
 
 ![every proxy](proxies.png)
 """
+IN_GENERAL = """\
+{left_out}{board}
+
+{how_to_read}
+### Target KL
+
+{board_kl}
+
+"""
 OF_AN_SAE = "model layer k seed tokens r2 r2_nosink cosine swd_tok ce_rec frac_zero kl alive bits fed".split()
 OF_A_NULL = (
     "model layer sae r2 cosine swd_tok dce ce_rec kl kl_excess rho fed_nosink fed_iso_nosink fed_excess"
@@ -176,10 +198,20 @@ OF_A_NULL = (
 def report(
     nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict, settings: dict, where: str
 ) -> bytes:
-    within = [
-        f"## Within {model}\n\n{leaderboard_table(board, 'ce_rec', model)}\n\n"
-        for model in settings["models"]
-    ]
+    models = settings["models"]
+    strata = {name: name for name in claims.ARMS.values() if claims.row_of(board, "r2", name)}
+    strata |= {name: f"within {name}" for name in models if len(models) > 1}
+    within = [f"### Here, {title}\n\n{claims.table(board, name)}\n\n" for name, title in strata.items()]
+    none = claims.none_in_general(board, models)
+    judged = [row for row in board if row["n_effective"] >= verdict["min_clusters"]]
+    general = f"## In general: {claims.layers_of(models)}\n\n" + (f"{none}\n\n" if none else "")
+    if len(judged_pooled := {row["proxy"] for row in of_target(judged)}) > 1:
+        general += IN_GENERAL.format(
+            left_out=left_out(board, judged_pooled),
+            board=leaderboard_table(judged, "ce_rec", "pooled"),
+            how_to_read="\n".join(how_to_read(verdict, settings)),
+            board_kl=leaderboard_table(judged, "kl", "pooled"),
+        )
     shown = [
         row | {"tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
         for row in marked(saes, settings)
@@ -188,10 +220,11 @@ def report(
         answer=Answer(**verdict["answer"]).markdown(),
         leaf=verdict["leaf"],
         reason=verdict["reason"],
-        board=leaderboard_table(board, "ce_rec", "pooled"),
-        how_to_read="\n".join(how_to_read(verdict, settings)),
-        board_kl=leaderboard_table(board, "kl", "pooled"),
+        here=sentence_here(verdict),
+        table_here=claims.table(board),
+        how_to_read_here=claims.how_to_read(settings, behind(settings)),
         within="".join(within),
+        general=general,
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
         where=where,
@@ -199,6 +232,12 @@ def report(
         about="\n".join(about_the_run(saes, settings)),
     )
     return text.encode()
+
+
+def left_out(board: list[dict], judged: set[str]) -> str:
+    """The proxies that the table in general leaves out, as a paragraph; empty where there are none."""
+    few = [f"{r['proxy']} ({r['n_effective']:.1f})" for r in of_target(board) if r["proxy"] not in judged]
+    return f"Too few effective hooks: {', '.join(few)}.\n\n" if few else ""
 
 
 def plots(saes: list[dict], board: list[dict], verdict: dict) -> dict[str, store.Content | None]:
@@ -252,6 +291,11 @@ def panel(axis: Axes, proxy: Metric, saes: list[dict], models: list[str]) -> Non
     axis.grid(alpha=0.3)
 
 
+def short_verdict(verdict: dict) -> str:
+    """In general; and here."""
+    return f"H2: {verdict['leaf']}; here: {verdict['here']['leaf']}"
+
+
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     command = parse_args(__doc__, GRID)
@@ -262,7 +306,7 @@ def main() -> None:
             return
         out, settings = done
         verdict, table = analyse(out, settings, coloured(sys.stdout))
-    conclude(command, out, Answer(**verdict["answer"]), table, f"H2: {verdict['leaf']}")
+    conclude(command, out, Answer(**verdict["answer"]), table, short_verdict(verdict))
 
 
 if __name__ == "__main__":

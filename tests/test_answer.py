@@ -15,7 +15,7 @@ import expb
 import zygote
 from helpers import ROOT, contents, one_line, script
 from transport_geometry import answer as answers
-from transport_geometry import figures, leaderboard
+from transport_geometry import claims, figures, leaderboard
 from transport_geometry.answer import WIDTH, Answer
 from transport_geometry.errors import UserError
 from transport_geometry.metrics import BY_NAME
@@ -43,8 +43,8 @@ THREE = Answer("Is it so?", "It is.", "Not more than that.")
 
 
 def test_the_examples_hold():
-    tried = doctest.testmod(answers)
-    assert tried.failed == 0 and tried.attempted
+    tried = [doctest.testmod(module) for module in (answers, claims)]
+    assert all(one.failed == 0 and one.attempted for one in tried)
 
 
 # ------------------------------------------------------------------------------------------- the three lines
@@ -86,10 +86,15 @@ def verdict_b(leaf: str) -> dict:
         reason="too few hooks",
         a_control="cosine",
         room=0.03,
+        settings={"models": ["a", "b"]},
+        here={"leaf": "not-shown", "reason": "the interval of SWD minus R² holds 0"},
     )
 
 
-def row(proxy: str, lo: float = -0.1, hi: float = 0.1, p: float = 0.5, like: str = "") -> dict:
+def row(
+    proxy: str, lo: float = -0.1, hi: float = 0.1, p: float = 0.5, like: str = "", hooks: float = 9.0
+) -> dict:
+    """hooks: effective ones."""
     return dict(
         proxy=proxy,
         target="ce_rec",
@@ -103,6 +108,18 @@ def row(proxy: str, lo: float = -0.1, hi: float = 0.1, p: float = 0.5, like: str
         diff_r2_hi=hi,
         p_r2=p,
         same_ranks_as=like,
+        phi=0.1,
+        n_effective=hooks,
+        n_effective_r2=hooks,
+        partial_here_lo=0.85,
+        partial_here_hi=0.92,
+        diff_r2_here_lo=lo,
+        diff_r2_here_hi=hi,
+        swd_here=-lo,
+        swd_here_lo=-hi,
+        swd_here_hi=-lo,
+        pairs=40,
+        right=0.75,
     )
 
 
@@ -122,6 +139,8 @@ def test_a_proxy_is_better_where_test_and_interval_say_so():
     said = leaderboard.what_r2_is_worth(BOARD)
     assert said.endswith("+0.90 [+0.80, +0.95]; shown to do better: cosine.")
     assert "no other proxy is shown to do better" in leaderboard.what_r2_is_worth([BOARD[0], BOARD[4]])
+    fewer = leaderboard.what_r2_is_worth([one | {"n_effective": 7.25} for one in BOARD])
+    assert fewer.startswith("On 9 hooks (which count as 7.2) the order")
     few = [one | {"partial_lo": np.nan, "partial_hi": np.nan} for one in BOARD]
     assert leaderboard.what_r2_is_worth(few).endswith(
         "+0.90 (no interval); too few hooks to say of any proxy that it does better."
@@ -135,6 +154,36 @@ def test_each_word_of_h2_in_three_lines(leaf):
     assert said.limits.startswith("Exp-A comes first: ") and "2 models (a and b)" in said.limits
     others = [expb.answer(verdict_b(other), BOARD, settings).found for other in expb.FOUND if other != leaf]
     assert number_free(said.found) not in map(number_free, others)
+
+
+def test_an_answer_says_which_claim_a_number_is_about():
+    """Here first, over documents; then in general, or why not, in one sentence."""
+    settings = {"models": ["a", "b"]}
+    found = expb.answer(verdict_b("rejected"), BOARD, settings).found
+    here, general = found.split(" In general, ")
+    assert here.startswith("Here, on these SAEs, the order that R² gives") and "[+0.85, +0.92]" in here
+    assert "Of 40 pairs clearly apart R² orders 75% rightly and SWD 75%" in here
+    assert general.startswith("about other layers of a and b, not other models: On 9 hooks the order")
+    few = [one | {"n_effective": 2.5, "n_effective_r2": 2.5, "phi": 0.81} for one in BOARD]
+    here_too, none = expb.answer(verdict_b("rejected"), few, settings).found.split(" In general, ")
+    assert here_too == here and none.startswith("about other layers of a and b, not other models, nothing is")
+    assert none.endswith("(correlation 0.81), so that 9 hooks count as 2.5, and 6 are needed.")
+    alone = claims.none_in_general([one | {"n_clusters": 4} for one in few], ["a"])
+    assert (
+        alone == "In general, about other layers of a, nothing is said: there are 4 hooks, and 6 are needed."
+    )
+
+
+def test_the_table_marks_what_is_shown_here_and_in_general():
+    """mse: here it is better, by its interval; in general its p is .06."""
+    head, *rows = leaderboard.board_in_short(BOARD).splitlines()
+    said = {line.split()[0]: line for line in rows[: len(BOARD)]}
+    assert head.split() == ["proxy", "ρ", "here", "minus", "R²", "pairs", "in", "general"]
+    assert said["mse"].endswith("not shown") and said["cosine"].endswith("better")
+    assert said["swd_tok"].endswith("worse") and "75%" in said["mse"]
+    assert [leaderboard.against_r2_here(one) for one in BOARD[2:5]] == ["above", "above", "below"]
+    few = leaderboard.board_in_short([one | {"n_effective_r2": 2.5} for one in BOARD])
+    assert "in general" not in few and "not shown" not in few and "undefined" not in few
 
 
 @pytest.mark.parametrize("leaf", expa.LEAVES)

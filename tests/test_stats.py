@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 
-from transport_geometry import leaderboard, stats
+from transport_geometry import claims, leaderboard, stats
 
 import numpy as np
 import pytest
@@ -24,7 +24,9 @@ LEADERBOARD = """
 proxy target stratum n_cells n_clusters pearson pearson_lo pearson_hi spearman spearman_lo spearman_hi
 partial partial_lo partial_hi diff_r2 diff_r2_lo diff_r2_hi p_r2
 diff_control diff_control_lo diff_control_hi p_control gamma gamma_lo gamma_hi in_range same_ranks_as
-loho loho_bias diff_loho_control p_loho
+loho loho_bias diff_loho_control p_loho phi n_effective n_effective_r2 n_effective_control
+partial_here_lo partial_here_hi diff_r2_here_lo diff_r2_here_hi swd_here swd_here_lo swd_here_hi
+pairs right right_lo right_hi right_r2 right_r2_lo right_r2_hi right_swd right_swd_lo right_swd_hi
 """.split()
 
 
@@ -97,9 +99,21 @@ def board(data, n_resamples=200, seed=0):
         target_name="ce_rec",
         controls=CONTROLS,
         loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS),
+        n_documents=20,
         n_resamples=n_resamples,
         seed=seed,
     )
+
+
+@pytest.fixture
+def independent_hooks(monkeypatch):
+    """Nothing is taken off for neighbours: for tests of what is said once there are hooks enough."""
+
+    def all_of_them(errors, meta):
+        hooks = len(np.unique(stats.cluster_ids(meta)))
+        return stats.Dependence(0.0, hooks, float(hooks))
+
+    monkeypatch.setattr(leaderboard, "dependence", all_of_them)
 
 
 @pytest.fixture
@@ -225,7 +239,7 @@ def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
     assert means.mean() == pytest.approx(y.mean(), rel=0.01)
 
 
-def test_seeds_counted_as_conditions_do_not_shrink_the_interval():
+def test_seeds_counted_as_conditions_do_not_shrink_the_interval(independent_hooks):
     once, thrice = grid(), grid(seeds=3)
     scores, y, magnitude, *_ = study(control=1.0, meta=once, n_resamples=1000)
     scores = {p: scores[p] for p in ("r2", "cosine")}
@@ -277,7 +291,7 @@ def test_interval_covers_the_planted_correlation():
     assert abs(hits / n - 0.927) < 4 * binomial_sd(0.927, n)
 
 
-def test_a_model_with_two_hooks_has_no_interval():
+def test_a_model_with_two_hooks_has_no_interval(independent_hooks):
     scores, y, magnitude, meta, models = study(n_resamples=50)
     for layers, known in (((0, 1), False), ((0, 1, 2), True)):
         keep = (meta["model"] != "large") | np.isin(meta["layer"], layers)
@@ -294,10 +308,9 @@ def test_a_model_with_two_hooks_has_no_interval():
         pooled, small, _, large = (row for row in table if row["proxy"] == "swd_tok")
         assert pooled["partial"] > 0.8 and large["n_clusters"] == len(layers)
         for key in ("pearson", "spearman", "partial", "diff_r2", "diff_control"):
-            assert np.isnan(pooled[key + "_lo"]) == np.isnan(large[key + "_lo"]) == (
-                not known
-            ) and not np.isnan(large[key])
-            assert not np.isnan(small[key + "_lo"])
+            assert np.isnan(pooled[key + "_lo"]) == (not known) and not np.isnan(large[key])
+            # nothing in general below six hooks, and something with six
+            assert np.isnan(large[key + "_lo"]) and not np.isnan(small[key + "_lo"])
         assert np.isnan(pooled["gamma_lo"]) == (not known) and not np.isnan(pooled["gamma"])
         assert (
             np.isnan(large["p_control"]) and np.isnan(large["p_loho"]) and not np.isnan(pooled["p_control"])
@@ -458,7 +471,7 @@ def test_loho_is_undefined():
     assert np.isnan(stats.loho_errors(y[:4], size(y[:4]), two)).all()
 
 
-def test_loho_columns_by_hand():
+def test_loho_columns_by_hand(independent_hooks):
     """Six hooks a model: sizes, bias and p of a model's rows from polyfit and all 64 sign patterns. Its hooks
     are predicted from all others, the other models' too; the control is chosen pooled, on half A.
     """
@@ -579,7 +592,7 @@ def test_gamma_weighs_depths():
 
 
 # ---------------------------------------------------------------------------------------------- leaderboard
-def test_leaderboard(few_patterns):
+def test_leaderboard(few_patterns, independent_hooks):
     scores, y, _, meta, models = data = study()
     scores["inverse_nmse"] = 1 / (11 - scores["r2"])  # 1/NMSE when NMSE = 1 - R2, up to a monotone map
     scores["swd_again"] = scores["swd_tok"] * 2
@@ -632,7 +645,7 @@ def test_leaderboard(few_patterns):
     assert text(table) == text(board(data)) != text(board(data, seed=1))
 
 
-def test_leaderboard_finds_a_planted_difference(few_patterns):
+def test_leaderboard_finds_a_planted_difference(few_patterns, independent_hooks):
     """SWD nearly y, r2 and controls half noise: p < .05 against both in 95% of 20 studies; in most of them
     the interval of the difference to r2 leaves 0 out and holds the difference.
     """
@@ -673,7 +686,8 @@ def test_draw_r_uses_sequence_resample_r():
     scores = {p: scores[p] for p in ("r2", "cosine")}
 
     def run(scores, y):
-        return board((scores, y, magnitude, meta, models))[0]
+        row = board((scores, y, magnitude, meta, models))[0]
+        return {name: v for name, v in row.items() if name not in claims.COLUMNS}
 
     def like_first(v, W):
         return np.r_[v[:3], np.repeat(v[:1], W - 3, axis=0)]
@@ -777,6 +791,9 @@ def test_the_first_leaf_that_applies(order, transfer, size, leaf, why):
     said, reason = leaderboard.leaf_h2(n, *evidence)
     assert said == leaf and why in reason
     assert leaderboard.leaf_h2(5, *evidence) == ("undecided", "5 hooks, 6 needed")
+    few = dataclasses.replace(evidence[0], n_effective=5.9)
+    said, reason = leaderboard.leaf_h2(18, few, *evidence[1:])
+    assert said == "undecided" and "18 say as much as 5.9 independent ones, 6 needed" in reason
 
 
 def decide(data, n_resamples=100):
@@ -808,7 +825,7 @@ def leaves(make, n=8):
     return leaf, [v for v in verdicts if v["leaf"] == leaf]
 
 
-def test_supported(few_patterns):
+def test_supported(few_patterns, independent_hooks):
     leaf, verdicts = leaves(lambda seed: study(seed, **GOOD))
     assert leaf == "supported"
     for v in verdicts:
@@ -823,7 +840,7 @@ def test_supported(few_patterns):
         assert v["n_clusters"] == 18 and v["n_cells"] == v["n_conditions"] == 54
 
 
-def test_better_ranks_without_better_transfer_is_rejected(few_patterns):
+def test_better_ranks_without_better_transfer_is_rejected(few_patterns, independent_hooks):
     leaf, verdicts = leaves(lambda seed: study(seed, **GOOD | {"shift": 0.0}))
     assert leaf == "rejected"
     assert all(
@@ -831,7 +848,7 @@ def test_better_ranks_without_better_transfer_is_rejected(few_patterns):
     )
 
 
-def test_better_ranks_without_better_sizes_is_undecided(few_patterns):
+def test_better_ranks_without_better_sizes_is_undecided(few_patterns, independent_hooks):
     """The order is the target's; the size of the distortion follows a control, or no quadratic in SWD."""
 
     def follows_control(seed):
@@ -856,7 +873,7 @@ def test_better_ranks_without_better_sizes_is_undecided(few_patterns):
     assert all(v["loho"] is v["p_loho"] is v["loho_control"] is None for v in verdicts)
 
 
-def test_better_sizes_without_better_ranks_is_undecided(few_patterns):
+def test_better_sizes_without_better_ranks_is_undecided(few_patterns, independent_hooks):
     """Controls that rank as well, and no quadratic in them tells the size."""
 
     def make(seed):
@@ -871,7 +888,7 @@ def test_better_sizes_without_better_ranks_is_undecided(few_patterns):
     )
 
 
-def test_beats_r2_only(few_patterns):
+def test_beats_r2_only(few_patterns, independent_hooks):
     def make(seed):
         data = study(seed, swd=0.15, control=0.15)
         data[0]["r2"] = data[0]["r2"] + noise(data[3], np.random.default_rng(100 + seed), 1.0)
@@ -881,7 +898,7 @@ def test_beats_r2_only(few_patterns):
     assert leaf == "beats-r2-only" and all(not v["a_holds"] and v["p_r2"] < 0.05 for v in verdicts)
 
 
-def test_worse_is_rejected_where_better_was_possible(few_patterns):
+def test_worse_is_rejected_where_better_was_possible(few_patterns, independent_hooks):
     """Where it was not, the word was fixed before the data: they are told beside it."""
     for control, word, low, high in ((0.05, leaderboard.CANNOT, 0.0, 0.1), (0.25, "rejected", 0.1, 0.6)):
         leaf, verdicts = leaves(
@@ -893,7 +910,7 @@ def test_worse_is_rejected_where_better_was_possible(few_patterns):
         assert low < np.median([v["room"] for v in worse]) < high
 
 
-def test_no_room_is_said_and_not_called_rejected(few_patterns):
+def test_no_room_is_said_and_not_called_rejected(few_patterns, independent_hooks):
     """Controls at a partial Spearman of .95 and more leave less than the margin: nothing could have been
     shown. SWD is as good.
     """
@@ -903,7 +920,7 @@ def test_no_room_is_said_and_not_called_rejected(few_patterns):
     )
 
 
-def test_a_study_with_room_is_not_said_to_have_none(few_patterns):
+def test_a_study_with_room_is_not_said_to_have_none(few_patterns, independent_hooks):
     """Proxies that are wrong alike leave .3 and more, and little noise between them: that SWD is not better
     is an answer.
     """
@@ -928,7 +945,7 @@ def test_a_study_with_room_is_not_said_to_have_none(few_patterns):
     )
 
 
-def test_a_grid_too_small_for_the_room_says_so():
+def test_a_grid_too_small_for_the_room_says_so(independent_hooks):
     """Six hooks, a control that leaves more than the margin: not even the target itself would have p < .05,
     by hand.
     """
@@ -946,7 +963,7 @@ def test_a_grid_too_small_for_the_room_says_so():
 
 
 @pytest.mark.parametrize("proxy", ["swd_tok", "controls"])
-def test_not_transferable(few_patterns, proxy):
+def test_not_transferable(few_patterns, independent_hooks, proxy):
     """Out of range in the larger model, whichever of the two it is, leaves (b) unjudged."""
 
     def make(seed):
@@ -960,7 +977,7 @@ def test_not_transferable(few_patterns, proxy):
     assert leaf == "not-transferable" and all(v["a_holds"] and not v["b_judged"] for v in verdicts)
 
 
-def test_undecided(few_patterns):
+def test_undecided(few_patterns, independent_hooks):
     few = grid(models=("small",), layers=range(5), seeds=2)
     verdict = decide(study(meta=few))
     assert verdict["leaf"] == "undecided" and verdict["n_clusters"] == 5 and verdict["p_control"] is None

@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transport_geometry import answer as console
+from transport_geometry import claims
 from transport_geometry.answer import models_in_words
 from transport_geometry.figures import BLUE, ORANGE, as_png, pyplot
-from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
+from transport_geometry.metrics import BY_NAME, CONTROL, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
 from transport_geometry.results import Measured, behind
 from transport_geometry.stats import (
     ALPHA,
     MIN_CLUSTERS,
     MIN_HOOKS,
     MIN_IN_RANGE,
+    Dependence,
     bootstrap_weights,
     cluster_ids,
     correlation,
+    dependence,
     depth_weights,
     flip_test,
     given,
@@ -31,8 +34,10 @@ from transport_geometry.stats import (
     mean_by_hook,
     noise_ceiling,
     partial_spearman,
+    proxy_errors,
     resample_index,
     smallest_detectable,
+    stretched_interval,
     swap_test,
     swap_tests,
     transfer_gap,
@@ -40,7 +45,7 @@ from transport_geometry.stats import (
     weighted_design,
     weighted_ranks,
 )
-from transport_geometry.tables import estimate, markdown, plain, signed
+from transport_geometry.tables import UNDEFINED, estimate, markdown, percent, plain, short, signed
 
 import numpy as np
 
@@ -48,8 +53,8 @@ LEADERBOARD = (
     "proxy target stratum n_cells n_clusters pearson pearson_lo pearson_hi spearman spearman_lo spearman_hi "
     "partial partial_lo partial_hi diff_r2 diff_r2_lo diff_r2_hi p_r2 "
     "diff_control diff_control_lo diff_control_hi p_control gamma gamma_lo gamma_hi in_range same_ranks_as "
-    "loho loho_bias diff_loho_control p_loho"
-).split()
+    "loho loho_bias diff_loho_control p_loho phi n_effective n_effective_r2 n_effective_control"
+).split() + claims.COLUMNS
 MAGNITUDE = {"ce_rec": "dce", "kl": "kl"}  # target -> the distortion whose size `loho` predicts
 R2, SWD = "r2", "swd_tok"
 
@@ -107,6 +112,13 @@ class Stratum:
     meta: dict
     draws: dict[str, dict[str, np.ndarray]]  # {proxy: {statistic: [R]}}
     ranks: dict[str, np.ndarray]  # {proxy: [C]} on all documents
+    # {weighting of the documents, 0 all and 2 half B: {proxy: what its errors make of the hooks}}
+    hooks: dict[int, dict[str, Dependence]]
+
+    def compared(self, name: str, base: str | None, half: int) -> Dependence:
+        """The hooks for a comparison of two proxies: as the one of them says that leaves fewer."""
+        of = self.hooks[half]
+        return min((of[one] for one in (name, base) if one in of), key=lambda d: d.n_effective)
 
 
 def board(
@@ -119,10 +131,20 @@ def board(
     target_name: str,
     controls: Sequence[str],
     loho_control: str | None,
+    n_documents: int,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> list[dict]:
-    """One row per proxy in each stratum: all conditions pooled, then each model alone.
+    """One row per proxy in each stratum: all conditions pooled, then each arm of --sinks where there are two,
+    then each model alone.
+
+    Intervals and p are about hooks in general, and nan where fewer than MIN_CLUSTERS of them are effective;
+    those of `claims.COLUMNS` are about these SAEs, and resample documents (and seeds) alone.
+
+    phi: correlation of the proxy's errors between neighbouring hooks (`stats.dependence`); n_effective: as
+    how many independent hooks they count; n_effective_r2, n_effective_control: in a comparison, the fewer of
+    the two proxies'. Intervals and null distributions are stretched by sqrt(hooks / effective ones), but for
+    gamma's.
 
     Intervals: bootstrap over hooks (of gamma: over depths), nested with the shared resamples of the
     documents. diff_r2, p_r2: on all documents. r2 against itself is 0 with p = 1, as is every row of the same
@@ -142,8 +164,10 @@ def board(
         {name: loho_errors(s[half], magnitude[half], meta) for name, s in scores.items()} for half in (0, 2)
     )
     table = []
-    for stratum in ("pooled", *models):
-        here = np.flatnonzero((np.asarray(meta["model"]) == stratum) | (stratum == "pooled"))
+    strata = {"pooled": np.ones(len(hooks), bool)} | claims.arms(meta)
+    strata |= {model: np.asarray(meta["model"]) == model for model in models}
+    for stratum, inside in strata.items():
+        here = np.flatnonzero(inside)
         if not len(here):
             continue
         part = _stratum(
@@ -157,12 +181,15 @@ def board(
         minus_r2 = _differences(part, "r2", R2, 0, "partial", seed)
         minus_control = _differences(part, "control", control, 2, "half_b", seed)
         errors_control = errors_b[loho_control][here] if loho_control else None
+        pairs = claims.clear_pairs(part.target, part.meta) if target_name == "ce_rec" else None
+        of_these = claims.here(part.scores, part.target, part.meta, n_documents, pairs)
         for name, s in part.scores.items():
             row: dict = {"proxy": name, "target": target_name, "stratum": stratum}
             row |= {"n_cells": len(np.unique(part.meta["cell"])), "n_clusters": len(np.unique(ids))}
+            mine = part.hooks[0][name]
             for statistic in ("pearson", "spearman", "partial"):
                 draws = part.draws[name][statistic]
-                row |= _with_interval(statistic, draws[0], draws[3:], fisher=True)
+                row |= _with_interval(statistic, draws[0], draws[3:], mine.stretch, fisher=True)
             row |= minus_r2[name] | minus_control[name]
             gamma, in_range = np.full(4, np.nan), np.full(1, np.nan)
             if stratum == "pooled":
@@ -173,8 +200,11 @@ def board(
             row["same_ranks_as"] = _earlier_twin(name, part.ranks)
             row["loho"] = _root_mean_square(errors[name][here], ids)
             row["loho_bias"] = float(mean_by_hook(errors[name][here], ids).mean())
-            row |= _loho_gain(errors_b[name][here], errors_control, ids, seed)
-            table.append(row)
+            row |= _loho_gain(errors_b[name][here], errors_control, part.meta, seed)
+            row |= {"phi": mine.phi, "n_effective": mine.n_effective}
+            row["n_effective_r2"] = part.compared(name, R2, 0).n_effective
+            row["n_effective_control"] = part.compared(name, control, 2).n_effective
+            table.append(row | of_these[name])
     return table
 
 
@@ -199,11 +229,17 @@ def _stratum(
         return residuals, ranks[0]
 
     draws, ranks = {}, {}
+    hooks = {
+        half: {
+            name: dependence(proxy_errors(s[half], target[half], meta), meta) for name, s in scores.items()
+        }
+        for half in (0, 2)
+    }
     of_target, _ = units(target)
     for name, s in scores.items():
         of_proxy, ranks[name] = units(s)
         draws[name] = {key: correlation(of_proxy[key], of_target[key]) for key in of_target}
-    return Stratum(scores, target, meta, draws, ranks)
+    return Stratum(scores, target, meta, draws, ranks, hooks)
 
 
 def _differences(
@@ -213,20 +249,27 @@ def _differences(
     weighting of the documents. nan where there is no such base.
     """
     diff = p = np.full(len(part.scores), np.nan)
+    stretch = np.array([part.compared(name, base, half).stretch for name in part.scores])
     if base in part.scores:
         proxies = np.stack([s[half] for s in part.scores.values()])
-        diff, p = swap_tests(proxies, part.scores[base][half], part.target[half], part.meta, seed=seed)
+        diff, p = swap_tests(
+            proxies, part.scores[base][half], part.target[half], part.meta, seed=seed, stretch=stretch
+        )
     cells = {}
-    for name, diff_of, p_of in zip(part.scores, diff, p):
+    for name, diff_of, p_of, stretch_of in zip(part.scores, diff, p, stretch):
         draws = np.array([])
         if base in part.draws:
             draws = (part.draws[name][statistic] - part.draws[base][statistic])[3:]
-        cells[name] = _with_interval(f"diff_{key}", diff_of, draws) | {f"p_{key}": float(p_of)}
+        cells[name] = _with_interval(f"diff_{key}", diff_of, draws, stretch_of) | {f"p_{key}": float(p_of)}
     return cells
 
 
-def _with_interval(key: str, estimate: float, draws: np.ndarray, fisher: bool = False) -> dict[str, float]:
-    lo, hi = (np.nan, np.nan) if np.isnan(estimate) else interval(draws, fisher)
+def _with_interval(
+    key: str, estimate: float, draws: np.ndarray, stretch: float = 1.0, fisher: bool = False
+) -> dict[str, float]:
+    lo, hi = np.nan, np.nan
+    if not np.isnan(estimate):
+        lo, hi = stretched_interval(estimate, draws, stretch, fisher)
     return {key: float(estimate), f"{key}_lo": lo, f"{key}_hi": hi}
 
 
@@ -241,13 +284,15 @@ def _root_mean_square(errors: np.ndarray, ids: np.ndarray) -> float:
     return float(np.sqrt(mean_by_hook(errors**2, ids).mean()))
 
 
-def _loho_gain(mine: np.ndarray, control: np.ndarray | None, ids: np.ndarray, seed: int) -> dict[str, float]:
+def _loho_gain(mine: np.ndarray, control: np.ndarray | None, meta: dict, seed: int) -> dict[str, float]:
     """Cells of errors [C] against the control's."""
     if control is None:
         return {"diff_loho_control": np.nan, "p_loho": np.nan}
+    ids, gains = cluster_ids(meta), [control**2, mine**2]
+    stretch = np.max([dependence(errors, meta).stretch for errors in (mine, control)])
     return {
         "diff_loho_control": _root_mean_square(control, ids) - _root_mean_square(mine, ids),
-        "p_loho": flip_test(mean_by_hook(control**2, ids) - mean_by_hook(mine**2, ids), seed=seed),
+        "p_loho": flip_test(np.subtract(*(mean_by_hook(v, ids) for v in gains)), seed=seed, stretch=stretch),
     }
 
 
@@ -269,6 +314,7 @@ class Order:
     room: float  # between the control and 1
     p_perfect: float  # p that the target itself would have in the proxy's place
     detectable: float  # the gain that this grid shows in four of five cases
+    n_effective: float = np.inf  # hooks, of the comparison with the control
 
     @property
     def holds(self) -> bool:
@@ -350,6 +396,11 @@ def leaf_h2(n_clusters: int, order: Order, transfer: Transfer, size: Size) -> tu
     """
     if n_clusters < MIN_CLUSTERS:
         return "undecided", f"{n_clusters} hooks, {MIN_CLUSTERS} needed"
+    if order.n_effective < MIN_CLUSTERS:
+        return "undecided", (
+            f"neighbouring hooks share their errors, so that {n_clusters} say as much as "
+            f"{order.n_effective:.1f} independent ones, {MIN_CLUSTERS} needed"
+        )
     if np.isnan(order.p):
         return "undecided", "the difference to the best control is undefined"
 
@@ -436,6 +487,10 @@ def verdict_h2(
             "n_conditions": target.shape[1],
             "n_cells": mine["n_cells"],
             "n_clusters": mine["n_clusters"],
+            "phi": mine["phi"],
+            "n_effective": order.n_effective if order.control else mine["n_effective"],
+            "in_general": judged_in_general(mine),
+            "here": claims.in_verdict(rows, controls),
             "n_proxies": len(pooled),
             "n_proxies_distinct": sum(row["same_ranks_as"] == "" for row in pooled),
             "a_control": order.control,
@@ -469,6 +524,11 @@ def verdict_h2(
     )
 
 
+def judged_in_general(row: dict) -> bool:
+    """Are there hooks enough, of a row of the board, for a comparison with R² in general?"""
+    return row["n_effective_r2"] >= MIN_CLUSTERS
+
+
 # columns of its row that the verdict repeats
 OF_THE_PROXY = (
     "partial partial_lo partial_hi diff_control diff_control_lo diff_control_hi p_control "
@@ -484,8 +544,11 @@ def _order(
     if control:
         x, base = half_b[mine["proxy"]], half_b[control]
         room = 1 - partial_spearman(base, y, meta)
-        _, p_perfect = swap_test(y, base, y, meta, seed=seed)
-        detectable = smallest_detectable(x, base, y, meta, n_resamples=n_resamples, seed=seed)
+        # the target has no errors: the control's say how many hooks there are
+        of_control = dependence(proxy_errors(base, y, meta), meta).stretch
+        _, p_perfect = swap_test(y, base, y, meta, seed=seed, stretch=of_control)
+        stretch = (mine["n_clusters"] / mine["n_effective_control"]) ** 0.5
+        detectable = stretch * smallest_detectable(x, base, y, meta, n_resamples=n_resamples, seed=seed)
     return Order(
         control=control,
         gain=mine["diff_control"],
@@ -495,6 +558,7 @@ def _order(
         room=room,
         p_perfect=p_perfect,
         detectable=detectable,
+        n_effective=mine["n_effective_control"],
     )
 
 
@@ -551,6 +615,7 @@ def ranked(scores: Scores, found: Measured, settings: dict, n_resamples: int) ->
             target_name=name,
             controls=controls,
             loho_control=loho_controls[name],
+            n_documents=min(settings["documents"]),
             n_resamples=n_resamples,
         )
     verdict = verdict_h2(
@@ -589,10 +654,12 @@ def _partial(row: dict) -> float:
 
 
 def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
-    """Markdown, the best partial Spearman first."""
+    """The claim in general, in Markdown, the best partial Spearman first; columns that say something."""
     table = [
         {
             "proxy": row["proxy"],
+            "φ": signed(row["phi"]),
+            "hooks": f"{row['n_effective']:.1f}",
             "partial Spearman": estimate(row, "partial"),
             "Spearman": signed(row["spearman"]),
             "Pearson": signed(row["pearson"]),
@@ -610,7 +677,7 @@ def leaderboard_table(board: list[dict], target: str, stratum: str) -> str:
         }
         for row in of_target(board, target, stratum)
     ]
-    return markdown(table, list(table[0]))
+    return markdown(table, [c for c in table[0] if not all(short(row[c]) == UNDEFINED for row in table)])
 
 
 TWO_STATISTICS = (
@@ -622,19 +689,23 @@ TWO_STATISTICS = (
     "the other half."
 )
 WHAT_COUNTS = (
-    "What counts as independent is the hook, a (model, layer): {n_clusters} of them. Intervals: 95%, hooks "
-    "resampled within each model (none below {min_hooks} in one) together with {behind}; p_r2, p_ctl: the "
-    "proxies trade places in whole hooks; p_loho: signs flipped over hooks. The p are the tests; an "
-    "interval of a difference may hold 0 beside a small p, and then neither is to be leaned on. Transfer "
-    "gap: CE_rec of the largest model minus what the smallest model's curve says at that value of the "
-    "proxy, averaged with the reverse; depths resampled."
+    "The unit is the hook, a (model, layer): {n_clusters} of them. Neighbouring hooks of a model share their "
+    "errors. φ: how far a proxy's errors at one hook correlate with those at the next, corrected for the "
+    "number of hooks; hooks: how many independent ones that leaves. Intervals and tests are widened by the "
+    "square root of the loss, in a comparison by the larger one; below {min_clusters} effective hooks there "
+    "are none (`undefined`). Intervals: 95%, hooks resampled within each model (none below {min_hooks} in "
+    "one) together with {behind}; p_r2, p_ctl: the proxies trade places in whole hooks; p_loho: signs "
+    "flipped over hooks. The p are the tests; an interval of a difference may hold 0 beside a small p, and "
+    "then neither is to be leaned on. Transfer gap: CE_rec of the largest model minus what the smallest "
+    "model's curve says at that value of the proxy, averaged with the reverse; depths resampled, as if "
+    "they were independent."
 )
 WHAT_COULD_SHOW = (
     "Noise ceiling of the target: rho_max {rho_max}. The best control leaves {room} to gain in partial "
     "Spearman; this grid could have shown SWD a gain of {detectable} (80% power, at SWD's own noise), and "
-    "the claim is about {min_difference:.2f}. Hooks count as independent given the model; where those of "
-    "one model share what a proxy gets wrong, p < .05 comes up more often than it says (14 in 100 where "
-    "half is shared: bench/RESULTS.md), so that a p between .01 and .05 speaks about these models only."
+    "the claim is about {min_difference:.2f}. What all hooks of a model share is held fixed, so a p speaks "
+    "about other layers of these models, not about other models: where half of what a proxy gets wrong is "
+    "shared by a whole model, p < .05 comes up in 14 of 100 (bench/RESULTS.md)."
 )
 
 
@@ -645,7 +716,10 @@ def how_to_read(verdict: dict, settings: dict) -> list[str]:
         return "undefined" if value is None else f"{value:.{digits}f}"
 
     counts = WHAT_COUNTS.format(
-        n_clusters=verdict["n_clusters"], min_hooks=verdict["min_hooks"], behind=behind(settings)
+        n_clusters=verdict["n_clusters"],
+        min_clusters=verdict["min_clusters"],
+        min_hooks=verdict["min_hooks"],
+        behind=behind(settings),
     )
     could_show = WHAT_COULD_SHOW.format(
         rho_max=number(verdict["rho_max"], 3),
@@ -690,9 +764,12 @@ def what_r2_is_worth(board: list[dict]) -> str:
     better = f"shown to do better: {', '.join(above)}" if above else "no other proxy is shown to do better"
     if not np.isfinite(r2["partial_lo"]):
         better = "too few hooks to say of any proxy that it does better"
+    hooks = f"{r2['n_clusters']} hooks"
+    if r2["n_effective"] < r2["n_clusters"]:
+        hooks += f" (which count as {r2['n_effective']:.1f})"
     return (
-        f"On {r2['n_clusters']} hooks the order that R² gives SAEs of one k correlates with what patching "
-        f"them in does to cross-entropy at {console.number(r2, 'partial')}; {better}."
+        f"On {hooks} the order that R² gives SAEs of one k correlates with what patching them "
+        f"in does to cross-entropy at {console.number(r2, 'partial')}; {better}."
     )
 
 
@@ -705,41 +782,57 @@ def about_these(settings: dict) -> str:
 
 
 READ_AS = """\
-partial ρ: rank correlation with CE_rec among SAEs of one k, 95% over hooks
-control: a Euclidean score that a gradient-weighted one must beat as well"""
-KINDS = {SENSITIVE: "gradient", CONTROL: "control", EUCLIDEAN: "Euclid", "": "other"}
+ρ: rank correlation with CE_rec among SAEs of one k. pairs: of one model and k,
+clearly apart in CE_rec, ordered rightly. here: these SAEs, 95% over documents"""
+IN_GENERAL = "in general: tested over hooks, about other layers of these models"
 CODES = {"above": console.BLUE, "below": console.ORANGE, "not shown": console.DIM}
 VERDICTS = {"above": "better", "below": "worse", "not shown": "not shown", "same": "same order"}
 
 
+def against_r2_here(row: dict) -> str:
+    """As `against_r2`, of these SAEs: the interval over documents says so."""
+    if R2 in (row["proxy"], row["same_ranks_as"]):
+        return "same"
+    if row["diff_r2_here_lo"] > 0:
+        return "above"
+    return "below" if row["diff_r2_here_hi"] < 0 else "not shown"
+
+
 def board_in_short(board: list[dict], colour: bool = False) -> str:
-    """The leaderboard for a terminal of 80 columns."""
+    """The leaderboard for a terminal of 80 columns: what proxies do here, and, where there are hooks enough,
+    whether one is shown to be better in general. Coloured by what is shown here.
+    """
     rows = of_target(board)
-    table = [
-        {
+    general = any(judged_in_general(row) for row in rows if row["proxy"] != R2)
+    table = []
+    for row in rows:
+        cells = {
             "proxy": row["proxy"],
-            "kind": KINDS[family(row["proxy"])],
-            "partial ρ": estimate(row, "partial"),
-            "minus R²": "" if row["proxy"] == R2 else estimate(row, "diff_r2"),
-            "better?": "" if row["proxy"] == R2 else VERDICTS[against_r2(row)],
+            "ρ here": claims.estimate_here(row, "partial"),
+            "minus R²": "" if row["proxy"] == R2 else claims.estimate_here(row, "diff_r2"),
+            "pairs": percent(row["right"]) if row["pairs"] > 0 else "none",
         }
-        for row in rows
-    ]
-    codes = [CODES.get(against_r2(row), "") for row in rows]
-    return f"{console.columns(table, codes, colour)}\n\n{READ_AS}"
+        if general:
+            said = VERDICTS[against_r2(row)] if judged_in_general(row) else "-"
+            cells["in general"] = "" if row["proxy"] == R2 else said
+        table.append(cells)
+    codes = [CODES.get(against_r2_here(row), "") for row in rows]
+    read_as = f"{READ_AS}\n{IN_GENERAL}" if general else READ_AS
+    return f"{console.columns(table, codes, colour)}\n\n{read_as}"
 
 
 def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
-    """Every proxy's partial Spearman with CE_rec minus R^2's, with its interval, the best above: a PNG.
-    verdict: on H2.
+    """Every proxy's partial Spearman with CE_rec minus R^2's, with its interval over documents, the best
+    above: a PNG. verdict: on H2.
     """
     shown = of_target(board)
     (r2,) = (row for row in shown if row["proxy"] == R2)
-    above = [row["proxy"] for row in shown if against_r2(row) == "above"]
+    above = [row["proxy"] for row in shown if against_r2_here(row) == "above"]
     rows = [row for row in shown if row["proxy"] != R2 and np.isfinite(row["diff_r2"])]
     rows.sort(key=lambda row: row["diff_r2"])
     figure, axis = pyplot().subplots(figsize=(7.6, 0.29 * len(rows) + 1.9), layout="constrained")
-    ends = np.array([[row["diff_r2_lo"], row["diff_r2"], row["diff_r2_hi"]] for row in rows])
+    names = ("diff_r2_here_lo", "diff_r2", "diff_r2_here_hi")
+    ends = np.array([[row[name] for name in names] for row in rows])
     # what is better is shown whole; one that is far worse does not press the others together
     right = 1.1 * max(np.nanmax(ends, initial=0), 0.05)
     left = min(1.1 * max(np.nanmax(-ends, initial=0), 0.05), max(right, FURTHEST))
@@ -755,7 +848,7 @@ def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
         if min(lo, at) < -left:
             axis.plot(-left, y, "<", color=colour, markersize=6, clip_on=False)
         axis.annotate(
-            estimate(row, "diff_r2"),
+            claims.estimate_here(row, "diff_r2"),
             (1.01, y),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -765,14 +858,14 @@ def leaderboard_plot(board: list[dict], verdict: dict) -> bytes:
     axis.axvline(0, color="0.3", linewidth=1)
     axis.set_yticks(range(len(rows)), [row["proxy"] for row in rows], fontsize=8)
     axis.set_xlabel(
-        f"rank correlation with CE_rec at one k, minus R²'s {signed(r2['partial'])}; 95% over hooks",
+        f"rank correlation with CE_rec at one k, minus R²'s {signed(r2['partial'])}; 95% over documents",
         fontsize=8,
     )
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3, axis="x")
-    says = "no proxy is shown to order SAEs better than R²"
+    says = "no proxy is shown to order these SAEs better than R²"
     if above:
-        says = f"shown to order SAEs better than R²: {', '.join(above)}"
+        says = f"shown to order these SAEs better than R²: {', '.join(above)}"
     figure.suptitle(f"On {r2['n_clusters']} hooks {says}", fontsize=10, wrap=True)
     axis.set_title(f"H2, that SWD does: {verdict['leaf']}", fontsize=8)
     labels = {**{kind: LOOKS[kind] for kind in (SENSITIVE, CONTROL)}, "other": OTHER}

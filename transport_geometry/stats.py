@@ -7,12 +7,15 @@ conditions. R draws: what a statistic is computed on, each with its weights of t
 weighting of the documents; draw 0 is the estimate. `meta` maps model, depth, layer, k, tokens (budget), seed
 and cell (the condition without seed) to arrays over C.
 
-Units. What SAEs of one hook, a (model, layer), have in common moves all of them: what a proxy has beyond k
-and CE_rec correlates by up to .9 within a hook. So the cluster is the hook, whatever k and seeds it carries;
-a test over cells rejected a true null in a third of simulated grids (bench/levels.py). A stratum is a model
+Two claims. *Here*: about these SAEs; the units are evaluation documents (and seeds): `document_interval`. *In
+general*: about hooks, a (model, layer), that were not measured. What SAEs of one hook have in common moves
+all of them (what a proxy has beyond k and CE_rec correlates by up to .9 within a hook), so the unit is the
+hook, whatever k and seeds it carries; a test over cells rejected a true null in a third of simulated grids
+(bench/levels.py). Neighbouring hooks of one model resemble each other too: `dependence`. A stratum is a model
 (2 or 3 models are fixed effects; nothing here generalises over models). Undefined is nan.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -278,6 +281,147 @@ def ratio_interval(
     return float(n / d), float((b - root) / a), float((b + root) / a)
 
 
+def stretched_interval(
+    estimate: float, draws: np.ndarray, stretch: float, fisher: bool = False
+) -> tuple[float, float]:
+    """`interval` of draws [R], its ends moved `stretch` times as far from the estimate; none where stretch is
+    nan (`Dependence.stretch`).
+    """
+    lo, hi = interval(draws, fisher)
+    if fisher:
+        lo, hi, estimate = (float(np.arctanh(np.clip(v, -1 + 1e-12, 1 - 1e-12))) for v in (lo, hi, estimate))
+    lo, hi = (estimate + stretch * (end - estimate) for end in (lo, hi))
+    return (float(np.tanh(lo)), float(np.tanh(hi))) if fisher else (lo, hi)
+
+
+def document_interval(
+    draws: np.ndarray, sources: dict[str, np.ndarray], n_doc: int, n_ranked: int = 0
+) -> tuple[float, float]:
+    """95% interval of a rank statistic over documents, and over seeds where a model has several. draws [R],
+    draw 0 the estimate, and `sources`: as `seed_draws` gives them. n_ranked: of a rank correlation, how many
+    are ranked; it is then taken on the Fisher-z scale, no closer to 1 than with two neighbours exchanged.
+
+    Noise lowers a rank correlation, and a resample has it twice: its draws lie as far below the estimate as
+    the estimate lies below the truth, and their percentiles covered a nominal 95% in as few as 45% of data
+    sets. So the ends are the further ones of two intervals: the percentiles, and a Student interval about the
+    estimate less the bootstrap's bias (Efron & Tibshirani 1993, section 10.3), n - 1 degrees of freedom and n
+    / (n - 1) of the variance. What they cover: bench/RESULTS.md.
+    """
+    if n_ranked:
+        most = 1 - 12 / max(n_ranked**3 - n_ranked, 24)
+        draws = np.arctanh(np.clip(draws, -most, most))
+    sources = {name: own for name, own in sources.items() if name == "documents" or len(own) > 1}
+    sources = {name: own[~np.isnan(draws[own])] for name, own in sources.items()}
+    of_documents, estimate = draws[sources["documents"]], draws[0]
+    if np.isnan(estimate) or n_doc < 2 or len(of_documents) < 2:
+        return np.nan, np.nan
+    variance, df = spread(draws[None], sources, n_doc)
+    t = scipy.stats.t.ppf(1 - ALPHA / 2, df) if variance[0, 0] > 0 else 0.0
+    half = t * np.sqrt(variance[0, 0] * n_doc / (n_doc - 1))
+    middle, (lo, hi) = 2 * estimate - of_documents.mean(), percentiles(of_documents)
+    lo, hi = min(lo, middle - half, estimate), max(hi, middle + half, estimate)
+    return (float(np.tanh(lo)), float(np.tanh(hi))) if n_ranked else (float(lo), float(hi))
+
+
+# -------------------------------------------------------------------- neighbouring hooks are not independent
+PHIS = np.r_[np.arange(-0.9, 0.95, 0.05), 0.95, 0.98, 0.99]  # that `median_correlations` knows
+N_SERIES = 4000  # simulated for each
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """How far the hooks of a grid stand in for independent ones, as the errors of a proxy say."""
+
+    phi: float  # correlation of neighbouring hooks' errors; nan where no model has two hooks
+    n_hooks: int
+    n_effective: float  # independent hooks that would say as much
+
+    @property
+    def stretch(self) -> float:
+        """By how much intervals and null distributions over hooks are too narrow; nan below MIN_CLUSTERS
+        effective hooks, where nothing is said in general.
+        """
+        if self.n_effective < MIN_CLUSTERS:
+            return np.nan
+        return float((self.n_hooks / self.n_effective) ** 0.5)
+
+
+def proxy_errors(x: np.ndarray, y: np.ndarray, meta: dict) -> np.ndarray:
+    """What the ranks of a proxy x [C] have beyond k, budget and the ranks of the target y [C]: residuals
+    [C].
+    """
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return np.full(len(y), np.nan)
+    Z = np.column_stack([given(meta), scipy.stats.rankdata(y)])
+    ranks = scipy.stats.rankdata(x)
+    return ranks - Z @ np.linalg.lstsq(Z, ranks, rcond=None)[0]
+
+
+def dependence(errors: np.ndarray, meta: dict) -> Dependence:
+    """Of the hooks, from errors [C]: each hook's mean, hooks in the order of depth in each model.
+
+    phi is the correlation at lag 1 for which what is observed is the median (Andrews 1993), since the
+    observed one is too low by about (1 + 3 phi) / hooks (Marriott & Pope 1954): at 12 hooks .55 where .9 is
+    true. The model: AR(1) along depth, models independent; what all hooks of a model share is held fixed, as
+    everywhere. Neighbours are those of the grid, whatever lies between.
+    """
+    ids = cluster_ids(meta)
+    _, first = np.unique(ids, return_index=True)
+    model, layer = np.asarray(meta["model"])[first], np.asarray(meta["layer"])[first]
+    order = np.lexsort((layer, model))
+    hooks_of_model = tuple(int(n) for n in np.unique(model, return_counts=True)[1])
+    r = neighbour_correlation(mean_by_hook(errors, ids)[order], hooks_of_model)
+    if np.isnan(r):
+        return Dependence(np.nan, len(first), float(len(first)))
+    phi = float(np.interp(r, median_correlations(hooks_of_model), PHIS))
+    return Dependence(phi, len(first), effective_hooks(phi, hooks_of_model))
+
+
+def neighbour_correlation(e: np.ndarray, hooks_of_model: tuple[int, ...]) -> np.ndarray:
+    """Mean product of neighbours over mean square, of e [..., G] less each model's mean: [...]. The hooks of
+    a model follow each other. nan without neighbours, or without errors.
+    """
+    model = np.repeat(np.arange(len(hooks_of_model)), hooks_of_model)
+    own = (model[:, None] == model).astype(float)
+    e = e - e @ (own / own.sum(0))
+    paired = model[1:] == model[:-1]
+    square = (e * e).mean(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        product = (e[..., 1:] * e[..., :-1])[..., paired].sum(-1) / paired.sum()
+        return np.where(square > 1e-12, product / square, np.nan)
+
+
+def autoregressive(z: np.ndarray, phi: float, hooks_of_model: tuple[int, ...]) -> np.ndarray:
+    """AR(1) of unit variance from normals z [..., G], starting anew with each model."""
+    out, starts = z.copy(), {0, *np.cumsum(hooks_of_model).tolist()}
+    for g in range(1, z.shape[-1]):
+        if g not in starts:
+            out[..., g] = phi * out[..., g - 1] + (1 - phi * phi) ** 0.5 * z[..., g]
+    return out
+
+
+@functools.lru_cache
+def median_correlations(hooks_of_model: tuple[int, ...]) -> np.ndarray:
+    """Median `neighbour_correlation` for each of PHIS, simulated; increasing."""
+    z = np.random.default_rng(0).standard_normal((N_SERIES, sum(hooks_of_model)))
+    medians = [
+        np.median(neighbour_correlation(autoregressive(z, phi, hooks_of_model), hooks_of_model))
+        for phi in PHIS
+    ]
+    return np.maximum.accumulate(medians)
+
+
+def effective_hooks(phi: float, hooks_of_model: tuple[int, ...]) -> float:
+    """Independent hooks whose mean would vary as much as the mean over these (Bayley & Hammersley 1946); no
+    more than there are.
+    """
+    G, variance = sum(hooks_of_model), 0.0
+    for n in hooks_of_model:
+        lag = np.arange(1, n)
+        variance += n + 2 * ((n - lag) * max(phi, 0.0) ** lag).sum()
+    return float(G * G / variance)
+
+
 # ------------------------------------------------------------------------------------------- tests over hooks
 def sign_patterns(G: int, n_draws: int = 10_000, seed: int = 0) -> np.ndarray:
     """[R, G] of +1 and -1, the first row all +1 (the observed pattern, so that p is never 0): all 2^G up to G
@@ -316,14 +460,18 @@ def swap_test(
     clusters: np.ndarray | None = None,
     n_draws: int = 10_000,
     seed: int = 0,
+    stretch: float = 1.0,
 ) -> tuple[float, float]:
     """Does proxy a predict y better than proxy b? a, b, y [C] -> difference of partial Spearman, p.
 
     Both proxies are ranked, then trade places in whole clusters (default: hooks), and are ranked again:
     without that the test rejects twice too often where proxies correlate at .95. `sign_patterns`, two-sided,
-    `one_spent`; p is nan below 6 clusters.
+    `one_spent`; p is nan below 6 clusters. stretch: of the null distribution, as `Dependence.stretch`; nan
+    gives no p.
     """
-    diff, p = swap_tests(np.atleast_2d(a), b, y, meta, clusters=clusters, n_draws=n_draws, seed=seed)
+    diff, p = swap_tests(
+        np.atleast_2d(a), b, y, meta, clusters=clusters, n_draws=n_draws, seed=seed, stretch=stretch
+    )
     return float(diff[0]), float(p[0])
 
 
@@ -336,8 +484,12 @@ def swap_tests(
     clusters: np.ndarray | None = None,
     n_draws: int = 10_000,
     seed: int = 0,
+    stretch: float | np.ndarray = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`swap_test` of each proxy in a [P, C] against one and the same b [C]: differences [P], p [P]."""
+    """`swap_test` of each proxy in a [P, C] against one and the same b [C]: differences [P], p [P].
+    stretch: one, or [P].
+    """
+    stretches = np.broadcast_to(stretch, len(a))
     ids = cluster_ids(meta) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     diff, p = np.full(len(a), np.nan), np.full(len(a), np.nan)
     if not np.isfinite(b).all():
@@ -361,8 +513,8 @@ def swap_tests(
         places_a = _places(values)
         stat = with_y(np.where(swapped, places_b, places_a)) - with_y(np.where(swapped, places_a, places_b))
         diff[i] = stat[0]
-        if np.isfinite(stat[0]) and G >= MIN_CLUSTERS:
-            p[i] = p_value(stat, one_spent(G))
+        if np.isfinite(stat[0]) and G >= MIN_CLUSTERS and np.isfinite(stretches[i]):
+            p[i] = p_value(stat, one_spent(G) * stretches[i])
     return diff, p
 
 
@@ -380,13 +532,14 @@ def _midranks_of_places(places: np.ndarray) -> np.ndarray:
     return np.take_along_axis(np.cumsum(count, 1) - count / 2, places, axis=1)
 
 
-def flip_test(d: np.ndarray, n_draws: int = 10_000, seed: int = 0) -> float:
+def flip_test(d: np.ndarray, n_draws: int = 10_000, seed: int = 0, stretch: float = 1.0) -> float:
     """p that the mean of d [G], a difference of errors in each hook, is 0: signs flipped, two-sided,
-    `one_spent`. nan below 6 hooks, or where one is undefined.
+    `one_spent`. nan below 6 hooks, or where one is undefined. stretch: as of `swap_test`.
     """
-    if len(d) < MIN_CLUSTERS or not np.isfinite(d).all():
+    if len(d) < MIN_CLUSTERS or not np.isfinite(d).all() or np.isnan(stretch):
         return np.nan
-    return p_value(sign_patterns(len(d), n_draws, seed) @ d / max(np.abs(d).sum(), 1e-300), one_spent(len(d)))
+    stat = sign_patterns(len(d), n_draws, seed) @ d / max(np.abs(d).sum(), 1e-300)
+    return p_value(stat, one_spent(len(d)) * stretch)
 
 
 def loho_errors(x: np.ndarray, magnitude: np.ndarray, meta: dict) -> np.ndarray:
