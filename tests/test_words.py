@@ -91,6 +91,10 @@ def test_what_a_colleague_could_repeat():
         "83% of the harm is one position a sequence: leave sinks alone and CE_rec is 0.640."
         in (said_of(row, 12)["says"])
     )
+    both = dict(ce_over_zero=(1.0, 0.5, 1.5), ce_below_zero=(3.0, 2.5, 3.5), sink_harm=(1.8, 1.7, 1.9))
+    said = said_of(a_row(**both) | dict(ce_rec=-3.0), 12)
+    assert said["word"] == "worse than zero ablation" and "--leave-sinks" in said["read"]
+    assert "more than twice" not in said["says"] and said["also"] == "more than doubles CE, breaks the sink"
     assert "no sink by the rule has 20% of SST" in said_of(a_row() | dict(calm_share=0.2), 12)["says"]
 
 

@@ -141,11 +141,14 @@ def said_of(row: dict, n_doc: int) -> dict[str, str]:
         "harm_share": share_in_words(row["sink_harm"], 1 - row["ce_rec"]),
         "where": "one position a sequence" if row["n_sink"] == row["n_seq"] else f"{row['n_sink']} sinks",
     }
-    says = [finding.says.format(**facts) for finding in holds]
+    # an error worse than zero more than doubles CE as well, and a broken sink is what to mend
+    told = [one for one in holds if one.column != "ce_below_zero" or one is holds[0]]
+    mend = next((one for one in holds if one.column == "sink_harm"), holds[0] if holds else None)
+    says = [finding.says.format(**facts) for finding in told]
     excess = [EXCESS.format(**facts)] if math.isfinite(row["kl_excess"]) else []
     open_ones = [text for finding in FINDINGS if (text := why_open(row, finding, n_doc))]
-    if holds:
-        word, read = holds[0].word, holds[0].read
+    if mend:
+        word, read = holds[0].word, mend.read
     elif open_ones:
         word, read = UNJUDGED, "Read CE_rec with its interval."
         says.append(open_ones[0])
