@@ -1019,7 +1019,9 @@ def with_pairs(command: Command) -> Command:
     """
     if (typed := command.own["pairs"]) is None or command.finished:
         return dataclasses.replace(command, own={})
-    pairs = [pair_of(printable(text, "--pairs"), command.grid.models) for text in typed.split(",")]
+    default = tuple(parse_models(GRID["models"]))
+    models = () if command.grid.models == default else tuple(name for name, _ in command.grid.models)
+    pairs = [pair_of(printable(text, "--pairs"), models) for text in typed.split(",")]
     if len(set(pairs)) < len(pairs):
         raise UserError(f"--pairs {brief(typed)}: the same pair twice")
     hooks = list(dict.fromkeys(itertools.chain(*pairs)))
@@ -1028,21 +1030,23 @@ def with_pairs(command: Command) -> Command:
     return dataclasses.replace(command, grid=dataclasses.replace(command.grid, models=tuple(hooks)), own=own)
 
 
-def pair_of(text: str, models: Sequence[tuple[str, int | None]]) -> tuple[tuple[str, int], ...]:
-    """(model, layer) of both hooks, as typed. models: of --models. Raises UserError."""
+def pair_of(text: str, models: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """(model, layer) of both hooks, as typed. models: of --models, none where it was not typed. Raises
+    UserError.
+    """
     ends = text.split(":")
     if all(end.isdecimal() for end in ends):
-        if len(models) != 1 or models[0][1] is not None:
-            raise UserError(f"--pairs {brief(text)}: layers of which model? --models NAME, one and no layer")
-        ends = [f"{models[0][0]}@{end}" for end in ends]
-    elif list(models) != parse_models(GRID["models"]):
-        raise UserError(f"--pairs {brief(text)} names its models: leave out --models")
+        if len(set(models)) != 1:
+            raise UserError(f"--pairs {brief(text)}: layers of which model? --models NAME, please")
+        ends = [f"{models[0]}@{end}" for end in ends]
     parts = [end.rpartition("@") for end in ends]
     if not all(name and layer.isdecimal() and len(layer) < 5 for name, _, layer in parts):
         raise UserError(f"--pairs {brief(text)}: two hooks, please, as 10:11 or MODEL@10:MODEL@11")
     hooks = tuple((name, int(layer)) for name, _, layer in parts)
     if len(hooks) != 2 or len(set(hooks)) != 2:
         raise UserError(f"--pairs {brief(text)}: two different hooks, please")
+    if models and (others := [name for name, _ in hooks if name not in models]):
+        raise UserError(f"--pairs {brief(text)}: {others[0]} is not among --models")
     return hooks
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 
+import common
 from helpers import ROOT, SMALL, contents, one_line, process, script
 from transport_geometry import store
 from transport_geometry.tables import read_table
@@ -317,13 +318,32 @@ def test_layers_of_one_model_are_compared_pair_by_pair(tmp_path):
     assert "other settings (pairs: " in one_line(again)
 
 
+def test_the_grid_follows_from_the_pairs():
+    import expa
+
+    def grid(*typed):
+        command = expa.with_pairs(common.parse_args("", expa.GRID, list(typed), expa.FLAGS))
+        return command.grid.models, command.own
+
+    two = (("a", 10), ("a", 11)), {"pairs": [["a@10", "a@11"]]}
+    assert grid("--models", "a", "--pairs", "10:11") == grid("--pairs", "a@10:a@11") == two
+    assert grid("--models", "a@3,a@5", "--pairs", "10:11") == two
+    hooks, own = grid(
+        "--preset",
+        "phase2",
+        "--pairs",
+        f"{common.SMALL}@2:{common.LARGE}@9,{common.LARGE}@9:{common.LARGE}@3",
+    )
+    assert hooks == ((common.SMALL, 2), (common.LARGE, 9), (common.LARGE, 3)) and len(own["pairs"]) == 2
+    assert grid("--models", "a") == ((("a", None),), {}) and grid("--from", "x", "--pairs", "1:2")[1] == {}
+
+
 @pytest.mark.parametrize(
     "models, pairs, words",
     [
         ([], "10:11", "layers of which model? --models NAME"),
-        (["--models", "stdlib-s@2"], "1:3", "layers of which model?"),
         (["--models", "stdlib-s,stdlib-m"], "1:3", "layers of which model?"),
-        (["--models", "stdlib-s"], "stdlib-s@1:stdlib-m@3", "leave out --models"),
+        (["--models", "stdlib-s"], "stdlib-s@1:stdlib-m@3", "stdlib-m is not among --models"),
         (["--models", "stdlib-s"], "1", "two different hooks"),
         (["--models", "stdlib-s"], "1:3:4", "two different hooks"),
         (["--models", "stdlib-s"], "3:03", "two different hooks"),

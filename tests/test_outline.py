@@ -1,4 +1,4 @@
-"""The outline of all finished experiments: its order, its gates, its links, and what it does not show."""
+"""The outline of all finished experiments: its order, its links, and what it does not show."""
 
 import json
 import pathlib
@@ -222,6 +222,13 @@ def test_each_word_of_exp_a(leaf, tmp_path):
             "N": ["not shown", "shown, and N says how", "shown"],
         }[leaf]
     )
+
+
+def test_exp_a_between_layers_says_which(tmp_path):
+    pair = dict(small="s@10", large="s@11", h0=False, h1=True)
+    run(tmp_path, "expa", "expa", exp_a("N", **pair), settings=SETTINGS | {"pairs": [["s@10", "s@11"]]})
+    assert table(of(tmp_path))["N"].endswith("): shown (s@11 minus s@10)")
+    assert table(of(tmp_path))["H1"].endswith("): shown, and N says how (s@11 minus s@10)")
 
 
 def test_an_r2_that_is_not_transferable_leaves_h1_unjudged(tmp_path):

@@ -197,13 +197,14 @@ SAME_RUN = ("models", "weights", "tokenizers", "data", "data_content", "split", 
 
 def leaf_of(claim: Claim, run: Run) -> str:
     """The run's own verdict on the claim, in words. Exp-A's one leaf is about three claims: once it has
-    judged, its verdict holds what each came to.
+    judged, its verdict holds what each came to. Of several pairs of hooks it is the first one's.
     """
+    of_pair = " ({large} minus {small})".format(**run.verdict) if run.settings.get("pairs") else ""
     if claim.script != "expa" or run.leaf not in ADJUDICATED:
-        return run.leaf.replace("-", " ").replace("r2", "R²")
+        return run.leaf.replace("-", " ").replace("r2", "R²") + of_pair
     came_to = {"H0": run.verdict.get("h0"), "H1": run.verdict.get("h1"), "N": run.leaf == "N"}[claim.label]
     shown = "not judged" if came_to is None else "shown" if came_to else "not shown"
-    return f"{shown}, and N says how" if claim.label == "H1" and run.leaf == "N" else shown
+    return shown + ", and N says how" * (claim.label == "H1" and run.leaf == "N") + of_pair
 
 
 def differing(exp_a: Run, run: Run) -> list[str]:
