@@ -54,6 +54,9 @@ def test_neighbour_correlation_by_hand():
     assert stats.neighbour_correlation(e + [5, 5, 5, 0, 0, 0], (3, 3)) == pytest.approx(
         -2.5 / 4
     )  # held fixed
+    # about one mean, 1.5: what a model shares is left in
+    e = np.array([2.0, 3, 2, 1, 0, 1])
+    assert stats.neighbour_correlation(e, (3, 3), one_mean=True) == pytest.approx((1.5 * 2) / 4 / (5.5 / 6))
     assert np.isnan(stats.neighbour_correlation(np.ones(6), (3, 3)))
     assert np.isnan(stats.neighbour_correlation(np.arange(3.0), (1, 1, 1)))  # no neighbours
 
@@ -68,9 +71,11 @@ def test_neighbours_are_in_the_order_of_depth_and_of_one_model():
     mixed = rng.permutation(len(errors))
     shuffled = stats.dependence(errors[mixed], {name: v[mixed] for name, v in meta.items()})
     assert shuffled == stats.dependence(errors, meta) and shuffled.n_hooks == shuffled.n_effective == 24
-    # each model is one number: none of it is between neighbours
-    constant = stats.dependence(on_saes(np.repeat([1.0, -1], 12), meta, rng, icc=1), meta)
-    assert np.isnan(constant.phi) and constant.n_effective == 24
+    # a number for each model, and what alternates: as alike as neighbours can be, about one mean
+    shared = on_saes(np.repeat([2.0, -2], 12) + np.tile([0.5, -0.5], 12), meta, rng, icc=1)
+    assert stats.dependence(shared, meta).phi > 0.9
+    one = {name: v[meta["model"] == "large"] for name, v in meta.items()}
+    assert stats.dependence(shared[meta["model"] == "large"], one).phi < -0.8
 
 
 @pytest.mark.parametrize("sizes", [(12,), (6, 6, 6), (12, 5, 1)])
@@ -82,16 +87,17 @@ def test_effective_hooks_are_the_variance_of_a_mean(sizes, phi):
     assert stats.effective_hooks(-0.5, sizes) == G  # never more than there are
 
 
-@pytest.mark.parametrize("models, layers, phi", [(1, 12, 0.0), (1, 12, 0.5), (2, 12, 0.8), (3, 6, 0.5)])
+@pytest.mark.parametrize("models, layers, phi", [(1, 12, 0.0), (1, 12, 0.5), (1, 18, 0.8), (3, 6, 0.5)])
 def test_phi_is_right_in_the_middle(models, layers, phi):
-    """Half of 400 estimates lie above the truth; the plain correlation of neighbours lies below it in 60% at
-    least.
+    """Half of 400 estimates lie above the truth, of several models more: the larger of two. The plain
+    correlation of neighbours lies below it in 60% at least.
     """
     meta, rng = grid(tuple("abc"[:models]), layers), np.random.default_rng(1)
     series = along_depth(rng, phi, 400, layers, models)
     raw = stats.neighbour_correlation(series, (layers,) * models)
     found = [stats.dependence(on_saes(e, meta, rng, icc=1), meta).phi for e in series]
-    assert abs(np.mean(np.array(found) > phi) - 0.5) < 4 * binomial_sd(0.5, 400)
+    above, most = np.mean(np.array(found) > phi), 4 * binomial_sd(0.5, 400)
+    assert -most < above - 0.5 < most + 0.25 * (models > 1)
     assert np.mean(raw < phi) > 0.6
 
 
@@ -185,6 +191,18 @@ def test_document_interval_covers_where_percentiles_do_not():
     assert abs(ours - 0.91) < 4 * binomial_sd(0.91, n) and plain < 0.8
 
 
+def test_without_noise_is_the_correlation_behind_it():
+    """Normals of correlation .8, with noise of half their variance on both, and with noise twice: Spearman's
+    own attenuation, .8 / 1.5 and .8 / 2.
+    """
+    draws = np.full(50, 0.8 / 2)
+    assert stats.without_noise(0.8 / 1.5, draws) == pytest.approx(0.8)
+    assert stats.without_noise(-0.8 / 1.5, -draws) == pytest.approx(-0.8)
+    assert stats.without_noise(0.97, np.full(50, 0.93)) == 1  # no further
+    wide = np.linspace(-0.5, 0.9, 50)
+    assert stats.without_noise(0.3, wide) == 0.3 and stats.without_noise(0.5, np.full(50, 0.2)) == 0.5
+
+
 def test_document_interval_of_a_mean_is_students():
     """No bias to take off: the t interval of scipy, which is wider than the percentiles."""
     rng = np.random.default_rng(6)
@@ -193,6 +211,14 @@ def test_document_interval_of_a_mean_is_students():
     expected = scipy.stats.t.interval(0.95, 7, x.mean(), scipy.stats.sem(x))
     assert stats.document_interval(draws, sources_of(20_000), 8) == pytest.approx(expected, abs=0.02)
     assert np.isnan(stats.document_interval(draws, sources_of(20_000), 1)).all()
+
+
+def test_document_interval_of_a_correlation_reaches_one():
+    """Six SAEs in perfect order: an interval that ended at tanh of something would never hold the truth."""
+    draws = np.r_[1.0, np.nan, np.ones(150), np.full(50, 0.8)]
+    lo, hi = stats.document_interval(draws, sources_of(200), 30, n_ranked=6)
+    assert hi == 1 and 0.7 < lo <= 0.8
+    assert stats.document_interval(-draws, sources_of(200), 30, n_ranked=6) == pytest.approx((-1, -lo))
 
 
 def test_document_interval_takes_in_seeds():

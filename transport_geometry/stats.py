@@ -299,16 +299,19 @@ def document_interval(
 ) -> tuple[float, float]:
     """95% interval of a rank statistic over documents, and over seeds where a model has several. draws [R],
     draw 0 the estimate, and `sources`: as `seed_draws` gives them. n_ranked: of a rank correlation, how many
-    are ranked; it is then taken on the Fisher-z scale, no closer to 1 than with two neighbours exchanged.
+    are ranked; it is then taken on the Fisher-z scale, where 1 lies where one exchange of neighbours does.
 
     Noise lowers a rank correlation, and a resample has it twice: its draws lie as far below the estimate as
     the estimate lies below the truth, and their percentiles covered a nominal 95% in as few as 45% of data
-    sets. So the ends are the further ones of two intervals: the percentiles, and a Student interval about the
-    estimate less the bootstrap's bias (Efron & Tibshirani 1993, section 10.3), n - 1 degrees of freedom and n
-    / (n - 1) of the variance. What they cover: bench/RESULTS.md.
+    sets. So the ends are the furthest ones of the percentiles and of Student intervals, n - 1 degrees of
+    freedom and n / (n - 1) of the variance, about what the estimate would be without noise: the estimate less
+    the bootstrap's bias (Efron & Tibshirani 1993, section 10.3), and, of a correlation, `without_noise`. What
+    they cover: bench/RESULTS.md.
     """
+    most = 1 - 12 / max(n_ranked**3 - n_ranked, 24)
+    middles = [without_noise(draws[0], draws[sources["documents"]])] if n_ranked else []
     if n_ranked:
-        most = 1 - 12 / max(n_ranked**3 - n_ranked, 24)
+        middles = [np.arctanh(np.clip(middle, -most, most)) for middle in middles]
         draws = np.arctanh(np.clip(draws, -most, most))
     sources = {name: own for name, own in sources.items() if name == "documents" or len(own) > 1}
     sources = {name: own[~np.isnan(draws[own])] for name, own in sources.items()}
@@ -318,9 +321,25 @@ def document_interval(
     variance, df = spread(draws[None], sources, n_doc)
     t = scipy.stats.t.ppf(1 - ALPHA / 2, df) if variance[0, 0] > 0 else 0.0
     half = t * np.sqrt(variance[0, 0] * n_doc / (n_doc - 1))
-    middle, (lo, hi) = 2 * estimate - of_documents.mean(), percentiles(of_documents)
-    lo, hi = min(lo, middle - half, estimate), max(hi, middle + half, estimate)
-    return (float(np.tanh(lo)), float(np.tanh(hi))) if n_ranked else (float(lo), float(hi))
+    middles += [2 * estimate - of_documents.mean()]
+    lo, hi = percentiles(of_documents)
+    lo, hi = min(lo, estimate, min(middles) - half), max(hi, estimate, max(middles) + half)
+    if not n_ranked:
+        return float(lo), float(hi)
+    lo, hi = (np.sign(end) if abs(end) >= np.arctanh(most) else np.tanh(end) for end in (lo, hi))
+    return float(lo), float(hi)
+
+
+def without_noise(estimate: float, draws: np.ndarray) -> float:
+    """A correlation as it would be without noise: 1 / r is linear in the noise's variance (Spearman 1904),
+    which the draws of a bootstrap have twice (SIMEX with the rational extrapolant, Cook & Stefanski 1994).
+    The estimate itself where noise could be all there is of it.
+    """
+    draws = draws[~np.isnan(draws)]
+    mean = draws.mean() if len(draws) else np.nan
+    if not (abs(estimate) > 2 * draws.std() and mean / estimate > 0.5):
+        return estimate
+    return float(np.clip(1 / (2 / estimate - 1 / mean), -1, 1))
 
 
 # -------------------------------------------------------------------- neighbouring hooks are not independent
@@ -362,28 +381,34 @@ def dependence(errors: np.ndarray, meta: dict) -> Dependence:
 
     phi is the correlation at lag 1 for which what is observed is the median (Andrews 1993), since the
     observed one is too low by about (1 + 3 phi) / hooks (Marriott & Pope 1954): at 12 hooks .55 where .9 is
-    true. The model: AR(1) along depth, models independent; what all hooks of a model share is held fixed, as
-    everywhere. Neighbours are those of the grid, whatever lies between.
+    true. The model: AR(1) along depth, models independent. Of several models phi is the larger of two
+    estimates, about each model's mean and about one mean for all: the first sees what drifts along depth,
+    the second what all hooks of a model share. Neighbours are those of the grid, whatever lies between.
     """
     ids = cluster_ids(meta)
     _, first = np.unique(ids, return_index=True)
     model, layer = np.asarray(meta["model"])[first], np.asarray(meta["layer"])[first]
     order = np.lexsort((layer, model))
     hooks_of_model = tuple(int(n) for n in np.unique(model, return_counts=True)[1])
-    r = neighbour_correlation(mean_by_hook(errors, ids)[order], hooks_of_model)
-    if np.isnan(r):
+    e, found = mean_by_hook(errors, ids)[order], []
+    for one_mean in (False, True):
+        r = neighbour_correlation(e, hooks_of_model, one_mean)
+        found.append(np.interp(r, median_correlations(hooks_of_model, one_mean), PHIS, left=PHIS[0]))
+    phi = float(np.fmax(*found))
+    if np.isnan(phi):
         return Dependence(np.nan, len(first), float(len(first)))
-    phi = float(np.interp(r, median_correlations(hooks_of_model), PHIS))
     return Dependence(phi, len(first), effective_hooks(phi, hooks_of_model))
 
 
-def neighbour_correlation(e: np.ndarray, hooks_of_model: tuple[int, ...]) -> np.ndarray:
-    """Mean product of neighbours over mean square, of e [..., G] less each model's mean: [...]. The hooks of
-    a model follow each other. nan without neighbours, or without errors.
+def neighbour_correlation(
+    e: np.ndarray, hooks_of_model: tuple[int, ...], one_mean: bool = False
+) -> np.ndarray:
+    """Mean product of neighbours over mean square, of e [..., G] less each model's mean, or less one mean for
+    all: [...]. The hooks of a model follow each other. nan without neighbours, or without errors.
     """
     model = np.repeat(np.arange(len(hooks_of_model)), hooks_of_model)
-    own = (model[:, None] == model).astype(float)
-    e = e - e @ (own / own.sum(0))
+    together = np.ones((len(model), len(model))) if one_mean else (model[:, None] == model).astype(float)
+    e = e - e @ (together / together.sum(0))
     paired = model[1:] == model[:-1]
     square = (e * e).mean(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -401,13 +426,11 @@ def autoregressive(z: np.ndarray, phi: float, hooks_of_model: tuple[int, ...]) -
 
 
 @functools.lru_cache
-def median_correlations(hooks_of_model: tuple[int, ...]) -> np.ndarray:
+def median_correlations(hooks_of_model: tuple[int, ...], one_mean: bool) -> np.ndarray:
     """Median `neighbour_correlation` for each of PHIS, simulated; increasing."""
     z = np.random.default_rng(0).standard_normal((N_SERIES, sum(hooks_of_model)))
-    medians = [
-        np.median(neighbour_correlation(autoregressive(z, phi, hooks_of_model), hooks_of_model))
-        for phi in PHIS
-    ]
+    series = (autoregressive(z, phi, hooks_of_model) for phi in PHIS)
+    medians = [np.median(neighbour_correlation(e, hooks_of_model, one_mean)) for e in series]
     return np.maximum.accumulate(medians)
 
 
