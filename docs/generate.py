@@ -404,7 +404,7 @@ def tree_of_exp_a() -> str:
 def tree_of_h2() -> str:
     controls = ", ".join(f"`{name}`" for name in metrics.EUCLIDEAN_CONTROLS)
     lines = [
-        ["hooks", f"{stats.MIN_CLUSTERS} or more"],
+        ["effective hooks", f"{stats.MIN_CLUSTERS} or more"],
         ["partial Spearman given k, SWD minus the best control", f"{leaderboard.MIN_DIFFERENCE:.2f} or more, and "
          f"p < {stats.ALPHA}"],
         ["error of log10 dCE at a hook left out", "smaller than the best control's"],
