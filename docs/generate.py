@@ -114,13 +114,18 @@ PROXIES = "cosine nmse_tok gd_abs r2 r2_nosink swd_tok swd_sampled swd_seq".spli
 AT_FIRST = "cosine gd_abs r2 swd_tok".split()  # of them, in README.md
 
 
+def of_these(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The number and its interval over documents."""
+    return {name: row[name], f"{name}_lo": row[f"{name}_here_lo"], f"{name}_hi": row[f"{name}_here_hi"]}
+
+
 def scores(names: list[str]) -> str:
     ranked = board("expb")
     lines = [
         [
             f"`{name}`",
-            spanned(ranked[name], "partial"),
-            "0" if name == "r2" else spanned(ranked[name], "diff_r2"),
+            spanned(of_these(ranked[name], "partial"), "partial"),
+            "0" if name == "r2" else spanned(of_these(ranked[name], "diff_r2"), "diff_r2"),
             percent(10 ** ranked[name]["loho"] - 1),
         ]
         for name in names
@@ -205,11 +210,9 @@ def exp_b_sizes() -> str:
     return f"""\
 {answers("expb")}
 
-SWD minus the best Euclidean control, chosen on half of the documents: {number(v["diff_control"])} \
-(p = {p_of(v["p_control"])}) in partial Spearman, {number(v["diff_loho_control"], 3)} \
-(p = {p_of(v["p_loho"])}) in the error of log10 dCE. dCE at a hook that the fit has not seen is off by \
-{off["r2"]} from R², by {off["cosine"]} from cosine, by {off["swd_tok"]} from `swd_tok`. The grid could have \
-shown SWD a gain of {v["smallest_detectable"]:.2f} at {percent(0.8)} power.
+dCE at a hook that the fit has not seen is off by {off["r2"]} from R², by {off["cosine"]} from cosine, by \
+{off["swd_tok"]} from `swd_tok`. The verdict in general: *{v["leaf"]}* ({v["reason"]}). Here, with intervals over \
+documents:
 
 {scores(PROXIES)}"""
 
@@ -399,7 +402,7 @@ def tree_of_exp_a() -> str:
 def tree_of_h2() -> str:
     controls = ", ".join(f"`{name}`" for name in metrics.EUCLIDEAN_CONTROLS)
     lines = [
-        ["hooks", f"{stats.MIN_CLUSTERS} or more"],
+        ["effective hooks", f"{stats.MIN_CLUSTERS} or more"],
         ["partial Spearman given k, SWD minus the best control", f"{leaderboard.MIN_DIFFERENCE:.2f} or more, and "
          f"p < {stats.ALPHA}"],
         ["error of log10 dCE at a hook left out", "smaller than the best control's"],

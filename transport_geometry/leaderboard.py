@@ -314,7 +314,7 @@ class Order:
     room: float  # between the control and 1
     p_perfect: float  # p that the target itself would have in the proxy's place
     detectable: float  # the gain that this grid shows in four of five cases
-    n_effective: float = np.inf  # hooks, of the comparison with the control
+    n_effective: float = np.inf  # hooks, of the comparison that has fewer
 
     @property
     def holds(self) -> bool:
@@ -488,7 +488,7 @@ def verdict_h2(
             "n_cells": mine["n_cells"],
             "n_clusters": mine["n_clusters"],
             "phi": mine["phi"],
-            "n_effective": order.n_effective if order.control else mine["n_effective"],
+            "n_effective": order.n_effective,
             "in_general": judged_in_general(mine),
             "here": claims.in_verdict(rows, controls),
             "n_proxies": len(pooled),
@@ -558,7 +558,7 @@ def _order(
         room=room,
         p_perfect=p_perfect,
         detectable=detectable,
-        n_effective=mine["n_effective_control"],
+        n_effective=min(mine["n_effective_r2"], mine["n_effective_control"]),
     )
 
 
@@ -695,7 +695,8 @@ WHAT_COUNTS = (
     "tests are widened by the square root of the loss, in a comparison by the larger one; below "
     "{min_clusters} effective hooks there are none (`undefined`). Intervals: 95%, hooks resampled within "
     "each model (none below {min_hooks} in one) together with {behind}; p_r2, p_ctl: the proxies trade "
-    "places in whole hooks; p_loho: signs flipped over hooks. The p are the tests; an interval of a difference may hold 0 beside a "
+    "places in whole hooks; p_loho: signs flipped over hooks. The p are the tests; an interval of a "
+    "difference may hold 0 beside a "
     "small p, and then neither is to be leaned on. Transfer gap: CE_rec of the largest model minus what the "
     "smallest model's curve says at that value of the proxy, averaged with the reverse; depths resampled, as "
     "if they were independent."
