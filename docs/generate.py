@@ -151,7 +151,7 @@ def exp_b() -> str:
     head, *lines = leaderboard.board_in_short(every).splitlines()
     some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
     said = [*runs()["expb"].answer.lines(), "", head, *some, "..."]
-    said += ["---", f"verdict: H2: {v['leaf']}"]
+    said += ["---", f"verdict: {importlib.import_module('expb').short_verdict(v)}"]
     return f"```\n{chr(10).join(said)}\n```\n\n{said_of_each()}"
 
 
