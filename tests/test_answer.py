@@ -169,8 +169,9 @@ def test_an_answer_says_which_claim_a_number_is_about():
     assert here_too == here and none.startswith("about other layers of a and b, not other models, nothing is")
     assert none.endswith("(correlation 0.81), so that 9 hooks count as 2.5, and 6 are needed.")
     alone = claims.none_in_general([one | {"n_clusters": 4} for one in few], ["a"])
-    assert (
-        alone == "In general, about other layers of a, nothing is said: there are 4 hooks, and 6 are needed."
+    assert alone == (
+        "In general, about other layers of a, nothing is said of SWD against R²: there are 4 hooks, and 6 "
+        "are needed."
     )
 
 

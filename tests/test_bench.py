@@ -148,10 +148,15 @@ def test_pythia_row():
 # -------------------------------------------------------------------------------------------- numbers of runs
 def test_levels():
     found = tables(bench("levels", 1))
-    assert [len(rows) for rows in found] == [27, 9, 8, 6, 3]
-    level, *_, covered = found
+    # the last four: the two claims, 4 grids x 4 phi, and the claim here
+    assert [len(rows) for rows in found] == [27, 9, 8, 6, 3, 16, 16, 16, 18]
+    level, covered, along_depth, in_documents = found[0], found[4], found[5], found[8]
     assert {row["swap, hooks"] for row in level} <= {"0.0 ± 0.0", "100.0 ± 0.0"}
     assert all(0.5 < float(row["truth"]) < 1 for row in covered)
+    assert {row["swap: no verdict"] for row in along_depth} <= {"0", "100"}
+    assert {row["partial"] for row in in_documents} <= {f"{a} ({b})" for a in (0, 100) for b in (0, 100)}
+    (rows,) = tables(bench("levels", 1, "--only", "rows", "--rows", ROOT / "outputs/reference/expb"))
+    assert [row["SAEs"] for row in rows[::8]] == ["all", "stdlib-s", "stdlib-m", "stdlib-l"]
 
 
 def test_seed_sd(tmp_path):

@@ -347,8 +347,9 @@ def test_one_hook_is_enough_here_and_none_too_few():
     assert swd["right"] == 1 and r2["right"] == 0 and r2["swd_here"] == pytest.approx(2)
     assert np.isnan(swd["p_r2"]) and np.isnan(swd["partial_lo"]) and np.isfinite(swd["partial_here_lo"])
     said = claims.none_in_general(board, ["a"])
-    assert (
-        said == "In general, about other layers of a, nothing is said: there are 1 hooks, and 6 are needed."
+    assert said == (
+        "In general, about other layers of a, nothing is said of SWD against R²: there is 1 hook, and 6 are "
+        "needed."
     )
 
 

@@ -170,7 +170,7 @@ COMPARED = {
     and published.L.endswith("410m")
     and published.MIDDLE == "0.50",
     "(nvcc 13.0)": results("nvcc 13.0"),
-    'R² 0.998 is 13 positions in 3,060; without them it is 0.626': results(
+    "R² 0.998 is 13 positions in 3,060; without them it is 0.626": results(
         "R² 0.998 is 13 positions in 3,060; without them it is 0.626"
     ),
     "of 24 on the embedded models 1.2 to 5 times, the mean of h 2.8 to 7": results(

@@ -237,9 +237,10 @@ def none_in_general(board: list[dict], models: Sequence[str]) -> str:
     least = min(rows, key=lambda row: row["n_effective"])
     if least["n_effective"] >= MIN_CLUSTERS:
         return ""
-    about = f"In general, about {layers_of(models)}, nothing is said"
-    if least["n_clusters"] < MIN_CLUSTERS:
-        return f"{about}: there are {least['n_clusters']} hooks, and {MIN_CLUSTERS} are needed."
+    about = f"In general, about {layers_of(models)}, nothing is said of SWD against R²"
+    if (hooks := least["n_clusters"]) < MIN_CLUSTERS:
+        there = "there is 1 hook" if hooks == 1 else f"there are {hooks} hooks"
+        return f"{about}: {there}, and {MIN_CLUSTERS} are needed."
     name = {R2: "R²", SWD: "SWD"}[least["proxy"]]
     return (
         f"{about}: what {name} gets wrong at one layer it gets wrong at the next (correlation "

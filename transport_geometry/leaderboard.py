@@ -689,17 +689,16 @@ TWO_STATISTICS = (
     "the other half."
 )
 WHAT_COUNTS = (
-    "The unit is the hook, a (model, layer): {n_clusters} of them. Neighbouring hooks share their errors, "
-    "and so may all hooks of a model. φ: how far a proxy's errors at one hook correlate with those at the "
-    "next, corrected for the number of hooks; hooks: how many independent ones that leaves. Intervals and "
-    "tests are widened by the square root of the loss, in a comparison by the larger one; below "
+    "The unit is the hook, a (model, layer): {n_clusters} of them. Neighbouring hooks share their errors,"
+    " and so may all hooks of a model. φ: how far a proxy's errors at one hook correlate with those at "
+    "the next, corrected for the number of hooks; hooks: how many independent ones that leaves. Intervals"
+    " and tests are widened by the square root of the loss, in a comparison by the larger one; below "
     "{min_clusters} effective hooks there are none (`undefined`). Intervals: 95%, hooks resampled within "
     "each model (none below {min_hooks} in one) together with {behind}; p_r2, p_ctl: the proxies trade "
     "places in whole hooks; p_loho: signs flipped over hooks. The p are the tests; an interval of a "
-    "difference may hold 0 beside a "
-    "small p, and then neither is to be leaned on. Transfer gap: CE_rec of the largest model minus what the "
-    "smallest model's curve says at that value of the proxy, averaged with the reverse; depths resampled, as "
-    "if they were independent."
+    "difference may hold 0 beside a small p, and then neither is to be leaned on. Transfer gap: CE_rec of"
+    " the largest model minus what the smallest model's curve says at that value of the proxy, averaged "
+    "with the reverse; depths resampled, as if they were independent."
 )
 WHAT_COULD_SHOW = (
     "Noise ceiling of the target: rho_max {rho_max}. The best control leaves {room} to gain in partial "

@@ -336,10 +336,9 @@ def without_noise(estimate: float, draws: np.ndarray) -> float:
     The estimate itself where noise could be all there is of it.
     """
     draws = draws[~np.isnan(draws)]
-    mean = draws.mean() if len(draws) else np.nan
-    if not (abs(estimate) > 2 * draws.std() and mean / estimate > 0.5):
+    if not len(draws) or not abs(estimate) > 2 * draws.std() or not draws.mean() / estimate > 0.5:
         return estimate
-    return float(np.clip(1 / (2 / estimate - 1 / mean), -1, 1))
+    return float(np.clip(1 / (2 / estimate - 1 / draws.mean()), -1, 1))
 
 
 # -------------------------------------------------------------------- neighbouring hooks are not independent
