@@ -22,7 +22,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import DEFAULTS, PRESETS  # noqa: E402
-from transport_geometry import leaderboard, libraries, metrics, outline, published, stats, words  # noqa: E402
+from transport_geometry import (  # noqa: E402
+    claims,
+    leaderboard,
+    libraries,
+    metrics,
+    outline,
+    published,
+    stats,
+    words,
+)
 from transport_geometry.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -90,6 +99,11 @@ def p_of(p: float) -> str:
     return f"{p:.3f}" if p >= 0.0005 else f"{p:.4f}"
 
 
+def tested(p: float | None) -> str:
+    """p = 0.03; a test over too few effective hooks has none."""
+    return "not tested in general" if p is None else f"p = {p_of(p)}"
+
+
 def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
@@ -114,18 +128,13 @@ PROXIES = "cosine nmse_tok gd_abs r2 r2_nosink swd_tok swd_sampled swd_seq".spli
 AT_FIRST = "cosine gd_abs r2 swd_tok".split()  # of them, in README.md
 
 
-def of_these(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """The number and its interval over documents."""
-    return {name: row[name], f"{name}_lo": row[f"{name}_here_lo"], f"{name}_hi": row[f"{name}_here_hi"]}
-
-
 def scores(names: list[str]) -> str:
     ranked = board("expb")
     lines = [
         [
             f"`{name}`",
-            spanned(of_these(ranked[name], "partial"), "partial"),
-            "0" if name == "r2" else spanned(of_these(ranked[name], "diff_r2"), "diff_r2"),
+            spanned(claims.as_here(ranked[name], "partial"), "partial"),
+            "0" if name == "r2" else spanned(claims.as_here(ranked[name], "diff_r2"), "diff_r2"),
             percent(10 ** ranked[name]["loho"] - 1),
         ]
         for name in names

@@ -547,8 +547,8 @@ def _order(
         # the target has no errors: the control's say how many hooks there are
         of_control = dependence(proxy_errors(base, y, meta), meta).stretch
         _, p_perfect = swap_test(y, base, y, meta, seed=seed, stretch=of_control)
-        stretch = (mine["n_clusters"] / mine["n_effective_control"]) ** 0.5
-        detectable = stretch * smallest_detectable(x, base, y, meta, n_resamples=n_resamples, seed=seed)
+        hooks = Dependence(np.nan, mine["n_clusters"], mine["n_effective_control"])
+        detectable = hooks.stretch * smallest_detectable(x, base, y, meta, n_resamples=n_resamples, seed=seed)
     return Order(
         control=control,
         gain=mine["diff_control"],
