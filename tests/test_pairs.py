@@ -213,8 +213,8 @@ def test_the_three_lines_and_what_is_printed():
     )
     assert asked.endswith("(m L3; 48 documents)?")
     assert came_out.startswith(
-        "As it reads: 3. Of 3 pairs of one k (3 at one hook, 0 between layers) R² inverts 1, 1 are not told "
-        "apart by one or both; furthest: sae1 over sae2, R² +0.050 [+0.0"
+        "As it reads: 3. Of 3 pairs of one k (3 at one hook, 0 between layers) R² inverts 1; not told "
+        "apart by one or both: 1; furthest: sae1 over sae2, R² +0.050 [+0.0"
     ) and came_out.endswith(". 1 other refused.")
     assert "CE_rec -0.050 [-0.05" in came_out and "another seed" in not_this
     assert "up to 0.075 inversions would come by chance" in not_this

@@ -257,7 +257,7 @@ def count_of(n: int, what: str) -> str:
 def hooks_of(rows: list[dict]) -> str:
     """In words, a few of them."""
     hooks = list(dict.fromkeys(f"{row['model']} L{row['layer']}" for row in rows))
-    return ", ".join(hooks[:2]) + (f" and {len(hooks) - 2} more hooks" if len(hooks) > 2 else "")
+    return ", ".join(hooks[:2]) + (f" and {count_of(len(hooks) - 2, 'more hook')}" if len(hooks) > 2 else "")
 
 
 def counted(found: list[dict]) -> dict[str, int]:
@@ -273,8 +273,8 @@ def words_counted(rows: list[dict]) -> dict[str, int]:
 def not_told(n: dict[str, int]) -> str:
     """The pairs on which R² and CE_rec do not both speak, in words; nothing where there are none."""
     open_ones, unjudged = n["claims"] + n["misses"] + n["neither"], n["undefined"]
-    text = f", {open_ones} are not told apart by one or both" if open_ones else ""
-    return text + (f", {unjudged} cannot be judged" if unjudged else "")
+    text = f"; not told apart by one or both: {open_ones}" if open_ones else ""
+    return text + (f"; not to be judged: {unjudged}" if unjudged else "")
 
 
 def name_in_pair(row: dict, end: str, names: dict[str, str]) -> str:
