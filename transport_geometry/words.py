@@ -18,7 +18,7 @@ MUCH_OF_SST = 0.1  # of one position that is no sink by the rule: worth saying
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds where the interval of a column lies beyond the margin, on the side of its sign."""
+    """Holds where the interval of a column lies above the margin."""
 
     word: str
     column: str  # of a row, with _lo and _hi
@@ -81,7 +81,7 @@ WORDS = (*dict.fromkeys(finding.word for finding in FINDINGS), AS_IT_READS, UNJU
 NOTHING_ELSE = "No sink owns its R² or its harm."
 NO_INTERVAL = "Of one document there is no interval."
 NOT_THERE = "{name} is undefined: there is no error, or it was not measured."
-ACROSS = "{name} {value} lies across its margin of {margin:.2f}; about {n} documents would tell."
+ACROSS = "{name} {value} lies across its margin of {margin:.2f}; {n} documents would tell."
 NAMED = {
     "ce_over_zero": "Patched CE less that of zero ablation",
     "ce_below_zero": "−CE_rec",
@@ -177,13 +177,9 @@ def why_open(row: dict, finding: Finding, n_doc: int) -> str:
     reach = (finding.margin - lo) if value > finding.margin else (hi - finding.margin)
     distance = abs(value - finding.margin)
     times = ((distance + reach) / max(distance, 1e-9)) ** 2
-    n = f"{round(n_doc * times):,}" if times < 1000 else "over a thousand times as many"
-    return ACROSS.format(
-        name=NAMED[finding.column],
-        value=span(value, lo, hi),
-        margin=finding.margin,
-        n=n,
-    )
+    n = f"about {round(n_doc * times):,}" if times < 1000 else "more than a thousand times as many"
+    value = span(value, lo, hi)
+    return ACROSS.format(name=NAMED[finding.column], value=value, margin=finding.margin, n=n)
 
 
 def share_in_words(part: float, whole: float) -> str:
