@@ -18,14 +18,14 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import kernels, store
+from transport_geometry import kernels, sae_fields, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
 from transport_geometry.lm import Hook, text_config
-from transport_geometry.models import asking_hub, fingerprint
+from transport_geometry.models import asking_hub, block_name, fingerprint
 from transport_geometry.sae import SAE, TopKSAE, load_sae, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
 
@@ -93,10 +93,12 @@ class FileSAE(SAE):
     """Any SAE whose code is a function of single tokens, for raw activations h [N,d].
 
     x = (h - shift) / scale for each token, by `norm`; z = W_enc (x - b_in) + b_enc; a code by `rule`; h_hat =
-    (a W_dec + b_dec) scale + shift, plus W_skip h. Rules: `topk` and `groupmax` (k latents), `threshold` (z
-    where it exceeds `threshold` and 0: ReLU, JumpReLU, BatchTopK at inference), `gated` (relu(gain z' +
-    b_mag) where z > 0, z' = z - b_enc).
+    (a W_dec + b_dec) scale + shift, plus W_skip h. Rules: `topk` and `groupmax` (k latents), `signed` (the k
+    of the largest |z|, with their sign), `threshold` (z where it exceeds `threshold` and 0: ReLU, JumpReLU,
+    BatchTopK at inference), `gated` (relu(gain z' + b_mag) where z > 0, z' = z - b_enc).
     """
+
+    fields = sae_fields.Fields()  # of its files
 
     b_in: torch.Tensor
     threshold: torch.Tensor
@@ -144,8 +146,8 @@ class FileSAE(SAE):
         return x, shift, torch.ones_like(shift)
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """values [N,K] >= 0 and indices [N,K], ascending; K = k, or the most that a token of h has (the
-        others end in zeros).
+        """values [N,K], >= 0 but by `signed`, and indices [N,K], ascending; K = k, or the most that a token
+        of h has (the others end in zeros).
         """
         x = self.normalised(h)[0] - self.b_in
         if self.rule == "topk":
@@ -156,6 +158,11 @@ class FileSAE(SAE):
             assert self.k is not None
             values, within = (z + self.b_enc).relu().unflatten(1, (self.k, -1)).max(2)
             return values, within + torch.arange(self.k, device=z.device) * (z.shape[1] // self.k)
+        if self.rule == "signed":
+            assert self.k is not None
+            z = z + self.b_enc
+            indices = z.abs().topk(self.k, 1).indices.sort(1).values
+            return z.gather(1, indices), indices
         if self.rule == "gated":
             a = (z * self.gain + self.b_mag).relu() * (z + self.b_enc > 0)
         else:
@@ -231,13 +238,19 @@ def field(config: Json, name: str, kind: type, default: Any = None) -> Any:
     raise UserError(f"{name} is {repr(value)[:60]}, where {BELONGS[kind]} belongs")
 
 
+def hook_of(site: str, layer: int | None) -> tuple[str | None, int | None]:
+    """(site, layer) by our names; what block L is given is what block L - 1 gives."""
+    if site == "resid_pre" and layer:
+        return "resid_post", layer - 1
+    return "resid_post" if site == "resid_out" else site or None, layer
+
+
 def hook_of_lens(name: str) -> tuple[str | None, int | None]:
-    """(site, layer) of TransformerLens' name; what block L is given is what block L - 1 gives."""
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
-    if not match:
-        return name or None, None
-    layer, site = int(match[1]), match[2]
-    return ("resid_post", layer - 1) if site == "resid_pre" and layer else (site, layer)
+    """(site, layer) of TransformerLens' name, or of a module of transformers', gpt_neox.layers.3."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name):
+        return hook_of(match[2], int(match[1]))
+    site, layer = (None, None) if name.startswith("blocks.") else hook_of_path(name)
+    return site or name or None, layer
 
 
 def hook_of_path(path: str) -> tuple[str | None, int | None]:
@@ -246,29 +259,56 @@ def hook_of_path(path: str) -> tuple[str | None, int | None]:
     """
     for part in reversed(path.split("/")):
         if match := re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)$", part):
-            return match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1])
+            return hook_of(match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1]))
         if match := re.fullmatch(r"(\w+?)_?layer_?(\d+)", part):
-            return {"resid_out": "resid_post"}.get(match[1], match[1]), int(match[2])
+            return hook_of(match[1], int(match[2]))
     return None, None
+
+
+# TransformerLens' names of models -> the hub's; the last parts of the others are the hub's own
+LENS_MODELS = {
+    r"gpt2-small": "gpt2",
+    r"disti(?:ll-?|l-)gpt2|gpt2-xs": "distilgpt2",
+    r"(?:pythia-|gpt-neo-\d|gpt-neox-|gpt-j-6B).*": r"EleutherAI/\g<0>",
+    r"(?:med)?gemma-.*": r"google/\g<0>",
+    r"(Llama-2-\d+b(?:-chat)?)": r"meta-llama/\1-hf",
+    r"mistral-7b": "mistralai/Mistral-7B-v0.1",
+    r"mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.1",
+    r"opt-[\d.]+[mb]": r"facebook/\g<0>",
+    r"bloom-.*": r"bigscience/\g<0>",
+    r"phi-3": "microsoft/Phi-3-mini-4k-instruct",
+    r"phi-.*": r"microsoft/\g<0>",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]": r"Qwen/Qwen\1B",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]-[iI]nstruct": r"Qwen/Qwen\1B-Instruct",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]-[cC]hat": r"Qwen/Qwen\1B-Chat",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]-[bB]ase": r"Qwen/Qwen\1B-Base",
+    r"tiny-stories-(\d+M)": r"roneneldan/TinyStories-\1",
+    r"tiny-stories-instruct-(\d+M)": r"roneneldan/TinyStories-Instruct-\1",
+}
 
 
 def hub_name(name: str) -> str:
     """The hub's name of a model that an SAE's file may call by TransformerLens' name."""
-    if "/" not in name and name.startswith("pythia"):
-        return f"EleutherAI/{name}"
-    return "gpt2" if name == "gpt2-small" else name
+    for pattern, on_hub in LENS_MODELS.items():
+        if match := re.fullmatch(pattern, name):
+            return match.expand(on_hub)
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------- SAELens
 # For each format: declares(configuration, path, beside) -> Declared, without reading the weights;
 # computes(tensors, configuration, beside) -> arguments of FileSAE. beside: what BESIDE's files hold that are
 # there, by name.
-def saelens_metadata(config: Json) -> Json:
+def saelens_layout(config: Json) -> str:
     """Version 5 keeps in one flat dictionary what version 6 keeps under `metadata`."""
     meta = field(config, "metadata", dict, {})
     version = field(meta, "sae_lens_version", str) or field(config, "sae_lens_version", str, "0")
-    if int(re.sub(r"\D.*", "", version) or 0) >= 6:
-        return meta
+    return "saelens" if int(re.sub(r"\D.*", "", version)[:9] or 0) >= 6 else "saelens 5"
+
+
+def saelens_metadata(config: Json) -> Json:
+    if saelens_layout(config) == "saelens":
+        return field(config, "metadata", dict, {})
     return {"prepend_bos": True, **config}
 
 
@@ -295,39 +335,41 @@ def saelens_declares(config: Json, path: str, beside: Json) -> Declared:
 
 
 def saelens_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
-    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z
-    |W_dec_i| where rescaled.
+    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU (of
+    |z| and without it: abstopk), on z |W_dec_i| where rescaled.
     """
     architecture = field(config, "architecture", str, "standard")
     activation = field(config, "activation_fn_str", str) or field(config, "activation_fn", str, "relu")
-    k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
     if activation == "topk":  # version 5 has it as a standard SAE's activation function
         architecture = "topk"
     elif activation != "relu":
         raise UserError(f"activation function {activation!r} is not supported")
-    if config.get("finetuning_scaling_factor") or "scaling_factor" in t:
-        raise UserError("a finetuning scaling factor is not supported")
+    scaling = t.get("scaling_factor")
+    ones = scaling is not None and bool((scaling == 1).all())
+    if not ones and (config.get("finetuning_scaling_factor") or scaling is not None):
+        raise UserError("a finetuning scaling factor other than 1 (scaling_factor) is not supported")
     W_dec, b_dec = t["W_dec"], t["b_dec"]
     b_in = b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec)
     args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_in)
     match architecture:
-        case "topk":
-            args |= dict(rule="topk", b_enc=t["b_enc"], k=k)
+        case "topk" | "abstopk":
+            k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
+            args |= dict(rule="topk" if architecture == "topk" else "signed", b_enc=t["b_enc"], k=k)
         case "gated":
             args |= dict(rule="gated", b_enc=t["b_gate"], gain=t["r_mag"].exp(), b_mag=t["b_mag"])
         case "jumprelu":
             args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t["threshold"])
-        case "batchtopk":  # a checkpoint, which keeps one threshold for all
+        case "batchtopk" | "matryoshka_batchtopk":  # a checkpoint, which keeps one threshold for all
             args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t["topk_threshold"])
         case "standard":
             args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=torch.zeros(()))
         case _:
             raise UserError(
                 f"architecture {architecture!r} is not supported "
-                "(topk, batchtopk, jumprelu, standard and gated are)"
+                "(topk, abstopk, batchtopk, matryoshka_batchtopk, jumprelu, standard and gated are)"
             )
     # ranked by how much a latent writes
-    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture in ("topk", "batchtopk"):
+    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture.endswith("topk"):
         length = W_dec.norm(dim=1).clamp(min=1e-8)
         args["W_enc"] = args["W_enc"] * length[:, None]
         args["W_dec"] = W_dec / length[:, None]
@@ -399,38 +441,58 @@ def sparsify_declares(config: Json, path: str, beside: Json) -> Declared:
 
 def sparsify_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
     """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec
-    + W_skip h; W_dec lies as [F,d].
+    + W_skip h; W_dec lies as [F,d]. `signed` (June to August 2024): no ReLU, and the top k of |z|.
 
     num_latents may say 0 (then F = d_in expansion_factor): F is the tensor's.
     """
-    activation = field(config, "activation", str, "topk")
-    if activation not in ("topk", "groupmax"):
-        raise UserError(f"activation {activation!r} is not supported")
+    activation, signed = field(config, "activation", str, "topk"), field(config, "signed", bool)
+    if activation not in ("topk", "groupmax") or signed and activation != "topk":
+        raise UserError(f"activation {activation!r}{', signed,' if signed else ''} is not supported")
     return dict(
-        rule=activation,
+        rule="signed" if signed else activation,
         k=field(config, "k", int),
         W_enc=t["encoder.weight"],
         b_enc=t["encoder.bias"],
         W_dec=t["W_dec"],
         b_dec=t["b_dec"],
         b_in=t["b_dec"],
-        W_skip=t.get("W_skip"),
+        W_skip=t["W_skip"] if field(config, "skip_connection", bool) else t.get("W_skip"),
     )
 
 
 # ---------------------------------------------------------------------------------------- dictionary_learning
 def dictionary_learning_declares(config: Json, path: str, beside: Json) -> Declared:
     trainer, buffer = field(config, "trainer", dict, {}), field(config, "buffer", dict, {})
-    site, layer = hook_of_path(field(trainer, "submodule_name", str) or path)
+    submodule = field(trainer, "submodule_name", str)
+    site, layer = hook_of_path(submodule or path)
+    if layer is None:  # it may name the site alone
+        site, layer = hook_of(submodule or "", field(trainer, "layer", int))
+    io = field(buffer, "io", str, "out")
+    if io not in ("in", "out"):
+        raise UserError(f"io is {io!r}: a transcoder, and only SAEs of one hook are read")
+    if io == "in" and "resid_pre" not in (submodule or path):  # what the submodule is given
+        block = site in (None, "resid_post")
+        site, layer = hook_of("resid_pre", layer) if block else (f"input of {site}", layer)
     return Declared(
         "dictionary_learning",
         site=site,
-        layer=field(trainer, "layer", int) if layer is None else layer,
+        layer=layer,
         model=field(trainer, "lm_name", str),
         ctx=field(buffer, "ctx_len", int),
         width=field(trainer, "dict_size", int),
         unseen=("remove_bos",) if field(buffer, "remove_bos", bool) else (),
     )
+
+
+DICTIONARIES = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "GatedAutoEncoder",
+    "JumpReluAutoEncoder",
+    "MatryoshkaBatchTopKSAE",
+)
 
 
 def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
@@ -443,10 +505,11 @@ def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict
     factor = 1.0
     if "ae" in t:
         factor = field(t, "norm_factor", float, 1.0)
-        config = config or {"trainer": t.get("config")}
         t = field(t, "ae", dict)
     trainer = field(config, "trainer", dict, {})
     name = field(trainer, "dict_class", str)
+    if name not in (None, *DICTIONARIES):
+        raise UserError(f"dict_class {name!r} is not supported ({', '.join(DICTIONARIES)} are)")
     k = field(t if "k" in t else trainer, "k", int)  # the first TopK files hold none
     if "r_mag" in t:
         args = dict(
@@ -517,12 +580,15 @@ def openai_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
         b_dec=t["pre_bias"],
         b_in=t["pre_bias"],
     )
-    if t.get("activation") == "TopK":
-        k = field(field(t, "activation_state_dict", dict, {}), "k", int)
+    activation, state = t.get("activation", "ReLU"), field(t, "activation_state_dict", dict, {})
+    if (after := state.get("postact_fn", "ReLU")) != "ReLU":
+        raise UserError(f"postact_fn {after!r} is not supported")
+    if activation == "TopK":
+        k = field(state, "k", int)
         return args | dict(rule="topk", k=k, norm="layer_norm")
-    if t.get("activation") == "ReLU":
+    if activation == "ReLU":
         return args | dict(rule="threshold", threshold=torch.zeros(()))
-    raise UserError(f"activation {t.get('activation')!r} is not supported")
+    raise UserError(f"activation {repr(activation)[:60]} is not supported")
 
 
 # ------------------------------------------------------------------------------------------------------ mlsae
@@ -763,9 +829,34 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise UserError(f"{name} claims {tensor.numel()} values, more than are stored")
 
 
-def read(file: SaeFile) -> FileSAE:
-    """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture
-    that is not supported.
+def unwrapped(tensors: Tensors) -> Tensors:
+    """By the names that they have without torch's wrappers of a module. Raises UserError."""
+    out: dict[str, Any] = {}
+    for name, value in tensors.items():
+        plain = re.sub(r"^((module|_orig_mod)\.)+", "", name) if isinstance(name, str) else repr(name)
+        if plain in out:
+            raise UserError(f"{plain} is there twice, once as {name}")
+        if isinstance(value, torch.Tensor) and value.ndim > 2:
+            raise UserError(
+                f"{plain} is {list(value.shape)}, where a matrix belongs: a crosscoder of several layers? "
+                "SAEs of one layer are read"
+            )
+        out[plain] = unwrapped(value) if isinstance(value, dict) else value
+    return out
+
+
+def fields_of(
+    file: SaeFile, config: Json, beside: Json, tensors: Tensors, ignore: Sequence[str]
+) -> sae_fields.Fields:
+    """Raises UserError for one that is not known; see `sae_fields`."""
+    layout = saelens_layout(config) if file.format == "saelens" else file.format
+    around = {name: content for name, content in beside.items() if name != store.PROVENANCE}
+    return sae_fields.check(layout, {**config, **around}, tensors, ignore)
+
+
+def read(file: SaeFile, ignore: Sequence[str] = ()) -> FileSAE:
+    """The SAE on the CPU. ignore: fields that are not known and let pass. Raises UserError: unreadable, of
+    wrong shapes, not finite, of an architecture that is not supported, or with a field that is not known.
     """
     with one_line(f"--sae {file.label}"):
         config, beside = read_config(file), read_beside(file)
@@ -773,12 +864,18 @@ def read(file: SaeFile) -> FileSAE:
         if file.config and "files" in beside.get(store.PROVENANCE, {}):  # made here: it says what was written
             for path in (weights, file.fetch(file.config)):
                 store.checked(weights.parent / store.PROVENANCE, path.name)
-        args = READERS[file.format].computes(read_tensors(weights), config, beside)
+        tensors = unwrapped(read_tensors(weights))
+        if file.format == "dictionary_learning" and not config and tensors.get("config"):
+            config = {"trainer": tensors["config"]}  # a checkpoint in mid-run
+        fields = fields_of(file, config, beside, tensors, ignore)
+        args = READERS[file.format].computes(tensors, config, beside)
         for name, value in args.items():
             if isinstance(value, torch.Tensor):
                 args[name] = value.float().contiguous()
         check_args(args)
-        return FileSAE(**args)
+        sae = FileSAE(**args)
+        sae.fields = fields
+        return sae
 
 
 def check_args(args: dict[str, Any]) -> None:
@@ -864,16 +961,20 @@ def reading_name(layer: int, centred: bool) -> str:
 def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: Json) -> None:
     """An SAE trained here in SAELens' format (cfg.json, sae_weights.safetensors), where it computes the same.
     made: provenance.json. Raises UserError, Fault.
+
+    SAELens looks for the hook in the class of model that is named beside it: by the module's name in one of
+    transformers, by TransformerLens' where this model's own is not known here.
     """
     d_sae, d = sae.W_dec.shape
+    module = block_name(made["model"], made["layer"])
     metadata = dict(
         sae_lens_version=SAELENS_VERSION,
         model_name=made["model"],
-        hook_name=f"blocks.{made['layer']}.hook_resid_post",
+        hook_name=module or f"blocks.{made['layer']}.hook_resid_post",
         context_size=made["ctx"],
         prepend_bos=False,
         dataset_path=made["data"],
-        model_class_name="AutoModelForCausalLM",
+        model_class_name="AutoModelForCausalLM" if module else "HookedTransformer",
     )
     config = dict(
         architecture="topk",
@@ -908,6 +1009,8 @@ def listed(spec: str) -> str:
         row: dict[str, Any] = {"sae": file.label, "format": file.format}
         try:
             row |= vars(describe(file))
+            with one_line(f"--sae {file.label}"):
+                fields_of(file, read_config(file), read_beside(file), {}, ())
         except UserError as error:
             row["why not"] = str(error).rpartition(": ")[2]
         rows.append({column: "" if row.get(column) is None else row[column] for column in COLUMNS})
