@@ -691,12 +691,12 @@ def audit(
     """R², CE_rec, dCE (nats a token), KL, ... of one SAE at the output of block `layer`, on these tokens and
     a model that is loaded, and what is said of it.
 
-    The numbers that `audit.py` writes for the same tokens. model: a causal language model of transformers, in
-    eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw` or
-    `centred`, goes on regardless), an SAE of this package, or any function h [N,d] -> h_hat [N,d] (SAELens'
-    SAEs are such). ignore_fields: of an SAE's files, that are not known and let pass. tokens [S,T], int64: as they are, a BOS only where they hold one. document [S], 0..D-1: of
-    which document each row is, each its own by default; of one document there is no interval. Raises
-    UserError, Fault.
+    The numbers that `audit.py` writes for the same tokens. model: a causal language model of transformers,
+    in eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw`
+    or `centred`, goes on regardless), an SAE of this package, or any function h [N,d] -> h_hat [N,d]
+    (SAELens' SAEs are such). ignore_fields: of an SAE's files, that are not known and let pass. tokens
+    [S,T], int64: as they are, a BOS only where they hold one. document [S], 0..D-1: of which document each
+    row is, each its own by default; of one document there is no interval. Raises UserError, Fault.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.dtype != torch.int64:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The fields of other libraries' SAE files: which a reader computes with, and which are known to change nothing.
+"""The fields of other libraries' SAE files: which a reader computes with, and which are known to change none.
 
 Any other that says something is refused by name, whatever the format: a field that nobody reads may be the
 one that makes the number another. `--ignore-field NAME` lets one pass.
@@ -91,8 +91,8 @@ def in_metadata(of: frozenset[str]) -> frozenset[str]:
 
 
 DICTIONARY_TENSORS = (
-    "encoder.weight encoder.bias decoder.weight decoder.bias b_dec bias decoder_bias gate_bias mag_bias r_mag "
-    "W_enc b_enc W_dec threshold k"
+    "encoder.weight encoder.bias decoder.weight decoder.bias b_dec bias decoder_bias gate_bias mag_bias "
+    "r_mag W_enc b_enc W_dec threshold k"
 )
 KNOWN = {
     "saelens": known(
@@ -112,11 +112,12 @@ KNOWN = {
         names("dict_class dict_size submodule_name layer lm_name k", "trainer.")
         | names("ctx_len io remove_bos", "buffer."),
         names(
-            "trainer_class activation_dim device seed wandb_name lr steps warmup_steps decay_start resample_steps "
-            "l1_penalty sparsity_penalty sparsity_coefficient sparsity_warmup_steps sparsity_function p_start "
-            "p_end anneal_start n_sparsity_updates sparsity_queue_length lambda_warm_steps auxk_alpha "
-            "threshold_beta threshold_start_step top_k_aux k_anneal_steps group_fractions group_weights "
-            "group_sizes weights_temperature bandwidth target_l0 steps_before_annealing",
+            "trainer_class activation_dim device seed wandb_name lr steps warmup_steps decay_start "
+            "resample_steps l1_penalty sparsity_penalty sparsity_coefficient sparsity_warmup_steps "
+            "sparsity_function p_start p_end anneal_start n_sparsity_updates sparsity_queue_length "
+            "lambda_warm_steps auxk_alpha threshold_beta threshold_start_step top_k_aux k_anneal_steps "
+            "group_fractions group_weights group_sizes weights_temperature bandwidth target_l0 "
+            "steps_before_annealing",
             "trainer.",
         )
         | names("d_submodule n_ctxs refresh_batch_size out_batch_size device", "buffer."),
@@ -166,29 +167,29 @@ def is_called(name: str, typed: str) -> bool:
 def check(
     layout: str, config: Mapping[str, Any], tensors: Mapping[str, Any], ignore: Sequence[str]
 ) -> Fields:
-    """What is in an SAE's files that nothing is computed with. layout: of KNOWN. config: with the files beside
-    it, by name. Raises UserError, which names them, for fields that are neither known nor in `ignore`.
+    """What is in an SAE's files that nothing is computed with. Raises UserError, which names them, for fields
+    that are not known.
+
+    layout: of KNOWN. config: with the files beside it, by name. ignore: of --ignore-field.
     """
     of = KNOWN[layout]
-    unused, strange = [], []
+    unused, strange = set(), {}
     for content, read, idle in ((config, of.read, of.unused), (tensors, of.tensors, of.idle)):
         for name, value in said(content, read | idle):
             if name in idle:
-                unused.append(name)
+                unused.add(name)
             elif name not in read:
-                strange.append((name, value))
-    refused = [(name, value) for name, value in strange if not any(is_called(name, one) for one in ignore)]
+                strange[name] = value
+    refused = [name for name in strange if not any(is_called(name, typed) for typed in ignore)]
     if refused:
-        shown = ", ".join(
-            f"{brief(ascii(name)[1:-1], 40)} ({in_words(value)})" for name, value in refused[:3]
-        )
+        shown = ", ".join(f"{in_words(name)} ({in_words(strange[name])})" for name in refused[:3])
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise UserError(f"not known, and so not computed: {shown}{more}; --ignore-field NAME goes on without")
-    return Fields(tuple(sorted(set(unused))), tuple(sorted({name for name, _ in strange})))
+        raise UserError(f"not known, so not computed: {shown}{more}; --ignore-field NAME goes on without")
+    return Fields(tuple(sorted(unused)), tuple(sorted(strange)))
 
 
 def in_words(value: Any) -> str:
-    """A field's value, short."""
+    """A field's name or value, short and on one line."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)}"
-    return brief(ascii(value), 40)
+    return brief(ascii(value)[1:-1] if isinstance(value, str) else ascii(value), 80)
