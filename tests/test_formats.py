@@ -753,9 +753,10 @@ def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
     file = the_file(written(case, tmp_path))
     path = file.fetch(file.weights)
     tensors = {**formats.read_tensors(path), "b_more": torch.zeros(F)}
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path) if path.suffix != ".pt" else (
+    if path.suffix == ".pt":
         torch.save(tensors, path)
-    )
+    else:
+        save_file(tensors, path)
     with pytest.raises(UserError, match=r"b_more \(a tensor \[40\]\)"):
         formats.read(file)
     assert formats.read(file, ["b_more"]).fields.ignored == ("b_more",)
@@ -763,7 +764,7 @@ def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
 
 def test_fields_of_training_are_named_and_not_refused(tmp_path):
     lens = saelens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2])
-    assert formats.read(the_file(lens)).fields == sae_fields.Fields(("dtype", "matryoshka_widths"))
+    assert formats.read(the_file(lens)).fields == sae_fields.Fields(("d_in", "dtype", "matryoshka_widths"))
     trained = dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8, "io": "out"})
     assert formats.read(the_file(trained)).fields.unused == (
         "buffer.out_batch_size",
@@ -1179,6 +1180,26 @@ def test_definitions_by_hand():
 
 
 # ----------------------------------------------------------------------------------------------------- export
+def exported(folder):
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    return metadata["hook_name"], metadata["model_class_name"]
+
+
+@pytest.mark.parametrize(
+    "model, hook_and_class",
+    [
+        ("stdlib-s", ("gpt_neox.layers.1", "AutoModelForCausalLM")),
+        ("stdlib-s+null300", ("gpt_neox.layers.1", "AutoModelForCausalLM")),
+        ("smollm2-135m", ("model.layers.1", "AutoModelForCausalLM")),
+        ("nowhere/at-all", ("blocks.1.hook_resid_post", "HookedTransformer")),
+    ],
+)
+def test_an_exports_hook_is_one_of_its_class_of_model(model, hook_and_class, tmp_path):
+    sae = formats.fused(formats.read(the_file(sparsify(tmp_path / "layers.1"))))
+    formats.write_saelens(tmp_path / "out", sae, {"model": model, "layer": 1, "ctx": 64, "data": "x"})
+    assert exported(tmp_path / "out") == hook_and_class
+
+
 def test_an_exported_sae_reads_back_as_itself(tmp_path):
     sae = formats.fused(formats.read(the_file(sparsify(tmp_path / "layers.1"))))
     made = {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
