@@ -5,6 +5,9 @@ Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
 import dataclasses
 
 from transport_geometry import formats
+from transport_geometry.lm import Hook
+from transport_geometry.models import EMBEDDED, load_model
+from transport_geometry.sae import TopKSAE
 from transport_geometry.train import SAELensTraining, Statistics
 
 import pytest
@@ -15,9 +18,12 @@ for library in ("sae_lens", "sparsify", "dictionary_learning"):
     pytest.importorskip(library, reason="the extra [parity] is not installed")
 import peers  # noqa: E402
 
+import datasets  # noqa: E402
 from sae_lens import TopKSAE as LensSAE  # noqa: E402
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
+from sae_lens.load_model import load_model as load_lens_model  # noqa: E402
+from sae_lens.training.activations_store import ActivationsStore  # noqa: E402
 from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
 
 D, F, K, N = 24, 192, 4, 64
@@ -154,4 +160,27 @@ def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
     theirs = LensSAE.load_from_disk(tmp_path)
     expected = theirs.decode(theirs.encode(h)).detach()
     assert (sae.reconstruct(h)[2] - expected).norm() / expected.norm() < 1e-6
-    assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post" and theirs.cfg.architecture() == "topk"
+    assert theirs.cfg.metadata.hook_name == "gpt_neox.layers.3" and theirs.cfg.architecture() == "topk"
+
+
+def test_an_exported_sae_drives_saelens_store(tmp_path):
+    """The hook is found in a model of the class that is named beside it, and its activations are ours."""
+    hook = Hook(load_model("stdlib-s", torch.device("cpu"))[0], 2)
+    sae = TopKSAE(torch.randn(F, 64), torch.zeros(F), torch.randn(F, 64), torch.zeros(64), K)
+    formats.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 2, "ctx": 16, "data": "stdlib"})
+    theirs = LensSAE.load_from_disk(tmp_path)
+    said = theirs.cfg.metadata
+    model = load_lens_model(said.model_class_name, str(EMBEDDED[said.model_name]), "cpu")
+    rows = torch.randint(50, 500, (8, said.context_size), generator=torch.Generator().manual_seed(0))
+    store = ActivationsStore.from_sae(
+        model,
+        theirs,
+        datasets.Dataset.from_dict({"tokens": rows.tolist()}),
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=2,
+        train_batch_size_tokens=32,
+        total_tokens=8,
+    )
+    tokens = store.get_batch_tokens()
+    torch.testing.assert_close(store.get_activations(tokens).view(4, 16, 64), hook.head(tokens))
+    assert next(store).shape[-1] == 64
