@@ -242,7 +242,7 @@ def hook_of(site: str, layer: int | None) -> tuple[str | None, int | None]:
     """(site, layer) by our names; what block L is given is what block L - 1 gives."""
     if site == "resid_pre" and layer:
         return "resid_post", layer - 1
-    return "resid_post" if site == "resid_out" else site or None, layer
+    return "resid_post" if site in ("resid", "resid_out") else site or None, layer
 
 
 def hook_of_lens(name: str) -> tuple[str | None, int | None]:
