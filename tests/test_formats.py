@@ -203,6 +203,32 @@ def mlsae(folder, **config):
     return folder
 
 
+def gemma_scope(folder, **tensors):
+    """Of the first: the path says all."""
+    at = folder / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_71"
+    at.mkdir(parents=True)
+    np.savez(at / "params.npz", **{name: tensor.numpy() for name, tensor in {**JUMP, **tensors}.items()})
+    return folder
+
+
+def gemma_scope_2(folder, **config):
+    at = folder / "gemma-scope-2-270m-pt/resid_post/layer_1_width_16k_l0_small"
+    at.mkdir(parents=True)
+    said = {
+        "hf_hook_point_in": "model.layers.1.output",
+        "hf_hook_point_out": "model.layers.1.output",
+        "width": F,
+        "model_name": "google/gemma-3-270m-pt",
+        "architecture": "jump_relu",
+        "l0": 10,
+        "affine_connection": False,
+        "type": "sae",
+    }
+    (at / "config.json").write_text(json.dumps({**said, **config}))
+    save_file({name.replace("W_", "w_"): tensor for name, tensor in JUMP.items()}, at / "params.safetensors")
+    return folder
+
+
 V5 = dict(
     architecture=None,
     metadata=None,
@@ -382,6 +408,8 @@ CASES = {
         dict(submodule_name="resid_post_layer_2", layer=2, buffer={"io": "in"}),
         lambda x: truth(x, relu_top),
     ),
+    "gemma_scope": (gemma_scope, {}, lambda x: truth(x, jump, b_in=ZERO)),
+    "gemma_scope 2": (gemma_scope_2, {}, lambda x: truth(x, jump, b_in=ZERO)),
     "mlsae": (mlsae, {}, layer_normed(lambda x: truth(x, relu_top, b_enc=torch.zeros(F)))),
     "mlsae, not standardised": (
         mlsae,
@@ -533,6 +561,51 @@ def test_the_hook_of_a_submodule_and_its_side(said, buffer, hook, tmp_path):
 )
 def test_names_of_models_become_the_hubs(name, on_hub):
     assert formats.hub_name(name) == on_hub
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", ("resid_post", 20, "gemma-2-2b", 2**14)),
+        ("gemma-scope-9b-it-res/layer_9/width_131k/average_l0_9", ("resid_post", 9, "gemma-2-9b-it", 2**17)),
+        ("gemma-scope-2b-pt-res/layer_5/width_1m/average_l0_9", ("resid_post", 5, "gemma-2-2b", 2**20)),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", ("embedding", None, "gemma-2-2b", 2**12)),
+        ("gemma-scope-2b-pt-att/layer_3/width_16k/average_l0_9", ("att", 3, "gemma-2-2b", 2**14)),
+        ("gemma-scope-2b-pt-mlp/layer_3/width_16k/average_l0_9", ("mlp", 3, "gemma-2-2b", 2**14)),
+        ("gemma-scope-2b-pt-transcoders/layer_3/width_16k/x", ("transcoder", 3, "gemma-2-2b", 2**14)),
+        (
+            "gemma-scope-2-1b-it/resid_post_all/layer_3_width_16k_l0_big",
+            ("resid_post", 3, "gemma-3-1b-it", 2**14),
+        ),
+        ("gemma-scope-2-270m-pt/mlp_out/layer_3_width_16k_l0_big", ("mlp_out", 3, "gemma-3-270m", 2**14)),
+        (
+            "gemma-scope-2-1b-pt/transcoder_all/layer_3_width_16k_l0_big",
+            ("transcoder", 3, "gemma-3-1b-pt", 2**14),
+        ),
+    ],
+)
+def test_gemma_scopes_paths(path, said):
+    of = formats.gemma_scope_declares({}, f"google/{path}", {})
+    site, layer, model, width = said
+    assert (of.site, of.layer, of.model, of.width) == (site, layer, f"google/{model}", width)
+    assert (of.bos, of.ctx, of.unseen) == (True, 1024, ("BOS",))
+
+
+def test_gemma_scopes_configuration_says_the_hook(tmp_path):
+    for name, said, hook in (
+        ("a", {"hf_hook_point_in": "model.layers.3.output", "hf_hook_point_out": None}, ("resid_post", 3)),
+        ("b", {"type": "transcoder"}, ("transcoder", 1)),
+        ("c", {"hf_hook_point_out": "model.layers.1.post_feedforward_layernorm.output"}, ("transcoder", 1)),
+        (
+            "d",
+            dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), "model.layers.1.self_attn.o_proj.input"),
+            ("model.layers.1.self_attn.o_proj.input", 1),
+        ),
+    ):
+        of = declared(gemma_scope_2(tmp_path / name, **said))
+        assert (of.site, of.layer, of.model) == (*hook, "google/gemma-3-270m")
+    with pytest.raises(UserError, match="affine_connection"):
+        formats.read(the_file(gemma_scope_2(tmp_path / "e", affine_connection=True)))
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
@@ -710,6 +783,7 @@ STRANGER = {  # format -> (what writes it with a field more, how the field is ca
             "trainer.{}",
         ),
     ],
+    "gemma_scope": [(gemma_scope_2, "{}")],
     "openai": [
         (openai, "{}"),
         (
@@ -747,7 +821,7 @@ def test_a_field_that_says_nothing_is_none(write, called, value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["saelens topk", "sparsify", "dictionary_learning TopK", "openai relu", "mlsae"]
+    "case", ["saelens topk", "sparsify", "dictionary_learning TopK", "openai relu", "mlsae", "gemma_scope 2"]
 )
 def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
     file = the_file(written(case, tmp_path))

@@ -12,6 +12,8 @@ from transport_geometry.train import SAELensTraining, Statistics
 
 import pytest
 import torch
+from test_formats import F as WIDE
+from test_formats import H, gemma_scope, gemma_scope_2, the_file
 from tqdm import tqdm
 
 for library in ("sae_lens", "sparsify", "dictionary_learning"):
@@ -19,10 +21,11 @@ for library in ("sae_lens", "sparsify", "dictionary_learning"):
 import peers  # noqa: E402
 
 import datasets  # noqa: E402
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402  # noqa: E402
 from sae_lens import TopKSAE as LensSAE  # noqa: E402
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
 from sae_lens.load_model import load_model as load_lens_model  # noqa: E402
+from sae_lens.loading import pretrained_sae_loaders as lens_loaders  # noqa: E402
 from sae_lens.training.activations_store import ActivationsStore  # noqa: E402
 from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
 
@@ -184,3 +187,31 @@ def test_an_exported_sae_drives_saelens_store(tmp_path):
     tokens = store.get_batch_tokens()
     torch.testing.assert_close(store.get_activations(tokens).view(4, 16, 64), hook.head(tokens))
     assert next(store).shape[-1] == 64
+
+
+@pytest.mark.parametrize(
+    "write, load",
+    [
+        (gemma_scope, lens_loaders.gemma_2_sae_huggingface_loader),
+        (gemma_scope_2, lens_loaders.gemma_3_sae_huggingface_loader),
+    ],
+)
+def test_gemma_scope_is_what_saelens_makes_of_it(write, load, tmp_path, monkeypatch):
+    file = the_file(write(tmp_path))
+    at = file.fetch(file.weights).parent
+    monkeypatch.setattr(
+        lens_loaders, "hf_hub_download", lambda *_, filename="config.json", **__: at / filename
+    )
+    shapes = {"w_enc": H.shape[1:] + (WIDE,), "w_dec": (WIDE,) + H.shape[1:]}
+    monkeypatch.setattr(lens_loaders, "get_safetensors_tensor_shapes", lambda *_: shapes)
+    repository, folder = str(at.relative_to(tmp_path)).split("/", 1)
+    said, state, _ = load(f"google/{repository}", folder)
+    config = lens_loaders.handle_config_defaulting(said | {"d_in": H.shape[1], "d_sae": WIDE})
+    theirs = JumpReLUSAE(JumpReLUSAEConfig.from_dict(config))
+    theirs.load_state_dict(state)
+    expected, of = theirs(H).detach(), formats.describe(file)
+    h_hat = formats.read(file).reconstruct(H)[2]
+    assert (h_hat - expected).norm() < 1e-5 * expected.norm()
+    hook = formats.hook_of_lens(theirs.cfg.metadata.hook_name)
+    assert (of.site, of.layer, of.bos, of.ctx) == (*hook, True, theirs.cfg.metadata.context_size)
+    assert of.model == formats.hub_name(theirs.cfg.metadata.model_name)

@@ -3,8 +3,9 @@
     python -m transport_geometry.formats list PATH_OR_ID      # the SAEs of a folder or hub repository
     python -m transport_geometry.formats export SAE_FOLDER TO # an SAE trained here, in SAELens' format
 
-Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's sparse_autoencoder and mlsae. Each
-format's formula stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
+Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, Gemma Scope 1 and 2, OpenAI's
+sparse_autoencoder and mlsae. Each format's formula stands with its reader. Shapes: N tokens, d = d_model, F =
+d_sae. Everything becomes float32.
 """
 
 import fnmatch
@@ -29,16 +30,19 @@ from transport_geometry.models import asking_hub, block_name, fingerprint
 from transport_geometry.sae import SAE, TopKSAE, load_sae, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
 # the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one
 # of OpenAI's
-FORMATS = {
+FORMATS: dict[str, tuple[str, str | None]] = {
     "sae_weights.safetensors": ("saelens", "cfg.json"),
     "sae.safetensors": ("sparsify", "cfg.json"),
     "ae.pt": ("dictionary_learning", "config.json"),
     "model.safetensors": ("mlsae", "config.json"),
+    "params.npz": ("gemma_scope", None),
+    "params.safetensors": ("gemma_scope", "config.json"),
 }
 # other files that are read where they are there
 BESIDE = {
@@ -344,10 +348,7 @@ def saelens_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
         architecture = "topk"
     elif activation != "relu":
         raise UserError(f"activation function {activation!r} is not supported")
-    scaling = t.get("scaling_factor")
-    ones = scaling is not None and bool((scaling == 1).all())
-    if not ones and (config.get("finetuning_scaling_factor") or scaling is not None):
-        raise UserError("a finetuning scaling factor other than 1 (scaling_factor) is not supported")
+    check_scaling(t, config)
     W_dec, b_dec = t["W_dec"], t["b_dec"]
     b_in = b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec)
     args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_in)
@@ -375,6 +376,14 @@ def saelens_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
         args["W_dec"] = W_dec / length[:, None]
         args["b_enc"] = args["b_enc"] * length
     return saelens_normalised(args, config.get("normalize_activations") or "none", beside)
+
+
+def check_scaling(t: Tensors, config: Json) -> None:
+    """Raises UserError for a scaling factor that changes something; files may hold one of ones."""
+    scaling = t.get("scaling_factor")
+    ones = scaling is not None and bool((scaling == 1).all())
+    if not ones and (config.get("finetuning_scaling_factor") or scaling is not None):
+        raise UserError("a finetuning scaling factor other than 1 (scaling_factor) is not supported")
 
 
 def saelens_normalised(args: dict[str, Any], norm: Any, beside: Json) -> dict[str, Any]:
@@ -618,6 +627,66 @@ def mlsae_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
     )
 
 
+# ---------------------------------------------------------------------------------------- Gemma Scope 1 and 2
+def gemma_scope_declares(config: Json, path: str, beside: Json) -> Declared:
+    """1: .../gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71, of Gemma 2, without a configuration. 2:
+    .../gemma-scope-2-1b-pt/resid_post/layer_13_width_16k_l0_small, of Gemma 3, with one.
+
+    Both were trained on text behind a BOS, and not on the BOS.
+    """
+    site = None
+    if of := re.search(r"gemma-scope-\d+b-(?:pt|it)-(res|att|mlp|transcoders)", path):
+        site = {"res": "resid_post", "transcoders": "transcoder"}.get(of[1], of[1])
+    elif of := re.search(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt|crosscoder)(?:_all)?/", path):
+        site = of[1]
+    if "/embedding/" in path:
+        site = "embedding"
+    layer, width = re.search(r"layer_(\d+)", path), re.search(r"width_(\d+)(k|m)", path)
+    thousands = int(width[1]) * {"k": 1, "m": 1000}[width[2]] if width else 0  # of a power of two
+    at = int(layer[1]) if layer else None
+    into, out_of = (field(config, f"hf_hook_point_{side}", str) for side in ("in", "out"))
+    if into:
+        block = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.output", into)
+        site, at = ("resid_post", int(block[1])) if block else (into, at)
+    if field(config, "type", str, "sae") != "sae" or out_of not in (None, into):
+        site = "transcoder"
+    return Declared(
+        "gemma_scope",
+        site=site,
+        layer=at,
+        model=gemma_of(field(config, "model_name", str), path),
+        ctx=1024,
+        bos=True,
+        width=2 ** round(math.log2(1000 * thousands)) if thousands else field(config, "width", int),
+        unseen=("BOS",),
+    )
+
+
+def gemma_of(said: str | None, path: str) -> str | None:
+    """The hub's name of the model; Gemma 3's smallest has none for its pretrained state."""
+    if not said and (of := re.search(r"gemma-scope-2-(\d+[bm]-(?:pt|it))", path)):
+        said = f"gemma-3-{of[1]}"
+    if not said and (of := re.search(r"gemma-scope-(\d+b)-(pt|it)", path)):
+        said = f"gemma-2-{of[1]}{'-it' if of[2] == 'it' else ''}"
+    return said and hub_name(said.replace("gemma-v3-", "gemma-3-").replace("270m-pt", "270m"))
+
+
+def gemma_scope_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
+    """JumpReLU of z = W_enc h + b_enc, with nothing subtracted from h."""
+    if (architecture := field(config, "architecture", str, "jump_relu")) != "jump_relu":
+        raise UserError(f"architecture {architecture!r} is not supported (jump_relu is)")
+    check_scaling(t, {})
+    W_enc, W_dec = (t[f"W_{side}"] if f"W_{side}" in t else t[f"w_{side}"] for side in ("enc", "dec"))
+    return dict(
+        rule="threshold",
+        W_enc=W_enc.t(),
+        b_enc=t["b_enc"],
+        W_dec=W_dec,
+        b_dec=t["b_dec"],
+        threshold=t["threshold"],
+    )
+
+
 @dataclass(frozen=True)
 class Reader:
     """Of one format."""
@@ -632,6 +701,7 @@ READERS = {
     "dictionary_learning": Reader(dictionary_learning_declares, dictionary_learning_computes),
     "openai": Reader(openai_declares, openai_computes),
     "mlsae": Reader(mlsae_declares, mlsae_computes),
+    "gemma_scope": Reader(gemma_scope_declares, gemma_scope_computes),
 }
 
 
@@ -767,7 +837,7 @@ def read_config(file: SaeFile) -> Json:
     """{} where the format has none. Raises UserError."""
     if file.config is not None:
         return read_json(file, file.config)
-    if file.format in ("openai", "dictionary_learning"):
+    if file.format in ("openai", "dictionary_learning", "gemma_scope"):
         return {}
     raise UserError(f"{FORMATS[os.path.basename(file.weights)][1]} is missing beside {file.weights}")
 
@@ -798,13 +868,16 @@ def read_tensors(path: pathlib.Path) -> Tensors:
     torch neither compresses its zips nor asks that a tensor's values are all stored: both would let some KB
     take all memory.
     """
-    if path.suffix != ".pt":
+    if path.suffix == ".safetensors":
         return load_file(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as members:
             inflated = sum(member.file_size for member in members.infolist())
         if inflated > path.stat().st_size:
             raise UserError(f"a zip of {path.stat().st_size} bytes whose members inflate to {inflated}")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
     try:
         with warnings.catch_warnings(action="ignore"):  # of a newer pickle protocol
             tensors = torch.load(path, map_location="cpu", weights_only=True)

@@ -131,6 +131,11 @@ KNOWN = {
         "activation_state_dict.postact_fn",
         "stats_last_nonzero latents_activation_frequency latents_mean_square",
     ),
+    "gemma_scope": known(
+        names("architecture model_name hf_hook_point_in hf_hook_point_out type width"),
+        names("l0"),
+        "W_enc W_dec w_enc w_dec b_enc b_dec threshold scaling_factor",
+    ),
     "mlsae": known(
         names("n_latents k standardize"),
         names("n_inputs auxk dead_steps_threshold dead_threshold"),
