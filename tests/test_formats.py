@@ -738,6 +738,10 @@ def a_saelens(**how):
         ),
         (lambda tmp_path: dictionary(tmp_path / "x", name="IdentityDict"), "'IdentityDict'"),
         (crosscoder, "a crosscoder"),
+        (a_saelens(architecture="standard", tensors=JUMP), "threshold is there"),
+        (a_saelens(tensors={**LENS, "b_enc": B_ENC, "r_mag": R_MAG}), "r_mag is there"),
+        (lambda tmp_path: dictionary(tmp_path / "x", tensors={**BATCH, "bias": B_DEC}), "bias is there"),
+        (lambda tmp_path: gemma_scope(tmp_path / "x", w_enc=W_ENC), "w_enc is there"),
         (not_json, "Expecting"),
     ],
 )

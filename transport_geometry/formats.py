@@ -552,6 +552,7 @@ def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict
     args |= dict(b_dec=t["b_dec"], b_in=t["b_dec"])
     match name:
         case "AutoEncoderTopK":
+            t.get("threshold")  # kept, and no part of it
             args |= dict(rule="topk", k=k)
         case "BatchTopKSAE":
             args |= dict(rule="threshold", threshold=t["threshold"])
@@ -902,9 +903,25 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise UserError(f"{name} claims {tensor.numel()} values, more than are stored")
 
 
-def unwrapped(tensors: Tensors) -> Tensors:
+class Watched(dict[str, Any]):
+    """Knows which of its values were taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.taken.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.taken.add(name)
+        return super().get(name, default)
+
+
+def unwrapped(tensors: Tensors) -> Watched:
     """By the names that they have without torch's wrappers of a module. Raises UserError."""
-    out: dict[str, Any] = {}
+    out = Watched()
     for name, value in tensors.items():
         plain = re.sub(r"^((module|_orig_mod)\.)+", "", name) if isinstance(name, str) else repr(name)
         if plain in out:
@@ -918,13 +935,17 @@ def unwrapped(tensors: Tensors) -> Tensors:
     return out
 
 
+def layout_of(file: SaeFile, config: Json) -> str:
+    """Of `sae_fields.KNOWN`."""
+    return saelens_layout(config) if file.format == "saelens" else file.format
+
+
 def fields_of(
     file: SaeFile, config: Json, beside: Json, tensors: Tensors, ignore: Sequence[str]
 ) -> sae_fields.Fields:
     """Raises UserError for one that is not known; see `sae_fields`."""
-    layout = saelens_layout(config) if file.format == "saelens" else file.format
     around = {name: content for name, content in beside.items() if name != store.PROVENANCE}
-    return sae_fields.check(layout, {**config, **around}, tensors, ignore)
+    return sae_fields.check(layout_of(file, config), {**config, **around}, tensors, ignore)
 
 
 def read(file: SaeFile, ignore: Sequence[str] = ()) -> FileSAE:
@@ -942,6 +963,11 @@ def read(file: SaeFile, ignore: Sequence[str] = ()) -> FileSAE:
             config = {"trainer": tensors["config"]}  # a checkpoint in mid-run
         fields = fields_of(file, config, beside, tensors, ignore)
         args = READERS[file.format].computes(tensors, config, beside)
+        for level in (tensors, *(value for value in tensors.values() if isinstance(value, Watched))):
+            if idle := sae_fields.untaken(layout_of(file, config), level, level.taken, ignore):
+                raise UserError(
+                    f"{idle[0]} is there, and not in the formula of what the file says that it is"
+                )
         for name, value in args.items():
             if isinstance(value, torch.Tensor):
                 args[name] = value.float().contiguous()

@@ -193,6 +193,17 @@ def check(
     return Fields(tuple(sorted(unused)), tuple(sorted(strange)))
 
 
+def untaken(layout: str, tensors: Mapping[str, Any], taken: set[str], ignore: Sequence[str]) -> list[str]:
+    """Tensors that the format has, and that this SAE was not computed with."""
+    of = KNOWN[layout].tensors
+    return [
+        name
+        for name, value in tensors.items()
+        if isinstance(value, torch.Tensor) and value.numel() and name in of and name not in taken
+        if not any(is_called(name, typed) for typed in ignore)
+    ]
+
+
 def in_words(value: Any) -> str:
     """A field's name or value, short and on one line."""
     if isinstance(value, torch.Tensor):
