@@ -148,6 +148,14 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
             "files say; NAME may be a pattern, and is needed where there are several",
         ),
     ),
+    (
+        "--ignore-field",
+        dict(
+            metavar="NAME,...",
+            action="append",
+            help="fields of the files of --sae that are not known and refused for it: go on without them",
+        ),
+    ),
     ("--k", dict(help="active latents, e.g. 8,16,32")),
     ("--seeds", dict(help="e.g. 0,1,2")),
     ("--tokens", dict(help="SAE training budgets, e.g. 300k,10M")),
@@ -268,6 +276,8 @@ def parse_args(
         own = {**own, "models": None, "k": "1", "seeds": "0", "tokens": "1", "expansion": 1}
     elif args.basis:
         raise UserError("--basis is about the SAEs of --sae")
+    elif args.ignore_field:
+        raise UserError("--ignore-field is about the SAEs of --sae")
     for name, value in {**DEFAULTS, **own, **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -298,6 +308,13 @@ def parse_args(
         leave_sinks=args.leave_sinks,
         save_tokens=args.save_tokens,
         bos=args.bos,
+        ignore_fields=tuple(
+            dict.fromkeys(
+                printable(name, "--ignore-field")
+                for typed in args.ignore_field or ()
+                for name in parse_names(typed)
+            )
+        ),
     )
     own_names = [dest(flag) for flag in flags or {}]
     return Command(

@@ -100,7 +100,11 @@ def hub(tmp_path_factory):
         dict_class="BatchTopKSAE",
         threshold=1.0,
     )
-    for name, settings in (("lens", {}), ("lens-bos", {"prepend_bos": True, "context_size": 48})):
+    for name, settings in (
+        ("lens", {}),
+        ("lens-bos", {"prepend_bos": True, "context_size": 48}),
+        ("lens-strange", {"turned_round": 2}),
+    ):
         formats.write_saelens(
             folder / f"models/org/{name}",
             sae,
@@ -335,6 +339,25 @@ def test_an_sae_one_block_late_is_refused_with_both_numbers(hub, tmp_path):
     assert not (tmp_path / "out").exists()
     run(hub, tmp_path / "out", "org/one-late", "--basis", "raw", models=MODEL)
     assert math.isnan(read_table(tmp_path / "out/audit.csv")[0]["fvu_as_said"])
+
+
+def test_a_field_that_nobody_knows_is_let_pass_by_name_and_said(hub, tmp_path):
+    out, flag = tmp_path / "out", ("--ignore-field", "turned_round")
+    assert "metadata.turned_round (2)" in refused(run(hub, out, "org/lens-strange", check=2))
+    assert "no SAE here" in refused(run(hub, out, "org/lens", *flag, check=2))
+    assert not out.exists()
+    done = run(hub, out, "org/lens,org/lens-strange", *flag)
+    saes = json.loads((out / "run.json").read_text())["settings"]["saes"]
+    assert (
+        saes["org/lens-strange"]["ignored"] == ["metadata.turned_round"] and "ignored" not in saes["org/lens"]
+    )
+    report = (out / "report.md").read_text()
+    assert "org/lens-strange: fields of its files that nobody here knows" in report
+    assert (
+        "org/lens, org/lens-strange: fields of training and keeping, not computed with: d_in, device"
+        in report
+    )
+    assert "nobody here knows" in " ".join(done.stdout.split())
 
 
 def test_a_basis_reaches_the_sae_that_it_names(hub, tmp_path):

@@ -9,7 +9,7 @@ import shutil
 import zipfile
 
 from helpers import measured, tiny_model
-from transport_geometry import formats
+from transport_geometry import formats, given, sae_fields
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import evaluate
 from transport_geometry.libraries import definitions
@@ -47,6 +47,10 @@ def gated(x):
     u = (x - B_DEC.double()) @ W_ENC.double()
     opened = u + B_ENC.double() > 0
     return (opened * (u * R_MAG.double().exp() + B_MAG.double()).relu()) @ W_DEC.double() + B_DEC.double()
+
+
+def largest(z, k=K):
+    return z * (z.abs() >= z.abs().topk(k, 1).values[:, -1:])
 
 
 def layer_normed(f):
@@ -132,7 +136,7 @@ def sparsify(folder, W_skip=None, **config):
     return folder
 
 
-def dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", **trainer):
+def dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", buffer=(), **trainer):
     folder.mkdir(parents=True)
     tensors = tensors or {
         "encoder.weight": W_ENC.t().contiguous(),
@@ -152,7 +156,9 @@ def dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", **tra
             "dict_size": F,
             **trainer,
         }
-        (folder / "config.json").write_text(json.dumps({"trainer": said, "buffer": {"ctx_len": 32}}))
+        (folder / "config.json").write_text(
+            json.dumps({"trainer": said, "buffer": {"ctx_len": 32, **dict(buffer)}})
+        )
     return folder
 
 
@@ -165,17 +171,18 @@ LENS = {"W_enc": W_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
 BATCH = {**PLAIN, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(1.5)}
 
 
-def openai(folder, **state):
+def openai(folder, wrapped="", **state):
     (folder / "resid_post_mlp/autoencoders").mkdir(parents=True)
+    state = {
+        "pre_bias": B_DEC,
+        "encoder.weight": W_ENC.t(),
+        "latent_bias": B_ENC,
+        "decoder.weight": W_DEC.t(),
+        "stats_last_nonzero": torch.zeros(F),
+        **state,
+    }
     torch.save(
-        {
-            "pre_bias": B_DEC,
-            "encoder.weight": W_ENC.t(),
-            "latent_bias": B_ENC,
-            "decoder.weight": W_DEC.t(),
-            "stats_last_nonzero": torch.zeros(F),
-            **state,
-        },
+        {wrapped + name: value for name, value in state.items()},
         folder / "resid_post_mlp/autoencoders/1.pt",
     )
     return folder
@@ -193,6 +200,32 @@ def mlsae(folder, **config):
         },
         folder / "model.safetensors",
     )
+    return folder
+
+
+def gemma_scope(folder, **tensors):
+    """Of the first: the path says all."""
+    at = folder / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_71"
+    at.mkdir(parents=True)
+    np.savez(at / "params.npz", **{name: tensor.numpy() for name, tensor in {**JUMP, **tensors}.items()})
+    return folder
+
+
+def gemma_scope_2(folder, **config):
+    at = folder / "gemma-scope-2-270m-pt/resid_post/layer_1_width_16k_l0_small"
+    at.mkdir(parents=True)
+    said = {
+        "hf_hook_point_in": "model.layers.1.output",
+        "hf_hook_point_out": "model.layers.1.output",
+        "width": F,
+        "model_name": "google/gemma-3-270m-pt",
+        "architecture": "jump_relu",
+        "l0": 10,
+        "affine_connection": False,
+        "type": "sae",
+    }
+    (at / "config.json").write_text(json.dumps({**said, **config}))
+    save_file({name.replace("W_", "w_"): tensor for name, tensor in JUMP.items()}, at / "params.safetensors")
     return folder
 
 
@@ -261,6 +294,36 @@ CASES = {
         ),
         lambda x: truth(x, above(2)),
     ),
+    "saelens matryoshka checkpoint": (
+        saelens,
+        dict(
+            architecture="matryoshka_batchtopk",
+            k=2.5,  # a mean over tokens
+            matryoshka_widths=[10, F],
+            tensors={**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()},
+        ),
+        lambda x: truth(x, above(2)),
+    ),
+    "saelens abstopk": (saelens, dict(architecture="abstopk"), lambda x: truth(x, largest)),
+    "saelens topk, a scaling factor of ones": (
+        saelens,
+        dict(
+            tensors={**LENS, "b_enc": B_ENC, "scaling_factor": torch.ones(F)},
+            finetuning_scaling_factor=True,
+        ),
+        lambda x: truth(x, relu_top),
+    ),
+    "saelens topk, of a module's name": (
+        saelens,
+        dict(
+            metadata={
+                "sae_lens_version": "6.54.12",
+                "hook_name": "gpt_neox.layers.1",
+                "model_class_name": "AutoModelForCausalLM",
+            }
+        ),
+        lambda x: truth(x, relu_top),
+    ),
     "saelens standard": (saelens, dict(architecture="standard"), lambda x: truth(x, torch.relu)),
     "saelens gated": (saelens, dict(architecture="gated", tensors=GATED_LENS), gated),
     "saelens 5 topk": (
@@ -279,6 +342,7 @@ CASES = {
         lambda x: truth(x, relu_top),
     ),
     "sparsify": (sparsify, {}, lambda x: truth(x, relu_top)),
+    "sparsify signed": (sparsify, dict(signed=True), lambda x: truth(x, largest)),
     "sparsify groupmax": (sparsify, dict(activation="groupmax"), lambda x: truth(x, groupmax)),
     "sparsify skip": (
         sparsify,
@@ -332,6 +396,20 @@ CASES = {
         dict(activation="ReLU", activation_state_dict={}),
         lambda x: truth(x, torch.relu),
     ),
+    "openai without a word on its activation": (openai, {}, lambda x: truth(x, torch.relu)),
+    "openai compiled": (openai, dict(wrapped="_orig_mod.module."), lambda x: truth(x, torch.relu)),
+    "dictionary_learning BatchTopK, wrapped": (
+        dictionary,
+        dict(name="BatchTopKSAE", tensors={f"module.{name}": tensor for name, tensor in BATCH.items()}),
+        lambda x: truth(x, above(1.5)),
+    ),
+    "dictionary_learning of the input": (
+        dictionary,
+        dict(submodule_name="resid_post_layer_2", layer=2, buffer={"io": "in"}),
+        lambda x: truth(x, relu_top),
+    ),
+    "gemma_scope": (gemma_scope, {}, lambda x: truth(x, jump, b_in=ZERO)),
+    "gemma_scope 2": (gemma_scope_2, {}, lambda x: truth(x, jump, b_in=ZERO)),
     "mlsae": (mlsae, {}, layer_normed(lambda x: truth(x, relu_top, b_enc=torch.zeros(F)))),
     "mlsae, not standardised": (
         mlsae,
@@ -363,9 +441,10 @@ def test_a_format_is_its_formula(case, tmp_path):
     values, indices, h_hat = sae.reconstruct(H)
     expected = dense(H.double())
     assert (h_hat - expected).norm() / expected.norm() < 1e-6
-    assert (values >= 0).all() and values.shape == indices.shape and (values > 0).any(1).float().mean() > 0.5
+    assert (values >= 0).all() != (sae.rule == "signed")
+    assert values.shape == indices.shape and (values != 0).any(1).float().mean() > 0.5
     for row, index in zip(values, indices):  # a code names a latent once
-        assert len(index[row > 0].unique()) == (row > 0).sum()
+        assert len(index[row != 0].unique()) == (row != 0).sum()
     of = formats.describe(file)
     assert (of.format, of.site, of.layer) == (case.split()[0].rstrip(","), "resid_post", 1)
     fused = formats.fused(sae)
@@ -392,6 +471,10 @@ def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
         ("blocks.0.hook_resid_pre", ("resid_pre", 0)),
         ("blocks.3.hook_mlp_out", ("mlp_out", 3)),
         ("blocks.3.attn.hook_z", ("blocks.3.attn.hook_z", None)),
+        ("gpt_neox.layers.3", ("resid_post", 3)),
+        ("model.layers.3", ("resid_post", 3)),
+        ("transformer.h.11", ("resid_post", 11)),
+        ("model.layers.3.mlp", ("mlp", 3)),
         ("", (None, None)),
     ],
 )
@@ -408,6 +491,9 @@ def test_transformerlens_names(name, hook):
         ("org/gpt2/h.11", ("resid_post", 11)),
         ("saes/resid_post_layer_4/trainer_7", ("resid_post", 4)),
         ("x/mlp_out_layer5", ("mlp_out", 5)),
+        ("x/resid_pre_layer_4/trainer_0", ("resid_post", 3)),
+        ("x/resid_pre_layer_0", ("resid_pre", 0)),
+        ("x/blocks.4.hook_resid_pre", ("resid_post", 3)),
         ("x/blocks.3.hook_resid_post", ("resid_post", 3)),
         ("org/multilayers.x/run12", (None, None)),
         ("x/resid_out_layer3/10_32768", ("resid_post", 3)),
@@ -432,6 +518,124 @@ def test_what_files_declare_is_read(tmp_path):
     assert declared(sparsify(tmp_path / "layers.4.mlp")).site == "mlp"
     assert declared(sparsify(tmp_path / "layers.5", transcode=True)).site == "transcoder"
     assert declared(mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")).layer == 2
+
+
+@pytest.mark.parametrize(
+    "said, buffer, hook",
+    [
+        (dict(submodule_name="resid_post_layer_4", layer=4), {"io": "out"}, ("resid_post", 4)),
+        (dict(submodule_name="resid_post_layer_4", layer=4), {"io": "in"}, ("resid_post", 3)),
+        (dict(submodule_name="resid_pre_layer_4", layer=4), {"io": "in"}, ("resid_post", 3)),
+        (dict(submodule_name=None, layer=4), {"io": "in"}, ("resid_post", 3)),
+        (dict(submodule_name="resid_post_layer_0", layer=0), {"io": "in"}, ("resid_pre", 0)),
+        (dict(submodule_name="mlp_out_layer4", layer=4), {"io": "in"}, ("input of mlp_out", 4)),
+        (dict(submodule_name="mlp_out", layer=4), {}, ("mlp_out", 4)),
+        (dict(submodule_name="resid_out", layer=4), {}, ("resid_post", 4)),
+        (dict(submodule_name="resid_pre", layer=4), {}, ("resid_post", 3)),
+    ],
+)
+def test_the_hook_of_a_submodule_and_its_side(said, buffer, hook, tmp_path):
+    of = declared(dictionary(tmp_path / "x", buffer=buffer, **said))
+    assert (of.site, of.layer) == hook
+
+
+@pytest.mark.parametrize(
+    "name, on_hub",
+    [
+        ("gpt2-small", "gpt2"),
+        ("gpt2-medium", "gpt2-medium"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("gemma-2-2b", "google/gemma-2-2b"),
+        ("gemma-2b-it", "google/gemma-2b-it"),
+        ("gpt-neo-125M", "EleutherAI/gpt-neo-125M"),
+        ("Llama-2-7b-chat", "meta-llama/Llama-2-7b-chat-hf"),
+        ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
+        ("qwen2.5-0.5b-instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+        ("tiny-stories-33M", "roneneldan/TinyStories-33M"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("stdlib-s", "stdlib-s"),
+        ("smollm2-135m", "smollm2-135m"),
+        ("gemma3-270m", "gemma3-270m"),
+    ],
+)
+def test_names_of_models_become_the_hubs(name, on_hub):
+    assert formats.hub_name(name) == on_hub
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", ("resid_post", 20, "gemma-2-2b", 2**14)),
+        ("gemma-scope-9b-it-res/layer_9/width_131k/average_l0_9", ("resid_post", 9, "gemma-2-9b-it", 2**17)),
+        ("gemma-scope-2b-pt-res/layer_5/width_1m/average_l0_9", ("resid_post", 5, "gemma-2-2b", 2**20)),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", ("embedding", None, "gemma-2-2b", 2**12)),
+        ("gemma-scope-2b-pt-att/layer_3/width_16k/average_l0_9", ("att", 3, "gemma-2-2b", 2**14)),
+        ("gemma-scope-2b-pt-mlp/layer_3/width_16k/average_l0_9", ("mlp", 3, "gemma-2-2b", 2**14)),
+        ("gemma-scope-2b-pt-transcoders/layer_3/width_16k/x", ("transcoder", 3, "gemma-2-2b", 2**14)),
+        (
+            "gemma-scope-2-1b-it/resid_post_all/layer_3_width_16k_l0_big",
+            ("resid_post", 3, "gemma-3-1b-it", 2**14),
+        ),
+        ("gemma-scope-2-270m-pt/mlp_out/layer_3_width_16k_l0_big", ("mlp_out", 3, "gemma-3-270m", 2**14)),
+        (
+            "gemma-scope-2-1b-pt/transcoder_all/layer_3_width_16k_l0_big",
+            ("transcoder", 3, "gemma-3-1b-pt", 2**14),
+        ),
+    ],
+)
+def test_gemma_scopes_paths(path, said):
+    of = formats.gemma_scope_declares({}, f"google/{path}", {})
+    site, layer, model, width = said
+    assert (of.site, of.layer, of.model, of.width) == (site, layer, f"google/{model}", width)
+    assert (of.bos, of.ctx, of.unseen) == (True, 1024, ("BOS",))
+
+
+def test_gemma_scopes_configuration_says_the_hook(tmp_path):
+    for name, said, hook in (
+        ("a", {"hf_hook_point_in": "model.layers.3.output", "hf_hook_point_out": None}, ("resid_post", 3)),
+        ("b", {"type": "transcoder"}, ("transcoder", 1)),
+        ("c", {"hf_hook_point_out": "model.layers.1.post_feedforward_layernorm.output"}, ("transcoder", 1)),
+        (
+            "d",
+            dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), "model.layers.1.self_attn.o_proj.input"),
+            ("model.layers.1.self_attn.o_proj.input", 1),
+        ),
+    ):
+        of = declared(gemma_scope_2(tmp_path / name, **said))
+        assert (of.site, of.layer, of.model) == (*hook, "google/gemma-3-270m")
+    with pytest.raises(UserError, match="affine_connection"):
+        formats.read(the_file(gemma_scope_2(tmp_path / "e", affine_connection=True)))
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path):
+    for run in ("a", "b"):
+        dictionary(tmp_path / run / "resid_post_layer_1/trainer_0")
+    specs = [str(tmp_path / run / "resid_post_layer_1/trainer_0") for run in ("a", "b")]
+    chosen, refused = given.choose(specs, [("m", 1)])
+    assert not refused and [one.file.label for one in chosen] == [
+        "a/resid_post_layer_1/trainer_0",
+        "b/resid_post_layer_1/trainer_0",
+    ]
+    with pytest.raises(UserError, match="resid_post_layer_1/trainer_0 is named twice"):
+        given.choose([specs[0], specs[0] + "/ae.pt"], [("m", 1)])
+
+
+def test_what_reads_another_place_is_left_out_with_the_reason(tmp_path):
+    dictionary(tmp_path / "x", submodule_name="mlp_out")
+    with pytest.raises(UserError, match=r"mlp_out, not resid_post"):
+        given.choose([str(tmp_path / "x")], [("m", 1)])
+
+
+def test_a_model_is_found_by_its_name_in_transformerlens(tmp_path):
+    metadata = {
+        "sae_lens_version": "6.1",
+        "model_name": "gemma-2-2b",
+        "hook_name": "blocks.1.hook_resid_post",
+    }
+    saelens(tmp_path / "x", metadata=metadata)
+    ((chosen,), _) = given.choose([str(tmp_path / "x")], [])
+    assert (chosen.model, chosen.layer) == ("google/gemma-2-2b", 1)
 
 
 def test_a_folder_of_many_and_a_pattern(tmp_path):
@@ -489,6 +693,16 @@ def not_json(tmp_path):
     return folder
 
 
+def crosscoder(tmp_path):
+    tensors = {
+        "encoder.weight": torch.randn(2, D, F),
+        "encoder.bias": B_ENC,
+        "decoder.weight": torch.randn(2, F, D),
+        "decoder.bias": torch.zeros(2, D),
+    }
+    return dictionary(tmp_path / "x", name="CrossCoder", tensors=tensors)
+
+
 def a_saelens(**how):
     return lambda tmp_path: saelens(tmp_path / "x", **how)
 
@@ -506,6 +720,28 @@ def a_saelens(**how):
         (a_saelens(tensors={"W_enc": W_ENC}), "no 'W_dec' in it"),
         (a_saelens(normalize_activations="expected_average_only_in"), "holds the scale"),
         (a_saelens(k=41), "k = 41 of 40"),
+        (
+            a_saelens(tensors={**LENS, "b_enc": B_ENC, "scaling_factor": torch.ones(F) * 1.01}),
+            "scaling_factor",
+        ),
+        (a_saelens(reshape_activations="hook_z"), "reshape_activations (hook_z)"),
+        (lambda tmp_path: sparsify(tmp_path / "x", signed=True, activation="groupmax"), "signed"),
+        (lambda tmp_path: sparsify(tmp_path / "x", skip_connection=True), "no 'W_skip' in it"),
+        (lambda tmp_path: openai(tmp_path / "x", activation="Identity"), "'Identity' is not supported"),
+        (
+            lambda tmp_path: openai(
+                tmp_path / "x",
+                activation="TopK",
+                activation_state_dict={"k": K, "postact_fn": "Identity"},
+            ),
+            "postact_fn",
+        ),
+        (lambda tmp_path: dictionary(tmp_path / "x", name="IdentityDict"), "'IdentityDict'"),
+        (crosscoder, "a crosscoder"),
+        (a_saelens(architecture="standard", tensors=JUMP), "threshold is there"),
+        (a_saelens(tensors={**LENS, "b_enc": B_ENC, "r_mag": R_MAG}), "r_mag is there"),
+        (lambda tmp_path: dictionary(tmp_path / "x", tensors={**BATCH, "bias": B_DEC}), "bias is there"),
+        (lambda tmp_path: gemma_scope(tmp_path / "x", w_enc=W_ENC), "w_enc is there"),
         (not_json, "Expecting"),
     ],
 )
@@ -515,6 +751,109 @@ def test_bad_files_are_refused_in_one_line(broken, word, tmp_path, capsys):
     line = str(caught.value)
     assert tmp_path.name in line and word in line and "\n" not in line
     assert "code was run" not in capsys.readouterr().out
+
+
+STRANGER = {  # format -> (what writes it with a field more, how the field is called in full)
+    "saelens": [
+        (lambda folder, **field: saelens(folder, **field), "{}"),
+        (
+            lambda folder, **field: saelens(folder, metadata={"sae_lens_version": "6.1", **field}),
+            "metadata.{}",
+        ),
+        (lambda folder, **field: saelens(folder, **V5_TOPK, **field), "{}"),
+        (
+            lambda folder, **field: saelens(
+                folder, **V5_TOPK, model_from_pretrained_kwargs={"center_writing_weights": False, **field}
+            ),
+            "model_from_pretrained_kwargs.{}",
+        ),
+        (
+            lambda folder, **field: saelens(
+                folder,
+                normalize_activations="expected_average_only_in",
+                beside={"activation_scaler.json": {"scaling_factor": 0.3, **field}},
+            ),
+            "activation_scaler.json.{}",
+        ),
+    ],
+    "sparsify": [(sparsify, "{}")],
+    "dictionary_learning": [
+        (dictionary, "trainer.{}"),
+        (lambda folder, **field: dictionary(folder, buffer=field), "buffer.{}"),
+        (
+            lambda folder, **field: dictionary(
+                folder, name=None, tensors={"ae": BATCH, "config": {"dict_class": "BatchTopKSAE", **field}}
+            ),
+            "trainer.{}",
+        ),
+    ],
+    "gemma_scope": [(gemma_scope_2, "{}")],
+    "openai": [
+        (openai, "{}"),
+        (
+            lambda folder, **field: openai(
+                folder, activation="TopK", activation_state_dict={"k": K, "postact_fn": "ReLU", **field}
+            ),
+            "activation_state_dict.{}",
+        ),
+    ],
+    "mlsae": [(mlsae, "{}")],
+}
+
+
+@pytest.mark.parametrize("value", [True, 0, 1.5, "yes", [0], {"a": False}], ids=str)
+@pytest.mark.parametrize("write, called", [case for cases in STRANGER.values() for case in cases])
+def test_a_field_that_nobody_knows_is_refused_by_name_and_let_pass_by_a_flag(write, called, value, tmp_path):
+    file = the_file(write(tmp_path / "layers.1", turned_round=value))
+    with pytest.raises(UserError) as caught:
+        formats.read(file)
+    line, name = str(caught.value), called.format("turned_round")
+    assert line.startswith(f"--sae {file.label}: ") and f"{name} (" in line and "--ignore-field" in line
+    assert "\n" not in line and len(line) < 400
+    with pytest.raises(UserError):
+        formats.read(file, ["other"])
+    for typed in (name, "turned_round"):
+        sae = formats.read(file, ["other", typed])
+        assert sae.fields.ignored == (name,) and torch.isfinite(sae.reconstruct(H)[2]).all()
+
+
+@pytest.mark.parametrize("value", [None, False, "none", "", [], {}], ids=repr)
+@pytest.mark.parametrize("write, called", [case for cases in STRANGER.values() for case in cases])
+def test_a_field_that_says_nothing_is_none(write, called, value, tmp_path):
+    sae = formats.read(the_file(write(tmp_path / "layers.1", turned_round=value)))
+    assert not sae.fields.ignored
+
+
+@pytest.mark.parametrize(
+    "case", ["saelens topk", "sparsify", "dictionary_learning TopK", "openai relu", "mlsae", "gemma_scope 2"]
+)
+def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
+    file = the_file(written(case, tmp_path))
+    path = file.fetch(file.weights)
+    tensors = {**formats.read_tensors(path), "b_more": torch.zeros(F)}
+    if path.suffix == ".pt":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
+    with pytest.raises(UserError, match=r"b_more \(a tensor \[40\]\)"):
+        formats.read(file)
+    assert formats.read(file, ["b_more"]).fields.ignored == ("b_more",)
+
+
+def test_fields_of_training_are_named_and_not_refused(tmp_path):
+    lens = saelens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2])
+    assert formats.read(the_file(lens)).fields == sae_fields.Fields(("d_in", "dtype", "matryoshka_widths"))
+    trained = dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8, "io": "out"})
+    assert formats.read(the_file(trained)).fields.unused == (
+        "buffer.out_batch_size",
+        "trainer.lr",
+        "trainer.steps",
+    )
+
+
+def test_the_list_says_what_is_refused(tmp_path):
+    sparsify(tmp_path / "run/layers.1", turned_round=True)
+    assert "turned_round" in formats.listed(str(tmp_path / "run"))
 
 
 def enlarged(folder, how):
@@ -919,12 +1258,37 @@ def test_definitions_by_hand():
 
 
 # ----------------------------------------------------------------------------------------------------- export
+def exported(folder):
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    return metadata["hook_name"], metadata["model_class_name"]
+
+
+@pytest.mark.parametrize(
+    "model, hook_and_class",
+    [
+        ("stdlib-s", ("gpt_neox.layers.1", "AutoModelForCausalLM")),
+        ("stdlib-s+null300", ("gpt_neox.layers.1", "AutoModelForCausalLM")),
+        ("smollm2-135m", ("model.layers.1", "AutoModelForCausalLM")),
+        ("nowhere/at-all", ("blocks.1.hook_resid_post", "HookedTransformer")),
+    ],
+)
+def test_an_exports_hook_is_one_of_its_class_of_model(model, hook_and_class, tmp_path):
+    sae = formats.fused(formats.read(the_file(sparsify(tmp_path / "layers.1"))))
+    formats.write_saelens(tmp_path / "out", sae, {"model": model, "layer": 1, "ctx": 64, "data": "x"})
+    assert exported(tmp_path / "out") == hook_and_class
+
+
 def test_an_exported_sae_reads_back_as_itself(tmp_path):
     sae = formats.fused(formats.read(the_file(sparsify(tmp_path / "layers.1"))))
     made = {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
     formats.write_saelens(tmp_path / "out", sae, made)
     again = formats.fused(formats.read(the_file(tmp_path / "out")))
     assert torch.equal(sae.reconstruct(H)[2], again.reconstruct(H)[2])
+    metadata = json.loads((tmp_path / "out/cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_class_name"]) == (
+        "gpt_neox.layers.1",
+        "AutoModelForCausalLM",
+    )
     assert declared(tmp_path / "out") == formats.Declared(
         "saelens", site="resid_post", layer=1, model="stdlib-s", ctx=64, bos=False, basis="raw", width=F
     )

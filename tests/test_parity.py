@@ -5,19 +5,28 @@ Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
 import dataclasses
 
 from transport_geometry import formats
+from transport_geometry.lm import Hook
+from transport_geometry.models import EMBEDDED, load_model
+from transport_geometry.sae import TopKSAE
 from transport_geometry.train import SAELensTraining, Statistics
 
 import pytest
 import torch
+from test_formats import F as WIDE
+from test_formats import H, gemma_scope, gemma_scope_2, the_file
 from tqdm import tqdm
 
 for library in ("sae_lens", "sparsify", "dictionary_learning"):
     pytest.importorskip(library, reason="the extra [parity] is not installed")
 import peers  # noqa: E402
 
+import datasets  # noqa: E402
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402  # noqa: E402
 from sae_lens import TopKSAE as LensSAE  # noqa: E402
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
+from sae_lens.load_model import load_model as load_lens_model  # noqa: E402
+from sae_lens.loading import pretrained_sae_loaders as lens_loaders  # noqa: E402
+from sae_lens.training.activations_store import ActivationsStore  # noqa: E402
 from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
 
 D, F, K, N = 24, 192, 4, 64
@@ -154,4 +163,55 @@ def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
     theirs = LensSAE.load_from_disk(tmp_path)
     expected = theirs.decode(theirs.encode(h)).detach()
     assert (sae.reconstruct(h)[2] - expected).norm() / expected.norm() < 1e-6
-    assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post" and theirs.cfg.architecture() == "topk"
+    assert theirs.cfg.metadata.hook_name == "gpt_neox.layers.3" and theirs.cfg.architecture() == "topk"
+
+
+def test_an_exported_sae_drives_saelens_store(tmp_path):
+    """The hook is found in a model of the class that is named beside it, and its activations are ours."""
+    hook = Hook(load_model("stdlib-s", torch.device("cpu"))[0], 2)
+    sae = TopKSAE(torch.randn(F, 64), torch.zeros(F), torch.randn(F, 64), torch.zeros(64), K)
+    formats.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 2, "ctx": 16, "data": "stdlib"})
+    theirs = LensSAE.load_from_disk(tmp_path)
+    said = theirs.cfg.metadata
+    model = load_lens_model(said.model_class_name, str(EMBEDDED[said.model_name]), "cpu")
+    rows = torch.randint(50, 500, (8, said.context_size), generator=torch.Generator().manual_seed(0))
+    store = ActivationsStore.from_sae(
+        model,
+        theirs,
+        datasets.Dataset.from_dict({"tokens": rows.tolist()}),
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=2,
+        train_batch_size_tokens=32,
+        total_tokens=8,
+    )
+    tokens = store.get_batch_tokens()
+    torch.testing.assert_close(store.get_activations(tokens).view(4, 16, 64), hook.head(tokens))
+    assert next(store).shape[-1] == 64
+
+
+@pytest.mark.parametrize(
+    "write, load",
+    [
+        (gemma_scope, lens_loaders.gemma_2_sae_huggingface_loader),
+        (gemma_scope_2, lens_loaders.gemma_3_sae_huggingface_loader),
+    ],
+)
+def test_gemma_scope_is_what_saelens_makes_of_it(write, load, tmp_path, monkeypatch):
+    file = the_file(write(tmp_path))
+    at = file.fetch(file.weights).parent
+    monkeypatch.setattr(
+        lens_loaders, "hf_hub_download", lambda *_, filename="config.json", **__: at / filename
+    )
+    shapes = {"w_enc": H.shape[1:] + (WIDE,), "w_dec": (WIDE,) + H.shape[1:]}
+    monkeypatch.setattr(lens_loaders, "get_safetensors_tensor_shapes", lambda *_: shapes)
+    repository, folder = str(at.relative_to(tmp_path)).split("/", 1)
+    said, state, _ = load(f"google/{repository}", folder)
+    config = lens_loaders.handle_config_defaulting(said | {"d_in": H.shape[1], "d_sae": WIDE})
+    theirs = JumpReLUSAE(JumpReLUSAEConfig.from_dict(config))
+    theirs.load_state_dict(state)
+    expected, of = theirs(H).detach(), formats.describe(file)
+    h_hat = formats.read(file).reconstruct(H)[2]
+    assert (h_hat - expected).norm() < 1e-5 * expected.norm()
+    hook = formats.hook_of_lens(theirs.cfg.metadata.hook_name)
+    assert (of.site, of.layer, of.bos, of.ctx) == (*hook, True, theirs.cfg.metadata.context_size)
+    assert of.model == formats.hub_name(theirs.cfg.metadata.model_name)

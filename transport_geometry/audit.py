@@ -90,6 +90,7 @@ def audit_rows(saes: list[dict], values: dict[str, np.ndarray], settings: dict) 
         rows.append(
             row
             | {name: declared[name] for name in ("format", "basis", "ctx", "bos", "unseen")}
+            | {"ignored": declared.get("ignored", [])}
             | {
                 "trained_on": hub_name(declared["model"]) if declared["model"] else "not said",
                 "k": row["k"] or "none",
@@ -534,6 +535,7 @@ UNSEEN = (
     "{sae}: never saw some positions ({positions}) and is patched there too; ce_rec_sinkclean and *_nosink "
     "leave sinks out"
 )
+IGNORED = "{sae}: fields of its files that nobody here knows, and that are not computed: {fields}"
 ABOUT_COLUMNS = (
     "Within a hook by k, the highest CE_rec first. dominated_by: an SAE of the hook with no more latents "
     "active has a higher CE_rec (95% interval of the difference). kl_excess: the ε-random substitution of "
@@ -585,6 +587,8 @@ def warnings(rows: list[dict]) -> list[str]:
             text.append(NEGATIVE.format(**row))
         if row["unseen"]:
             text.append(UNSEEN.format(sae=row["sae"], positions=", ".join(row["unseen"])))
+        if row.get("ignored"):
+            text.append(IGNORED.format(sae=row["sae"], fields=", ".join(row["ignored"])))
     return text
 
 
@@ -682,16 +686,17 @@ def audit(
     tokens: torch.Tensor,
     document: Sequence[int] | np.ndarray | None = None,
     basis: str | None = None,
+    ignore_fields: Sequence[str] = (),
 ) -> Audited:
     """R², CE_rec, dCE (nats a token), KL, ... of one SAE at the output of block `layer`, on these tokens and
     a model that is loaded, and what is said of it.
 
-    The numbers that `audit.py` writes for the same tokens. model: a causal language model of transformers, in
-    eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw` or
-    `centred`, goes on regardless), an SAE of this package, or any function h [N,d] -> h_hat [N,d] (SAELens'
-    SAEs are such). tokens [S,T], int64: as they are, a BOS only where they hold one. document [S], 0..D-1: of
-    which document each row is, each its own by default; of one document there is no interval. Raises
-    UserError, Fault.
+    The numbers that `audit.py` writes for the same tokens. model: a causal language model of transformers,
+    in eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw`
+    or `centred`, goes on regardless), an SAE of this package, or any function h [N,d] -> h_hat [N,d]
+    (SAELens' SAEs are such). ignore_fields: of an SAE's files, that are not known and let pass. tokens
+    [S,T], int64: as they are, a BOS only where they hold one. document [S], 0..D-1: of which document each
+    row is, each its own by default; of one document there is no interval. Raises UserError, Fault.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.dtype != torch.int64:
         raise UserError(
@@ -710,7 +715,7 @@ def audit(
         )
     tokens = tokens.to(hook.device)
     name, batch = "SAE", max(1, 2048 // tokens.shape[1])
-    given, shared = _reconstruction(sae, hook, tokens, basis), activations(hook, tokens, batch)
+    given, shared = _reconstruction(sae, hook, tokens, basis, ignore_fields), activations(hook, tokens, batch)
     result = evaluate(hook, tokens, {name: given}, batch, shared=shared, document=of)[name]
     weights = document_weights(int(of.max()) + 1, N_RESAMPLES, seed=0)[:, of]
     values = computed(
@@ -727,13 +732,15 @@ def audit(
     return Audited(out | {"n_tok": row["n_tok"], "n_sink": n_sink, "documents": n_doc})
 
 
-def _reconstruction(sae: Any, hook: Hook, tokens: torch.Tensor, basis: str | None) -> Reconstruction:
+def _reconstruction(
+    sae: Any, hook: Hook, tokens: torch.Tensor, basis: str | None, ignore_fields: Sequence[str]
+) -> Reconstruction:
     """What `evaluate` takes. Raises UserError."""
     if isinstance(sae, (str, os.PathLike)):
         files = formats.find(str(sae))
         if len(files) > 1:
             raise UserError(f"{sae}: {len(files)} SAEs, of which one is to be named: {files[0].label}, ...")
-        read = formats.read(files[0]).to(hook.device)
+        read = formats.read(files[0], ignore_fields).to(hook.device)
         near = formats.near(hook, tokens[:4])
         if read.W_enc.shape[1] != near[hook.layer].shape[1]:
             raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
@@ -744,6 +751,8 @@ def _reconstruction(sae: Any, hook: Hook, tokens: torch.Tensor, basis: str | Non
         return formats.fused(read)
     if basis:
         raise UserError("basis is about an SAE's files")
+    if ignore_fields:
+        raise UserError("ignore_fields is about an SAE's files")
     if isinstance(sae, SAE):
         return sae.to(hook.device)
     return lambda h, mean: sae(h)

@@ -425,7 +425,7 @@ def patch_quantities(
     keep, d = (~clean.sink).double(), h.shape[1]
     l0 = torch.full(clean.sink.shape, math.nan, dtype=torch.float64)
     if patch.values is not None:
-        l0 = per_token((patch.values > 0).sum(1))
+        l0 = per_token((patch.values != 0).sum(1))
     found = {
         "sse": stats["delta_sq"],
         "sse_nosink": stats["delta_sq"] * keep,
@@ -455,7 +455,7 @@ def fired_in(patch: Patch, n_latents: int, half: np.ndarray) -> np.ndarray:
     """[2,F]: how often each latent fires in the sequences whose `half` [B] is 0 and 1."""
     assert patch.values is not None and patch.indices is not None
     fired = np.zeros((2, n_latents + 1))
-    slots = torch.where(patch.values > 0, patch.indices, n_latents).cpu().view(len(half), -1).numpy()
+    slots = torch.where(patch.values != 0, patch.indices, n_latents).cpu().view(len(half), -1).numpy()
     for which, row in zip(half, slots):
         fired[which] += np.bincount(row, minlength=n_latents + 1)
     return fired[:, :-1]

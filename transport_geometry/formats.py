@@ -3,8 +3,9 @@
     python -m transport_geometry.formats list PATH_OR_ID      # the SAEs of a folder or hub repository
     python -m transport_geometry.formats export SAE_FOLDER TO # an SAE trained here, in SAELens' format
 
-Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, OpenAI's sparse_autoencoder and mlsae. Each
-format's formula stands with its reader. Shapes: N tokens, d = d_model, F = d_sae. Everything becomes float32.
+Reads SAELens (5 and 6), EleutherAI sparsify, dictionary_learning, Gemma Scope 1 and 2, OpenAI's
+sparse_autoencoder and mlsae. Each format's formula stands with its reader. Shapes: N tokens, d = d_model, F =
+d_sae. Everything becomes float32.
 """
 
 import fnmatch
@@ -18,27 +19,30 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import kernels, store
+from transport_geometry import kernels, sae_fields, store
 from transport_geometry.errors import UserError, one_line, printable, run_script
 from transport_geometry.lm import Hook, text_config
-from transport_geometry.models import asking_hub, fingerprint
+from transport_geometry.models import asking_hub, block_name, fingerprint
 from transport_geometry.sae import SAE, TopKSAE, load_sae, must_vary, sink_positions
 from transport_geometry.tables import as_json, markdown
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
 # the file that makes a folder an SAE -> (whose format, the configuration beside it); any other .pt may be one
 # of OpenAI's
-FORMATS = {
+FORMATS: dict[str, tuple[str, str | None]] = {
     "sae_weights.safetensors": ("saelens", "cfg.json"),
     "sae.safetensors": ("sparsify", "cfg.json"),
     "ae.pt": ("dictionary_learning", "config.json"),
     "model.safetensors": ("mlsae", "config.json"),
+    "params.npz": ("gemma_scope", None),
+    "params.safetensors": ("gemma_scope", "config.json"),
 }
 # other files that are read where they are there
 BESIDE = {
@@ -93,10 +97,12 @@ class FileSAE(SAE):
     """Any SAE whose code is a function of single tokens, for raw activations h [N,d].
 
     x = (h - shift) / scale for each token, by `norm`; z = W_enc (x - b_in) + b_enc; a code by `rule`; h_hat =
-    (a W_dec + b_dec) scale + shift, plus W_skip h. Rules: `topk` and `groupmax` (k latents), `threshold` (z
-    where it exceeds `threshold` and 0: ReLU, JumpReLU, BatchTopK at inference), `gated` (relu(gain z' +
-    b_mag) where z > 0, z' = z - b_enc).
+    (a W_dec + b_dec) scale + shift, plus W_skip h. Rules: `topk` and `groupmax` (k latents), `signed` (the k
+    of the largest |z|, with their sign), `threshold` (z where it exceeds `threshold` and 0: ReLU, JumpReLU,
+    BatchTopK at inference), `gated` (relu(gain z' + b_mag) where z > 0, z' = z - b_enc).
     """
+
+    fields = sae_fields.Fields()  # of its files
 
     b_in: torch.Tensor
     threshold: torch.Tensor
@@ -144,8 +150,8 @@ class FileSAE(SAE):
         return x, shift, torch.ones_like(shift)
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """values [N,K] >= 0 and indices [N,K], ascending; K = k, or the most that a token of h has (the
-        others end in zeros).
+        """values [N,K], >= 0 but by `signed`, and indices [N,K], ascending; K = k, or the most that a token
+        of h has (the others end in zeros).
         """
         x = self.normalised(h)[0] - self.b_in
         if self.rule == "topk":
@@ -156,6 +162,11 @@ class FileSAE(SAE):
             assert self.k is not None
             values, within = (z + self.b_enc).relu().unflatten(1, (self.k, -1)).max(2)
             return values, within + torch.arange(self.k, device=z.device) * (z.shape[1] // self.k)
+        if self.rule == "signed":
+            assert self.k is not None
+            z = z + self.b_enc
+            indices = z.abs().topk(self.k, 1).indices.sort(1).values
+            return z.gather(1, indices), indices
         if self.rule == "gated":
             a = (z * self.gain + self.b_mag).relu() * (z + self.b_enc > 0)
         else:
@@ -231,13 +242,19 @@ def field(config: Json, name: str, kind: type, default: Any = None) -> Any:
     raise UserError(f"{name} is {repr(value)[:60]}, where {BELONGS[kind]} belongs")
 
 
+def hook_of(site: str, layer: int | None) -> tuple[str | None, int | None]:
+    """(site, layer) by our names; what block L is given is what block L - 1 gives."""
+    if site == "resid_pre" and layer:
+        return "resid_post", layer - 1
+    return "resid_post" if site in ("resid", "resid_out") else site or None, layer
+
+
 def hook_of_lens(name: str) -> tuple[str | None, int | None]:
-    """(site, layer) of TransformerLens' name; what block L is given is what block L - 1 gives."""
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
-    if not match:
-        return name or None, None
-    layer, site = int(match[1]), match[2]
-    return ("resid_post", layer - 1) if site == "resid_pre" and layer else (site, layer)
+    """(site, layer) of TransformerLens' name, or of a module of transformers', gpt_neox.layers.3."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name):
+        return hook_of(match[2], int(match[1]))
+    site, layer = (None, None) if name.startswith("blocks.") else hook_of_path(name)
+    return site or name or None, layer
 
 
 def hook_of_path(path: str) -> tuple[str | None, int | None]:
@@ -246,29 +263,56 @@ def hook_of_path(path: str) -> tuple[str | None, int | None]:
     """
     for part in reversed(path.split("/")):
         if match := re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)((?:\.\w+)*)$", part):
-            return match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1])
+            return hook_of(match[2].lstrip(".").removeprefix("hook_") or "resid_post", int(match[1]))
         if match := re.fullmatch(r"(\w+?)_?layer_?(\d+)", part):
-            return {"resid_out": "resid_post"}.get(match[1], match[1]), int(match[2])
+            return hook_of(match[1], int(match[2]))
     return None, None
+
+
+# TransformerLens' names of models -> the hub's; the last parts of the others are the hub's own
+LENS_MODELS = {
+    r"gpt2-small": "gpt2",
+    r"disti(?:ll-?|l-)gpt2|gpt2-xs": "distilgpt2",
+    r"(?:pythia-|gpt-neo-\d|gpt-neox-|gpt-j-6B).*": r"EleutherAI/\g<0>",
+    r"(?:med)?gemma-.*": r"google/\g<0>",
+    r"(Llama-2-\d+b(?:-chat)?)": r"meta-llama/\1-hf",
+    r"mistral-7b": "mistralai/Mistral-7B-v0.1",
+    r"mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.1",
+    r"opt-[\d.]+[mb]": r"facebook/\g<0>",
+    r"bloom-.*": r"bigscience/\g<0>",
+    r"phi-3": "microsoft/Phi-3-mini-4k-instruct",
+    r"phi-.*": r"microsoft/\g<0>",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]": r"Qwen/Qwen\1B",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]-[iI]nstruct": r"Qwen/Qwen\1B-Instruct",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]-[cC]hat": r"Qwen/Qwen\1B-Chat",
+    r"[qQ]wen([\d.]+-[\d.]+)[bB]-[bB]ase": r"Qwen/Qwen\1B-Base",
+    r"tiny-stories-(\d+M)": r"roneneldan/TinyStories-\1",
+    r"tiny-stories-instruct-(\d+M)": r"roneneldan/TinyStories-Instruct-\1",
+}
 
 
 def hub_name(name: str) -> str:
     """The hub's name of a model that an SAE's file may call by TransformerLens' name."""
-    if "/" not in name and name.startswith("pythia"):
-        return f"EleutherAI/{name}"
-    return "gpt2" if name == "gpt2-small" else name
+    for pattern, on_hub in LENS_MODELS.items():
+        if match := re.fullmatch(pattern, name):
+            return match.expand(on_hub)
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------- SAELens
 # For each format: declares(configuration, path, beside) -> Declared, without reading the weights;
 # computes(tensors, configuration, beside) -> arguments of FileSAE. beside: what BESIDE's files hold that are
 # there, by name.
-def saelens_metadata(config: Json) -> Json:
+def saelens_layout(config: Json) -> str:
     """Version 5 keeps in one flat dictionary what version 6 keeps under `metadata`."""
     meta = field(config, "metadata", dict, {})
     version = field(meta, "sae_lens_version", str) or field(config, "sae_lens_version", str, "0")
-    if int(re.sub(r"\D.*", "", version) or 0) >= 6:
-        return meta
+    return "saelens" if int(re.sub(r"\D.*", "", version)[:9] or 0) >= 6 else "saelens 5"
+
+
+def saelens_metadata(config: Json) -> Json:
+    if saelens_layout(config) == "saelens":
+        return field(config, "metadata", dict, {})
     return {"prepend_bos": True, **config}
 
 
@@ -295,44 +339,51 @@ def saelens_declares(config: Json, path: str, beside: Json) -> Declared:
 
 
 def saelens_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
-    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU, on z
-    |W_dec_i| where rescaled.
+    """z = (norm(h) - b_dec) W_enc + b_enc, b_dec only where apply_b_dec_to_input; top-k before the ReLU (of
+    |z| and without it: abstopk), on z |W_dec_i| where rescaled.
     """
     architecture = field(config, "architecture", str, "standard")
     activation = field(config, "activation_fn_str", str) or field(config, "activation_fn", str, "relu")
-    k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
     if activation == "topk":  # version 5 has it as a standard SAE's activation function
         architecture = "topk"
     elif activation != "relu":
         raise UserError(f"activation function {activation!r} is not supported")
-    if config.get("finetuning_scaling_factor") or "scaling_factor" in t:
-        raise UserError("a finetuning scaling factor is not supported")
+    check_scaling(t, config)
     W_dec, b_dec = t["W_dec"], t["b_dec"]
     b_in = b_dec if field(config, "apply_b_dec_to_input", bool, True) else torch.zeros_like(b_dec)
     args = dict(W_enc=t["W_enc"].t(), W_dec=W_dec, b_dec=b_dec, b_in=b_in)
     match architecture:
-        case "topk":
-            args |= dict(rule="topk", b_enc=t["b_enc"], k=k)
+        case "topk" | "abstopk":
+            k = field(config, "k", int) or field(field(config, "activation_fn_kwargs", dict, {}), "k", int)
+            args |= dict(rule="topk" if architecture == "topk" else "signed", b_enc=t["b_enc"], k=k)
         case "gated":
             args |= dict(rule="gated", b_enc=t["b_gate"], gain=t["r_mag"].exp(), b_mag=t["b_mag"])
         case "jumprelu":
             args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t["threshold"])
-        case "batchtopk":  # a checkpoint, which keeps one threshold for all
+        case "batchtopk" | "matryoshka_batchtopk":  # a checkpoint, which keeps one threshold for all
             args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=t["topk_threshold"])
         case "standard":
             args |= dict(rule="threshold", b_enc=t["b_enc"], threshold=torch.zeros(()))
         case _:
             raise UserError(
                 f"architecture {architecture!r} is not supported "
-                "(topk, batchtopk, jumprelu, standard and gated are)"
+                "(topk, abstopk, batchtopk, matryoshka_batchtopk, jumprelu, standard and gated are)"
             )
     # ranked by how much a latent writes
-    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture in ("topk", "batchtopk"):
+    if field(config, "rescale_acts_by_decoder_norm", bool) and architecture.endswith("topk"):
         length = W_dec.norm(dim=1).clamp(min=1e-8)
         args["W_enc"] = args["W_enc"] * length[:, None]
         args["W_dec"] = W_dec / length[:, None]
         args["b_enc"] = args["b_enc"] * length
     return saelens_normalised(args, config.get("normalize_activations") or "none", beside)
+
+
+def check_scaling(t: Tensors, config: Json) -> None:
+    """Raises UserError for a scaling factor that changes something; files may hold one of ones."""
+    scaling = t.get("scaling_factor")
+    ones = scaling is not None and bool((scaling == 1).all())
+    if not ones and (config.get("finetuning_scaling_factor") or scaling is not None):
+        raise UserError("a finetuning scaling factor other than 1 (scaling_factor) is not supported")
 
 
 def saelens_normalised(args: dict[str, Any], norm: Any, beside: Json) -> dict[str, Any]:
@@ -399,38 +450,58 @@ def sparsify_declares(config: Json, path: str, beside: Json) -> Declared:
 
 def sparsify_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
     """z = ReLU(W_enc (h - b_dec) + b_enc), top-k or the largest of each of k groups, h_hat = z W_dec + b_dec
-    + W_skip h; W_dec lies as [F,d].
+    + W_skip h; W_dec lies as [F,d]. `signed` (June to August 2024): no ReLU, and the top k of |z|.
 
     num_latents may say 0 (then F = d_in expansion_factor): F is the tensor's.
     """
-    activation = field(config, "activation", str, "topk")
-    if activation not in ("topk", "groupmax"):
-        raise UserError(f"activation {activation!r} is not supported")
+    activation, signed = field(config, "activation", str, "topk"), field(config, "signed", bool)
+    if activation not in ("topk", "groupmax") or signed and activation != "topk":
+        raise UserError(f"activation {activation!r}{', signed,' if signed else ''} is not supported")
     return dict(
-        rule=activation,
+        rule="signed" if signed else activation,
         k=field(config, "k", int),
         W_enc=t["encoder.weight"],
         b_enc=t["encoder.bias"],
         W_dec=t["W_dec"],
         b_dec=t["b_dec"],
         b_in=t["b_dec"],
-        W_skip=t.get("W_skip"),
+        W_skip=t["W_skip"] if field(config, "skip_connection", bool) else t.get("W_skip"),
     )
 
 
 # ---------------------------------------------------------------------------------------- dictionary_learning
 def dictionary_learning_declares(config: Json, path: str, beside: Json) -> Declared:
     trainer, buffer = field(config, "trainer", dict, {}), field(config, "buffer", dict, {})
-    site, layer = hook_of_path(field(trainer, "submodule_name", str) or path)
+    submodule = field(trainer, "submodule_name", str)
+    site, layer = hook_of_path(submodule or path)
+    if layer is None:  # it may name the site alone
+        site, layer = hook_of(submodule or "", field(trainer, "layer", int))
+    io = field(buffer, "io", str, "out")
+    if io not in ("in", "out"):
+        raise UserError(f"io is {io!r}: a transcoder, and only SAEs of one hook are read")
+    if io == "in" and "resid_pre" not in (submodule or path):  # what the submodule is given
+        block = site in (None, "resid_post")
+        site, layer = hook_of("resid_pre", layer) if block else (f"input of {site}", layer)
     return Declared(
         "dictionary_learning",
         site=site,
-        layer=field(trainer, "layer", int) if layer is None else layer,
+        layer=layer,
         model=field(trainer, "lm_name", str),
         ctx=field(buffer, "ctx_len", int),
         width=field(trainer, "dict_size", int),
         unseen=("remove_bos",) if field(buffer, "remove_bos", bool) else (),
     )
+
+
+DICTIONARIES = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "GatedAutoEncoder",
+    "JumpReluAutoEncoder",
+    "MatryoshkaBatchTopKSAE",
+)
 
 
 def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
@@ -443,10 +514,11 @@ def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict
     factor = 1.0
     if "ae" in t:
         factor = field(t, "norm_factor", float, 1.0)
-        config = config or {"trainer": t.get("config")}
         t = field(t, "ae", dict)
     trainer = field(config, "trainer", dict, {})
     name = field(trainer, "dict_class", str)
+    if name not in (None, *DICTIONARIES):
+        raise UserError(f"dict_class {name!r} is not supported ({', '.join(DICTIONARIES)} are)")
     k = field(t if "k" in t else trainer, "k", int)  # the first TopK files hold none
     if "r_mag" in t:
         args = dict(
@@ -480,6 +552,7 @@ def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict
     args |= dict(b_dec=t["b_dec"], b_in=t["b_dec"])
     match name:
         case "AutoEncoderTopK":
+            t.get("threshold")  # kept, and no part of it
             args |= dict(rule="topk", k=k)
         case "BatchTopKSAE":
             args |= dict(rule="threshold", threshold=t["threshold"])
@@ -517,12 +590,15 @@ def openai_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
         b_dec=t["pre_bias"],
         b_in=t["pre_bias"],
     )
-    if t.get("activation") == "TopK":
-        k = field(field(t, "activation_state_dict", dict, {}), "k", int)
+    activation, state = t.get("activation", "ReLU"), field(t, "activation_state_dict", dict, {})
+    if (after := state.get("postact_fn", "ReLU")) != "ReLU":
+        raise UserError(f"postact_fn {after!r} is not supported")
+    if activation == "TopK":
+        k = field(state, "k", int)
         return args | dict(rule="topk", k=k, norm="layer_norm")
-    if t.get("activation") == "ReLU":
+    if activation == "ReLU":
         return args | dict(rule="threshold", threshold=torch.zeros(()))
-    raise UserError(f"activation {t.get('activation')!r} is not supported")
+    raise UserError(f"activation {repr(activation)[:60]} is not supported")
 
 
 # ------------------------------------------------------------------------------------------------------ mlsae
@@ -552,6 +628,66 @@ def mlsae_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
     )
 
 
+# ---------------------------------------------------------------------------------------- Gemma Scope 1 and 2
+def gemma_scope_declares(config: Json, path: str, beside: Json) -> Declared:
+    """1: .../gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71, of Gemma 2, without a configuration. 2:
+    .../gemma-scope-2-1b-pt/resid_post/layer_13_width_16k_l0_small, of Gemma 3, with one.
+
+    Both were trained on text behind a BOS, and not on the BOS.
+    """
+    site = None
+    if of := re.search(r"gemma-scope-\d+b-(?:pt|it)-(res|att|mlp|transcoders)", path):
+        site = {"res": "resid_post", "transcoders": "transcoder"}.get(of[1], of[1])
+    elif of := re.search(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt|crosscoder)(?:_all)?/", path):
+        site = of[1]
+    if "/embedding/" in path:
+        site = "embedding"
+    layer, width = re.search(r"layer_(\d+)", path), re.search(r"width_(\d+)(k|m)", path)
+    thousands = int(width[1]) * {"k": 1, "m": 1000}[width[2]] if width else 0  # of a power of two
+    at = int(layer[1]) if layer else None
+    into, out_of = (field(config, f"hf_hook_point_{side}", str) for side in ("in", "out"))
+    if into:
+        block = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.output", into)
+        site, at = ("resid_post", int(block[1])) if block else (into, at)
+    if field(config, "type", str, "sae") != "sae" or out_of not in (None, into):
+        site = "transcoder"
+    return Declared(
+        "gemma_scope",
+        site=site,
+        layer=at,
+        model=gemma_of(field(config, "model_name", str), path),
+        ctx=1024,
+        bos=True,
+        width=2 ** round(math.log2(1000 * thousands)) if thousands else field(config, "width", int),
+        unseen=("BOS",),
+    )
+
+
+def gemma_of(said: str | None, path: str) -> str | None:
+    """The hub's name of the model; Gemma 3's smallest has none for its pretrained state."""
+    if not said and (of := re.search(r"gemma-scope-2-(\d+[bm]-(?:pt|it))", path)):
+        said = f"gemma-3-{of[1]}"
+    if not said and (of := re.search(r"gemma-scope-(\d+b)-(pt|it)", path)):
+        said = f"gemma-2-{of[1]}{'-it' if of[2] == 'it' else ''}"
+    return said and hub_name(said.replace("gemma-v3-", "gemma-3-").replace("270m-pt", "270m"))
+
+
+def gemma_scope_computes(t: Tensors, config: Json, beside: Json) -> dict[str, Any]:
+    """JumpReLU of z = W_enc h + b_enc, with nothing subtracted from h."""
+    if (architecture := field(config, "architecture", str, "jump_relu")) != "jump_relu":
+        raise UserError(f"architecture {architecture!r} is not supported (jump_relu is)")
+    check_scaling(t, {})
+    W_enc, W_dec = (t[f"W_{side}"] if f"W_{side}" in t else t[f"w_{side}"] for side in ("enc", "dec"))
+    return dict(
+        rule="threshold",
+        W_enc=W_enc.t(),
+        b_enc=t["b_enc"],
+        W_dec=W_dec,
+        b_dec=t["b_dec"],
+        threshold=t["threshold"],
+    )
+
+
 @dataclass(frozen=True)
 class Reader:
     """Of one format."""
@@ -566,6 +702,7 @@ READERS = {
     "dictionary_learning": Reader(dictionary_learning_declares, dictionary_learning_computes),
     "openai": Reader(openai_declares, openai_computes),
     "mlsae": Reader(mlsae_declares, mlsae_computes),
+    "gemma_scope": Reader(gemma_scope_declares, gemma_scope_computes),
 }
 
 
@@ -701,7 +838,7 @@ def read_config(file: SaeFile) -> Json:
     """{} where the format has none. Raises UserError."""
     if file.config is not None:
         return read_json(file, file.config)
-    if file.format in ("openai", "dictionary_learning"):
+    if file.format in ("openai", "dictionary_learning", "gemma_scope"):
         return {}
     raise UserError(f"{FORMATS[os.path.basename(file.weights)][1]} is missing beside {file.weights}")
 
@@ -732,13 +869,16 @@ def read_tensors(path: pathlib.Path) -> Tensors:
     torch neither compresses its zips nor asks that a tensor's values are all stored: both would let some KB
     take all memory.
     """
-    if path.suffix != ".pt":
+    if path.suffix == ".safetensors":
         return load_file(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as members:
             inflated = sum(member.file_size for member in members.infolist())
         if inflated > path.stat().st_size:
             raise UserError(f"a zip of {path.stat().st_size} bytes whose members inflate to {inflated}")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
     try:
         with warnings.catch_warnings(action="ignore"):  # of a newer pickle protocol
             tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -763,9 +903,54 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise UserError(f"{name} claims {tensor.numel()} values, more than are stored")
 
 
-def read(file: SaeFile) -> FileSAE:
-    """The SAE on the CPU. Raises UserError: unreadable, of wrong shapes, not finite, or of an architecture
-    that is not supported.
+class Watched(dict[str, Any]):
+    """Knows which of its values were taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.taken.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.taken.add(name)
+        return super().get(name, default)
+
+
+def unwrapped(tensors: Tensors) -> Watched:
+    """By the names that they have without torch's wrappers of a module. Raises UserError."""
+    out = Watched()
+    for name, value in tensors.items():
+        plain = re.sub(r"^((module|_orig_mod)\.)+", "", name) if isinstance(name, str) else repr(name)
+        if plain in out:
+            raise UserError(f"{plain} is there twice, once as {name}")
+        if isinstance(value, torch.Tensor) and value.ndim > 2:
+            raise UserError(
+                f"{plain} is {list(value.shape)}, where a matrix belongs: a crosscoder of several layers? "
+                "SAEs of one layer are read"
+            )
+        out[plain] = unwrapped(value) if isinstance(value, dict) else value
+    return out
+
+
+def layout_of(file: SaeFile, config: Json) -> str:
+    """Of `sae_fields.KNOWN`."""
+    return saelens_layout(config) if file.format == "saelens" else file.format
+
+
+def fields_of(
+    file: SaeFile, config: Json, beside: Json, tensors: Tensors, ignore: Sequence[str]
+) -> sae_fields.Fields:
+    """Raises UserError for one that is not known; see `sae_fields`."""
+    around = {name: content for name, content in beside.items() if name != store.PROVENANCE}
+    return sae_fields.check(layout_of(file, config), {**config, **around}, tensors, ignore)
+
+
+def read(file: SaeFile, ignore: Sequence[str] = ()) -> FileSAE:
+    """The SAE on the CPU. ignore: fields that are not known and let pass. Raises UserError: unreadable, of
+    wrong shapes, not finite, of an architecture that is not supported, or with a field that is not known.
     """
     with one_line(f"--sae {file.label}"):
         config, beside = read_config(file), read_beside(file)
@@ -773,12 +958,23 @@ def read(file: SaeFile) -> FileSAE:
         if file.config and "files" in beside.get(store.PROVENANCE, {}):  # made here: it says what was written
             for path in (weights, file.fetch(file.config)):
                 store.checked(weights.parent / store.PROVENANCE, path.name)
-        args = READERS[file.format].computes(read_tensors(weights), config, beside)
+        tensors = unwrapped(read_tensors(weights))
+        if file.format == "dictionary_learning" and not config and tensors.get("config"):
+            config = {"trainer": tensors["config"]}  # a checkpoint in mid-run
+        fields = fields_of(file, config, beside, tensors, ignore)
+        args = READERS[file.format].computes(tensors, config, beside)
+        for level in (tensors, *(value for value in tensors.values() if isinstance(value, Watched))):
+            if idle := sae_fields.untaken(layout_of(file, config), level, level.taken, ignore):
+                raise UserError(
+                    f"{idle[0]} is there, and not in the formula of what the file says that it is"
+                )
         for name, value in args.items():
             if isinstance(value, torch.Tensor):
                 args[name] = value.float().contiguous()
         check_args(args)
-        return FileSAE(**args)
+        sae = FileSAE(**args)
+        sae.fields = fields
+        return sae
 
 
 def check_args(args: dict[str, Any]) -> None:
@@ -864,16 +1060,20 @@ def reading_name(layer: int, centred: bool) -> str:
 def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: Json) -> None:
     """An SAE trained here in SAELens' format (cfg.json, sae_weights.safetensors), where it computes the same.
     made: provenance.json. Raises UserError, Fault.
+
+    SAELens looks for the hook in the class of model that is named beside it: by the module's name in one of
+    transformers, by TransformerLens' where this model's own is not known here.
     """
     d_sae, d = sae.W_dec.shape
+    module = block_name(made["model"], made["layer"])
     metadata = dict(
         sae_lens_version=SAELENS_VERSION,
         model_name=made["model"],
-        hook_name=f"blocks.{made['layer']}.hook_resid_post",
+        hook_name=module or f"blocks.{made['layer']}.hook_resid_post",
         context_size=made["ctx"],
         prepend_bos=False,
         dataset_path=made["data"],
-        model_class_name="AutoModelForCausalLM",
+        model_class_name="AutoModelForCausalLM" if module else "HookedTransformer",
     )
     config = dict(
         architecture="topk",
@@ -908,6 +1108,8 @@ def listed(spec: str) -> str:
         row: dict[str, Any] = {"sae": file.label, "format": file.format}
         try:
             row |= vars(describe(file))
+            with one_line(f"--sae {file.label}"):
+                fields_of(file, read_config(file), read_beside(file), {}, ())
         except UserError as error:
             row["why not"] = str(error).rpartition(": ")[2]
         rows.append({column: "" if row.get(column) is None else row[column] for column in COLUMNS})

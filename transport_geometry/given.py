@@ -17,6 +17,7 @@ from transport_geometry.errors import UserError
 from transport_geometry.formats import Declared, SaeFile
 from transport_geometry.lm import Hook
 from transport_geometry.sae import SAE
+from transport_geometry.sae_fields import Fields
 
 import torch
 from tqdm import tqdm
@@ -54,15 +55,17 @@ class Given:
     mean: torch.Tensor  # [d] of these sequences' activations
     fvu_as_said: float  # unexplained variance there, read as its files say; nan where --basis says
     fvu_otherwise: float  # the least of other readings
+    fields: Fields = Fields()  # of its files, that nothing is computed with
 
     def in_settings(self) -> dict[str, Any]:
         """What a results folder keeps of it, so that a run is not continued with another one of its name."""
         declared = dataclasses.asdict(self.declared)
-        return declared | {"unseen": list(self.declared.unseen), "fingerprint": self.fingerprint}
+        own = {"unseen": list(self.declared.unseen), "fingerprint": self.fingerprint}
+        return declared | own | {name: list(of) for name, of in vars(self.fields).items() if of}
 
     def load(self) -> SAE:
         """On the CPU."""
-        sae = formats.read(self.file)
+        sae = formats.read(self.file, self.fields.ignored)
         sae.centred = self.declared.basis == "centred"
         return formats.fused(sae)
 
@@ -86,7 +89,7 @@ def choose(
             files += formats.find(spec)
         except UserError as why:
             refused.append(refused_for(spec, why))
-    for file in tqdm(files, desc="what SAE files say", leave=False, disable=None):
+    for file in tqdm(named_apart(files), desc="what SAE files say", leave=False, disable=None):
         try:
             declared = formats.describe(file)
             model = model_of(file, declared, asked)
@@ -102,13 +105,32 @@ def choose(
         ranks.say(f"left out: {', '.join(left)}")
     if not taken and not refused:
         raise UserError(
-            f"--sae {','.join(specs)}: none of its {len(left)} SAEs reads a hook that --models asks for"
+            f"--sae {','.join(specs)}: none of its {len(left)} SAEs reads a hook that --models asks for: "
+            + left[0]
         )
     if not taken:
         say(refused, any_left=False)
-    if len({chosen.file.label for chosen in taken}) < len(taken):
-        raise UserError("--sae: two SAEs of one name; name folders apart")
+    labels = [chosen.file.label for chosen in taken]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"--sae: {twice[0]} is named twice, or two revisions of it; one at a time, please")
     return in_their_basis(sorted(taken, key=lambda chosen: chosen.file.label), basis), refused
+
+
+def named_apart(files: Sequence[SaeFile]) -> list[SaeFile]:
+    """Those of one name are called by as many folders as tell them from each other."""
+    out = []
+    for file in files:
+        own = pathlib.PurePath(file.path).parts
+        others = [
+            pathlib.PurePath(one.path).parts
+            for one in files
+            if one.label == file.label and one.path != file.path
+        ]
+        n = 1
+        while n < len(own) and any(own[-n:] == other[-n:] for other in others):
+            n += 1
+        out.append(dataclasses.replace(file, label="/".join(own[-n:])) if others else file)
+    return out
 
 
 def in_their_basis(taken: list[Chosen], basis: Sequence[tuple[str, str]]) -> list[Chosen]:
@@ -193,10 +215,12 @@ def check(
     ctx: int,
     bos: bool,
     device: torch.device,
+    ignore: Sequence[str] = (),
 ) -> tuple[list[Given], list[Refused]]:
     """The SAEs of one hook, each read, of the model's width, and past the basis gate; and those that are not.
 
-    input_ids [4,T], a few of the evaluation's; ctx and bos: how these SAEs are evaluated.
+    input_ids [4,T], a few of the evaluation's; ctx and bos: how these SAEs are evaluated. ignore: of
+    --ignore-field.
     """
     hook.to(device)
     near = formats.near(hook, input_ids.to(device))
@@ -204,7 +228,7 @@ def check(
     out, refused = [], []
     for one in tqdm(chosen, desc=f"reading SAEs of {name} L{hook.layer}", leave=False, disable=None):
         try:
-            out.append(checked(one, near, hook.layer, name, ctx, bos, device))
+            out.append(checked(one, near, hook.layer, name, ctx, bos, device, ignore))
         except UserError as why:
             refused.append(refusal(one, why))
     return out, refused
@@ -218,10 +242,11 @@ def checked(
     ctx: int,
     bos: bool,
     device: torch.device,
+    ignore: Sequence[str] = (),
 ) -> Given:
     """One of them. near: see `formats.near`. Raises UserError."""
     label, h = one.file.label, near[layer]
-    sae = formats.read(one.file).to(device)
+    sae = formats.read(one.file, ignore).to(device)
     F, d = sae.W_enc.shape
     if d != h.shape[1]:
         raise UserError(f"--sae {label}: reads {d} dimensions, and {name} has {h.shape[1]}")
@@ -236,7 +261,7 @@ def checked(
         found = formats.check_basis(sae, declared.basis, label, layer, near)
         readings = list(found.values())
     sae.centred = declared.basis == "centred"
-    active = (sae.encode(h)[0] > 0).sum(1).double().mean().item()
+    active = (sae.encode(h)[0] != 0).sum(1).double().mean().item()
     return Given(
         one.file,
         declared,
@@ -247,4 +272,5 @@ def checked(
         mean=h.mean(0).cpu(),
         fvu_as_said=readings[0],
         fvu_otherwise=min(readings[1:], default=math.nan),
+        fields=sae.fields,
     )

@@ -24,6 +24,7 @@ from transport_geometry.models import (
     tokenizer_hash,
 )
 from transport_geometry.sae import TrainingSpec
+from transport_geometry.sae_fields import is_called
 from transport_geometry.train import TRAIN_VERSION, check_memory, trunk
 
 import torch
@@ -54,6 +55,7 @@ class Grid:
     leave_sinks: bool
     save_tokens: bool
     bos: str = "auto"
+    ignore_fields: tuple[str, ...] = ()  # of --ignore-field
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def plan(
         hook = Hook(loaded.model, layer)
         check_plant(place.model, hook, bool(here))
         if here:
-            candidates, not_these = from_files(here, hook, loaded, rows[which], place, device)
+            candidates, not_these = from_files(here, hook, loaded, rows[which], place, device, grid)
             refused += not_these
             if not candidates:
                 continue
@@ -226,6 +228,7 @@ def plan(
             )
         )
     given.say(refused, any_left=bool(eval_sets))
+    check_ignored(grid, eval_sets)
     hooks = {(eval_set.name, eval_set.hook.layer) for eval_set in eval_sets}
     if not grid.saes and len(hooks) < len(eval_sets):
         raise UserError(
@@ -240,6 +243,15 @@ def plan(
     if refused:
         about["refused"] = {one.label: one.why for one in refused}
     return about, eval_sets
+
+
+def check_ignored(grid: Grid, eval_sets: Sequence[EvalSet]) -> None:
+    """Raises UserError for a name of --ignore-field that let nothing pass."""
+    origins = [one.origin for eval_set in eval_sets for one in eval_set.candidates]
+    passed = {name for origin in origins if isinstance(origin, Given) for name in origin.fields.ignored}
+    for typed in grid.ignore_fields:
+        if not any(is_called(name, typed) for name in passed):
+            raise UserError(f"--ignore-field {typed}: no SAE here is refused for such a field")
 
 
 def rows_begin(loaded: Loaded, source: text.Source, grid: Grid) -> bool:
@@ -280,11 +292,12 @@ def from_files(
     held: text.HeldOut,
     place: Place,
     device: torch.device,
+    grid: Grid,
 ) -> tuple[list[Candidate], list[Refused]]:
     """The SAEs of --sae at one place, read and checked, and those that are refused."""
     believed = device if device.type == "cuda" else torch.device("cpu")  # MPS not before its own check
     found, refused = given.check(
-        chosen, hook, loaded.called, held.input_ids[:4], place.ctx, place.bos, believed
+        chosen, hook, loaded.called, held.input_ids[:4], place.ctx, place.bos, believed, grid.ignore_fields
     )
     candidates = [
         Candidate(

@@ -229,6 +229,29 @@ def _parts(name: str) -> tuple[str, ...]:
     return (*folders, last + planted)
 
 
+def block_name(name: str, layer: int) -> str | None:
+    """The module of block `layer` in a model of transformers, gpt_neox.layers.3, by its configuration; None
+    where that is not on this machine. name: as `load_model` takes it.
+    """
+    import transformers
+
+    name, _ = plant.split(name)
+    try:
+        if name in PACKAGED:
+            shape = dict(PACKAGED[name].shape)
+            config = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
+        else:
+            config = transformers.AutoConfig.from_pretrained(
+                EMBEDDED.get(name, name), local_files_only=True, trust_remote_code=False
+            )
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        block = blocks(model)[layer]
+    except (OSError, ValueError, LookupError, UserError):
+        return None
+    return next(path for path, module in model.named_modules() if module is block)
+
+
 def pick_layer(model: Any, name: str, layer: int | None) -> int:
     """The layer asked for, or the middle one. Raises UserError for one that the model has not."""
     n = text_config(model).num_hidden_layers

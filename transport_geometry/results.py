@@ -14,7 +14,7 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -422,6 +422,7 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     stored, begun = settings.get("stored_as", {}), settings.get("bos", {})
     notes += [f"{model}: {words} of a GGUF file, made float32.\n" for model, words in stored.items()]
     notes += [f"{model}: every row begins with BOS, token {token}.\n" for model, token in begun.items()]
+    notes += notes_on_fields(settings.get("saes") or {})
     notes += [f"{hook}: the last block, so no attention follows it.\n" for hook in settings["last_blocks"]]
     python = f", the standard library of Python {settings['python']}" if settings["python"] else ""
     text = ABOUT.format(
@@ -437,6 +438,19 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     if settings["device"] != "cpu":
         text += "\n" + ELSEWHERE.format(device=settings["device"])
     return text.split("\n")
+
+
+def notes_on_fields(saes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What SAEs' files say that nothing is computed with, once for all that say the same. saes: {name: what
+    settings keep of it}.
+    """
+    words = {"unused": "fields of training and keeping, not computed with", "ignored": "fields ignored"}
+    alike: dict[tuple[str, str], list[str]] = {}
+    for sae, said in saes.items():
+        for kind in words:
+            if named := ", ".join(said.get(kind, ())):
+                alike.setdefault((kind, named), []).append(sae)
+    return [f"{', '.join(of)}: {words[kind]}: {named}.\n" for (kind, named), of in alike.items()]
 
 
 def behind(settings: dict) -> str:

@@ -32,7 +32,9 @@ class SAE(torch.nn.Module):
     k: int | None  # active latents, where their number is fixed
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h [N,d] -> values [N,K] >= 0 and indices [N,K], ascending within a token."""
+        """h [N,d] -> values [N,K], 0 where a latent is not active, and indices [N,K], ascending within a
+        token.
+        """
         raise NotImplementedError
 
     def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
