@@ -54,6 +54,8 @@ class Grid:
     leave_sinks: bool
     save_tokens: bool
     bos: str = "auto"
+    column: str | None = None  # of the data
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def plan(
     them. cache: of models in GGUF files. Raises UserError.
     """
     chosen, refused = given.choose(grid.saes, grid.models, grid.basis) if grid.saes else ([], [])
-    source = text.find(grid.data)
+    source = text.find(grid.data, grid.column, grid.config)
     names = list(dict.fromkeys([one.model for one in chosen] or [name for name, _ in grid.models]))
     called, models = readable_names(names), {}
     for name in names:
@@ -364,13 +366,14 @@ def settings(
 ) -> dict[str, Any]:
     """All that a results folder must be the results of, in JSON's types."""
     trained = None if grid.saes else grid
+    source = eval_sets[0].source
     out: dict[str, Any] = dict(
         script=script,
         device=device.type,
-        data=eval_sets[0].source.name,
+        data=source.name,
         text_sha256=", ".join(sorted({held.sha256 for held in rows})),
         documents=sorted({int(held.document.max()) + 1 for held in rows}),
-        cut=sources.is_cut(grid.data),
+        cut=sources.is_cut(source.data, grid.split),
         python=platform.python_version() if grid.data == "stdlib" else None,
         models=[one.called for one in sorted(models, key=lambda one: (one.size, one.called))],
         hooks={f"{eval_set.name}@{eval_set.hook.layer}": depth(eval_set.hook) for eval_set in eval_sets},
@@ -391,7 +394,7 @@ def settings(
     )
     origins = [(one.condition.sae, one.origin) for eval_set in eval_sets for one in eval_set.candidates]
     if trained:
-        out["data_content"] = eval_sets[0].source.content
+        out["data_content"] = source.content
         if begun := {one.name: one.bos for one in eval_sets if one.bos is not None}:
             out["bos"] = begun
     else:
@@ -402,6 +405,8 @@ def settings(
     for name, value, default in (
         ("revision", grid.revision, None),
         ("split", grid.split, "train"),
+        ("config", grid.config, None),
+        ("column", sources.columns_read(source.data, grid.split) or "text", "text"),
         ("dtype", grid.dtype, "float32"),
         ("instructions", any_x86(device), None),
         ("leave_sinks", grid.leave_sinks, False),
