@@ -14,10 +14,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from unittest import mock
 
-from helpers import ROOT, contents, one_line, script, tiny_model
+from helpers import ROOT, contents, one_line, script, small_grid, tiny_model
 from hub import commit, serve
-from transport_geometry import sources, store, text, train
+from transport_geometry import results, sources, store, text, train
 from transport_geometry.errors import UserError
+from transport_geometry.grid import plan
 from transport_geometry.sae import TrainingSpec
 
 import numpy as np
@@ -783,6 +784,36 @@ def test_a_configuration_of_a_hub_data_set_is_chosen(hub, tmp_path):
         assert "en" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="only hub data sets have configurations"):
         text.find(str(tmp_path), config="en")
+
+
+def planned(**more) -> dict:
+    return plan(small_grid(eval_seqs=8, ctx=16, **more), torch.device("cpu"), "test")[0]
+
+
+def test_the_column_is_a_setting_and_in_the_report(tmp_path):
+    path = str(tmp_path / "code.jsonl")
+    write(
+        tmp_path / "code.jsonl",
+        [row | {"content": f"def f{i}(): return {i}\n" * 20} for i, row in enumerate(CODE)],
+    )
+    settings = planned(data=path, column="content")
+    assert settings["column"] == "content" and settings["data_content"].endswith(" --column content")
+    rows = [{"n_seq": 8, "n_tok": 120, "n_sink": 8}]
+    report = "\n".join(results.about_the_run(rows, settings))
+    assert "The text is column `content` of code.jsonl." in report
+    assert {"column", "config"}.isdisjoint(planned())
+    with pytest.raises(UserError, match="--column hexsha or content"):
+        planned(data=path)
+
+
+def test_text_on_which_the_model_is_worse_than_guessing_is_said(tmp_path, capsys):
+    rng = random.Random(0)
+    write(tmp_path / "t.jsonl", [{"tokens": [rng.randrange(1000) for _ in range(40)]} for _ in range(300)])
+    assert planned(data=str(tmp_path / "t.jsonl"))["column"] == "tokens"
+    said = capsys.readouterr().out
+    assert said.startswith(f"--data {tmp_path}/t.jsonl: stdlib-s predicts it worse than guessing would (CE ")
+    planned()
+    assert not capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- what is trained on it

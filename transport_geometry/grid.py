@@ -3,17 +3,18 @@ checked.
 """
 
 import itertools
+import math
 import pathlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transport_geometry import ANY_X86, given, plant, sources, text
+from transport_geometry import ANY_X86, given, plant, ranks, sources, text
 from transport_geometry.condition import NULLS, Condition
 from transport_geometry.errors import UserError
 from transport_geometry.given import Chosen, Given, Refused
-from transport_geometry.lm import Hook, text_config
+from transport_geometry.lm import Hook, cross_entropy, log_softmax, text_config
 from transport_geometry.model_files import bos_of
 from transport_geometry.models import (
     CACHE,
@@ -272,7 +273,22 @@ def evaluation_rows(loaded: Loaded, place: Place, source: text.Source, grid: Gri
             f"--models {place.model}: its tokenizer gives the id {held.input_ids.max()}, and it has "
             f"{config.vocab_size} embeddings"
         )
+    say_if_guessing(place.model, loaded.model, held.input_ids, grid.data)
     return held
+
+
+@torch.no_grad()
+def say_if_guessing(name: str, model: Any, input_ids: torch.Tensor, data: str) -> None:
+    """Say where the model is worse on the text than one that knows nothing: it is none that it was trained
+    for. On four rows' beginnings, so that it is known before anything is trained.
+    """
+    rows = input_ids[:: -(-len(input_ids) // 4), :64]
+    ce = cross_entropy(log_softmax(model(input_ids=rows).logits), rows).mean().item()
+    if ce > (chance := math.log(text_config(model).vocab_size)):
+        ranks.say(
+            f"--data {data}: {name} predicts it worse than guessing would (CE {ce:.2f}, ln V {chance:.2f}): "
+            "is it text of its kind, tokenised for it?"
+        )
 
 
 def from_files(

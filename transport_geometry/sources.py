@@ -219,11 +219,40 @@ def opened(path: pathlib.Path) -> Any:
     return unpacked_zst(path.open("rb")) if path.suffix == ".zst" else path.open("rb")
 
 
-def unpacked_zst(file: IO[bytes], **how: Any) -> Any:
-    """All its frames: by itself, the library (and fsspec) stops after the first."""
-    import zstandard
+class Unpacked(io.RawIOBase):
+    """What the frames of a .zst file hold. (The library's own reader, which fsspec uses, ends without a word
+    after the first frame, and where the file is cut short.)
+    """
 
-    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    def __init__(self, file: IO[bytes]) -> None:
+        self.blocks, self.rest = self.unpack(file), b""
+
+    def unpack(self, file: IO[bytes]) -> Iterator[bytes]:
+        import zstandard
+
+        frame = None
+        with file:
+            while block := file.read(1 << 16):
+                while block:
+                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                    yield frame.decompress(block)
+                    block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame:
+            raise EOFError("a .zst file that is cut short")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest and (block := next(self.blocks, None)) is not None:
+            self.rest = block
+        n = min(len(buffer), len(self.rest))
+        buffer[:n], self.rest = self.rest[:n], self.rest[n:]
+        return n
+
+
+def unpacked_zst(file: IO[bytes], **how: Any) -> io.BufferedReader:
+    return io.BufferedReader(Unpacked(file), 1 << 16)
 
 
 def check_files(files: Iterable[pathlib.Path], kind: str) -> None:
