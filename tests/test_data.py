@@ -689,6 +689,24 @@ def test_a_saved_folder_holds_what_was_saved_whatever_was_computed_there(tmp_pat
     assert text.find(str(tmp_path / "all")).content == before.content
 
 
+def test_what_map_left_is_no_data_without_the_saved_folders_list_either(tmp_path, capsys):
+    write(tmp_path / "name-train.arrow", [{"text": t} for t in TEXTS])
+    write(tmp_path / "cache-0123.arrow", [{"text": t.upper()} for t in TEXTS])
+    assert given(str(tmp_path)) == TEXTS and "1 file is not read: cache-0123.arrow" in capsys.readouterr().out
+    assert len(given(str(tmp_path / "cache-0123.arrow"))) == len(TEXTS)
+
+
+def test_indices_that_are_not_obeyed_are_refused(tmp_path):
+    saved(tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(
+        json.dumps(state | {"_indices_data_files": [{"filename": "i.arrow"}]})
+    )
+    assert "saved with indices" in refused(str(tmp_path))
+    (tmp_path / "state.json").write_text("{")
+    assert refused(str(tmp_path)).startswith(f"--data {tmp_path}: ")
+
+
 def test_of_saved_splits_one_is_read(tmp_path):
     import datasets
 

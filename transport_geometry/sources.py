@@ -164,7 +164,8 @@ def local_parts(data: str) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
             for one in sorted(path.iterdir()):
                 look(one)
         else:
-            (read if path.is_file() and kind_of(path) else left).append(path)
+            computed = path != root and path.match("cache-*.arrow")  # by `map` or `filter`, in any folder
+            (read if path.is_file() and kind_of(path) and not computed else left).append(path)
 
     try:
         look(root)
@@ -324,9 +325,10 @@ def in_rows(rows: Iterator[dict[str, Any]], data: str) -> Iterator[Document]:
         if not kind or value_kind(value) != kind:
             before = f"and {kind} before" if kind else "neither text nor token ids"
             raise UserError(f"--data {data}: {column} is {brief(repr(value))} in row {number}, {before}")
-        if kind == "chats":
-            value = Chat(json.dumps(value, ensure_ascii=False))
-        yield without_padding(row, value, number, data) if kind == "token ids" else value
+        if kind == "token ids":
+            yield without_padding(row, value, number, data)
+        else:
+            yield Chat(json.dumps(value, ensure_ascii=False)) if kind == "chats" else value
     if without:
         note(f"--data {data}: {without:,} of {number + 1:,} rows have no {column} and are not read")
 
