@@ -692,7 +692,9 @@ def test_a_saved_folder_holds_what_was_saved_whatever_was_computed_there(tmp_pat
 def test_what_map_left_is_no_data_without_the_saved_folders_list_either(tmp_path, capsys):
     write(tmp_path / "name-train.arrow", [{"text": t} for t in TEXTS])
     write(tmp_path / "cache-0123.arrow", [{"text": t.upper()} for t in TEXTS])
-    assert given(str(tmp_path)) == TEXTS and "1 file is not read: cache-0123.arrow" in capsys.readouterr().out
+    (tmp_path / "dataset_info.json").write_text('{"description": "", "license": ""}')
+    assert given(str(tmp_path)) == TEXTS
+    assert "2 files are not read: cache-0123.arrow, dataset_info.json" in capsys.readouterr().out
     assert len(given(str(tmp_path / "cache-0123.arrow"))) == len(TEXTS)
 
 
@@ -759,12 +761,17 @@ def test_links_are_followed_once(tmp_path):
     assert given(str(tmp_path / "all")) == TEXTS
 
 
-def test_files_of_several_kinds_are_all_read(tmp_path):
+def test_files_of_several_kinds_are_all_read(tmp_path, capsys):
     write(tmp_path / "b.jsonl", [{"text": t} for t in TEXTS[:100]])
     write(tmp_path / "c.parquet", [{"body": t} for t in TEXTS[100:200]])
     for i, t in enumerate(TEXTS[200:]):
         (tmp_path / f"a{i:03}.txt").write_text(t)
-    assert sorted(given(str(tmp_path))) == sorted(TEXTS) and not sources.is_cut(str(tmp_path))
+    assert sorted(given(str(tmp_path))) == sorted(TEXTS)
+    counted = "100 of text, 1 of json, 1 of parquet"
+    assert capsys.readouterr().out.startswith(
+        f"--data {tmp_path}: files of several kinds are read: {counted}\n"
+    )
+    assert not sources.is_cut(str(tmp_path))
     assert sources.columns_read(str(tmp_path)) == "body, text"
     write(tmp_path / "d.arrow", [{"tokens": ids} for ids in IDS])
     assert "token ids in some of its files, text in others" in refused(str(tmp_path))

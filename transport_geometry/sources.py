@@ -25,7 +25,8 @@ from transport_geometry.models import asking_hub
 LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 PACKED = (".gz", ".zst")  # of .txt, .json and .jsonl
 ELSE = " (there is stdlib; else a local file or folder, or a hub data set)"
-METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what `save_to_disk` puts beside data
+# what `datasets` puts beside the data
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # columns that are taken although there are others
 BY_NAME = {"tokens": "token ids", "input_ids": "token ids", "text": "text", "messages": "chats"}
 PEEK = 100  # rows in which columns are looked for
@@ -164,8 +165,9 @@ def local_parts(data: str) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
             for one in sorted(path.iterdir()):
                 look(one)
         else:
-            computed = path != root and path.match("cache-*.arrow")  # by `map` or `filter`, in any folder
-            (read if path.is_file() and kind_of(path) and not computed else left).append(path)
+            # `map` and `filter` write into any folder
+            beside = path != root and (path.name in METADATA or path.match("cache-*.arrow"))
+            (read if path.is_file() and kind_of(path) and not beside else left).append(path)
 
     try:
         look(root)
@@ -205,7 +207,12 @@ def local_files(data: str) -> list[pathlib.Path]:
 
 
 def name_unread(data: str) -> None:
-    """Say which files of a local --data are not read. Raises UserError."""
+    """Say which files of a local --data are not read, and how many of each kind are, if there are several.
+    Raises UserError.
+    """
+    if len(kinds := by_kind(data)) > 1:
+        counted = ", ".join(f"{len(files)} of {kind}" for kind, files in kinds.items())
+        note(f"--data {data}: files of several kinds are read: {counted}")
     left = [os.path.relpath(path, data) for path in local_parts(data)[1]]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
