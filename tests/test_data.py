@@ -709,7 +709,7 @@ def test_indices_that_are_not_obeyed_are_refused(tmp_path):
     assert refused(str(tmp_path)).startswith(f"--data {tmp_path}: ")
 
 
-def test_of_saved_splits_one_is_read(tmp_path):
+def test_of_saved_splits_one_is_read(tmp_path, capsys):
     import datasets
 
     parts = {"train": TEXTS[:200], "test": TEXTS[200:]}
@@ -719,6 +719,7 @@ def test_of_saved_splits_one_is_read(tmp_path):
     path = str(tmp_path / "saved")
     for split, texts in parts.items():
         assert packed(path, "train", 16, split) == expected(texts, "train", 16)
+    assert f"--data {path}: split train is read, not test\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=f"--split dev: {path} has train, test"):
         packed(path, "train", 16, "dev")
 
@@ -756,6 +757,7 @@ def test_links_are_followed_once(tmp_path):
     (here / "3").symlink_to(here)
     (here / "4").symlink_to(tmp_path / "far")
     (here / "5.jsonl").symlink_to(here / "5.jsonl")
+    (here / "0").symlink_to(tmp_path / "blobs/1234")  # no name of a format: not read, and hides nothing
     assert given(str(here)) == TEXTS
     (tmp_path / "all").symlink_to(here)
     assert given(str(tmp_path / "all")) == TEXTS

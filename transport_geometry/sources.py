@@ -51,7 +51,7 @@ Document = str | list[int]
 
 
 @functools.cache
-def note(line: str) -> None:
+def say_once(line: str) -> None:
     """Say it, once."""
     ranks.say(line)
 
@@ -95,8 +95,8 @@ def whole_documents(data: str, split: str = "train", cut: bool = False) -> Itera
     """What a local text or a hub data set holds: files (in pieces where they are to be cut: one may be larger
     than memory), or rows. Raises UserError.
     """
-    with said(data):
-        for rows in tables(data, split):
+    with as_user_error(data):
+        for rows in row_streams(data, split):
             yield from in_rows(rows, data)
         texts = by_kind(data).get("text", []) if os.path.exists(data) else []
         check_files(texts, "text")
@@ -109,13 +109,13 @@ def columns_read(data: str, split: str = "train") -> str | None:
     """The column that documents come from, or several; None where they are files. Raises UserError."""
     if data == "stdlib":
         return None
-    with said(data):
-        found = {column_of(list(itertools.islice(rows, PEEK)), data) for rows in tables(data, split)}
+    with as_user_error(data):
+        found = {column_of(list(itertools.islice(rows, PEEK)), data) for rows in row_streams(data, split)}
     return ", ".join(sorted(found)) or None
 
 
 @contextlib.contextmanager
-def said(data: str) -> Iterator[None]:
+def as_user_error(data: str) -> Iterator[None]:
     """Whatever the libraries below raise, a dozen kinds for "no such data set" and "not readable", is a
     UserError.
     """
@@ -128,7 +128,7 @@ def said(data: str) -> Iterator[None]:
         raise UserError(f"--data {data}: {reason(error)}{hint}") from error
 
 
-def tables(data: str, split: str) -> Iterator[Iterator[dict[str, Any]]]:
+def row_streams(data: str, split: str) -> Iterator[Iterator[dict[str, Any]]]:
     """The rows of a hub data set, or of the local files of each kind. Raises UserError."""
     if not os.path.exists(data):
         name, _, revision = data.partition("@")
@@ -150,24 +150,25 @@ def local_parts(data: str) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
     """
     root, seen = pathlib.Path(data), set[str]()
     read: list[pathlib.Path] = []
-    left: list[pathlib.Path] = []
+    unread: list[pathlib.Path] = []
 
     def look(path: pathlib.Path) -> None:
-        if (real := os.path.realpath(path)) in seen:  # a second link to it, or a loop
-            return
-        seen.add(real)
-        if is_saved(path):
-            read.append(path)
-            used = {os.path.realpath(one) for one in saved_files(path)}
-            there = (one for one in sorted(path.rglob("*")) if one.is_file() and one.name not in METADATA)
-            left.extend(one for one in there if os.path.realpath(one) not in used)
-        elif path.is_dir():
-            for one in sorted(path.iterdir()):
-                look(one)
-        else:
-            # `map` and `filter` write into any folder
-            beside = path != root and (path.name in METADATA or path.match("cache-*.arrow"))
-            (read if path.is_file() and kind_of(path) and not beside else left).append(path)
+        # `map` and `filter` write cache files into any folder
+        not_data = path != root and (path.name in METADATA or path.match("cache-*.arrow"))
+        if not path.is_dir() and (not_data or not path.is_file() or not kind_of(path)):
+            unread.append(path)
+        elif (real := os.path.realpath(path)) not in seen:  # no second link to it, and no loop
+            seen.add(real)
+            if is_saved(path):
+                read.append(path)
+                used = {os.path.realpath(one) for one in saved_files(path)}
+                there = (one for one in sorted(path.rglob("*")) if one.is_file() and one.name not in METADATA)
+                unread.extend(one for one in there if os.path.realpath(one) not in used)
+            elif path.is_dir():
+                for one in sorted(path.iterdir()):
+                    look(one)
+            else:
+                read.append(path)
 
     try:
         look(root)
@@ -178,7 +179,7 @@ def local_parts(data: str) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
         raise UserError(
             f"--data {data}: needs files of {known} (text and json also as .gz, .zst); found none"
         )
-    return read, left
+    return read, unread
 
 
 def kind_of(path: pathlib.Path) -> str | None:
@@ -212,12 +213,12 @@ def name_unread(data: str) -> None:
     """
     if len(kinds := by_kind(data)) > 1:
         counted = ", ".join(f"{len(files)} of {kind}" for kind, files in kinds.items())
-        note(f"--data {data}: files of several kinds are read: {counted}")
+        say_once(f"--data {data}: files of several kinds are read: {counted}")
     left = [os.path.relpath(path, data) for path in local_parts(data)[1]]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         files = "1 file is" if len(left) == 1 else f"{len(left)} files are"
-        note(f"--data {data}: {files} not read: {', '.join(map(brief, left[:5]))}{more}")
+        say_once(f"--data {data}: {files} not read: {', '.join(map(brief, left[:5]))}{more}")
 
 
 def opened(path: pathlib.Path) -> Any:
@@ -267,8 +268,6 @@ def check_files(files: Iterable[pathlib.Path], kind: str) -> None:
     """Raises UserError for files that hold nothing (`datasets` passes over a Parquet file without rows), and
     for binary ones called text.
     """
-    import pyarrow.parquet
-
     for path in files:
         if path.stat().st_size == 0:
             raise UserError(f"--data {path}: the file is empty")
@@ -279,8 +278,11 @@ def check_files(files: Iterable[pathlib.Path], kind: str) -> None:
                 raise UserError(f"--data {path}: the file is empty")
             if b"\0" in start:
                 raise UserError(f"--data {path}: the file is binary, not text")
-        if kind == "parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
-            raise UserError(f"--data {path}: the file holds no rows")
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            if not pyarrow.parquet.read_metadata(path).num_rows:
+                raise UserError(f"--data {path}: the file holds no rows")
 
 
 # ------------------------------------------------------------------------- folders that `save_to_disk` wrote
@@ -296,7 +298,7 @@ def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Those of a saved data set, of every split, by its own list: `map` and `filter` leave others beside
     them. Raises UserError.
     """
-    with said(str(folder)):
+    with as_user_error(str(folder)):
         if has_splits(folder):
             splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
             return [file for split in splits for file in saved_files(folder / split)]
@@ -312,6 +314,8 @@ def saved_rows(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
     if has_splits(folder):
         if split not in saved:
             raise UserError(f"--split {split}: {folder} has {', '.join(saved)}")
+        if others := [name for name in saved if name != split]:
+            say_once(f"--data {folder}: split {split} is read, not {', '.join(others)}")
         saved = saved[split]
     yield from saved.with_format(None)
 
@@ -337,7 +341,7 @@ def in_rows(rows: Iterator[dict[str, Any]], data: str) -> Iterator[Document]:
         else:
             yield Chat(json.dumps(value, ensure_ascii=False)) if kind == "chats" else value
     if without:
-        note(f"--data {data}: {without:,} of {number + 1:,} rows have no {column} and are not read")
+        say_once(f"--data {data}: {without:,} of {number + 1:,} rows have no {column} and are not read")
 
 
 def value_kind(value: object) -> str | None:
@@ -376,7 +380,7 @@ def column_of(rows: list[dict[str, Any]], data: str) -> str:
         raise UserError(f"--data {data}: which column? --column {' or '.join(found)}")
     read = [*found, "attention_mask"] if kinds[found[0]] == "token ids" else found
     if left := [name for name in columns if name not in read]:
-        note(f"--data {data}: column {found[0]} is read, not {', '.join(map(brief, left))}")
+        say_once(f"--data {data}: column {found[0]} is read, not {', '.join(map(brief, left))}")
     return found[0]
 
 

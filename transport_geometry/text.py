@@ -73,24 +73,26 @@ def find(data: str, column: str | None = None, config: str | None = None) -> Sou
             whole.update(digest(name) + digest(text))
         return Source(data, data, whole.hexdigest())
     if not os.path.exists(data):
-        name, commit = commit_of(chosen(data, column, config))
-        return Source(chosen(f"{name}@{commit}", column, config), name, commit + chosen_in(column, config))
+        name, commit = commit_of(with_choices(data, column, config))
+        return Source(
+            with_choices(f"{name}@{commit}", column, config), name, commit + flags_in_content(column, config)
+        )
     now = stamp(data)  # before its files are read
     sources.name_unread(data)
     if column and set(sources.by_kind(data)) == {"text"}:
         raise UserError(f"--column {column}: the files of {data} have no columns")
-    content = hash_of(local_files(data)) + chosen_in(column)
-    return Source(chosen(data, column), readable_names([data])[data], content, now)
+    content = hash_of(local_files(data)) + flags_in_content(column)
+    return Source(with_choices(data, column), readable_names([data])[data], content, now)
 
 
-def chosen(data: str, column: str | None = None, config: str | None = None) -> Data:
+def with_choices(data: str, column: str | None = None, config: str | None = None) -> Data:
     out = Data(data)
     out.column, out.config = column, config
     return out
 
 
-def chosen_in(column: str | None, config: str | None = None) -> str:
-    """Of another column or configuration the same files are another text."""
+def flags_in_content(column: str | None, config: str | None = None) -> str:
+    """What follows the hash or commit: another column or configuration of the same files is another text."""
     flags = {"--config": config, "--column": column}
     return "".join(f" {flag} {value}" for flag, value in flags.items() if value)
 
@@ -218,8 +220,8 @@ def documents(data: str, side: str, split: str = "train") -> Iterator[Document]:
 
     `stdlib` is sided by file, anything else by the content of a document (`in_heldout`); of a tokenised data
     set a row is a document, and of text a file or a row. Few of them in a local text are cut into pieces,
-    which are then the documents. Hub data sets and large files are streamed; `split` is the data set's own.
-    Raises UserError.
+    which are then the documents. Hub data sets and large files are streamed; `split` is that of a hub data
+    set, or of one that was saved with splits. Raises UserError.
     """
     if split != "train" and (
         data == "stdlib" or pathlib.Path(data).exists() and not sources.has_splits(data)
