@@ -129,9 +129,14 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
     ),
     (
         "--data",
-        dict(help="stdlib, a local file or folder (txt, jsonl, parquet, arrow), or a hub data set"),
+        dict(
+            help="stdlib, a local file or folder (txt, jsonl, parquet, arrow; .gz, .zst; what save_to_disk "
+            "wrote), or a hub data set"
+        ),
     ),
     ("--split", dict(help="of the data set")),
+    ("--config", dict(metavar="NAME", help="of the data set: which of its configurations")),
+    ("--column", dict(metavar="NAME", help="of the data set: where its text, token ids or chats are")),
     (
         "--sae",
         dict(
@@ -285,7 +290,7 @@ def parse_args(
     models = parse_models(args.models) if args.models else []
     if args.plant:
         models = with_twins(models, args.plant)
-    for name in ("revision", "data", "split", "out", "cache", "finished"):
+    for name in ("revision", "data", "split", "config", "column", "out", "cache", "finished"):
         printable(str(getattr(args, name)), f"--{name.replace('finished', 'from')}")
     if not (models or saes or args.finished):
         raise UserError("--sae: a path or a hub id, please")
@@ -315,6 +320,8 @@ def parse_args(
                 for name in parse_names(typed)
             )
         ),
+        column=args.column,
+        config=args.config,
     )
     own_names = [dest(flag) for flag in flags or {}]
     return Command(

@@ -71,7 +71,18 @@ def test_the_largest_arguments_are_taken():
 
 @pytest.mark.parametrize(
     "flag",
-    ["--models", "--data", "--split", "--revision", "--sae", "--out", "--cache", "--from"],
+    [
+        "--models",
+        "--data",
+        "--split",
+        "--config",
+        "--column",
+        "--revision",
+        "--sae",
+        "--out",
+        "--cache",
+        "--from",
+    ],
 )
 @pytest.mark.parametrize("control", ["\0", "\n", "\t", "\x1b[31m", "\x7f", "\u2028", "\udc80"])
 def test_no_argument_holds_a_control_character(flag, control):

@@ -2,6 +2,7 @@
 told to fail.
 """
 
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -13,10 +14,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from unittest import mock
 
-from helpers import ROOT, contents, one_line, script, tiny_model
+from helpers import ROOT, contents, one_line, script, small_grid, tiny_model
 from hub import commit, serve
-from transport_geometry import sources, store, text, train
+from transport_geometry import results, sources, store, text, train
 from transport_geometry.errors import UserError
+from transport_geometry.grid import plan
 from transport_geometry.sae import TrainingSpec
 
 import numpy as np
@@ -542,6 +544,303 @@ def test_only_hub_data_sets_have_splits(hub, tmp_path):
             next(text.documents(data, "train", "test"))
     with pytest.raises(UserError, match="dev.*train"):
         elsewhere(packed, "org/text-jsonl", "train", 16, "dev")
+
+
+# ---------------------------------------------------------------------------- what is read, and what is not
+CODE = [{"hexsha": f"{i:040x}", "content": t, "stars": i} for i, t in enumerate(TEXTS)]
+
+
+def refused(data: str, **chosen: str) -> str:
+    with pytest.raises(UserError) as caught:
+        list(sources.documents(text.find(data, **chosen).data))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def given(data: str, **chosen: str) -> list:
+    return list(sources.whole_documents(text.find(data, **chosen).data))
+
+
+def test_of_several_columns_of_strings_one_is_to_be_named(tmp_path):
+    path = str(tmp_path / "code.jsonl")
+    write(tmp_path / "code.jsonl", CODE)
+    assert refused(path) == f"--data {path}: which column? --column hexsha or content"
+    assert given(path, column="content") == TEXTS
+    assert "no such column" in refused(path, column="body") and "hexsha, content" in refused(
+        path, column="body"
+    )
+    assert "neither text, token ids nor chats" in refused(path, column="stars")
+    assert text.find(path, column="content").content != text.find(path, column="hexsha").content
+    (tmp_path / "t.txt").write_text("text " * 9000)
+    assert "no columns" in refused(str(tmp_path / "t.txt"), column="text")
+    with pytest.raises(UserError, match="stdlib has no columns"):
+        text.find("stdlib", column="text")
+
+
+def test_the_only_column_of_strings_is_read_and_named(tmp_path, capsys):
+    path = str(tmp_path / "t.jsonl")
+    write(tmp_path / "t.jsonl", [{"stars": 1, "body": t} for t in TEXTS])
+    assert given(path) == TEXTS and sources.columns_read(path) == "body"
+    assert f"--data {path}: column body is read, not stars\n" in capsys.readouterr().out
+    write(tmp_path / "t.jsonl", [{"text": t, "source": "web"} for t in TEXTS])
+    assert given(path) == TEXTS and sources.columns_read(path) == "text"
+    assert "column text is read, not source" in capsys.readouterr().out
+    assert sources.columns_read("stdlib") is None
+
+
+def test_a_column_that_begins_with_nulls_is_a_candidate_too(tmp_path):
+    path = str(tmp_path / "t.jsonl")
+    write(tmp_path / "t.jsonl", [{"id": "x", "body": t if i > 9 else None} for i, t in enumerate(TEXTS)])
+    assert refused(path).endswith("--column id or body")
+    write(tmp_path / "t.jsonl", [{"input_ids": [1, 2], "text": t} for t in TEXTS])
+    assert refused(path).endswith("--column input_ids or text")
+
+
+def test_rows_without_text_are_counted(tmp_path, capsys):
+    path = str(tmp_path / "t.jsonl")
+    write(tmp_path / "t.jsonl", [{"text": t if i % 3 else None} for i, t in enumerate(TEXTS)])
+    given(path)
+    assert f"--data {path}: 100 of 300 rows have no text and are not read\n" in capsys.readouterr().out
+
+
+class Talker(Letters):
+    """Letters with a template, that begins with the token it begins texts with."""
+
+    chat_template = "yes"
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [39 if c == "^" else ord(c) % 38 + 1 for c in text]
+        return types.SimpleNamespace(input_ids=([39] if add_special_tokens else []) + ids)
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        if messages[0]["role"] != "user":
+            raise ValueError("roles must\nalternate")
+        return "^" + "".join(f"<{one['role']}>{one['content']}" for one in messages)
+
+
+def chat(text: str, first: str = "user") -> list[dict]:
+    return [{"role": first, "content": text}, {"role": "assistant", "content": text[::-1]}]
+
+
+def test_chats_go_through_the_template(tmp_path):
+    path = str(tmp_path / "t.jsonl")
+    write(tmp_path / "t.jsonl", [{"prompt": t, "prompt_id": "x", "messages": chat(t)} for t in TEXTS])
+    documents = list(text.documents(path, "train"))
+    assert [json.loads(one) for one in documents] == [
+        c for c in map(chat, TEXTS) if json.dumps(c) in documents
+    ]
+    assert 0 < len(list(text.documents(path, "heldout"))) < 60 and len(documents) > 240
+    told = Talker()("".join(f"<{one['role']}>{one['content']}" for one in json.loads(documents[0])), False)
+    assert text.as_ids(documents[0], Talker(), path) == told.input_ids  # no BOS: rows get theirs
+    held = text.heldout_rows(path, Talker(), 16, 9, bos=39)
+    assert (held.input_ids[:, 0] == 39).all() and (held.input_ids[:, 1:] != 39).all()
+    with pytest.raises(UserError, match="rows are chats, and the tokenizer has no chat template") as caught:
+        text.heldout_rows(path, Letters(), 16, 9)
+    assert "\n" not in str(caught.value)
+    write(tmp_path / "t.jsonl", [{"messages": chat(t, "system")} for t in TEXTS])
+    with pytest.raises(UserError, match="chat template: roles must alternate"):
+        text.heldout_rows(path, Talker(), 16, 9)
+    write(tmp_path / "t.jsonl", [{"messages": chat(t)} for t in TEXTS[:9]])
+    assert not sources.is_cut(path) and all(isinstance(one, sources.Chat) for one in sources.documents(path))
+
+
+def test_padding_is_no_text(tmp_path):
+    path = str(tmp_path / "t.jsonl")
+    padded = [
+        {"input_ids": [0] * (32 - len(ids)) + ids, "attention_mask": [0] * (32 - len(ids)) + [1] * len(ids)}
+        for ids in IDS
+    ]
+    write(tmp_path / "t.jsonl", padded)
+    assert given(path) == IDS
+    for mask in ([1, 1], None, [0.5] * 32, [2] * 32):
+        write(tmp_path / "t.jsonl", [*padded[:2], padded[2] | {"attention_mask": mask}])
+        assert "attention_mask" in refused(path)
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_runs_of_one_id_put_no_documents_on_one_side(padding):
+    rng = random.Random(0)
+    ids = [[rng.randrange(1, 40) for _ in range(20)] for _ in range(1000)]
+    held = sum(text.in_heldout([padding] * 12 + one + [padding] * 12) for one in ids)
+    assert 70 < held < 130
+    assert len(text.windows([0] * 30)) and (text.windows(ids[0]) != 0).all()
+
+
+def saved(folder: pathlib.Path):
+    """A folder of 130 documents, filtered and mapped where it lies."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS[:130]}).save_to_disk(folder)
+    there = datasets.load_from_disk(folder)
+    there.map(lambda row: {"text": row["text"].upper()})
+    there.filter(lambda row: "3" in row["text"])
+    assert len(list(folder.glob("cache-*.arrow"))) == 2
+
+
+def test_a_saved_folder_holds_what_was_saved_whatever_was_computed_there(tmp_path, capsys):
+    saved(tmp_path / "all/saved")
+    for data in (tmp_path / "all/saved", tmp_path / "all"):
+        assert given(str(data)) == TEXTS[:130]
+        assert "2 files are not read: " in capsys.readouterr().out
+    before = text.find(str(tmp_path / "all"))
+    for path in (tmp_path / "all/saved").glob("cache-*"):
+        path.unlink()
+    assert text.find(str(tmp_path / "all")).content == before.content
+
+
+def test_what_map_left_is_no_data_without_the_saved_folders_list_either(tmp_path, capsys):
+    write(tmp_path / "name-train.arrow", [{"text": t} for t in TEXTS])
+    write(tmp_path / "cache-0123.arrow", [{"text": t.upper()} for t in TEXTS])
+    (tmp_path / "dataset_info.json").write_text('{"description": "", "license": ""}')
+    assert given(str(tmp_path)) == TEXTS
+    assert "2 files are not read: cache-0123.arrow, dataset_info.json" in capsys.readouterr().out
+    assert len(given(str(tmp_path / "cache-0123.arrow"))) == len(TEXTS)
+
+
+def test_indices_that_are_not_obeyed_are_refused(tmp_path):
+    saved(tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(
+        json.dumps(state | {"_indices_data_files": [{"filename": "i.arrow"}]})
+    )
+    assert "saved with indices" in refused(str(tmp_path))
+    (tmp_path / "state.json").write_text("{")
+    assert refused(str(tmp_path)).startswith(f"--data {tmp_path}: ")
+
+
+def test_of_saved_splits_one_is_read(tmp_path, capsys):
+    import datasets
+
+    parts = {"train": TEXTS[:200], "test": TEXTS[200:]}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": t}) for name, t in parts.items()}
+    ).save_to_disk(tmp_path / "saved")
+    path = str(tmp_path / "saved")
+    for split, texts in parts.items():
+        assert packed(path, "train", 16, split) == expected(texts, "train", 16)
+    assert f"--data {path}: split train is read, not test\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"--split dev: {path} has train, test"):
+        packed(path, "train", 16, "dev")
+
+
+def zst(content: bytes) -> bytes:
+    """In two frames, as pzstd writes it."""
+    import zstandard
+
+    half = len(content) // 2
+    return b"".join(map(zstandard.compress, (content[:half], content[half:])))
+
+
+@pytest.mark.parametrize("kind, pack", [("gz", gzip.compress), ("zst", zst)])
+def test_packed_files_are_read_beside_others(tmp_path, kind, pack):
+    write(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS[:150]])
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS[150:])
+    (tmp_path / f"b.jsonl.{kind}").write_bytes(pack(lines.encode()))
+    assert given(str(tmp_path)) == TEXTS
+    (tmp_path / f"one.txt.{kind}").write_bytes(pack(("ä line of text\n" * 9000).encode()))
+    assert "".join(given(str(tmp_path / f"one.txt.{kind}"))) == "ä line of text\n" * 9000
+    (tmp_path / f"b.jsonl.{kind}").write_bytes(pack(lines.encode())[:-900])
+    assert refused(str(tmp_path)).startswith(f"--data {tmp_path}: ")
+    (tmp_path / f"b.jsonl.{kind}").write_bytes(pack(b""))
+    assert refused(str(tmp_path)).endswith(f"b.jsonl.{kind}: the file is empty")
+
+
+def test_links_are_followed_once(tmp_path):
+    write(tmp_path / "far/a.jsonl", [{"text": t} for t in TEXTS[:150]])
+    write(tmp_path / "blobs/1234", [{"text": t} for t in TEXTS[150:]])
+    (tmp_path / "blobs/1234").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[150:]))
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "1").symlink_to(tmp_path / "far")
+    (here / "2.jsonl").symlink_to(tmp_path / "blobs/1234")
+    (here / "3").symlink_to(here)
+    (here / "4").symlink_to(tmp_path / "far")
+    (here / "5.jsonl").symlink_to(here / "5.jsonl")
+    (here / "0").symlink_to(tmp_path / "blobs/1234")  # no name of a format: not read, and hides nothing
+    assert given(str(here)) == TEXTS
+    (tmp_path / "all").symlink_to(here)
+    assert given(str(tmp_path / "all")) == TEXTS
+
+
+def test_files_of_several_kinds_are_all_read(tmp_path, capsys):
+    write(tmp_path / "b.jsonl", [{"text": t} for t in TEXTS[:100]])
+    write(tmp_path / "c.parquet", [{"body": t} for t in TEXTS[100:200]])
+    for i, t in enumerate(TEXTS[200:]):
+        (tmp_path / f"a{i:03}.txt").write_text(t)
+    assert sorted(given(str(tmp_path))) == sorted(TEXTS)
+    counted = "100 of text, 1 of json, 1 of parquet"
+    assert capsys.readouterr().out.startswith(
+        f"--data {tmp_path}: files of several kinds are read: {counted}\n"
+    )
+    assert not sources.is_cut(str(tmp_path))
+    assert sources.columns_read(str(tmp_path)) == "body, text"
+    write(tmp_path / "d.arrow", [{"tokens": ids} for ids in IDS])
+    assert "token ids in some of its files, text in others" in refused(str(tmp_path))
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path, capsys):
+    write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/README.md").write_text("about")
+    text.find(str(tmp_path))
+    assert capsys.readouterr().out == f"--data {tmp_path}: 1 file is not read: sub/README.md\n"
+    for i in range(7):
+        (tmp_path / f"{i}.csv").write_text("a,b")
+    text.find(str(tmp_path))
+    names = "0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 3 more"
+    assert capsys.readouterr().out == f"--data {tmp_path}: 8 files are not read: {names}\n"
+
+
+def found(data: str, config: str | None):
+    source = text.find(data, config=config)
+    return source, list(sources.documents(source.data))
+
+
+def test_a_configuration_of_a_hub_data_set_is_chosen(hub, tmp_path):
+    folder = hub.folder / "datasets/org/several"
+    for name, rows in (("en", TEXTS[:40]), ("de", TEXTS[40:90])):
+        write(folder / f"{name}/train.jsonl", [{"text": t} for t in rows])
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in ("en", "de"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    one, two = (elsewhere(found, "org/several", name) for name in ("en", "de"))
+    assert (one[1], two[1]) == (TEXTS[:40], TEXTS[40:90]) and one[0].content != two[0].content
+    for name, words in ((None, "--config"), ("fr", "fr")):
+        with pytest.raises(UserError, match=words) as caught:
+            elsewhere(found, "org/several", name)
+        assert "en" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="only hub data sets have configurations"):
+        text.find(str(tmp_path), config="en")
+
+
+def planned(**more) -> dict:
+    return plan(small_grid(eval_seqs=8, ctx=16, **more), torch.device("cpu"), "test")[0]
+
+
+def test_the_column_is_a_setting_and_in_the_report(tmp_path):
+    path = str(tmp_path / "code.jsonl")
+    write(
+        tmp_path / "code.jsonl",
+        [row | {"content": f"def f{i}(): return {i}\n" * 20} for i, row in enumerate(CODE)],
+    )
+    settings = planned(data=path, column="content")
+    assert settings["column"] == "content" and settings["data_content"].endswith(" --column content")
+    rows = [{"n_seq": 8, "n_tok": 120, "n_sink": 8}]
+    report = "\n".join(results.about_the_run(rows, settings))
+    assert "The text is column `content` of code.jsonl." in report
+    assert {"column", "config"}.isdisjoint(planned())
+    with pytest.raises(UserError, match="--column hexsha or content"):
+        planned(data=path)
+
+
+def test_text_on_which_the_model_is_worse_than_guessing_is_said(tmp_path, capsys):
+    rng = random.Random(0)
+    write(tmp_path / "t.jsonl", [{"tokens": [rng.randrange(1000) for _ in range(40)]} for _ in range(300)])
+    assert planned(data=str(tmp_path / "t.jsonl"))["column"] == "tokens"
+    said = capsys.readouterr().out
+    assert said.startswith(f"--data {tmp_path}/t.jsonl: stdlib-s predicts it worse than guessing would (CE ")
+    planned()
+    assert not capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- what is trained on it

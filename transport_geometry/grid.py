@@ -3,17 +3,18 @@ checked.
 """
 
 import itertools
+import math
 import pathlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transport_geometry import ANY_X86, given, plant, sources, text
+from transport_geometry import ANY_X86, given, plant, ranks, sources, text
 from transport_geometry.condition import NULLS, Condition
 from transport_geometry.errors import UserError
 from transport_geometry.given import Chosen, Given, Refused
-from transport_geometry.lm import Hook, text_config
+from transport_geometry.lm import Hook, cross_entropy, log_softmax, text_config
 from transport_geometry.model_files import bos_of
 from transport_geometry.models import (
     CACHE,
@@ -56,6 +57,8 @@ class Grid:
     save_tokens: bool
     bos: str = "auto"
     ignore_fields: tuple[str, ...] = ()  # of --ignore-field
+    column: str | None = None  # of the data
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def plan(
     them. cache: of models in GGUF files. Raises UserError.
     """
     chosen, refused = given.choose(grid.saes, grid.models, grid.basis) if grid.saes else ([], [])
-    source = text.find(grid.data)
+    source = text.find(grid.data, grid.column, grid.config)
     names = list(dict.fromkeys([one.model for one in chosen] or [name for name, _ in grid.models]))
     called, models = readable_names(names), {}
     for name in names:
@@ -282,7 +285,22 @@ def evaluation_rows(loaded: Loaded, place: Place, source: text.Source, grid: Gri
             f"--models {place.model}: its tokenizer gives the id {held.input_ids.max()}, and it has "
             f"{config.vocab_size} embeddings"
         )
+    say_if_guessing(place.model, loaded.model, held.input_ids, grid.data)
     return held
+
+
+@torch.no_grad()
+def say_if_guessing(name: str, model: Any, input_ids: torch.Tensor, data: str) -> None:
+    """Say where the model is worse on the text than one that knows nothing: it is none that it was trained
+    for. On four rows' beginnings, so that it is known before anything is trained.
+    """
+    rows = input_ids[:: -(-len(input_ids) // 4), :64]
+    ce = cross_entropy(log_softmax(model(input_ids=rows).logits), rows).mean().item()
+    if ce > (chance := math.log(text_config(model).vocab_size)):
+        ranks.say(
+            f"--data {data}: {name} predicts it worse than guessing would (CE {ce:.2f}, ln V {chance:.2f}): "
+            "is it text of its kind, tokenised for it?"
+        )
 
 
 def from_files(
@@ -377,13 +395,14 @@ def settings(
 ) -> dict[str, Any]:
     """All that a results folder must be the results of, in JSON's types."""
     trained = None if grid.saes else grid
+    source = eval_sets[0].source
     out: dict[str, Any] = dict(
         script=script,
         device=device.type,
-        data=eval_sets[0].source.name,
+        data=source.name,
         text_sha256=", ".join(sorted({held.sha256 for held in rows})),
         documents=sorted({int(held.document.max()) + 1 for held in rows}),
-        cut=sources.is_cut(grid.data),
+        cut=sources.is_cut(source.data, grid.split),
         python=platform.python_version() if grid.data == "stdlib" else None,
         models=[one.called for one in sorted(models, key=lambda one: (one.size, one.called))],
         hooks={f"{eval_set.name}@{eval_set.hook.layer}": depth(eval_set.hook) for eval_set in eval_sets},
@@ -404,7 +423,7 @@ def settings(
     )
     origins = [(one.condition.sae, one.origin) for eval_set in eval_sets for one in eval_set.candidates]
     if trained:
-        out["data_content"] = eval_sets[0].source.content
+        out["data_content"] = source.content
         if begun := {one.name: one.bos for one in eval_sets if one.bos is not None}:
             out["bos"] = begun
     else:
@@ -415,6 +434,8 @@ def settings(
     for name, value, default in (
         ("revision", grid.revision, None),
         ("split", grid.split, "train"),
+        ("config", grid.config, None),
+        ("column", sources.columns_read(source.data, grid.split) or "text", "text"),
         ("dtype", grid.dtype, "float32"),
         ("instructions", any_x86(device), None),
         ("leave_sinks", grid.leave_sinks, False),

@@ -425,6 +425,8 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     notes += notes_on_fields(settings.get("saes") or {})
     notes += [f"{hook}: the last block, so no attention follows it.\n" for hook in settings["last_blocks"]]
     python = f", the standard library of Python {settings['python']}" if settings["python"] else ""
+    if column := settings.get("column"):
+        notes.append(f"The text is column `{column}` of {settings['data']}.\n")
     text = ABOUT.format(
         sizes=" and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sizes),
         behind=behind(settings),

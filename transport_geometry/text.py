@@ -9,6 +9,7 @@ import functools
 import hashlib
 import heapq
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -19,9 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from transport_geometry import sources
-from transport_geometry.errors import UserError
+from transport_geometry.errors import UserError, one_line
+from transport_geometry.model_files import bos_of
 from transport_geometry.models import readable_names, tokenizer_hash
-from transport_geometry.sources import Document, commit_of, local_files
+from transport_geometry.sources import Chat, Data, Document, commit_of, local_files
 
 import numpy as np
 import torch
@@ -57,20 +59,42 @@ def stamp(data: str) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(data))
 
 
-def find(data: str) -> Source:
+def find(data: str, column: str | None = None, config: str | None = None) -> Source:
     """The text behind --data: stdlib, a local path, or a hub data set, NAME or NAME@REVISION, held to its
-    commit. Raises UserError.
+    commit. What of a local one is not read is said. Raises UserError.
     """
+    if config and (data == "stdlib" or os.path.exists(data)):
+        raise UserError(f"--config {config}: only hub data sets have configurations")
     if data == "stdlib":
+        if column:
+            raise UserError(f"--column {column}: stdlib has no columns")
         whole = hashlib.sha256()
         for name, text in stdlib_documents("train"):
             whole.update(digest(name) + digest(text))
         return Source(data, data, whole.hexdigest())
     if not os.path.exists(data):
-        name, commit = commit_of(data)
-        return Source(f"{name}@{commit}", name, commit)
+        name, commit = commit_of(with_choices(data, column, config))
+        return Source(
+            with_choices(f"{name}@{commit}", column, config), name, commit + flags_in_content(column, config)
+        )
     now = stamp(data)  # before its files are read
-    return Source(data, readable_names([data])[data], hash_of(local_files(data)), now)
+    sources.name_unread(data)
+    if column and set(sources.by_kind(data)) == {"text"}:
+        raise UserError(f"--column {column}: the files of {data} have no columns")
+    content = hash_of(local_files(data)) + flags_in_content(column)
+    return Source(with_choices(data, column), readable_names([data])[data], content, now)
+
+
+def with_choices(data: str, column: str | None = None, config: str | None = None) -> Data:
+    out = Data(data)
+    out.column, out.config = column, config
+    return out
+
+
+def flags_in_content(column: str | None, config: str | None = None) -> str:
+    """What follows the hash or commit: another column or configuration of the same files is another text."""
+    flags = {"--config": config, "--column": column}
+    return "".join(f" {flag} {value}" for flag, value in flags.items() if value)
 
 
 def hash_of(files: list[pathlib.Path]) -> str:
@@ -85,7 +109,8 @@ def hash_of(files: list[pathlib.Path]) -> str:
                 while block := file.read(1 << 22):
                     one.update(block)
                     bar.update(len(block))
-            whole.update(path.suffix.encode() + one.digest())
+            suffixes = path.suffixes[-2:] if path.suffix in sources.PACKED else [path.suffix]
+            whole.update("".join(suffixes).encode() + one.digest())
     return whole.hexdigest()
 
 
@@ -103,8 +128,9 @@ def windows(document: Document) -> np.ndarray:
     """Hashes [n] (uint64) of every run of WINDOW words, in lower case and without what stands between them,
     or of token ids.
 
-    A shorter document is one window. (Rolling polynomial over CRC-32 of the words, then mixed: for equality
-    only.)
+    A shorter document is one window. Where there are others, runs of one id are left out: padding is shared
+    by documents that have nothing in common. (Rolling polynomial over CRC-32 of the words, then mixed: for
+    equality only.)
     """
     if isinstance(document, str):
         text = document.lower().encode(errors="surrogatepass")
@@ -117,6 +143,10 @@ def windows(document: Document) -> np.ndarray:
     total = np.zeros(n, np.uint64)
     for i in range(length):
         total = total * np.uint64(0x9E3779B97F4A7C15) + terms[i : n + i]
+    if not isinstance(document, str):
+        changes = np.r_[0, np.cumsum(terms[1:] != terms[:-1])]
+        varied = changes[length - 1 :] > changes[:n]
+        total = total[varied] if varied.any() else total
     total = total ^ total >> np.uint64(29)
     return total * np.uint64(0xBF58476D1CE4E5B9)
 
@@ -190,10 +220,12 @@ def documents(data: str, side: str, split: str = "train") -> Iterator[Document]:
 
     `stdlib` is sided by file, anything else by the content of a document (`in_heldout`); of a tokenised data
     set a row is a document, and of text a file or a row. Few of them in a local text are cut into pieces,
-    which are then the documents. Hub data sets and large files are streamed; `split` is the data set's own.
-    Raises UserError.
+    which are then the documents. Hub data sets and large files are streamed; `split` is that of a hub data
+    set, or of one that was saved with splits. Raises UserError.
     """
-    if split != "train" and (data == "stdlib" or pathlib.Path(data).exists()):
+    if split != "train" and (
+        data == "stdlib" or pathlib.Path(data).exists() and not sources.has_splits(data)
+    ):
         raise UserError(f"--split {split}: only hub data sets have splits, --data {data} is all train")
     if data == "stdlib":
         yield from (text for _, text in stdlib_documents(side))
@@ -205,9 +237,17 @@ def documents(data: str, side: str, split: str = "train") -> Iterator[Document]:
 
 # ------------------------------------------------------------------------------------------------------ rows
 def as_ids(document: Document, tokenizer: Any, data: str) -> list[int]:
-    """Token ids, ended by the end-of-text token; those of a tokenised data set as they are. Raises UserError
-    for ids of another tokenizer.
+    """Token ids, ended by the end-of-text token; those of a tokenised data set as they are, and of a chat
+    those of the tokenizer's template, but for the token before all. Raises UserError for ids of another
+    tokenizer, and where there is no template or the chat does not fit it.
     """
+    if isinstance(document, Chat):
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(f"--data {data}: its rows are chats, and the tokenizer has no chat template")
+        with one_line(f"--data {data}: chat template"):
+            whole = tokenizer.apply_chat_template(json.loads(document), tokenize=False)
+            ids = tokenizer(whole, add_special_tokens=False).input_ids
+        return ids[1:] if ids and ids[0] == bos_of(tokenizer) else ids
     if isinstance(document, str):
         return [*tokenizer(document, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     least, most = min(document), max(document)
