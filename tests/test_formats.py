@@ -245,7 +245,10 @@ SCALED = dict(
 WHITENED = dict(
     normalize_activations="covariance_whitening",
     rescale_acts_by_decoder_norm=True,
-    beside={"activation_whitening.safetensors": WHITE},
+    beside={
+        "activation_scaler.json": {"scaling_factor": None, "has_whitening": True},
+        "activation_whitening.safetensors": WHITE,
+    },
 )
 JUMP = {**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}
 GATED_LENS = {**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}

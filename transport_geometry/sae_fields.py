@@ -48,8 +48,9 @@ LOADED = names(
 LENS_COMPUTES = names(
     "architecture k d_sae activation_fn activation_fn_str activation_fn_kwargs.k apply_b_dec_to_input "
     "normalize_activations rescale_acts_by_decoder_norm finetuning_scaling_factor "
-    "activation_scaler.json.scaling_factor activation_whitening.safetensors.mean "
-    "activation_whitening.safetensors.matrix activation_whitening.safetensors.inverse_matrix"
+    "activation_scaler.json.scaling_factor activation_scaler.json.has_whitening "
+    "activation_whitening.safetensors.mean activation_whitening.safetensors.matrix "
+    "activation_whitening.safetensors.inverse_matrix"
 )
 LENS_SAYS = names(
     "sae_lens_version hook_name hook_point model_name context_size prepend_bos exclude_special_tokens "
