@@ -108,6 +108,8 @@ def saelens(folder, architecture="topk", tensors=None, beside=(), **config):
         "model_name": "m",
         "prepend_bos": True,
         "context_size": 32,
+        "l0": 4.5,
+        "num_dead_features": 0,
     }
     config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": K, "metadata": meta, **config}
     (folder / "cfg.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
@@ -845,7 +847,9 @@ def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
 
 def test_fields_of_training_are_named_and_not_refused(tmp_path):
     lens = saelens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2])
-    assert formats.read(the_file(lens)).fields == sae_fields.Fields(("d_in", "dtype", "matryoshka_widths"))
+    of_metadata = ("metadata.l0", "metadata.num_dead_features")
+    unused = ("d_in", "dtype", "matryoshka_widths", *of_metadata)
+    assert formats.read(the_file(lens)).fields == sae_fields.Fields(unused)
     trained = dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8, "io": "out"})
     assert formats.read(the_file(trained)).fields.unused == (
         "buffer.out_batch_size",

@@ -65,7 +65,7 @@ LENS_TRAINING = names(
 LENS_METADATA = LOADED | names(
     "sae_lens_training_version model_class_name dataset_path dataset_trust_remote_code neuronpedia_id "
     "sequence_separator_token disable_concat_sequences training_architecture training_architecture_details "
-    "hook_layer hf_hook_name"
+    "hook_layer hf_hook_name l0 num_dead_features"
 )
 # versions before 6 keep all of it in one, and the first ones the whole run
 LENS_RUN = names(
