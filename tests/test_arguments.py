@@ -153,6 +153,14 @@ def test_a_name_of_sae_may_hold_a_comma():
     assert saes('one",two') == ('one"', "two")
 
 
+def test_fields_to_ignore_are_listed_or_repeated_and_are_of_an_sae():
+    flags = ["--ignore-field", "a,b", "--ignore-field", "c"]
+    assert common.parse_args("", GRID, ["--sae", "x", *flags]).grid.ignore_fields == ("a", "b", "c")
+    assert common.parse_args("", GRID, ["--sae", "x"]).grid.ignore_fields == ()
+    with pytest.raises(UserError, match="--ignore-field is about the SAEs of --sae"):
+        common.parse_args("", GRID, flags)
+
+
 def test_a_folder_with_a_comma_in_its_name_is_found(tmp_path):
     (tmp_path / "a,b").mkdir()
     escaped = str(tmp_path / "a,b").replace(",", "\\,")

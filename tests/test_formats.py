@@ -108,6 +108,8 @@ def saelens(folder, architecture="topk", tensors=None, beside=(), **config):
         "model_name": "m",
         "prepend_bos": True,
         "context_size": 32,
+        "l0": 4.5,
+        "num_dead_features": 0,
     }
     config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": K, "metadata": meta, **config}
     (folder / "cfg.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
@@ -245,7 +247,10 @@ SCALED = dict(
 WHITENED = dict(
     normalize_activations="covariance_whitening",
     rescale_acts_by_decoder_norm=True,
-    beside={"activation_whitening.safetensors": WHITE},
+    beside={
+        "activation_scaler.json": {"scaling_factor": None, "has_whitening": True},
+        "activation_whitening.safetensors": WHITE,
+    },
 )
 JUMP = {**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}
 GATED_LENS = {**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}
@@ -842,13 +847,60 @@ def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
 
 def test_fields_of_training_are_named_and_not_refused(tmp_path):
     lens = saelens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2])
-    assert formats.read(the_file(lens)).fields == sae_fields.Fields(("d_in", "dtype", "matryoshka_widths"))
+    of_metadata = ("metadata.l0", "metadata.num_dead_features")
+    unused = ("d_in", "dtype", "matryoshka_widths", *of_metadata)
+    assert formats.read(the_file(lens)).fields == sae_fields.Fields(unused)
     trained = dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8, "io": "out"})
     assert formats.read(the_file(trained)).fields.unused == (
         "buffer.out_batch_size",
         "trainer.lr",
         "trainer.steps",
     )
+
+
+def test_the_first_saelens_files_keep_their_whole_run(tmp_path):
+    """The keys of GPT-2 small's residual stream SAEs of early 2024."""
+    said = dict(
+        hook_point="blocks.2.hook_resid_pre",
+        hook_point_layer=2,
+        hook_point_head_index=None,
+        dataset_path="Skylion007/openwebtext",
+        is_dataset_tokenized=False,
+        use_cached_activations=False,
+        cached_activations_path="activations/x",
+        n_batches_in_buffer=128,
+        total_training_tokens=300_000_000,
+        store_batch_size=32,
+        device="mps",
+        seed=42,
+        dtype="torch.float32",
+        b_dec_init_method="geometric_median",
+        expansion_factor=32,
+        l1_coefficient=8e-05,
+        lr=0.0004,
+        lr_warm_up_steps=5000,
+        train_batch_size=4096,
+        use_ghost_grads=False,
+        feature_sampling_window=1000,
+        resample_batches=1028,
+        feature_reinit_scale=0.2,
+        dead_feature_window=5000,
+        dead_feature_estimation_method="no_fire",
+        dead_feature_threshold=1e-08,
+        log_to_wandb=True,
+        wandb_project="x",
+        wandb_log_frequency=100,
+        n_checkpoints=10,
+        checkpoint_path="checkpoints/x",
+        tokens_per_buffer=67108864,
+        run_name="x",
+        neuronpedia_id="gpt2-small/2-res-jb",
+        model_from_pretrained_kwargs={"center_writing_weights": True},
+    )
+    first = saelens(tmp_path / "x", **{**V5, "sae_lens_version": None, **said})
+    assert not formats.read(the_file(first)).fields.ignored
+    of = declared(first)
+    assert (of.site, of.layer, of.basis, of.bos) == ("resid_post", 1, "centred", True)
 
 
 def test_the_list_says_what_is_refused(tmp_path):

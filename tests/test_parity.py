@@ -4,7 +4,7 @@ Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
 
 import dataclasses
 
-from transport_geometry import formats
+from transport_geometry import formats, sae_fields
 from transport_geometry.lm import Hook
 from transport_geometry.models import EMBEDDED, load_model
 from transport_geometry.sae import TopKSAE
@@ -26,8 +26,10 @@ from sae_lens import TopKSAE as LensSAE  # noqa: E402
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
 from sae_lens.load_model import load_model as load_lens_model  # noqa: E402
 from sae_lens.loading import pretrained_sae_loaders as lens_loaders  # noqa: E402
+from sae_lens.registry import get_sae_training_class  # noqa: E402
 from sae_lens.training.activations_store import ActivationsStore  # noqa: E402
 from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
+from sparsify import SparseCoderConfig  # noqa: E402
 
 D, F, K, N = 24, 192, 4, 64
 
@@ -154,6 +156,23 @@ def test_a_file_gives_the_forward_that_its_library_gives(name, written):
     expected = theirs(h)
     assert ((h_hat - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
     assert (values > 0).any() and formats.describe(file).layer == 3
+
+
+@pytest.mark.parametrize(
+    "name", "standard gated topk abstopk batchtopk matryoshka_batchtopk jumprelu".split()
+)
+def test_every_field_of_saelens_own_configurations_is_known_or_says_nothing(name):
+    """Of an SAE as it is trained, and as it is kept."""
+    training = get_sae_training_class(name)[1]
+    more = {"matryoshka_widths": [8, F]} if name.startswith("matryoshka") else {}
+    one = training(d_in=D, d_sae=F, **more)
+    for config in (one.to_dict(), one.get_inference_sae_cfg_dict()):
+        assert not sae_fields.check("saelens", config, {}, ()).ignored
+
+
+def test_every_field_of_sparsifys_configuration_is_known():
+    of = sae_fields.KNOWN["sparsify"]
+    assert {field.name for field in dataclasses.fields(SparseCoderConfig)} <= of.read | of.unused
 
 
 def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):

@@ -539,7 +539,7 @@ def dictionary_learning_computes(t: Tensors, config: Json, beside: Json) -> dict
             b_enc=t["b_enc"],
             W_dec=t["W_dec"],
             b_dec=t["b_dec"],
-            b_in=t["b_dec"] if "k" in t else None,
+            b_in=t["b_dec"] if "k" in t or name == "MatryoshkaBatchTopKSAE" else None,
             threshold=t["threshold"],
         )
         return rescaled(args, factor)

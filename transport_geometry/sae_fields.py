@@ -48,8 +48,9 @@ LOADED = names(
 LENS_COMPUTES = names(
     "architecture k d_sae activation_fn activation_fn_str activation_fn_kwargs.k apply_b_dec_to_input "
     "normalize_activations rescale_acts_by_decoder_norm finetuning_scaling_factor "
-    "activation_scaler.json.scaling_factor activation_whitening.safetensors.mean "
-    "activation_whitening.safetensors.matrix activation_whitening.safetensors.inverse_matrix"
+    "activation_scaler.json.scaling_factor activation_scaler.json.has_whitening "
+    "activation_whitening.safetensors.mean activation_whitening.safetensors.matrix "
+    "activation_whitening.safetensors.inverse_matrix"
 )
 LENS_SAYS = names(
     "sae_lens_version hook_name hook_point model_name context_size prepend_bos exclude_special_tokens "
@@ -64,7 +65,7 @@ LENS_TRAINING = names(
 LENS_METADATA = LOADED | names(
     "sae_lens_training_version model_class_name dataset_path dataset_trust_remote_code neuronpedia_id "
     "sequence_separator_token disable_concat_sequences training_architecture training_architecture_details "
-    "hook_layer hf_hook_name"
+    "hook_layer hf_hook_name l0 num_dead_features"
 )
 # versions before 6 keep all of it in one, and the first ones the whole run
 LENS_RUN = names(
