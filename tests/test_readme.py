@@ -247,8 +247,6 @@ DEFINED = (
     "16-bit dtypes",
     "ΔR² > 0 and ΔCE_rec < 0",
     "interval holds 0",
-    "(June to August 2024)",  # tests/test_formats.py
-    "Gemma Scope 1 and 2",
 )
 
 
