@@ -142,8 +142,11 @@ def test_only_what_saw_the_same_tokens_is_compared():
 
 
 def test_one_sequence_shows_nothing():
-    found = pairs(*planted(r2=[0.8, 0.9], ce_rec=[0.9, 0.95], noise=0, shared=0))
+    rows, values, settings = planted(r2=[0.8, 0.9], ce_rec=[0.9, 0.95], noise=0, shared=0)
+    found = pairs(rows, values, settings)
     assert found[0]["kind"] == "undefined" and "1 cannot be judged" in pair_sentence(found)
+    said = answer(with_ends(rows, values, settings, "cannot be judged"), found, settings).found
+    assert said == "Cannot be judged: 2. None of 1 pair of one k can be judged: there is no interval."
 
 
 def test_only_saes_of_one_k_are_compared():

@@ -243,6 +243,7 @@ OF_PAIRS = (
     "Of {pairs} of one k ({at_a_hook} at one hook, {between} between layers) R² inverts {inverts}{open}"
 )
 WORST = "; furthest: {a} over {b}, R² {r2}, CE_rec {ce_rec}"
+NONE_JUDGED = "None of {pairs} of one k can be judged: there is no interval"
 NO_PAIRS = "No two of them share model, k, context and BOS, so that no order is judged"
 LIMITS = (
     "It is about these SAEs on this text, not about ways to train (another seed is another SAE), other texts "
@@ -296,17 +297,16 @@ def answer(rows: list[dict], found: list[dict], settings: dict) -> Answer:
         out = f"{sentence_case(said)}. "
         n = counted(found)
         at_a_hook = sum(row["layer_a"] == row["layer_b"] for row in found)
-        out += (
-            OF_PAIRS.format(
+        if n["undefined"] == len(found):
+            out += NONE_JUDGED.format(pairs=count_of(len(found), "pair")) if found else NO_PAIRS
+        else:
+            out += OF_PAIRS.format(
                 pairs=count_of(len(found), "pair"),
                 at_a_hook=at_a_hook,
                 between=len(found) - at_a_hook,
                 inverts=n["inverts"],
                 open=not_told(n),
             )
-            if found
-            else NO_PAIRS
-        )
         if found and (worst := found[0])["kind"] == "inverts":
             out += WORST.format(
                 a=name_in_pair(worst, "a", short),
