@@ -889,3 +889,14 @@ def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
     trained(model, specs, tmp_path / "broken")
     assert contents(tmp_path / "whole") == contents(tmp_path / "broken")
     assert len(contents(tmp_path / "whole")) == 6
+
+
+def test_another_way_of_reading_is_another_text_to_train_on(tmp_path, monkeypatch):
+    """The cache would serve an SAE of documents that are no longer read so. The standard library's stay."""
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i} of some words"}) + "\n" for i in range(120)))
+    stdlib, before = text.find("stdlib"), text.find(str(path))
+    monkeypatch.setattr(text, "READING", text.READING + 1)
+    after = text.find(str(path))
+    assert after.content == before.content and stdlib.for_training == stdlib.content
+    assert after.for_training == f"{before.content} read {text.READING}" != before.content

@@ -353,7 +353,7 @@ def trained_here(
             dtype=grid.dtype,
             layer=hook.layer,
             data=source.name,
-            data_content=source.content,
+            data_content=source.for_training,
             split=grid.split,
             ctx=grid.ctx,
             device=device.type,

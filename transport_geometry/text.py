@@ -33,6 +33,7 @@ SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-pa
 WINDOW = 8  # words, or token ids, in a row: what two documents share when one was made from the other
 # a held-out file of the standard library that shares more of its windows with the training side goes there
 NEAR = 0.2
+READING = 2  # 2: padding is no text, and runs of one token id are no window
 PER_DOCUMENT = 4  # evaluation rows from one document at most
 SPREAD = 5  # rows of the training side are neighbours, most of them of one document: one in so many is taken
 # of a stream's held-out side: documents, and characters a token, for each row that is drawn from them
@@ -48,6 +49,13 @@ class Source:
     name: str  # is how results call it
     content: str  # what it holds: the SHA-256 of its documents or files, or the commit of its repository
     stamp: tuple[tuple[str, int, int], ...] = ()  # see `stamp`
+
+    @property
+    def for_training(self) -> str:
+        """The content, and by which version of this module it is read: another one may take other documents
+        of it, or hold out others, and an SAE in the cache is then another's.
+        """
+        return self.content if self.data == "stdlib" else f"{self.content} read {READING}"
 
 
 def stamp(data: str) -> tuple[tuple[str, int, int], ...]:
