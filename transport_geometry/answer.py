@@ -76,7 +76,11 @@ def as_sentence(text: str) -> str:
     >>> as_sentence("too few hooks"), as_sentence("R² does.")
     ('Too few hooks.', 'R² does.')
     """
-    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+    return f"{sentence_case(text).removesuffix('.')}."
+
+
+def sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 # ------------------------------------------------------------------------------------------------- a terminal

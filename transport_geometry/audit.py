@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transport_geometry import formats, words
-from transport_geometry.answer import WIDTH, Answer
+from transport_geometry.answer import WIDTH, Answer, sentence_case
 from transport_geometry.errors import UserError
 from transport_geometry.evaluate import Reconstruction, activations, evaluate
 from transport_geometry.formats import hub_name
@@ -319,10 +319,6 @@ def answer(rows: list[dict], found: list[dict], settings: dict) -> Answer:
     out += f" {count_of(refused, 'other')} refused." if refused else ""
     by_chance = BY_CHANCE.format(n=0.025 * len(found)) if found else ""
     return Answer(asked, out, LIMITS.format(by_chance=by_chance))
-
-
-def sentence_case(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 # ------------------------------------------------------------------------------------------ what is printed

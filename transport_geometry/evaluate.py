@@ -171,7 +171,7 @@ def evaluate(
                 patches = [
                     patched(clean, reconstructions[name], shared, final_mean, leave_sinks) for name in names
                 ]
-                calm = [sinks_clean(patch) for patch in patches]
+                calm = [patch.final if leave_sinks else sinks_clean(patch) for patch in patches]
                 random = [isotropic(patch, drawn, compared[here]) for patch in patches]
                 losses = outcomes(clean, [patch.final for patch in patches], calm, random, compared[here])
                 for name, patch, outcome in zip(names, consumed(patches), losses):

@@ -28,6 +28,7 @@ class Finding:
 
 
 SINK_MARGIN = 0.05  # of R² and of CE_rec
+READ_CE_REC = "Read CE_rec: no score of the reconstruction says what such an error does."
 # An error that costs *more* than a random one as long has no word: that is every SAE's. Of 24 SAEs of the
 # embedded models (two recipes, k = 4 and 32, 50k tokens) kl_excess was .20 to 1.6, of the mean 1.0 to 2.0.
 KL_MARGIN = math.log(1.25)
@@ -37,14 +38,14 @@ FINDINGS = (
         "ce_over_zero",
         0.0,
         "Patched CE is {ce_recon:.2f} nats: worse than cutting the layer's output to zero ({ce_zero:.2f}).",
-        "Read CE_rec: no score of the reconstruction says what such an error does.",
+        READ_CE_REC,
     ),
     Finding(
         "more than doubles CE",
         "ce_below_zero",
         0.0,
         "Patched CE is {ce_recon:.2f} nats, more than twice the {ce_orig:.2f} without the patch.",
-        "Read CE_rec: no score of the reconstruction says what such an error does.",
+        READ_CE_REC,
     ),
     Finding(
         "breaks the sink",
@@ -54,19 +55,15 @@ FINDINGS = (
         "Scores without sinks cannot see it: read SWD or CE_rec. An SAE trained without sinks (--sinks drop) "
         "should leave them alone when it is patched in (--leave-sinks).",
     ),
-    Finding(
-        "R² is the sink's",
-        "sink_r2",
-        SINK_MARGIN,
-        "R² {r2:.3f} is {n_sink} positions in {n_tok:,}; without them it is {r2_nosink:.3f}.",
-        "Read SWD, or R² without sinks.",
-    ),
-    Finding(
-        "R² is the sink's",  # as well where the sink is what is badly rebuilt
-        "sink_r2_lost",
-        SINK_MARGIN,
-        "R² {r2:.3f} is {n_sink} positions in {n_tok:,}; without them it is {r2_nosink:.3f}.",
-        "Read SWD, or R² without sinks.",
+    *(
+        Finding(
+            "R² is the sink's",
+            column,
+            SINK_MARGIN,
+            "R² {r2:.3f} is {n_sink} positions in {n_tok:,}; without them it is {r2_nosink:.3f}.",
+            "Read SWD, or R² without sinks.",
+        )
+        for column in ("sink_r2", "sink_r2_lost")  # well rebuilt, or badly
     ),
     Finding(
         "underrates",
