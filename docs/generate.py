@@ -423,16 +423,9 @@ def tree_of_h2() -> str:
 
 
 def rule_of_the_words() -> str:
-    where = {
-        "ce_over_zero": "patched CE less that of zero ablation",
-        "ce_below_zero": "−CE_rec",
-        "sink_harm": "CE_rec with sinks clean less CE_rec",
-        "sink_r2": "R² less R² without sinks",
-        "sink_r2_lost": "R² without sinks less R²",
-        "kl_deficit": "−`kl_excess`",
-    }
     lines = [
-        [f"*{one.word}*", f"{where[one.column]} above {one.margin:.2f}", one.read] for one in words.FINDINGS
+        [f"*{one.word}*", f"{words.NAMED[one.column]} above {one.margin:.2f}", one.read]
+        for one in words.FINDINGS
     ]
     lines.append(
         [f"*{words.AS_IT_READS}*", "none of these, and each shown not to be", "R² may be read as it is"]
