@@ -6,7 +6,7 @@
 
 Question: which SAE does least harm when its reconstruction is patched in, and does R^2 say so? Grid: the SAEs
 of --sae, on the same held-out tokens. Each SAE gets a word from what was measured of it (see
-`transport_geometry/words.py`): whether a sink owns its R^2 or its harm, and how much its error costs beside a
+`reporting/words.py`): whether a sink owns its R^2 or its harm, and how much its error costs beside a
 random one as long. Each pair of SAEs of one model, k, context and BOS, at one hook or at two, is ordered,
 inverted (R^2 and CE_rec both differ, in opposite directions) or not told apart, by paired 95% intervals over
 documents. An SAE that cannot be read, or does not read what its files say, is refused with the reason, and
@@ -17,8 +17,6 @@ import pathlib
 from typing import Any
 
 from common import parse_args, run_script
-from transport_geometry import chart, leaderboard, store
-from transport_geometry.answer import Answer, conclude, hushed
 from transport_geometry.audit import (
     COLUMNS,
     HOOK_AND_TOKENS,
@@ -36,15 +34,19 @@ from transport_geometry.audit import (
     words_counted,
 )
 from transport_geometry.errors import UserError
-from transport_geometry.figures import BLUE, GREEN, ORANGE, PURPLE, as_png, pyplot
-from transport_geometry.leaderboard import AFTER_EXP_A, LEADERBOARD, how_to_read, leaderboard_table
-from transport_geometry.metrics import BY_NAME, PROXIES
-from transport_geometry.page import with_page
-from transport_geometry.results import about_the_run, marked, measured, rows_hash
-from transport_geometry.run import Experiment, run
-from transport_geometry.tables import as_csv, as_json, grouped, markdown, plain
-from transport_geometry.where import of_folder
-from transport_geometry.words import WORDS, with_words
+from transport_geometry.measuring.metrics import BY_NAME, PROXIES
+from transport_geometry.records import store
+from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.tables import as_csv, as_json, grouped, markdown, plain
+from transport_geometry.reporting import chart
+from transport_geometry.reporting.console import Answer, conclude, hushed
+from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, as_png, pyplot
+from transport_geometry.reporting.page import with_page
+from transport_geometry.reporting.where_it_hurts import of_folder
+from transport_geometry.reporting.words import WORDS, with_words
+from transport_geometry.running.run import Experiment, run
+from transport_geometry.statistics import leaderboard
+from transport_geometry.statistics.leaderboard import AFTER_EXP_A, LEADERBOARD, how_to_read, leaderboard_table
 
 import numpy as np
 from matplotlib.axes import Axes

@@ -22,11 +22,14 @@ if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
     # torch alone takes seconds, and on a disk that has not read it yet half a minute
     print("loading PyTorch ...", file=sys.stderr, flush=True)
 
-from transport_geometry import check_device, outline, plant, rerun
 from transport_geometry.errors import UserError, brief, printable, run_script
-from transport_geometry.grid import Command, Grid
-from transport_geometry.models import CACHE
-from transport_geometry.tables import readable_count
+from transport_geometry.models import plant
+from transport_geometry.models.loading import CACHE
+from transport_geometry.records import compare_runs
+from transport_geometry.records.tables import readable_count
+from transport_geometry.reporting import summary
+from transport_geometry.running import check_device
+from transport_geometry.running.grid import Command, Grid
 
 SMALL, MIDDLE, LARGE = (f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
 
@@ -411,9 +414,9 @@ def main() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):
         return print(__doc__, end="")
     if sys.argv[1:2] == ["diff"] and len(folders) == 2:
-        sys.exit(rerun.diff(*folders))
+        sys.exit(compare_runs.diff(*folders))
     if sys.argv[1:2] == ["report"] and len(folders) == 1:
-        return outline.write(*folders)
+        return summary.write(*folders)
     if sys.argv[1:3] == ["check", "--device"] and sys.argv[3:] in (["cpu"], ["cuda"], ["mps"]):
         sys.exit(check_device.check(sys.argv[3]))
     raise UserError(

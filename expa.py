@@ -26,21 +26,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import parse_args, parse_models, run_script
-from transport_geometry import answer as console
-from transport_geometry import chart, curves, published, stats, store
-from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed, number
-from transport_geometry.condition import hook_of
 from transport_geometry.errors import UserError, brief, printable
-from transport_geometry.figures import BLUE, GREEN, ORANGE, as_png, label_ends, pyplot
-from transport_geometry.grid import Command, sae_name
-from transport_geometry.metrics import EUCLIDEAN_CONTROLS
-from transport_geometry.models import readable_names
-from transport_geometry.page import with_page
-from transport_geometry.plant import split
-from transport_geometry.results import about_the_run, measured, of_one_processor, rows_hash, subset
-from transport_geometry.run import Experiment, run
-from transport_geometry.scale import Conditions, Pair, mismatch
-from transport_geometry.tables import (
+from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
+from transport_geometry.models.loading import readable_names
+from transport_geometry.models.plant import split
+from transport_geometry.records import store
+from transport_geometry.records.condition import hook_of
+from transport_geometry.records.results import about_the_run, measured, of_one_processor, rows_hash, subset
+from transport_geometry.records.tables import (
     Content,
     as_csv,
     as_json,
@@ -53,7 +46,24 @@ from transport_geometry.tables import (
     signed,
     span,
 )
-from transport_geometry.train import RECIPES
+from transport_geometry.reporting import chart, published
+from transport_geometry.reporting import console as console
+from transport_geometry.reporting.console import (
+    Answer,
+    as_sentence,
+    coloured,
+    columns,
+    conclude,
+    hushed,
+    number,
+)
+from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, as_png, label_ends, pyplot
+from transport_geometry.reporting.page import with_page
+from transport_geometry.running.grid import Command, sae_name
+from transport_geometry.running.run import Experiment, run
+from transport_geometry.saes.train import RECIPES
+from transport_geometry.statistics import curves, stats
+from transport_geometry.statistics.hook_pair import Conditions, Pair, mismatch
 
 import numpy as np
 

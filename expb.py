@@ -22,11 +22,30 @@ import pathlib
 import sys
 
 from common import parse_args, run_script
-from transport_geometry import chart, claims, commands, leaderboard, store
-from transport_geometry.answer import Answer, as_sentence, coloured, conclude, hushed, number
 from transport_geometry.audit import trial_lines
-from transport_geometry.figures import as_png, model_colours, points_legend, pyplot, score_axis
-from transport_geometry.leaderboard import (
+from transport_geometry.measuring.metrics import BY_NAME, PROXIES, Metric
+from transport_geometry.records import store
+from transport_geometry.records.results import about_the_run, behind, marked, measured, rows_hash
+from transport_geometry.records.tables import (
+    as_csv,
+    as_json,
+    estimate,
+    markdown,
+    plain,
+    read_table,
+    readable_count,
+    signed,
+)
+from transport_geometry.reporting import chart
+from transport_geometry.reporting.console import Answer, as_sentence, coloured, conclude, hushed, number
+from transport_geometry.reporting.figures import as_png, model_colours, points_legend, pyplot, score_axis
+from transport_geometry.reporting.page import with_page
+from transport_geometry.reporting.where_it_hurts import of_folder
+from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
+from transport_geometry.running import commands
+from transport_geometry.running.run import Experiment, run
+from transport_geometry.statistics import claims, leaderboard
+from transport_geometry.statistics.leaderboard import (
     AFTER_EXP_A,
     LEADERBOARD,
     about_these,
@@ -37,22 +56,6 @@ from transport_geometry.leaderboard import (
     of_target,
     what_r2_is_worth,
 )
-from transport_geometry.metrics import BY_NAME, PROXIES, Metric
-from transport_geometry.page import with_page
-from transport_geometry.results import about_the_run, behind, marked, measured, rows_hash
-from transport_geometry.run import Experiment, run
-from transport_geometry.tables import (
-    as_csv,
-    as_json,
-    estimate,
-    markdown,
-    plain,
-    read_table,
-    readable_count,
-    signed,
-)
-from transport_geometry.where import of_folder
-from transport_geometry.words import ABOUT_WORDS, OF_A_ROW, with_words
 
 import numpy as np
 from matplotlib.axes import Axes

@@ -16,30 +16,16 @@ import pathlib
 import sys
 
 from common import parse_args, run_script
-from transport_geometry import chart, fisher, leaderboard, stats, store
-from transport_geometry.answer import Answer, coloured, conclude, hushed
-from transport_geometry.condition import Condition
-from transport_geometry.evaluate import DRAWS
-from transport_geometry.figures import as_png, decade_ticks, model_colours, points_legend, pyplot
-from transport_geometry.fisher_study import SHAPE, estimators, geometry, path_integral
-from transport_geometry.grid import EvalSet
-from transport_geometry.leaderboard import (
-    AFTER_H2,
-    LEADERBOARD,
-    about_these,
-    board_in_short,
-    how_to_read,
-    leaderboard_plot,
-    leaderboard_table,
-)
-from transport_geometry.lm import cross_entropy, kl_divergence
-from transport_geometry.metrics import BY_NAME, DISTORTION, PROXIES, Metric, mean
-from transport_geometry.page import with_page
-from transport_geometry.patch import Patch
-from transport_geometry.results import about_the_run, marked, measured, rows_hash
-from transport_geometry.run import Experiment, eval_batch, run
-from transport_geometry.sae import SAE
-from transport_geometry.tables import (
+from transport_geometry.measuring import fisher
+from transport_geometry.measuring.evaluate import DRAWS
+from transport_geometry.measuring.fisher_study import SHAPE, estimators, geometry, path_integral
+from transport_geometry.measuring.metrics import BY_NAME, DISTORTION, PROXIES, Metric, mean
+from transport_geometry.measuring.patch import Patch
+from transport_geometry.models.lm import cross_entropy, kl_divergence
+from transport_geometry.records import store
+from transport_geometry.records.condition import Condition
+from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.tables import (
     as_csv,
     as_json,
     markdown,
@@ -49,7 +35,24 @@ from transport_geometry.tables import (
     signed,
     span,
 )
-from transport_geometry.words import ABOUT_WORDS, OF_A_ROW, with_words
+from transport_geometry.reporting import chart
+from transport_geometry.reporting.console import Answer, coloured, conclude, hushed
+from transport_geometry.reporting.figures import as_png, decade_ticks, model_colours, points_legend, pyplot
+from transport_geometry.reporting.page import with_page
+from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
+from transport_geometry.running.grid import EvalSet
+from transport_geometry.running.run import Experiment, eval_batch, run
+from transport_geometry.saes.sae import SAE
+from transport_geometry.statistics import leaderboard, stats
+from transport_geometry.statistics.leaderboard import (
+    AFTER_H2,
+    LEADERBOARD,
+    about_these,
+    board_in_short,
+    how_to_read,
+    leaderboard_plot,
+    leaderboard_table,
+)
 
 import numpy as np
 import torch

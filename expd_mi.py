@@ -27,21 +27,15 @@ import pathlib
 import sys
 
 from common import parse_args, run_script
-from transport_geometry import chart, critics, leaderboard, stats, store
-from transport_geometry.answer import Answer, coloured, columns, conclude, hushed
-from transport_geometry.dimension import canonical_rows, geometry_rows, norms
-from transport_geometry.evaluate import activations
-from transport_geometry.figures import as_png, model_colours, pyplot
-from transport_geometry.fisher_study import MOST_BLOCKS, moments
-from transport_geometry.grid import EvalSet
-from transport_geometry.leaderboard import AFTER_H2, about_these
-from transport_geometry.lm import text_config
-from transport_geometry.metrics import BY_NAME, PROXIES
-from transport_geometry.page import with_page
-from transport_geometry.results import about_the_run, marked, measured, rows_hash
-from transport_geometry.run import Experiment, eval_batch, run
-from transport_geometry.sae import SAE
-from transport_geometry.tables import (
+from transport_geometry.measuring import mutual_information
+from transport_geometry.measuring.dimension import canonical_rows, geometry_rows, norms
+from transport_geometry.measuring.evaluate import activations
+from transport_geometry.measuring.fisher_study import MOST_BLOCKS, moments
+from transport_geometry.measuring.metrics import BY_NAME, PROXIES
+from transport_geometry.models.lm import text_config
+from transport_geometry.records import store
+from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.tables import (
     as_json,
     bounds,
     grouped,
@@ -52,6 +46,15 @@ from transport_geometry.tables import (
     signed,
     span,
 )
+from transport_geometry.reporting import chart
+from transport_geometry.reporting.console import Answer, coloured, columns, conclude, hushed
+from transport_geometry.reporting.figures import as_png, model_colours, pyplot
+from transport_geometry.reporting.page import with_page
+from transport_geometry.running.grid import EvalSet
+from transport_geometry.running.run import Experiment, eval_batch, run
+from transport_geometry.saes.sae import SAE
+from transport_geometry.statistics import leaderboard, stats
+from transport_geometry.statistics.leaderboard import AFTER_H2, about_these
 
 import numpy as np
 import torch
@@ -69,7 +72,7 @@ GRID = dict(
 FLAGS = {
     "--critic": dict(
         default="separable",
-        choices=sorted(critics.PLANS),
+        choices=sorted(mutual_information.PLANS),
         help="of mutual information: separable, or hybrid, which takes hours",
     )
 }
@@ -103,7 +106,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, critic: str) -> dic
     shared = activations(hook, held.input_ids, batch)
     blocks = min(int(held.document.max()) + 1, MOST_BLOCKS)
     sums = moments(hook, held.input_ids, shared, batch, held.document % blocks, blocks, DRAWS)
-    y = critics.final_norm(hook, held.input_ids, shared.h, batch)
+    y = mutual_information.final_norm(hook, held.input_ids, shared.h, batch)
     kept = ~shared.sink
     document = torch.from_numpy(held.document)[:, None].expand(kept.shape)[kept].numpy()
     of_h, of_y = (v[kept].double().numpy() for v in (shared.h[:, :-1], y))
@@ -121,15 +124,19 @@ def critics_at(eval_set: EvalSet, critic: str) -> list[dict]:
     """A row for each Y, estimator and amount of noise."""
     hook, ids = eval_set.hook, eval_set.held.input_ids
     split = getattr(eval_set.middle.origin, "split", "train")
-    ctx = min(critics.CTX, ids.shape[1])
-    texts = critics.rows_of(eval_set.source.data, split, eval_set.tokenizer, ctx, eval_set.bos)
+    ctx = min(mutual_information.CTX, ids.shape[1])
+    texts = mutual_information.rows_of(eval_set.source.data, split, eval_set.tokenizer, ctx, eval_set.bos)
     batch = eval_batch(hook, ctx)
-    fit, stop, held = (critics.pairs_at(hook, rows, batch, seed) for seed, rows in enumerate(texts))
+    fit, stop, held = (
+        mutual_information.pairs_at(hook, rows, batch, seed) for seed, rows in enumerate(texts)
+    )
     rows = []
-    for target, pairs in critics.targets(hook, (fit, stop, held), ids[:1].to(hook.device)).items():
+    for target, pairs in mutual_information.targets(hook, (fit, stop, held), ids[:1].to(hook.device)).items():
         name = {"target": target, "width": pairs.fit.y.shape[-1], "n_fit": len(fit.x), "n_held": len(held.x)}
         for estimator, sigmas in CRITICS[target].items():
-            found = critics.critic_rows(pairs, sigmas, (estimator,), critics.PLANS[critic])
+            found = mutual_information.critic_rows(
+                pairs, sigmas, (estimator,), mutual_information.PLANS[critic]
+            )
             rows += [name | row for row in found]
     return rows
 
@@ -312,8 +319,10 @@ def judged(rows: list[dict], ladder: tuple[str, ...], bounded: str = "") -> list
     out = []
     for _, group in grouped(rows, ladder).items():
         group = sorted(group, key=lambda row: row["sigma"])
-        ceiling = math.log(critics.BATCH) if bounded and group[0]["estimator"] == bounded else None
-        out += [row | {"refused": why} for row, why in zip(group, critics.refusals(group, ceiling))]
+        ceiling = math.log(mutual_information.BATCH) if bounded and group[0]["estimator"] == bounded else None
+        out += [
+            row | {"refused": why} for row, why in zip(group, mutual_information.refusals(group, ceiling))
+        ]
     return out
 
 
@@ -358,12 +367,12 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
                 alpha=stats.ALPHA,
                 min_hooks=MIN_HOOKS,
                 of_a_model=OF_A_MODEL,
-                min_mi=critics.MIN_MI,
-                n_se=critics.N_SE,
-                from_ceiling=critics.FROM_CEILING,
-                overfit=critics.OVERFIT,
-                ladder=critics.LADDER,
-                ceiling=math.log(critics.BATCH),
+                min_mi=mutual_information.MIN_MI,
+                n_se=mutual_information.N_SE,
+                from_ceiling=mutual_information.FROM_CEILING,
+                overfit=mutual_information.OVERFIT,
+                ladder=mutual_information.LADDER,
+                ceiling=math.log(mutual_information.BATCH),
             ),
             settings=settings,
             rows_sha256=rows_hash(out),
@@ -540,7 +549,7 @@ def report(
             ["model", "layer", "sigma", "mi", "mi_fit", "mi_null", "dimension"],
         ),
         critics=critics_text(in_order(trained, settings), settings),
-        batch=critics.BATCH,
+        batch=mutual_information.BATCH,
         refused_canonical=counted(verdict["refused"]["canonical"]),
         refused_critics=counted(verdict["refused"]["critics"]),
         about="\n".join(about_the_run(saes, settings)),
@@ -610,7 +619,7 @@ def critics_text(rows: list[dict], settings: dict) -> str:
         "mi_null",
         "dimension",
     )
-    plan = critics.PLANS[settings["critic"]]
+    plan = mutual_information.PLANS[settings["critic"]]
     widths = {(row["model"], row["width"]) for row in rows if row["target"] != "final norm"}
     return CRITICS_TEXT.format(
         table=markdown([refused_words(row) for row in marked(rows, settings)], columns),
@@ -622,10 +631,10 @@ def critics_text(rows: list[dict], settings: dict) -> str:
         else f"the best of {plan.restarts} starts on what it is fitted to",
         n_fit=", ".join(sorted({str(row["n_fit"]) for row in rows})),
         n_held=", ".join(sorted({str(row["n_held"]) for row in rows})),
-        ctx=min(critics.CTX, settings["ctx"]),
-        m=critics.PER_SEQUENCE,
+        ctx=min(mutual_information.CTX, settings["ctx"]),
+        m=mutual_information.PER_SEQUENCE,
         width=", ".join(f"{width} for {model}" for model, width in sorted(widths)) or "none",
-        ceiling=math.log(critics.BATCH),
+        ceiling=math.log(mutual_information.BATCH),
     )
 
 

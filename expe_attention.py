@@ -18,31 +18,24 @@ import sys
 from collections.abc import Callable
 
 from common import parse_args, run_script
-from transport_geometry import chart, leaderboard, stats, store
-from transport_geometry.answer import Answer, coloured, conclude, hushed
-from transport_geometry.attention_plan import Change, check_readable, four_runs
-from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import activations
-from transport_geometry.figures import as_png, model_colours, pyplot
-from transport_geometry.grid import EvalSet
-from transport_geometry.leaderboard import (
-    AFTER_H2,
-    LEADERBOARD,
-    about_these,
-    board_in_short,
-    how_to_read,
-    leaderboard_plot,
-    leaderboard_table,
+from transport_geometry.measuring.attention_plan import Change, check_readable, four_runs
+from transport_geometry.measuring.dimension import participation_of
+from transport_geometry.measuring.evaluate import activations
+from transport_geometry.measuring.metrics import BY_NAME, DISTORTION, PROXIES, Metric, Sums
+from transport_geometry.measuring.patch import Patch
+from transport_geometry.models.lm import cross_entropy
+from transport_geometry.records import store
+from transport_geometry.records.results import (
+    Measured,
+    about_the_run,
+    hook_of,
+    marked,
+    measured,
+    rows_hash,
+    subset,
 )
-from transport_geometry.lm import cross_entropy
-from transport_geometry.metrics import BY_NAME, DISTORTION, PROXIES, Metric, Sums
-from transport_geometry.page import with_page
-from transport_geometry.patch import Patch
-from transport_geometry.results import Measured, about_the_run, hook_of, marked, measured, rows_hash, subset
-from transport_geometry.run import Experiment, eval_batch, run
-from transport_geometry.sae import SAE
-from transport_geometry.tables import (
+from transport_geometry.records.tables import (
     as_csv,
     as_json,
     grouped,
@@ -53,6 +46,23 @@ from transport_geometry.tables import (
     readable_count,
     signed,
     span,
+)
+from transport_geometry.reporting import chart
+from transport_geometry.reporting.console import Answer, coloured, conclude, hushed
+from transport_geometry.reporting.figures import as_png, model_colours, pyplot
+from transport_geometry.reporting.page import with_page
+from transport_geometry.running.grid import EvalSet
+from transport_geometry.running.run import Experiment, eval_batch, run
+from transport_geometry.saes.sae import SAE
+from transport_geometry.statistics import leaderboard, stats
+from transport_geometry.statistics.leaderboard import (
+    AFTER_H2,
+    LEADERBOARD,
+    about_these,
+    board_in_short,
+    how_to_read,
+    leaderboard_plot,
+    leaderboard_table,
 )
 
 import numpy as np

@@ -25,16 +25,13 @@ import sys
 from dataclasses import dataclass
 
 from common import parse_args, run_script
-from transport_geometry import chart, curves, finish, observer, rate, stats, store, text
-from transport_geometry.answer import Answer, as_sentence, coloured, columns, conclude, hushed
-from transport_geometry.condition import Condition, hook_of
 from transport_geometry.errors import UserError
-from transport_geometry.figures import BLUE, as_png, model_colours, pyplot
-from transport_geometry.grid import Command, EvalSet, sae_name
-from transport_geometry.leaderboard import about_these
-from transport_geometry.metrics import BY_NAME, Metric, Sums, computed, mean
-from transport_geometry.page import with_page
-from transport_geometry.results import (
+from transport_geometry.measuring import prequential_probe, rate
+from transport_geometry.measuring.metrics import BY_NAME, Metric, Sums, computed, mean
+from transport_geometry.models import text
+from transport_geometry.records import store
+from transport_geometry.records.condition import Condition, hook_of
+from transport_geometry.records.results import (
     Measured,
     about_the_run,
     finished_run,
@@ -43,10 +40,18 @@ from transport_geometry.results import (
     measured,
     rows_hash,
 )
-from transport_geometry.run import Experiment, eval_batch, load, run
-from transport_geometry.sae import SAE, TopKSAE
-from transport_geometry.scale import mean_over
-from transport_geometry.tables import as_csv, as_json, markdown, plain, read_table, short
+from transport_geometry.records.tables import as_csv, as_json, markdown, plain, read_table, short
+from transport_geometry.reporting import chart
+from transport_geometry.reporting.console import Answer, as_sentence, coloured, columns, conclude, hushed
+from transport_geometry.reporting.figures import BLUE, as_png, model_colours, pyplot
+from transport_geometry.reporting.page import with_page
+from transport_geometry.running.grid import Command, EvalSet, sae_name
+from transport_geometry.running.run import Experiment, eval_batch, load, run
+from transport_geometry.saes import kl_finetune
+from transport_geometry.saes.sae import SAE, TopKSAE
+from transport_geometry.statistics import curves, stats
+from transport_geometry.statistics.hook_pair import mean_over
+from transport_geometry.statistics.leaderboard import about_these
 
 import numpy as np
 import scipy
@@ -101,8 +106,8 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, *, command: Command
     source, tokenizer, split = eval_set.source, eval_set.tokenizer, command.grid.split
     rows = text.train_rows(source.data, tokenizer, ctx, TRAINING_ROWS, split, bos=eval_set.bos)
     return rate.study(eval_set, saes, next(rows), STEPS, eval_batch(eval_set.hook, ctx), device) | {
-        "finish.csv": finish.study(eval_set, sae, device),
-        "observer.csv": observer.study(eval_set, sae, device),
+        "finish.csv": kl_finetune.study(eval_set, sae, device),
+        "observer.csv": prequential_probe.study(eval_set, sae, device),
     }
 
 
@@ -355,7 +360,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
             models=[settings["models"][0], settings["models"][-1]],
             reached=reached(lines, codes),
             softmax=tables["softmax.csv"],
-            finish=finish.moves(tables["finish.csv"]),
+            finish=kl_finetune.moves(tables["finish.csv"]),
             thresholds=dict(
                 factor=FACTOR, alpha=stats.ALPHA, min_pairs=stats.MIN_CLUSTERS, step=STEP, code="ideal length"
             ),
@@ -564,8 +569,8 @@ def report(
         n_saes=len(found.saes),
         directions=direction_table(tables["directions.csv"]),
         softmax=softmax,
-        finish=finish.section(tables["finish.csv"]),
-        observer=observer.section(tables["observer.csv"]),
+        finish=kl_finetune.section(tables["finish.csv"]),
+        observer=prequential_probe.section(tables["observer.csv"]),
         about="\n".join(about_the_run(marked(found.saes, settings), settings)),
     )
     return report_text.encode()

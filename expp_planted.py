@@ -5,7 +5,7 @@
     python expp_planted.py --from outputs/expp_planted
 
 Verdicts on real SAEs say *undertrained*, *rejected*, *undecided*: honest, and no proof that an effect would
-be found. Here the effects are planted (`transport_geometry/plant.py`), in twins of one model and in their
+be found. Here the effects are planted (`models/plant.py`), in twins of one model and in their
 SAEs, and what Exp-A and Exp-B say of them, by their own commands on real text, is held against what must come
 out.
 A sink at position 0, which owns the variance and changes no logit. Errors turned towards what the model
@@ -25,22 +25,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import GRID_FLAGS, check_output, dest, parser_of, run_script
-from transport_geometry import answer as console
-from transport_geometry import chart, claims, commands, outline, published, ranks, store
-from transport_geometry.answer import WIDTH, Answer, coloured, columns, conclude, hushed
-from transport_geometry.dimension import participation_of
+from transport_geometry import ranks
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import Activations, activations, evaluate
-from transport_geometry.figures import BLUE, GREEN, ORANGE, SKY, as_png, label_ends, pyplot
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import BY_NAME, METRICS, PROXIES, Sums, computed
-from transport_geometry.models import load_model
-from transport_geometry.page import with_page
-from transport_geometry.plant import Gauge, plants, regauge, split
-from transport_geometry.results import check_data, measured, open_output
-from transport_geometry.scale import mismatch
-from transport_geometry.stats import percentiles
-from transport_geometry.tables import (
+from transport_geometry.measuring.dimension import participation_of
+from transport_geometry.measuring.evaluate import Activations, activations, evaluate
+from transport_geometry.measuring.metrics import BY_NAME, METRICS, PROXIES, Sums, computed
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.plant import Gauge, plants, regauge, split
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records import store
+from transport_geometry.records.results import check_data, measured, open_output
+from transport_geometry.records.tables import (
     as_csv,
     as_json,
     estimate,
@@ -52,7 +48,15 @@ from transport_geometry.tables import (
     signed,
     span,
 )
-from transport_geometry.text import heldout_rows
+from transport_geometry.reporting import chart, published, summary
+from transport_geometry.reporting import console as console
+from transport_geometry.reporting.console import WIDTH, Answer, coloured, columns, conclude, hushed
+from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, SKY, as_png, label_ends, pyplot
+from transport_geometry.reporting.page import with_page
+from transport_geometry.running import commands
+from transport_geometry.statistics import claims
+from transport_geometry.statistics.hook_pair import mismatch
+from transport_geometry.statistics.stats import percentiles
 
 import numpy as np
 import torch
@@ -76,7 +80,7 @@ LEAVES = {
 }
 AMOUNTS = (0.0, 0.5, 1.0)  # of turning, over the hooks of three twins
 SAME = 0.02  # in CE_rec, as in Exp-A's tree
-H2 = next(claim for claim in outline.CLAIMS if claim.label == "H2")
+H2 = next(claim for claim in summary.CLAIMS if claim.label == "H2")
 MET = 0.005  # how far R² of the null twin may be from the closed form
 
 
@@ -291,10 +295,10 @@ class Findings:
 def findings(out: pathlib.Path) -> Findings:
     """Raises UserError where a part is not finished, Damaged where a file is not as it was written."""
     verdicts, deltas, saes, points, partials = {}, {}, {}, {}, {}
-    runs = [outline.read_run(out, part.folder(out)) for part in PARTS]
+    runs = [summary.read_run(out, part.folder(out)) for part in PARTS]
     if missing := [f"{run.name}: {run.missing}" for run in runs if run.missing]:
         raise UserError(f"--from {out}: {missing[0]}")
-    joined = {run.name: outline.word(H2, run, runs) for run in runs if run.script == "expb"}
+    joined = {run.name: summary.word(H2, run, runs) for run in runs if run.script == "expb"}
     for part in PARTS:
         record = part.folder(out) / store.RUN
         verdicts[part.name] = json.loads(store.checked(record, "verdict.json").read_text(encoding="utf-8"))

@@ -29,8 +29,8 @@ import bench
 import zygote
 from common import run_script
 from helpers import contents
-from transport_geometry import results, store
-from transport_geometry.tables import markdown, read_npz
+from transport_geometry.records import results, store
+from transport_geometry.records.tables import markdown, read_npz
 
 GRID = "--tokens 6k --eval-seqs 6 --ctx 32 --device cpu".split()
 RUNS = {

@@ -10,10 +10,10 @@ One thread, CPU time, the median of n rounds in which all take turns. "on": how 
 import bench
 from common import run_script
 from transport_geometry import kernels
-from transport_geometry.lm import Hook
-from transport_geometry.models import load_model
-from transport_geometry.text import heldout_rows
-from transport_geometry.train import Statistics, Training, activation_chunks
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.saes.train import Statistics, Training, activation_chunks
 
 import torch
 from tqdm import tqdm

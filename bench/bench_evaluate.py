@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import bench
-from transport_geometry.evaluate import Activations, activations, evaluate, label_uniforms
-from transport_geometry.lm import Hook
-from transport_geometry.run import eval_batch
-from transport_geometry.sae import TopKSAE, tied_init
+from transport_geometry.measuring.evaluate import Activations, activations, evaluate, label_uniforms
+from transport_geometry.models.lm import Hook
+from transport_geometry.running.run import eval_batch
+from transport_geometry.saes.sae import TopKSAE, tied_init
 
 import numpy as np
 import torch
@@ -138,8 +138,8 @@ class Clock:
 
 
 def watch_evaluation(clock: Clock) -> None:
-    from transport_geometry import evaluate as module
-    from transport_geometry import lm
+    from transport_geometry.measuring import evaluate as module
+    from transport_geometry.models import lm
 
     clock.watch(Hook, "clean_pass", "clean run and gradients: blocks")
     clock.watch(Hook, "final", "patched runs: blocks after the hook")

@@ -6,12 +6,12 @@ OMP_NUM_THREADS=1 python bench/bench_fisher.py EleutherAI/pythia-70m      # its 
 
 import bench
 from common import run_script
-from transport_geometry import fisher
-from transport_geometry.cost import PYTHIA, shape_of
-from transport_geometry.lm import Hook
-from transport_geometry.models import load_model
-from transport_geometry.run import CPU, eval_batch
-from transport_geometry.text import heldout_rows
+from transport_geometry.measuring import fisher
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.running.cost import PYTHIA, shape_of
+from transport_geometry.running.run import CPU, eval_batch
 
 import torch
 

@@ -19,8 +19,8 @@ from typing import Any
 import bench
 from common import run_script
 from transport_geometry import kernels
-from transport_geometry.evaluate import dense_statistics
-from transport_geometry.train import Statistics, Training
+from transport_geometry.measuring.evaluate import dense_statistics
+from transport_geometry.saes.train import Statistics, Training
 
 import torch
 from torch.nn.functional import embedding_bag

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, fields
 
 import bench
 from common import parse_count, run_script
-from transport_geometry.figures import as_png, model_colours, pyplot
-from transport_geometry.lm import Hook, cross_entropy
-from transport_geometry.models import load_model
-from transport_geometry.run import CPU
-from transport_geometry.sae import TopKSAE, sink_positions
-from transport_geometry.tables import markdown, readable_count
-from transport_geometry.text import packed_rows
-from transport_geometry.train import CHUNK, Statistics, Training
+from transport_geometry.models.lm import Hook, cross_entropy
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import packed_rows
+from transport_geometry.records.tables import markdown, readable_count
+from transport_geometry.reporting.figures import as_png, model_colours, pyplot
+from transport_geometry.running.run import CPU
+from transport_geometry.saes.sae import TopKSAE, sink_positions
+from transport_geometry.saes.train import CHUNK, Statistics, Training
 
 import numpy as np
 import torch

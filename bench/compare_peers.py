@@ -35,15 +35,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import bench
 from common import parse_count, run_script
 from transport_geometry import kernels
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import load_model
-from transport_geometry.run import CPU
-from transport_geometry.sae import TopKSAE, save_sae, sink_positions
-from transport_geometry.tables import markdown, readable_count
-from transport_geometry.text import heldout_rows
-from transport_geometry.train import CHUNK, SAELensTraining, Statistics, Training, activation_chunks
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records.tables import markdown, readable_count
+from transport_geometry.running.run import CPU
+from transport_geometry.saes.sae import TopKSAE, save_sae, sink_positions
+from transport_geometry.saes.train import CHUNK, SAELensTraining, Statistics, Training, activation_chunks
 
 import numpy as np
 import torch

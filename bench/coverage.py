@@ -23,15 +23,15 @@ from typing import Any
 
 import bench
 from common import run_script
-from transport_geometry import text
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import load_model
-from transport_geometry.run import CPU, eval_batch
-from transport_geometry.sae import load_sae
-from transport_geometry.stats import document_weights
-from transport_geometry.tables import markdown
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models import text
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.records.tables import markdown
+from transport_geometry.running.run import CPU, eval_batch
+from transport_geometry.saes.sae import load_sae
+from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
 import torch

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import bench
 from common import run_script
-from transport_geometry import claims, stats
-from transport_geometry.metrics import BY_NAME, EUCLIDEAN_CONTROLS, Sums, computed, oriented
-from transport_geometry.results import load_results, meta_of
-from transport_geometry.store import RUN, load
-from transport_geometry.tables import markdown
+from transport_geometry.measuring.metrics import BY_NAME, EUCLIDEAN_CONTROLS, Sums, computed, oriented
+from transport_geometry.records.results import load_results, meta_of
+from transport_geometry.records.store import RUN, load
+from transport_geometry.records.tables import markdown
+from transport_geometry.statistics import claims, stats
 
 import numpy as np
 

@@ -20,9 +20,10 @@ import zipfile
 
 import bench
 import pretend
-from transport_geometry import check_device, lm
-from transport_geometry.lm import Hook
-from transport_geometry.run import Experiment
+from transport_geometry.models import lm
+from transport_geometry.models.lm import Hook
+from transport_geometry.running import check_device
+from transport_geometry.running.run import Experiment
 
 import torch
 

@@ -16,15 +16,15 @@ from collections.abc import Callable
 import bench
 import peers
 from common import parse_count, run_script
-from transport_geometry import formats
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import load_model
-from transport_geometry.run import CPU
-from transport_geometry.tables import markdown
-from transport_geometry.text import heldout_rows
-from transport_geometry.train import activation_chunks
+from transport_geometry.formats import sae_files
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records.tables import markdown
+from transport_geometry.running.run import CPU
+from transport_geometry.saes.train import activation_chunks
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ def compared(
 ) -> tuple[dict, float]:
     """(row of the table, clean CE) of one SAE on input_ids x [B,T]."""
     held = hook.head(x)[:, :-1].flatten(0, 1)
-    (file,) = formats.find(str(path))
-    sae = formats.fused(formats.read(file))
+    (file,) = sae_files.find(str(path))
+    sae = sae_files.fused(sae_files.read(file))
     with torch.no_grad():
         expected, got = theirs(held), sae.reconstruct(held)[2]
     reconstructions = {"theirs": lambda h, mean: theirs(h).detach(), "ours": sae}

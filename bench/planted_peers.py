@@ -37,14 +37,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import bench
 import peers
 from common import parse_count, run_script
-from transport_geometry import store
-from transport_geometry.evaluate import activations, evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import EMBEDDED, load_model
-from transport_geometry.run import CPU
-from transport_geometry.tables import as_json, markdown, readable_count
-from transport_geometry.text import stdlib_documents
+from transport_geometry.measuring.evaluate import activations, evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import EMBEDDED, load_model
+from transport_geometry.models.text import stdlib_documents
+from transport_geometry.records import store
+from transport_geometry.records.tables import as_json, markdown, readable_count
+from transport_geometry.running.run import CPU
 
 import numpy as np
 import torch

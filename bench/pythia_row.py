@@ -51,7 +51,7 @@ EVALUATED = "evaluation: {rate:.0f} tokens/s for {saes} SAEs and {nulls} null ro
 
 def make_hub(folder: pathlib.Path, size: Size) -> None:
     """The model, its tokenizer and the data set, as files of a hub."""
-    from transport_geometry.text import packed_rows, stdlib_documents
+    from transport_geometry.models.text import packed_rows, stdlib_documents
 
     import pyarrow
     import pyarrow.parquet
@@ -127,9 +127,9 @@ class Clock:
 
     def watch_run(self) -> None:
         """Loading, training and evaluation, and what of each is the language model."""
-        from transport_geometry import run
-        from transport_geometry.lm import Hook
-        from transport_geometry.train import Training
+        from transport_geometry.models.lm import Hook
+        from transport_geometry.running import run
+        from transport_geometry.saes.train import Training
 
         self.watch(run, "plan", lambda: "loading")
         self.watch(run, "train", lambda: "training")
@@ -149,7 +149,7 @@ def measure(served: hub.Hub, folder: pathlib.Path, size: Size, flags: list[str])
     """expb.py on the hub, and where its time goes."""
     import common
     import expb
-    from transport_geometry.condition import NULLS
+    from transport_geometry.records.condition import NULLS
 
     import torch
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import bench
 from common import run_script
-from transport_geometry import rerun, store
 from transport_geometry.errors import UserError
-from transport_geometry.rerun import Run, Spread
-from transport_geometry.tables import as_csv, as_json, markdown, plain
+from transport_geometry.records import compare_runs, store
+from transport_geometry.records.compare_runs import Run, Spread
+from transport_geometry.records.tables import as_csv, as_json, markdown, plain
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def grouped(runs: list[Run]) -> list[list[Run]]:
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
-            if not rerun.other_settings(group[0].settings, run.settings)[0]:
+            if not compare_runs.other_settings(group[0].settings, run.settings)[0]:
                 group.append(run)
                 break
         else:
@@ -63,7 +63,7 @@ def grouped(runs: list[Run]) -> list[list[Run]]:
 def cells_of(groups: list[list[Run]], column: str) -> Cells:
     """Of trained SAEs, where the column is a number for every one of two seeds or more."""
     found: dict[Cell, dict] = {}
-    rest = [label for label in rerun.LABELS if label not in ("tokens", "k", "seed")]
+    rest = [label for label in compare_runs.LABELS if label not in ("tokens", "k", "seed")]
     for number, group in enumerate(groups):
         for row in (row for run in group for row in run.rows):
             if row["recipe"] != "null" and column in row:
@@ -170,7 +170,7 @@ class Column:
             "sd, most": max(sds),
             "rms z": float(np.sqrt(np.mean(np.square(z)))) if z else math.nan,
             "largest": max(map(abs, z), default=math.nan),
-            "|z| > 3": sum(abs(v) > rerun.FAR for v in z),
+            "|z| > 3": sum(abs(v) > compare_runs.FAR for v in z),
             "of": len(z),
             "together": self.spread.together,
         }
@@ -191,15 +191,15 @@ def tables_between(runs: list[Run]) -> list[dict]:
     for a, b in itertools.combinations(runs, 2):
         seeds, others = a.settings["seeds"], b.settings["seeds"]
         if seeds != others and len(seeds) == len(others):
-            out, n = rerun.outside(a, b)
+            out, n = compare_runs.outside(a, b)
             rows.append(
                 {
                     "seeds": f"{seeds} {others}",
                     "outside": len(out),
                     "estimates": n,
                     "share": len(out) / max(n, 1),
-                    "ranks": rerun.rank_correlation(a, b)[0],
-                    "same leaf": not rerun.other_leaf(a, b)[0],
+                    "ranks": compare_runs.rank_correlation(a, b)[0],
+                    "same leaf": not compare_runs.other_leaf(a, b)[0],
                 }
             )
     return rows
@@ -207,10 +207,10 @@ def tables_between(runs: list[Run]) -> list[dict]:
 
 def checked(folder: pathlib.Path) -> Run:
     """Raises UserError for what no run left as it is."""
-    run = rerun.read(folder)
+    run = compare_runs.read(folder)
     if not run.record:
         raise UserError(f"{run.folder}: no run.json, so no run to measure by")
-    if edited := rerun.not_as_written(run):
+    if edited := compare_runs.not_as_written(run):
         raise UserError(edited[0])
     if not run.settings.get("tokens"):
         raise UserError(f"{run.folder}: SAEs that nobody trained there")
@@ -225,20 +225,22 @@ def listed(values: Iterable) -> str:
 def main() -> None:
     parser = bench.parser_of(__doc__)
     parser.add_argument("folders", nargs="+", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, default=rerun.SEED_SD.parent)
+    parser.add_argument("--out", type=pathlib.Path, default=compare_runs.SEED_SD.parent)
     args = parser.parse_args()
     runs = [checked(folder) for folder in args.folders]
     groups = grouped(runs)
     names = dict.fromkeys(name for run in runs for name in run.rows[0])
     measured = [
-        column_of(name, groups) for name in names if name not in rerun.EXACT and name not in rerun.LABELS
+        column_of(name, groups)
+        for name in names
+        if name not in compare_runs.EXACT and name not in compare_runs.LABELS
     ]
     columns = [column for column in measured if column]
     beyond: dict[tuple, bool] = {}  # of a pair of seeds and a cell: in some column
     for column in columns:
         for pair, cells in column.between.items():
             for cell, z in cells.items():
-                beyond[pair, cell] = beyond.get((pair, cell), False) or abs(z) > rerun.FAR
+                beyond[pair, cell] = beyond.get((pair, cell), False) or abs(z) > compare_runs.FAR
     if not beyond:
         raise UserError(f"{listed(args.folders)}: no cell with two seeds")
     every = {

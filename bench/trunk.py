@@ -7,12 +7,12 @@ fraction, paired by seed.
 
 import bench
 from common import parse_count, run_script
-from transport_geometry.lm import Hook
-from transport_geometry.models import load_model
-from transport_geometry.run import CPU
-from transport_geometry.tables import markdown, readable_count
-from transport_geometry.text import heldout_rows
-from transport_geometry.train import CHUNK, Statistics, Training, activation_chunks
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records.tables import markdown, readable_count
+from transport_geometry.running.run import CPU
+from transport_geometry.saes.train import CHUNK, Statistics, Training, activation_chunks
 
 import numpy as np
 import torch

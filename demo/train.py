@@ -17,9 +17,9 @@ import math
 import pathlib
 import platform
 
-from transport_geometry import store
-from transport_geometry.models import load_model
-from transport_geometry.text import stdlib_documents
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import stdlib_documents
+from transport_geometry.records import store
 
 import numpy as np
 import torch

@@ -22,17 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import DEFAULTS, PRESETS  # noqa: E402
-from transport_geometry import (  # noqa: E402
-    claims,
-    leaderboard,
-    libraries,
-    metrics,
-    outline,
-    published,
-    stats,
-    words,
-)
-from transport_geometry.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
+from transport_geometry.measuring import metrics, r2_by_library  # noqa: E402
+from transport_geometry.records.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
+from transport_geometry.reporting import published, summary, words  # noqa: E402
+from transport_geometry.statistics import claims, leaderboard, stats  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -45,9 +38,9 @@ PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 # ----------------------------------------------------------------------------------- what the folders hold
 @functools.cache
-def runs() -> dict[str, outline.Run]:
+def runs() -> dict[str, summary.Run]:
     """{folder: its run}. Fails where one is not as its run wrote it."""
-    found = {run.name: run for run in outline.read(REFERENCE)}
+    found = {run.name: run for run in summary.read(REFERENCE)}
     assert not [run.missing for run in found.values() if run.missing], found
     return found
 
@@ -167,20 +160,20 @@ def exp_b() -> str:
 def ladder() -> str:
     """The claims of the outline in the order in which they may be interpreted, and what came of each."""
     lines, every = [], list(runs().values())
-    for claim in outline.CLAIMS:
+    for claim in summary.CLAIMS:
         if claim.script == "expa":
             budget = readable_count(verdict("expa-long")["budget"])
-            first, then = (outline.leaf_of(claim, runs()[folder]) for folder in ("expa", "expa-long"))
+            first, then = (summary.leaf_of(claim, runs()[folder]) for folder in ("expa", "expa-long"))
             said = f"*{first}*; at {budget} tokens *{then}*"
-            if outline.comes_first(claim, runs()["expa-long"], every):
+            if summary.comes_first(claim, runs()["expa-long"], every):
                 said = "comes after H0 and H1"
         elif claim.script == "expp_planted":
             checks = verdict(claim.script)["checks"]
             said = f"*{sum(check['found'] for check in checks)} of {len(checks)} found*"
         else:
             run = runs()[claim.script]
-            first = outline.comes_first(claim, run, every)
-            said = f"*{outline.leaf_of(claim, run)}*" + f"; not to be interpreted before {first}" * bool(
+            first = summary.comes_first(claim, run, every)
+            said = f"*{summary.leaf_of(claim, run)}*" + f"; not to be interpreted before {first}" * bool(
                 first
             )
         lines.append([claim.label, claim.words, f"`{claim.script}.py`", said])
@@ -452,11 +445,11 @@ def every_r2() -> str:
         "the mean of h": mean.expand_as(h),
     }
     everywhere = torch.ones(S, T, dtype=torch.bool)
-    names = ["r2", *libraries.LIBRARIES]
+    names = ["r2", *r2_by_library.LIBRARIES]
     lines = []
     for what, h_hat in made.items():
         r2 = 1 - (h_hat - h).square().sum() / (h - mean).square().sum()
-        values = {"r2": r2.item()} | libraries.definitions(h, h_hat, everywhere)
+        values = {"r2": r2.item()} | r2_by_library.definitions(h, h_hat, everywhere)
         lines.append(
             [what, *(dashed(f"{values[name] + 0.0:.2f}").replace("−0.00", "0.00") for name in names)]
         )

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import zygote
-from transport_geometry import text
-from transport_geometry.sae import load_sae
-from transport_geometry.train import train_missing
+from transport_geometry.models import text
+from transport_geometry.saes.sae import load_sae
+from transport_geometry.saes.train import train_missing
 
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -66,7 +66,7 @@ def get_saes(model, tokenizer, specs, cache) -> list:
 
 def small_grid(**more):
     """Of a command for one SAE of k = 8 and 50k tokens at block 3 of stdlib-s."""
-    from transport_geometry.grid import Grid
+    from transport_geometry.running.grid import Grid
 
     grid = dict(
         models=(("stdlib-s", 3),),
@@ -90,7 +90,7 @@ def small_grid(**more):
 
 def one_hook(eval_seqs: int, ctx: int):
     """The evaluation set of `small_grid`."""
-    from transport_geometry.grid import plan
+    from transport_geometry.running.grid import plan
 
     return plan(small_grid(eval_seqs=eval_seqs, ctx=ctx), torch.device("cpu"), "test")[1][0]
 

@@ -14,16 +14,18 @@ import re
 import types
 
 import expc_fisher
-from transport_geometry import formats, run, text
-from transport_geometry.condition import Condition
-from transport_geometry.evaluate import evaluate
-from transport_geometry.given import Given
-from transport_geometry.grid import Candidate, EvalSet, null_conditions
-from transport_geometry.lm import Hook
+from transport_geometry.formats import sae_files
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.models import text
+from transport_geometry.models.lm import Hook
 from transport_geometry.progress import Progress
-from transport_geometry.run import Experiment
-from transport_geometry.sae import TrainingSpec
-from transport_geometry.train import TRAIN_VERSION
+from transport_geometry.records.condition import Condition
+from transport_geometry.running import run
+from transport_geometry.running.grid import Candidate, EvalSet, null_conditions
+from transport_geometry.running.run import Experiment
+from transport_geometry.saes.external_saes import Given
+from transport_geometry.saes.sae import TrainingSpec
+from transport_geometry.saes.train import TRAIN_VERSION
 
 import numpy as np
 import torch
@@ -278,10 +280,10 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
             )
         )
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
-        for file in formats.find(str(folder / kind)):
+        for file in sae_files.find(str(folder / kind)):
             of_file = Given(
                 file,
-                formats.Declared("saelens", basis="centred"),
+                sae_files.Declared("saelens", basis="centred"),
                 fingerprint="",
                 d_sae=64,
                 k=4,

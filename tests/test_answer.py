@@ -14,12 +14,13 @@ import expa
 import expb
 import zygote
 from helpers import ROOT, contents, one_line, script
-from transport_geometry import answer as answers
-from transport_geometry import claims, figures, leaderboard
-from transport_geometry.answer import WIDTH, Answer
 from transport_geometry.errors import UserError
-from transport_geometry.metrics import BY_NAME
-from transport_geometry.tables import read_table
+from transport_geometry.measuring.metrics import BY_NAME
+from transport_geometry.records.tables import read_table
+from transport_geometry.reporting import console as answers
+from transport_geometry.reporting import figures
+from transport_geometry.reporting.console import WIDTH, Answer
+from transport_geometry.statistics import claims, leaderboard
 
 import numpy as np
 import pytest

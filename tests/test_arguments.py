@@ -8,8 +8,11 @@ import sys
 
 import common
 from helpers import ROOT, one_line, script
-from transport_geometry import formats, models, sources, tables, text, train
 from transport_geometry.errors import UserError
+from transport_geometry.formats import sae_files
+from transport_geometry.models import loading, sources, text
+from transport_geometry.records import tables
+from transport_geometry.saes import train
 
 import huggingface_hub
 import pytest
@@ -110,7 +113,7 @@ def test_gaps_have_a_name_in_reports_too(gap):
 
 # ----------------------------------------------------------------------------------------------- small things
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("module", [common, formats])
+@pytest.mark.parametrize("module", [common, sae_files])
 def test_help_is_help(module, flag):
     done = script(f"{module.__name__.rpartition('.')[2]}.py", flag)
     assert done.stdout == module.__doc__ and not done.stderr
@@ -182,8 +185,8 @@ def test_a_path_that_is_not_here_is_said_before_the_hub_is_asked(monkeypatch, ca
     monkeypatch.setattr(sources, "PAUSES", ())
     said = "no file or folder here of this name; asking the hub\n"
     for name, ask in (
-        ("my/model", lambda: models.load_model("my/model", torch.device("cpu"))),
-        ("my/sae/layer", lambda: formats.find("my/sae/layer")),
+        ("my/model", lambda: loading.load_model("my/model", torch.device("cpu"))),
+        ("my/sae/layer", lambda: sae_files.find("my/sae/layer")),
         ("my/text", lambda: text.find("my/text")),
     ):
         with pytest.raises((Asked, UserError)):
@@ -196,7 +199,7 @@ def test_what_can_be_no_hub_id_is_refused_without_asking(name, monkeypatch, caps
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     monkeypatch.setattr(sources, "quiet_datasets", None)
     with pytest.raises(UserError, match=f"--models {name}: no such folder"):
-        models.load_model(name, torch.device("cpu"))
+        loading.load_model(name, torch.device("cpu"))
     with pytest.raises(UserError, match=f"--data {name}: no such file or folder"):
         text.find(name)
     assert not capsys.readouterr().out

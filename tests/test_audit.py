@@ -11,14 +11,14 @@ import shutil
 import zygote
 from helpers import ROOT, contents, script
 from hub import serve
-from transport_geometry import formats
-from transport_geometry.lm import Hook
-from transport_geometry.models import load_model
-from transport_geometry.sae import save_sae
-from transport_geometry.tables import read_table
-from transport_geometry.text import heldout_rows, packed_rows
-from transport_geometry.train import Statistics, Training, activation_chunks
-from transport_geometry.words import WORDS
+from transport_geometry.formats import sae_files
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows, packed_rows
+from transport_geometry.records.tables import read_table
+from transport_geometry.reporting.words import WORDS
+from transport_geometry.saes.sae import save_sae
+from transport_geometry.saes.train import Statistics, Training, activation_chunks
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def hub(tmp_path_factory):
         ("lens-bos", {"prepend_bos": True, "context_size": 48}),
         ("lens-strange", {"turned_round": 2}),
     ):
-        formats.write_saelens(
+        sae_files.write_saelens(
             folder / f"models/org/{name}",
             sae,
             {"model": "pythia-70m", "layer": 3, "ctx": 128, "data": "the Pile"},
@@ -114,7 +114,7 @@ def hub(tmp_path_factory):
         config = json.loads(path.read_text())
         config["metadata"] |= settings
         path.write_text(json.dumps(config))
-    formats.write_saelens(
+    sae_files.write_saelens(
         folder / "models/org/one-late",
         saes[2],
         {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"},
@@ -240,7 +240,7 @@ def test_numbers_are_those_of_the_sae_on_the_held_out_rows(audit, hub):
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     rows = heldout_rows(str(folder / f"datasets/{DATA}/data"), tokenizer, 64, 8).input_ids
     h = Hook(model, 3).head(rows)[:, :-1].flatten(0, 1).double()
-    sae = formats.read(formats.find(str(folder / f"models/{SAES}/layers.3"))[0])
+    sae = sae_files.read(sae_files.find(str(folder / f"models/{SAES}/layers.3"))[0])
     delta = sae.reconstruct(h.float())[2].double() - h
     assert row["r2"] == pytest.approx(
         (1 - delta.square().sum() / (h - h.mean(0)).square().sum()).item(), abs=2e-6
@@ -470,11 +470,11 @@ def test_the_two_commands_of_formats(hub, tmp_path):
     assert "both/layers.3" in of_both and "both/model" not in of_both
     save_sae(
         tmp_path / "mine",
-        formats.fused(formats.read(formats.find(str(hub.folder / f"models/{SAES}/layers.3"))[0])),
+        sae_files.fused(sae_files.read(sae_files.find(str(hub.folder / f"models/{SAES}/layers.3"))[0])),
         {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"},
     )
     assert "load_from_disk" in run("export", "mine", "there").stdout
-    assert formats.describe(formats.find(str(tmp_path / "there"))[0]).model == "stdlib-s"
+    assert sae_files.describe(sae_files.find(str(tmp_path / "there"))[0]).model == "stdlib-s"
     twice = run("export", "mine", "there", check=2)
     assert "holds cfg.json and sae_weights.safetensors already" in twice.stderr
     assert "not an SAE trained here" in run("export", tmp_path / "there", "again", check=2).stderr

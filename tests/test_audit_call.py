@@ -7,13 +7,13 @@ import transport_geometry.audit as module
 from helpers import ROOT, script
 from transport_geometry.audit import audit
 from transport_geometry.errors import UserError
-from transport_geometry.formats import find, read
-from transport_geometry.lm import Hook
-from transport_geometry.models import load_model
-from transport_geometry.sae import save_sae
-from transport_geometry.tables import read_table
-from transport_geometry.text import heldout_rows
-from transport_geometry.train import Statistics, Training, activation_chunks
+from transport_geometry.formats.sae_files import find, read
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records.tables import read_table
+from transport_geometry.saes.sae import save_sae
+from transport_geometry.saes.train import Statistics, Training, activation_chunks
 
 import pytest
 import torch

@@ -10,8 +10,8 @@ import zipfile
 
 import zygote
 from helpers import ROOT, process, script
-from transport_geometry import rerun
-from transport_geometry.tables import read_table
+from transport_geometry.records import compare_runs
+from transport_geometry.records.tables import read_table
 
 import pytest
 
@@ -163,7 +163,7 @@ def test_seed_sd(tmp_path):
     shown, *_ = tables(bench("seed_sd", ROOT / "outputs/reference/expa", "--out", tmp_path))
     rows, record = read_table(tmp_path / "seed_sd.csv"), json.loads((tmp_path / "seed_sd.json").read_text())
     assert record["seeds"] == [0, 1, 2] and record["pairs"] == 3 * record["cells"]
-    known = set(rerun.seed_spreads().columns)
+    known = set(compare_runs.seed_spreads().columns)
     assert {row["column"] for row in rows} == {row["column"] for row in shown} == known
     assert all(math.isfinite(row["sd"]) and row["df"] > 4 for row in rows)
     # what evaluation alone makes has no seed

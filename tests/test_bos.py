@@ -6,10 +6,11 @@ import shutil
 import types
 
 from helpers import small_grid
-from transport_geometry import models, text, train
-from transport_geometry.grid import Loaded, plan
-from transport_geometry.model_files import bos_of
-from transport_geometry.models import load_model
+from transport_geometry.models import loading, text
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.model_files import bos_of
+from transport_geometry.running.grid import Loaded, plan
+from transport_geometry.saes import train
 
 import pytest
 import tokenizers
@@ -45,7 +46,7 @@ def test_what_stands_before_a_text_is_seen_in_an_encoding(template, token):
 
 
 def test_the_embedded_models_put_none():
-    for name in models.EMBEDDED:
+    for name in loading.EMBEDDED:
         assert bos_of(load_model(name, CPU)[1]) is None
 
 
@@ -118,7 +119,7 @@ def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
 def begun(tmp_path_factory):
     """stdlib-s with a tokenizer that puts its token 1 before a text."""
     folder = tmp_path_factory.mktemp("models") / "begun"
-    shutil.copytree(models.EMBEDDED["stdlib-s"], folder)
+    shutil.copytree(loading.EMBEDDED["stdlib-s"], folder)
     rules = json.loads((folder / "tokenizer.json").read_text())
     token = next(word for word, i in rules["model"]["vocab"].items() if i == 1)
     rules["post_processor"] = {

@@ -4,7 +4,7 @@ simulated coverage.
 
 import itertools
 
-from transport_geometry import claims, leaderboard, stats
+from transport_geometry.statistics import claims, leaderboard, stats
 
 import numpy as np
 import pytest

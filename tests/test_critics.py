@@ -3,11 +3,11 @@
 import math
 
 from helpers import tiny_model
-from transport_geometry import critics
-from transport_geometry.critics import Pairs, Plan, Split
-from transport_geometry.dimension import snr_dimension
 from transport_geometry.errors import UserError
-from transport_geometry.lm import Hook
+from transport_geometry.measuring import mutual_information
+from transport_geometry.measuring.dimension import snr_dimension
+from transport_geometry.measuring.mutual_information import Pairs, Plan, Split
+from transport_geometry.models.lm import Hook
 
 import numpy as np
 import pytest
@@ -32,33 +32,33 @@ def test_estimators_with_the_optimal_critic_give_the_mi():
     x, y = pairs.x[:, 0], pairs.y[:, 0]
     square = (y[None] - rho * x[:, None]) ** 2 / (1 - rho**2)
     S = (-0.5 * torch.log(1 - rho**2) - square / 2 + y[None] ** 2 / 2).sum(-1)
-    assert critics.values(S, "infonce").mean().item() == pytest.approx(mi, abs=0.04)
-    assert critics.values(S + 1, "nwj").mean().item() == pytest.approx(mi, abs=0.05)
-    assert critics.values(S, "smile").mean().item() == pytest.approx(mi, abs=0.05)
+    assert mutual_information.values(S, "infonce").mean().item() == pytest.approx(mi, abs=0.04)
+    assert mutual_information.values(S + 1, "nwj").mean().item() == pytest.approx(mi, abs=0.05)
+    assert mutual_information.values(S, "smile").mean().item() == pytest.approx(mi, abs=0.05)
     shifted = S + torch.randn(
         1, 3000
     )  # of every column: only InfoNCE's rows may not notice, and it is symmetric
-    assert critics.values(shifted, "nwj").mean() < critics.values(S + 1, "nwj").mean()
+    assert mutual_information.values(shifted, "nwj").mean() < mutual_information.values(S + 1, "nwj").mean()
 
 
 def test_infonce_is_bounded_by_log_b_and_the_others_are_not():
     S = 50 * torch.eye(16) + torch.randn(16, 16)
-    assert critics.values(S, "infonce").mean().item() == pytest.approx(math.log(16), abs=1e-3)
+    assert mutual_information.values(S, "infonce").mean().item() == pytest.approx(math.log(16), abs=1e-3)
     for scale in (0.1, 1, 10, 1000):
-        assert critics.values(scale * torch.randn(16, 16), "infonce").max() <= math.log(16)
-    assert critics.values(S, "smile").mean() > 2 * math.log(16)
+        assert mutual_information.values(scale * torch.randn(16, 16), "infonce").max() <= math.log(16)
+    assert mutual_information.values(S, "smile").mean() > 2 * math.log(16)
 
 
 def test_smile_clips_the_others_only():
     S = torch.full((4, 4), 30.0)
-    assert critics.values(S, "smile").mean().item() == pytest.approx(30 - critics.CLIP)
+    assert mutual_information.values(S, "smile").mean().item() == pytest.approx(30 - mutual_information.CLIP)
 
 
 # ------------------------------------------------------------------------------------------------ the critics
 @pytest.mark.parametrize("rho", [(0.9, 0.5), (0.9, 0.7, 0.5, 0.3), (0.8,) * 4, (0.95,) * 2 + (0.6,) * 6])
 def test_the_separable_critic_counts_snr(rho):
     """The PR of a trained critic's embeddings is that of SNR^2, to a tenth."""
-    row = critics.critic_row(split(rho), 0.0, "infonce", critics.PLANS["separable"])
+    row = mutual_information.critic_row(split(rho), 0.0, "infonce", mutual_information.PLANS["separable"])
     assert row["dimension"] == pytest.approx(snr_dimension(np.array(rho)), rel=0.1)
     mi = -0.5 * np.log(1 - np.square(rho)).sum()
     assert 0.75 * mi < row["mi"] < mi + 3 * row["mi_se"]
@@ -66,13 +66,13 @@ def test_the_separable_critic_counts_snr(rho):
 
 def test_independent_pairs_are_refused():
     pairs = split((0.0,) * 4, 2048)
-    for estimator in critics.ESTIMATORS:
-        rows = critics.critic_rows(pairs, (0.0, 1.0), (estimator,), Plan("separable", 50, 1))
-        assert critics.refusals(rows, math.log(critics.BATCH)) == ["null", "null"]
+    for estimator in mutual_information.ESTIMATORS:
+        rows = mutual_information.critic_rows(pairs, (0.0, 1.0), (estimator,), Plan("separable", 50, 1))
+        assert mutual_information.refusals(rows, math.log(mutual_information.BATCH)) == ["null", "null"]
 
 
 def test_the_hybrid_critic_is_a_network_of_pairs():
-    critic = critics.Critic(3, 5, hybrid=True)
+    critic = mutual_information.Critic(3, 5, hybrid=True)
     x, y = torch.randn(4, 3), torch.randn(6, 5)
     z_x, z_y = critic.of_x(x), critic.of_y(y)
     W, b = torch.cat([critic.pair_x.weight, critic.pair_y.weight], 1), critic.pair_x.bias
@@ -84,13 +84,16 @@ def test_the_hybrid_critic_is_a_network_of_pairs():
 
 def test_the_hybrid_critic_learns_and_keeps_its_best_start():
     pairs = split((0.9, 0.9), 1024)
-    rows = [critics.critic_row(pairs, 0.0, "infonce", Plan("hybrid", 30, n)) for n in (1, 2)]
+    rows = [mutual_information.critic_row(pairs, 0.0, "infonce", Plan("hybrid", 30, n)) for n in (1, 2)]
     assert rows[1]["mi"] > 0.3 and rows[1]["mi_fit"] >= rows[0]["mi_fit"]
 
 
 def test_the_same_twice_and_nobody_elses_random_numbers():
     before = torch.get_rng_state()
-    rows = [critics.critic_row(split((0.9,), 1024), 0.5, "nwj", Plan("separable", 30, 1)) for _ in range(2)]
+    rows = [
+        mutual_information.critic_row(split((0.9,), 1024), 0.5, "nwj", Plan("separable", 30, 1))
+        for _ in range(2)
+    ]
     assert rows[0] == rows[1] and torch.equal(torch.get_rng_state(), before)
 
 
@@ -98,16 +101,20 @@ def test_a_batch_has_one_position_of_a_sequence():
     n = 300
     number = (10 * torch.arange(n)[:, None] + torch.arange(4)).float()[..., None]  # sequence and position
     seen = 0
-    for rows, x, y in critics.batches(Pairs(number, -number), 0.0, torch.Generator().manual_seed(0)):
-        assert len(set(rows.tolist())) == critics.BATCH and torch.equal(x, -y)
+    for rows, x, y in mutual_information.batches(
+        Pairs(number, -number), 0.0, torch.Generator().manual_seed(0)
+    ):
+        assert len(set(rows.tolist())) == mutual_information.BATCH and torch.equal(x, -y)
         assert torch.equal((x[:, 0] / 10).long(), rows)
         seen += 1
-    assert seen == 4 * (n // critics.BATCH)
+    assert seen == 4 * (n // mutual_information.BATCH)
 
 
 def test_too_few_sequences_are_refused():
-    rows = critics.critic_rows(split((0.9,), 800), (0.0, 1.0), ("infonce",), Plan("separable", 5, 1))
-    assert np.isnan(rows[0]["mi"]) and critics.refusals(rows, 4.85) == ["too few sequences"] * 2
+    rows = mutual_information.critic_rows(
+        split((0.9,), 800), (0.0, 1.0), ("infonce",), Plan("separable", 5, 1)
+    )
+    assert np.isnan(rows[0]["mi"]) and mutual_information.refusals(rows, 4.85) == ["too few sequences"] * 2
 
 
 # -------------------------------------------------------------------------------------------- what is refused
@@ -134,24 +141,24 @@ def rung(mi=2.0, dimension=5.0, mi_fit=2.2, mi_se=0.02, mi_null=0.0, mi_null_se=
     ],
 )
 def test_rules_of_refusal(rows, said):
-    assert critics.refusals(rows, math.log(critics.BATCH)) == said
+    assert mutual_information.refusals(rows, math.log(mutual_information.BATCH)) == said
 
 
 def test_saturation_needs_a_ceiling():
-    assert critics.refusals([rung(mi=9.0, mi_fit=9.0), rung(mi=6.0, mi_fit=6.0)], None) == ["", ""]
+    assert mutual_information.refusals([rung(mi=9.0, mi_fit=9.0), rung(mi=6.0, mi_fit=6.0)], None) == ["", ""]
 
 
 def test_raw_logits_are_refused():
     with pytest.raises(UserError, match="raw logits are a linear function"):
-        critics.refuse_logits("logits", 41, 41)
-    critics.refuse_logits("final norm", 16, 41)
+        mutual_information.refuse_logits("logits", 41, 41)
+    mutual_information.refuse_logits("final norm", 16, 41)
 
 
 # ------------------------------------------------------------------------------------------- pairs of a model
 def test_pairs_are_h_and_the_final_norm_at_the_same_position_without_sinks():
     model = tiny_model(dtype=torch.float32)
     ids = torch.randint(0, 41, (5, 12), generator=torch.Generator().manual_seed(0))
-    pairs = critics.pairs_at(Hook(model, 1), ids, 2, seed=0)
+    pairs = mutual_information.pairs_at(Hook(model, 1), ids, 2, seed=0)
     out = model(ids, output_hidden_states=True).hidden_states
     whole = {tuple(h.tolist()): (s, t) for s, row in enumerate(out[2]) for t, h in enumerate(row)}
     assert pairs.x.shape == (5, 4, 16)
@@ -176,10 +183,10 @@ def test_fisher_components_by_the_whole_matrix():
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     centred = z - z.mean(0)
     truth = torch.linalg.eigvalsh(root @ (centred.T @ centred / len(z)) @ root).flip(0)
-    A = critics.fisher_components(y, unembedding)
+    A = mutual_information.fisher_components(y, unembedding)
     found = (y - y.mean(0)) @ A
     cov = (found.T @ found / len(y)).double()
     torch.testing.assert_close(cov.diagonal(), truth[: A.shape[1]], rtol=1e-3, atol=1e-6)
     assert (cov - cov.diagonal().diag()).abs().max() < 1e-3 * cov.max()
     kept = truth[: A.shape[1]].sum() / truth.sum()
-    assert kept >= critics.SHARE > (kept - truth[A.shape[1] - 1] / truth.sum())
+    assert kept >= mutual_information.SHARE > (kept - truth[A.shape[1] - 1] / truth.sum())

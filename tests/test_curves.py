@@ -2,7 +2,7 @@
 
 import itertools
 
-from transport_geometry.curves import (
+from transport_geometry.statistics.curves import (
     Curves,
     KStar,
     k_star,
@@ -12,7 +12,7 @@ from transport_geometry.curves import (
     laws,
     power_law,
 )
-from transport_geometry.scale import Conditions
+from transport_geometry.statistics.hook_pair import Conditions
 
 import numpy as np
 import pytest

@@ -13,11 +13,11 @@ import sys
 
 import zygote
 from helpers import ROOT, contents, one_line, script
-from transport_geometry import store
 from transport_geometry.errors import Damaged
-from transport_geometry.results import load_results
-from transport_geometry.store import LOCK, unused
-from transport_geometry.tables import as_npz, read_npz
+from transport_geometry.records import store
+from transport_geometry.records.results import load_results
+from transport_geometry.records.store import LOCK, unused
+from transport_geometry.records.tables import as_npz, read_npz
 
 import pytest
 import torch

@@ -16,10 +16,12 @@ from unittest import mock
 
 from helpers import ROOT, contents, one_line, script, small_grid, tiny_model
 from hub import commit, serve
-from transport_geometry import results, sources, store, text, train
 from transport_geometry.errors import UserError
-from transport_geometry.grid import plan
-from transport_geometry.sae import TrainingSpec
+from transport_geometry.models import sources, text
+from transport_geometry.records import results, store
+from transport_geometry.running.grid import plan
+from transport_geometry.saes import train
+from transport_geometry.saes.sae import TrainingSpec
 
 import numpy as np
 import pytest

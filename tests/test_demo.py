@@ -4,7 +4,7 @@ import re
 import sys
 
 from helpers import ROOT
-from transport_geometry import lm, models, text
+from transport_geometry.models import lm, loading, text
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import train as demo  # noqa: E402
 
 
 def test_folders_load_the_ordinary_way_in_float32():
-    for name, folder in models.EMBEDDED.items():
+    for name, folder in loading.EMBEDDED.items():
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert model.dtype == torch.float32 and model.config.hidden_size == demo.WIDTHS[name]
         text = "def forward(self, x):\n    return x  # naïve\n"
@@ -37,7 +37,7 @@ def test_held_out_loss_falls_with_scale():
     """
     losses = []
     for name in demo.WIDTHS:
-        model, tokenizer = models.load_model(name, torch.device("cpu"))
+        model, tokenizer = loading.load_model(name, torch.device("cpu"))
         rows = torch.stack(list(text.packed_rows("stdlib", "heldout", tokenizer, 256))[::8])
         with torch.no_grad():
             losses.append(lm.cross_entropy(lm.log_probs(model(rows).logits), rows).mean(1).double())

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from helpers import tiny_model
-from transport_geometry import critics, dimension
-from transport_geometry.evaluate import activations
-from transport_geometry.fisher_study import Moments, moments
-from transport_geometry.lm import Hook
+from transport_geometry.measuring import dimension, mutual_information
+from transport_geometry.measuring.evaluate import activations
+from transport_geometry.measuring.fisher_study import Moments, moments
+from transport_geometry.models.lm import Hook
 
 import numpy as np
 import pytest
@@ -189,7 +189,7 @@ def test_canonical_correlations_find_sixteen_of_64_and_refuse_independent_pairs(
     assert found[0]["dimension"] == pytest.approx(16, rel=0.1)
     assert found[0]["mi"] == pytest.approx(8 * np.log(2), rel=0.1)
     rows = dimension.canonical_rows(*gaussian_pairs((), 64, 8192), document, (0.0, 0.5, 1.0, 2.0))
-    assert critics.refusals([row | {"mi_se": 0.0} for row in rows], None) == ["null"] * 4
+    assert mutual_information.refusals([row | {"mi_se": 0.0} for row in rows], None) == ["null"] * 4
 
 
 def test_what_is_fitted_is_not_held_out():

@@ -7,13 +7,19 @@ import gc
 import itertools
 
 from helpers import tiny_model
-from transport_geometry import evaluate as module
-from transport_geometry import lm, text
-from transport_geometry.evaluate import ablated, activations, clean_run, evaluate, keeping_clean_runs
-from transport_geometry.lm import Hook, keeping_heads, log_softmax
-from transport_geometry.models import load_model
+from transport_geometry.measuring import evaluate as module
+from transport_geometry.measuring.evaluate import (
+    ablated,
+    activations,
+    clean_run,
+    evaluate,
+    keeping_clean_runs,
+)
+from transport_geometry.models import lm, text
+from transport_geometry.models.lm import Hook, keeping_heads, log_softmax
+from transport_geometry.models.loading import load_model
 from transport_geometry.progress import Progress
-from transport_geometry.sae import tied_init
+from transport_geometry.saes.sae import tied_init
 
 import pytest
 import torch

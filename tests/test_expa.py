@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import expa
-from transport_geometry import stats
-from transport_geometry.metrics import EUCLIDEAN_CONTROLS
-from transport_geometry.scale import Conditions, Pair, mean_over, mismatch
-from transport_geometry.tables import estimate
+from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
+from transport_geometry.records.tables import estimate
+from transport_geometry.statistics import stats
+from transport_geometry.statistics.hook_pair import Conditions, Pair, mean_over, mismatch
 
 import numpy as np
 import pytest

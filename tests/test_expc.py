@@ -2,14 +2,15 @@
 
 import expc_fisher
 from helpers import log_probs_64, tiny_model
-from transport_geometry import fisher, fisher_study, stats
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import load_model
-from transport_geometry.sae import tied_init
-from transport_geometry.stats import document_weights
-from transport_geometry.words import KL_MARGIN
+from transport_geometry.measuring import fisher, fisher_study
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.reporting.words import KL_MARGIN
+from transport_geometry.saes.sae import tied_init
+from transport_geometry.statistics import stats
+from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 
 def test_forward_mode_agrees_with_differences_and_two_backward_passes_on_an_embedded_model():
-    from transport_geometry.text import heldout_rows
+    from transport_geometry.models.text import heldout_rows
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

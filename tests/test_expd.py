@@ -6,9 +6,9 @@ import json
 import common
 import expd_mi
 from helpers import contents, one_line, script
-from transport_geometry import stats
 from transport_geometry.errors import UserError
-from transport_geometry.tables import read_table
+from transport_geometry.records.tables import read_table
+from transport_geometry.statistics import stats
 
 import numpy as np
 import pytest

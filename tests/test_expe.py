@@ -9,12 +9,14 @@ import weakref
 
 import expe_attention
 from helpers import contents, log_probs_64, one_line, script, tiny_model
-from transport_geometry import attention_plan, leaderboard, lm
-from transport_geometry.attention_plan import check_readable, four_runs, plan_change
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
+from transport_geometry.measuring import attention_plan
+from transport_geometry.measuring.attention_plan import check_readable, four_runs, plan_change
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models import lm
+from transport_geometry.models.lm import Hook
+from transport_geometry.statistics import leaderboard
 
 import numpy as np
 import pytest

@@ -15,8 +15,8 @@ import time
 
 import common
 from helpers import ROOT, SMALL, contents, one_line, process, script
-from transport_geometry import store
-from transport_geometry.tables import read_table
+from transport_geometry.records import store
+from transport_geometry.records.tables import read_table
 
 import pytest
 import torch

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import expf_rate
 from helpers import ROOT, contents, one_line, script, tiny_model
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.tables import read_table
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models.lm import Hook
+from transport_geometry.records.tables import read_table
 
 import numpy as np
 import pytest

@@ -1,12 +1,13 @@
 """A finish lowers what it is told to, through the model, and its two arms differ in nothing else."""
 
 from helpers import log_probs_64, one_hook, tiny_model
-from transport_geometry import finish, text
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import PROXIES, SHARE, SIGNED
-from transport_geometry.sae import tied_init
-from transport_geometry.tables import as_csv, read_table
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import PROXIES, SHARE, SIGNED
+from transport_geometry.models import text
+from transport_geometry.models.lm import Hook
+from transport_geometry.records.tables import as_csv, read_table
+from transport_geometry.saes import kl_finetune
+from transport_geometry.saes.sae import tied_init
 
 import numpy as np
 import pytest
@@ -30,19 +31,19 @@ def weights(sae):
 
 # ------------------------------------------------------------------------------------------- the loss
 def test_the_gradient_is_that_of_finite_differences(monkeypatch):
-    monkeypatch.setattr("transport_geometry.lm.log_probs", log_probs_64)
+    monkeypatch.setattr("transport_geometry.models.lm.log_probs", log_probs_64)
     hook = Hook(tiny_model(), 1)
     rows = torch.randint(0, 41, (3, 10), generator=torch.Generator().manual_seed(1))
     h = hook.head(rows)
     sae = tied_init(16, 64, 3, 0, h.flatten(0, 1).mean(0).float()).double()
-    torch.stack(finish.losses(hook, sae, rows, h, "kl")).sum().backward()
+    torch.stack(kl_finetune.losses(hook, sae, rows, h, "kl")).sum().backward()
     for name, tensor in sae.named_parameters():
         direction = torch.randn(tensor.shape, dtype=tensor.dtype, generator=torch.Generator().manual_seed(2))
 
         def at(step, tensor=tensor, direction=direction):
             with torch.no_grad():
                 tensor += step * direction
-                value = torch.stack(finish.losses(hook, sae, rows, h, "kl")).sum().item()
+                value = torch.stack(kl_finetune.losses(hook, sae, rows, h, "kl")).sum().item()
                 tensor -= step * direction
             return value
 
@@ -55,12 +56,12 @@ def test_the_losses_are_means_over_the_patched_positions(tiny):
     squared error is that of the same positions.
     """
     hook, _, rows, sae = tiny
-    sse, kl = finish.losses(hook, sae, rows, hook.head(rows), "kl")
+    sse, kl = kl_finetune.losses(hook, sae, rows, hook.head(rows), "kl")
     sums = evaluate(hook, rows, {"sae": sae}, 4)["sae"].sums
     n = sums["n"].sum()
     assert kl.item() == pytest.approx(sums["kl"].sum() / n, rel=1e-4)
     assert sse.item() == pytest.approx(sums["sse"].sum() / n, rel=1e-5)
-    (alone,) = finish.losses(hook, sae, rows, hook.head(rows), "mse")
+    (alone,) = kl_finetune.losses(hook, sae, rows, hook.head(rows), "mse")
     assert alone.item() == sse.item()
 
 
@@ -69,7 +70,7 @@ def test_kl_falls_on_other_rows_and_more_than_under_the_control(tiny):
     hook, batches, rows, sae = tiny
     arms = {"start": sae}
     for kind in ("mse", "kl"):
-        arms[kind] = finish.finish(hook, batches, sae, kind, RATE)
+        arms[kind] = kl_finetune.finish(hook, batches, sae, kind, RATE)
     found = evaluate(hook, rows, arms, 4)
     kl, sse = ({arm: found[arm].sums[q].sum() for arm in arms} for q in ("kl", "sse"))
     assert kl["kl"] < 0.95 * kl["mse"] and kl["kl"] < 0.9 * kl["start"]
@@ -80,8 +81,8 @@ def test_no_steps_leave_the_sae_as_it_is_and_the_same_steps_give_the_same_bytes(
     hook, batches, _, sae = tiny
     before = weights(sae)
     for kind in ("mse", "kl"):
-        assert weights(finish.finish(hook, [], sae, kind, RATE)) == before
-        once, again = (finish.finish(hook, batches[:5], sae, kind, RATE) for _ in range(2))
+        assert weights(kl_finetune.finish(hook, [], sae, kind, RATE)) == before
+        once, again = (kl_finetune.finish(hook, batches[:5], sae, kind, RATE) for _ in range(2))
         assert weights(once) == weights(again) != before
         norms = torch.linalg.vector_norm(once.W_dec, dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-6)
@@ -100,16 +101,16 @@ def test_a_finish_does_not_know_in_which_units_activations_come(tiny):
             return 8 * super().head(input_ids)
 
     large = tied_init(16, 64, 3, 0, 8 * sae.b_dec).requires_grad_(False)
-    one = finish.finish(hook, batches, sae, "mse", RATE)
-    other = finish.finish(Scaled(hook.model, 1), batches, large, "mse", RATE)
+    one = kl_finetune.finish(hook, batches, sae, "mse", RATE)
+    other = kl_finetune.finish(Scaled(hook.model, 1), batches, large, "mse", RATE)
     torch.testing.assert_close(other.W_dec, one.W_dec, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(other.b_enc, 8 * one.b_enc, rtol=1e-3, atol=1e-4)
 
 
 def test_the_pace_is_a_share_of_the_trainings_own():
-    assert finish.pace(100_000, 256, 256) == (58, 1, pytest.approx(0.2 * 2e-4 * 8 * 5))
-    assert finish.pace(10**7, 16384, 256) == (366, 16, pytest.approx(0.2 * 2e-4 * 20))
-    assert finish.pace(300, 256, 256)[:2] == (1, 1)
+    assert kl_finetune.pace(100_000, 256, 256) == (58, 1, pytest.approx(0.2 * 2e-4 * 8 * 5))
+    assert kl_finetune.pace(10**7, 16384, 256) == (366, 16, pytest.approx(0.2 * 2e-4 * 20))
+    assert kl_finetune.pace(300, 256, 256)[:2] == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------- over hooks
@@ -119,7 +120,7 @@ def planted(hooks, better_ce=lambda i: True):
     """
     rows = []
     for i in range(hooks):
-        for arm in finish.ARMS:
+        for arm in kl_finetune.ARMS:
             row = dict(model="sml"[i // 3], layer=i % 3, k=8, arm=arm, steps=78 * (arm != "start"), tokens=9)
             row |= {p.name: 0.5 for p in PROXIES} | {"ce_rec": 0.9, "dce": 0.2, "kl": 0.2, "fed_excess": 0.1}
             if arm == "kl":
@@ -131,7 +132,7 @@ def planted(hooks, better_ce=lambda i: True):
 
 
 def test_a_proxy_notices_or_is_fooled_as_planted():
-    found = {row["metric"]: row for row in finish.moves(planted(9))}
+    found = {row["metric"]: row for row in kl_finetune.moves(planted(9))}
     assert (found["ce_rec"]["up"], found["ce_rec"]["down"], found["ce_rec"]["p"]) == (9, 0, 2 / 2**9)
     assert (
         found["swd_tok"]["says"] == "notices" and found["r2"]["says"] == found["nmse_tok"]["says"] == "fooled"
@@ -139,7 +140,7 @@ def test_a_proxy_notices_or_is_fooled_as_planted():
     assert found["cosine"]["says"] == found["mse"]["says"] == "not shown"
     assert found["swd_tok"]["change"] == pytest.approx(np.log10(0.5 / 0.4))
     assert found["swd_tok"]["lo"] == pytest.approx(found["swd_tok"]["hi"])  # no hook differs
-    said = finish.section(planted(9)).split("\n")[0]
+    said = kl_finetune.section(planted(9)).split("\n")[0]
     assert "9 of 9 hooks" in said and "notices: swd_tok;" in said and "other way: r2, nmse_tok;" in said
     assert "changes KL by -5% (+0% for" in said
 
@@ -147,19 +148,19 @@ def test_a_proxy_notices_or_is_fooled_as_planted():
 def test_the_section_is_a_function_of_the_saved_rows(tmp_path):
     rows = planted(9)
     (tmp_path / "finish.csv").write_bytes(as_csv(rows, list(rows[0])))
-    assert finish.section(read_table(tmp_path / "finish.csv")) == finish.section(rows)
+    assert kl_finetune.section(read_table(tmp_path / "finish.csv")) == kl_finetune.section(rows)
 
 
 def test_undecided_with_few_hooks_or_where_ce_does_not_move():
-    few = finish.moves(planted(5))
+    few = kl_finetune.moves(planted(5))
     assert {row["says"] for row in few} == {"undecided"} and np.isnan(few[0]["lo"])
-    assert "undecided" in finish.section(planted(5)).split("\n")[0]
+    assert "undecided" in kl_finetune.section(planted(5)).split("\n")[0]
     mixed = planted(8, better_ce=lambda i: i % 2)
-    assert {row["says"] for row in finish.moves(mixed)} == {"undecided"}
-    assert "no proxy can be said" in finish.section(mixed).split("\n")[0]
-    worse = {row["metric"]: row["says"] for row in finish.moves(planted(9, better_ce=lambda i: False))}
+    assert {row["says"] for row in kl_finetune.moves(mixed)} == {"undecided"}
+    assert "no proxy can be said" in kl_finetune.section(mixed).split("\n")[0]
+    worse = {row["metric"]: row["says"] for row in kl_finetune.moves(planted(9, better_ce=lambda i: False))}
     assert worse["r2"] == "notices" and worse["swd_tok"] == "fooled"  # it is CE_rec that they are held to
-    assert "none was finished" in finish.section([])
+    assert "none was finished" in kl_finetune.section([])
 
 
 def test_scores_of_every_proxy_are_larger_where_less_is_lost():
@@ -172,21 +173,21 @@ def test_scores_of_every_proxy_are_larger_where_less_is_lost():
 # ----------------------------------------------------------------------------------------- an embedded model
 @pytest.mark.slow
 def test_the_study_of_a_hook(tmp_path):
-    from transport_geometry.sae import load_sae
-    from transport_geometry.train import train_missing
+    from transport_geometry.saes.sae import load_sae
+    from transport_geometry.saes.train import train_missing
 
     eval_set, cpu = one_hook(eval_seqs=12, ctx=128), torch.device("cpu")
     spec = eval_set.middle.origin
     train_missing(eval_set.hook.model, eval_set.tokenizer, [spec], tmp_path, eval_set.source)
     sae = load_sae(spec.folder(tmp_path), cpu)
-    rows = finish.study(eval_set, sae, cpu)
+    rows = kl_finetune.study(eval_set, sae, cpu)
     start, control, through = rows
-    assert [row["arm"] for row in rows] == list(finish.ARMS) and list(start) == finish.COLUMNS
+    assert [row["arm"] for row in rows] == list(kl_finetune.ARMS) and list(start) == kl_finetune.COLUMNS
     assert start["steps"] == 0 and control["steps"] == through["steps"] == 29
     assert control["tokens"] == through["tokens"] == 29 * 2 * 127
     assert through["kl"] < 0.99 * control["kl"] and through["kl"] < 0.985 * start["kl"]
     assert through["ce_rec"] > control["ce_rec"] and control["mse"] <= start["mse"] < through["mse"]
-    assert finish.study(eval_set, sae, cpu) == rows
+    assert kl_finetune.study(eval_set, sae, cpu) == rows
     found = evaluate(eval_set.hook, eval_set.held.input_ids, {"sae": sae}, 4)["sae"].sums
     assert start["kl"] == pytest.approx(found["kl"].sum() / found["n"].sum())
     # what it is finished on is not what it is evaluated on

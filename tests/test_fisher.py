@@ -3,8 +3,8 @@ intervals.
 """
 
 from helpers import log_probs_64, tiny_model
-from transport_geometry import fisher
-from transport_geometry.lm import Hook, attending
+from transport_geometry.measuring import fisher
+from transport_geometry.models.lm import Hook, attending
 
 import numpy as np
 import pytest

@@ -9,12 +9,13 @@ import shutil
 import zipfile
 
 from helpers import measured, tiny_model
-from transport_geometry import formats, given, sae_fields
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import evaluate
-from transport_geometry.libraries import definitions
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
+from transport_geometry.formats import sae_fields, sae_files
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.measuring.r2_by_library import definitions
+from transport_geometry.models.lm import Hook
+from transport_geometry.saes import external_saes
 
 import numpy as np
 import pytest
@@ -431,18 +432,18 @@ def written(case, tmp_path):
 
 
 def the_file(folder):
-    (file,) = formats.find(str(folder))
+    (file,) = sae_files.find(str(folder))
     return file
 
 
 def declared(folder):
-    return formats.describe(the_file(folder))
+    return sae_files.describe(the_file(folder))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_format_is_its_formula(case, tmp_path):
     file, dense = the_file(written(case, tmp_path)), CASES[case][2]
-    sae = formats.read(file)
+    sae = sae_files.read(file)
     values, indices, h_hat = sae.reconstruct(H)
     expected = dense(H.double())
     assert (h_hat - expected).norm() / expected.norm() < 1e-6
@@ -450,9 +451,9 @@ def test_a_format_is_its_formula(case, tmp_path):
     assert values.shape == indices.shape and (values != 0).any(1).float().mean() > 0.5
     for row, index in zip(values, indices):  # a code names a latent once
         assert len(index[row != 0].unique()) == (row != 0).sum()
-    of = formats.describe(file)
+    of = sae_files.describe(file)
     assert (of.format, of.site, of.layer) == (case.split()[0].rstrip(","), "resid_post", 1)
-    fused = formats.fused(sae)
+    fused = sae_files.fused(sae)
     if type(fused) is type(sae):
         assert torch.equal(fused.reconstruct(H)[2], h_hat)
     else:
@@ -460,12 +461,12 @@ def test_a_format_is_its_formula(case, tmp_path):
 
 
 def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
-    sae = formats.read(the_file(sparsify(tmp_path / "layers.1")))
+    sae = sae_files.read(the_file(sparsify(tmp_path / "layers.1")))
     sae.centred = True
     mean = H.double().mean(1, keepdim=True)
     expected = truth(H.double() - mean, relu_top) + mean
     assert (sae.reconstruct(H)[2] - expected).norm() / expected.norm() < 1e-6
-    assert isinstance(formats.fused(sae), formats.FileSAE)
+    assert isinstance(sae_files.fused(sae), sae_files.FileSAE)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +485,7 @@ def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
     ],
 )
 def test_transformerlens_names(name, hook):
-    assert formats.hook_of_lens(name) == hook
+    assert sae_files.hook_of_lens(name) == hook
 
 
 @pytest.mark.parametrize(
@@ -507,11 +508,11 @@ def test_transformerlens_names(name, hook):
     ],
 )
 def test_hook_names_in_paths(path, hook):
-    assert formats.hook_of_path(path) == hook
+    assert sae_files.hook_of_path(path) == hook
 
 
 def test_what_files_declare_is_read(tmp_path):
-    assert declared(saelens(tmp_path / "a")) == formats.Declared(
+    assert declared(saelens(tmp_path / "a")) == sae_files.Declared(
         "saelens", site="resid_post", layer=1, model="m", ctx=32, bos=True, basis="raw", width=F
     )
     left_out = {"exclude_special_tokens": True, "seqpos_slice": [1, None]}
@@ -565,7 +566,7 @@ def test_the_hook_of_a_submodule_and_its_side(said, buffer, hook, tmp_path):
     ],
 )
 def test_names_of_models_become_the_hubs(name, on_hub):
-    assert formats.hub_name(name) == on_hub
+    assert sae_files.hub_name(name) == on_hub
 
 
 @pytest.mark.parametrize(
@@ -590,7 +591,7 @@ def test_names_of_models_become_the_hubs(name, on_hub):
     ],
 )
 def test_gemma_scopes_paths(path, said):
-    of = formats.gemma_scope_declares({}, f"google/{path}", {})
+    of = sae_files.gemma_scope_declares({}, f"google/{path}", {})
     site, layer, model, width = said
     assert (of.site, of.layer, of.model, of.width) == (site, layer, f"google/{model}", width)
     assert (of.bos, of.ctx, of.unseen) == (True, 1024, ("BOS",))
@@ -610,26 +611,26 @@ def test_gemma_scopes_configuration_says_the_hook(tmp_path):
         of = declared(gemma_scope_2(tmp_path / name, **said))
         assert (of.site, of.layer, of.model) == (*hook, "google/gemma-3-270m")
     with pytest.raises(UserError, match="affine_connection"):
-        formats.read(the_file(gemma_scope_2(tmp_path / "e", affine_connection=True)))
+        sae_files.read(the_file(gemma_scope_2(tmp_path / "e", affine_connection=True)))
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
     for run in ("a", "b"):
         dictionary(tmp_path / run / "resid_post_layer_1/trainer_0")
     specs = [str(tmp_path / run / "resid_post_layer_1/trainer_0") for run in ("a", "b")]
-    chosen, refused = given.choose(specs, [("m", 1)])
+    chosen, refused = external_saes.choose(specs, [("m", 1)])
     assert not refused and [one.file.label for one in chosen] == [
         "a/resid_post_layer_1/trainer_0",
         "b/resid_post_layer_1/trainer_0",
     ]
     with pytest.raises(UserError, match="resid_post_layer_1/trainer_0 is named twice"):
-        given.choose([specs[0], specs[0] + "/ae.pt"], [("m", 1)])
+        external_saes.choose([specs[0], specs[0] + "/ae.pt"], [("m", 1)])
 
 
 def test_what_reads_another_place_is_left_out_with_the_reason(tmp_path):
     dictionary(tmp_path / "x", submodule_name="mlp_out")
     with pytest.raises(UserError, match=r"mlp_out, not resid_post"):
-        given.choose([str(tmp_path / "x")], [("m", 1)])
+        external_saes.choose([str(tmp_path / "x")], [("m", 1)])
 
 
 def test_a_model_is_found_by_its_name_in_transformerlens(tmp_path):
@@ -639,7 +640,7 @@ def test_a_model_is_found_by_its_name_in_transformerlens(tmp_path):
         "hook_name": "blocks.1.hook_resid_post",
     }
     saelens(tmp_path / "x", metadata=metadata)
-    ((chosen,), _) = given.choose([str(tmp_path / "x")], [])
+    ((chosen,), _) = external_saes.choose([str(tmp_path / "x")], [])
     assert (chosen.model, chosen.layer) == ("google/gemma-2-2b", 1)
 
 
@@ -649,7 +650,7 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
     dictionary(tmp_path / "run/resid_post_layer_1/trainer_0")
 
     def labels(spec):
-        return [file.label.removeprefix(tmp_path.name + "/") for file in formats.find(str(spec))]
+        return [file.label.removeprefix(tmp_path.name + "/") for file in sae_files.find(str(spec))]
 
     assert labels(tmp_path / "run") == [
         "run/layers.1",
@@ -661,10 +662,10 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
     assert labels(tmp_path / "run/resid_post_layer_1/*") == ["run/resid_post_layer_1/trainer_0"]
     assert len(labels(tmp_path / "run/layers.2/sae.safetensors")) == 1
     with pytest.raises(UserError, match="no such file"):
-        formats.find(str(tmp_path / "run/layers.7"))
+        sae_files.find(str(tmp_path / "run/layers.7"))
     sparsify(tmp_path / "run/two\nlines")
     with pytest.raises(UserError, match=r"two\\nlines': a control character") as caught:
-        formats.find(str(tmp_path / "run"))
+        sae_files.find(str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
 
 
@@ -752,7 +753,7 @@ def a_saelens(**how):
 )
 def test_bad_files_are_refused_in_one_line(broken, word, tmp_path, capsys):
     with pytest.raises(UserError) as caught:
-        formats.read(the_file(broken(tmp_path)))
+        sae_files.read(the_file(broken(tmp_path)))
     line = str(caught.value)
     assert tmp_path.name in line and word in line and "\n" not in line
     assert "code was run" not in capsys.readouterr().out
@@ -811,21 +812,21 @@ STRANGER = {  # format -> (what writes it with a field more, how the field is ca
 def test_a_field_that_nobody_knows_is_refused_by_name_and_let_pass_by_a_flag(write, called, value, tmp_path):
     file = the_file(write(tmp_path / "layers.1", turned_round=value))
     with pytest.raises(UserError) as caught:
-        formats.read(file)
+        sae_files.read(file)
     line, name = str(caught.value), called.format("turned_round")
     assert line.startswith(f"--sae {file.label}: ") and f"{name} (" in line and "--ignore-field" in line
     assert "\n" not in line and len(line) < 400
     with pytest.raises(UserError):
-        formats.read(file, ["other"])
+        sae_files.read(file, ["other"])
     for typed in (name, "turned_round"):
-        sae = formats.read(file, ["other", typed])
+        sae = sae_files.read(file, ["other", typed])
         assert sae.fields.ignored == (name,) and torch.isfinite(sae.reconstruct(H)[2]).all()
 
 
 @pytest.mark.parametrize("value", [None, False, "none", "", [], {}], ids=repr)
 @pytest.mark.parametrize("write, called", [case for cases in STRANGER.values() for case in cases])
 def test_a_field_that_says_nothing_is_none(write, called, value, tmp_path):
-    sae = formats.read(the_file(write(tmp_path / "layers.1", turned_round=value)))
+    sae = sae_files.read(the_file(write(tmp_path / "layers.1", turned_round=value)))
     assert not sae.fields.ignored
 
 
@@ -835,23 +836,23 @@ def test_a_field_that_says_nothing_is_none(write, called, value, tmp_path):
 def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
     file = the_file(written(case, tmp_path))
     path = file.fetch(file.weights)
-    tensors = {**formats.read_tensors(path), "b_more": torch.zeros(F)}
+    tensors = {**sae_files.read_tensors(path), "b_more": torch.zeros(F)}
     if path.suffix == ".pt":
         torch.save(tensors, path)
     else:
         save_file(tensors, path)
     with pytest.raises(UserError, match=r"b_more \(a tensor \[40\]\)"):
-        formats.read(file)
-    assert formats.read(file, ["b_more"]).fields.ignored == ("b_more",)
+        sae_files.read(file)
+    assert sae_files.read(file, ["b_more"]).fields.ignored == ("b_more",)
 
 
 def test_fields_of_training_are_named_and_not_refused(tmp_path):
     lens = saelens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2])
     of_metadata = ("metadata.l0", "metadata.num_dead_features")
     unused = ("d_in", "dtype", "matryoshka_widths", *of_metadata)
-    assert formats.read(the_file(lens)).fields == sae_fields.Fields(unused)
+    assert sae_files.read(the_file(lens)).fields == sae_fields.Fields(unused)
     trained = dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8, "io": "out"})
-    assert formats.read(the_file(trained)).fields.unused == (
+    assert sae_files.read(the_file(trained)).fields.unused == (
         "buffer.out_batch_size",
         "trainer.lr",
         "trainer.steps",
@@ -898,14 +899,14 @@ def test_the_first_saelens_files_keep_their_whole_run(tmp_path):
         model_from_pretrained_kwargs={"center_writing_weights": True},
     )
     first = saelens(tmp_path / "x", **{**V5, "sae_lens_version": None, **said})
-    assert not formats.read(the_file(first)).fields.ignored
+    assert not sae_files.read(the_file(first)).fields.ignored
     of = declared(first)
     assert (of.site, of.layer, of.basis, of.bos) == ("resid_post", 1, "centred", True)
 
 
 def test_the_list_says_what_is_refused(tmp_path):
     sparsify(tmp_path / "run/layers.1", turned_round=True)
-    assert "turned_round" in formats.listed(str(tmp_path / "run"))
+    assert "turned_round" in sae_files.listed(str(tmp_path / "run"))
 
 
 def enlarged(folder, how):
@@ -1010,8 +1011,8 @@ def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word,
             config[name] = {**config[name], **value} if inside else value
     path.write_text(json.dumps(config))
     with pytest.raises(UserError) as caught:
-        formats.describe(file)
-        formats.read(file)
+        sae_files.describe(file)
+        sae_files.read(file)
     line = str(caught.value)
     assert line.startswith(f"--sae {file.label}: ") and word in line
     assert "\n" not in line and len(line) < 400 and "Error" not in line
@@ -1020,8 +1021,8 @@ def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word,
 def test_whole_numbers_may_be_written_as_floats(tmp_path):
     metadata = {"sae_lens_version": "6.1", "context_size": 32.0}
     file = the_file(saelens(tmp_path / "x", k=5.0, d_sae=40.0, metadata=metadata))
-    k = formats.read(file).k
-    assert formats.describe(file).ctx == 32 and k == 5 and isinstance(k, int)
+    k = sae_files.read(file).k
+    assert sae_files.describe(file).ctx == 32 and k == 5 and isinstance(k, int)
 
 
 STRANGE = [
@@ -1053,9 +1054,9 @@ def replaced(config, path, value):
 def survives(folder):
     """Everything that is found is described and read, or refused in one line."""
     try:
-        for file in formats.find(str(folder)):
-            formats.describe(file)
-            formats.read(file).reconstruct(H)
+        for file in sae_files.find(str(folder)):
+            sae_files.describe(file)
+            sae_files.read(file).reconstruct(H)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 600, error
 
@@ -1137,7 +1138,7 @@ def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
     folder = dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE")
     torch.save(content, folder / "ae.pt")
     with pytest.raises(UserError) as caught:
-        formats.read(the_file(tmp_path))
+        sae_files.read(the_file(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -1162,14 +1163,14 @@ except formats.UserError as error: print(error)"""
 def test_no_such_place(spec, tmp_path):
     """Said at once, without asking the hub."""
     with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
-        formats.find(spec.format(tmp=tmp_path))
+        sae_files.find(spec.format(tmp=tmp_path))
 
 
 def test_fingerprint_is_of_all_that_computes(tmp_path):
     norm = {"normalize_activations": "layer_norm"}
     ways = ({}, {}, {"k": 4}, norm, {"apply_b_dec_to_input": False})
     folders = [saelens(tmp_path / str(i), **how) for i, how in enumerate(ways)]
-    prints = [formats.sae_fingerprint(formats.read(the_file(folder))) for folder in folders]
+    prints = [sae_files.sae_fingerprint(sae_files.read(the_file(folder))) for folder in folders]
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
@@ -1178,7 +1179,7 @@ def test_gate_refuses_what_it_cannot_read(gate):
     sae = best_of(near[1], 4)
     sae.W_dec[0, 0] = torch.nan
     with pytest.raises(UserError, match="nan"):
-        formats.check_basis(sae, "raw", "x", 1, near)
+        sae_files.check_basis(sae, "raw", "x", 1, near)
 
 
 # --------------------------------------------------------------------------------------------- the basis gate
@@ -1188,7 +1189,7 @@ def best_of(h, dimensions):
     U = torch.linalg.eigh((h - mean).T @ (h - mean)).eigenvectors[:, -dimensions:]
     W = torch.cat([U.T, -U.T]).contiguous()
     zeros = torch.zeros(len(W))
-    return formats.FileSAE("threshold", W, zeros, W, mean, b_in=mean, threshold=torch.zeros(()))
+    return sae_files.FileSAE("threshold", W, zeros, W, mean, b_in=mean, threshold=torch.zeros(()))
 
 
 @pytest.fixture
@@ -1199,33 +1200,33 @@ def gate():
         if "dense_4h_to_h.bias" in name or "embed_in" in name:
             p.data += 1.0
     input_ids = torch.randint(0, 41, (8, 24), generator=torch.Generator().manual_seed(1))
-    return model, input_ids, formats.near(Hook(model, 1), input_ids)
+    return model, input_ids, sae_files.near(Hook(model, 1), input_ids)
 
 
 def test_gate_lets_through_what_is_as_its_files_say(gate):
     model, input_ids, near = gate
-    readings = formats.check_basis(best_of(near[1], 4), "raw", "x", 1, near)
+    readings = sae_files.check_basis(best_of(near[1], 4), "raw", "x", 1, near)
     assert list(readings)[0] == "layer 1, raw" and len(readings) == 4
     centred = best_of(near[1] - near[1].mean(1, keepdim=True), 4)
-    formats.check_basis(centred, "centred", "x", 1, near)
+    sae_files.check_basis(centred, "centred", "x", 1, near)
 
 
 def test_gate_refuses_the_other_basis_with_both_numbers(gate):
     model, input_ids, near = gate
     centred = best_of(near[1] - near[1].mean(1, keepdim=True), 15)
-    as_said, other = (formats.unexplained(centred, near[1], basis) for basis in (False, True))
+    as_said, other = (sae_files.unexplained(centred, near[1], basis) for basis in (False, True))
     assert other < 0.01 < as_said
     with pytest.raises(UserError, match="centred") as caught:
-        formats.check_basis(centred, "raw", "x", 1, near)
+        sae_files.check_basis(centred, "raw", "x", 1, near)
     for word in (f"{as_said:.4f}", f"{other:.4f}", "--basis"):
         assert word in str(caught.value)
 
 
 def test_gate_refuses_the_block_after_its_own(gate):
     model, input_ids, near = gate
-    of_block_0 = best_of(formats.near(Hook(model, 0), input_ids)[0], 6)
+    of_block_0 = best_of(sae_files.near(Hook(model, 0), input_ids)[0], 6)
     with pytest.raises(UserError, match="layer 0, raw"):
-        formats.check_basis(of_block_0, "raw", "x", 1, near)
+        sae_files.check_basis(of_block_0, "raw", "x", 1, near)
 
 
 def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
@@ -1240,10 +1241,10 @@ def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
     """One function in three dresses: the fused kind, the general kind by its own code, and without a code."""
     hook, d, F = Hook(tiny_model(dtype=torch.float32), 1), 16, 40
     W = random(F, d)
-    general = formats.FileSAE("topk", W, random(F), W, random(d), b_in=random(d), k=4)
+    general = sae_files.FileSAE("topk", W, random(F), W, random(d), b_in=random(d), k=4)
     dresses = {
         "general": general,
-        "fused": formats.fused(general),
+        "fused": sae_files.fused(general),
         "dense": lambda h, mean: general.reconstruct(h)[2],
     }
     results = evaluate(hook, rows, dresses, 2)
@@ -1261,7 +1262,7 @@ def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
 def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
     hook, d, F = Hook(tiny_model(dtype=torch.float32), 1), 16, 40
     W = random(F, d)
-    sae = formats.FileSAE("threshold", W, torch.zeros(F), W, torch.zeros(d), threshold=torch.tensor(0.5))
+    sae = sae_files.FileSAE("threshold", W, torch.zeros(F), W, torch.zeros(d), threshold=torch.tensor(0.5))
     result = evaluate(hook, rows, {"x": sae}, 2)["x"]
     active = hook.head(rows)[:, :-1] @ W.t() > 0.5
     assert (result.sums["l0"] == active.sum((1, 2)).numpy()).all()
@@ -1325,24 +1326,24 @@ def exported(folder):
     ],
 )
 def test_an_exports_hook_is_one_of_its_class_of_model(model, hook_and_class, tmp_path):
-    sae = formats.fused(formats.read(the_file(sparsify(tmp_path / "layers.1"))))
-    formats.write_saelens(tmp_path / "out", sae, {"model": model, "layer": 1, "ctx": 64, "data": "x"})
+    sae = sae_files.fused(sae_files.read(the_file(sparsify(tmp_path / "layers.1"))))
+    sae_files.write_saelens(tmp_path / "out", sae, {"model": model, "layer": 1, "ctx": 64, "data": "x"})
     assert exported(tmp_path / "out") == hook_and_class
 
 
 def test_an_exported_sae_reads_back_as_itself(tmp_path):
-    sae = formats.fused(formats.read(the_file(sparsify(tmp_path / "layers.1"))))
+    sae = sae_files.fused(sae_files.read(the_file(sparsify(tmp_path / "layers.1"))))
     made = {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
-    formats.write_saelens(tmp_path / "out", sae, made)
-    again = formats.fused(formats.read(the_file(tmp_path / "out")))
+    sae_files.write_saelens(tmp_path / "out", sae, made)
+    again = sae_files.fused(sae_files.read(the_file(tmp_path / "out")))
     assert torch.equal(sae.reconstruct(H)[2], again.reconstruct(H)[2])
     metadata = json.loads((tmp_path / "out/cfg.json").read_text())["metadata"]
     assert (metadata["hook_name"], metadata["model_class_name"]) == (
         "gpt_neox.layers.1",
         "AutoModelForCausalLM",
     )
-    assert declared(tmp_path / "out") == formats.Declared(
+    assert declared(tmp_path / "out") == sae_files.Declared(
         "saelens", site="resid_post", layer=1, model="stdlib-s", ctx=64, bos=False, basis="raw", width=F
     )
     with pytest.raises(UserError, match="holds cfg.json and sae_weights.safetensors already"):
-        formats.write_saelens(tmp_path / "out", sae, made)
+        sae_files.write_saelens(tmp_path / "out", sae, made)

@@ -12,14 +12,15 @@ import re
 import shutil
 
 from helpers import one_line, script
-from transport_geometry import gguf_models, models, store
 from transport_geometry.errors import UserError
-from transport_geometry.gguf_models import PACKAGED, Package
-from transport_geometry.lm import cross_entropy, log_probs
-from transport_geometry.model_files import bos_of
-from transport_geometry.models import fingerprint, load_model, model_hash
-from transport_geometry.tables import read_table
-from transport_geometry.text import heldout_rows
+from transport_geometry.models import gguf_models, loading
+from transport_geometry.models.gguf_models import PACKAGED, Package
+from transport_geometry.models.lm import cross_entropy, log_probs
+from transport_geometry.models.loading import fingerprint, load_model, model_hash
+from transport_geometry.models.model_files import bos_of
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records import store
+from transport_geometry.records.tables import read_table
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def write(
     """A tiny Llama of random weights with stdlib-s's tokenizer, its matrices stored as `kind`. The weights as
     they are stored, by the names of GGUF.
     """
-    stored = json.loads((models.EMBEDDED["stdlib-s"] / "tokenizer.json").read_text())
+    stored = json.loads((loading.EMBEDDED["stdlib-s"] / "tokenizer.json").read_text())
     tokens = sorted(stored["model"]["vocab"], key=stored["model"]["vocab"].get)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in stored["model"]["merges"]]
     writer = gguf.GGUFWriter(path, arch)
@@ -246,7 +247,7 @@ def test_parts_of_packages_are_joined(packaged, tiny, tmp_path):
     assert fingerprint(model) == fingerprint(load(tiny, tmp_path / "other")[0])
     (folder,) = (cache / "models").iterdir()  # and no joined file
     assert folder.name.startswith("tiny-2-")
-    assert models.readable_names(["tiny-2", str(tiny)]) == {"tiny-2": "tiny-2", str(tiny): "tiny.gguf"}
+    assert loading.readable_names(["tiny-2", str(tiny)]) == {"tiny-2": "tiny-2", str(tiny): "tiny.gguf"}
 
 
 def test_a_package_that_is_absent_or_damaged(packaged, tmp_path):

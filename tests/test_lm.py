@@ -2,8 +2,8 @@
 
 import math
 
-from transport_geometry.lm import Hook, cross_entropy, kl_divergence, log_probs, log_softmax
-from transport_geometry.patch import Clean, Patch
+from transport_geometry.measuring.patch import Clean, Patch
+from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence, log_probs, log_softmax
 
 import pytest
 import torch

@@ -12,17 +12,17 @@ import subprocess
 import sys
 
 from helpers import ROOT, measured
-from transport_geometry import lm, models, plant
-from transport_geometry.attention_plan import check_readable
-from transport_geometry.cost import block_size, shape_of
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import ablated, evaluate
-from transport_geometry.fisher import same_form, sequence_form
-from transport_geometry.lm import Hook, log_softmax
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import fingerprint, load_model
-from transport_geometry.sae import tied_init
-from transport_geometry.text import heldout_rows
+from transport_geometry.measuring.attention_plan import check_readable
+from transport_geometry.measuring.evaluate import ablated, evaluate
+from transport_geometry.measuring.fisher import same_form, sequence_form
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models import lm, loading, plant
+from transport_geometry.models.lm import Hook, log_softmax
+from transport_geometry.models.loading import fingerprint, load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.running.cost import block_size, shape_of
+from transport_geometry.saes.sae import tied_init
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def make(family: str, dtype=torch.float64, **more):
 
 def add_tokenizer(folder: pathlib.Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(models.EMBEDDED["stdlib-s"] / name, folder)
+        shutil.copy(loading.EMBEDDED["stdlib-s"] / name, folder)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_the_language_model_inside_a_multimodal_one(kind, input_ids, tmp_path):
         torch.testing.assert_close(hook.tail(input_ids, h), whole, rtol=0, atol=1e-5)
         patched = replaced(model, layer, input_ids, moved(h))
         torch.testing.assert_close(hook.tail(input_ids, moved(h)), patched, rtol=0, atol=1e-5)
-    assert models.pick_layer(model, kind, None) == 2 and block_size(model) > 0
+    assert loading.pick_layer(model, kind, None) == 2 and block_size(model) > 0
     assert hook.tiles(1000) == [slice(0, 1000)]
     model.save_pretrained(tmp_path)
     add_tokenizer(tmp_path)
@@ -244,9 +244,9 @@ def test_the_tolerance_lies_between_rounding_and_the_weakest_look_ahead():
     """Weakest at the usual first weights, which hardly attend. Experts round otherwise where other tokens are
     beside theirs.
     """
-    causal = [models.looks_ahead(make(family, torch.float32)) for family in [*FAMILIES, "mixtral"]]
+    causal = [loading.looks_ahead(make(family, torch.float32)) for family in [*FAMILIES, "mixtral"]]
     ahead = [
-        models.looks_ahead(make(family, torch.float32, **more, initializer_range=0.02))
+        loading.looks_ahead(make(family, torch.float32, **more, initializer_range=0.02))
         for family, more in AHEAD.items()
     ]
     assert max(causal) < 1e-5 and min(ahead) > 1e-3
@@ -716,7 +716,7 @@ ASK = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the client waits before it tries again
 from transport_geometry.errors import UserError
-from transport_geometry.models import fingerprint, load_model
+from transport_geometry.models.loading import fingerprint, load_model
 import torch
 for name, revision in json.loads(sys.argv[1]):
     try:

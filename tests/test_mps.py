@@ -14,11 +14,14 @@ from pretend import (
     tiny_model,
     tiny_rows,
 )
-from transport_geometry import check_device, errors, lm, metrics
+from transport_geometry import errors
 from transport_geometry.audit import audit
-from transport_geometry.condition import Condition
-from transport_geometry.libraries import LIBRARIES
-from transport_geometry.lm import Hook
+from transport_geometry.measuring import metrics
+from transport_geometry.measuring.r2_by_library import LIBRARIES
+from transport_geometry.models import lm
+from transport_geometry.models.lm import Hook
+from transport_geometry.records.condition import Condition
+from transport_geometry.running import check_device
 
 import numpy as np
 import pytest

@@ -4,7 +4,7 @@ import shutil
 import sys
 
 from helpers import ROOT, process
-from transport_geometry.tables import read_table
+from transport_geometry.records.tables import read_table
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_a_proxy_is_one_entry_in_one_file(tmp_path):
     for script in ("common.py", "expb.py"):
         shutil.copy(ROOT / script, copy)
     (copy / "demo").symlink_to(ROOT / "demo")
-    registry = copy / "transport_geometry/metrics.py"
+    registry = copy / "transport_geometry/measuring/metrics.py"
     text = registry.read_text(encoding="utf-8")
     before = '    Metric("swd_tok"'
     assert text.count(before) == 1

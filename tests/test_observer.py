@@ -3,11 +3,11 @@
 import math
 
 from helpers import one_hook
-from transport_geometry import observer
-from transport_geometry.evaluate import evaluate
-from transport_geometry.observer import observe
-from transport_geometry.sae import tied_init
-from transport_geometry.tables import as_csv, read_table
+from transport_geometry.measuring import prequential_probe
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.prequential_probe import observe
+from transport_geometry.records.tables import as_csv, read_table
+from transport_geometry.saes.sae import tied_init
 
 import numpy as np
 import pytest
@@ -80,9 +80,9 @@ def test_the_code_of_a_stationary_source_is_its_entropy_and_what_is_learnt_of_it
 
 def test_a_pair_is_coded_before_it_is_learnt():
     """One step's worth of pairs is coded by the table, and K is 0; a second step's is not."""
-    x, y, *held, _ = teacher(n=2 * observer.BATCH, held=10)
+    x, y, *held, _ = teacher(n=2 * prequential_probe.BATCH, held=10)
     for steps in (1, 2):
-        n = steps * observer.BATCH
+        n = steps * prequential_probe.BATCH
         seen = observe(x[:n], y[:n], *held, 64)
         count = torch.bincount(y[:n], minlength=64) + 0.5
         in_table = -(count / count.sum()).log2()[y[:n]].sum().item()
@@ -108,9 +108,9 @@ def test_the_seed_sets_the_order_and_what_is_held_out_takes_no_part():
 def test_documents_are_resampled_and_not_tokens():
     document = np.repeat(np.arange(10), 2)
     bits = np.repeat(np.arange(10.0), 2 * 50)
-    mean, lo, hi = observer.mean_of_documents(bits, document)
+    mean, lo, hi = prequential_probe.mean_of_documents(bits, document)
     assert mean == 4.5 and lo < 3 and hi > 6
-    assert observer.mean_of_documents(np.ones(1000), document) == (1, 1, 1)
+    assert prequential_probe.mean_of_documents(np.ones(1000), document) == (1, 1, 1)
 
 
 # ------------------------------------------------------------------------------------------- once per hook
@@ -119,8 +119,8 @@ def test_the_study_of_a_hook():
     eval_set, cpu = one_hook(eval_seqs=8, ctx=64), torch.device("cpu")
     hook, rows = eval_set.hook, eval_set.held.input_ids
     random = tied_init(64, 256, 8, 0, hook.head(rows).flatten(0, 1).mean(0)).requires_grad_(False)
-    (row,) = observer.study(eval_set, random, cpu)
-    assert observer.study(eval_set, random, cpu) == [row]
+    (row,) = prequential_probe.study(eval_set, random, cpu)
+    assert prequential_probe.study(eval_set, random, cpu) == [row]
     assert row["lost_lo"] < row["lost"] < row["lost_hi"] and row["lost"] > 0.1 and not row["refused"]
     assert row["lost"] == pytest.approx(row["loss_h_hat"] - row["loss_h"])
     assert row["loss_h"] < row["table"] and row["k_auc_h"] > row["k_auc_h_hat"] > 0
@@ -134,7 +134,7 @@ def test_the_study_of_a_hook():
             return None, None, h
 
     whole = Identity(*random.parameters(), 8)
-    (row,) = observer.study(eval_set, whole, cpu)
+    (row,) = prequential_probe.study(eval_set, whole, cpu)
     assert (row["lost"], row["dce_bits"], row["k_auc_h"]) == (0, 0, row["k_auc_h_hat"])
 
 
@@ -143,11 +143,11 @@ def test_a_hook_at_which_nothing_was_learnt_is_refused_with_the_rule(tmp_path):
     row |= dict(code_h=5.0, code_h_hat=6.0, k_auc_h=2e4, k_auc_h_hat=1.5e4, refused=0)
     row |= dict(lost=0.4, lost_lo=0.3, lost_hi=0.5, dce_bits=0.6, dce_bits_lo=0.5, dce_bits_hi=0.7)
     refused = row | dict(layer=2, k_auc_h_hat=-3.0, refused=1, lost=np.nan, lost_lo=np.nan, lost_hi=np.nan)
-    said = observer.section([row, refused])
+    said = prequential_probe.section([row, refused])
     (tmp_path / "observer.csv").write_bytes(as_csv([row, refused], list(row)))
-    assert observer.section(read_table(tmp_path / "observer.csv")) == said
+    assert prequential_probe.section(read_table(tmp_path / "observer.csv")) == said
     assert "0.40 bits less" in said.split("\n")[0] and "median of 1 hooks" in said.split("\n")[0]
     assert said.count("| refused") == 1 and "K ≤ 0" in said and "one-observer prequential" in said.lower()
-    assert "learnt nothing at any hook" in observer.section([refused])
-    assert "refused" not in observer.section([row])
-    assert "No hook" in observer.section([])
+    assert "learnt nothing at any hook" in prequential_probe.section([refused])
+    assert "refused" not in prequential_probe.section([row])
+    assert "No hook" in prequential_probe.section([])

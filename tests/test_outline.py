@@ -9,10 +9,11 @@ import urllib.parse
 import expa
 import expb
 from helpers import ROOT, contents, one_line, script
-from transport_geometry import answer as answers
-from transport_geometry import outline, store
 from transport_geometry.errors import UserError
-from transport_geometry.tables import as_json
+from transport_geometry.records import store
+from transport_geometry.records.tables import as_json
+from transport_geometry.reporting import console as answers
+from transport_geometry.reporting import summary
 
 import pytest
 
@@ -63,7 +64,7 @@ def exp_c(leaf: str, h2: str) -> dict:
 
 
 def of(root: pathlib.Path) -> str:
-    return outline.outline(outline.read(root))
+    return summary.outline(summary.read(root))
 
 
 def lines_of(text: str, name: str) -> list[str]:
@@ -95,7 +96,7 @@ def test_the_reference_folders_in_the_order_in_which_they_may_be_read(reported):
     root, printed = reported
     text = (root / "report.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 80
-    assert list(table(text)) == [claim.label for claim in outline.CLAIMS]
+    assert list(table(text)) == [claim.label for claim in summary.CLAIMS]
     assert "Read them in this order: H0 → H1 → N → H2 → H2′ → H3." in text
     shown = [line for line in text.splitlines() if line.startswith("- `")]
     assert [re.findall("`(.*?)`", line)[0] for line in shown][:4] == [
@@ -314,7 +315,7 @@ def test_an_experiment_that_the_outline_does_not_know(tmp_path):
     text = of(tmp_path)
     assert text.index("| rate |") < text.index("## `expz.py`, an experiment that this outline does not know")
     assert lines_of(text, "mine")[0] == "- `mine`: Z: undecided."
-    assert "other            mine: undecided" in outline.in_short(outline.read(tmp_path))
+    assert "other            mine: undecided" in summary.in_short(summary.read(tmp_path))
 
 
 def test_a_folder_below_a_folder_and_a_name_with_odd_characters(tmp_path):
@@ -323,7 +324,7 @@ def test_a_folder_below_a_folder_and_a_name_with_odd_characters(tmp_path):
     run(tmp_path, "one/too/deep", "expa", exp_a("N"))
     run(tmp_path, ".rank0", "expa", exp_a("N"))
     text = of(tmp_path)
-    assert [one.name for one in outline.read(tmp_path)] == ["my run|2 (b)", "reference/expa"]
+    assert [one.name for one in summary.read(tmp_path)] == ["my run|2 (b)", "reference/expa"]
     assert "[`my run\\|2 (b)`](my%20run%7C2%20%28b%29/report.md): not judged" in table(text)["H0"] + text
 
 
@@ -366,9 +367,9 @@ def test_folders_without_a_finished_run(tmp_path):
     assert one_line(script("common.py", "report", tmp_path, check=2)).endswith("no finished run in it")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="no such folder"):
-        outline.read(tmp_path / "gone")
+        summary.read(tmp_path / "gone")
     run(tmp_path, "b", "expb", exp_b("supported"), seconds=None)
     with pytest.raises(UserError, match=r"no finished run in it \(b: unfinished"):
-        outline.read(tmp_path)
+        summary.read(tmp_path)
     with pytest.raises(UserError, match="a run's own folder; name the folder above it"):
-        outline.read(tmp_path / "b")
+        summary.read(tmp_path / "b")

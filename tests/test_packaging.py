@@ -13,7 +13,8 @@ import sysconfig
 import tomllib
 import venv
 
-from transport_geometry import PACKAGE, commands, cost, errors, kernels
+from transport_geometry import PACKAGE, errors, kernels
+from transport_geometry.running import commands, cost
 
 import pytest
 import setuptools

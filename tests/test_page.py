@@ -15,9 +15,9 @@ import shutil
 import subprocess
 
 from helpers import ROOT
-from transport_geometry import chart, glossary, page
-from transport_geometry.metrics import BY_NAME
-from transport_geometry.tables import markdown
+from transport_geometry.measuring.metrics import BY_NAME
+from transport_geometry.records.tables import markdown
+from transport_geometry.reporting import chart, glossary, page
 
 import numpy as np
 import pytest
@@ -186,7 +186,7 @@ def test_nothing_is_fetched_and_nothing_but_our_script_may_run():
 
 
 def test_a_picture_keeps_its_look_in_fewer_bytes():
-    from transport_geometry.figures import as_png, pyplot
+    from transport_geometry.reporting.figures import as_png, pyplot
 
     from PIL import Image
 

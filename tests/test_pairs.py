@@ -18,7 +18,7 @@ from transport_geometry.audit import (
     residuals,
     short_names,
 )
-from transport_geometry.tables import as_csv
+from transport_geometry.records.tables import as_csv
 
 import numpy as np
 import pytest
@@ -271,7 +271,7 @@ def test_what_another_sae_of_the_hook_does_better_with_no_more_latents():
 def test_the_picture_names_every_sae_and_no_name_lies_on_another():
     """Forty that are almost one, at two hooks, with names that are too long, and one worse than the mean."""
     from audit import picture
-    from transport_geometry.figures import as_png
+    from transport_geometry.reporting.figures import as_png
 
     n = 41
     places = [("EleutherAI/pythia-70m-deduped", 3 + (i > 20), 64, i > 20) for i in range(n)]

@@ -4,11 +4,11 @@ Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
 
 import dataclasses
 
-from transport_geometry import formats, sae_fields
-from transport_geometry.lm import Hook
-from transport_geometry.models import EMBEDDED, load_model
-from transport_geometry.sae import TopKSAE
-from transport_geometry.train import SAELensTraining, Statistics
+from transport_geometry.formats import sae_fields, sae_files
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import EMBEDDED, load_model
+from transport_geometry.saes.sae import TopKSAE
+from transport_geometry.saes.train import SAELensTraining, Statistics
 
 import pytest
 import torch
@@ -151,11 +151,11 @@ def written(tmp_path_factory):
 def test_a_file_gives_the_forward_that_its_library_gives(name, written):
     saes, h = written
     folder, theirs = saes[name]
-    (file,) = formats.find(str(folder))
-    values, _, h_hat = formats.fused(formats.read(file)).reconstruct(h)
+    (file,) = sae_files.find(str(folder))
+    values, _, h_hat = sae_files.fused(sae_files.read(file)).reconstruct(h)
     expected = theirs(h)
     assert ((h_hat - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
-    assert (values > 0).any() and formats.describe(file).layer == 3
+    assert (values > 0).any() and sae_files.describe(file).layer == 3
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_every_field_of_sparsifys_configuration_is_known():
 def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
     h = activations(4)
     sae = SAELensTraining(statistics(h), F, K, 0, [len(h)]).finished()
-    formats.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
+    sae_files.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
     theirs = LensSAE.load_from_disk(tmp_path)
     expected = theirs.decode(theirs.encode(h)).detach()
     assert (sae.reconstruct(h)[2] - expected).norm() / expected.norm() < 1e-6
@@ -189,7 +189,7 @@ def test_an_exported_sae_drives_saelens_store(tmp_path):
     """The hook is found in a model of the class that is named beside it, and its activations are ours."""
     hook = Hook(load_model("stdlib-s", torch.device("cpu"))[0], 2)
     sae = TopKSAE(torch.randn(F, 64), torch.zeros(F), torch.randn(F, 64), torch.zeros(64), K)
-    formats.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 2, "ctx": 16, "data": "stdlib"})
+    sae_files.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 2, "ctx": 16, "data": "stdlib"})
     theirs = LensSAE.load_from_disk(tmp_path)
     said = theirs.cfg.metadata
     model = load_lens_model(said.model_class_name, str(EMBEDDED[said.model_name]), "cpu")
@@ -228,9 +228,9 @@ def test_gemma_scope_is_what_saelens_makes_of_it(write, load, tmp_path, monkeypa
     config = lens_loaders.handle_config_defaulting(said | {"d_in": H.shape[1], "d_sae": WIDE})
     theirs = JumpReLUSAE(JumpReLUSAEConfig.from_dict(config))
     theirs.load_state_dict(state)
-    expected, of = theirs(H).detach(), formats.describe(file)
-    h_hat = formats.read(file).reconstruct(H)[2]
+    expected, of = theirs(H).detach(), sae_files.describe(file)
+    h_hat = sae_files.read(file).reconstruct(H)[2]
     assert (h_hat - expected).norm() < 1e-5 * expected.norm()
-    hook = formats.hook_of_lens(theirs.cfg.metadata.hook_name)
+    hook = sae_files.hook_of_lens(theirs.cfg.metadata.hook_name)
     assert (of.site, of.layer, of.bos, of.ctx) == (*hook, True, theirs.cfg.metadata.context_size)
-    assert of.model == formats.hub_name(theirs.cfg.metadata.model_name)
+    assert of.model == sae_files.hub_name(theirs.cfg.metadata.model_name)

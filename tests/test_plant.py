@@ -7,17 +7,17 @@ import shutil
 
 import zygote
 from helpers import one_line, script, tiny_model
-from transport_geometry import plant
-from transport_geometry.dimension import participation_of
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import activations, evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import load_model, model_hash, readable_names
-from transport_geometry.plant import Gauge, Plant, TurnedSAE, felt, plants, regauge, split
-from transport_geometry.sae import tied_init
-from transport_geometry.tables import read_table
-from transport_geometry.text import heldout_rows
+from transport_geometry.measuring.dimension import participation_of
+from transport_geometry.measuring.evaluate import activations, evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models import plant
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model, model_hash, readable_names
+from transport_geometry.models.plant import Gauge, Plant, TurnedSAE, felt, plants, regauge, split
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records.tables import read_table
+from transport_geometry.saes.sae import tied_init
 
 import numpy as np
 import pytest

@@ -7,10 +7,10 @@ import re
 import sys
 
 from helpers import ROOT, contents
-from transport_geometry import models
 from transport_geometry.errors import UserError
-from transport_geometry.lm import Hook
-from transport_geometry.sae import sink_positions
+from transport_geometry.models import loading
+from transport_geometry.models.lm import Hook
+from transport_geometry.saes.sae import sink_positions
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def both(planted):
     token stands at positions 0, 5 and 40 of the first row, at 0 of the second, and nowhere in the last.
     """
     load = transformers.AutoModelForCausalLM.from_pretrained
-    plain, with_sink = load(models.EMBEDDED["stdlib-s"]), load(planted[0])
+    plain, with_sink = load(loading.EMBEDDED["stdlib-s"]), load(planted[0])
     assert with_sink.dtype == torch.float32
     tokenizer = transformers.AutoTokenizer.from_pretrained(planted[0])
     input_ids = torch.tensor(tokenizer("import os\n\n\nclass Path(object):\n    pass\n" * 40).input_ids[:192])
@@ -72,7 +72,7 @@ def test_only_one_row_of_one_weight_differs(planted):
     changed = []
     with (
         safe_open(folder / "model.safetensors", "pt") as new,
-        safe_open(models.EMBEDDED["stdlib-s"] / "model.safetensors", "pt") as old,
+        safe_open(loading.EMBEDDED["stdlib-s"] / "model.safetensors", "pt") as old,
     ):
         assert set(new.keys()) == set(old.keys())
         for name in new.keys():
@@ -92,8 +92,8 @@ def test_it_says_what_was_planted_and_keeps_the_tokenizer(planted):
     assert said.strip() == card.strip() and str(folder) not in card
     assert "462.5 is added to each of the 64 dimensions" in card and "token 0 ('<|endoftext|>')" in card
     assert "python demo/plant.py stdlib-s --norm 3700 OUT" in card
-    ours, theirs = (models.load_model(str(at), CPU)[1] for at in (models.EMBEDDED["stdlib-s"], folder))
-    assert models.tokenizer_hash(ours) == models.tokenizer_hash(theirs)
+    ours, theirs = (loading.load_model(str(at), CPU)[1] for at in (loading.EMBEDDED["stdlib-s"], folder))
+    assert loading.tokenizer_hash(ours) == loading.tokenizer_hash(theirs)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -104,7 +104,7 @@ def test_the_command_with_another_token_and_an_empty_folder(tmp_path, monkeypatc
     plant.run_script(plant.main)
     card = capsys.readouterr().out
     assert "token 17" in card and "--norm 200 --token 17 OUT" in card
-    a, b = (models.load_model(str(at), CPU)[0] for at in ("stdlib-s", tmp_path / "there"))
+    a, b = (loading.load_model(str(at), CPU)[0] for at in ("stdlib-s", tmp_path / "there"))
     differs = (a.gpt_neox.embed_in.weight != b.gpt_neox.embed_in.weight).any(1)
     assert differs.nonzero().tolist() == [[17]]
 
@@ -145,7 +145,7 @@ def saved(config, folder):
         if "embed" not in name and weight.ndim == 1:
             torch.nn.init.normal_(weight, 0.5)
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(models.EMBEDDED["stdlib-s"]).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(loading.EMBEDDED["stdlib-s"]).save_pretrained(folder)
     return str(folder)
 
 

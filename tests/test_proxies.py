@@ -5,14 +5,15 @@ promises.
 import math
 
 from helpers import tiny_model
-from transport_geometry import evaluate as evaluation
-from transport_geometry import formats, sae
 from transport_geometry.errors import Fault
-from transport_geometry.evaluate import activations, evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed, index_bits, oriented
-from transport_geometry.sae import tied_init
-from transport_geometry.stats import document_weights
+from transport_geometry.formats import sae_files
+from transport_geometry.measuring import evaluate as evaluation
+from transport_geometry.measuring.evaluate import activations, evaluate
+from transport_geometry.measuring.metrics import Sums, computed, index_bits, oriented
+from transport_geometry.models.lm import Hook
+from transport_geometry.saes import sae
+from transport_geometry.saes.sae import tied_init
+from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
 import pytest
@@ -288,7 +289,7 @@ def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
     model = tiny_model(dtype=torch.float32)
     for name, p in model.named_parameters():
         p.data.fill_(constant if "embed_in" in name else 0)
-    for measure in (lambda of, rows: activations(of, rows, 6), formats.near):
+    for measure in (lambda of, rows: activations(of, rows, 6), sae_files.near):
         with pytest.raises(Fault, match="layer 1: the activations of .* do not vary"):
             measure(Hook(model, 1), hook[1])
 

@@ -1,8 +1,8 @@
 """The research log's numbers stand beside what a run measured of the same, and beside nothing else."""
 
-from transport_geometry import published
-from transport_geometry.curves import KStar
-from transport_geometry.published import L, S
+from transport_geometry.reporting import published
+from transport_geometry.reporting.published import L, S
+from transport_geometry.statistics.curves import KStar
 
 import numpy as np
 

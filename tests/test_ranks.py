@@ -13,7 +13,7 @@ import zygote
 from helpers import ROOT, SMALL, contents, process, script
 from transport_geometry import ranks
 from transport_geometry.errors import UserError
-from transport_geometry.results import COLUMNS, Measurements, add_results, gather, load_results
+from transport_geometry.records.results import COLUMNS, Measurements, add_results, gather, load_results
 
 import numpy as np
 import pytest

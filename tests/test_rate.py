@@ -5,13 +5,13 @@ and the softmax geometry against the exact forms.
 from types import SimpleNamespace
 
 from helpers import log_probs_64, tiny_model
-from transport_geometry import fisher, rate
-from transport_geometry.condition import Condition
-from transport_geometry.curves import k_star
-from transport_geometry.evaluate import activations, evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import index_bits
-from transport_geometry.sae import TopKSAE, tied_init
+from transport_geometry.measuring import fisher, rate
+from transport_geometry.measuring.evaluate import activations, evaluate
+from transport_geometry.measuring.metrics import index_bits
+from transport_geometry.models.lm import Hook
+from transport_geometry.records.condition import Condition
+from transport_geometry.saes.sae import TopKSAE, tied_init
+from transport_geometry.statistics.curves import k_star
 
 import numpy as np
 import pytest

@@ -22,23 +22,15 @@ import expc_fisher
 import expd_mi
 import pretend
 from helpers import script
-from transport_geometry import (
-    claims,
-    formats,
-    gguf_models,
-    kernels,
-    libraries,
-    lm,
-    outline,
-    plant,
-    published,
-    sources,
-    stats,
-    text,
-)
-from transport_geometry import train as training
+from transport_geometry import kernels
 from transport_geometry.errors import Fault, UserError, run_script
-from transport_geometry.gguf_models import PACKAGED
+from transport_geometry.formats import sae_files
+from transport_geometry.measuring import r2_by_library
+from transport_geometry.models import gguf_models, lm, plant, sources, text
+from transport_geometry.models.gguf_models import PACKAGED
+from transport_geometry.reporting import published, summary
+from transport_geometry.saes import train as training
+from transport_geometry.statistics import claims, stats
 
 import pytest
 import yaml
@@ -158,10 +150,10 @@ COMPARED = {
     "sparsify 1.3.3": pinned("eai-sparsify", "1.3.3"),
     "dictionary_learning 0.1.0": pinned("dictionary-learning", "0.1.0"),
     # read once, installed nowhere here: its R² is libraries.py's
-    "SAEBench 0.6.0": "r2_saebench" in libraries.LIBRARIES,
-    "SAELens until 6.29": "6.29" in libraries.LIBRARIES["r2_saelens_legacy"],
-    "since 6.30": "SAELens' since 6.30" in libraries.__doc__,
-    "SAELens 5 and 6": hasattr(formats, "FileSAE"),
+    "SAEBench 0.6.0": "r2_saebench" in r2_by_library.LIBRARIES,
+    "SAELens until 6.29": "6.29" in r2_by_library.LIBRARIES["r2_saelens_legacy"],
+    "since 6.30": "SAELens' since 6.30" in r2_by_library.__doc__,
+    "SAELens 5 and 6": hasattr(sae_files, "FileSAE"),
     "SAELens 6's default TopK trainer": pinned("sae-lens", "6.54.12"),
     "Gemma 2 and 3, Qwen 2 and 3": all(
         f'"{name}"' in (ROOT / "tests/test_models.py").read_text()
@@ -193,22 +185,23 @@ COMPARED = {
     "fewer than six effective hooks": stats.MIN_CLUSTERS == 6,
     "CE_rec 0.05 or more apart": claims.MARGIN == 0.05,
     "Fewer than six hooks": stats.MIN_CLUSTERS == 6,
-    "eight definitions": len(libraries.LIBRARIES) + 1 == 8,
+    "eight definitions": len(r2_by_library.LIBRARIES) + 1 == 8,
     "at most four of a document": text.PER_DOCUMENT == 4,
     "at most four sequences are taken": text.PER_DOCUMENT == 4,
     "runs of eight words": text.WINDOW == 8,
     "fewer than 100 documents": sources.FEW == 100,
     "pieces of 8,000 characters": sources.PIECE == 8000,
     "tried five times": len(sources.PAUSES) + 1 == 5,
-    "norms above 10 medians": importlib.import_module("transport_geometry.sae").SINK_FACTOR == 10,
+    "norms above 10 medians": importlib.import_module("transport_geometry.saes.sae").SINK_FACTOR == 10,
     "from 10M tokens up budgets share a trunk": "TRUNK_FROM = 10**7" in inspect.getsource(training),
     "4096 tokens a step, constant rate": "min(4096, tokens), 1.0" in inspect.getsource(training),
     "*checked* on 4 sequences": "input_ids [4,T]"
-    in inspect.getsource(importlib.import_module("transport_geometry.given")),
+    in inspect.getsource(importlib.import_module("transport_geometry.saes.external_saes")),
     "up to 250,000 tokens of activations": training.CHUNK == 250_000,
     "more than half of the machine's or GPU's memory": training.MEMORY == 0.5,
     "in sequences of 256 tokens": {grid["ctx"] for grid in common.PRESETS.values()} == {256},
-    "no more beyond 3 than seeds give": importlib.import_module("transport_geometry.rerun").FAR == 3,
+    "no more beyond 3 than seeds give": importlib.import_module("transport_geometry.records.compare_runs").FAR
+    == 3,
     "95% throughout, unless a rule below says 90": list(stats.percentiles(range(1001))) == [25, 975],
     "half of it is KL per token": expc_fisher.ALPHAS[-1] == 1,
     "sequences of 256 tokens took a quarter of an hour on two CPU cores": results("200 x 256.")
@@ -314,11 +307,11 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
     if name == "torchrun":
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         name, arguments = "python", words[at:]
-    if name == "python" and arguments[:2] == ["-m", "transport_geometry.formats"]:
+    if name == "python" and arguments[:2] == ["-m", "transport_geometry.formats.sae_files"]:
         for verb in ("listed", "export"):
-            monkeypatch.setattr(formats, verb, lambda *given: given)
+            monkeypatch.setattr(sae_files, verb, lambda *given: given)
         monkeypatch.setattr(sys, "argv", ["formats", *arguments[2:]])
-        return formats.main()
+        return sae_files.main()
     if name == "python" and arguments[0] == "common.py":
         shutil.copytree(REFERENCE / "expb", tmp_path / "outputs/expb")
         (tmp_path / "outputs/reference").symlink_to(REFERENCE)
@@ -477,7 +470,8 @@ def test_every_link_leads_somewhere(page):
 def test_every_module_stands_in_what_is_where():
     page = PAGES["docs/code.md"]
     named = set(re.findall(r"[\w-]+\.py", page))
-    modules = {path.name for path in (ROOT / "transport_geometry").glob("*.py")} - {"__init__.py"}
+    modules = {path.name for path in (ROOT / "transport_geometry").rglob("*.py")}
+    modules -= {"__init__.py", "__main__.py"}
     scripts = {path.name for path in ROOT.glob("*.py")} - {"setup.py"}
     assert modules | scripts <= named
     assert named <= modules | scripts | {"generate.py"}
@@ -500,7 +494,7 @@ def test_the_plants_of_the_flags_are_plants():
 
 def test_the_leaves_that_let_h2_be_interpreted():
     said = re.search(r"until its leaf is ([^,]+, .*?) or (\w+),", PAGES["docs/statistics.md"])
-    assert {*said[1].split(", "), said[2]} == set(outline.ADJUDICATED)
+    assert {*said[1].split(", "), said[2]} == set(summary.ADJUDICATED)
 
 
 # -------------------------------------------------------------------------------------------------- citation

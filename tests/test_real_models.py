@@ -8,9 +8,9 @@ import shutil
 
 import zygote
 from helpers import ROOT, contents, script
-from transport_geometry.models import load_model
-from transport_geometry.tables import read_table
-from transport_geometry.text import heldout_rows
+from transport_geometry.models.loading import load_model
+from transport_geometry.models.text import heldout_rows
+from transport_geometry.records.tables import read_table
 
 import numpy as np
 import pytest

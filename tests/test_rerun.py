@@ -7,9 +7,9 @@ import pathlib
 
 import zygote
 from helpers import script
-from transport_geometry import rerun, store
 from transport_geometry.errors import UserError
-from transport_geometry.tables import as_csv, as_json, read_table
+from transport_geometry.records import compare_runs, store
+from transport_geometry.records.tables import as_csv, as_json, read_table
 
 import numpy as np
 import pytest
@@ -17,9 +17,9 @@ import pytest
 SD = {"r2": 0.02, "nmse": 0.02, "dce": 0.06, "gd_mean": 0.01, "kl": 0.03, "alive": 0.004, "ce_orig": 0.0}
 SCALE = {"r2": "log of 1 - x", "gd_mean": "plain", "alive": "plain"}
 PLACES = [(1000, k) for k in (4, 8, 32)]
-SPREADS = rerun.SeedSpreads(
+SPREADS = compare_runs.SeedSpreads(
     columns={
-        name: rerun.Spread(
+        name: compare_runs.Spread(
             SCALE.get(name, "log"), dict.fromkeys(PLACES, sd), dict.fromkeys(PLACES, 76), together=1.5
         )
         for name, sd in SD.items()
@@ -83,7 +83,9 @@ def saes(seed: int | None, shift: dict | None = None, times: float = 1.0) -> lis
     return rows
 
 
-def folder(path: pathlib.Path, rows, settings=None, board=BOARD, leaf="rejected", **verdict) -> rerun.Run:
+def folder(
+    path: pathlib.Path, rows, settings=None, board=BOARD, leaf="rejected", **verdict
+) -> compare_runs.Run:
     settings = SETTINGS | (settings or {})
     files = {
         "conditions.csv": as_csv(rows, list(rows[0])),
@@ -94,14 +96,14 @@ def folder(path: pathlib.Path, rows, settings=None, board=BOARD, leaf="rejected"
         ),
     }
     store.put(path / "run.json", files, settings=settings)
-    return rerun.read(path)
+    return compare_runs.read(path)
 
 
 @pytest.fixture
 def word(tmp_path):
     """word(rows, ...) -> the Outcome of a folder against the one of seed 1."""
     first, names = folder(tmp_path / "first", saes(1)), iter(range(99))
-    return lambda rows, **how: rerun.compare(
+    return lambda rows, **how: compare_runs.compare(
         first, folder(tmp_path / f"other{next(names)}", rows, **how), SPREADS
     )
 
@@ -187,11 +189,11 @@ def test_one_number_edited(word, tmp_path):
         and "nmse of m0 0 topk base 64 4 0 1000" in outcome.summary
         and "to the last digit" in outcome.summary
     )
-    first, path = rerun.read(tmp_path / "first"), tmp_path / "edited"
+    first, path = compare_runs.read(tmp_path / "first"), tmp_path / "edited"
     folder(path, saes(2))
     table = (path / "conditions.csv").read_text()
     (path / "conditions.csv").write_text(table.replace(table.splitlines()[1].split(",")[9], "0.80001"))
-    outcome = rerun.compare(first, rerun.read(path), SPREADS)
+    outcome = compare_runs.compare(first, compare_runs.read(path), SPREADS)
     assert outcome.word == "different" and "conditions.csv is not as its run wrote it" in outcome.summary
 
 
@@ -247,28 +249,28 @@ def test_the_same_rows_and_another_table(word, tmp_path):
     for name, board in (("a", BOARD), ("b", [BOARD[0] | {"partial": 0.001}, *BOARD[1:]])):
         folder(tmp_path / name, saes(1), board=board)
         store.put(tmp_path / name / "run.json", {"sequences.npz": b"x"})
-        runs.append(rerun.read(tmp_path / name))
-    outcome = rerun.compare(*runs, SPREADS)
+        runs.append(compare_runs.read(tmp_path / name))
+    outcome = compare_runs.compare(*runs, SPREADS)
     assert (
         outcome.word == "different" and "the same rows, another leaderboard.csv (1 numbers" in outcome.summary
     )
     folder(tmp_path / "c", saes(1), board=[{**row, "new": i} for i, row in enumerate(BOARD)])
     store.put(tmp_path / "c" / "run.json", {"sequences.npz": b"x"})
-    outcome = rerun.compare(runs[0], rerun.read(tmp_path / "c"), SPREADS)
+    outcome = compare_runs.compare(runs[0], compare_runs.read(tmp_path / "c"), SPREADS)
     assert "(8 numbers, the first leaderboard.csv[0].new: undefined | 0)" in outcome.summary
 
 
 def test_a_measurement_that_says_too_little_is_damaged(tmp_path):
     for content, said in ((b'{"said": "x", "models": []}', "damaged"), (b"[", "damaged")):
-        (tmp_path / "sd.csv").write_bytes(rerun.SEED_SD.read_bytes())
+        (tmp_path / "sd.csv").write_bytes(compare_runs.SEED_SD.read_bytes())
         (tmp_path / "sd.json").write_bytes(content)
         with pytest.raises(UserError, match=said):
-            rerun.seed_spreads(tmp_path / "sd.csv")
+            compare_runs.seed_spreads(tmp_path / "sd.csv")
 
 
 def test_sae_files_are_not_trained_anew(tmp_path):
     runs = [folder(tmp_path / str(seed), saes(seed), settings={"saes": {"x": 1}}) for seed in (1, 2)]
-    outcome = rerun.compare(*runs, SPREADS)
+    outcome = compare_runs.compare(*runs, SPREADS)
     assert outcome.word == "different" and "of the same SAE files" in outcome.summary
 
 
@@ -300,12 +302,12 @@ def test_nothing_to_compare_is_one_line(tmp_path):
             and str(tmp_path / name) in done.stderr
         ), done.stderr
     with pytest.raises(UserError, match="cannot be told apart"):
-        rerun.seed_spreads(tmp_path / "seed_sd.csv")
+        compare_runs.seed_spreads(tmp_path / "seed_sd.csv")
 
 
 def test_the_committed_seed_sds_are_usable():
-    measured = rerun.seed_spreads()
-    described = json.loads(rerun.SEED_SD.with_suffix(".json").read_text())
+    measured = compare_runs.seed_spreads()
+    described = json.loads(compare_runs.SEED_SD.with_suffix(".json").read_text())
     assert described["commit"] and described["processor"] and measured.models and 0 < measured.beyond < 0.2
     spreads = measured.columns
     for name in ("r2", "nmse_tok", "swd_tok", "swd_seq", "gd_mean", "dce", "ce_rec", "kl", "fed"):
@@ -343,7 +345,7 @@ def test_measured_seed_sds(seeds):
         for k in (4, 8)
     }
     own = {k: np.mean([x.var(ddof=1) for x in group]) for k, group in log.items()}
-    spread = rerun.seed_spreads(seeds["sd"] / "seed_sd.csv").columns["nmse"]
+    spread = compare_runs.seed_spreads(seeds["sd"] / "seed_sd.csv").columns["nmse"]
     for k in (4, 8):
         assert spread.sd[5000, k] == pytest.approx(
             math.sqrt((9 * own[k] + 4 * np.mean(list(own.values()))) / 13), rel=1e-5
@@ -357,15 +359,15 @@ def test_measured_seed_sds(seeds):
 
 @pytest.mark.slow
 def test_two_seeds_of_a_real_grid(seeds):
-    one, other = (rerun.read(seeds[which]) for which in "01")
-    outcome = rerun.compare(one, other, rerun.seed_spreads(seeds["sd"] / "seed_sd.csv"))
+    one, other = (compare_runs.read(seeds[which]) for which in "01")
+    outcome = compare_runs.compare(one, other, compare_runs.seed_spreads(seeds["sd"] / "seed_sd.csv"))
     assert outcome.word in ("reproduced", "different"), outcome
     assert (
         "beyond 6" not in outcome.summary
         and "off as a whole" not in outcome.summary
         and "3 seed SDs" not in outcome.summary
     ), outcome
-    assert rerun.compare(one, rerun.read(seeds["0"])).word == "identical"
+    assert compare_runs.compare(one, compare_runs.read(seeds["0"])).word == "identical"
 
 
 @pytest.mark.slow

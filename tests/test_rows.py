@@ -4,8 +4,8 @@ import itertools
 import json
 import types
 
-from transport_geometry import text
 from transport_geometry.errors import UserError
+from transport_geometry.models import text
 
 import pytest
 import torch

@@ -13,11 +13,11 @@ import sys
 
 from helpers import PEAK, get_saes, tiny_model
 from transport_geometry import ROOT, kernels
-from transport_geometry import train as trainer
 from transport_geometry.errors import Fault, UserError
-from transport_geometry.lm import Hook
-from transport_geometry.sae import TopKSAE, TrainingSpec, load_sae, save_sae, tied_init
-from transport_geometry.train import SAELensTraining, Statistics, Training, activation_chunks, trunk
+from transport_geometry.models.lm import Hook
+from transport_geometry.saes import train as trainer
+from transport_geometry.saes.sae import TopKSAE, TrainingSpec, load_sae, save_sae, tied_init
+from transport_geometry.saes.train import SAELensTraining, Statistics, Training, activation_chunks, trunk
 
 import pytest
 import torch
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line():
 
 TRAIN = """
 from transport_geometry import kernels
-from transport_geometry.train import RECIPES, Statistics
+from transport_geometry.saes.train import RECIPES, Statistics
 import torch
 kernels.use("ext")  # whatever KERNELS says
 h = torch.randn({n}, {d})

@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 
-from transport_geometry import claims, leaderboard, stats
+from transport_geometry.statistics import claims, leaderboard, stats
 
 import numpy as np
 import pytest

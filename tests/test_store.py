@@ -13,11 +13,11 @@ import threading
 import helpers
 import zygote
 from helpers import ROOT, process
-from transport_geometry import store
 from transport_geometry.errors import Damaged, Fault, UserError
-from transport_geometry.results import gather, open_output
-from transport_geometry.sae import save_sae, tied_init
-from transport_geometry.tables import as_csv, as_json, as_npz, plain, read_npz, read_table
+from transport_geometry.records import store
+from transport_geometry.records.results import gather, open_output
+from transport_geometry.records.tables import as_csv, as_json, as_npz, plain, read_npz, read_table
+from transport_geometry.saes.sae import save_sae, tied_init
 
 import numpy as np
 import pytest
@@ -311,7 +311,7 @@ LIMITED = """
 import contextlib, pathlib, resource, sys
 from transport_geometry import store
 from transport_geometry.errors import run_script
-from transport_geometry.tables import as_npz
+from transport_geometry.records.tables import as_npz
 import numpy, torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # a disk that takes no more
 for content in (

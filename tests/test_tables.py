@@ -3,7 +3,7 @@
 import doctest
 import math
 
-from transport_geometry import tables
+from transport_geometry.records import tables
 
 import numpy as np
 import pytest

@@ -2,9 +2,9 @@
 
 import zygote
 from helpers import script
-from transport_geometry.condition import Condition
-from transport_geometry.tables import read_npz, read_table
-from transport_geometry.where import N_WORST, curves, position_bins, quoted, section
+from transport_geometry.records.condition import Condition
+from transport_geometry.records.tables import read_npz, read_table
+from transport_geometry.reporting.where_it_hurts import N_WORST, curves, position_bins, quoted, section
 
 import numpy as np
 import pytest

@@ -7,16 +7,16 @@ import math
 
 import zygote
 from helpers import tiny_model
-from transport_geometry import text
-from transport_geometry.evaluate import evaluate
-from transport_geometry.lm import Hook
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import load_model
-from transport_geometry.results import load_results
-from transport_geometry.stats import document_weights
-from transport_geometry.tables import read_table
-from transport_geometry.train import Statistics, Training, activation_chunks
-from transport_geometry.words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.models import text
+from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import load_model
+from transport_geometry.records.results import load_results
+from transport_geometry.records.tables import read_table
+from transport_geometry.reporting.words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
+from transport_geometry.saes.train import Statistics, Training, activation_chunks
+from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
 import pytest

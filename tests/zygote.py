@@ -127,7 +127,8 @@ def serve() -> None:
     import importlib
 
     import common
-    from transport_geometry import formats, text
+    from transport_geometry.formats import sae_files
+    from transport_geometry.models import text
 
     import datasets  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
@@ -140,7 +141,7 @@ def serve() -> None:
     text.stdlib_sides()  # the embedded text is read once, too
     mains = {
         **{path.name: importlib.import_module(path.stem).main for path in ROOT.glob("exp*.py")},
-        "formats.py": formats.main,  # python -m transport_geometry.formats
+        "formats.py": sae_files.main,  # python -m transport_geometry.formats
         "common.py": common.main,
     }
     for line in sys.stdin:

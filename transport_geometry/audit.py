@@ -3,8 +3,8 @@ says of every pair; every library's R² under its name.
 
     import torch
     from transport_geometry.audit import audit
-    from transport_geometry.models import load_model
-    from transport_geometry.text import heldout_rows
+    from transport_geometry.models.loading import load_model
+    from transport_geometry.models.text import heldout_rows
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))  # or a transformers model of yours
     held = heldout_rows("stdlib", tokenizer, 64, 16)  # or token ids [S,T] of yours
     print(audit(model, 3, "my/sae", held.input_ids, held.document))
@@ -20,19 +20,16 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transport_geometry import formats, words
-from transport_geometry.answer import WIDTH, Answer, sentence_case
 from transport_geometry.errors import UserError
-from transport_geometry.evaluate import Reconstruction, activations, evaluate
-from transport_geometry.formats import hub_name
-from transport_geometry.libraries import LIBRARIES
-from transport_geometry.lm import Hook, fused_attention_errs, text_config
-from transport_geometry.metrics import Sums, computed
-from transport_geometry.models import pick_layer
-from transport_geometry.results import behind
-from transport_geometry.sae import SAE
-from transport_geometry.stats import document_weights, isotonic_predict, percentiles
-from transport_geometry.tables import (
+from transport_geometry.formats import sae_files
+from transport_geometry.formats.sae_files import hub_name
+from transport_geometry.measuring.evaluate import Reconstruction, activations, evaluate
+from transport_geometry.measuring.metrics import Sums, computed
+from transport_geometry.measuring.r2_by_library import LIBRARIES
+from transport_geometry.models.lm import Hook, fused_attention_errs, text_config
+from transport_geometry.models.loading import pick_layer
+from transport_geometry.records.results import behind
+from transport_geometry.records.tables import (
     bounds,
     estimate,
     grouped,
@@ -42,7 +39,11 @@ from transport_geometry.tables import (
     readable_count,
     span,
 )
-from transport_geometry.words import ABOUT_WORDS, WORDS, with_words
+from transport_geometry.reporting import words
+from transport_geometry.reporting.console import WIDTH, Answer, sentence_case
+from transport_geometry.reporting.words import ABOUT_WORDS, WORDS, with_words
+from transport_geometry.saes.sae import SAE
+from transport_geometry.statistics.stats import document_weights, isotonic_predict, percentiles
 
 import numpy as np
 import torch
@@ -733,18 +734,18 @@ def _reconstruction(
 ) -> Reconstruction:
     """What `evaluate` takes. Raises UserError."""
     if isinstance(sae, (str, os.PathLike)):
-        files = formats.find(str(sae))
+        files = sae_files.find(str(sae))
         if len(files) > 1:
             raise UserError(f"{sae}: {len(files)} SAEs, of which one is to be named: {files[0].label}, ...")
-        read = formats.read(files[0], ignore_fields).to(hook.device)
-        near = formats.near(hook, tokens[:4])
+        read = sae_files.read(files[0], ignore_fields).to(hook.device)
+        near = sae_files.near(hook, tokens[:4])
         if read.W_enc.shape[1] != near[hook.layer].shape[1]:
             raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
-        said = basis or formats.describe(files[0]).basis
+        said = basis or sae_files.describe(files[0]).basis
         if not basis:
-            formats.check_basis(read, said, files[0].label, hook.layer, near)
+            sae_files.check_basis(read, said, files[0].label, hook.layer, near)
         read.centred = said == "centred"
-        return formats.fused(read)
+        return sae_files.fused(read)
     if basis:
         raise UserError("basis is about an SAE's files")
     if ignore_fields:

@@ -1,0 +1,1 @@
+"""Other libraries' SAE files: read without guessing, and written."""

@@ -1,0 +1,1 @@
+"""What is measured of one SAE at one hook: a patch, its metrics, and the estimators behind them."""

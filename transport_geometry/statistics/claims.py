@@ -1,0 +1,314 @@
+"""The claim *here*: what proxies do on the SAEs that were measured, on these layers of these models.
+
+The units are evaluation documents, and seeds where a model has several, so that one hook is enough to answer.
+What proxies do on other hooks is the claim *in general*, which `leaderboard` tests over hooks; a number of
+the one says nothing about the other.
+
+Shapes: C SAEs, W weightings of the documents (0 all, 1 half A, 2 half B, 3.. resamples), R draws, P pairs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transport_geometry.records.tables import bounds, estimate, markdown, percent, signed
+from transport_geometry.reporting.console import models_in_words, number
+from transport_geometry.statistics.stats import (
+    MIN_CLUSTERS,
+    correlation,
+    document_interval,
+    given,
+    percentiles,
+    seed_draws,
+    unit_residual,
+    weighted_design,
+    weighted_ranks,
+)
+
+import numpy as np
+
+R2, SWD = "r2", "swd_tok"
+MARGIN = 0.05  # of CE_rec: two SAEs that are closer do not count as a pair to be ordered
+# columns of a leaderboard; `partial` and `diff_r2` themselves stand in front
+COLUMNS = (
+    "partial_here_lo partial_here_hi diff_r2_here_lo diff_r2_here_hi swd_here swd_here_lo swd_here_hi "
+    "pairs right right_lo right_hi right_r2 right_r2_lo right_r2_hi right_swd right_swd_lo right_swd_hi"
+).split()
+ARMS = {"keep": "sinks keep", "drop": "sinks drop"}  # of --sinks: their strata
+
+
+# ------------------------------------------------------------------------------------------------ which SAEs
+def arm_of(sae: str) -> str:
+    """Of --sinks, from an SAE's name (`grid.sae_name`).
+
+    >>> arm_of("topk-x4"), arm_of("topk-x4-nosinks")
+    ('sinks keep', 'sinks drop')
+    """
+    return ARMS["drop" if sae.endswith("-nosinks") else "keep"]
+
+
+def arms(meta: dict) -> dict[str, np.ndarray]:
+    """{stratum: which SAEs [C] bool}: the arms of --sinks, where there are both."""
+    arm = np.array([arm_of(str(sae)) for sae in meta.get("sae", [])])
+    found = {name: arm == name for name in ARMS.values()}
+    return found if all(here.any() for here in found.values()) else {}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """SAEs that a proxy has to put in order: a[p] and b[p] are a pair."""
+
+    a: np.ndarray  # [P] of C
+    b: np.ndarray  # [P]
+
+    def difference(self, v: np.ndarray) -> np.ndarray:
+        """Of v [..., C], a less b: [..., P]."""
+        return v[..., self.a] - v[..., self.b]
+
+
+def clear_pairs(ce_rec: np.ndarray, meta: dict) -> Pairs:
+    """Pairs of one model, k and budget whose CE_rec [W, C] differ by MARGIN or more, and not by chance: the
+    95% interval of the difference over documents leaves 0 out.
+    """
+    a, b = np.triu_indices(ce_rec.shape[1], 1)
+    same = np.all([np.asarray(meta[name])[a] == np.asarray(meta[name])[b] for name in OF_A_PAIR], axis=0)
+    pairs = Pairs(a[same], b[same])
+    if len(ce_rec) <= 3 or not len(pairs.a):
+        return Pairs(pairs.a[:0], pairs.b[:0])
+    delta = pairs.difference(ce_rec)
+    lo, hi = percentiles(delta[3:])
+    clear = (np.abs(delta[0]) >= MARGIN) & ((lo > 0) | (hi < 0))
+    return Pairs(pairs.a[clear], pairs.b[clear])
+
+
+OF_A_PAIR = ("model", "k", "tokens")  # what both SAEs of one share
+
+
+# ------------------------------------------------------------------------------------------------ the columns
+def here(
+    scores: dict[str, np.ndarray], target: np.ndarray, meta: dict, n_documents: int, pairs: Pairs | None
+) -> dict[str, dict[str, float]]:
+    """{proxy: COLUMNS} of scores {proxy: [W, C]}, larger = better. pairs: those to order, or None.
+
+    partial_here, diff_r2_here: intervals of partial Spearman with the target given k, and of its difference
+    to R^2's. swd_here: SWD's less the proxy's. right: share of the pairs that the proxy orders as the target
+    does; right_r2: less R^2's share; right_swd: SWD's share less the proxy's. Proxy and target always stand
+    under the same resample (`stats.document_interval`). nan: R^2 or SWD is no proxy here, or one value is not
+    finite.
+    """
+    which, weights, sources = seed_draws(meta, len(target))
+    design = weighted_design(weights, given(meta))
+
+    def unit_ranks(v: np.ndarray) -> np.ndarray:
+        return unit_residual(weighted_ranks(v[which], weights), design)
+
+    of_target = unit_ranks(target)
+    partial = {name: correlation(unit_ranks(s), of_target) for name, s in scores.items()}
+    nothing = np.full(len(which), np.nan)
+    right = dict.fromkeys(scores, nothing)
+    if pairs is not None and len(pairs.a):
+        right = {name: share_right(s, target, pairs, which, weights) for name, s in scores.items()}
+
+    def ends(key: str, draws: np.ndarray, n_ranked: int = 0) -> dict[str, float]:
+        lo, hi = document_interval(draws, sources, n_documents, n_ranked)
+        return {f"{key}_lo": lo, f"{key}_hi": hi}
+
+    def shares(key: str, draws: np.ndarray, least: float) -> dict[str, float]:
+        found = {key: float(draws[0])} | ends(key, draws)
+        return found | {end: float(np.clip(found[end], least, 1)) for end in (f"{key}_lo", f"{key}_hi")}
+
+    cells = {}
+    for name in scores:
+        minus_r2 = partial[name] - partial.get(R2, nothing)
+        swd_minus = partial.get(SWD, nothing) - partial[name]
+        cells[name] = {
+            **ends("partial_here", partial[name], target.shape[1]),
+            **ends("diff_r2_here", minus_r2),
+            "swd_here": float(swd_minus[0]),
+            **ends("swd_here", swd_minus),
+            "pairs": np.nan if pairs is None else len(pairs.a),
+            **shares("right", right[name], 0),
+            **shares("right_r2", right[name] - right.get(R2, nothing), -1),
+            **shares("right_swd", right.get(SWD, nothing) - right[name], -1),
+        }
+    return cells
+
+
+def share_right(
+    score: np.ndarray, target: np.ndarray, pairs: Pairs, which: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """[R]: share of the pairs whose score and target, both [W, C], differ the same way, under the draws of
+    `stats.seed_draws`; a tie is no order. nan where a score is not finite.
+    """
+    if not np.isfinite(score).all():
+        return np.full(len(which), np.nan)
+    agree = np.sign(pairs.difference(score)) == np.sign(pairs.difference(target))
+    weight = weights[:, pairs.a] * weights[:, pairs.b]
+    with np.errstate(invalid="ignore"):
+        return (agree[which] * weight).sum(1) / weight.sum(1)
+
+
+# ------------------------------------------------------------------------------------------- the word on H2
+LEAVES = {
+    "beats-all": "SWD orders these SAEs better than R² and better than every Euclidean control",
+    "beats-r2-only": "SWD orders these SAEs better than R², but not better than every Euclidean control",
+    "worse": "SWD orders these SAEs worse than R²",
+    "not-shown": "SWD is not shown to order these SAEs better than R²",
+    "undecided": "Nothing is said of these SAEs",
+}
+
+
+@dataclass(frozen=True)
+class Here:
+    """What H2, that SWD predicts CE_rec better, comes to on these SAEs."""
+
+    leaf: str  # of LEAVES
+    reason: str
+    not_beaten: tuple[str, ...] = ()  # Euclidean controls that SWD is not shown to order better than
+
+
+def row_of(board: list[dict], proxy: str, stratum: str = "pooled") -> dict:
+    """Of a board, for CE_rec; empty where there is none."""
+    rows = (row for row in board if (row["proxy"], row["target"]) == (proxy, "ce_rec"))
+    return next((row for row in rows if row["stratum"] == stratum), {})
+
+
+def leaf_here(board: list[dict], controls: Sequence[str]) -> Here:
+    """From the pooled rows of a board, for CE_rec. SWD has to beat every control, each at 95%: more of them
+    make no finding by chance more likely.
+    """
+    rows = {name: row_of(board, name) for name in (R2, *controls)}
+    if not np.isfinite(rows[R2].get("swd_here_lo", np.nan)):
+        return Here("undecided", "too few SAEs of one k, or one document")
+    lo, hi = (rows[R2][f"swd_here_{end}"] for end in ("lo", "hi"))
+    left = tuple(name for name in controls if rows[name] and not rows[name]["swd_here_lo"] > 0)
+    if hi < 0:
+        return Here("worse", "the interval of SWD minus R² lies below 0", left)
+    if not lo > 0:
+        return Here("not-shown", "the interval of SWD minus R² holds 0", left)
+    if left:
+        return Here("beats-r2-only", f"not shown to do better than {', '.join(left)}", left)
+    return Here("beats-all", "SWD minus any other of these scores lies above 0", left)
+
+
+def in_verdict(board: list[dict], controls: Sequence[str]) -> dict:
+    """What a verdict on H2 holds of the claim here."""
+    r2 = row_of(board, R2)
+    columns = "swd_here swd_here_lo swd_here_hi pairs right right_swd right_swd_lo right_swd_hi".split()
+    return asdict(leaf_here(board, controls)) | {name: r2.get(name) for name in columns}
+
+
+# --------------------------------------------------------------------------------------------------- in words
+def layers_of(models: Sequence[str]) -> str:
+    """What a claim in general is about: hooks of one model speak about that model.
+
+    >>> layers_of(["a"]), layers_of(["a", "b"])
+    ('other layers of a', 'other layers of a and b, not other models')
+    """
+    return f"other layers of {models_in_words(models)}" + (", not other models" if len(models) > 1 else "")
+
+
+def in_short(board: list[dict]) -> str:
+    """The claim here, in two sentences."""
+    r2, swd = row_of(board, R2), row_of(board, SWD)
+    if not r2 or not np.isfinite(r2["partial"]):
+        return "Here, on these SAEs, there are too few of one k to be ordered."
+    text = (
+        "Here, on these SAEs, the order that R² gives those of one k correlates with what patching them in "
+        f"does to cross-entropy at {number(as_here(r2, 'partial'), 'partial')}"
+    )
+    if swd:
+        text += f", that of SWD at {number(as_here(swd, 'partial'), 'partial')}"
+        text += f" (SWD minus R²: {number(r2, 'swd_here')})"
+    if r2["pairs"] > 0:
+        text += f". Of {r2['pairs']:.0f} pairs clearly apart R² orders {percent(r2['right'])} rightly"
+        text += f" and SWD {percent(swd['right'])}" if swd else ""
+    by_arm = [(arm, row_of(board, R2, arm), row_of(board, SWD, arm)) for arm in ARMS.values()]
+    known = [(arm, a, b) for arm, a, b in by_arm if a and b and a["pairs"] > 0]
+    for arm, of_r2, of_swd in known:
+        text += f"; {arm}, {percent(of_r2['right'])} and {percent(of_swd['right'])}"
+    return f"{text}."
+
+
+def none_in_general(board: list[dict], models: Sequence[str]) -> str:
+    """Why nothing is said in general, in one sentence; empty where something is."""
+    rows = [row for row in (row_of(board, R2), row_of(board, SWD)) if row]
+    if not rows:
+        return ""
+    least = min(rows, key=lambda row: row["n_effective"])
+    if least["n_effective"] >= MIN_CLUSTERS:
+        return ""
+    about = f"In general, about {layers_of(models)}, nothing is said of SWD against R²"
+    if (hooks := least["n_clusters"]) < MIN_CLUSTERS:
+        there = "there is 1 hook" if hooks == 1 else f"there are {hooks} hooks"
+        return f"{about}: {there}, and {MIN_CLUSTERS} are needed."
+    name = {R2: "R²", SWD: "SWD"}[least["proxy"]]
+    return (
+        f"{about}: what {name} gets wrong at one layer it gets wrong at the next (correlation "
+        f"{least['phi']:.2f}), so that {least['n_clusters']} hooks count as {least['n_effective']:.1f}, and "
+        f"{MIN_CLUSTERS} are needed."
+    )
+
+
+def as_here(row: dict, name: str) -> dict:
+    """A column with its interval over documents, as `estimate` and `number` take it."""
+    ends = {f"{name}_{end}": row[f"{name}_here_{end}"] for end in ("lo", "hi")}
+    return {name: row[name]} | ends
+
+
+def estimate_here(row: dict, name: str) -> str:
+    """`tables.estimate` with the interval over documents."""
+    return estimate(as_here(row, name), name)
+
+
+def share(row: dict, name: str = "right") -> str:
+    """A share of pairs with its interval, in percent.
+
+    >>> share({"right": 0.5, "right_lo": 0.25, "right_hi": 0.75})
+    '50% [25%, 75%]'
+    """
+    value, lo, hi = (row[f"{name}{end}"] for end in ("", "_lo", "_hi"))
+    return percent(value) + ("" if np.isnan(lo) else f" [{percent(lo)}, {percent(hi)}]")
+
+
+def table(board: list[dict], stratum: str = "pooled") -> str:
+    """The claim here in Markdown, the best rank correlation first; where there are two arms of --sinks, the
+    pooled table shows the pairs of each.
+    """
+    rows = [row for row in board if (row["target"], row["stratum"]) == ("ce_rec", stratum)]
+    rows.sort(key=lambda row: -np.nan_to_num(row["partial"], nan=-2.0))
+    shown = []
+    for row in rows:
+        cells = {
+            "proxy": row["proxy"],
+            "partial Spearman": estimate_here(row, "partial"),
+            "minus r2": "" if row["proxy"] == R2 else estimate_here(row, "diff_r2"),
+            "swd_tok minus it": "" if row["proxy"] == SWD else estimate(row, "swd_here"),
+        }
+        if row["pairs"] > 0:
+            cells |= {
+                "pairs": f"{row['pairs']:.0f}",
+                "rightly": share(row),
+                "rightly, minus r2": signed(row["right_r2"])
+                + " "
+                + bounds(row["right_r2_lo"], row["right_r2_hi"]),
+            }
+        for arm in ARMS.values() if stratum == "pooled" else ():
+            if own := row_of(board, row["proxy"], arm):
+                cells[f"rightly, {arm}"] = share(own)
+        shown.append(cells)
+    return markdown(shown, list(shown[0]))
+
+
+HOW_TO_READ = (
+    "These numbers are about these SAEs, on these layers of these models, and no others: their 95% intervals "
+    "resample {behind}{seeds}. **Partial Spearman** given k (and budget): the order of SAEs of one k. "
+    "**Rightly**: the share of pairs that a score orders as CE_rec does; pairs are SAEs of one model, k and "
+    "budget whose CE_rec differ by {margin:.2f} or more, with an interval that leaves 0 out. How often such "
+    "intervals cover: bench/RESULTS.md."
+)
+
+
+def how_to_read(settings: dict, behind: str) -> str:
+    """Under the table. behind: what the intervals resample, as `results.behind` says it."""
+    several = len(settings["seeds"]) > 1
+    return HOW_TO_READ.format(behind=behind, seeds=" and seeds" if several else "", margin=MARGIN)

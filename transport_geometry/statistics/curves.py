@@ -1,0 +1,327 @@
+"""Curves of CE_rec over k and over token budgets, and what is read off them: the smallest k that reaches a
+value (k*, whose ratio across models is the sparsity tax), and the limit that more tokens would lead to.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from transport_geometry.measuring.metrics import METRICS
+from transport_geometry.records.tables import estimate, grouped, markdown, readable_count
+from transport_geometry.reporting.figures import as_png, decade_ticks, label_ends, model_colours, pyplot
+from transport_geometry.statistics import stats
+from transport_geometry.statistics.hook_pair import Conditions, mean_over
+
+import numpy as np
+
+TARGETS = (0.85, 0.90)  # of k*
+MIN_BUDGETS = 5  # for a power law
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """CE_rec, mean over seeds, [3 + n, k, budgets] of every (model, depth): the estimate, which stands thrice
+    as in `stats.bootstrap_weights`, then n resamples.
+    """
+
+    k: np.ndarray
+    budgets: np.ndarray
+    ce: dict[tuple[str, str], np.ndarray]
+
+    @classmethod
+    def of(cls, conditions: Conditions, n_resamples: int) -> "Curves":
+        """Resamples seeds within models, and documents with them; nan where a model has one seed."""
+        meta, units = conditions.meta, ("model", "seed")
+        w = stats.bootstrap_weights(meta, n_resamples, 0, clusters=units, stratum="model", least=2)
+        # resample r of the documents with resample r of the seeds
+        values = conditions.values["ce_rec"][: len(w)]
+        k, budgets = np.unique(meta["k"]), np.unique(meta["tokens"])
+        curves = {}
+        for model, depth in sorted(set(zip(meta["model"].tolist(), meta["depth"].tolist()))):
+            ce = np.empty((len(w), len(k), len(budgets)))
+            for i, j in np.ndindex(ce.shape[1:]):
+                here = conditions.mask(model=model, depth=depth, k=k[i], tokens=budgets[j])
+                ce[:, i, j] = mean_over(values, w, here)
+            curves[model, depth] = ce
+        return cls(k, budgets, curves)
+
+
+# --------------------------------------------------------------------------------------------------------- k*
+def k_star(k: np.ndarray, ce: np.ndarray, target: float) -> np.ndarray:
+    """k* [R]: the smallest k at which CE_rec reaches the target, linear between grid points.
+
+    k [n] or [R,n] ascending (or another cost: bits), ce [R,n]. -inf where the first k already reaches it, inf
+    where none does, nan where a point of the row is nan.
+    """
+    reached = ce >= target
+    at = reached.argmax(1)  # the first grid point that reaches it
+    before, row = np.maximum(at - 1, 0), np.arange(len(ce))
+    k = np.broadcast_to(k, ce.shape)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = (target - ce[row, before]) / (ce[row, at] - ce[row, before])
+        between = k[row, before] + part * (k[row, at] - k[row, before])
+    found = np.where(at == 0, -np.inf, between)
+    found = np.where(reached.any(1), found, np.inf)
+    return np.where(np.isnan(ce).any(1), np.nan, found)
+
+
+@dataclass(frozen=True, eq=False)
+class KStar:
+    """k* of a model at a depth, in an arm (recipe, sinks) and at a budget."""
+
+    model: str
+    depth: str
+    recipe: str
+    sinks: str
+    tokens: int
+    target: float
+    k_min: int
+    k_max: int
+    draws: np.ndarray  # as in Curves
+
+    @property
+    def cell(self) -> tuple:
+        """What models are compared in."""
+        return self.depth, self.recipe, self.sinks, self.tokens, self.target
+
+    @property
+    def estimate(self) -> float:
+        return float(self.draws[0])
+
+    def word(self, k: float) -> float | str:
+        """A number, nan, or text where it lies beyond the grid."""
+        if k == -np.inf:
+            return f"< {self.k_min}"
+        return f"> {self.k_max}" if k == np.inf else float(k)
+
+    def words(self) -> tuple[float | str, float | str, float | str]:
+        """(value, lo, hi), with a 95% percentile interval of draws that may be infinite."""
+        known = self.draws[3:][~np.isnan(self.draws[3:])]
+        lo, hi = np.nan, np.nan
+        if len(known):
+            lo, hi = np.quantile(known, [0.025, 0.975], method="inverted_cdf")
+        return self.word(self.estimate), self.word(lo), self.word(hi)
+
+    def row(self) -> dict[str, Any]:
+        """As verdict.json has it."""
+        own = {name: value for name, value in vars(self).items() if name != "draws"}
+        return own | dict(zip(("value", "lo", "hi"), self.words()))
+
+
+def k_stars(curves: Curves, recipe: str, sinks: str) -> list[KStar]:
+    """k* of every model, depth, budget and target."""
+    ends = int(curves.k[0]), int(curves.k[-1])
+    stars = []
+    for (model, depth), ce in curves.ce.items():
+        for (j, tokens), target in itertools.product(enumerate(curves.budgets), TARGETS):
+            draws = k_star(curves.k, ce[:, :, j], target)
+            stars.append(KStar(model, depth, recipe, sinks, int(tokens), target, *ends, draws))
+    return stars
+
+
+K_STARS = """\
+## k*, the smallest k that reaches a CE_rec
+
+{table}
+
+Linear between grid points; tax: k* of {large} over that of {small}. Bootstrap over seeds and documents.
+"""
+
+
+def k_star_section(stars: list[KStar], small: str, large: str) -> str:
+    """Every k*, and the tax of `large` over `small`: models, or hooks."""
+    of_small = {star.cell: star for star in stars if star.model == small}
+    rows = []
+    for star in stars:
+        value, lo, hi = map(two_digits, star.words())
+        taxed = star.model == large != small and star.cell in of_small
+        rows.append(
+            {
+                "model": star.model,
+                "depth": star.depth,
+                "recipe": star.recipe,
+                "sinks": star.sinks,
+                "tokens": readable_count(star.tokens),
+                "CE_rec": star.target,
+                "k*": value,
+                "95%": ends(lo, hi),
+                "tax": tax(of_small[star.cell], star) if taxed else "",
+            }
+        )
+    return K_STARS.format(table=markdown(rows, list(rows[0])), small=small, large=large)
+
+
+def tax(small: KStar, large: KStar) -> str:
+    """k* of the larger model over that of the smaller one; empty where one lies beyond the grid."""
+    known = np.isfinite(small.draws) & np.isfinite(large.draws)
+    if not known[0]:
+        return ""
+    with np.errstate(invalid="ignore"):
+        ratio = np.where(known, large.draws / small.draws, np.nan)
+    lo, hi = stats.interval(ratio[3:])
+    return f"{two_digits(ratio[0])} {ends(two_digits(lo), two_digits(hi))}"
+
+
+def two_digits(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.2f}" if np.isfinite(value) else "undefined"
+
+
+def ends(lo: str, hi: str) -> str:
+    return "undefined" if lo == "undefined" else f"[{lo}, {hi}]"
+
+
+# -------------------------------------------------------------------------------------------------- power law
+def power_law(tokens: np.ndarray, ce: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """CE_rec = limit - a tokens^-b by least squares: tokens [n], ce [R,n] -> (limit [R], b [R]).
+
+    For a given b it is a line, so only b is searched, on a grid (variable projection: Golub & Pereyra 1973).
+    nan where the best b is at the grid's end: the curve then has no bend from which a limit could be read.
+    """
+    exponents = np.geomspace(0.05, 3, 60)
+    errors, limits = np.empty((2, len(exponents), len(ce)))
+    for i, b in enumerate(exponents):
+        x = tokens.astype(float) ** -b
+        x = x / x.max()
+        slope = ((ce - ce.mean(1, keepdims=True)) @ (x - x.mean())) / ((x - x.mean()) ** 2).sum()
+        limits[i] = ce.mean(1) - slope * x.mean()
+        errors[i] = ((ce - limits[i][:, None] - slope[:, None] * x) ** 2).sum(1)
+    best = errors.argmin(0)
+    bends = (best > 0) & (best < len(exponents) - 1)
+    limit = np.where(bends, limits[best, np.arange(len(best))], np.nan)
+    return limit, np.where(bends, exponents[best], np.nan)
+
+
+def laws(curves: Curves, recipe: str, sinks: str, decay: bool) -> list[dict]:
+    """Rows: the power law over budgets of every model, depth and k.
+
+    decay: whether every budget has one of its own; else they are checkpoints of one run, and not fitted.
+    """
+    rows = []
+    for (model, depth), ce in curves.ce.items():
+        for i, k in enumerate(curves.k):
+            limit, exponent, lo, hi = np.nan, np.nan, np.nan, np.nan
+            if decay and len(curves.budgets) >= MIN_BUDGETS:
+                limits, exponents = power_law(curves.budgets, ce[:, i])
+                limit, exponent = limits[0], exponents[0]
+                if np.isfinite(limit):
+                    lo, hi = stats.interval(limits[3:])
+            row = dict(model=model, depth=depth, recipe=recipe, sinks=sinks, k=int(k))
+            rows.append(row | dict(limit=limit, limit_lo=lo, limit_hi=hi, exponent=exponent))
+    return rows
+
+
+LAWS = """\
+CE_rec = limit − a · tokens^−b, least squares; bootstrap over seeds and documents:
+
+{table}
+"""
+NO_LIMIT = """\
+{which}: not identified ({least} decayed budgets are needed, and a curve that bends).
+"""
+
+
+def law_section(laws: list[dict]) -> str:
+    known = [row for row in laws if np.isfinite(row["limit"])]
+    if not known:
+        return NO_LIMIT.format(which="CE_rec at infinite tokens", least=MIN_BUDGETS)
+    names = ["model", "depth", "recipe", "sinks", "k"]
+    rows = []
+    for row in known:
+        key = {name: row[name] for name in names}
+        rows.append(key | {"CE_rec at infinity": estimate(row, "limit", 3), "b": row["exponent"]})
+    section = LAWS.format(table=markdown(rows, list(rows[0])))
+    if len(known) < len(laws):
+        section += "\n" + NO_LIMIT.format(which=f"{len(laws) - len(known)} other curves", least=MIN_BUDGETS)
+    return section
+
+
+# ------------------------------------------------------------------------------------------------------- plot
+UNTRAINED = "ce_orig ce_zero ce_mean l0".split()  # these do not depend on training
+ONE_SCALE = (  # these are read against each other
+    "r2 r2_nosink r2_defl1 r2_ln".split(),
+    "nmse nmse_tok".split(),
+    "swd_tok swd_seq swd_sampled".split(),
+    "ce_rec ce_rec_sinkclean".split(),
+    "frac_zero frac_mean".split(),
+    "fed fed_nosink fed_iso_nosink".split(),
+)
+LOGARITHMIC = "swd_tok swd_seq swd_sampled gd_abs kl mse".split()
+
+
+def budget_axis(axis: Any, budgets: list[int]) -> None:
+    axis.set_xscale("log")
+    axis.set_xticks(budgets, [readable_count(b) for b in budgets])
+    axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.3)
+
+
+def learning_plot(saes: list[dict], settings: dict[str, Any]) -> bytes:
+    """PNG of every metric against training tokens, a sheet to look things up in: colour = model, line =
+    recipe and sinks, k beside the end of its line.
+    """
+    plt = pyplot()
+    metrics = [metric.name for metric in METRICS if metric.name not in UNTRAINED]
+    colours = model_colours(settings["models"])
+    arms = sorted({(row["recipe"], row["sae"]) for row in saes})
+    styles = dict(zip(arms, itertools.cycle(("-", "--", ":", "-."))))
+    n_columns = 5
+    n_rows = -(-len(metrics) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(12, 1.95 * n_rows), sharex=True, layout="constrained"
+    )
+    of_metric = dict(zip(metrics, axes.flat))
+    for first, *others in ONE_SCALE:
+        for other in others:
+            of_metric[other].sharey(of_metric[first])
+    ends: dict[str, list] = {metric: [] for metric in metrics}
+    for metric, axis in of_metric.items():
+        for (model, recipe, sae, k), here in grouped(saes, ["model", "recipe", "sae", "k"]).items():
+            by_budget = sorted(grouped(here, ["tokens"]).items())
+            budgets = [budget for (budget,), _ in by_budget]
+            means = [float(np.mean([row[metric] for row in rows])) for _, rows in by_budget]
+            axis.plot(
+                budgets,
+                means,
+                styles[recipe, sae],
+                marker=".",
+                markersize=4,
+                color=colours[model],
+                alpha=0.8,
+                linewidth=1,
+            )
+            if (recipe, sae) == arms[0] and np.isfinite(means[-1]):
+                ends[metric].append((means[-1], str(k), colours[model]))
+        axis.set_title(metric, fontsize=9)
+        if metric in LOGARITHMIC:
+            axis.set_yscale("log")
+        axis.tick_params(labelsize=7, which="both")
+        budget_axis(axis, settings["tokens"])
+        axis.tick_params(axis="x", labelrotation=90 if len(settings["tokens"]) > 4 else 0)
+    for metric, axis in of_metric.items():  # now that what shares a scale is all drawn
+        if metric in LOGARITHMIC:
+            decade_ticks(axis.yaxis, axis.get_ylim(), fontsize=7)
+        if ends[metric]:
+            label_ends(axis, ends[metric], fontsize=5.5)
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    for axis in axes.flat[len(metrics) - n_columns : len(metrics)]:
+        axis.tick_params(labelbottom=True)
+
+    handles = [plt.Line2D([], [], color=colours[model], label=model) for model in settings["models"]]
+    if len(arms) > 1:
+        handles += [
+            plt.Line2D([], [], color="0.3", linestyle=styles[arm], label=" ".join(arm)) for arm in arms
+        ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+        title="against training tokens of an SAE; the number at a line's end is its k",
+        title_fontsize=9,
+    )
+    figure.suptitle("Every metric over the training of the SAEs, means over seeds", fontsize=10)
+    return as_png(figure)
