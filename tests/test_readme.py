@@ -307,7 +307,7 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
     if name == "torchrun":
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         name, arguments = "python", words[at:]
-    if name == "python" and arguments[:2] == ["-m", "transport_geometry.formats.sae_files"]:
+    if name == "python" and arguments[:2] == ["-m", "transport_geometry.formats"]:
         for verb in ("listed", "export"):
             monkeypatch.setattr(sae_files, verb, lambda *given: given)
         monkeypatch.setattr(sys, "argv", ["formats", *arguments[2:]])
