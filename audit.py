@@ -38,9 +38,8 @@ from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.records import store
 from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
 from transport_geometry.records.tables import as_csv, as_json, grouped, markdown, plain
-from transport_geometry.reporting import chart
 from transport_geometry.reporting.console import Answer, conclude, hushed
-from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, as_png, pyplot
+from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.reporting.where_it_hurts import of_folder
 from transport_geometry.reporting.words import WORDS, with_words
@@ -93,7 +92,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Answer, str, str]:
         "leaderboard.csv": as_csv(board, LEADERBOARD),
         "verdict.json": as_json(verdict),
         "report.md": "\n".join([*report, *about_the_run(saes, settings)]).encode(),
-        "audit.png": as_png(picture(rows, two)),
+        "audit.png": picture(rows, two),
         **pictures,
     }
     charts = [chart.of_saes(rows, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]

@@ -46,8 +46,8 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting import chart, published
 from transport_geometry.reporting import console as console
+from transport_geometry.reporting import published
 from transport_geometry.reporting.console import (
     Answer,
     as_sentence,
@@ -57,7 +57,7 @@ from transport_geometry.reporting.console import (
     hushed,
     number,
 )
-from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, as_png, label_ends, pyplot
+from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, label_ends, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running.grid import Command, sae_name
 from transport_geometry.running.run import Experiment, run
@@ -942,7 +942,7 @@ def plots(f: Findings) -> dict[str, bytes]:
     return drawn
 
 
-def delta_plot(deltas: list[dict], verdict: Verdict) -> bytes:
+def delta_plot(deltas: list[dict], verdict: Verdict) -> Any:
     """Both gaps with their intervals against training tokens, a panel for every depth and k; R² without sinks
     only where it is another line.
     """
@@ -971,10 +971,10 @@ def delta_plot(deltas: list[dict], verdict: Verdict) -> bytes:
     figure.supxlabel("training tokens of an SAE", fontsize=9)
     figure.supylabel(in_words(verdict.large, "−", verdict.small, verdict.depths), fontsize=9)
     figure.suptitle(f"{SAYS[verdict.leaf].capitalize()}: the two gaps, 95% bands", fontsize=10)
-    return as_png(figure)
+    return figure
 
 
-def mismatch_plot(deltas: list[dict]) -> bytes:
+def mismatch_plot(deltas: list[dict]) -> Any:
     """The mismatch rate of every k and budget, a panel for every depth."""
     ks, budgets, depths = (sorted({row[name] for row in deltas}) for name in ("k", "tokens", "depth"))
     size = (max(0.9 * len(budgets) * len(depths) + 1, 4.5), 0.42 * len(ks) + 1.2)
@@ -997,7 +997,7 @@ def mismatch_plot(deltas: list[dict]) -> bytes:
         if len(depths) > 1:
             axis.set_title(f"depth {depth}", fontsize=9)
     figure.suptitle("Seed pairs in which ΔR² and ΔCE_rec differ in sign", fontsize=10)
-    return as_png(figure)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------- main

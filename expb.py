@@ -7,58 +7,50 @@
     python expb.py --sae PATH_OR_ID,...              # SAEs that exist: audit.py does it
     python expb.py --from outputs/expb               # tables, verdict and plots again, without a model
 
+TopK SAEs are trained over models x layers x k, their reconstructions patched in, and every proxy and the
+cross-entropy measured on the same held-out tokens (the proxies: `measuring/metrics.py`).
+
 Two claims. Here: about these SAEs on these layers, units the evaluation documents (and seeds); always
 answered. In general: about other layers of these models, units the hooks, of which six effective ones are
 needed, since neighbouring layers share their errors.
 
 Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by CE_rec better than R^2, and
-better than the best Euclidean control. TopK SAEs are trained over models x layers x k, their reconstructions
-patched in, and every proxy and the cross-entropy measured on the same held-out tokens. Decided by partial
-Spearman given k, the error of dCE predicted for a hook that was left out, tests that count hooks, and the
-transfer gap across scale.
+better than the best Euclidean control. The rule stands below, fixed before any result.
 """
 
 import pathlib
-import sys
 
 from common import parse_args, run_script
 from transport_geometry.audit import trial_lines
-from transport_geometry.measuring.metrics import BY_NAME, PROXIES, Metric
-from transport_geometry.records import store
-from transport_geometry.records.results import about_the_run, behind, marked, measured, rows_hash
-from transport_geometry.records.tables import (
-    as_csv,
-    as_json,
-    estimate,
-    markdown,
-    plain,
-    read_table,
-    readable_count,
-    signed,
+from transport_geometry.measuring.metrics import BY_NAME, PROXIES
+from transport_geometry.records.results import about_the_run, behind, marked, measured
+from transport_geometry.records.tables import as_csv, estimate, markdown, readable_count, signed
+from transport_geometry.reporting.console import Answer, as_sentence, number
+from transport_geometry.reporting.figures import saes_against
+from transport_geometry.reporting.leaderboard_report import (
+    TEXT as SHARED_TEXT,
 )
-from transport_geometry.reporting import chart
-from transport_geometry.reporting.console import Answer, as_sentence, coloured, conclude, hushed, number
-from transport_geometry.reporting.figures import as_png, model_colours, points_legend, pyplot, score_axis
-from transport_geometry.reporting.page import with_page
+from transport_geometry.reporting.leaderboard_report import (
+    board_in_short,
+    how_to_read,
+    leaderboard_figure,
+    leaderboard_table,
+    scope,
+    what_r2_is_worth,
+    within,
+)
+from transport_geometry.reporting.templates import blocks
 from transport_geometry.reporting.where_it_hurts import of_folder
 from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
 from transport_geometry.running import commands
-from transport_geometry.running.run import Experiment, run
-from transport_geometry.statistics import claims, leaderboard
-from transport_geometry.statistics.leaderboard import (
-    AFTER_EXP_A,
-    LEADERBOARD,
-    about_these,
-    board_in_short,
-    how_to_read,
-    leaderboard_plot,
-    leaderboard_table,
-    of_target,
-    what_r2_is_worth,
-)
+from transport_geometry.running.experiment import Findings, run_and_report
+from transport_geometry.running.run import Experiment
+from transport_geometry.statistics import claims
+from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, of_target, ranked
+from transport_geometry.statistics.stats import ALPHA, MIN_CLUSTERS, MIN_HOOKS, MIN_IN_RANGE
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # 3 models x 6 layers = 18 hooks: hooks, not k and not seeds, are what the tests and the bootstrap count
 GRID = dict(
@@ -70,128 +62,165 @@ GRID = dict(
     ctx=256,
 )
 N_RESAMPLES = 2000
+TEXT = blocks("expb")
+
+
+# ------------------------------------------------------------------------ the rule, fixed before any result
+MIN_DIFFERENCE = 0.10  # (a): partial Spearman, SWD minus the control
+MAX_GAMMA_RATIO = 0.5  # (b): |transfer gap| of SWD over the control's
+CANNOT = "cannot be shown here"
+
+
+def leaf_h2(swd: Contest) -> tuple[str, str]:
+    """The pre-registered rule of H2 in general: (leaf, why), the first that applies.
+
+    Three claims, each against a control chosen on half A of the documents and tested on half B:
+      (a) order: partial Spearman higher by 0.10 or more, swap p < .05;
+      (b) scale: |transfer gap| at most half of the control's, the 95% interval of the difference above 0;
+      (c) size: the leave-one-hook-out error of log10 dCE smaller.
+    Order within k is one question and size another: H2 is supported only where both point the same way.
+    """
+    own, control = swd.of_the_proxy, swd.a_control
+    order = own["diff_control"] >= MIN_DIFFERENCE and own["p_control"] < ALPHA
+    order_r2 = own["diff_r2"] >= MIN_DIFFERENCE and own["p_r2"] < ALPHA
+    worse = own["diff_control"] < 0 and own["p_control"] < ALPHA
+    size_gain = own["diff_loho_control"]
+    size = size_gain > 0 and own["p_loho"] < ALPHA
+
+    # is there enough to judge?
+    if swd.n_clusters < MIN_CLUSTERS:
+        return "undecided", f"{swd.n_clusters} hooks, {MIN_CLUSTERS} needed"
+    if swd.n_effective < MIN_CLUSTERS:
+        return "undecided", (
+            f"neighbouring hooks share their errors, so that {swd.n_clusters} say as much as "
+            f"{swd.n_effective:.1f} independent ones, {MIN_CLUSTERS} needed"
+        )
+    if np.isnan(own["p_control"]):
+        return "undecided", "the difference to the best control is undefined"
+
+    # order and size must not disagree
+    if order and np.isnan(size_gain):
+        return "undecided", (
+            f"ranks better than {control}, and how well it predicts the size of dCE is undefined "
+            "(a dCE that is not positive has no logarithm)"
+        )
+    if order and not size_gain > 0:
+        return "undecided", (
+            f"the two statistics disagree: it ranks better than {control}, and does not predict the "
+            "size of dCE better"
+        )
+    if not order and size:
+        return "undecided", (
+            "the two statistics disagree: it predicts the size of dCE better, and is not shown to rank "
+            f"better than {control}"
+        )
+
+    # not (a): because it is no better, or because nothing could have been?
+    if not order and order_r2:
+        return "beats-r2-only", f"ranks better than r2, not shown to rank better than {control}"
+    if not order and (missing := no_room(swd, worse)):
+        return CANNOT, (
+            f"{control} leaves {swd.room:.2f} to gain in partial Spearman, less than {' and '.join(missing)}"
+            + ("; and it ranks worse" if worse else "")
+        )
+    if worse:
+        return "rejected", f"ranks worse than {control}"
+    if not order:
+        return "rejected", f"not shown to rank better than {control}, nor than r2"
+
+    # (a) and (c): better ranks that do not carry over across scale are not what H2 claims
+    if np.isnan(swd.gamma_proxy) or np.isnan(swd.gamma_control):  # one model, or no depth in common
+        return "undecided", "ranks better, transfer across scale undefined on this grid"
+    if not transfer_judged(swd):
+        return "not-transferable", (
+            "ranks better, but too few of the larger model's values are in range to judge"
+        )
+    if not transfer_holds(swd):
+        return "rejected", f"ranks better than {control}, not shown to transfer better than {swd.b_control}"
+    return "supported", f"ranks better than {control} and transfers across scale better than {swd.b_control}"
+
+
+def no_room(swd: Contest, worse: bool) -> list[str]:
+    """What the room above the control is less than."""
+    text = []
+    if swd.room < MIN_DIFFERENCE:
+        text.append(f"the margin of {MIN_DIFFERENCE:.2f}")
+    if swd.p_perfect >= ALPHA:
+        text.append(f"what could show here (p would be {swd.p_perfect:.2f} for the target itself)")
+    if swd.room < swd.smallest_detectable and not worse:
+        text.append(f"the {swd.smallest_detectable:.2f} that shows here in four of five cases")
+    return text
+
+
+def transfer_judged(swd: Contest) -> bool:
+    return swd.in_range_proxy >= MIN_IN_RANGE and swd.in_range_control >= MIN_IN_RANGE
+
+
+def transfer_holds(swd: Contest) -> bool:
+    smaller = abs(swd.gamma_proxy) <= MAX_GAMMA_RATIO * abs(swd.gamma_control)
+    return transfer_judged(swd) and smaller and swd.gamma_gain_lo > 0
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def analyse(out: pathlib.Path, settings: dict, colour: bool = False) -> tuple[dict, str]:
-    """leaderboard.csv, verdict.json, report.md and the plots: (verdict, the table to print).
-
-    A pure function of conditions.csv and sequences.npz.
-    """
+def analyse(out: pathlib.Path, settings: dict) -> Findings:
+    """Everything after one row per SAE: a pure function of conditions.csv and sequences.npz."""
     found = measured(out, settings, N_RESAMPLES)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
-    board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
-    said = vars(answer(h2, board, settings))
-    verdict = plain(h2 | {"answer": said, "settings": settings, "rows_sha256": rows_hash(out)})
+    board, swd = ranked(scores, found, settings, N_RESAMPLES)
+    leaf, reason = leaf_h2(swd)
     saes = with_words(found.saes, found.values, min(settings["documents"]))
     where, pictures = of_folder(out)
-    files: dict[str, store.Content | None] = {
-        "leaderboard.csv": as_csv(board, LEADERBOARD),
-        "verdict.json": as_json(verdict),
-        "report.md": report(found.nulls, saes, board, verdict, settings, where),
-        **pictures,
-    }
-    charts = [chart.of_saes(saes, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
-    store.put(out / store.RUN, with_page(out, files | plots(saes, board, verdict), charts))
-    if verdict["n_clusters"] < verdict["min_hooks"]:  # nothing to rank proxies by: the SAEs themselves
-        return verdict, trial_lines(saes)
-    return verdict, board_in_short(read_table(out / "leaderboard.csv"), colour)
+    said = answer(leaf, reason, swd, board, settings)
 
+    def table(colour: bool) -> str:
+        few = swd.n_clusters < MIN_HOOKS  # nothing to rank proxies by: the SAEs themselves
+        return trial_lines(saes) if few else board_in_short(board, colour)
 
-def sentence_here(verdict: dict) -> str:
-    """What H2 comes to on these SAEs, in words."""
-    leaf, reason = verdict["here"]["leaf"], verdict["here"]["reason"]
-    return f"{leaf}. {claims.LEAVES[leaf]} ({reason})."
-
-
-QUESTION = (
-    "Does a score weighted by what the model feels (SWD) order SAEs by what patching them in does to "
-    "cross-entropy better than R² does, and better than any plain Euclidean score?"
-)
-FOUND = {
-    "supported": "SWD does better, by {diff_r2} than R² and by {diff_control} than the best Euclidean "
-    "control, {control}, and carries over between models better.",
-    "beats-r2-only": "SWD does better than R², by {diff_r2}, but is not shown to do better than the best "
-    "Euclidean control, {control} ({diff_control}).",
-    "rejected": "SWD is not shown to do better: {diff_r2} against R², {diff_control} against the best "
-    "Euclidean control, {control}.",
-    "not-transferable": "SWD does better, by {diff_control} than the best Euclidean control, {control}, but "
-    "the models' ranges hardly meet, so whether it carries over between them cannot be judged.",
-    leaderboard.CANNOT: "The best Euclidean control, {control}, leaves only {room} to gain, so SWD, at "
-    "{diff_r2} against R², could not have been shown to do better here.",
-    "undecided": "SWD stands at {diff_r2} against R², and this grid cannot decide: {reason}",
-}
-LIMITS = (
-    "It is about order at one k, not about size, and about {these}. Every proxy is "
-    "tested alone, and one not shown to be better is not shown to be equal."
-)
-
-
-def answer(verdict: dict, board: list[dict], settings: dict) -> Answer:
-    """verdict: on H2."""
-    text = FOUND[verdict["leaf"]].format(
-        **{name: number(verdict, name) for name in ("diff_r2", "diff_control")},
-        control=verdict["a_control"],
-        room="nothing" if verdict["room"] is None else f"{verdict['room']:.2f}",
-        reason=verdict["reason"],
+    return Findings(
+        answer=said,
+        verdict={"leaf": leaf, "reason": reason, **swd.record(), **rule(swd)},
+        short_verdict=f"H2: {leaf}; here: {swd.here['leaf']}",
+        report=report(leaf, reason, swd, board, saes, found.nulls, said, where, settings),
+        figures={**figures(saes, board, leaf, settings["models"]), **pictures},
+        table=table,
+        tables={"leaderboard.csv": as_csv(board, LEADERBOARD)},
     )
+
+
+def rule(swd: Contest) -> dict:
+    """What the rule asked, and its thresholds."""
+    own = swd.of_the_proxy
+    return dict(
+        a_holds=own["diff_control"] >= MIN_DIFFERENCE and own["p_control"] < ALPHA,
+        a_holds_vs_r2=own["diff_r2"] >= MIN_DIFFERENCE and own["p_r2"] < ALPHA,
+        b_judged=transfer_judged(swd),
+        b_holds=transfer_holds(swd),
+        alpha=ALPHA,
+        min_clusters=MIN_CLUSTERS,
+        min_hooks=MIN_HOOKS,
+        min_difference=MIN_DIFFERENCE,
+        max_gamma_ratio=MAX_GAMMA_RATIO,
+        min_in_range=MIN_IN_RANGE,
+    )
+
+
+def answer(leaf: str, reason: str, swd: Contest, board: list[dict], settings: dict) -> Answer:
     general = claims.none_in_general(board, settings["models"])
     if not general:
-        general = f"{what_r2_is_worth(board)} {as_sentence(text)}"
-        general = f"In general, about {claims.layers_of(settings['models'])}: {general}"
-    limits = AFTER_EXP_A + LIMITS.format(these=about_these(settings))
-    return Answer(QUESTION, f"{claims.in_short(board)} {general}", limits)
+        text = TEXT[leaf].format(
+            diff_r2=number(swd.of_the_proxy, "diff_r2"),
+            diff_control=number(swd.of_the_proxy, "diff_control"),
+            a_control=swd.a_control,
+            room="nothing" if np.isnan(swd.room) else f"{swd.room:.2f}",
+            reason=reason,
+        )
+        layers = claims.layers_of(settings["models"])
+        general = f"In general, about {layers}: {what_r2_is_worth(board)} {as_sentence(text)}"
+    limits = TEXT["limits"].format(exp_a=SHARED_TEXT["after exp-a"], scope=scope(settings))
+    return Answer(TEXT["question"], f"{claims.in_short(board)} {general}", limits)
 
 
-# ------------------------------------------------------------------------------------------ report, plots
-REPORT = """\
-# Exp-B: which proxy predicts patched cross-entropy?
-
-{answer}
-![every proxy against R²](leaderboard.png)
-
-The verdict here: {here}
-
-The verdict in general, H2: {leaf} ({reason}).
-
-## Here: how proxies order these SAEs by CE_rec
-
-{table_here}
-
-{how_to_read_here}
-
-![R² and SWD against CE_rec](swd_r2.png)
-
-{within}{general}## Every SAE
-
-{saes}
-
-{words}
-
-{where}
-
-## Null rows (never in a correlation)
-
-{nulls}
-
-null-gaussian is a drawn isotropic error, as long at every token as the error of the hook's middle SAE: its \
-kl_excess and fed_excess are 0 but for chance. `undefined`: the identity has no error, so fed, rho and the \
-excesses are 0/0; a reconstruction without a code has no alive, l0 and bits.
-
-{about}
-## Appendix: CE_rec against every proxy
-
-![every proxy](proxies.png)
-"""
-IN_GENERAL = """\
-{left_out}{board}
-
-{how_to_read}
-### Target KL
-
-{board_kl}
-
-"""
+# ------------------------------------------------------------------------------------------- report, figures
 OF_AN_SAE = "model layer k seed tokens r2 r2_nosink cosine swd_tok ce_rec frac_zero kl alive bits fed".split()
 OF_A_NULL = (
     "model layer sae r2 cosine swd_tok dce ce_rec kl kl_excess rho fed_nosink fed_iso_nosink fed_excess"
@@ -199,104 +228,70 @@ OF_A_NULL = (
 
 
 def report(
-    nulls: list[dict], saes: list[dict], board: list[dict], verdict: dict, settings: dict, where: str
-) -> bytes:
-    models = settings["models"]
-    strata = {name: name for name in claims.ARMS.values() if claims.row_of(board, "r2", name)}
-    strata |= {name: f"within {name}" for name in models if len(models) > 1}
-    within = [f"### Here, {title}\n\n{claims.table(board, name)}\n\n" for name, title in strata.items()]
-    none = claims.none_in_general(board, models)
-    judged = [row for row in board if row["n_effective"] >= verdict["min_clusters"]]
-    general = f"## In general: {claims.layers_of(models)}\n\n" + (f"{none}\n\n" if none else "")
-    if len(judged_pooled := {row["proxy"] for row in of_target(judged)}) > 1:
-        general += IN_GENERAL.format(
-            left_out=left_out(board, judged_pooled),
-            board=leaderboard_table(judged, "ce_rec", "pooled"),
-            how_to_read="\n".join(how_to_read(verdict, settings)),
-            board_kl=leaderboard_table(judged, "kl", "pooled"),
-        )
+    leaf: str,
+    reason: str,
+    swd: Contest,
+    board: list[dict],
+    saes: list[dict],
+    nulls: list[dict],
+    said: Answer,
+    where: str,
+    settings: dict,
+) -> str:
+    here = swd.here
     shown = [
         row | {"tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
         for row in marked(saes, settings)
     ]
-    text = REPORT.format(
-        answer=Answer(**verdict["answer"]).markdown(),
-        leaf=verdict["leaf"],
-        reason=verdict["reason"],
-        here=sentence_here(verdict),
+    return TEXT["report"].format(
+        answer=said.markdown(),
+        leaf=leaf,
+        reason=reason,
+        here=f"{here['leaf']}. {claims.LEAVES[here['leaf']]} ({here['reason']}).",
         table_here=claims.table(board),
         how_to_read_here=claims.how_to_read(settings, behind(settings)),
-        within="".join(within),
-        general=general,
+        within=within(board, settings["models"]),
+        general=general_section(swd, board, settings),
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
         where=where,
         nulls=markdown(marked(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
-    return text.encode()
 
 
-def left_out(board: list[dict], judged: set[str]) -> str:
-    """The proxies that the table in general leaves out, as a paragraph; empty where there are none."""
-    few = [f"{r['proxy']} ({r['n_effective']:.1f})" for r in of_target(board) if r["proxy"] not in judged]
-    return f"Too few effective hooks: {', '.join(few)}.\n\n" if few else ""
-
-
-def plots(saes: list[dict], board: list[dict], verdict: dict) -> dict[str, store.Content | None]:
-    """{file: PNG}."""
-    plt, columns, models = pyplot(), 4, verdict["settings"]["models"]
-    rank = {row["proxy"]: f"rank correlation at one k {estimate(row, 'partial')}" for row in of_target(board)}
-    two, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
-    for axis, name, called in zip(axes, ("r2", "swd_tok"), ("R²", "SWD")):
-        panel(axis, BY_NAME[name], saes, models)
-        axis.set_title(f"{called}: {rank[name]}", fontsize=9)
-    axes[0].set_ylabel("CE_rec")
-    two.legend(**points_legend(models), loc="outside lower center", ncols=len(models) + 1)
-
-    rows = -(-len(PROXIES) // columns)
-    every, axes = plt.subplots(rows, columns, figsize=(11, 2.5 * rows), sharey=True, layout="constrained")
-    for axis in axes.flat[len(PROXIES) :]:
-        axis.set_visible(False)
-    short = {row["proxy"]: signed(row["partial"]) for row in of_target(board)}
-    for axis, proxy in zip(axes.flat, PROXIES):
-        panel(axis, proxy, saes, models)
-        axis.tick_params(labelsize=8)
-        axis.set_xlabel("")
-        axis.set_title(f"{proxy.name}: {short[proxy.name]}", fontsize=9)
-    every.supylabel("CE_rec", fontsize=10)
-    every.suptitle(
-        "CE_rec against every proxy, better to the right, and its rank correlation at one k", fontsize=11
+def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
+    """The leaderboard over hooks, of the proxies that have hooks enough."""
+    none = claims.none_in_general(board, settings["models"])
+    text = f"## In general: {claims.layers_of(settings['models'])}\n\n" + (f"{none}\n\n" if none else "")
+    judged = [row for row in board if row["n_effective"] >= MIN_CLUSTERS]
+    names = {row["proxy"] for row in of_target(judged)}
+    if len(names) < 2:
+        return text
+    few = [f"{r['proxy']} ({r['n_effective']:.1f})" for r in of_target(board) if r["proxy"] not in names]
+    general = TEXT["general"].format(
+        left_out=f"Too few effective hooks: {', '.join(few)}.\n\n" if few else "",
+        board=leaderboard_table(judged, "ce_rec"),
+        how_to_read=how_to_read(swd, settings),
+        min_difference=MIN_DIFFERENCE,
+        board_kl=leaderboard_table(judged, "kl"),
     )
-    every.legend(**points_legend(models), loc="outside lower center", ncols=len(models) + 1)
+    return f"{text}{general}\n\n"
+
+
+def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -> dict[str, Figure]:
+    rows = {row["proxy"]: row for row in of_target(board)}
+    two = [
+        f"{name}: rank correlation at one k {estimate(rows[proxy], 'partial')}"
+        for name, proxy in (("R²", "r2"), ("SWD", "swd_tok"))
+    ]
+    every = [f"{proxy.name}: {signed(rows[proxy.name]['partial'])}" for proxy in PROXIES]
+    pair = [BY_NAME["r2"], BY_NAME["swd_tok"]]
     return {
-        "leaderboard.png": leaderboard_plot(board, verdict),
-        "swd_r2.png": as_png(two),
-        "proxies.png": as_png(every),
+        "leaderboard.png": leaderboard_figure(board, f"H2, that SWD does: {leaf}"),
+        "swd_r2.png": saes_against(saes, pair, models, two, size=(4.5, 4.2)),
+        "proxies.png": saes_against(saes, PROXIES, models, every),
     }
-
-
-def panel(axis: Axes, proxy: Metric, saes: list[dict], models: list[str]) -> None:
-    """CE_rec of every SAE against one proxy; colour = model, size = k."""
-    values = np.array([row[proxy.name] for row in saes])
-    for model, colour in model_colours(models).items():
-        here = [row for row in saes if row["model"] == model]
-        axis.scatter(
-            proxy.score(np.array([row[proxy.name] for row in here])),
-            [row["ce_rec"] for row in here],
-            s=[12 + 2.5 * row["k"] for row in here],
-            color=colour,
-            alpha=0.75,
-            edgecolor="white",
-            linewidth=0.5,
-        )
-    score_axis(axis, proxy, values)
-    axis.grid(alpha=0.3)
-
-
-def short_verdict(verdict: dict) -> str:
-    """In general; and here."""
-    return f"H2: {verdict['leaf']}; here: {verdict['here']['leaf']}"
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -304,12 +299,7 @@ def main() -> None:
     command = parse_args(__doc__, GRID)
     if command.grid.saes:
         return commands.instead("audit")
-    with hushed(command):
-        if (done := run(command, Experiment("expb", where=True))) is None:
-            return
-        out, settings = done
-        verdict, table = analyse(out, settings, coloured(sys.stdout))
-    conclude(command, out, Answer(**verdict["answer"]), table, short_verdict(verdict))
+    run_and_report(command, Experiment("expb", where=True), analyse)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,8 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting import chart
 from transport_geometry.reporting.console import Answer, coloured, conclude, hushed
-from transport_geometry.reporting.figures import as_png, decade_ticks, model_colours, points_legend, pyplot
+from transport_geometry.reporting.figures import decade_ticks, model_colours, points_legend, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
 from transport_geometry.running.grid import EvalSet
@@ -467,7 +466,7 @@ def plots(
     axes[0].set_ylabel("KL per token, measured at h + αδ")
     figure.suptitle("What the Fisher form says of a patch, against the KL it has (line: equal)", fontsize=10)
     figure.legend(**points_legend(settings["models"]), loc="outside lower center", ncols=4)
-    return {"leaderboard.png": leaderboard_plot(board, h2), "calibration.png": as_png(figure)}
+    return {"leaderboard.png": leaderboard_plot(board, h2), "calibration.png": figure}
 
 
 # ---------------------------------------------------------------------------------------------------- main

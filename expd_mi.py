@@ -46,9 +46,8 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting import chart
 from transport_geometry.reporting.console import Answer, coloured, columns, conclude, hushed
-from transport_geometry.reporting.figures import as_png, model_colours, pyplot
+from transport_geometry.reporting.figures import model_colours, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment, eval_batch, run
@@ -662,7 +661,7 @@ def plots(
 TITLES = {"pooled": "pooled, not to believe", "within": "within models, what H3 is about"}
 
 
-def h3_plot(hooks: list[dict], found: dict, models: list[str]) -> bytes:
+def h3_plot(hooks: list[dict], found: dict, models: list[str]) -> Any:
     """Left as they are, right with each model's mean taken out of both."""
     colours = model_colours(models)
     figure, axes = pyplot().subplots(1, 2, figsize=(9.5, 4), layout="constrained")
@@ -684,10 +683,10 @@ def h3_plot(hooks: list[dict], found: dict, models: list[str]) -> bytes:
     axes[0].set(xlabel="log(pr_defl1 / dim_fisher)", ylabel="log10 ΔCE that R² predicts, minus measured")
     axes[1].set(xlabel="log ratio minus its model's mean", ylabel="residual minus its model's mean")
     axes[0].legend(title="number = layer", fontsize=8)
-    return as_png(figure)
+    return figure
 
 
-def canyon_plot(hooks: list[dict], models: list[str]) -> bytes:
+def canyon_plot(hooks: list[dict], models: list[str]) -> Any:
     figure, axes = pyplot().subplots(
         1, len(models), figsize=(3.3 * len(models) + 1, 4), layout="constrained", squeeze=False, sharey=True
     )
@@ -709,10 +708,10 @@ def canyon_plot(hooks: list[dict], models: list[str]) -> bytes:
         ticks(lambda value, _: f"{value:g}")
     axes[0, 0].set_ylabel("dimensions")
     axes[0, -1].legend(fontsize=7)
-    return as_png(figure)
+    return figure
 
 
-def norms_plot(positions: list[dict], models: list[str]) -> bytes:
+def norms_plot(positions: list[dict], models: list[str]) -> Any:
     colours = model_colours(models)
     figure, axis = pyplot().subplots(figsize=(6.5, 3.8), layout="constrained")
     for model in models:
@@ -731,7 +730,7 @@ def norms_plot(positions: list[dict], models: list[str]) -> bytes:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return as_png(figure)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------- main

@@ -47,9 +47,8 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting import chart
 from transport_geometry.reporting.console import Answer, coloured, conclude, hushed
-from transport_geometry.reporting.figures import as_png, model_colours, pyplot
+from transport_geometry.reporting.figures import model_colours, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment, eval_batch, run
@@ -678,7 +677,7 @@ def plots(
     }
 
 
-def depth_plot(rows: list[dict], models: list[str]) -> bytes:
+def depth_plot(rows: list[dict], models: list[str]) -> Any:
     """KL by block, a line for each hook, a panel for each model."""
     plt = pyplot()
     figure, axes = plt.subplots(
@@ -696,10 +695,10 @@ def depth_plot(rows: list[dict], models: list[str]) -> bytes:
         if mine:
             axis.legend(title="patched", fontsize=8)
     axes[0, 0].set_ylabel("plan distortion: mean KL(A ‖ Â)\nover heads and queries, nats")
-    return as_png(figure)
+    return figure
 
 
-def mediation_plot(rows: list[dict], models: list[str]) -> bytes:
+def mediation_plot(rows: list[dict], models: list[str]) -> Any:
     """Shares of dCE by the hook's layer, a colour for each model."""
     plt = pyplot()
     colours = model_colours(models)
@@ -716,7 +715,7 @@ def mediation_plot(rows: list[dict], models: list[str]) -> bytes:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% of ΔCE")
     axes[0].legend(fontsize=8)
-    return as_png(figure)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------- main

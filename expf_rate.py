@@ -41,9 +41,8 @@ from transport_geometry.records.results import (
     rows_hash,
 )
 from transport_geometry.records.tables import as_csv, as_json, markdown, plain, read_table, short
-from transport_geometry.reporting import chart
 from transport_geometry.reporting.console import Answer, as_sentence, coloured, columns, conclude, hushed
-from transport_geometry.reporting.figures import BLUE, as_png, model_colours, pyplot
+from transport_geometry.reporting.figures import BLUE, model_colours, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running.grid import Command, EvalSet, sae_name
 from transport_geometry.running.run import Experiment, eval_batch, load, run
@@ -682,7 +681,7 @@ def plots(
 SHOWN = {R2: "1 − R²", "1-r2_fisher": "1 − R²_Fisher", BEHAVIOUR: "ΔCE / L_orig"}
 
 
-def rate_plot(lines: Curves, codes: list[Coded], spectra: list[dict], settings: dict) -> bytes:
+def rate_plot(lines: Curves, codes: list[Coded], spectra: list[dict], settings: dict) -> Any:
     """Loss against bits: a column for every depth, a row for every geometry."""
     plt, colours = pyplot(), model_colours(settings["models"])
     depths = sorted({depth for _, depth in lines.hooks()})
@@ -731,10 +730,10 @@ def rate_plot(lines: Curves, codes: list[Coded], spectra: list[dict], settings: 
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.supxlabel("bits a token", fontsize=10)
-    return as_png(figure)
+    return figure
 
 
-def ratio_plot(ratios: list[dict], verdict: dict) -> bytes:
+def ratio_plot(ratios: list[dict], verdict: dict) -> Any:
     """The ratio of losses at equal bits in every geometry."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
@@ -765,10 +764,10 @@ def ratio_plot(ratios: list[dict], verdict: dict) -> bytes:
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3, axis="x")
-    return as_png(figure)
+    return figure
 
 
-def front_plot(rates: list[dict], settings: dict) -> bytes:
+def front_plot(rates: list[dict], settings: dict) -> Any:
     """CE_rec against L0, the front of every hook joined."""
     plt, colours = pyplot(), model_colours(settings["models"])
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -789,10 +788,10 @@ def front_plot(rates: list[dict], settings: dict) -> bytes:
     axis.set_xticks(settings["k"], map(str, settings["k"]))
     axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3)
-    return as_png(figure)
+    return figure
 
 
-def direction_plot(directions: list[dict], settings: dict) -> bytes:
+def direction_plot(directions: list[dict], settings: dict) -> Any:
     """How much of the error the first eigendirections hold, of Sigma and of G."""
     plt, colours = pyplot(), model_colours(settings["models"])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
@@ -824,7 +823,7 @@ def direction_plot(directions: list[dict], settings: dict) -> bytes:
     axes[0].set_ylabel("share that they hold")
     handles = [plt.Line2D([], [], color=colours[m], label=m) for m in settings["models"]]
     axes[1].legend(handles=handles, fontsize=8, title="one line a hook")
-    return as_png(figure)
+    return figure
 
 
 # -------------------------------------------------------------------------------------- another script's rows

@@ -48,10 +48,10 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting import chart, published, summary
 from transport_geometry.reporting import console as console
+from transport_geometry.reporting import published, summary
 from transport_geometry.reporting.console import WIDTH, Answer, coloured, columns, conclude, hushed
-from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, SKY, as_png, label_ends, pyplot
+from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, SKY, label_ends, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running import commands
 from transport_geometry.statistics import claims
@@ -741,7 +741,7 @@ KINDS = {  # of sinks, as a reader may call them
 }
 
 
-def signature_plot(f: Findings) -> bytes:
+def signature_plot(f: Findings) -> Any:
     """Delta R^2 above, Delta CE_rec below: as published on the left, as planted on the right."""
     of_published = dict(delta_r2=GAP.delta_r2, delta_r2_lo=np.nan, delta_r2_hi=np.nan)
     of_published |= dict(
@@ -783,10 +783,10 @@ def signature_plot(f: Findings) -> bytes:
         axes[0].annotate(name, (0.06, y), xycoords="axes fraction", color=colour, fontsize=10)
     as_published = all(row["delta_r2_lo"] > 0 > row["delta_ce_rec_hi"] for _, row in planted)
     figure.suptitle(TITLES[as_published], fontsize=10)
-    return as_png(figure)
+    return figure
 
 
-def norms_plot(f: Findings) -> bytes:
+def norms_plot(f: Findings) -> Any:
     figure, axis = pyplot().subplots(figsize=(6, 3.4), layout="constrained")
     by_norm = norm_rows(f)
     norms = [row["norm"] for row in by_norm]
@@ -802,10 +802,10 @@ def norms_plot(f: Findings) -> bytes:
     axis.set_title("One position moves R² to where it says nothing", fontsize=10)
     axis.grid(alpha=0.3)
     label_ends(axis, [(by_norm[-1][metric], metric, colour) for metric, _, colour in styles])
-    return as_png(figure)
+    return figure
 
 
-def power_plot(f: Findings) -> bytes:
+def power_plot(f: Findings) -> Any:
     figure, axis = pyplot().subplots(figsize=(6, 3.4), layout="constrained")
     # side by side, as three of them come out alike
     styles = (
@@ -826,7 +826,7 @@ def power_plot(f: Findings) -> bytes:
     axis.set_title("H2 is true by construction, the more to the right", fontsize=10)
     axis.grid(alpha=0.3)
     label_ends(axis, ends)
-    return as_png(figure)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------- main

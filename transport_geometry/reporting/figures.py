@@ -1,9 +1,11 @@
-"""Plots: the program that draws them, colours that mean the same in every one, and bytes that do not change.
+"""Figures: colours that mean the same in every one, the few kinds of panels that experiments draw, and each
+figure as PNG and as SVG, to bytes that do not change.
 
 matplotlib is imported where something is drawn, not before: it is slow, and a run without plots needs none.
 """
 
 import io
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -114,9 +116,165 @@ def label_ends(axis: "Axes", lines: Sequence[tuple[float, str, typing.Any]], fon
         )
 
 
+# ------------------------------------------------------------------------------------------------- panels
+def points(axis: "Axes", x: np.ndarray, y: np.ndarray, names: Sequence[str], **style: typing.Any) -> None:
+    """A mark for every row, which says its name in a page. x, y [n]; rows without both numbers are left out.
+    style: scatter's.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    there = np.isfinite(x) & np.isfinite(y)
+    style = {"edgecolor": "white", "linewidth": 0.5, "alpha": 0.75, **style}
+    marks = axis.scatter(x[there], y[there], **style)
+    marks.names = [name for name, known in zip(names, there) if known]  # type: ignore[attr-defined]
+
+
+def points_by_model(
+    axis: "Axes", rows: Sequence[dict], x: np.ndarray, y: np.ndarray, models: Sequence[str]
+) -> None:
+    """SAEs: colour = model, size = k. rows: of conditions.csv; x, y [n]: where each is drawn."""
+    names = np.array([f"{sae_name(row)}: {a:.4g}, {b:.4g}" for row, a, b in zip(rows, x, y)])
+    of_model, of_k = (np.array([row[name] or 0 for row in rows]) for name in ("model", "k"))
+    for model, colour in model_colours(models).items():
+        for k in np.unique(of_k[of_model == model]):  # of one size: a page then draws one shape many times
+            here = (of_model == model) & (of_k == k)
+            points(
+                axis, np.asarray(x)[here], np.asarray(y)[here], names[here], s=12 + 2.5 * k, color=[colour]
+            )
+
+
+def sae_name(row: dict) -> str:
+    """Of a row, in a few words: its hook, and what tells it from the others there."""
+    trained = [f"{row['tokens']:,} tokens", f"seed {row['seed']}"] if row.get("tokens") else []
+    return ", ".join([f"{row['model']}@{row['layer']} {row['sae']}", f"k {row['k']}", *trained])
+
+
+def intervals(
+    axis: "Axes",
+    names: Sequence[str],
+    at: np.ndarray,
+    lo: np.ndarray,
+    hi: np.ndarray,
+    looks: Sequence[tuple[typing.Any, str]],
+    says: Sequence[str] = (),
+    furthest: float = np.inf,
+) -> None:
+    """A row for each name, from below: its value, its interval and a line at 0; `says` in numbers at the
+    right. looks: (colour, marker) of each. What lies further left than `furthest`, and than the right end, is
+    only pointed to: one far worse would press the others together.
+    """
+    right = 1.1 * max(np.nanmax([at, hi], initial=0), 0.05)
+    left = min(1.1 * max(np.nanmax([-at, -lo], initial=0), 0.05), max(right, furthest))
+    axis.set(xlim=(-left, right), ylim=(-0.6, len(names) - 0.4))
+    for y, (x, first, last, (colour, marker)) in enumerate(zip(at, lo, hi, looks)):
+        if last > first:
+            axis.plot([first, last], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+        if -left <= x <= right:
+            axis.plot(x, y, marker, color=colour, markersize=6)
+        if min(first, x) < -left:
+            axis.plot(-left, y, "<", color=colour, markersize=6, clip_on=False)
+    for y, text in enumerate(says):
+        at_right = ("axes fraction", "data")
+        axis.annotate(text, (1.01, y), xycoords=at_right, va="center", fontsize=7.5, family="monospace")
+    axis.axvline(0, color="0.3", linewidth=1)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(alpha=0.3, axis="x")
+
+
+def lines(
+    axis: "Axes", curves: Sequence[tuple[Sequence, Sequence, Sequence, Sequence, dict]], zero: bool = True
+) -> None:
+    """Curves (x, y, lo, hi, plot's style) with their bands, and a line at 0."""
+    for x, y, lo, hi, style in curves:
+        axis.plot(x, y, **dict(markersize=4) | style)
+        axis.fill_between(x, lo, hi, color=style["color"], alpha=0.2, linewidth=0)
+    if zero:
+        axis.axhline(0, color="0.4", linewidth=0.8)
+    axis.grid(alpha=0.3)
+    axis.tick_params(labelsize=8)
+
+
+def heat_map(
+    axis: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequence[str], says: typing.Callable
+) -> None:
+    """Shares [rows, columns] between 0 and 1 as blues, each with its number. says: value -> text."""
+    axis.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        dark = "white" if value > 0.5 else "black"
+        axis.text(j, i, says(value), ha="center", va="center", fontsize=9, color=dark)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(labelsize=8, length=0)
+
+
+def saes_against(
+    rows: Sequence[dict],
+    metrics: Sequence[Metric],
+    models: Sequence[str],
+    titles: Sequence[str],
+    columns: int = 4,
+    size: tuple[float, float] = (2.75, 2.5),
+) -> "Figure":
+    """CE_rec of every SAE against each metric's score, better to the right: a panel each."""
+    columns = min(columns, len(metrics))
+    n = -(-len(metrics) // columns)
+    shape = dict(figsize=(size[0] * columns, size[1] * n), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(n, columns, **shape)
+    target = np.array([row["ce_rec"] for row in rows], float)
+    for axis, metric, title in zip(axes.flat, metrics, titles):
+        values = np.array([row[metric.name] for row in rows], float)
+        points_by_model(axis, rows, metric.score(values), target, models)
+        score_axis(axis, metric, values)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    figure.supylabel("CE_rec", fontsize=10)
+    figure.legend(**points_legend(models), loc="outside lower center", ncols=len(models) + 1)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- as files
+INKS = {"#000000": "ink", "#ffffff": "paper", "#b0b0b0": "line", "#666666": "soft", "#4c4c4c": "soft"}
+
+
+def as_svg(figure: "Figure", name: str) -> str:
+    """For a page: `<svg>...</svg>`, whose text is text, whose black and white are the page's ink and paper,
+    and in which every mark of `points` has its name as a `<title>`. name: the figure's, in its ids.
+    """
+    from xml.etree import ElementTree
+
+    marks: list[typing.Any] = figure.findobj(lambda artist: hasattr(artist, "names"))
+    for i, artist in enumerate(marks):
+        artist.set_gid(f"marks-{i}")
+    image = io.StringIO()
+    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
+    svg = "{http://www.w3.org/2000/svg}"
+    ElementTree.register_namespace("", svg[1:-1])
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(image.getvalue())
+    for metadata in root.findall(f"{svg}metadata"):
+        root.remove(metadata)
+    for i, artist in enumerate(marks):
+        group = root.find(f".//*[@id='marks-{i}']")
+        if group is None:  # no mark of it is drawn
+            continue
+        drawn = group.findall(f".//{svg}use") or group.findall(f".//{svg}path")
+        for mark, text in zip(drawn, artist.names, strict=True):
+            ElementTree.SubElement(mark, f"{svg}title").text = text
+    text = re.sub(r"(\.\d\d)\d+", r"\1", ElementTree.tostring(root, encoding="unicode"))  # of a point: enough
+    return re.sub("|".join(INKS), lambda found: f"var(--{INKS[found[0]]})", text)
+
+
 def as_png(figure: "Figure") -> bytes:
-    """A PNG without the program's version in it: the same bytes from the same numbers. Closes it."""
+    """Without the program's version in it: the same bytes from the same numbers."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
-    pyplot().close(figure)
     return image.getvalue()
+
+
+def close(figure: "Figure") -> None:
+    """pyplot keeps every figure until it is told."""
+    pyplot().close(figure)

@@ -1,14 +1,12 @@
 """report.html: the report as one page that needs nothing but itself.
 
-Its text is report.md's, by markdown-it; its pictures are in it; its charts are `chart`'s. A script of a few
-lines sorts tables by their columns and says what a mark of a chart is; without it everything is there to
-read. Nothing is asked of a network, and the page forbids itself to (its Content-Security-Policy): names come
-from files of others. The same files give the same bytes.
+Its text is report.md's, by markdown-it; its figures are in it as SVG. A script of a few lines sorts tables by
+their columns; without it everything is there to read. Nothing is asked of a network, and the page forbids
+itself to (its Content-Security-Policy): names come from files of others. The same files give the same bytes.
 """
 
 import base64
 import hashlib
-import io
 import pathlib
 import typing
 import urllib.parse
@@ -17,29 +15,30 @@ from html import escape
 from typing import Any
 
 from transport_geometry.records.tables import Content
+from transport_geometry.reporting.figures import as_png, as_svg, close
 from transport_geometry.reporting.glossary import TERMS, with_glossary
 
 if typing.TYPE_CHECKING:
     from markdown_it.token import Token
+    from matplotlib.figure import Figure
 
 REPORT, PAGE = "report.md", "report.html"
-INKS = 64  # of a picture in the page: a plot has few, and a quarter of the bytes is left
 SENTENCE = 36  # letters in a cell
 
 STYLE = """\
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1b1b;--soft:#5c5c5c;--line:#d4d4d4;
---band:#f4f4f2;--c0:#0072b2;--c1:#e69f00;--c2:#009e73;--c3:#d55e00;--c4:#cc79a7;--c5:#56b4e9;--c6:#000;--c7:#f0e442}
+--band:#f4f4f2;--focus:#0072b2}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#16181b;--ink:#e8e8e6;--soft:#a8a8a4;
---line:#3c4046;--band:#202327;--c0:#3f9fe0;--c2:#1fc197;--c3:#f07a2b;--c6:#fff}}
+--line:#3c4046;--band:#202327;--focus:#3f9fe0}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:break-word}
 p,li,h1{max-width:48rem}
-p:has(img){max-width:none}
+p:has(svg){max-width:none}
 h1{font-size:1.6rem;line-height:1.25}
 h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid var(--line)}
 a{color:inherit}
-:focus-visible{outline:3px solid var(--c0);outline-offset:1px}
+:focus-visible{outline:3px solid var(--focus);outline-offset:1px}
 code,pre{font:.85rem/1.4 ui-monospace,monospace}
 pre,.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:4px}
 pre{padding:.6rem;background:var(--band)}
@@ -50,7 +49,7 @@ th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;white-space:nowrap
 border-bottom:1px solid var(--line)}
 th{background:var(--band)}
 th button{all:unset;cursor:pointer;font-weight:600}
-th button:focus-visible{outline:3px solid var(--c0)}
+th button:focus-visible{outline:3px solid var(--focus)}
 th button::after{content:"\\2195";margin-left:.3em;color:var(--soft);font-weight:400}
 th[aria-sort=ascending] button::after{content:"\\2191";color:inherit}
 th[aria-sort=descending] button::after{content:"\\2193";color:inherit}
@@ -60,44 +59,22 @@ th:first-child{background:var(--band)}
 th[title] button{text-decoration:underline dotted}
 tbody tr:hover td{background:var(--band)}
 .scroll.picture{display:block;border:0}
-img{display:block;max-width:100%;height:auto;border-radius:4px}
-figure{margin:1.5rem 0}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1rem}
-svg.chart{display:block;width:100%;max-width:38rem;touch-action:manipulation}
-svg.chart text{fill:var(--ink);font-size:12.5px}
-.mid{text-anchor:middle}
-.end{text-anchor:end}
-.grid{stroke:var(--line);fill:none}
-.zero{stroke:var(--soft);stroke-width:1.5}
-.mark,.key path{fill:var(--it);stroke:var(--ink);stroke-width:.6;fill-opacity:.85}
-polyline,.bar{fill:none;stroke:var(--it);stroke-width:1.6}
-.mark.near{stroke-width:2.2}
-.mark:focus-visible{outline:none;stroke-width:3}
-.plain{--it:none}.c0{--it:var(--c0)}.c1{--it:var(--c1)}.c2{--it:var(--c2)}.c3{--it:var(--c3)}
-.c4{--it:var(--c4)}.c5{--it:var(--c5)}.c6{--it:var(--c6)}.c7{--it:var(--c7)}
-.keys{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0;margin:.5rem 0;
-font-size:.9rem}
-.key{width:1rem;height:1rem;vertical-align:-.15rem;margin-right:.3rem}
-figcaption{color:var(--soft);font-size:.9rem}
-#tip{position:fixed;z-index:2;max-width:min(24rem,calc(100vw - 1rem));padding:.4rem .6rem;
-white-space:pre-line;pointer-events:none;background:var(--ink);color:var(--paper);border-radius:4px;font-size:.85rem}
-#tip[hidden]{display:none}
+svg.figure{display:block;max-width:100%;height:auto}
+svg.figure text{fill:var(--ink)}
 @media (max-width:40rem){.scroll.picture{border:1px solid var(--line)}
-.picture img{max-width:none;width:max(100%,40rem)}h1{font-size:1.35rem}
+.picture svg{max-width:none;width:max(100%,40rem)}h1{font-size:1.35rem}
 td:first-child,th:first-child{white-space:normal;min-width:6rem;max-width:40vw}}
 @page{size:A4 landscape;margin:12mm}
-@media print{body{max-width:none;padding:0;font-size:9pt}nav,#tip{display:none}
+@media print{body{max-width:none;padding:0;font-size:9pt}nav{display:none}
 pre,.scroll{overflow:visible;border:0}pre{white-space:pre-wrap}
 table{width:100%;font-size:6.5pt}th,td{white-space:normal;padding:1pt 3pt}
 td.prose{min-width:0}td:first-child,th:first-child{position:static}
 th button{display:contents}th button::after{content:none!important}
-tr,img,figure{break-inside:avoid}h2,h3{break-after:avoid}.panels{grid-template-columns:1fr 1fr}}
+tr,svg{break-inside:avoid}h2,h3{break-after:avoid}}
 """
 
 SCRIPT = """\
 "use strict";
-const make = (tag, facts, into) => into.appendChild(Object.assign(document.createElement(tag), facts));
-
 // tables: a head sorts by its column, numbers by their value (an interval by its first), what is missing last
 const missing = text => text === "" || text === "undefined";
 function number(text) {
@@ -123,62 +100,11 @@ for (const table of document.querySelectorAll("table"))
   [...table.tHead.rows[0].cells].forEach((head, column) => {
     const name = head.textContent;
     head.textContent = "";
-    const button = make("button", {type: "button", textContent: name}, head);
+    const button = head.appendChild(document.createElement("button"));
+    Object.assign(button, {type: "button", textContent: name});
     button.ariaLabel = name || "first column";
     button.onclick = () => sort(table, column);
   });
-
-// charts: the mark that is nearest to the pointer, or has the focus, says what it is
-const tip = make("div", {id: "tip", hidden: true}, document.body);
-const leave = () => {
-  tip.hidden = true;
-  for (const mark of document.querySelectorAll(".near")) mark.classList.remove("near");
-};
-const centre = mark => {
-  const box = mark.getBoundingClientRect();
-  return [box.left + box.width / 2, box.top + box.height / 2];
-};
-function show(mark) {
-  leave();
-  mark.classList.add("near");
-  tip.textContent = mark.getAttribute("aria-label");
-  tip.hidden = false;
-  const [x, y] = centre(mark), box = tip.getBoundingClientRect();
-  const above = y - box.height - 12;
-  tip.style.left = Math.max(8, Math.min(x + 12, document.documentElement.clientWidth - box.width - 8)) + "px";
-  tip.style.top = (above > 8 ? above : y + 12) + "px";
-}
-for (const svg of document.querySelectorAll("svg.chart")) {
-  const marks = [...svg.querySelectorAll(".mark")];
-  marks.forEach((mark, i) => {
-    const title = mark.querySelector("title");
-    mark.setAttribute("role", "img");
-    mark.setAttribute("aria-label", title.textContent);
-    mark.setAttribute("tabindex", i ? -1 : 0);
-    title.remove();
-  });
-  svg.addEventListener("focusin", event => show(event.target));
-  svg.addEventListener("focusout", leave);
-  svg.addEventListener("keydown", event => {
-    const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
-    if (event.key === "Escape") leave();
-    if (!step) return;
-    event.preventDefault();
-    const from = marks.indexOf(event.target), to = marks[(from + step + marks.length) % marks.length];
-    marks[from].setAttribute("tabindex", -1);
-    to.setAttribute("tabindex", 0);
-    to.focus();
-  });
-  const point = event => {
-    const far = mark => Math.hypot(centre(mark)[0] - event.clientX, centre(mark)[1] - event.clientY);
-    const nearest = marks.reduce((best, mark) => far(mark) < far(best) ? mark : best, marks[0]);
-    if (nearest && far(nearest) < 24) show(nearest); else leave();
-  };
-  svg.addEventListener("pointermove", point);
-  svg.addEventListener("pointerdown", point);
-  svg.addEventListener("pointerleave", leave);
-}
-addEventListener("scroll", leave, {passive: true});
 """
 
 
@@ -191,7 +117,7 @@ FRAME = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
 style-src 'unsafe-inline'; script-src {policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -208,30 +134,31 @@ style-src 'unsafe-inline'; script-src {policy}">
 
 # ------------------------------------------------------------------------------------------------- the page
 def with_page(
-    folder: pathlib.Path, files: Mapping[str, Content | None], charts: Sequence[str] = ()
+    folder: pathlib.Path, files: Mapping[str, Content | None], figures: Mapping[str, "Figure"] | None = None
 ) -> dict[str, Content | None]:
-    """The files that are to be put into a folder: report.md with its glossary, and report.html made of it and
-    the pictures among them. charts: HTML, shown before the report's first section.
+    """The files that are to be put into a folder: `files`, of which report.md gets its glossary; report.html,
+    made of it; and of each of the figures {NAME.png: figure} its PNG. Closes them.
     """
     text = files[REPORT]
     assert isinstance(text, bytes)
-    report = with_glossary(text.decode())
-    pictures = {name: content for name, content in files.items() if name.endswith(".png")}
-    return {**files, REPORT: report.encode(), PAGE: page(report, pictures, charts, folder)}
+    report, figures = with_glossary(text.decode()), figures or {}
+    drawn = {name: as_svg(figure, name) for name, figure in figures.items()}
+    pictures = {name: as_png(figure) for name, figure in figures.items()}
+    for figure in figures.values():
+        close(figure)
+    return {**files, **pictures, REPORT: report.encode(), PAGE: page(report, drawn, folder)}
 
 
-def page(
-    report: str, pictures: Mapping[str, Any], charts: Sequence[str] = (), folder: pathlib.Path | None = None
-) -> bytes:
-    """A report in Markdown as a page. pictures {name: PNG}: those that it may show. folder: where it
-    will lie; a link to a report that has a page there leads to the page.
+def page(report: str, figures: Mapping[str, str], folder: pathlib.Path | None = None) -> bytes:
+    """A report in Markdown as a page. figures {name: SVG}: those that it may show. folder: where it will lie;
+    a link to a report that has a page there leads to the page.
     """
     from markdown_it import MarkdownIt
 
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     for rule, how in RULES.items():
         markdown.add_render_rule(rule, how)
-    env = {"pictures": pictures, "folder": folder}
+    env = {"figures": figures, "folder": folder}
     tokens = markdown.parse(report, env)
     sections = [i for i, token in enumerate(tokens) if token.type == "heading_open" and token.tag == "h2"]
     names = [plain_text(tokens[i + 1]) for i in sections]
@@ -249,7 +176,7 @@ def page(
     def render(part: Sequence["Token"]) -> str:
         return markdown.renderer.render(part, markdown.options, env)
 
-    body = [render(tokens[:first]), *charts, contents(names), render(tokens[first:])]
+    body = [render(tokens[:first]), contents(names), render(tokens[first:])]
     return FRAME.format(
         policy=_hash(SCRIPT), title=escape(title), style=STYLE, body="".join(body), script=SCRIPT
     ).encode()
@@ -291,17 +218,13 @@ def td_open(renderer: Any, tokens: Sequence["Token"], i: int, options: Any, env:
 
 
 def image(renderer: Any, tokens: Sequence["Token"], i: int, options: Any, env: Any) -> str:
-    """A picture of ours is in the page; of whatever else is called one, its text."""
+    """A figure of ours is in the page; of whatever else is called one, its text."""
     source, alt = str(tokens[i].attrGet("src") or ""), escape(plain_text(tokens[i]))
-    png = env["pictures"].get(urllib.parse.unquote(source))
-    if png is None:
+    svg = env["figures"].get(urllib.parse.unquote(source))
+    if svg is None:
         return alt
-    small, width, height = fewer_inks(png)
-    data = base64.b64encode(small).decode()
-    return (
-        f'<span class="scroll picture"><img src="data:image/png;base64,{data}" alt="{alt}" '
-        f'width="{width}" height="{height}" decoding="async"></span>'
-    )
+    labelled = svg.replace("<svg ", f'<svg class="figure" role="img" aria-label="{alt}" ', 1)
+    return f'<span class="scroll picture">{labelled}</span>'
 
 
 def link_open(renderer: Any, tokens: Sequence["Token"], i: int, options: Any, env: Any) -> str:
@@ -322,14 +245,3 @@ RULES = {
     "image": image,
     "link_open": link_open,
 }
-
-
-def fewer_inks(png: bytes) -> tuple[bytes, int, int]:
-    """(the picture in INKS colours, as PNG, its width, its height): what a page carries."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as whole:
-        small = whole.convert("RGB").quantize(INKS)
-    out = io.BytesIO()
-    small.save(out, format="PNG", optimize=True)
-    return out.getvalue(), small.width, small.height

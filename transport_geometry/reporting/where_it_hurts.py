@@ -6,16 +6,20 @@ Shapes: S evaluation sequences, T positions of which T-1 are evaluated. Harm is 
 
 import math
 import pathlib
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 from transport_geometry.records import store
 from transport_geometry.records.condition import Condition, hook_of
 from transport_geometry.records.tables import grouped, markdown, read_table, short
-from transport_geometry.reporting.figures import as_png, pyplot
+from transport_geometry.reporting.figures import pyplot
 
 import numpy as np
 import torch
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HARM, WORST = "harm.csv", "worst.csv"
 N_WORST = 10
@@ -71,8 +75,8 @@ def worst_tokens(
 
 
 # ---------------------------------------------------------------------------------------------- in a report
-def of_folder(out: pathlib.Path) -> tuple[str, dict[str, bytes]]:
-    """(section of the report in Markdown, {file: picture}) of a results folder; nothing of one of an earlier
+def of_folder(out: pathlib.Path) -> tuple[str, dict[str, "Figure"]]:
+    """(section of the report in Markdown, {file: figure}) of a results folder; nothing of one of an earlier
     version. Raises Damaged.
     """
     record = out / store.RUN
@@ -138,7 +142,7 @@ def quoted(text: Any) -> str:
     return "`" + repr(str(text))[1:-1].replace("|", "\\u007c").replace("`", "'") + "`"
 
 
-def plot(harm: Sequence[dict[str, Any]]) -> bytes:
+def plot(harm: Sequence[dict[str, Any]]) -> "Figure":
     """harm.png: a line a hook, early ones dark."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -155,4 +159,4 @@ def plot(harm: Sequence[dict[str, Any]]) -> bytes:
     axis.set_yscale("symlog", linthresh=0.1)
     axis.legend(fontsize=7, ncols=2, loc="upper right")
     axis.grid(alpha=0.25)
-    return as_png(figure)
+    return figure

@@ -8,7 +8,7 @@ from typing import Any
 
 from transport_geometry.measuring.metrics import METRICS
 from transport_geometry.records.tables import estimate, grouped, markdown, readable_count
-from transport_geometry.reporting.figures import as_png, decade_ticks, label_ends, model_colours, pyplot
+from transport_geometry.reporting.figures import decade_ticks, label_ends, model_colours, pyplot
 from transport_geometry.statistics import stats
 from transport_geometry.statistics.hook_pair import Conditions, mean_over
 
@@ -257,7 +257,7 @@ def budget_axis(axis: Any, budgets: list[int]) -> None:
     axis.grid(alpha=0.3)
 
 
-def learning_plot(saes: list[dict], settings: dict[str, Any]) -> bytes:
+def learning_plot(saes: list[dict], settings: dict[str, Any]) -> Any:
     """PNG of every metric against training tokens, a sheet to look things up in: colour = model, line =
     recipe and sinks, k beside the end of its line.
     """
@@ -324,4 +324,4 @@ def learning_plot(saes: list[dict], settings: dict[str, Any]) -> bytes:
         title_fontsize=9,
     )
     figure.suptitle("Every metric over the training of the SAEs, means over seeds", fontsize=10)
-    return as_png(figure)
+    return figure
