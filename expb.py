@@ -18,6 +18,7 @@ Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by
 better than the best Euclidean control. The rule stands below, fixed before any result.
 """
 
+import math
 import pathlib
 
 from common import parse_args, run_script
@@ -41,7 +42,7 @@ from transport_geometry.reporting.leaderboard_report import (
 )
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.reporting.where_it_hurts import of_folder
-from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
+from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, WORDS, with_words
 from transport_geometry.running import commands
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
@@ -178,7 +179,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
 
     return Findings(
         answer=said,
-        verdict={"leaf": leaf, "reason": reason, **swd.record(), **rule(swd)},
+        verdict={"leaf": leaf, "reason": reason, **swd.record(), **rule(swd), "saes": counted(saes)},
         short_verdict=f"H2: {leaf}; here: {swd.here['leaf']}",
         report=report(leaf, reason, swd, board, saes, found.nulls, said, where, settings),
         figures={**figures(saes, board, leaf, settings["models"]), **pictures},
@@ -202,6 +203,13 @@ def rule(swd: Contest) -> dict:
         max_gamma_ratio=MAX_GAMMA_RATIO,
         min_in_range=MIN_IN_RANGE,
     )
+
+
+def counted(saes: list[dict]) -> dict:
+    """How many SAEs have which word, and from how many to how many times a random error's KL theirs is."""
+    known = [math.exp(row["kl_excess"]) for row in saes if math.isfinite(row["kl_excess"])]
+    of_words = {word: n for word in WORDS if (n := sum(row["word"] == word for row in saes))}
+    return {"words": of_words, "kl_ratio": [min(known), max(known)] if known else None}
 
 
 def answer(leaf: str, reason: str, swd: Contest, board: list[dict], settings: dict) -> Answer:
