@@ -170,25 +170,6 @@ def ladder() -> str:
 
 
 # ---------------------------------------------------------------------------------------- docs/experiments.md
-def docstring(script: str) -> str:
-    return importlib.import_module(script).__doc__ or ""
-
-
-def minutes(script: str) -> str:
-    """How long the docstring says that the default run takes."""
-    said = re.search(rf"python {script}\.py +# .*?, (\w+ CPU-minutes)", docstring(script))
-    assert said, script
-    return said[1]
-
-
-def experiments() -> str:
-    lines = []
-    for script in SCRIPTS:
-        title, question = re.split(r": ", docstring(script).split("\n\n")[0].replace("\n", " "), maxsplit=1)
-        lines.append([title, question.replace("^2", "²"), f"`python {script}.py`", minutes(script)])
-    return table(["", "asks", "command", "takes"], lines)
-
-
 def answers(folder: str) -> str:
     """What the run found, and its limits."""
     said = runs()[folder].answer
@@ -444,24 +425,11 @@ def every_r2() -> str:
     return table(["ĥ", *(f"`{name.removeprefix('r2_')}`" for name in names)], lines)
 
 
-def files_read() -> str:
-    """The largest error of the table of bench/RESULTS.md."""
-    text = (ROOT / "bench/RESULTS.md").read_text(encoding="utf-8")
-    section = text.split("## Files that other libraries write")[1].split("\n## ")[0]
-    errors = [float(error) for error in re.findall(r"^\|[^|]+\| ([\d.e-]+) ", section, re.MULTILINE)]
-    return (
-        f"Files written by SAELens, sparsify and dictionary_learning themselves ({len(errors)} architectures) give "
-        f"here the forward that they give there, within {max(errors):.0e} "
-        "([bench/RESULTS.md](../bench/RESULTS.md))."
-    )
-
-
 PARTS: dict[str, Callable[[], str]] = {
     "picture": picture,
     "exp-b": exp_b,
     "glossary": twenty_words,
     "ladder": ladder,
-    "experiments": experiments,
     "exp-a-says": exp_a,
     "exp-b-says": exp_b_sizes,
     "exp-c-says": exp_c,
@@ -476,7 +444,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "h2": tree_of_h2,
     "words": rule_of_the_words,
     "every-r2": every_r2,
-    "files-read": files_read,
 }
 
 
