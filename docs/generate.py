@@ -9,6 +9,7 @@ every other figure with what it is about.
 """
 # ruff: noqa: E501 (sentences of pages)
 
+import ast
 import functools
 import importlib
 import pathlib
@@ -425,7 +426,29 @@ def every_r2() -> str:
     return table(["ĥ", *(f"`{name.removeprefix('r2_')}`" for name in names)], lines)
 
 
+# ----------------------------------------------------------------------------------------------- docs/code.md
+def modules() -> str:
+    """Every folder and module of the package, with the first sentence of its docstring."""
+    package, lines = ROOT / "transport_geometry", []
+    folders = sorted(path.parent for path in package.glob("*/__init__.py"))
+    for folder in [package, *folders]:
+        name = folder.relative_to(ROOT).as_posix() + "/"
+        lines.append(
+            f"- **`{name}`** {'' if folder == package else first_sentence(folder / '__init__.py')}".rstrip()
+        )
+        for path in sorted(folder.glob("*.py")):
+            if not path.name.startswith("__"):
+                lines.append(f"  - `{path.name}` {first_sentence(path)}")
+    return "\n".join(lines)
+
+
+def first_sentence(path: pathlib.Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "modules": modules,
     "picture": picture,
     "exp-b": exp_b,
     "glossary": twenty_words,
