@@ -254,7 +254,8 @@ def as_svg(figure: "Figure", name: str) -> str:
     svg = "{http://www.w3.org/2000/svg}"
     ElementTree.register_namespace("", svg[1:-1])
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ElementTree.fromstring(image.getvalue())
+    # coordinates to a hundredth of a point
+    root = ElementTree.fromstring(re.sub(r"(\.\d\d)\d+", r"\1", image.getvalue()))
     for metadata in root.findall(f"{svg}metadata"):
         root.remove(metadata)
     for i, artist in enumerate(marks):
@@ -264,7 +265,7 @@ def as_svg(figure: "Figure", name: str) -> str:
         drawn = group.findall(f".//{svg}use") or group.findall(f".//{svg}path")
         for mark, text in zip(drawn, artist.names, strict=True):
             ElementTree.SubElement(mark, f"{svg}title").text = text
-    text = re.sub(r"(\.\d\d)\d+", r"\1", ElementTree.tostring(root, encoding="unicode"))  # of a point: enough
+    text = ElementTree.tostring(root, encoding="unicode")
     return re.sub("|".join(INKS), lambda found: f"var(--{INKS[found[0]]})", text)
 
 
