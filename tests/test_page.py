@@ -202,6 +202,13 @@ def test_every_mark_lies_where_its_numbers_are_and_says_whose_they_are():
     assert svg([*ROWS, ROWS[0] | {"r2": np.nan}]).count("<title>") == len(ROWS)  # it has no place
 
 
+def test_no_digit_of_a_figures_text_is_lost():
+    figure, axis = figures.pyplot().subplots()
+    axis.set_title("CE_rec -0.09876")
+    assert ">CE_rec -0.09876<" in figures.as_svg(figure, "f.png")
+    figures.close(figure)
+
+
 def test_a_figure_is_drawn_once_and_a_page_gives_it_its_inks():
     files = page.with_page(ROOT, {"report.md": b"# a\n\n![SAEs](f.png)\n"}, {"f.png": a_figure()})
     assert files["f.png"].startswith(b"\x89PNG") and b'<svg class="figure"' in files["report.html"]

@@ -239,9 +239,9 @@ def saes_against(
 INKS = {"#000000": "ink", "#ffffff": "paper", "#b0b0b0": "line", "#666666": "soft", "#4c4c4c": "soft"}
 
 
-def as_svg(figure: "Figure", name: str) -> str:
+def as_svg(figure: "Figure", file: str) -> str:
     """For a page: `<svg>...</svg>`, whose text is text, whose black and white are the page's ink and paper,
-    and in which every mark of `points` has its name as a `<title>`. name: the figure's, in its ids.
+    and in which every mark of `points` has its name as a `<title>`. file: what its ids are drawn from.
     """
     from xml.etree import ElementTree
 
@@ -249,13 +249,15 @@ def as_svg(figure: "Figure", name: str) -> str:
     for i, artist in enumerate(marks):
         artist.set_gid(f"marks-{i}")
     image = io.StringIO()
-    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": file}):
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
     svg = "{http://www.w3.org/2000/svg}"
     ElementTree.register_namespace("", svg[1:-1])
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    # coordinates to a hundredth of a point
-    root = ElementTree.fromstring(re.sub(r"(\.\d\d)\d+", r"\1", image.getvalue()))
+    root = ElementTree.fromstring(image.getvalue())
+    for element in root.iter():  # coordinates to a hundredth of a point; text and titles are left alone
+        for name in {"d", "x", "y"} & element.keys():
+            element.set(name, re.sub(r"(\.\d\d)\d+", r"\1", element.attrib[name]))
     for metadata in root.findall(f"{svg}metadata"):
         root.remove(metadata)
     for i, artist in enumerate(marks):

@@ -16,13 +16,13 @@ FIRST = {
     "proxy": "a score that needs no patched run, such as R², cosine or SWD",
     "Euclidean control": "a plain error score without gradients and without sinks, which SWD has to beat",
     "SWD": "sensitivity-weighted distortion, the mean of (g·δ)², g the gradient of CE at the hook",
-    "Fisher form": "δᵀGδ, G the output's Fisher information pulled back to the hook: twice the KL of a small error",
+    "Fisher form": "δᵀGδ, G the output's Fisher information at the hook: twice the KL of a small error",
     "sink": "position 0, and positions whose norm is above ten medians; they can own R²",
     "sinks clean": "patched everywhere but at sinks",
     "kl_excess": "log of how many times the KL of a random error as long the SAE's error costs",
     "partial Spearman": "rank correlation among SAEs of one k",
     "here": "about these SAEs on these layers; units are documents and seeds",
-    "in general": "about other layers of these models; units are hooks, of which six effective ones are needed",
+    "in general": "about other layers of these models; units are hooks, six effective ones at least",
     "leaf": "the word in which a rule ends that was fixed before the result",
 }
 
