@@ -256,7 +256,7 @@ def as_svg(figure: "Figure", file: str) -> str:
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(image.getvalue())
     for element in root.iter():  # coordinates to a hundredth of a point; text and titles are left alone
-        for name in {"d", "x", "y"} & element.keys():
+        for name in {"d", "x", "y"} & element.attrib.keys():
             element.set(name, re.sub(r"(\.\d\d)\d+", r"\1", element.attrib[name]))
     for metadata in root.findall(f"{svg}metadata"):
         root.remove(metadata)
