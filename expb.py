@@ -290,7 +290,7 @@ def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
 def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -> dict[str, Figure]:
     rows = {row["proxy"]: row for row in of_target(board)}
     two = [
-        f"{name}: rank correlation at one k {estimate(rows[proxy], 'partial')}"
+        f"{name}: rank correlation at one k {claims.estimate_here(rows[proxy], "partial")}"
         for name, proxy in (("R²", "r2"), ("SWD", "swd_tok"))
     ]
     every = [f"{proxy.name}: {signed(rows[proxy.name]['partial'])}" for proxy in PROXIES]
