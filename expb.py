@@ -25,7 +25,7 @@ from common import parse_args, run_script
 from transport_geometry.audit import trial_lines
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.records.results import about_the_run, behind, marked, measured
-from transport_geometry.records.tables import as_csv, estimate, markdown, readable_count, signed
+from transport_geometry.records.tables import as_csv, markdown, readable_count, signed
 from transport_geometry.reporting.console import Answer, as_sentence, number
 from transport_geometry.reporting.figures import saes_against
 from transport_geometry.reporting.leaderboard_report import (
@@ -290,7 +290,7 @@ def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
 def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -> dict[str, Figure]:
     rows = {row["proxy"]: row for row in of_target(board)}
     two = [
-        f"{name}: rank correlation at one k {claims.estimate_here(rows[proxy], "partial")}"
+        f"{name}: rank correlation at one k {claims.estimate_here(rows[proxy], 'partial')}"
         for name, proxy in (("R²", "r2"), ("SWD", "swd_tok"))
     ]
     every = [f"{proxy.name}: {signed(rows[proxy.name]['partial'])}" for proxy in PROXIES]
