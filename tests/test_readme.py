@@ -24,7 +24,8 @@ import pretend
 from helpers import script
 from transport_geometry import kernels
 from transport_geometry.errors import Fault, UserError, run_script
-from transport_geometry.formats import sae_files
+from transport_geometry.formats import __main__ as sae_commands
+from transport_geometry.formats import saelens
 from transport_geometry.measuring import r2_by_library
 from transport_geometry.models import gguf_models, lm, plant, sources, text
 from transport_geometry.models.gguf_models import PACKAGED
@@ -153,7 +154,7 @@ COMPARED = {
     "SAEBench 0.6.0": "r2_saebench" in r2_by_library.LIBRARIES,
     "SAELens until 6.29": "6.29" in r2_by_library.LIBRARIES["r2_saelens_legacy"],
     "since 6.30": "SAELens' since 6.30" in r2_by_library.__doc__,
-    "SAELens 5 and 6": hasattr(sae_files, "FileSAE"),
+    "SAELens 5 and 6": hasattr(saelens, "VERSION_5") and hasattr(saelens, "VERSION_6"),
     "SAELens 6's default TopK trainer": pinned("sae-lens", "6.54.12"),
     "Gemma 2 and 3, Qwen 2 and 3": all(
         f'"{name}"' in (ROOT / "tests/test_models.py").read_text()
@@ -309,9 +310,9 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
         name, arguments = "python", words[at:]
     if name == "python" and arguments[:2] == ["-m", "transport_geometry.formats"]:
         for verb in ("listed", "export"):
-            monkeypatch.setattr(sae_files, verb, lambda *given: given)
+            monkeypatch.setattr(sae_commands, verb, lambda *given: given)
         monkeypatch.setattr(sys, "argv", ["formats", *arguments[2:]])
-        return sae_files.main()
+        return sae_commands.main()
     if name == "python" and arguments[0] == "common.py":
         shutil.copytree(REFERENCE / "expb", tmp_path / "outputs/expb")
         (tmp_path / "outputs/reference").symlink_to(REFERENCE)
