@@ -689,7 +689,8 @@ def test_the_first_saelens_files_keep_their_whole_run(tmp_path):
         "store_batch_size device seed dtype b_dec_init_method expansion_factor l1_coefficient lr "
         "lr_warm_up_steps train_batch_size feature_sampling_window resample_batches feature_reinit_scale "
         "dead_feature_window dead_feature_estimation_method dead_feature_threshold log_to_wandb "
-        "wandb_project wandb_log_frequency n_checkpoints checkpoint_path tokens_per_buffer run_name neuronpedia_id"
+        "wandb_project wandb_log_frequency n_checkpoints checkpoint_path tokens_per_buffer run_name "
+        "neuronpedia_id"
     )
     said = dict.fromkeys("is_dataset_tokenized use_cached_activations use_ghost_grads".split(), False)
     said |= dict.fromkeys(run.split(), 1) | dict(hook_point="blocks.2.hook_resid_pre", sae_lens_version=None)
