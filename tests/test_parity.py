@@ -23,7 +23,7 @@ for library in ("sae_lens", "sparsify", "dictionary_learning"):
 import peers  # noqa: E402
 
 import datasets  # noqa: E402
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402  # noqa: E402
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
 from sae_lens import TopKSAE as LensSAE  # noqa: E402
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
 from sae_lens.load_model import load_model as load_lens_model  # noqa: E402
