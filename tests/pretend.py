@@ -15,6 +15,7 @@ import types
 
 import expc_fisher
 from transport_geometry.formats import sae_files
+from transport_geometry.formats.format import Declared
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
@@ -23,7 +24,7 @@ from transport_geometry.records.condition import Condition
 from transport_geometry.running import run
 from transport_geometry.running.grid import Candidate, EvalSet, null_conditions
 from transport_geometry.running.run import Experiment
-from transport_geometry.saes.external_saes import Given
+from transport_geometry.saes.external_saes import ExternalSAE
 from transport_geometry.saes.sae import TrainingSpec
 from transport_geometry.saes.train import TRAIN_VERSION
 
@@ -281,9 +282,9 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
         )
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
         for file in sae_files.find(str(folder / kind)):
-            of_file = Given(
+            of_file = ExternalSAE(
                 file,
-                sae_files.Declared("saelens", basis="centred"),
+                Declared("saelens", basis="centred"),
                 fingerprint="",
                 d_sae=64,
                 k=4,

@@ -9,6 +9,7 @@ import sys
 import common
 from helpers import ROOT, one_line, script
 from transport_geometry.errors import UserError
+from transport_geometry.formats import __main__ as sae_commands
 from transport_geometry.formats import sae_files
 from transport_geometry.models import loading, sources, text
 from transport_geometry.records import tables
@@ -113,9 +114,9 @@ def test_gaps_have_a_name_in_reports_too(gap):
 
 # ----------------------------------------------------------------------------------------------- small things
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("module", [common, sae_files])
-def test_help_is_help(module, flag):
-    done = script(f"{module.__name__.rpartition('.')[2]}.py", flag)
+@pytest.mark.parametrize("name, module", [("common.py", common), ("formats.py", sae_commands)])
+def test_help_is_help(name, module, flag):
+    done = script(name, flag)
     assert done.stdout == module.__doc__ and not done.stderr
 
 

@@ -6,12 +6,12 @@ import math
 
 from helpers import tiny_model
 from transport_geometry.errors import Fault
-from transport_geometry.formats import sae_files
 from transport_geometry.measuring import evaluate as evaluation
 from transport_geometry.measuring.evaluate import activations, evaluate
 from transport_geometry.measuring.metrics import Sums, computed, index_bits, oriented
 from transport_geometry.models.lm import Hook
 from transport_geometry.saes import sae
+from transport_geometry.saes.basis_gate import near
 from transport_geometry.saes.sae import tied_init
 from transport_geometry.statistics.stats import document_weights
 
@@ -289,7 +289,7 @@ def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
     model = tiny_model(dtype=torch.float32)
     for name, p in model.named_parameters():
         p.data.fill_(constant if "embed_in" in name else 0)
-    for measure in (lambda of, rows: activations(of, rows, 6), sae_files.near):
+    for measure in (lambda of, rows: activations(of, rows, 6), near):
         with pytest.raises(Fault, match="layer 1: the activations of .* do not vary"):
             measure(Hook(model, 1), hook[1])
 

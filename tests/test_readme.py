@@ -19,7 +19,7 @@ import expa
 import expd_mi
 from helpers import script
 from transport_geometry.errors import Fault, UserError, run_script
-from transport_geometry.formats import sae_files
+from transport_geometry.formats import __main__ as sae_commands
 from transport_geometry.models import plant
 from transport_geometry.models.gguf_models import PACKAGED
 from transport_geometry.reporting import summary
@@ -158,9 +158,9 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
         name, arguments = "python", words[at:]
     if name == "python" and arguments[:2] == ["-m", "transport_geometry.formats"]:
         for verb in ("listed", "export"):
-            monkeypatch.setattr(sae_files, verb, lambda *given: given)
+            monkeypatch.setattr(sae_commands, verb, lambda *given: given)
         monkeypatch.setattr(sys, "argv", ["formats", *arguments[2:]])
-        return sae_files.main()
+        return sae_commands.main()
     if name == "python" and arguments[0] == "common.py":
         shutil.copytree(REFERENCE / "expb", tmp_path / "outputs/expb")
         (tmp_path / "outputs/reference").symlink_to(REFERENCE)

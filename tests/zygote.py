@@ -127,7 +127,7 @@ def serve() -> None:
     import importlib
 
     import common
-    from transport_geometry.formats import sae_files
+    from transport_geometry.formats import __main__ as sae_commands
     from transport_geometry.models import text
 
     import datasets  # noqa: F401
@@ -141,7 +141,7 @@ def serve() -> None:
     text.stdlib_sides()  # the embedded text is read once, too
     mains = {
         **{path.name: importlib.import_module(path.stem).main for path in ROOT.glob("exp*.py")},
-        "formats.py": sae_files.main,  # python -m transport_geometry.formats
+        "formats.py": sae_commands.main,  # python -m transport_geometry.formats
         "common.py": common.main,
     }
     for line in sys.stdin:

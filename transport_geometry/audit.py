@@ -22,7 +22,8 @@ from typing import Any
 
 from transport_geometry.errors import UserError
 from transport_geometry.formats import sae_files
-from transport_geometry.formats.sae_files import hub_name
+from transport_geometry.formats.file_sae import fused
+from transport_geometry.formats.names import hub_name
 from transport_geometry.measuring.evaluate import Reconstruction, activations, evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.measuring.r2_by_library import LIBRARIES
@@ -42,6 +43,7 @@ from transport_geometry.records.tables import (
 from transport_geometry.reporting import words
 from transport_geometry.reporting.console import WIDTH, Answer, sentence_case
 from transport_geometry.reporting.words import ABOUT_WORDS, WORDS, with_words
+from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
 from transport_geometry.statistics.stats import document_weights, isotonic_predict, percentiles
 
@@ -738,14 +740,14 @@ def _reconstruction(
         if len(files) > 1:
             raise UserError(f"{sae}: {len(files)} SAEs, of which one is to be named: {files[0].label}, ...")
         read = sae_files.read(files[0], ignore_fields).to(hook.device)
-        near = sae_files.near(hook, tokens[:4])
+        near = basis_gate.near(hook, tokens[:4])
         if read.W_enc.shape[1] != near[hook.layer].shape[1]:
             raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
         said = basis or sae_files.describe(files[0]).basis
         if not basis:
-            sae_files.check_basis(read, said, files[0].label, hook.layer, near)
+            basis_gate.check_basis(read, said, files[0].label, hook.layer, near)
         read.centred = said == "centred"
-        return sae_files.fused(read)
+        return fused(read)
     if basis:
         raise UserError("basis is about an SAE's files")
     if ignore_fields:

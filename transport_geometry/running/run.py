@@ -57,7 +57,7 @@ from transport_geometry.records.store import RUN
 from transport_geometry.reporting.where_it_hurts import HARM, WORST, by_position, worst_tokens
 from transport_geometry.running.cost import dry_run, evaluation_flops
 from transport_geometry.running.grid import Candidate, Command, EvalSet, Grid, plan
-from transport_geometry.saes.external_saes import Given
+from transport_geometry.saes.external_saes import ExternalSAE
 from transport_geometry.saes.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
 from transport_geometry.saes.train import runs_of, token_flops, train_missing, training_flops
 
@@ -357,7 +357,7 @@ def eval_batch(hook: Hook, ctx: int, vocabulary: bool = True) -> int:
 
 def load(candidate: Candidate, cache: pathlib.Path) -> SAE:
     """Its SAE, on the CPU."""
-    if isinstance(candidate.origin, Given):
+    if isinstance(candidate.origin, ExternalSAE):
         return candidate.origin.load()
     return load_sae(candidate.origin.folder(cache), CPU)
 
@@ -370,7 +370,7 @@ def null_rows(eval_set: EvalSet, trained: SAE) -> dict[Condition, Reconstruction
     their model.
     """
     origin, b_dec = eval_set.middle.origin, trained.b_dec
-    if isinstance(origin, Given):  # it may be of normalised activations
+    if isinstance(origin, ExternalSAE):  # it may be of normalised activations
         b_dec = origin.mean.to(trained.b_dec.device)
     identity, everything, random, gaussian = eval_set.nulls
     noise = torch.Generator().manual_seed(10**6)
