@@ -1,8 +1,7 @@
-"""The split model, gradients, attention plans and KL against truths computed another way."""
+"""The split model, gradients and KL against truths computed another way."""
 
 import math
 
-from transport_geometry.measuring.patch import Clean, Patch
 from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence, log_probs, log_softmax
 
 import pytest
@@ -41,10 +40,6 @@ def test_a_failing_tail_leaves_the_model_whole(tiny, rows):
 
 
 # -------------------------------------------------------------------------------------------------- gradients
-def summed_ce(model, layer, rows, h):
-    return cross_entropy(log_probs(Hook(model, layer).tail(rows, h).double()), rows).sum()
-
-
 def double_log_probs(logits):
     return torch.log_softmax(logits[:, :-1], -1)
 
@@ -170,44 +165,3 @@ def test_kl_is_right_where_what_was_nothing_becomes_something():
         for dtype in (torch.float64, torch.float32):
             found = kl_divergence(log_p.exp().to(dtype), log_p.to(dtype), log_q.to(dtype)).item()
             assert found == pytest.approx(truth, rel=1e-4)
-
-
-# -------------------------------------------------------------------------------------------- attention plans
-def test_plans_are_those_of_the_models_own_eager_attention(tiny, rows):
-    """Fed the clean h, what is looked at after the hook is what transformers returns of a whole run; the
-    logits are the tail's, and the model is left as it was.
-    """
-    hook, seen = Hook(tiny, 0), {}
-    h = hook.head(rows)
-    logits = hook.plans(rows, h, lambda block, plan: seen.setdefault(block, plan))
-    assert tiny.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(logits, hook.tail(rows, h), rtol=1e-9, atol=1e-9)
-    tiny.set_attn_implementation("eager")
-    whole = tiny(rows, use_cache=False, output_attentions=True).attentions
-    tiny.set_attn_implementation("sdpa")
-    assert sorted(seen) == [1, 2]  # block 0 is before the hook
-    for block, plan in seen.items():
-        torch.testing.assert_close(plan, whole[block], rtol=1e-6, atol=1e-7)  # eager's softmax is in float32
-
-
-def test_a_patch_shows_its_plans(tiny, rows):
-    hook = Hook(tiny, 1)
-    h = hook.head(rows)
-    final, (g,) = hook.clean_pass(rows, h)
-    sink = torch.zeros(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool)
-    clean = Clean(hook, rows, h, sink, final, g[:, :-1].flatten(0, 1), [])
-    moved = clean.h_flat + torch.randn(
-        clean.h_flat.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(3)
-    )
-    patch = Patch(clean, moved, None, None, {}, clean.final_of(moved))
-    assert (patch.delta[:, -1] == 0).all() and torch.equal(
-        patch.delta[:, :-1].flatten(0, 1), moved - clean.h_flat
-    )
-    seen = {}
-    patch.plans(lambda block, plan: seen.setdefault("patched", plan))
-    hook.plans(rows, h, lambda block, plan: seen.setdefault("clean", plan))
-    for plan in seen.values():
-        torch.testing.assert_close(plan.sum(-1), torch.ones_like(plan[..., 0]))
-        assert (plan.triu(1) == 0).all()
-    apart = (seen["patched"] - seen["clean"]).abs().amax((1, 3))  # per query, over heads and keys
-    assert (apart[:, 1:-1] > 1e-3).all() and (apart[:, 0] < 1e-12).all()  # query 0 sees itself only
