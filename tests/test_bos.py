@@ -84,7 +84,7 @@ def test_training_rows_begin_with_it_too(tmp_path):
     batch = next(text.train_rows(data, Letters(), 10, 4, bos=50))
     assert torch.equal(batch, rows[:4])
     spread = text.spread_rows(data, Letters(), 10, 6, bos=50)
-    assert sorted(spread.tolist()) == sorted(rows[: 6 * text.SPREAD : text.SPREAD].tolist())
+    assert sorted(spread.tolist()) == sorted(rows[: 6 * text.ROW_STRIDE : text.ROW_STRIDE].tolist())
 
 
 def test_rows_that_are_kept_are_kept_apart(monkeypatch):

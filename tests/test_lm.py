@@ -2,7 +2,7 @@
 
 import math
 
-from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence, log_probs, log_softmax
+from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence, log_softmax
 
 import pytest
 import torch
