@@ -14,7 +14,7 @@ from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import plant
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model, model_hash, readable_names
-from transport_geometry.models.plant import Gauge, Plant, TurnedSAE, felt, plants, regauge, split
+from transport_geometry.models.plant import Gauge, Plant, TurnedSAE, plants, regauge, sensitivity_basis, split
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import read_table
 from transport_geometry.saes.sae import tied_init
@@ -68,7 +68,7 @@ def test_the_published_sink_leaves_every_logit(kind, text_rows):
     h, h_plain, logits = hook.head(text_rows), plain_hook.head(text_rows), plain_model(text_rows).logits
     for ours in (twin(text_rows).logits, hook.tail(text_rows, h)):
         assert (ours - logits).abs().max() < 1e-4
-    gain = 1 + 3700 / plant.FELT_HALF if kind == "relative" else 1
+    gain = 1 + 3700 / plant.HALVING_NORM if kind == "relative" else 1
     added = (h[:, 0] - gain * h_plain[:, 0]).norm(dim=1)
     torch.testing.assert_close(added, torch.full((4,), 3700.0), rtol=1e-3, atol=0)
     assert (h - h_plain)[:, 1:].abs().max() < 1e-3
@@ -141,7 +141,8 @@ def turned():
     rows = torch.randint(0, 41, (4, 12), generator=torch.Generator().manual_seed(5))
     hook = Hook(model, 1)
     h = hook.head(rows)[:, :-1].flatten(0, 1)
-    return hook, rows, h, tied_init(16, 48, 5, 0, h.mean(0)).requires_grad_(False), felt(hook, rows)
+    sae = tied_init(16, 48, 5, 0, h.mean(0)).requires_grad_(False)
+    return hook, rows, h, sae, sensitivity_basis(hook, rows)
 
 
 @pytest.mark.parametrize("turn", [-1.0, -0.3, 0.5, 1.0])
@@ -183,8 +184,8 @@ def test_how_far_at_which_block():
 
 def test_starved_budgets():
     starved = plants("m+starved0.1:50000")
-    assert [plant.had(starved, n) for n in (10, 10_000, 50_000)] == [1, 1000, 50_000]
-    assert plant.had(plants("m+starved0.5"), 50_000) == 25_000 and plant.had((), 7) == 7
+    assert [plant.planted_budget(starved, n) for n in (10, 10_000, 50_000)] == [1, 1000, 50_000]
+    assert plant.planted_budget(plants("m+starved0.5"), 50_000) == 25_000 and plant.planted_budget((), 7) == 7
 
 
 # -------------------------------------------------------------------------------------------------- a command
