@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,23 +98,16 @@ def parts_of(name: str) -> list[pathlib.Path]:
     return paths
 
 
-def sha256_of(paths: Sequence[pathlib.Path]) -> str:
-    """SHA-256 of files, concatenated."""
-    whole = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                whole.update(block)
-    return whole.hexdigest()
-
-
 def unpacked(name: str, cache: pathlib.Path) -> pathlib.Path:
     """The cache folder of this GGUF file, unpacked now if no earlier run did it. Raises UserError, Fault."""
     import transformers
 
-    parts = parts_of(name)
+    parts, whole = parts_of(name), hashlib.sha256()
     with one_line(f"--models {name}"):
-        digest = sha256_of(parts)
+        for part in parts:
+            with part.open("rb") as file:
+                hashlib.file_digest(file, lambda: whole)
+    digest = whole.hexdigest()
     if name in PACKAGED and digest != PACKAGED[name].sha256:
         raise UserError(
             f"--models {name}: the package's file is damaged, or of another version: "
@@ -179,8 +172,8 @@ def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_fro
         asks = header.get_field("tokenizer.ggml.add_bos_token")
         if asks and asks.contents() and bos_of(tokenizer) is None:
             raise UserError(
-                "its tokenizer is to put BOS before a text, and transformers "
-                f"{transformers.__version__} reads it without: a newer one, please"
+                "its tokenizer puts BOS before a text, and transformers "
+                f"{transformers.__version__} does not read that: install a newer transformers"
             )
         # the unpacked weights are not quantised
         vars(model.config).pop("quantization_config", None)

@@ -27,7 +27,7 @@ KEPT_BYTES = 2**30  # of activations that `keeping_heads` keeps, and as many of 
 
 
 def pick_device(wanted: str) -> torch.device:
-    """auto = cuda, else mps, else cpu. Raises UserError for a device this machine has not."""
+    """auto: cuda, else mps, else cpu. Raises UserError for a device that this machine lacks."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         wanted = next(name for name in ("cuda", "mps", "cpu") if has[name])
@@ -108,14 +108,14 @@ class Hook:
         way, unembed = self.way_to_patch(input_ids), self.model.get_output_embeddings()
         on_mps = h.device.type == "mps"
 
-        def instead(y: torch.Tensor) -> torch.Tensor:
+        def replacement(y: torch.Tensor) -> torch.Tensor:
             if not unembedded:
                 return y
             pieces = unembed.weight.split(MPS_LONGEST_DOT // 2)
             return torch.cat([torch.nn.functional.linear(y, W) for W in pieces], -1)
 
         too_long = on_mps and unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT
-        with _replaced([unembed] if too_long or not unembedded else [], instead):
+        with _replaced([unembed] if too_long or not unembedded else [], replacement):
             return self._logits(input_ids, h, way)
 
     def log_probs(self, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def plants(name: str) -> tuple[Plant, ...]:
         found.append(Plant(kind, *amounts))
     kinds = [plant.kind for plant in found]
     if len(set(kinds)) < len(kinds) or sum(plant.in_model for plant in found) > 1:
-        raise UserError(f"--models {name}: one sink, and each of the others once, please")
+        raise UserError(f"--models {name}: at most one sink, and every other plant once")
     return tuple(found)
 
 

@@ -259,7 +259,7 @@ def is_saved(path: pathlib.Path) -> bool:
 
 
 def has_splits(path: str | pathlib.Path) -> bool:
-    return os.path.isfile(os.path.join(path, "dataset_dict.json"))
+    return pathlib.Path(path, "dataset_dict.json").is_file()
 
 
 def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
