@@ -205,7 +205,6 @@ def test_exp_a_against_twins(tmp_path):
         (["--models", "stdlib-s+null900@5"], "no block comes after it"),
         (["--models", "stdlib-s+null900", "--dtype", "bfloat16"], "float32 only"),
         (["--plant", "nul900"], "null3700, visible3700"),
-        (["--models", "stdlib-s+turned3"], "from -1 to 1"),
     ],
 )
 def test_refusals(arguments, says, tmp_path):
