@@ -65,7 +65,7 @@ _runs = Kept()  # (layer, final, gradients)
 def keeping_clean_runs() -> contextlib.AbstractContextManager[None]:
     """Within, the clean run of a hook goes on from that of a later hook of the same model on the same text
     and labels: through the blocks between only, so that a model's hooks in descending order cost one. The
-    weights must stay as they are. HEADS bytes at most are kept.
+    weights must stay as they are. KEPT_BYTES at most are kept.
     """
     return _runs.on()
 

@@ -5,7 +5,6 @@ vocabulary, K = active latents kept a token.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transport_geometry.models.lm import Hook, log_softmax
@@ -95,7 +94,3 @@ class Patch:
     def g_delta_sampled(self) -> list[torch.Tensor]:
         """g_y . delta, [B,T-1] for each set of sampled labels y."""
         return [self.clean.per_token((g * self.delta_flat).sum(1)) for g in self.clean.g_sampled]
-
-    def plans(self, look: Callable[[int, torch.Tensor], object]) -> None:
-        """look(block, plan [B,H,T,T]) for every attention of the patched run after the hook."""
-        self.clean.hook.plans(self.clean.input_ids, self.clean.whole(self.h_hat), look)

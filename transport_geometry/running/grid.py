@@ -344,7 +344,7 @@ def trained_here(
     # called by its own name, whatever other models the command names: the same SAE in every grid
     own_name = readable_names([trained_on])[trained_on]
     turn = sum(one.turn(hook.layer, text_config(hook.model).num_hidden_layers) for one in planted)
-    had = {tokens: plant.had(planted, tokens) for tokens in grid.tokens}
+    had = {tokens: plant.planted_budget(planted, tokens) for tokens in grid.tokens}
     out = []
     arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
     for sinks, recipe, tokens, k, seed in arms:

@@ -36,7 +36,7 @@ from transport_geometry.models.lm import (
     pick_device,
     text_config,
 )
-from transport_geometry.models.plant import TurnedSAE, felt
+from transport_geometry.models.plant import TurnedSAE, sensitivity_basis
 from transport_geometry.progress import Progress
 from transport_geometry.records import store
 from transport_geometry.records.condition import NULLS, Condition
@@ -459,7 +459,7 @@ def turned(share: Share, saes: dict[Condition, SAE], grid: Grid) -> dict[Conditi
     ctx = eval_set.held.input_ids.shape[1]
     source, tokenizer, bos = eval_set.source, eval_set.tokenizer, eval_set.bos
     rows = text.train_rows(source.data, tokenizer, ctx, TURNED_BY, grid.split, bos=bos)
-    directions = felt(hook, next(rows).to(hook.device))
+    directions = sensitivity_basis(hook, next(rows).to(hook.device))
     return {one: TurnedSAE(saes[one], directions, turn) for one, turn in turns.items()}
 
 
