@@ -156,13 +156,13 @@ def ladder(values: dict, meta: dict) -> list[dict]:
     rho = [
         stats.partial_draws(DISTORTION(values[name]), -values["dce"], meta, N_RESAMPLES)
         for name, _, _ in LADDER[:-1]
-    ] + [np.ones(3 + N_RESAMPLES)]
+    ] + [np.ones(stats.N_FIXED + N_RESAMPLES)]
     rows = []
     for (_, symbol, what), here, below in zip(LADDER, rho, [None, *rho]):
         step = here - below if below is not None else np.full(4, np.nan)
         rows.append(
             {"rung": symbol, "what joins": what, "rho": float(here[0]), "step": float(step[0])}
-            | dict(zip(("step_lo", "step_hi"), stats.interval(step[3:])))
+            | dict(zip(("step_lo", "step_hi"), stats.interval(step[stats.RESAMPLES])))
         )
     return rows
 

@@ -244,7 +244,9 @@ def h3(hooks: list[dict]) -> dict:
     column = {name: np.array([row[name] for row in used]) for name in used[0]}
     model, residual = column["model"], column["residual"]
     of_hooks, everywhere = arrangements(model), np.zeros(len(used))
-    weights = stats.bootstrap_weights({"model": model, "layer": column["layer"]}, N_RESAMPLES, seed=0)[3:]
+    weights = stats.bootstrap_weights({"model": model, "layer": column["layer"]}, N_RESAMPLES, seed=0)[
+        stats.RESAMPLES
+    ]
     of = column["log_ratio"], residual
     draws = np.array([np.nan])
     if np.isfinite(of).all():

@@ -226,7 +226,7 @@ def ratio_rows(lines: Curves, codes: list[Coded]) -> list[dict]:
             for of in ("bits", *NAMES):
                 for depth in lines.pairs() if at != of else []:
                     draws = lines.log_ratio(code, at, of, depth)
-                    lo, hi = stats.interval(draws[3:])
+                    lo, hi = stats.interval(draws[stats.RESAMPLES])
                     ends = dict(zip(("ratio", "lo", "hi"), map(float, np.exp([draws[0], lo, hi]))))
                     rows.append({"depth": depth, "code": code.name, "at_equal": at, "of": of} | ends)
     return rows
