@@ -367,8 +367,8 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     control = h2["a_control"]
     added = p = np.nan
     if control:
-        half_b = (v[stats.HALF_B] for v in (scores["plan_kl"], scores[control], values["ce_rec"]))
-        added, p = stats.added_value(*half_b, meta)
+        x, base, y = (v[stats.HALF_B] for v in (scores["plan_kl"], scores[control], values["ce_rec"]))
+        added, p = stats.added_value(x, base, y, meta)
     leaf = leaderboard.leaf_added(added, p, MIN_ADDED)
     depth, of_hooks = (read_table(store.checked(out / store.RUN, name)) for name in TABLES)
     places = by_hook(meta)
