@@ -248,7 +248,7 @@ def adjudicate(conditions: Conditions, arm: Arm) -> Verdict:
     cells = cells_at(pair, last, earlier[-1])
     found = Evidence(
         previous_budget=int(earlier[-1]),
-        improved=float(np.mean(pair.values["ce_rec"][0][pair.mask(tokens=last)] > 1)),
+        improved=float(np.mean(pair.values["ce_rec"][stats.ALL][pair.mask(tokens=last)] > 1)),
         cells=cells,
         g0=gates(cells),
         equality=equality(pair, cells, earlier),
@@ -512,7 +512,7 @@ def seed_correlation(conditions: Conditions) -> float:
     pairing be justified? nan with fewer than three pairs.
     """
     names = ["model", "depth", "recipe", "sae", "k", "tokens"]
-    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][0]]
+    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][stats.ALL]]
     cells = grouped([dict(zip([*names, "ce"], row)) for row in zip(*columns)], names)
     pairs: list[tuple[float, float]] = []
     for (model, *cell), here in cells.items():  # conditions come sorted by seed

@@ -294,7 +294,7 @@ def residuals(values: dict, meta: dict) -> dict[tuple[str, int], float]:
     """{hook: log10 dCE predicted from R^2, a quadratic fitted on all other hooks, minus measured, mean over
     its SAEs}: above 0 R^2 says that they cost more than they do.
     """
-    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][0]), values["dce"][0], meta)
+    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][stats.ALL]), values["dce"][stats.ALL], meta)
     ids = stats.cluster_ids(meta)
     _, first = np.unique(ids, return_index=True)
     hooks = [(str(meta["model"][i]), int(meta["layer"][i])) for i in first]

@@ -342,10 +342,10 @@ def where_it_breaks(depth: list[dict], of_hooks: list[dict], found: Measured, mo
 
 def beyond(scores: dict, y: np.ndarray, meta: dict) -> list[dict]:
     """What the plan distortion adds to each proxy of BEYOND, on all documents: descriptive. y [C]."""
-    x, rows = scores["plan_kl"][0], []
+    x, rows = scores["plan_kl"][stats.ALL], []
     for name in BEYOND:
-        added, p = stats.added_value(x, scores[name][0], y, meta)
-        gain = stats.out_of_hook_gain(x, scores[name][0], y, meta)
+        added, p = stats.added_value(x, scores[name][stats.ALL], y, meta)
+        gain = stats.out_of_hook_gain(x, scores[name][stats.ALL], y, meta)
         rows.append(dict(beyond=name, added=added, p=p) | dict(zip(("gain", "gain_lo", "gain_hi"), gain)))
     return rows
 
@@ -382,7 +382,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
             control=control,
             added=added,
             p=p,
-            beyond=beyond(scores, values["ce_rec"][0], meta),
+            beyond=beyond(scores, values["ce_rec"][stats.ALL], meta),
             board={name: value for name, value in row.items() if name not in ("proxy", "target", "stratum")},
             mediated=vars(mean_over_hooks(mediated, hooks)),
             plan_only=vars(mean_over_hooks(plan_only, hooks)),

@@ -319,7 +319,7 @@ def rate_rows(found: Measured, codes: list[Coded], lines: Curves, spectra: list[
     for hook in set(zip(found.meta["model"], found.meta["layer"])):
         here = (found.meta["model"] == hook[0]) & (found.meta["layer"] == hook[1])
         l0 = np.array([row["l0"] for row in found.saes])[here]
-        on_front[here] = rate.front(l0, found.values["dce"][0, here])
+        on_front[here] = rate.front(l0, found.values["dce"][stats.ALL, here])
     rows = []
     for i, sae in enumerate(found.saes):
         for code in codes:

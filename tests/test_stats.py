@@ -3,9 +3,7 @@ rates.
 """
 
 import collections
-import csv
 import dataclasses
-import io
 import itertools
 import json
 
@@ -200,9 +198,9 @@ def test_weighted_ranks_are_the_ranks_of_the_repeated_sample(pairs):
 def test_weights_draw_whole_hooks_within_each_model():
     meta = grid(seeds=2)
     w = stats.bootstrap_weights(meta, 500, seed=0)
-    assert (w[:3] == 1).all()
+    assert (w[: stats.N_FIXED] == 1).all()
     for model in MODELS:
-        inside = w[3:, meta["model"] == model].reshape(500, 6, 6)  # draw, hook, k and seed
+        inside = w[stats.RESAMPLES, meta["model"] == model].reshape(500, 6, 6)  # draw, hook, k and seed
         assert (inside == inside[:, :, :1]).all() and np.allclose(inside[:, :, 0].sum(1), 6)
         assert set(np.unique(np.rint(inside * 5 / 6))) >= {0, 1, 2}  # 5 of the 6 are drawn
     assert (w == stats.bootstrap_weights(meta, 500, seed=0)).all()
@@ -212,7 +210,12 @@ def test_weights_draw_whole_hooks_within_each_model():
 def test_depths_are_drawn_whole():
     meta = grid(seeds=2)
     w = stats.depth_weights(meta, list(MODELS), 500, seed=0)
-    assert w.shape == (503, 6) and (w[:3] == 1).all() and np.allclose(w.sum(1), 6) and w[3:].min() == 0
+    assert (
+        w.shape == (503, 6)
+        and (w[: stats.N_FIXED] == 1).all()
+        and np.allclose(w.sum(1), 6)
+        and w[stats.RESAMPLES].min() == 0
+    )
     # of two, no variance
     assert np.isnan(stats.depth_weights(grid(layers=(1, 3)), list(MODELS), 9, seed=0)[3:]).all()
     assert stats.depth_weights(meta, ["small"], 9, seed=0).shape == (12, 0)
@@ -220,10 +223,8 @@ def test_depths_are_drawn_whole():
 
 def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
     """Over hooks: what a hook's conditions share does not average out, however many they are."""
-    meta, hooks = (
-        grid(models=("small", "large"), layers=(1, 3, 5), ks=(4, 12)),
-        np.array([0.0, 1.0, 5.0, 2.0, 2.5, 7.0]),
-    )
+    meta = grid(models=("small", "large"), layers=(1, 3, 5), ks=(4, 12))
+    hooks = np.array([0.0, 1.0, 5.0, 2.0, 2.5, 7.0])
     y = np.repeat(hooks, 2) + np.tile([-0.5, 0.5], 6)
     means = stats.bootstrap_weights(meta, 40_000, seed=0)[3:] @ y / 12
     expected = (hooks[3:].var(ddof=1) / 3 + hooks[:3].var(ddof=1) / 3) / 4
@@ -237,18 +238,12 @@ def test_seeds_counted_as_conditions_do_not_shrink_the_interval(independent_hook
     scores = {p: scores[p] for p in ("r2", "cosine")}
     many = {p: np.repeat(s, 3, axis=1) for p, s in scores.items()}
     width, loho = [], []
-    for s, t, size_, meta in (
-        (scores, y, magnitude, once),
-        (many, *(np.repeat(v, 3, axis=1) for v in (y, magnitude)), thrice),
-    ):
-        row = board((s, t, size_, meta, list(MODELS)), n_resamples=1000)[0]
+    tripled = (np.repeat(v, 3, axis=1) for v in (y, magnitude))
+    for data in ((scores, y, magnitude, once), (many, *tripled, thrice)):
+        row = board((*data, list(MODELS)), n_resamples=1000)[0]
         assert (row["n_clusters"], row["n_cells"]) == (18, 54)
-        width.append(
-            [
-                row[c + "_hi"] - row[c + "_lo"]
-                for c in ("pearson", "spearman", "partial", "gamma", "diff_control")
-            ]
-        )
+        intervals = ("pearson", "spearman", "partial", "gamma", "diff_control")
+        width.append([row[f"{name}_hi"] - row[f"{name}_lo"] for name in intervals])
         loho.append([row[c] for c in ("loho", "loho_bias", "diff_loho_control", "p_loho", "p_control")])
     assert np.allclose(*width, rtol=0.05) and np.allclose(*loho)
 
@@ -287,16 +282,8 @@ def test_a_model_with_two_hooks_has_no_interval(independent_hooks):
     scores, y, magnitude, meta, models = study(n_resamples=50)
     for layers, known in (((0, 1), False), ((0, 1, 2), True)):
         keep = (meta["model"] != "large") | np.isin(meta["layer"], layers)
-        table = board(
-            (
-                {p: s[:, keep] for p, s in scores.items()},
-                y[:, keep],
-                magnitude[:, keep],
-                part(meta, keep),
-                models,
-            ),
-            50,
-        )
+        some = {p: s[:, keep] for p, s in scores.items()}
+        table = board((some, y[:, keep], magnitude[:, keep], part(meta, keep), models), 50)
         pooled, small, _, large = (row for row in table if row["proxy"] == "swd_tok")
         assert pooled["partial"] > 0.8 and large["n_clusters"] == len(layers)
         for key in ("pearson", "spearman", "partial", "diff_r2", "diff_control"):
@@ -394,9 +381,8 @@ def test_tests_keep_their_size_where_a_hook_is_one_draw(few_patterns, seeds, n):
         y, shared = curve(meta, rng, 1.0), noise(meta, rng, 0.4)
         a, b = (y + shared + noise(meta, rng, 0.4) for _ in range(2))
         errors = [by_hook(stats.loho_errors(x, size(y), meta) ** 2, meta) for x in (a, b)]
-        found.append(
-            [stats.swap_test(a, b, y, meta, seed=i)[1], stats.flip_test(errors[0] - errors[1], seed=i)]
-        )
+        by_size = stats.flip_test(errors[0] - errors[1], seed=i)
+        found.append([stats.swap_test(a, b, y, meta, seed=i)[1], by_size])
     assert (np.mean(np.array(found) < 0.05, axis=0) < 0.07 + 4 * binomial_sd(0.07, n)).all()
 
 
@@ -468,9 +454,8 @@ def test_loho_columns_by_hand(independent_hooks):
         e, mine, theirs = (
             errors(name, i)[inside] for name, i in ((row["proxy"], 0), (row["proxy"], 2), (best, 2))
         )
-        assert row["loho"] == pytest.approx((e**2).mean() ** 0.5) and row["loho_bias"] == pytest.approx(
-            e.mean()
-        )
+        assert row["loho"] == pytest.approx((e**2).mean() ** 0.5)
+        assert row["loho_bias"] == pytest.approx(e.mean())
         assert row["diff_loho_control"] == pytest.approx((theirs**2).mean() ** 0.5 - (mine**2).mean() ** 0.5)
         if row["stratum"] != "pooled":
             d = (theirs**2 - mine**2).reshape(6, 3).mean(1)
@@ -549,13 +534,9 @@ def test_gamma_weighs_depths():
     meta = part(meta, keep)
     y = np.log2(meta["k"]) + (meta["model"] == "large") * np.where(meta["depth"] == 1, 0.1, 0.4)
     x = np.log2(meta["k"]) + 0.0
-    gamma = stats.transfer_gap(
-        np.tile(x, (3, 1)),
-        np.tile(y, (3, 1)),
-        meta,
-        list(MODELS),
-        depths=np.array([[2.0, 1], [2, 0], [1, 1]]),
-    )[0]
+    x, y = (np.tile(v, (3, 1)) for v in (x, y))
+    depths = np.array([[2.0, 1], [2, 0], [1, 1]])
+    gamma, _ = stats.transfer_gap(x, y, meta, list(MODELS), depths=depths)
     assert stats.shared_depths(meta, list(MODELS)) == [1, 5] and gamma == pytest.approx([0.2, 0.1, 0.25])
 
 
@@ -585,14 +566,12 @@ def test_leaderboard(few_patterns, independent_hooks):
         "swd_again",
     }
     for stratum in ("pooled", *models):
-        assert rows["inverse_nmse", stratum]["same_ranks_as"] == "r2"
-        assert rows["inverse_nmse", stratum]["diff_r2"] == 0 and rows["inverse_nmse", stratum]["p_r2"] == 1
-        assert rows["swd_again", stratum]["same_ranks_as"] == "swd_tok"
-        assert rows["swd_again", stratum]["loho"] == pytest.approx(rows["swd_tok", stratum]["loho"])
-        assert all(
-            np.isnan(rows["flat", stratum][c])
-            for c in ("pearson", "spearman", "partial", "diff_r2", "p_r2", "loho", "p_loho")
-        )
+        inverse, again, flat = (rows[name, stratum] for name in ("inverse_nmse", "swd_again", "flat"))
+        assert (inverse["same_ranks_as"], inverse["diff_r2"], inverse["p_r2"]) == ("r2", 0, 1)
+        assert again["same_ranks_as"] == "swd_tok"
+        assert again["loho"] == pytest.approx(rows["swd_tok", stratum]["loho"])
+        undefined = "pearson spearman partial diff_r2 p_r2 loho p_loho".split()
+        assert np.isnan([flat[name] for name in undefined]).all()
     swd, r2 = rows["swd_tok", "pooled"], rows["r2", "pooled"]
     assert swd["diff_r2"] == pytest.approx(swd["partial"] - r2["partial"])
     assert swd["diff_r2_lo"] <= swd["diff_r2_hi"] and swd["gamma_lo"] < swd["gamma_hi"]
@@ -604,13 +583,7 @@ def test_leaderboard(few_patterns, independent_hooks):
     on_b = [stats.partial_spearman(scores[p][2], y[2], meta) for p in ("swd_tok", best)]
     assert swd["diff_control"] == pytest.approx(on_b[0] - on_b[1])
     assert np.isnan(rows["swd_tok", "small"]["gamma"])
-
-    def text(table):
-        out = io.StringIO()
-        csv.writer(out).writerows(row.values() for row in table)
-        return out.getvalue()
-
-    assert text(table) == text(board(data)) != text(board(data, seed=1))
+    assert str(table) == str(board(data)) != str(board(data, seed=1))
 
 
 def test_the_control_is_chosen_on_half_a_and_judged_on_half_b():
@@ -676,11 +649,8 @@ def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
         return np.mean(found)
 
     few = mean()
-    assert (
-        0.1 < few < 1.5
-        and mean(layers=range(24)) < 0.7 * few
-        and mean(repeats=4) == pytest.approx(few, rel=0.01)
-    )
+    assert 0.1 < few < 1.5 and mean(layers=range(24)) < 0.7 * few
+    assert mean(repeats=4) == pytest.approx(few, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------- verdict

@@ -10,8 +10,7 @@ import numpy as np
 ALL, HALF_A, HALF_B = 0, 1, 2  # all documents, the even ones, the odd ones
 N_FIXED = 3
 RESAMPLES = slice(N_FIXED, None)  # bootstrap resamples, shared by all conditions
-# of R draws of a statistic; where they are made from such an array, their resamples stand at RESAMPLES too
-ESTIMATE = 0
+ESTIMATE = 0  # of R draws of a statistic; bootstrap draws, too, have their resamples at RESAMPLES
 
 HOOK = ("model", "layer")
 MIN_HOOKS = 3  # of a model: fewer do not say how much its hooks differ
