@@ -348,7 +348,9 @@ def covered_here(
     return {name: f"{100 * ours:.0f} ({100 * plain:.0f})" for name, (ours, plain) in rates.items()}
 
 
-def true_statistics(values: np.ndarray, y: np.ndarray, pairs: claims.Pairs, meta: Meta) -> dict[str, float]:
+def true_statistics(
+    values: np.ndarray, y: np.ndarray, pairs: claims.SAEPairs, meta: Meta
+) -> dict[str, float]:
     """Of what documents without end would give: values [2, C], y [C]."""
     partial = [stats.partial_spearman(v, y, meta) for v in values]
     agree = [np.sign(pairs.difference(v)) == np.sign(pairs.difference(y)) for v in values]

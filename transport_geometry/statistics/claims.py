@@ -42,24 +42,15 @@ ARMS = {"keep": "sinks keep", "drop": "sinks drop"}  # of --sinks: their strata
 
 
 # ------------------------------------------------------------------------------------------------ which SAEs
-def arm_of(sae: str) -> str:
-    """Of --sinks, from an SAE's name (`grid.sae_name`).
-
-    >>> arm_of("topk-x4"), arm_of("topk-x4-nosinks")
-    ('sinks keep', 'sinks drop')
-    """
-    return ARMS["drop" if sae.endswith("-nosinks") else "keep"]
-
-
 def arms(meta: dict) -> dict[str, np.ndarray]:
-    """{stratum: which SAEs [C] bool}: the arms of --sinks, where there are both."""
-    arm = np.array([arm_of(str(sae)) for sae in meta.get("sae", [])])
-    found = {name: arm == name for name in ARMS.values()}
+    """{stratum: which SAEs [C] bool}: the arms of --sinks, by the names of the SAEs, where there are both."""
+    dropped = np.array([str(sae).endswith("-nosinks") for sae in meta.get("sae", [])], bool)
+    found = {ARMS["keep"]: ~dropped, ARMS["drop"]: dropped}
     return found if all(here.any() for here in found.values()) else {}
 
 
 @dataclass(frozen=True)
-class Pairs:
+class SAEPairs:
     """Pairs of SAEs that a proxy has to put in order: a[p] and b[p]."""
 
     a: np.ndarray  # [P] of C
@@ -70,24 +61,24 @@ class Pairs:
         return v[..., self.a] - v[..., self.b]
 
 
-def clear_pairs(ce_rec: np.ndarray, meta: dict) -> Pairs:
+def clear_pairs(ce_rec: np.ndarray, meta: dict) -> SAEPairs:
     """Pairs of one model, k and budget whose CE_rec [W, C] differ by MARGIN or more, and not by chance: the
     95% interval of the difference over documents excludes 0.
     """
     a, b = np.triu_indices(ce_rec.shape[1], 1)
     same = np.all([np.asarray(meta[name])[a] == np.asarray(meta[name])[b] for name in SHARED], axis=0)
-    pairs = Pairs(a[same], b[same])
+    pairs = SAEPairs(a[same], b[same])
     if len(ce_rec) <= N_FIXED or not len(pairs.a):
-        return Pairs(pairs.a[:0], pairs.b[:0])
+        return SAEPairs(pairs.a[:0], pairs.b[:0])
     delta = pairs.difference(ce_rec)
     lo, hi = percentiles(delta[RESAMPLES])
     clear = (np.abs(delta[ALL]) >= MARGIN) & ((lo > 0) | (hi < 0))
-    return Pairs(pairs.a[clear], pairs.b[clear])
+    return SAEPairs(pairs.a[clear], pairs.b[clear])
 
 
 # ------------------------------------------------------------------------------------------------ the columns
 def document_columns(
-    scores: dict[str, np.ndarray], target: np.ndarray, meta: dict, n_documents: int, pairs: Pairs | None
+    scores: dict[str, np.ndarray], target: np.ndarray, meta: dict, n_documents: int, pairs: SAEPairs | None
 ) -> dict[str, dict[str, float]]:
     """{proxy: COLUMNS} of scores {proxy: [W, C]}, larger = better. pairs: those to order, or None.
 
@@ -133,7 +124,7 @@ def document_columns(
     return cells
 
 
-def share_right(score: np.ndarray, target: np.ndarray, pairs: Pairs, draws: SeedDraws) -> np.ndarray:
+def share_right(score: np.ndarray, target: np.ndarray, pairs: SAEPairs, draws: SeedDraws) -> np.ndarray:
     """[R]: share of the pairs whose score and target, both [W, C], differ in the same direction; a tie has
     none. nan where a score is not finite.
     """
