@@ -71,23 +71,14 @@ Columns = dict[str, dict]  # {proxy: some of its row's cells}
 # each is chosen on half A, to be tested on half B; None when the criterion is undefined for all of them
 def best_control(scores: Scores, target: np.ndarray, meta: dict, controls: Sequence[str]) -> str | None:
     """The control with the highest partial Spearman."""
-    return _smallest(
-        {
-            name: -partial_spearman(scores[name][HALF_A], target[HALF_A], meta)
-            for name in controls
-            if name in scores
-        }
-    )
+    half_a = _on_half_a(scores, controls)
+    return _smallest({name: -partial_spearman(x, target[HALF_A], meta) for name, x in half_a.items()})
 
 
 def best_by_loho(scores: Scores, magnitude: np.ndarray, meta: dict, controls: Sequence[str]) -> str | None:
     """The control with the smallest leave-one-hook-out error."""
-    ids = cluster_ids(meta)
-    errors = {
-        name: loho_errors(scores[name][HALF_A], magnitude[HALF_A], meta)
-        for name in controls
-        if name in scores
-    }
+    ids, half_a = cluster_ids(meta), _on_half_a(scores, controls)
+    errors = {name: loho_errors(x, magnitude[HALF_A], meta) for name, x in half_a.items()}
     return _smallest({name: float(mean_by_hook(e**2, ids).mean()) for name, e in errors.items()})
 
 
@@ -95,12 +86,13 @@ def best_by_gamma(
     scores: Scores, target: np.ndarray, meta: dict, models: list[str], controls: Sequence[str]
 ) -> str | None:
     """The control with the smallest transfer gap."""
-    gaps = {
-        name: transfer_gap(scores[name][HALF_A], target[HALF_A], meta, models)[0]
-        for name in controls
-        if name in scores
-    }
+    half_a = _on_half_a(scores, controls)
+    gaps = {name: transfer_gap(x, target[HALF_A], meta, models)[0] for name, x in half_a.items()}
     return _smallest({name: abs(float(gamma[0])) for name, gamma in gaps.items()})
+
+
+def _on_half_a(scores: Scores, controls: Sequence[str]) -> Scores:
+    return {name: scores[name][HALF_A] for name in controls if name in scores}
 
 
 def _smallest(values: dict[str, float]) -> str | None:
@@ -188,13 +180,14 @@ def board(
         )
         control = best_control(part.scores, part.target, part.meta, controls)
         pairs = claims.clear_pairs(part.target, part.meta) if target_name == "ce_rec" else None
+        gammas = dict.fromkeys(scores, NO_GAMMA)
+        if stratum == "pooled":
+            gammas = _gammas(part, models, documents, depths)
         columns = [
             _correlations(part),
             _differences(part, "r2", R2, ALL, "partial", seed),
             _differences(part, "control", control, HALF_B, "half_b", seed),
-            _gammas(part, models, documents, depths)
-            if stratum == "pooled"
-            else dict.fromkeys(scores, NO_GAMMA),
+            gammas,
             _twins(part),
             _sizes(part, inside, errors, errors_b, loho_control, seed),
             _effective_hooks(part, control),
