@@ -63,7 +63,7 @@ from transport_geometry.running.grid import Command, sae_name
 from transport_geometry.running.run import Experiment, run
 from transport_geometry.saes.train import RECIPES
 from transport_geometry.statistics import curves, stats
-from transport_geometry.statistics.hook_pair import Conditions, Pair, mismatch
+from transport_geometry.statistics.hook_pair import Conditions, ModelPair, mismatch
 
 import numpy as np
 
@@ -248,7 +248,7 @@ def adjudicate(conditions: Conditions, arm: Arm) -> Verdict:
     cells = cells_at(pair, last, earlier[-1])
     found = Evidence(
         previous_budget=int(earlier[-1]),
-        improved=float(np.mean(pair.values["ce_rec"][0][pair.mask(tokens=last)] > 1)),
+        improved=float(np.mean(pair.values["ce_rec"][stats.ALL][pair.mask(tokens=last)] > 1)),
         cells=cells,
         g0=gates(cells),
         equality=equality(pair, cells, earlier),
@@ -271,11 +271,11 @@ def compared(models: list[str]) -> list[list[str]]:
     return sets or [models]
 
 
-def seeds_in_both(pair: Pair, tokens: int) -> int:
+def seeds_in_both(pair: ModelPair, tokens: int) -> int:
     return min(len(np.unique(pair.meta["seed"][pair.mask(model=m, tokens=tokens)])) for m in pair.models)
 
 
-def cells_at(pair: Pair, last: int, before: int) -> list[dict]:
+def cells_at(pair: ModelPair, last: int, before: int) -> list[dict]:
     """What the tree asks of every (depth, k) at the budget `last` = B*: live latents in both models, how far
     CE_rec moved since the budget `before`, Delta CE_rec with its 90% interval, standard error over documents
     and variance over seeds, and the transfer gap of R^2.
@@ -323,7 +323,7 @@ def gates(cells: list[dict]) -> dict[str, bool]:
     }
 
 
-def equality(pair: Pair, cells: list[dict], earlier: np.ndarray) -> Equality:
+def equality(pair: ModelPair, cells: list[dict], earlier: np.ndarray) -> Equality:
     """C1, H0: Delta CE_rec is inside the margin in every cell, by two one-sided tests at 5%, which is a 90%
     interval (Schuirmann 1987), and a smaller budget, one of `earlier` [b], shows a gap that could go.
     """
@@ -337,7 +337,7 @@ def equality(pair: Pair, cells: list[dict], earlier: np.ndarray) -> Equality:
     return Equality(equal, gap_before, h0=equal and gap_before)
 
 
-def transfer(pair: Pair, cells: list[dict], last: int) -> Transfer:
+def transfer(pair: ModelPair, cells: list[dict], last: int) -> Transfer:
     """C1, H1: the transfer gap Gamma of R^2 (`stats.transfer_gap`: isotonic fits over all budgets, judged at
     B*), in units of CE_rec, its Student interval over seeds and documents, and its sign in every cell.
     """
@@ -352,26 +352,25 @@ def transfer(pair: Pair, cells: list[dict], last: int) -> Transfer:
     return Transfer(gamma, lo, hi, same_sign, in_range, h1)
 
 
-def normalisation(pair: Pair, last: int) -> Normalisation:
+def normalisation(pair: ModelPair, last: int) -> Normalisation:
     """C1b, N: of the sink-free Euclidean scores in range, the one with the smallest |Gamma| on the even
     documents, against R^2 on the odd ones: what chose it does not judge it.
     """
-    everything, even, odd = 0, 1, 2
     judged = pair.mask(tokens=last)
     sizes = {}
     for score in SINK_FREE:
-        gamma, in_range = pair.transfer_gap(score, judged, even)
+        gamma, in_range = pair.transfer_gap(score, judged, stats.HALF_A)
         if in_range >= THRESHOLDS.in_range:
             sizes[score] = abs(gamma)
     control = min(sizes, key=lambda score: sizes[score]) if sizes else None
-    of_control = pair.transfer_gap(control, judged, odd)[0] if control else np.nan
-    of_r2 = pair.transfer_gap("r2", judged, odd)[0]
+    of_control = pair.transfer_gap(control, judged, stats.HALF_B)[0] if control else np.nan
+    of_r2 = pair.transfer_gap("r2", judged, stats.HALF_B)[0]
     return Normalisation(
         control=control,
         gamma_control_half_b=of_control,
         gamma_r2_half_b=of_r2,
         normalised_away=abs(of_control) < THRESHOLDS.normalisation * abs(of_r2),
-        gamma_controls={name: pair.transfer_gap(name, judged, everything)[0] for name in EUCLIDEAN_CONTROLS},
+        gamma_controls={name: pair.transfer_gap(name, judged)[0] for name in EUCLIDEAN_CONTROLS},
     )
 
 
@@ -483,7 +482,7 @@ def delta_rows(conditions: Conditions, arm: Arm, pairs: Sequence[Sequence[str]] 
     return rows
 
 
-def delta_row(pair: Pair, cell: dict[str, Any]) -> dict[str, Any]:
+def delta_row(pair: ModelPair, cell: dict[str, Any]) -> dict[str, Any]:
     """What two models differ by in one cell, with 95% intervals: Student over seeds and documents, Fieller
     for the ratio of Delta R^2 to Delta CE_rec, a bootstrap over seeds for their mismatch.
     """
@@ -513,7 +512,7 @@ def seed_correlation(conditions: Conditions) -> float:
     pairing be justified? nan with fewer than three pairs.
     """
     names = ["model", "depth", "recipe", "sae", "k", "tokens"]
-    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][0]]
+    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][stats.ALL]]
     cells = grouped([dict(zip([*names, "ce"], row)) for row in zip(*columns)], names)
     pairs: list[tuple[float, float]] = []
     for (model, *cell), here in cells.items():  # conditions come sorted by seed

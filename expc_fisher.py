@@ -155,13 +155,13 @@ def ladder(values: dict, meta: dict) -> list[dict]:
     rho = [
         stats.partial_draws(DISTORTION(values[name]), -values["dce"], meta, N_RESAMPLES)
         for name, _, _ in LADDER[:-1]
-    ] + [np.ones(3 + N_RESAMPLES)]
+    ] + [np.ones(stats.N_FIXED + N_RESAMPLES)]
     rows = []
     for (_, symbol, what), here, below in zip(LADDER, rho, [None, *rho]):
         step = here - below if below is not None else np.full(4, np.nan)
         rows.append(
             {"rung": symbol, "what joins": what, "rho": float(here[0]), "step": float(step[0])}
-            | dict(zip(("step_lo", "step_hi"), stats.interval(step[3:])))
+            | dict(zip(("step_lo", "step_hi"), stats.interval(step[stats.RESAMPLES])))
         )
     return rows
 
@@ -209,8 +209,8 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     values, meta, sums = found.values, found.meta, found.sums
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in (*PROXIES, *FISHER)}
     board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
-    of_all = scores["fisher_seq"][0], scores["swd_tok"][0], values["ce_rec"][0], meta
-    (added, p), gain = stats.added_value(*of_all), stats.out_of_hook_gain(*of_all)
+    x, base, y = (v[stats.ALL] for v in (scores["fisher_seq"], scores["swd_tok"], values["ce_rec"]))
+    (added, p), gain = stats.added_value(x, base, y, meta), stats.out_of_hook_gain(x, base, y, meta)
     leaf, rungs = leaderboard.leaf_added(added, p, MIN_ADDED), ladder(values, meta)
     shown = [row for row in rungs[1:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
     lost = max(shown, key=lambda row: abs(row["step"]), default=None)
@@ -223,7 +223,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
             gain=dict(zip(("value", "lo", "hi"), gain)),
             ladder=rungs,
             lost_at=lost and lost["rung"],
-            locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
+            locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][stats.ALL])) for a in ALPHAS},
             radius=[vars(Condition.of(row)) | {"radius": radius(row)} for row in found.saes],
             thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS),
             settings=settings,

@@ -243,7 +243,9 @@ def h3(hooks: list[dict]) -> dict:
     column = {name: np.array([row[name] for row in used]) for name in used[0]}
     model, residual = column["model"], column["residual"]
     of_hooks, everywhere = arrangements(model), np.zeros(len(used))
-    weights = stats.bootstrap_weights({"model": model, "layer": column["layer"]}, N_RESAMPLES, seed=0)[3:]
+    weights = stats.bootstrap_weights({"model": model, "layer": column["layer"]}, N_RESAMPLES, seed=0)[
+        stats.RESAMPLES
+    ]
     of = column["log_ratio"], residual
     draws = np.array([np.nan])
     if np.isfinite(of).all():
@@ -291,7 +293,7 @@ def residuals(values: dict, meta: dict) -> dict[tuple[str, int], float]:
     """{hook: log10 dCE predicted from R^2, a quadratic fitted on all other hooks, minus measured, mean over
     its SAEs}: above 0 R^2 says that they cost more than they do.
     """
-    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][0]), values["dce"][0], meta)
+    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][stats.ALL]), values["dce"][stats.ALL], meta)
     ids = stats.cluster_ids(meta)
     _, first = np.unique(ids, return_index=True)
     hooks = [(str(meta["model"][i]), int(meta["layer"][i])) for i in first]

@@ -235,7 +235,7 @@ def weights_of(hooks: dict[str, np.ndarray], W: int) -> tuple[np.ndarray, np.nda
     """
     weights = stats.bootstrap_weights(hooks, N_RESAMPLES, 0)
     if len(weights[0]) < stats.MIN_CLUSTERS:
-        weights[3:] = np.nan
+        weights[stats.RESAMPLES] = np.nan
     return weights, stats.resample_index(W, N_RESAMPLES) if W > 1 else np.zeros(len(weights), int)
 
 
@@ -243,7 +243,7 @@ def mean_over_hooks(v: np.ndarray, hooks: dict[str, np.ndarray]) -> Estimate:
     """v [W,G]: documents are resampled with the hooks where W says how; one weighting leaves them fixed."""
     weights, which = weights_of(hooks, len(v))
     draws = (weights * v[which]).sum(1) / weights.sum(1)
-    return Estimate(float(draws[0]), *stats.interval(draws[3:]), len(hooks["model"]))
+    return Estimate(float(draws[0]), *stats.interval(draws[stats.RESAMPLES]), len(hooks["model"]))
 
 
 def within_models(x: np.ndarray, y: np.ndarray, hooks: dict[str, np.ndarray]) -> Estimate:
@@ -252,7 +252,7 @@ def within_models(x: np.ndarray, y: np.ndarray, hooks: dict[str, np.ndarray]) ->
     models = (hooks["model"][:, None] == np.unique(hooks["model"])).astype(float)
     design = stats.weighted_design(weights, models)
     r = stats.correlation(stats.unit_residual(x[None], design), stats.unit_residual(y[which], design))
-    return Estimate(float(r[0]), *stats.interval(r[3:], fisher=True), len(x))
+    return Estimate(float(r[0]), *stats.interval(r[stats.RESAMPLES], fisher=True), len(x))
 
 
 def larger_minus_smaller(y: np.ndarray, meta: dict, models: list[str]) -> Estimate:
@@ -273,7 +273,7 @@ def larger_minus_smaller(y: np.ndarray, meta: dict, models: list[str]) -> Estima
     weights = stats.depth_weights(meta, models, N_RESAMPLES, 0)[:, kept]
     which = stats.resample_index(len(y), N_RESAMPLES)
     draws = (weights * np.transpose(gaps)[which]).sum(1) / weights.sum(1)
-    return Estimate(float(draws[0]), *stats.interval(draws[3:]), len(gaps))
+    return Estimate(float(draws[0]), *stats.interval(draws[stats.RESAMPLES]), len(gaps))
 
 
 def shares(values: dict, meta: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -341,10 +341,10 @@ def where_it_breaks(depth: list[dict], of_hooks: list[dict], found: Measured, mo
 
 def beyond(scores: dict, y: np.ndarray, meta: dict) -> list[dict]:
     """What the plan distortion adds to each proxy of BEYOND, on all documents: descriptive. y [C]."""
-    x, rows = scores["plan_kl"][0], []
+    x, rows = scores["plan_kl"][stats.ALL], []
     for name in BEYOND:
-        added, p = stats.added_value(x, scores[name][0], y, meta)
-        gain = stats.out_of_hook_gain(x, scores[name][0], y, meta)
+        added, p = stats.added_value(x, scores[name][stats.ALL], y, meta)
+        gain = stats.out_of_hook_gain(x, scores[name][stats.ALL], y, meta)
         rows.append(dict(beyond=name, added=added, p=p) | dict(zip(("gain", "gain_lo", "gain_hi"), gain)))
     return rows
 
@@ -366,8 +366,8 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     control = h2["a_control"]
     added = p = np.nan
     if control:
-        half_b = scores["plan_kl"][2], scores[control][2], values["ce_rec"][2], meta
-        added, p = stats.added_value(*half_b)
+        x, base, y = (v[stats.HALF_B] for v in (scores["plan_kl"], scores[control], values["ce_rec"]))
+        added, p = stats.added_value(x, base, y, meta)
     leaf = leaderboard.leaf_added(added, p, MIN_ADDED)
     depth, of_hooks = (read_table(store.checked(out / store.RUN, name)) for name in TABLES)
     places = by_hook(meta)
@@ -381,7 +381,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
             control=control,
             added=added,
             p=p,
-            beyond=beyond(scores, values["ce_rec"][0], meta),
+            beyond=beyond(scores, values["ce_rec"][stats.ALL], meta),
             board={name: value for name, value in row.items() if name not in ("proxy", "target", "stratum")},
             mediated=vars(mean_over_hooks(mediated, hooks)),
             plan_only=vars(mean_over_hooks(plan_only, hooks)),

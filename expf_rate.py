@@ -225,7 +225,7 @@ def ratio_rows(lines: Curves, codes: list[Coded]) -> list[dict]:
             for of in ("bits", *NAMES):
                 for depth in lines.pairs() if at != of else []:
                     draws = lines.log_ratio(code, at, of, depth)
-                    lo, hi = stats.interval(draws[3:])
+                    lo, hi = stats.interval(draws[stats.RESAMPLES])
                     ends = dict(zip(("ratio", "lo", "hi"), map(float, np.exp([draws[0], lo, hi]))))
                     rows.append({"depth": depth, "code": code.name, "at_equal": at, "of": of} | ends)
     return rows
@@ -318,7 +318,7 @@ def rate_rows(found: Measured, codes: list[Coded], lines: Curves, spectra: list[
     for hook in set(zip(found.meta["model"], found.meta["layer"])):
         here = (found.meta["model"] == hook[0]) & (found.meta["layer"] == hook[1])
         l0 = np.array([row["l0"] for row in found.saes])[here]
-        on_front[here] = rate.front(l0, found.values["dce"][0, here])
+        on_front[here] = rate.front(l0, found.values["dce"][stats.ALL, here])
     rows = []
     for i, sae in enumerate(found.saes):
         for code in codes:

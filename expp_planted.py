@@ -58,7 +58,7 @@ from transport_geometry.reporting.templates import blocks
 from transport_geometry.running import commands
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.hook_pair import mismatch
-from transport_geometry.statistics.stats import percentiles
+from transport_geometry.statistics.stats import RESAMPLES, percentiles
 
 import numpy as np
 import torch
@@ -259,7 +259,7 @@ def evidence(out: pathlib.Path) -> Evidence:
             deltas[part.name] = read_table(store.checked(record, "deltas.csv"))
         else:
             found = measured(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
-            lo, hi = percentiles(found.values["fed_excess"][3:])
+            lo, hi = percentiles(found.values["fed_excess"][RESAMPLES])
             points[part.name] = [int(a > LEAST_EXCESS) - int(b < -LEAST_EXCESS) for a, b in zip(lo, hi)]
             board = read_table(store.checked(record, "leaderboard.csv"))
             pooled = [row for row in board if (row["target"], row["stratum"]) == ("ce_rec", "pooled")]

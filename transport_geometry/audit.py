@@ -10,7 +10,7 @@ says of every pair; every library's R² under its name.
     print(audit(model, 3, "my/sae", held.input_ids, held.document))
 
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model; C
-SAEs, W weightings of the documents, of which 0 is all of them and 3.. are resamples (`results.measured`).
+SAEs, W weightings of the documents (`stats.ALL`, ...).
 """
 
 import itertools
@@ -45,7 +45,14 @@ from transport_geometry.reporting.console import WIDTH, Answer, sentence_case
 from transport_geometry.reporting.words import ABOUT_WORDS, WORDS, with_words
 from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
-from transport_geometry.statistics.stats import document_weights, isotonic_predict, percentiles
+from transport_geometry.statistics.stats import (
+    ALL,
+    N_FIXED,
+    RESAMPLES,
+    document_weights,
+    isotonic_predict,
+    percentiles,
+)
 
 import numpy as np
 import torch
@@ -137,8 +144,8 @@ def dominated(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
     for members in comparable(saes, settings, HOOK_AND_TOKENS).values():
         for i in members:
             others = [j for j in members if j != i and saes[j]["l0"] <= saes[i]["l0"] * (1 + RESOLUTION)]
-            for j in sorted(others, key=lambda j: -ce_rec[0, j]):
-                if percentiles(ce_rec[3:, j] - ce_rec[3:, i])[0] > RESOLUTION:
+            for j in sorted(others, key=lambda j: -ce_rec[ALL, j]):
+                if percentiles((ce_rec[:, j] - ce_rec[:, i])[RESAMPLES])[0] > RESOLUTION:
                     out[i] = saes[j]["sae"]
                     break
     return out
@@ -174,7 +181,7 @@ def pairs(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> li
     found = []
     for group, members in comparable(saes, settings, AT_ONE_K).items():
         for i, j in itertools.combinations(members, 2):
-            a, b = sorted((i, j), key=lambda at: (-values["r2"][0, at], saes[at]["layer"], saes[at]["sae"]))
+            a, b = sorted((i, j), key=lambda at: (-values["r2"][ALL, at], saes[at]["layer"], saes[at]["sae"]))
             row = dict(zip(AT_ONE_K, group)) | difference(saes, values, a, b)
             found.append(row | {"documents_to_tell": documents_to_tell(row, min(settings["documents"]))})
     columns = [*AT_ONE_K, "layer_a", "layer_b", "sae_a", "sae_b"]
@@ -191,12 +198,12 @@ def difference(saes: list[dict], values: dict[str, np.ndarray], a: int, b: int) 
     row: dict[str, Any] = {}
     for end, at in (("a", a), ("b", b)):
         row |= {f"{name}_{end}": saes[at][name] for name in ("sae", "layer", "l0")}
-        row |= {f"{metric}_{end}": values[metric][0, at] for metric in ("r2", "ce_rec")}
+        row |= {f"{metric}_{end}": values[metric][ALL, at] for metric in ("r2", "ce_rec")}
     intervals = []
     for metric in ("r2", "ce_rec"):
         delta = values[metric][:, a] - values[metric][:, b]
-        lo, hi = percentiles(delta[3:])
-        row |= {f"delta_{metric}": delta[0], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
+        lo, hi = percentiles(delta[RESAMPLES])
+        row |= {f"delta_{metric}": delta[ALL], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
         intervals.append((lo, hi))
     return row | {"kind": kind(*intervals)}
 
@@ -223,7 +230,8 @@ def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
     out = np.full((len(saes), 3), np.nan)
     for members in comparable(saes, settings, HOOK_AND_TOKENS).values():
         # many SAEs: fewer resamples, each fit takes C steps
-        used = np.r_[0, 3 : min(len(values["r2"]), 3 + max(200, 20_000 // len(members)))]
+        n_resamples = min(len(values["r2"]) - N_FIXED, max(200, 20_000 // len(members)))
+        used = np.r_[ALL, N_FIXED : N_FIXED + n_resamples]
         r2, ce_rec = values["r2"][used], values["ce_rec"][used]
         for i in members:
             others = [j for j in members if j != i]
@@ -721,13 +729,13 @@ def audit(
         Sums({q: v[None] for q, v in result.sums.items()}, weights, text_config(model).hidden_size)
     )
     n_doc, n_sink = int(of.max()) + 1, int(shared.sink.sum())
-    row = {metric: float(value[0, 0]) for metric, value in values.items()}
+    row = {metric: float(value[ALL, 0]) for metric, value in values.items()}
     row |= dict(n_seq=len(tokens), n_tok=shared.sink.numel(), n_sink=n_sink, calm_share=shared.calm_share)
     (row,) = with_words([row], values, n_doc)
     out = Audited({name: row[name] for name in ("word", "also", "says", "read")})
     for name, metric in [*zip(RETURNED, RETURNED), *SAELENS.items()]:
-        lo, hi = (float(end[0]) for end in percentiles(values[metric][3:]))
-        out |= {name: float(values[metric][0, 0]), f"{name}_lo": lo, f"{name}_hi": hi}
+        lo, hi = (float(end[0]) for end in percentiles(values[metric][RESAMPLES]))
+        out |= {name: float(values[metric][ALL, 0]), f"{name}_lo": lo, f"{name}_hi": hi}
     return Audited(out | {"n_tok": row["n_tok"], "n_sink": n_sink, "documents": n_doc})
 
 

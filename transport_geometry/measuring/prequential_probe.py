@@ -137,7 +137,7 @@ def mean_of_documents(bits: np.ndarray, document: np.ndarray) -> tuple[float, fl
     by_row = bits.reshape(len(document), -1)
     weights = stats.document_weights(int(document.max()) + 1, N_RESAMPLES, seed=0)[:, document]
     draws = weights @ by_row.mean(1) / weights.sum(1)
-    return float(draws[0]), *stats.interval(draws[3:])
+    return float(draws[0]), *stats.interval(draws[stats.RESAMPLES])
 
 
 def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:

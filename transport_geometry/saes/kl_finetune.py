@@ -172,7 +172,7 @@ def moves(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
         up, down = int((change > 0).sum()), int((change < 0).sum())
         known = up + down and np.isfinite(change).all()
         p = float(scipy.stats.binomtest(up, up + down).pvalue) if known else np.nan
-        lo, hi = stats.interval((weights @ change / weights.sum(1))[3:])
+        lo, hi = stats.interval((weights @ change / weights.sum(1))[stats.RESAMPLES])
         row: dict[str, Any] = {
             "metric": name,
             "up": up,
