@@ -36,7 +36,7 @@ from transport_geometry.audit import (
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.records import store
-from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements, rows_hash
 from transport_geometry.records.tables import as_csv, as_json, grouped, markdown, plain
 from transport_geometry.reporting import chart
 from transport_geometry.reporting.console import Answer, conclude, hushed
@@ -64,7 +64,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Answer, str, str]:
 
     A pure function of conditions.csv and sequences.npz.
     """
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     saes = with_words(found.saes, found.values, min(settings["documents"]))
     rows = audit_rows(saes, found.values, settings)
     two = pairs(saes, found.values, settings)
@@ -86,7 +86,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[Answer, str, str]:
     report = [*audit_report(rows, two, settings), *of_proxies(board, verdict["h2"], settings)]
     where, pictures = of_folder(out)
     report += [where, ""]
-    report += ["## Null rows", "", markdown(marked(found.nulls, settings), OF_A_NULL), ""]
+    report += ["## Null rows", "", markdown(label_last_block(found.nulls, settings), OF_A_NULL), ""]
     files: dict[str, store.Content | None] = {
         "audit.csv": as_csv([*rows, *refused_rows(settings)], COLUMNS),
         "pairs.csv": as_csv(two, PAIRS),

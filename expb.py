@@ -25,7 +25,13 @@ from common import parse_args, run_script
 from transport_geometry.audit import trial_lines
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES, Metric
 from transport_geometry.records import store
-from transport_geometry.records.results import about_the_run, behind, marked, measured, rows_hash
+from transport_geometry.records.results import (
+    about_the_run,
+    describe_units,
+    label_last_block,
+    load_measurements,
+    rows_hash,
+)
 from transport_geometry.records.tables import (
     as_csv,
     as_json,
@@ -78,7 +84,7 @@ def analyse(out: pathlib.Path, settings: dict, colour: bool = False) -> tuple[di
 
     A pure function of conditions.csv and sequences.npz.
     """
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
     board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
     said = vars(answer(h2, board, settings))
@@ -217,7 +223,7 @@ def report(
         )
     shown = [
         row | {"tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
-        for row in marked(saes, settings)
+        for row in label_last_block(saes, settings)
     ]
     text = REPORT.format(
         answer=Answer(**verdict["answer"]).markdown(),
@@ -225,13 +231,13 @@ def report(
         reason=verdict["reason"],
         here=sentence_here(verdict),
         table_here=claims.table(board),
-        how_to_read_here=claims.how_to_read(settings, behind(settings)),
+        how_to_read_here=claims.how_to_read(settings, describe_units(settings)),
         within="".join(within),
         general=general,
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
         where=where,
-        nulls=markdown(marked(nulls, settings), OF_A_NULL),
+        nulls=markdown(label_last_block(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
     return text.encode()

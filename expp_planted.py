@@ -35,7 +35,7 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.models.plant import Gauge, plants, regauge, split
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records import store
-from transport_geometry.records.results import check_data, measured, open_output
+from transport_geometry.records.results import check_data, load_measurements, open_output
 from transport_geometry.records.tables import (
     as_csv,
     as_json,
@@ -307,7 +307,7 @@ def findings(out: pathlib.Path) -> Findings:
         if part.script == "expa":
             deltas[part.name] = read_table(store.checked(record, "deltas.csv"))
         else:
-            found = measured(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
+            found = load_measurements(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
             lo, hi = percentiles(found.values["fed_excess"][3:])
             points[part.name] = [int(a > LEAST_EXCESS) - int(b < -LEAST_EXCESS) for a, b in zip(lo, hi)]
             board = read_table(store.checked(record, "leaderboard.csv"))

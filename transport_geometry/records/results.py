@@ -127,7 +127,7 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     )
 
 
-def beside(out: pathlib.Path, settings: dict) -> pathlib.Path:
+def next_free_folder(out: pathlib.Path, settings: dict) -> pathlib.Path:
     """`out`, or the first of out-2, out-3, ... that holds a run with these settings, or none."""
     for number in itertools.count(1):
         folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
@@ -304,7 +304,9 @@ def gather(out: pathlib.Path, settings: dict) -> None:
 
 
 # --------------------------------------------------------------------------------------------- for the tables
-def measured(out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[Metric] = ()) -> Measured:
+def load_measurements(
+    out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[Metric] = ()
+) -> Measured:
     """A finished folder under `n_resamples` resamples of the documents, shared by all conditions: of one text
     drawn for models of different tokenizers, document i is the same. own: an experiment's metrics.
     """
@@ -382,7 +384,7 @@ def rows_hash(out: pathlib.Path) -> str:
     ).hexdigest()
 
 
-def marked(rows: list[dict], settings: dict) -> list[dict]:
+def label_last_block(rows: list[dict], settings: dict) -> list[dict]:
     """Rows to show, the hook of a model's last block marked: no attention follows it."""
     last = settings["last_blocks"]
     return [row | {"layer": f"{row['layer']} last"} if hook_of(row) in last else row for row in rows]
@@ -430,7 +432,7 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
         notes.append(f"The text is column `{column}` of {settings['data']}.\n")
     text = ABOUT.format(
         sizes=" and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sizes),
-        behind=behind(settings),
+        behind=describe_units(settings),
         n_sink=", ".join(sorted({str(row["n_sink"]) for row in rows})),
         n_tok=", ".join(sorted({str(row["n_tok"]) for row in rows})),
         text_sha256=settings["text_sha256"],
@@ -456,7 +458,7 @@ def notes_on_fields(saes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{', '.join(of)}: {words[kind]}: {named}.\n" for (kind, named), of in alike.items()]
 
 
-def behind(settings: dict) -> str:
+def describe_units(settings: dict) -> str:
     """What intervals over the evaluation text count, in words."""
     n = " or ".join(map(str, settings["documents"]))
     if settings["cut"]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transport_geometry.measuring.metrics import BY_NAME, CONTROL, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
-from transport_geometry.records.results import Measured, behind
+from transport_geometry.records.results import Measured, describe_units
 from transport_geometry.records.tables import UNDEFINED, estimate, markdown, percent, plain, short, signed
 from transport_geometry.reporting import console as console
 from transport_geometry.reporting.console import models_in_words
@@ -718,7 +718,7 @@ def how_to_read(verdict: dict, settings: dict) -> list[str]:
         n_clusters=verdict["n_clusters"],
         min_clusters=verdict["min_clusters"],
         min_hooks=verdict["min_hooks"],
-        behind=behind(settings),
+        behind=describe_units(settings),
     )
     could_show = WHAT_COULD_SHOW.format(
         rho_max=number(verdict["rho_max"], 3),
