@@ -18,6 +18,7 @@ Spearman given k, the error of dCE predicted for a hook that was left out, tests
 transfer gap across scale.
 """
 
+import importlib
 import pathlib
 import sys
 
@@ -48,7 +49,6 @@ from transport_geometry.reporting.figures import as_png, model_colours, points_l
 from transport_geometry.reporting.page import with_page
 from transport_geometry.reporting.where_it_hurts import of_folder
 from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
-from transport_geometry.running import commands
 from transport_geometry.running.run import Experiment, run
 from transport_geometry.statistics import claims, leaderboard
 from transport_geometry.statistics.leaderboard import (
@@ -306,10 +306,16 @@ def short_verdict(verdict: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- main
+def redirect_to(script: str) -> None:
+    """Run another script in this one's place, with the same arguments and a results folder of its own."""
+    sys.argv[0] = f"{script}.py"
+    importlib.import_module(script).main()
+
+
 def main() -> None:
     command = parse_args(__doc__, GRID)
     if command.grid.saes:
-        return commands.instead("audit")
+        return redirect_to("audit")
     with hushed(command):
         if (done := run(command, Experiment("expb", where=True))) is None:
             return

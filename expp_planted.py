@@ -12,7 +12,10 @@ A sink at position 0, which owns the variance and changes no logit. Errors turne
 feels, so that H2 is true. SAEs that lag behind, and catch up.
 """
 
+import contextlib
 import hashlib
+import importlib
+import io
 import json
 import math
 import pathlib
@@ -53,7 +56,6 @@ from transport_geometry.reporting import console as console
 from transport_geometry.reporting.console import WIDTH, Answer, coloured, columns, conclude, hushed
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, SKY, as_png, label_ends, pyplot
 from transport_geometry.reporting.page import with_page
-from transport_geometry.running import commands
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.hook_pair import mismatch
 from transport_geometry.statistics.stats import percentiles
@@ -143,13 +145,26 @@ PARTS = (
 )
 
 
+def run_quietly(script: str, arguments: Sequence[str]) -> None:
+    """Run a script in this process as its command line would, without what it prints. Raises what it
+    raises.
+    """
+    typed = sys.argv
+    try:
+        sys.argv = [f"{script}.py", *arguments]
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(script).main()
+    finally:
+        sys.argv = typed
+
+
 def run_parts(out: pathlib.Path, args: Any) -> None:
     """Every part by its own command; what a folder holds already is kept, and an interrupted one goes on."""
     for number, part in enumerate(PARTS, 1):
         print(f"[{number}/{len(PARTS)}] {part.command()}", flush=True)
         flags = [*shlex.split(part.flags), "--out", str(part.folder(out)), "--cache", str(args.cache)]
         flags += ["--device", args.device, *["--fresh"] * args.fresh]
-        commands.call(part.script, flags)
+        run_quietly(part.script, flags)
 
 
 # --------------------------------------------------------------------- the models, and what they compute
