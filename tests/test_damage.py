@@ -229,7 +229,7 @@ def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
 
 GONE = """
 import shutil, sys
-from transport_geometry import run
+from transport_geometry.running import run
 load_sae = run.load_sae  # to evaluate it: trained it is, or was
 def vanish(*a):
     shutil.rmtree(sys.argv[sys.argv.index("--cache") + 1], ignore_errors=True)

@@ -211,7 +211,7 @@ def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
 
 PROBE = """
 import pathlib, sys
-from transport_geometry import store
+from transport_geometry.records import store
 for _ in range(300):
     store.writable(pathlib.Path(sys.argv[1]), "--cache")
 """
@@ -309,7 +309,7 @@ def test_a_write_that_fails_leaves_the_old_and_says_so(tmp_path):
 
 LIMITED = """
 import contextlib, pathlib, resource, sys
-from transport_geometry import store
+from transport_geometry.records import store
 from transport_geometry.errors import run_script
 from transport_geometry.records.tables import as_npz
 import numpy, torch
@@ -339,7 +339,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 # ------------------------------------------------------------------------------------ one writer at a time
 HOLD = """
 import pathlib, sys
-from transport_geometry import store
+from transport_geometry.records import store
 store.claim(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
