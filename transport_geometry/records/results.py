@@ -138,27 +138,23 @@ def next_free_folder(out: pathlib.Path, settings: dict) -> pathlib.Path:
     raise AssertionError
 
 
-def difference(key: str, there: Any, here: Any) -> str:
+def difference(key: str, there: Any, here: Any, names: tuple[str, str] = ("there", "here")) -> str:
     """Of one setting, short; of one that holds several by name, the first that both hold otherwise, or the
     names that only one holds.
     """
     if isinstance(there, dict) and isinstance(here, dict):
         for name in sorted(there.keys() & here.keys()):
             if there[name] != here[name]:
-                return f"{key}: {difference(name, there[name], here[name])}"
+                return f"{key}: {difference(name, there[name], here[name], names)}"
         there, here = (
             few_of(sorted(one.keys() - other.keys())) for one, other in ((there, here), (here, there))
         )
-    return f"{key}: there {brief(str(there))}, here {brief(str(here))}"
-
-
-def without_shared(x: dict, y: dict) -> dict:
-    """What x holds otherwise than y."""
-    return {key: value for key, value in x.items() if y.get(key) != value}
+    texts = [re.sub("^([0-9a-f]{12})[0-9a-f]{28,}$", r"\1", str(value)) for value in (there, here)]
+    return f"{key}: {names[0]} {brief(texts[0])}, {names[1]} {brief(texts[1])}"
 
 
 def few_of(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "not"
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "none"
 
 
 def check_data(record: pathlib.Path) -> dict:
