@@ -45,8 +45,8 @@ def scale_of(column: str, values: np.ndarray) -> str:
     return "plain" if column.startswith(PLAIN) or not (values > 0).all() else "log"
 
 
-def grouped(runs: list[Run]) -> list[list[Run]]:
-    """Runs that differ in their seeds alone together."""
+def by_settings(runs: list[Run]) -> list[list[Run]]:
+    """Groups of runs that differ in their seeds alone."""
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=compare_runs.SEED_SD.parent)
     args = parser.parse_args()
     runs = [checked(folder) for folder in args.folders]
-    groups = grouped(runs)
+    groups = by_settings(runs)
     names = dict.fromkeys(name for run in runs for name in run.rows[0])
     measured = [
         column_of(name, groups)
@@ -218,10 +218,8 @@ def main() -> None:
         name: sorted({value for run in runs for value in run.settings[name]})
         for name in ("models", "hooks", "tokens", "k")
     }
-    seeds, n_cells = (
-        sorted({seed for pair, _ in largest for seed in pair}),
-        len({cell for _, cell in largest}),
-    )
+    seeds = sorted({seed for pair, _ in largest for seed in pair})
+    n_cells = len({cell for _, cell in largest})
     git = ["git", "-C", str(bench.ROOT), "describe", "--always", "--dirty"]
     processor = listed(run.record.get("processor") or run.record.get("platform") for run in runs)
     scripts = listed(f"{run.settings['script']}.py" for run in runs)
