@@ -16,7 +16,7 @@ from helpers import ROOT, contents, one_line, script
 from transport_geometry.errors import Damaged
 from transport_geometry.records import store
 from transport_geometry.records.results import load_results
-from transport_geometry.records.store import LOCK, unused
+from transport_geometry.records.store import LOCK
 from transport_geometry.records.tables import as_npz, read_npz
 
 import pytest
@@ -263,13 +263,3 @@ def test_a_locale_without_our_letters(whole, tmp_path):
     before, after = contents(whole / "out"), contents(tmp_path / "out")
     drawn = {name for name in before if name.endswith((".png", ".html"))}  # here, and not there: see `expb`
     assert {name for name in before if after[name] != before[name]} == drawn and after.keys() == before.keys()
-
-
-def test_names_that_nothing_has(tmp_path):
-    assert unused(tmp_path / "a.csv", "kept").name == "a.kept.csv"
-    (tmp_path / "a.kept.csv").symlink_to("nowhere")
-    (tmp_path / "b.c").mkdir()
-    assert (
-        unused(tmp_path / "a.csv", "kept").name == "a.kept-2.csv"
-        and unused(tmp_path / "b.c", "kept").name == "b.c.kept"
-    )

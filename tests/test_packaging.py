@@ -14,7 +14,6 @@ import tomllib
 import venv
 
 from transport_geometry import PACKAGE, errors, kernels
-from transport_geometry.running import cost
 
 import pytest
 import setuptools
@@ -245,14 +244,6 @@ def test_what_takes_a_second_to_import_is_imported_where_it_is_used():
     heavy = {"transformers", "datasets", "scipy.stats", "matplotlib.pyplot"}
     code = f"import common, sys; print({heavy} & set(sys.modules))"
     assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "set()"
-
-
-@pytest.mark.parametrize(
-    "seconds, says",
-    [(0.0133, "0.013 s"), (0.2, "0.2 s"), (180, "3 min"), (5040, "1.4 h"), (86400, "24 h"), (3e6, "35 days")],
-)
-def test_a_time_is_said_in_its_unit(seconds, says):
-    assert cost.readable_time(seconds) == says
 
 
 # ------------------------------------------------------------------------------------------------- a wheel
