@@ -187,7 +187,7 @@ def test_a_copy_without_hidden_files_is_still_the_old_results(tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(store, "_move_in", lambda record: (_ for _ in ()).throw(Killed))
         store.put(tmp_path / RECORD, {"a.csv": b"new"})
-    store._beside(tmp_path / "a.csv").unlink()
+    store._temporary(tmp_path / "a.csv").unlink()
     store.settle(tmp_path / RECORD)
     assert store.checked(tmp_path / RECORD, "a.csv").read_bytes() == b"old"
 

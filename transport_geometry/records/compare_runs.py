@@ -20,7 +20,7 @@ from typing import Any
 from transport_geometry import ROOT
 from transport_geometry.errors import UserError, reading
 from transport_geometry.records import store
-from transport_geometry.records.results import difference
+from transport_geometry.records.results import TELLING, difference
 from transport_geometry.records.store import RUN
 from transport_geometry.records.tables import cell, grouped, markdown, read_table
 
@@ -30,9 +30,7 @@ import scipy
 SEED_SD = ROOT / "outputs/reference/seed_sd.csv"
 LABELS = ("model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens")
 EXACT = {"n_seq", "n_tok", "n_sink"}  # counts, which nothing may change
-# settings of two runs that may still be called one, and those to be named first where they differ
-MAY_DIFFER = {"seeds", "device", "python", "instructions", "save_tokens"}
-NAMED_FIRST = ("text_sha256", "data_content", "weights", "tokenizers", "models", "saes", "script")
+MAY_DIFFER = {"seeds", "device", "python", "instructions", "save_tokens"}  # settings
 
 # By how much evaluating one SAE elsewhere may change a column: (share of the value, plus so much). Measured
 # with one cache on AMD's and on Intel's code, with AVX-512, AVX2 and neither, and with KERNELS=ref: at most a
@@ -193,10 +191,10 @@ def not_as_written(run: Run) -> list[str]:
 
 def other_settings(a: dict, b: dict) -> tuple[list[str], list[str]]:
     """(those that make two runs different, those that do not), the telling ones first."""
-    keys = [key for key in {**dict.fromkeys(NAMED_FIRST), **a, **b} if a.get(key) != b.get(key)]
     reasons: list[str] = []
     notes: list[str] = []
-    for key in keys:
+    differing = {key for key in {**a, **b} if a.get(key) != b.get(key)}
+    for key in sorted(differing, key=lambda key: (key not in TELLING, key)):
         text = f"other {difference(key, a.get(key), b.get(key), ('A', 'B'))}"
         (notes if key in MAY_DIFFER else reasons).append(text)
     return reasons, notes
