@@ -111,7 +111,7 @@ def test_a_whole_column_one_sd_off_is_seen(word, column):
     """No single number of it is out of the ordinary: its mean is, in 95 of 100 reruns. With other seeds,
     whose cells move together, it takes more.
     """
-    said = f"columns off as a whole ({column};"
+    said = f"columns off as a whole: {column}"
     outcomes = [word(saes(30 + seed, {column: (-1.0) ** seed})) for seed in range(10)]
     assert sum(one.word == "different" and said in one.summary for one in outcomes) >= 8
     outcome = word([row | {"seed": 1} for row in saes(2, {column: 2.0})], settings={"seeds": [1]})
@@ -122,7 +122,7 @@ def test_every_column_that_is_off_is_named(word):
     outcome = word(saes(2, {"r2": 2.0, "dce": -2.0, "kl": 8.0}))
     listed = {line.split()[1] for line in outcome.lines if line.startswith("| ")}
     assert outcome.word == "different" and {"r2", "dce", "kl"} <= listed
-    assert "beyond 6 seed SDs (kl" in outcome.summary
+    assert "beyond 6 seed SDs: kl" in outcome.summary
 
 
 def test_saes_three_times_as_far_apart_as_seeds_are_different(word):

@@ -38,16 +38,10 @@ MAY_DIFFER = {"seeds", "device", "python", "instructions", "save_tokens"}  # set
 # some draws.
 EVALUATION = {
     "swd_sampled": (0.05, 1e-6),
-    "rho": (5e-3, 1e-6),
-    "fed": (1e-4, 5e-3),
-    "fed_nosink": (1e-4, 5e-3),
-    "fed_iso_nosink": (1e-4, 5e-3),
-    "fed_excess": (1e-4, 5e-3),
-    "swd_seq": (5e-3, 1e-6),
     "gd_mean": (2e-3, 2e-4),
-    "alive": (0.0, 5e-3),
-    "dense": (0.0, 5e-3),
-    "kl_excess": (1e-4, 5e-3),
+    **dict.fromkeys(["rho", "swd_seq"], (5e-3, 1e-6)),
+    **dict.fromkeys(["alive", "dense"], (0.0, 5e-3)),
+    **dict.fromkeys(["fed", "fed_nosink", "fed_iso_nosink", "fed_excess", "kl_excess"], (1e-4, 5e-3)),
 }
 ANY_OTHER_COLUMN = (3e-4, 1e-6)
 
@@ -194,7 +188,7 @@ def other_settings(a: dict, b: dict) -> tuple[list[str], list[str]]:
     reasons: list[str] = []
     notes: list[str] = []
     differing = {key for key in {**a, **b} if a.get(key) != b.get(key)}
-    for key in sorted(differing, key=lambda key: (key not in TELLING, key)):
+    for key in sorted(differing, key=lambda key: (key not in ("text_sha256", *TELLING), key)):
         text = f"other {difference(key, a.get(key), b.get(key), ('A', 'B'))}"
         (notes if key in MAY_DIFFER else reasons).append(text)
     return reasons, notes
@@ -274,22 +268,8 @@ def trained_anew(
         lines.append(f"no seed SD was measured on {some(elsewhere)}: take the z-scores as a guide")
     if not free:
         return [*reasons, "no column with a measured seed SD"], lines, ""
-    z = np.array([z_scores(pairs, name, spreads.columns[name]) for name in free])  # [columns, P]
-    trained = np.array([pair.a[0].get("recipe") != "null" for pair in pairs])
-    mean = np.array([np.mean(row[ok] if (ok := trained & np.isfinite(row)).any() else 0.0) for row in z])
-    # With other seeds the cells of a column move together; how much, one column's own few pairs of seeds say
-    # badly, so the median of all columns is the least. With the same seeds every SAE moves by itself.
-    together = np.array([spreads.columns[name].together for name in free])
-    together = (
-        np.ones(len(free)) if kind == "conditions" else np.maximum(together, max(1.0, np.median(together)))
-    )
-    se = np.sqrt(together / max(trained.sum(), 1))
-
-    far, line, largest = numbers_too_far(z, free, pairs, spreads, kind)
-    off, lines_of_means = columns_off(mean, se, free)
-    lines += [line, lines_of_means, *worst_columns(z, mean, se, free, pairs)]
-    summary = f"{len(pairs)} {kind}, {len(free)} columns within what another seed does: {largest}"
-    return reasons + far + off, lines, summary
+    far, more, summary = against_seeds(pairs, kind, free, spreads)
+    return reasons + far, lines + more, summary
 
 
 def not_measured_on(pairs: list[Pair], spreads: SeedSpreads) -> list[str]:
@@ -301,60 +281,53 @@ def not_measured_on(pairs: list[Pair], spreads: SeedSpreads) -> list[str]:
     return [*sorted(models), *(f"{tokens} tokens" for tokens in far)]
 
 
-def numbers_too_far(
-    z: np.ndarray, names: list[str], pairs: list[Pair], spreads: SeedSpreads, kind: str
-) -> tuple[list[str], str, str]:
-    """(reasons, line, summary): single numbers of z [columns, P], and how many pairs have one beyond FAR."""
+def against_seeds(
+    pairs: list[Pair], kind: str, columns: list[str], spreads: SeedSpreads
+) -> tuple[list[str], list[str], str]:
+    """(reasons why it is not reproduced, lines, summary), of columns that a seed changes."""
+    z = np.array([z_scores(pairs, name, spreads.columns[name]) for name in columns])  # [columns, P]
     size, n = np.abs(z), len(pairs)
-    far, beyond = int((size > FAR).sum()), int((size > FAR).any(0).sum())
-    allowed = int(scipy.stats.binom.ppf(1 - RARE, n, spreads.beyond))
+    trained = np.array([pair.a[0].get("recipe") != "null" for pair in pairs])
+    mean = np.array([np.mean(row[ok] if (ok := trained & np.isfinite(row)).any() else 0.0) for row in z])
+    together = np.ones(len(columns))  # with the same seeds every SAE moves by itself
+    if kind == "cells":
+        # With other seeds the cells of a column move together. How much is badly known from one column's few
+        # pairs of seeds, so the median of all columns is the least.
+        together = np.array([spreads.columns[name].together for name in columns])
+        together = np.maximum(together, max(1.0, np.median(together)))
+    se = np.sqrt(together / max(trained.sum(), 1))
+
     reasons = []
+    beyond = int((size > FAR).any(0).sum())
+    allowed = int(scipy.stats.binom.ppf(1 - RARE, n, spreads.beyond))
     if beyond > allowed:
         reasons.append(f"{beyond} of {n} {kind} beyond {FAR:.0f} seed SDs")
-    if bad := [name for name, largest in zip(names, size.max(1)) if largest > TOO_FAR]:
-        i, j = np.unravel_index(size.argmax(), size.shape)
-        worst = f"{names[i]} {z[i, j]:+.1f} at {pairs[j].label}"
-        reasons.append(f"{len(bad)} columns beyond {TOO_FAR:.0f} seed SDs ({some(bad, 5)}; {worst})")
-    normal = 2 * scipy.stats.norm.sf(FAR) * z.size
-    line = (
-        f"|z| > {FAR:.0f}: {far} of {z.size} numbers (normal: {normal:.1f}), in {beyond} of {n} {kind} "
-        f"(between seeds {spreads.beyond * n:.1f}, allowed {allowed}); largest {size.max():.1f}"
+    if bad := [name for name, largest in zip(columns, size.max(1)) if largest > TOO_FAR]:
+        reasons.append(f"columns beyond {TOO_FAR:.0f} seed SDs: {some(bad, 5)}")
+    if off := [name for name, shift in zip(columns, np.abs(mean) / se) if shift > SHIFT]:
+        reasons.append(f"columns off as a whole: {some(off, 5)}")
+
+    # columns that are off as a whole, then the others by their largest |z|: five, and all out of the ordinary
+    table = []
+    for rank, i in enumerate(np.lexsort((-size.max(1), np.abs(mean) <= SHIFT * se))):
+        if rank < 5 or columns[i] in off or size[i].max() > FAR:
+            worst = int(size[i].argmax())
+            x, y = (cell(float(np.mean(values))) for values in pairs[worst].values(columns[i]))
+            row = {"column": columns[i], "worst z": f"{z[i, worst]:+.1f}"}
+            row |= {"mean z": f"{mean[i]:+.2f} ± {se[i]:.2f}", f"> {FAR:.0f}": int((size[i] > FAR).sum())}
+            table.append(row | {"A": x, "B": y, "worst at": pairs[worst].label})
+    normal, seen = 2 * scipy.stats.norm.sf(FAR) * z.size, SHIFT * np.median(se) * math.sqrt(2)
+    lines = [
+        f"|z| > {FAR:.0f}: {(size > FAR).sum()} of {z.size} numbers (normal: {normal:.1f}), in {beyond} of "
+        f"{n} {kind} (between seeds {spreads.beyond * n:.1f}, allowed {allowed}); largest {size.max():.1f}",
+        f"mean z of a column: within {SHIFT} standard errors in {len(columns) - len(off)} of {len(columns)}; "
+        f"a shift of {seen:.2g} seed SDs would be seen",
+    ]
+    summary = (
+        f"{n} {kind}, {len(columns)} columns within what another seed does: largest |z| {size.max():.1f}, "
+        f"beyond {FAR:.0f} in {beyond} (allowed {allowed})"
     )
-    return reasons, line, f"largest |z| {size.max():.1f}, beyond {FAR:.0f} in {beyond} (allowed {allowed})"
-
-
-def columns_off(mean: np.ndarray, se: np.ndarray, names: list[str]) -> tuple[list[str], str]:
-    """(reasons, line): columns whose mean is off where no single number need be."""
-    reasons, off = [], [name for name, ratio in zip(names, np.abs(mean) / se) if ratio > SHIFT]
-    if off:
-        i = int((np.abs(mean) / se).argmax())
-        worst = f"{names[i]} mean z {mean[i]:+.2f} ± {se[i]:.2f}"
-        reasons.append(f"{len(off)} columns off as a whole ({some(off, 5)}; {worst})")
-    return reasons, (
-        f"mean z of a column: within {SHIFT} standard errors in {len(names) - len(off)} of {len(names)}; "
-        f"a shift of {SHIFT * np.median(se) * math.sqrt(2):.2g} seed SDs would be seen"
-    )
-
-
-def worst_columns(
-    z: np.ndarray, mean: np.ndarray, se: np.ndarray, names: list[str], pairs: list[Pair]
-) -> list[str]:
-    """Lines of a table: columns that are off as a whole, then the others by their largest |z|; five, and all
-    that are out of the ordinary.
-    """
-    size, shifted, table = np.abs(z), np.abs(mean) > SHIFT * se, []
-    for rank, i in enumerate(np.lexsort((-size.max(1), ~shifted))):
-        if rank < 5 or shifted[i] or size[i].max() > FAR:
-            j = int(size[i].argmax())
-            x, y = (cell(float(np.mean(values))) for values in pairs[j].values(names[i]))
-            row = {
-                "column": names[i],
-                "worst z": f"{z[i, j]:+.1f}",
-                "mean z": f"{mean[i]:+.2f} ± {se[i]:.2f}",
-            }
-            far = {f"> {FAR:.0f}": int((size[i] > FAR).sum())}
-            table.append(row | far | {"A": x, "B": y, "worst at": pairs[j].label})
-    return markdown(table).splitlines()
+    return reasons, lines + markdown(table).splitlines(), summary
 
 
 # --------------------------------------------------------------------------------------------------- the word
