@@ -98,16 +98,11 @@ def write(path: pathlib.Path, content: Content) -> None:
             _temporary(path).unlink(missing_ok=True)
 
 
-def unused(path: pathlib.Path, word: str) -> pathlib.Path:
-    """A name beside `path` that nothing has: report.kept.md, report.kept-2.md, ..."""
+def set_aside(path: pathlib.Path, word: str) -> pathlib.Path:
+    """Rename to a name that nothing has, and return it: report.kept.md, report.kept-2.md, ..."""
     stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     names = (path.with_name(f"{stem}.{word}{f'-{i}' if i > 1 else ''}{suffix}") for i in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def set_aside(path: pathlib.Path, word: str) -> pathlib.Path:
-    """Rename to a name that nothing has, which is returned."""
-    return path.rename(unused(path, word))
+    return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 # ------------------------------------------------------------------------------------ a folder and its record
