@@ -35,7 +35,7 @@ from transport_geometry.audit import (
 )
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import PROXIES
-from transport_geometry.records.results import about_the_run, marked, measured
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements
 from transport_geometry.records.tables import as_csv, grouped, markdown
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, pyplot
 from transport_geometry.reporting.leaderboard_report import how_to_read, leaderboard_table
@@ -58,7 +58,7 @@ OUT = pathlib.Path("outputs/audit")
 # ------------------------------------------------------------------------------------- tables and answer
 def analyse(out: pathlib.Path, settings: dict) -> Findings:
     """Everything after one row per SAE: a pure function of conditions.csv and sequences.npz."""
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     saes = with_words(found.saes, found.values, min(settings["documents"]))
     rows = audit_rows(saes, found.values, settings)
     two = pairs(saes, found.values, settings)
@@ -66,7 +66,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     board, swd = ranked(scores, found, settings, N_RESAMPLES)
     where, pictures = of_folder(out)
     report = [*audit_report(rows, two, settings), *of_proxies(board, swd, settings), where, ""]
-    report += ["## Null rows", "", markdown(marked(found.nulls, settings), OF_A_NULL), ""]
+    report += ["## Null rows", "", markdown(label_last_block(found.nulls, settings), OF_A_NULL), ""]
     return Findings(
         answer=answer(rows, two, settings),
         verdict={

@@ -32,7 +32,13 @@ from transport_geometry.models.loading import readable_names
 from transport_geometry.models.plant import split
 from transport_geometry.records import store
 from transport_geometry.records.condition import hook_of
-from transport_geometry.records.results import about_the_run, measured, of_one_processor, rows_hash, subset
+from transport_geometry.records.results import (
+    about_the_run,
+    load_measurements,
+    of_one_processor,
+    rows_hash,
+    subset,
+)
 from transport_geometry.records.tables import (
     Content,
     as_csv,
@@ -625,7 +631,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     """deltas.csv, verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and
     what run.json says of processors.
     """
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     paired = of_one_processor(out, found.saes)
     found, left_out = subset(found, paired), int((~paired).sum())
     alive = np.array([row["alive"] for row in found.saes])

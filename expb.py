@@ -18,13 +18,20 @@ Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by
 better than the best Euclidean control. The rule stands below, fixed before any result.
 """
 
+import importlib
 import math
 import pathlib
+import sys
 
 from common import parse_args, run_script
 from transport_geometry.audit import trial_lines
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
-from transport_geometry.records.results import about_the_run, behind, marked, measured
+from transport_geometry.records.results import (
+    about_the_run,
+    describe_units,
+    label_last_block,
+    load_measurements,
+)
 from transport_geometry.records.tables import as_csv, markdown, readable_count, signed
 from transport_geometry.reporting.console import Answer, as_sentence, number
 from transport_geometry.reporting.figures import saes_against
@@ -43,7 +50,6 @@ from transport_geometry.reporting.leaderboard_report import (
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.reporting.where_it_hurts import of_folder
 from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, WORDS, with_words
-from transport_geometry.running import commands
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
 from transport_geometry.statistics import claims
@@ -165,7 +171,7 @@ def transfer_holds(swd: Contest) -> bool:
 # ------------------------------------------------------------------------------------- tables and verdict
 def analyse(out: pathlib.Path, settings: dict) -> Findings:
     """Everything after one row per SAE: a pure function of conditions.csv and sequences.npz."""
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
     board, swd = ranked(scores, found, settings, N_RESAMPLES)
     leaf, reason = leaf_h2(swd)
@@ -249,7 +255,7 @@ def report(
     here = swd.here
     shown = [
         row | {"tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
-        for row in marked(saes, settings)
+        for row in label_last_block(saes, settings)
     ]
     return TEXT["report"].format(
         answer=said.markdown(),
@@ -257,13 +263,13 @@ def report(
         reason=reason,
         here=f"{here['leaf']}. {claims.LEAVES[here['leaf']]} ({here['reason']}).",
         table_here=claims.table(board),
-        how_to_read_here=claims.how_to_read(settings, behind(settings)),
+        how_to_read_here=claims.how_to_read(settings, describe_units(settings)),
         within=within(board, settings["models"]),
         general=general_section(swd, board, settings),
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
         where=where,
-        nulls=markdown(marked(nulls, settings), OF_A_NULL),
+        nulls=markdown(label_last_block(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
 
@@ -303,10 +309,16 @@ def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -
 
 
 # ---------------------------------------------------------------------------------------------------- main
+def redirect_to(script: str) -> None:
+    """Run another script with the same arguments and a results folder of its own."""
+    sys.argv[0] = f"{script}.py"
+    importlib.import_module(script).main()
+
+
 def main() -> None:
     command = parse_args(__doc__, GRID)
     if command.grid.saes:
-        return commands.instead("audit")
+        return redirect_to("audit")
     run_and_report(command, Experiment("expb", where=True), analyse)
 
 

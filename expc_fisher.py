@@ -24,7 +24,7 @@ from transport_geometry.measuring.patch import Patch
 from transport_geometry.models.lm import cross_entropy, kl_divergence
 from transport_geometry.records import store
 from transport_geometry.records.condition import Condition
-from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements, rows_hash
 from transport_geometry.records.tables import (
     as_csv,
     as_json,
@@ -205,7 +205,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
     sequences.npz and geometry.csv.
     """
-    found = measured(out, settings, N_RESAMPLES, OWN)
+    found = load_measurements(out, settings, N_RESAMPLES, OWN)
     values, meta, sums = found.values, found.meta, found.sums
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in (*PROXIES, *FISHER)}
     board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
@@ -384,7 +384,7 @@ def report(
     lost = LOST.format(verdict["lost_at"]) if verdict["lost_at"] else NOT_LOST
     shown = [
         row | {"tokens": readable_count(row["tokens"]), "radius": radius(row)}
-        for row in marked(saes, settings)
+        for row in label_last_block(saes, settings)
     ]
     text = REPORT.format(
         answer=Answer(**verdict["answer"]).markdown(),
@@ -405,7 +405,7 @@ def report(
         path=markdown(tables["path.csv"]),
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
-        nulls=markdown(marked(nulls, settings), OF_A_NULL),
+        nulls=markdown(label_last_block(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
     return text.encode()

@@ -34,7 +34,7 @@ from transport_geometry.measuring.fisher_study import MOST_BLOCKS, moments
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.models.lm import text_config
 from transport_geometry.records import store
-from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements, rows_hash
 from transport_geometry.records.tables import (
     as_json,
     bounds,
@@ -331,7 +331,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     """verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and the tables
     of hooks.
     """
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     values, meta, models = found.values, found.meta, settings["models"]
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in PROXIES}
     _, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
@@ -536,17 +536,17 @@ def report(
         statistics=markdown(statistics(found), ["", "Spearman", "p", "critical"]),
         n_depths=len(set(settings["hooks"].values())),
         interval=interval,
-        hooks=markdown([hook_words(row) for row in marked(hooks, settings)], OF_A_HOOK),
+        hooks=markdown([hook_words(row) for row in label_last_block(hooks, settings)], OF_A_HOOK),
         draws=DRAWS,
         canyon=markdown(
-            marked(hooks, settings),
+            label_last_block(hooks, settings),
             ["model", "layer", "d", "pr", "pr_defl1", "pr_defl2", "pr_defl4", "pr_nosink", "pr_corrected"],
         ),
         positions=markdown(
-            marked(in_order(first, settings), settings), ["model", "layer", "norm", "sst_share"]
+            label_last_block(in_order(first, settings), settings), ["model", "layer", "norm", "sst_share"]
         ),
         canonical=markdown(
-            [refused_words(row) for row in marked(in_order(canonical, settings), settings)],
+            [refused_words(row) for row in label_last_block(in_order(canonical, settings), settings)],
             ["model", "layer", "sigma", "mi", "mi_fit", "mi_null", "dimension"],
         ),
         critics=critics_text(in_order(trained, settings), settings),
@@ -623,7 +623,7 @@ def critics_text(rows: list[dict], settings: dict) -> str:
     plan = mutual_information.PLANS[settings["critic"]]
     widths = {(row["model"], row["width"]) for row in rows if row["target"] != "final norm"}
     return CRITICS_TEXT.format(
-        table=markdown([refused_words(row) for row in marked(rows, settings)], columns),
+        table=markdown([refused_words(row) for row in label_last_block(rows, settings)], columns),
         kind=plan.critic.capitalize(),
         hooks=", ".join(dict.fromkeys(f"{row['model']} {row['layer']}" for row in rows)),
         steps=plan.steps,

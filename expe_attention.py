@@ -30,8 +30,8 @@ from transport_geometry.records.results import (
     Measured,
     about_the_run,
     hook_of,
-    marked,
-    measured,
+    label_last_block,
+    load_measurements,
     rows_hash,
     subset,
 )
@@ -356,7 +356,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     Everything that is compared with the plan distortion is compared on the hooks that have one: rows of a
     model's last block stand in the table of SAEs and nowhere else.
     """
-    whole = measured(out, settings, N_RESAMPLES, OWN)
+    whole = load_measurements(out, settings, N_RESAMPLES, OWN)
     followed = np.array([hook_of(row) not in settings["last_blocks"] for row in whole.saes])
     found = subset(whole, followed)
     values, meta = found.values, found.meta
@@ -566,7 +566,9 @@ def report(
     first, size, of_pr = (breaks[name] for name in ("first_block", "larger_model", "low_pr"))
     size_per_error, pr_per_error = breaks["larger_model_per_error"], breaks["low_pr_per_error"]
     left_out = LEFT_OUT.format(", ".join(verdict["left_out"])) if verdict["left_out"] else ""
-    shown = [row | {"tokens": readable_count(row["tokens"])} for row in marked(whole.saes, settings)]
+    shown = [
+        row | {"tokens": readable_count(row["tokens"])} for row in label_last_block(whole.saes, settings)
+    ]
     text = REPORT.format(
         answer=Answer(**verdict["answer"]).markdown(),
         leaf=verdict["leaf"],
@@ -611,7 +613,7 @@ def report(
             ["beyond", "added", "p", "gain"],
         ),
         saes=markdown(shown, OF_AN_SAE),
-        nulls=markdown(marked(whole.nulls, settings), OF_A_NULL),
+        nulls=markdown(label_last_block(whole.nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(whole.saes, settings)),
     )
     return text.encode()

@@ -35,9 +35,9 @@ from transport_geometry.records.results import (
     Measured,
     about_the_run,
     finished_run,
+    label_last_block,
+    load_measurements,
     load_results,
-    marked,
-    measured,
     rows_hash,
 )
 from transport_geometry.records.tables import as_csv, as_json, markdown, plain, read_table, short
@@ -339,7 +339,7 @@ def analyse(out: pathlib.Path, settings: dict) -> tuple[dict, list[dict]]:
 
     A pure function of the saved tables.
     """
-    found = measured(out, settings, N_RESAMPLES, LOSSES)
+    found = load_measurements(out, settings, N_RESAMPLES, LOSSES)
     codes = [eight_bits(found), *quantised(out, found)]
     lines, record = Curves.of(found, settings), out / store.RUN
     tables = {name: read_table(store.checked(record, name)) for name in TABLES}
@@ -570,7 +570,7 @@ def report(
         softmax=softmax,
         finish=kl_finetune.section(tables["finish.csv"]),
         observer=prequential_probe.section(tables["observer.csv"]),
-        about="\n".join(about_the_run(marked(found.saes, settings), settings)),
+        about="\n".join(about_the_run(label_last_block(found.saes, settings), settings)),
     )
     return report_text.encode()
 
@@ -842,7 +842,7 @@ On their hook's front of CE against L0: {on_front} of {n_saes} SAEs; beaten: {be
 
 def of_saved_rows(out: pathlib.Path, settings: dict) -> str:
     """What needs no quantised forward, from a folder of another script."""
-    found = measured(out, settings, N_RESAMPLES, LOSSES)
+    found = load_measurements(out, settings, N_RESAMPLES, LOSSES)
     lines, codes = Curves.of(found, settings), [eight_bits(found)]
     ratios, rates = ratio_rows(lines, codes), rate_rows(found, codes, lines, [])
     star = reached(lines, codes)

@@ -12,7 +12,10 @@ A sink at position 0, which owns the variance and changes no logit. Errors turne
 that change the logits, so that H2 is true. SAEs that lag behind, and catch up.
 """
 
+import contextlib
 import hashlib
+import importlib
+import io
 import json
 import math
 import pathlib
@@ -36,7 +39,7 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.models.plant import plants, split
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records import store
-from transport_geometry.records.results import check_data, measured, open_output
+from transport_geometry.records.results import check_data, load_measurements, open_output
 from transport_geometry.records.tables import (
     as_csv,
     as_json,
@@ -55,7 +58,6 @@ from transport_geometry.reporting.console import WIDTH, Answer, coloured, column
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, SKY, label_ends, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.running import commands
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.hook_pair import mismatch
 from transport_geometry.statistics.stats import RESAMPLES, percentiles
@@ -147,13 +149,26 @@ PARTS = (
 )
 
 
+def run_quietly(script: str, arguments: Sequence[str]) -> None:
+    """Run a script in this process as its command line would, without what it prints. Raises what it
+    raises.
+    """
+    typed = sys.argv
+    try:
+        sys.argv = [f"{script}.py", *arguments]
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(script).main()
+    finally:
+        sys.argv = typed
+
+
 def run_parts(out: pathlib.Path, args: Any) -> None:
     """Every part by its own command; what a folder holds already is kept, and an interrupted one goes on."""
     for number, part in enumerate(PARTS, 1):
         print(f"[{number}/{len(PARTS)}] {part.command()}", flush=True)
         flags = [*shlex.split(part.flags), "--out", str(part.folder(out)), "--cache", str(args.cache)]
         flags += ["--device", args.device, *["--fresh"] * args.fresh]
-        commands.call(part.script, flags)
+        run_quietly(part.script, flags)
 
 
 # --------------------------------------------------------------------- the models, and what they compute
@@ -258,7 +273,7 @@ def evidence(out: pathlib.Path) -> Evidence:
         if part.script == "expa":
             deltas[part.name] = read_table(store.checked(record, "deltas.csv"))
         else:
-            found = measured(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
+            found = load_measurements(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
             lo, hi = percentiles(found.values["fed_excess"][RESAMPLES])
             points[part.name] = [int(a > LEAST_EXCESS) - int(b < -LEAST_EXCESS) for a, b in zip(lo, hi)]
             board = read_table(store.checked(record, "leaderboard.csv"))

@@ -141,7 +141,7 @@ def test_a_file_is_unpacked_once(tiny, tmp_path, monkeypatch, capsys):
 def test_a_killed_conversion_leaves_nothing_half(tiny, tmp_path, monkeypatch):
     """Killed while the weights are written, or between them and the record."""
     cache, whole = tmp_path / "cache", load(tiny, tmp_path / "other")[0]
-    for name in ("_write_beside", "_move_in"):
+    for name in ("_write_temporary", "_move_in"):
         with monkeypatch.context() as patch:
 
             def killed(*arguments):

@@ -185,8 +185,6 @@ def test_every_command_is_taken(words, monkeypatch, tmp_path):
         assert " ".join(words) in by_hand and (ROOT / arguments[0]).exists()
     elif name == "pytest":
         assert " ".join(words).replace("'", "").replace("not slow", "'not slow'") in by_hand
-    elif name.startswith("transport-"):
-        assert name in PROJECT["scripts"]
     else:
         assert_pip(words)
 
@@ -213,7 +211,7 @@ def test_every_command_on_the_embedded_models_is_planned(words, tmp_path):
 
 
 def assert_pip(words: list[str]) -> None:
-    assert words[0] == "pip" and words[1] in ("install", "wheel")
+    assert words[:2] == ["pip", "install"]
     options = set()
     for word in words[2:]:
         if word.startswith("torch=="):
@@ -221,8 +219,6 @@ def assert_pip(words: list[str]) -> None:
         elif word.startswith("."):
             extras = re.findall(r"[a-z]+", word)
             assert set(extras) <= set(PROJECT["optional-dependencies"])
-        elif word.endswith(".whl"):
-            assert word == f"{PROJECT['name'].replace('-', '_')}-*.whl"
         elif word == "constraints.txt":
             assert (ROOT / word).exists()
         elif "==" in word:

@@ -29,7 +29,7 @@ from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.measuring.r2_by_library import LIBRARIES
 from transport_geometry.models.lm import Hook, fused_attention_errs, text_config
 from transport_geometry.models.loading import pick_layer
-from transport_geometry.records.results import behind
+from transport_geometry.records.results import describe_units
 from transport_geometry.records.tables import (
     bounds,
     estimate,
@@ -298,7 +298,7 @@ def name_in_pair(row: dict, end: str, names: dict[str, str]) -> str:
 def answer(rows: list[dict], found: list[dict], settings: dict) -> Answer:
     """rows: `audit_rows`; found: `pairs`."""
     short = short_names([row["sae"] for row in rows], 40)
-    where = dict(hooks=hooks_of(rows), behind=behind(settings).partition(",")[0])
+    where = dict(hooks=hooks_of(rows), behind=describe_units(settings).partition(",")[0])
     if len(rows) == 1:
         asked = ASKED_OF_ONE.format(**where)
         out = OF_ONE.format(**rows[0] | {"word": sentence_case(rows[0]["word"])})
@@ -525,7 +525,7 @@ def pair_report(found: list[dict], settings: dict) -> list[str]:
         ]
         text += [markdown(table, ["model", "k", "at", "pairs", *KINDS]), ""]
     n = len(found)
-    return [*text, ABOUT_DIFFERENCES.format(behind=behind(settings), n=n, by_chance=0.05 * n), ""]
+    return [*text, ABOUT_DIFFERENCES.format(behind=describe_units(settings), n=n, by_chance=0.05 * n), ""]
 
 
 # ------------------------------------------------------------------------------------------------ the report

@@ -104,8 +104,8 @@ COLUMNS = [f"{name}{end}" for name in ("sink_r2", "sink_harm", "kl_excess") for 
 
 def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> list[dict]:
     """The rows of C SAEs, each with its differences and their intervals, `word`, `also` (the words of other
-    findings that hold), `says` and `read`. values {metric: [W,C]}, as `results.measured` gives them; n_doc:
-    documents.
+    findings that hold), `says` and `read`. values {metric: [W,C]}, as `results.load_measurements` gives them;
+    n_doc: documents.
     """
     small = np.minimum(values["kl"], values["kl"] / np.exp(values["kl_excess"]))[:1] < KL_FLOOR
     excess = np.where(small, np.nan, values["kl_excess"])

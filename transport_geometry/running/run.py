@@ -44,12 +44,12 @@ from transport_geometry.records.results import (
     ROW_VERSION,
     Measurements,
     add_results,
-    beside,
     check_verdict,
     finished_run,
     gather,
     in_record,
     load_results,
+    next_free_folder,
     open_output,
     with_training,
 )
@@ -142,7 +142,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     if experiment.check:
         experiment.check(eval_sets)
     if command.out == experiment.default_out and not command.fresh:
-        command = replace(command, out=beside(command.out, settings))
+        command = replace(command, out=next_free_folder(command.out, settings))
         if command.out != experiment.default_out:
             ranks.say(f"{experiment.default_out} holds another run: this one goes into {command.out}")
     out, start = command.out, time.time()

@@ -298,6 +298,6 @@ HOW_TO_READ = (
 
 
 def how_to_read(settings: dict, behind: str) -> str:
-    """Under the table. behind: what the intervals resample, as `results.behind` says it."""
+    """Under the table. behind: what the intervals resample, as `results.describe_units` says it."""
     several = len(settings["seeds"]) > 1
     return HOW_TO_READ.format(behind=behind, seeds=" and seeds" if several else "", margin=MARGIN)

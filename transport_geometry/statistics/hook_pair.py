@@ -27,7 +27,7 @@ def mean_over(values: np.ndarray, w: np.ndarray, here: np.ndarray) -> np.ndarray
 class Conditions:
     """C conditions, in columns."""
 
-    values: dict[str, np.ndarray]  # {metric: [W,C]}, as `results.measured` has them
+    values: dict[str, np.ndarray]  # {metric: [W,C]}, as `results.load_measurements` has them
     meta: dict[str, np.ndarray]  # {name: [C]}
     alive: np.ndarray  # [C], fraction of latents
     models: list[str]  # from the smallest to the largest
