@@ -72,7 +72,7 @@ GRID = dict(
 FLAGS = {
     "--critic": dict(
         default="separable",
-        choices=sorted(mutual_information.PLANS),
+        choices=sorted(mutual_information.SCHEDULES),
         help="of mutual information: separable, or hybrid, which takes hours",
     )
 }
@@ -135,7 +135,7 @@ def critics_at(eval_set: EvalSet, critic: str) -> list[dict]:
         name = {"target": target, "width": pairs.fit.y.shape[-1], "n_fit": len(fit.x), "n_held": len(held.x)}
         for estimator, sigmas in CRITICS[target].items():
             found = mutual_information.critic_rows(
-                pairs, sigmas, (estimator,), mutual_information.PLANS[critic]
+                pairs, sigmas, (estimator,), mutual_information.SCHEDULES[critic]
             )
             rows += [name | row for row in found]
     return rows
@@ -371,7 +371,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
                 n_se=mutual_information.N_SE,
                 from_ceiling=mutual_information.FROM_CEILING,
                 overfit=mutual_information.OVERFIT,
-                ladder=mutual_information.LADDER,
+                ladder=mutual_information.LADDER_TOLERANCE,
                 ceiling=math.log(mutual_information.BATCH),
             ),
             settings=settings,
@@ -619,7 +619,7 @@ def critics_text(rows: list[dict], settings: dict) -> str:
         "mi_null",
         "dimension",
     )
-    plan = mutual_information.PLANS[settings["critic"]]
+    plan = mutual_information.SCHEDULES[settings["critic"]]
     widths = {(row["model"], row["width"]) for row in rows if row["target"] != "final norm"}
     return CRITICS_TEXT.format(
         table=markdown([refused_words(row) for row in marked(rows, settings)], columns),

@@ -88,7 +88,7 @@ def test_code_fixed_for_every_processor_is_a_setting_and_names_its_saes(tmp_path
 def test_saes_of_two_processors_are_told_apart(tmp_path):
     """A run that goes on where another stopped, on another machine; said where it is two, and only there."""
     command = ["--models", "stdlib-s@1,stdlib-s@3", *GRID, "--device", "cpu", "--cache", tmp_path / "cache"]
-    elsewhere = "\nfrom transport_geometry import train\ntrain.processor = lambda device: 'Another CPU'\n"
+    elsewhere = "\nfrom transport_geometry.saes import train\ntrain.processor = lambda _: 'Another CPU'\n"
     first = ["--models", "stdlib-s@1", *command[2:], "--out", tmp_path / "first"]
     helpers.script("expb.py", *first, setup=zygote.UNDRAWN + elsewhere)
     script("expb.py", *command, "--out", tmp_path / "both")

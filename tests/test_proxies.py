@@ -9,7 +9,7 @@ from transport_geometry.errors import Fault
 from transport_geometry.formats import sae_files
 from transport_geometry.measuring import evaluate as evaluation
 from transport_geometry.measuring.evaluate import activations, evaluate
-from transport_geometry.measuring.metrics import Sums, computed, index_bits, oriented
+from transport_geometry.measuring.metrics import Sums, as_score, computed, index_bits
 from transport_geometry.models.lm import Hook
 from transport_geometry.saes import sae
 from transport_geometry.saes.sae import tied_init
@@ -255,7 +255,7 @@ def test_scores_grow_with_quality():
         {"r2": -0.5, "cosine": 0.5, "mse": 4.0, "gd_mean": 0.2, "ce_rec": 0.1},
     )
     for name in better:
-        assert oriented(name, np.array(better[name])) > oriented(name, np.array(worse[name])), name
+        assert as_score(name, np.array(better[name])) > as_score(name, np.array(worse[name])), name
 
 
 def test_document_weights_rows():

@@ -486,8 +486,7 @@ def test_one_pass_serves_every_hook(text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "memory, passes",
-    [(35, [[1, 4, 7]]), (29, [[1, 4], [7]]), (10, [[1], [4], [7]]), (0, [[1], [4], [7]])],
+    "memory, passes", [(35, [[1, 4, 7]]), (29, [[1, 4], [7]]), (10, [[1], [4], [7]]), (0, [[1], [4], [7]])]
 )
 def test_hooks_share_a_pass_while_they_fit(memory, passes):
     assert trainer.in_passes({4: 10, 1: 10, 7: 10}, memory) == passes

@@ -30,6 +30,7 @@ from transport_geometry.models.lm import (
 )
 
 import torch
+from torch import Tensor
 
 
 # ------------------------------------------------------------------------------------------ of one block
@@ -39,22 +40,20 @@ class Change:
     and nothing of its plan can change.
     """
 
-    kl: torch.Tensor  # KL(A || A_hat), nats
-    jeffreys: torch.Tensor  # KL(A || A_hat) + KL(A_hat || A)
-    half_var: torch.Tensor  # Var_A(change of the scores) / 2: the second order of both halves of it
-    kl_first: torch.Tensor  # the part of kl in how much goes to position 0, and not in how the rest is split
-    first: torch.Tensor  # A at position 0
-    first_hat: torch.Tensor
-    entropy: torch.Tensor  # of A, nats
-    entropy_hat: torch.Tensor
-    out_sq: torch.Tensor  # |o|^2 of o = A v, before the output projection
-    plan_sq: torch.Tensor  # |(A_hat - A) v|^2
-    value_sq: torch.Tensor  # |A_hat (v_hat - v)|^2; the two parts sum to o_hat - o
+    kl: Tensor  # KL(A || A_hat), nats
+    jeffreys: Tensor  # KL(A || A_hat) + KL(A_hat || A)
+    half_var: Tensor  # Var_A(change of the scores) / 2: the second order of both halves of it
+    kl_first: Tensor  # the part of kl in how much goes to position 0, and not in how the rest is split
+    first: Tensor  # A at position 0
+    first_hat: Tensor
+    entropy: Tensor  # of A, nats
+    entropy_hat: Tensor
+    out_sq: Tensor  # |o|^2 of o = A v, before the output projection
+    plan_sq: Tensor  # |(A_hat - A) v|^2
+    value_sq: Tensor  # |A_hat (v_hat - v)|^2; the two parts sum to o_hat - o
 
 
-def plan_change(
-    a: torch.Tensor, b: torch.Tensor, log_a: torch.Tensor, log_b: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def plan_change(a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor) -> dict[str, Tensor]:
     """All fields of Change that are about plans alone, from two plans a, b [B,H,T,T] and their logarithms (0
     where a query does not see a key, and the plans are 0).
 
@@ -81,12 +80,8 @@ def plan_change(
 
 # ------------------------------------------------------------------------------------------ four runs in one
 def four_runs(
-    hook: Hook,
-    input_ids: torch.Tensor,
-    h: torch.Tensor,
-    h_hat: torch.Tensor,
-    look: Callable[[int, Change], object],
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hook: Hook, input_ids: Tensor, h: Tensor, h_hat: Tensor, look: Callable[[int, Change], object]
+) -> tuple[Tensor, Tensor]:
     """log p [B,T-1,V] of two runs between the clean one, fed h [B,T,d], and the patched one, fed h_hat:
 
       frozen     fed h_hat, every attention after the hook with the clean run's plan;
@@ -102,13 +97,13 @@ def four_runs(
 
     def compared(
         module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
         scaling: float,
         **more: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         block = getattr(module, "layer_idx", None)
         if block is None:
             raise UserError(f"{name}: its attention does not say which block it is of")
@@ -143,7 +138,7 @@ def four_runs(
     return frozen, plan_only
 
 
-def check_readable(hook: Hook, input_ids: torch.Tensor) -> None:
+def check_readable(hook: Hook, input_ids: Tensor) -> None:
     """Raises UserError where the attention after the hook cannot be exchanged or read, or is not all
     that mixes positions; input_ids [1,T] are run once.
     """

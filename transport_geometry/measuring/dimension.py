@@ -12,8 +12,8 @@ from transport_geometry.measuring.fisher_study import Moments
 
 import numpy as np
 import scipy
-import torch
 from scipy.linalg import eigh, eigvalsh
+from torch import Tensor
 
 DEFLATED = (1, 2, 4)  # how many of the top eigenvalues are dropped
 COUNTS = ("pr", *(f"pr_defl{m}" for m in DEFLATED), "pr_corrected", "dim_fisher", "energy")
@@ -27,7 +27,7 @@ def participation_ratio(values: np.ndarray) -> float:
     return float(values.sum()) ** 2 / square if square > 0 else np.nan
 
 
-def participation_of(h: torch.Tensor) -> float:
+def participation_of(h: Tensor) -> float:
     """PR of the covariance of h [N,d], float64: its trace squared over the sum of its squares."""
     centred = h.double() - h.double().mean(0)
     covariance = centred.T @ centred
@@ -133,7 +133,7 @@ def jackknife_half(left_out: list[float]) -> float:
 
 
 # ------------------------------------------------------------------------------------------- norm by position
-def norms(h: torch.Tensor) -> list[dict[str, float]]:
+def norms(h: Tensor) -> list[dict[str, float]]:
     """Of h [S,T,d] at evaluated positions: median norm at some of them, over the median at positions >= 1,
     and the position's share of SST = sum |h - mean|^2.
     """

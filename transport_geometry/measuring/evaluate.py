@@ -22,14 +22,15 @@ from transport_geometry.saes.sae import SAE, TopKSAE, must_vary, sink_positions
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 DRAWS = 4  # of sampled labels
 # of a reconstruction: as it is, with sinks clean, and an isotropic error in every second two sequences
 PATCHED_RUNS = 2.5
 # an SAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]
-Reconstruction = SAE | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Terms = Callable[[Patch], dict[str, torch.Tensor]]
+Reconstruction = SAE | Callable[[Tensor, Tensor], Tensor]
+Terms = Callable[[Patch], dict[str, Tensor]]
 Name = TypeVar("Name")  # what a reconstruction goes by
 
 
@@ -37,17 +38,15 @@ Name = TypeVar("Name")  # what a reconstruction goes by
 class Activations:
     """What all SAEs of a hook share."""
 
-    h: torch.Tensor  # [S,T,d] on the CPU
-    sink: torch.Tensor  # [S,T-1] bool on the CPU
-    mean: torch.Tensor  # [d], over the evaluated positions
-    calm_mean: torch.Tensor  # [d], without sinks
-    top: torch.Tensor  # [d], first eigenvector of the covariance
-    ln_mean: torch.Tensor  # [d], mean after LayerNorm
+    h: Tensor  # [S,T,d] on the CPU
+    sink: Tensor  # [S,T-1] bool on the CPU
+    mean: Tensor  # [d], over the evaluated positions
+    calm_mean: Tensor  # [d], without sinks
+    top: Tensor  # [d], first eigenvector of the covariance
+    ln_mean: Tensor  # [d], mean after LayerNorm
     calm_share: float  # of SST: the most that one position has which is no sink; nan where all are
 
-    def batches(
-        self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int
-    ) -> Iterator[Clean]:
+    def batches(self, hook: Hook, input_ids: Tensor, uniforms: Tensor, batch: int) -> Iterator[Clean]:
         """The clean run, forward and backward, a batch at a time. uniforms [S,m,T-1]: see
         `Hook.clean_pass`.
         """
@@ -70,9 +69,7 @@ def keeping_clean_runs() -> contextlib.AbstractContextManager[None]:
     return _runs.on()
 
 
-def clean_run(
-    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def clean_run(hook: Hook, input_ids: Tensor, h: Tensor, uniforms: Tensor) -> tuple[Tensor, list[Tensor]]:
     """`Hook.clean_pass`; h is the head's."""
     if not _runs.keeping or not hook.splits(input_ids):
         return hook.clean_pass(input_ids, h, uniforms)
@@ -88,7 +85,7 @@ def clean_run(
     return final, gradients
 
 
-def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
+def activations(hook: Hook, input_ids: Tensor, batch: int) -> Activations:
     """Of input_ids [S,T]. Means and the covariance (mean-centred, over the evaluated positions) in float64.
 
     Raises Fault on an activation that is not finite, or where all are one.
@@ -126,7 +123,7 @@ class Result:
 
 def evaluate(
     hook: Hook,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     reconstructions: Mapping[Name, Reconstruction],
     batch: int,
     seed: int = 0,
@@ -174,7 +171,7 @@ def evaluate(
                 calm = [patch.final if leave_sinks else sinks_clean(patch) for patch in patches]
                 random = [isotropic(patch, drawn, compared[here]) for patch in patches]
                 losses = outcomes(clean, [patch.final for patch in patches], calm, random, compared[here])
-                for name, patch, outcome in zip(names, consumed(patches), losses):
+                for name, patch, outcome in zip(names, pop_each(patches), losses):
                     quantities = common | patch_quantities(patch, common, shared) | outcome
                     if terms is not None:
                         quantities |= {q: clean.per_token(v) for q, v in terms(patch).items()}
@@ -201,14 +198,14 @@ def evaluate(
     }
 
 
-def consumed(patches: list[Patch]) -> Iterator[Patch]:
+def pop_each(patches: list[Patch]) -> Iterator[Patch]:
     """One after the other, each let go of with what an experiment has made it compute."""
     patches.reverse()
     while patches:
         yield patches.pop()
 
 
-def label_uniforms(input_ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def label_uniforms(input_ids: Tensor, seed: int = 0) -> Tensor:
     """[S,DRAWS,T-1] in [0,1) that draw the labels of the sampled gradients: see `Hook.clean_pass`."""
     shape = len(input_ids), DRAWS, input_ids.shape[1] - 1
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
@@ -220,7 +217,7 @@ def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------ one batch
-def clean_quantities(clean: Clean, shared: Activations) -> dict[str, torch.Tensor]:
+def clean_quantities(clean: Clean, shared: Activations) -> dict[str, Tensor]:
     """{quantity: [B,T-1]} of the run without an SAE, its losses aside."""
     h, per_token, top = clean.h_flat, clean.per_token, shared.top
     centred, calm = h - shared.mean, h - shared.calm_mean
@@ -243,9 +240,7 @@ def clean_quantities(clean: Clean, shared: Activations) -> dict[str, torch.Tenso
     }
 
 
-def ablated(
-    hook: Hook, input_ids: torch.Tensor, x: torch.Tensor, batch: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def ablated(hook: Hook, input_ids: Tensor, x: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
     """(CE [S,T-1] float64 on the CPU, `Hook.final` [1,T-1,d]) of the run that has x [d] at every position.
 
     Such a run sees nothing of its text, so that one serves every sequence; None, and a run for each, in a
@@ -274,7 +269,7 @@ def patched(
     clean: Clean,
     reconstruction: Reconstruction,
     shared: Activations,
-    final_mean: torch.Tensor | None = None,
+    final_mean: Tensor | None = None,
     leave_sinks: bool = False,
 ) -> Patch:
     """One reconstruction in the batch's h's place, at sinks only where they are not left, and the model run
@@ -307,7 +302,7 @@ def patched(
     return Patch(clean, h_hat, values, indices, columns, final)
 
 
-def sinks_clean(patch: Patch) -> torch.Tensor:
+def sinks_clean(patch: Patch) -> Tensor:
     """`Hook.final` of the patched run in which sinks keep their clean activation."""
     clean, h = patch.clean, patch.clean.h_flat
     if patch.h_hat is h:
@@ -319,7 +314,7 @@ def sinks_clean(patch: Patch) -> torch.Tensor:
     return clean.final_of(torch.where(sink.view(-1, 1), h, patch.h_hat))
 
 
-def directions(clean: Clean, numbers: torch.Tensor, seed: int) -> torch.Tensor:
+def directions(clean: Clean, numbers: Tensor, seed: int) -> Tensor:
     """[b,T-1,d] of unit length, isotropic: one at every position of the sequences of these numbers [b], the
     same for all reconstructions and whatever the batch.
     """
@@ -332,7 +327,7 @@ def directions(clean: Clean, numbers: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=-1).to(clean.h)
 
 
-def isotropic(patch: Patch, drawn: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
+def isotropic(patch: Patch, drawn: Tensor, compared: Tensor) -> Tensor:
     """`Hook.final` [b,T-1,d] of the run whose error is as long as the patch's at every position but has the
     direction `drawn` [b,T-1,d]; sinks keep their clean activation. Of the sequences in compared [B] bool.
 
@@ -349,12 +344,8 @@ def isotropic(patch: Patch, drawn: torch.Tensor, compared: torch.Tensor) -> torc
 
 
 def outcomes(
-    clean: Clean,
-    finals: Sequence[torch.Tensor],
-    calm: Sequence[torch.Tensor],
-    random: Sequence[torch.Tensor],
-    compared: torch.Tensor,
-) -> list[dict[str, torch.Tensor]]:
+    clean: Clean, finals: Sequence[Tensor], calm: Sequence[Tensor], random: Sequence[Tensor], compared: Tensor
+) -> list[dict[str, Tensor]]:
     """Of each patched run, {ce_orig, ce_recon, kl, ce_sinkclean, kl_sinkclean, kl_isotropic: [B,T-1]}, a tile
     of positions after the other, so that what they share of the clean run is made once and little of the
     vocabulary is held.
@@ -380,7 +371,7 @@ def outcomes(
     z = of_clean.new_empty(most, V)
     log_q = z if z.dtype == wide else z.new_empty(z.shape, dtype=wide)
 
-    def met(runs: dict[int, torch.Tensor], rows: slice) -> Iterator[tuple[int, torch.Tensor]]:
+    def met(runs: dict[int, Tensor], rows: slice) -> Iterator[tuple[int, Tensor]]:
         """(run, log q [rows,V]), which holds until the next two."""
         for first in range(0, len(runs), 2):
             keys = list(runs)[first : first + 2]
@@ -416,9 +407,7 @@ def outcomes(
     ]
 
 
-def patch_quantities(
-    patch: Patch, common: dict[str, torch.Tensor], shared: Activations
-) -> dict[str, torch.Tensor]:
+def patch_quantities(patch: Patch, common: dict[str, Tensor], shared: Activations) -> dict[str, Tensor]:
     """{quantity: [B,T-1]} of one patched run but its losses, the registry's own terms among them."""
     clean, stats, delta, top = patch.clean, patch.stats, patch.delta_flat, shared.top
     h, per_token = clean.h_flat, clean.per_token
@@ -444,7 +433,7 @@ def patch_quantities(
     return found | {metric.name: per_token(metric.term(patch)) for metric in METRICS if metric.term}
 
 
-def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def dense_statistics(h: Tensor, h_hat: Tensor, g: Tensor) -> Tensor:
     """The columns kernels.STATS [N,5] of a reconstruction that has no code."""
     delta = h_hat - h
     terms = (g * delta, delta.square(), h_hat.square(), h * h_hat, h.square())

@@ -16,6 +16,7 @@ from transport_geometry.statistics import stats
 import numpy as np
 import torch
 from scipy.linalg import eigh
+from torch import Tensor
 
 SHAPE = ("trace", "pr", "top1", "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment")
 MOST_BLOCKS = 24  # of documents, that the bootstrap draws: so that d x d sums stay few
@@ -39,7 +40,7 @@ class Moments:
             np.zeros(blocks), np.zeros((blocks, d)), np.zeros((blocks, d, d)), np.zeros((blocks, d, d))
         )
 
-    def add(self, block: int, h: torch.Tensor, g: torch.Tensor) -> None:
+    def add(self, block: int, h: Tensor, g: Tensor) -> None:
         """h [n,d], g [m,n,d], float64."""
         of_all = g.flatten(0, 1)
         self.n[block] += len(h)
@@ -57,7 +58,7 @@ class Moments:
             return shape_of_g(gram / n, second / n - np.outer(mean, mean))
 
 
-def geometry(hook: Hook, input_ids: torch.Tensor, batch: int, document: np.ndarray) -> list[dict]:
+def geometry(hook: Hook, input_ids: Tensor, batch: int, document: np.ndarray) -> list[dict]:
     """G and the activations' covariance Sigma, over all positions and without sinks: one row each, intervals
     over documents [S].
 
@@ -81,7 +82,7 @@ def geometry(hook: Hook, input_ids: torch.Tensor, batch: int, document: np.ndarr
 
 def moments(
     hook: Hook,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     shared: Activations,
     batch: int,
     block: np.ndarray,
@@ -131,9 +132,7 @@ def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ of one SAE
-def reconstruction_error(
-    hook: Hook, input_ids: torch.Tensor, sae: SAE
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reconstruction_error(hook: Hook, input_ids: Tensor, sae: SAE) -> tuple[Tensor, Tensor, Tensor]:
     """h [B,T,d], delta [B,T,d] (0 at the last position), p [B,T-1,V] of the clean run."""
     h = hook.head(input_ids)
     with torch.no_grad():
@@ -142,7 +141,7 @@ def reconstruction_error(
         return h, delta, hook.log_probs(input_ids, h).exp()
 
 
-def estimators(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
+def estimators(hook: Hook, input_ids: Tensor, sae: SAE) -> list[dict]:
     """Other ways to the quadratic form of one SAE (all positions together), over the exact form: mean, its
     SE, SD of one estimate.
 
@@ -180,7 +179,7 @@ def estimators(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
     ]
 
 
-def drawn_entries(p: torch.Tensor, size: int, importance: bool, generator: torch.Generator) -> torch.Tensor:
+def drawn_entries(p: Tensor, size: int, importance: bool, generator: torch.Generator) -> Tensor:
     """Entries of the vocabulary [B,T-1,size], uniform or from p [B,T-1,V]."""
     shape = (*p.shape[:2], size)
     if not importance:
@@ -202,7 +201,7 @@ def estimator_row(name: str, backwards: str, draws: np.ndarray | list[float], ex
     }
 
 
-def path_integral(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
+def path_integral(hook: Hook, input_ids: Tensor, sae: SAE) -> list[dict]:
     """dCE of one SAE as the integral of g.delta from h to h_hat (exact by the fundamental theorem):
     Gauss-Legendre with m nodes against measured.
 

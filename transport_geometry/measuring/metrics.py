@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transport_geometry.measuring.patch import Patch
 
 import numpy as np
-import torch
+from torch import Tensor
 
 # what folders of earlier versions lack
 NEWER = ("sst_sink", "kl_sinkclean", "kl_isotropic")
@@ -65,9 +65,10 @@ class Score:
 
 
 DISTORTION = Score(lambda x: -np.log10(x), "−log10({})")
-SHARE = Score(lambda x: -np.log10(1 - x), "−log10(1 − {})")  # of something that is 1 when nothing is lost
+# of something that is 1 when nothing is lost
+SIMILARITY = Score(lambda x: -np.log10(1 - x), "−log10(1 − {})")
 SIGNED = Score(np.negative, "−{}")  # a distortion that may be negative keeps its own scale
-ITSELF = Score(np.asarray, "{}")
+IDENTITY = Score(np.asarray, "{}")
 
 # what kind of proxy; a metric of no family stands in the tables and is no proxy
 EUCLIDEAN, CONTROL, SENSITIVE = "Euclidean", "Euclidean control", "gradient-weighted"
@@ -81,11 +82,11 @@ class Metric:
     formula: (
         Callable[[Sums], np.ndarray] | None
     )  # [W,C]; None: from the counts of what fired, see `code_metrics`
-    score: Score = ITSELF
+    score: Score = IDENTITY
     family: str = ""
     # per-token quantity of the same name that the formula sums, [B,T-1] or [N]; None: `evaluate` forms what
     # it needs
-    term: Callable[[Patch], torch.Tensor] | None = None
+    term: Callable[[Patch], Tensor] | None = None
 
     @property
     def axis(self) -> str:
@@ -117,11 +118,11 @@ def relative_fisher(form: str, which: str = "") -> Callable[[Sums], np.ndarray]:
 
 
 METRICS = (
-    Metric("r2", lambda s: s.explained(), SHARE, EUCLIDEAN),
-    Metric("r2_nosink", lambda s: s.explained("_nosink"), SHARE, CONTROL),
+    Metric("r2", lambda s: s.explained(), SIMILARITY, EUCLIDEAN),
+    Metric("r2_nosink", lambda s: s.explained("_nosink"), SIMILARITY, CONTROL),
     Metric("sink_share", lambda s: s["sst_sink"] / s["sst"]),
-    Metric("r2_defl1", lambda s: s.explained("_defl1"), SHARE, CONTROL),
-    Metric("r2_ln", lambda s: s.explained("_ln"), SHARE, CONTROL),
+    Metric("r2_defl1", lambda s: s.explained("_defl1"), SIMILARITY, CONTROL),
+    Metric("r2_ln", lambda s: s.explained("_ln"), SIMILARITY, CONTROL),
     Metric("nmse", lambda s: s["sse"] / s["h_sq"], DISTORTION, EUCLIDEAN),
     Metric(
         "nmse_tok", mean("nmse_tok"), DISTORTION, CONTROL, lambda p: p.stats["delta_sq"] / p.stats["h_sq"]
@@ -130,7 +131,7 @@ METRICS = (
     Metric(
         "cosine",
         mean("cosine"),
-        SHARE,
+        SIMILARITY,
         CONTROL,
         lambda p: p.stats["h_h_hat"] / (p.stats["h_sq"] * p.stats["h_hat_sq"]).sqrt().clamp(min=1e-20),
     ),
@@ -183,7 +184,7 @@ def computed(sums: Sums, metrics: Sequence[Metric] = METRICS) -> dict[str, np.nd
         return {metric.name: metric.formula(sums) for metric in metrics if metric.formula}
 
 
-def oriented(name: str, value: np.ndarray) -> np.ndarray:
+def as_score(name: str, value: np.ndarray) -> np.ndarray:
     """A metric of METRICS as a score, larger = better."""
     return BY_NAME[name].score(value)
 

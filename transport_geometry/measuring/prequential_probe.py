@@ -25,6 +25,7 @@ from transport_geometry.statistics import stats
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 PAIRS = 2**14  # that the observer reads, at most
@@ -53,10 +54,10 @@ class Observed:
 
 
 def observe(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    held_x: torch.Tensor,
-    held_y: torch.Tensor,
+    x: Tensor,
+    y: Tensor,
+    held_x: Tensor,
+    held_y: Tensor,
     n_labels: int,
     rank: int | None = None,
     seed: int = 0,
@@ -86,7 +87,7 @@ def observe(
         tensor.requires_grad_()
     optimiser = torch.optim.Adam(weights, lr=RATE, fused=x.device.type in ("cpu", "cuda"))
 
-    def bits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def bits(x: Tensor, y: Tensor) -> Tensor:
         for factor in reversed(factors):
             x = x @ factor.T
         return torch.nn.functional.cross_entropy(x + weights[-1], y, reduction="none") / math.log(2)
@@ -111,9 +112,7 @@ def observe(
 
 # ------------------------------------------------------------------------------------------- once per hook
 @torch.no_grad()
-def pairs(
-    hook: Hook, input_ids: torch.Tensor, sae: SAE, batch: int
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def pairs(hook: Hook, input_ids: Tensor, sae: SAE, batch: int) -> tuple[dict[str, Tensor], Tensor]:
     """({"h": [n,d], "h_hat": [n,d]}, next token [n]) at the positions of input_ids [S,T] that have one."""
     chunks = [hook.head(chunk.to(hook.device))[:, :-1].flatten(0, 1) for chunk in input_ids.split(batch)]
     h_hat = [sae.reconstruct(h)[2] for h in chunks]
@@ -121,7 +120,7 @@ def pairs(
 
 
 @torch.no_grad()
-def patched_dce(hook: Hook, input_ids: torch.Tensor, sae: SAE, batch: int) -> np.ndarray:
+def patched_dce(hook: Hook, input_ids: Tensor, sae: SAE, batch: int) -> np.ndarray:
     """CE of the patched run less that of the clean one, in bits, [S*(T-1)] for input_ids [S,T]."""
     out = []
     for chunk in input_ids.to(hook.device).split(batch):

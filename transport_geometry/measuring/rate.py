@@ -20,6 +20,7 @@ from transport_geometry.saes.sae import TopKSAE, sink_positions
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 BACKED_OFF = 16  # pseudo-counts with which a latent's histogram leans on that of all latents
@@ -39,12 +40,12 @@ class Quantised(TopKSAE):
         self.step = step
         self.requires_grad_(False)
 
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = super().encode(h)
         return (values / self.step).round() * self.step, indices
 
 
-def unit(sae: TopKSAE, h: torch.Tensor) -> float:
+def unit(sae: TopKSAE, h: Tensor) -> float:
     """Standard deviation of the active latents' values on h [N,d], all latents together: what steps are
     counted in.
     """
@@ -216,11 +217,7 @@ def symbols(patch: Patch, step: float, document: np.ndarray) -> tuple[np.ndarray
     symbol = (patch.values / step).round().long().cpu().numpy()
     rows = np.repeat(document, len(symbol) // len(document))[:, None]
     sent = symbol > 0
-    return (
-        patch.indices.long().cpu().numpy()[sent],
-        symbol[sent],
-        np.broadcast_to(rows, symbol.shape)[sent],
-    )
+    return (patch.indices.long().cpu().numpy()[sent], symbol[sent], np.broadcast_to(rows, symbol.shape)[sent])
 
 
 # ---------------------------------------------------------------------------------------- shapes of a hook
@@ -283,9 +280,7 @@ def direction_rows(of: Geometry) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------- softmax geometry
-def softmax_form(
-    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
-) -> torch.Tensor | None:
+def softmax_form(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor, p: Tensor) -> Tensor | None:
     """[B,T-1]: delta^T G delta at the last block's hook, where the logits are an unembedding of the final
     LayerNorm and J is known: J delta = W_U (gamma / s (delta - mean delta - x mean(x delta))), x = (h - mean
     h) / s.
@@ -305,7 +300,7 @@ def softmax_form(
     return fisher.variance(p, torch.nn.functional.linear(y, W_U))
 
 
-def softmax_rows(hook: Hook, input_ids: torch.Tensor, sae: TopKSAE) -> list[dict]:
+def softmax_rows(hook: Hook, input_ids: Tensor, sae: TopKSAE) -> list[dict]:
     """How far the two exact forms of `fisher` lie from the closed one, on one SAE's error; nothing where
     there is none. input_ids [B,T].
     """
@@ -324,7 +319,7 @@ def softmax_rows(hook: Hook, input_ids: torch.Tensor, sae: TopKSAE) -> list[dict
 def study(
     eval_set: EvalSet,
     saes: Mapping[Condition, TopKSAE],
-    training: torch.Tensor,
+    training: Tensor,
     steps: Sequence[float],
     batch: int,
     device: torch.device,

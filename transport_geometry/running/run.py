@@ -281,7 +281,7 @@ def train(
     for share, flops in zip(training, works):
         first = share.eval_sets[0]
         for eval_set in share.eval_sets:
-            believe(eval_set, device)
+            check_device_matches_cpu(eval_set, device)
         bar.phase(f"training {share.label}", flops, flops)
         model = first.hook.to(device).model
         train_missing(model, first.tokenizer, share.specs, cache, first.source, bar)
@@ -289,7 +289,7 @@ def train(
         first.hook.to(CPU)
 
 
-def believe(eval_set: EvalSet, device: torch.device) -> None:
+def check_device_matches_cpu(eval_set: EvalSet, device: torch.device) -> None:
     """Raises Fault where the device computes this hook otherwise than the CPU."""
     if device.type != "cpu":
         check_parity(eval_set.hook, eval_set.held.input_ids[:2], device)
@@ -394,7 +394,7 @@ def measure(
 ) -> Measurements:
     """Evaluate a share: its SAEs, its null rows, and what the experiment studies once per hook with them."""
     eval_set, grid = share.eval_set, command.grid
-    believe(eval_set, device)
+    check_device_matches_cpu(eval_set, device)
     hook, input_ids, document = eval_set.hook.to(device), eval_set.held.input_ids, eval_set.held.document
     saes = {one.condition: load(one, command.cache).to(device) for one in share.candidates}
     reconstructions: dict[Condition, Reconstruction] = {**saes, **turned(share, saes, grid)}

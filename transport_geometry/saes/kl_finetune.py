@@ -15,7 +15,7 @@ from typing import Any
 
 from transport_geometry.errors import Fault
 from transport_geometry.measuring.evaluate import evaluate
-from transport_geometry.measuring.metrics import DISTORTION, ITSELF, PROXIES, SIGNED, Sums, computed
+from transport_geometry.measuring.metrics import DISTORTION, IDENTITY, PROXIES, SIGNED, Sums, computed
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import markdown, short, span
@@ -28,23 +28,22 @@ from transport_geometry.statistics import stats
 import numpy as np
 import scipy
 import torch
+from torch import Tensor
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-SHARE = 0.15  # of the SAE's own tokens that a finish has
-SLOWER = 0.2  # its rate, in those of recipe `base`
+TOKEN_SHARE = 0.15  # of the SAE's own tokens that a finish has
+RATE_FACTOR = 0.2  # its rate, in those of recipe `base`
 START, MSE, KL = ARMS = ("start", "mse", "kl")
 OTHERS = ("ce_rec", "dce", "kl", "fed_excess")  # columns beside the proxies
 COLUMNS = ["model", "layer", "k", "arm", "steps", "tokens", *(proxy.name for proxy in PROXIES), *OTHERS]
 # what is shown beside them in `moves`
-SHOWN = (("ce_rec", ITSELF), ("kl", DISTORTION), ("fed_excess", SIGNED))
+SHOWN = (("ce_rec", IDENTITY), ("kl", DISTORTION), ("fed_excess", SIGNED))
 N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------------- the training
-def losses(
-    hook: Hook, sae: TopKSAE, input_ids: torch.Tensor, h: torch.Tensor, kind: str
-) -> list[torch.Tensor]:
+def losses(hook: Hook, sae: TopKSAE, input_ids: Tensor, h: Tensor, kind: str) -> list[Tensor]:
     """What a finish lowers, each a scalar per patched position: the squared error |h_hat - h|^2, and for kind
     "kl" KL(p || p_hat) in nats, all positions that have a target patched at once, as they are evaluated.
 
@@ -62,7 +61,7 @@ def losses(
     return found
 
 
-def finish(hook: Hook, batches: Sequence[torch.Tensor], sae: TopKSAE, kind: str, rate: float) -> TopKSAE:
+def finish(hook: Hook, batches: Sequence[Tensor], sae: TopKSAE, kind: str, rate: float) -> TopKSAE:
     """The SAE after one step on each of batches, [B,T] token ids; as it was for none of them.
 
     kind "mse": squared error; "kl": squared error and KL. Each term is divided by what it is in the first
@@ -93,7 +92,7 @@ def finish(hook: Hook, batches: Sequence[torch.Tensor], sae: TopKSAE, kind: str,
     return sae.requires_grad_(False)
 
 
-def scale_of(h: torch.Tensor) -> float:
+def scale_of(h: Tensor) -> float:
     """What h [B,T,d] is multiplied with to have E|h|^2 = d without its sinks."""
     norms = torch.linalg.vector_norm(h, dim=-1)
     sink = sink_positions(norms, norms[:, 1:].median().item())
@@ -109,13 +108,13 @@ def adam(sae: TopKSAE, rate: float, scale: float) -> torch.optim.Adam:
 
 
 def pace(budget: int, d_sae: int, ctx: int) -> tuple[int, int, float]:
-    """(steps, sequences a step, rate) of the finish of an SAE of this budget: SHARE of its tokens, as many a
-    step as it had, at SLOWER times the rate that it had before its decay.
+    """(steps, sequences a step, rate) of the finish of an SAE of this budget: TOKEN_SHARE of its tokens, as
+    many a step as it had, at RATE_FACTOR times the rate that it had before its decay.
     """
     batch, boost = Training.pace(budget)
     sequences = max(1, batch // ctx)
-    steps = max(1, int(SHARE * budget) // (sequences * ctx))
-    return steps, sequences, SLOWER * 2e-4 * math.sqrt(2**14 / d_sae) * boost
+    steps = max(1, int(TOKEN_SHARE * budget) // (sequences * ctx))
+    return steps, sequences, RATE_FACTOR * 2e-4 * math.sqrt(2**14 / d_sae) * boost
 
 
 # ------------------------------------------------------------------------------------------- once per hook
@@ -245,7 +244,7 @@ def section(rows: Sequence[Mapping[str, Any]]) -> str:
         answer=answer(found, rows),
         tokens=" or ".join(f"{n:,}" for n in sorted({row["tokens"] for row in done})),
         steps=" or ".join(map(str, sorted({row["steps"] for row in done}))),
-        slower=SLOWER,
+        slower=RATE_FACTOR,
         by_hook=markdown(shown, list(shown[0])) + "\n\nAs trained → MSE finish → KL finish.",
         hooks=len(by_hook),
         proxies=markdown(proxies, list(proxies[0])),

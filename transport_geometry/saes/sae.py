@@ -19,6 +19,7 @@ from transport_geometry.records.tables import as_json, readable_count
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
 
@@ -26,19 +27,19 @@ SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, a
 class SAE(torch.nn.Module):
     """Any SAE whose code is a function of single tokens, for raw activations."""
 
-    W_enc: torch.Tensor  # [F,d]
-    b_enc: torch.Tensor  # [F]
-    W_dec: torch.Tensor  # [F,d]
-    b_dec: torch.Tensor  # [d]
+    W_enc: Tensor  # [F,d]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F,d]
+    b_dec: Tensor  # [d]
     k: int | None  # active latents, where their number is fixed
 
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [N,d] -> values [N,K], 0 where a latent is not active, and indices [N,K], ascending within a
         token.
         """
         raise NotImplementedError
 
-    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def reconstruct(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(values, indices, h_hat [N,d])."""
         raise NotImplementedError
 
@@ -51,28 +52,26 @@ class TopKSAE(SAE):
 
     k: int
 
-    def __init__(
-        self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, k: int
-    ):
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int):
         super().__init__()
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
             torch.nn.Parameter(t) for t in (W_enc, b_enc, W_dec, b_dec)
         )
         self.k = k
 
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.topk_encode(h - self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """h_hat [N,d]."""
         return kernels.sparse_decode(values, indices, self.W_dec, self.b_dec)
 
-    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def reconstruct(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, indices = self.encode(h)
         return values, indices, self.decode(values, indices)
 
 
-def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> TopKSAE:
+def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: Tensor) -> TopKSAE:
     """Decoder rows of unit norm in random directions, the encoder their copy (drawn on the CPU: the same on
     every device).
     """
@@ -82,7 +81,7 @@ def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> Top
 
 
 # ------------------------------------------------------------------------------------------- activations
-def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
+def sink_positions(norms: Tensor, median: float) -> Tensor:
     """[B,T] bool: position 0, and every position whose norm exceeds SINK_FACTOR times the median over
     positions >= 1.
     """
@@ -91,7 +90,7 @@ def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
     return sinks
 
 
-def must_vary(h: torch.Tensor, about: str) -> None:
+def must_vary(h: Tensor, about: str) -> None:
     """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
     if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
         raise Fault(

@@ -36,6 +36,7 @@ from transport_geometry.saes.sae import (
 )
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 CHUNK = 250_000  # tokens shuffled together
@@ -90,7 +91,7 @@ class Stream:
     over: int = field(init=False)  # tokens before the first chunk, still to be passed over
     waiting: int = 0  # tokens in `parts`
     # (h [n,d], sink [n], which of them): both arms of a hook hold the same h
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.over = self.number * CHUNK
@@ -109,7 +110,7 @@ class Stream:
         self.over -= n
         return True
 
-    def add(self, h: torch.Tensor) -> None:
+    def add(self, h: Tensor) -> None:
         """h [B,T,d] of the next rows."""
         norms = torch.linalg.vector_norm(h, dim=-1)
         self.median = norms[:, 1:].median().item() if self.median is None else self.median
@@ -121,7 +122,7 @@ class Stream:
             self.parts.append((h.flatten(0, 1), sink, taken[over:]))
             self.waiting += len(taken) - over
 
-    def chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunk(self) -> tuple[Tensor, Tensor]:
         """(h [n,d], sink [n]) of the next chunk, which is then given out."""
         n, at = self.length, 0
         h = self.parts[0][0].new_empty(n, self.parts[0][0].shape[1])
@@ -140,9 +141,9 @@ class Stream:
 def stream_chunks(
     model: Any,
     streams: Sequence[Stream],
-    rows: Iterable[torch.Tensor],
+    rows: Iterable[Tensor],
     passed: Callable[[int], object] | None = None,
-) -> Iterator[tuple[Stream, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Stream, Tensor, Tensor]]:
     """(stream, h [n,d], sink [n]) whenever a stream has a chunk of n tokens, until all are given out: one run
     of the model over `rows` [B,T], as deep as the deepest stream, serves them all.
 
@@ -170,7 +171,7 @@ def stream_chunks(
 
 def activation_chunks(
     hook: Hook, data: str, tokenizer: Any, ctx: int, tokens: int, sinks: str, first: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(h [n,d], sink [n]) of one hook on the training text, n = CHUNK until `tokens` are given out. `first`
     chunks are passed over, without the model where that can be.
     """
@@ -186,7 +187,7 @@ def rows_at_once(ctx: int) -> int:
 
 # ---------------------------------------------------------------------------------------------- training
 @torch.no_grad()
-def unit_norm_step(optimiser: torch.optim.Optimizer, W_dec: torch.Tensor) -> None:
+def unit_norm_step(optimiser: torch.optim.Optimizer, W_dec: Tensor) -> None:
     """A step of the optimiser, before and after which the decoder's rows W_dec [F,d] have norm 1. What of the
     gradient is along a row would be undone after the step, and is taken out before it, or Adam would count
     it.
@@ -198,7 +199,7 @@ def unit_norm_step(optimiser: torch.optim.Optimizer, W_dec: torch.Tensor) -> Non
     W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
 
 
-def transposed(x: torch.Tensor) -> torch.Tensor:
+def transposed(x: Tensor) -> Tensor:
     """x^T as the left operand of a matmul: MPS is wrong for some that are views."""
     return x.T.contiguous() if x.device.type == "mps" else x.T
 
@@ -207,12 +208,12 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
 class Statistics:
     """Of the raw activations that are no sinks."""
 
-    mean: torch.Tensor  # [d]
+    mean: Tensor  # [d]
     square: float  # E|h|^2
     variance: float  # about the mean, summed over d
 
     @classmethod
-    def of(cls, h: torch.Tensor, sink: torch.Tensor, about: str = "") -> "Statistics":
+    def of(cls, h: Tensor, sink: Tensor, about: str = "") -> "Statistics":
         """h [n,d], sink [n]. Raises Fault where nothing but sinks is there, or nothing varies."""
         calm = h[~sink]
         if not len(calm):
@@ -307,7 +308,7 @@ class Training:
             twins[-1].ahead = []
         return twins
 
-    def feed(self, h: torch.Tensor, start: int, bar: tqdm | Progress, what: str) -> list["Training"]:
+    def feed(self, h: Tensor, start: int, bar: tqdm | Progress, what: str) -> list["Training"]:
         """Train on h [n,d], the stream from token `start`, going on at the step this run is at: [itself,
         branches ...].
 
@@ -332,9 +333,7 @@ class Training:
         return runs + (self.branch_off() if self.step == self.steps else [])
 
     # ------------------------------------------------------------------ one step
-    def auxiliary_gradients(
-        self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def auxiliary_gradients(self, x: Tensor, error: Tensor, dead: Tensor) -> dict[str, Tensor]:
         """AuxK (Gao et al. 2024, A.2): the d/2 strongest dead latents reconstruct the error [n,d] from x,
         centred [n,d]; squared residual over the error's variance, over 32. The gradients of the dead rows.
         """
@@ -360,13 +359,13 @@ class Training:
         d_W_enc, d_W_dec = transposed(back) @ x, transposed(z * weight) @ residual
         return {"W_enc": d_W_enc, "b_enc": back.sum(0), "W_dec": d_W_dec}
 
-    def fired(self, values: torch.Tensor, indices: torch.Tensor, amount: int) -> None:
+    def fired(self, values: Tensor, indices: Tensor, amount: int) -> None:
         """`idle` grows by `amount` for every latent that did not fire."""
         self.idle += amount
         self.idle[torch.where(values > 0, indices, len(self.idle) - 1).flatten()] = 0
 
     @torch.no_grad()
-    def one_step(self, h: torch.Tensor) -> torch.Tensor:
+    def one_step(self, h: Tensor) -> Tensor:
         """An optimiser step on h [n,d], raw; the loss, still on the device: SSE per token over the
         variance. Its gradients are written out, so that those of W_enc and W_dec never take their [F,d].
         """
@@ -466,16 +465,14 @@ class SAELensTraining(Training):
     def pace(tokens: int) -> tuple[int, float]:
         return min(4096, tokens), 1.0
 
-    def folded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """W_enc, b_enc, W_dec, b_dec of the same function with unit-norm decoder rows: z_i |W_dec_i| ranks
         the latents.
         """
         sae, norm = self.sae, torch.linalg.vector_norm(self.sae.W_dec, dim=1)
         return sae.W_enc * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec
 
-    def auxiliary_loss(
-        self, centred: torch.Tensor, error: torch.Tensor, weights: tuple[torch.Tensor, ...]
-    ) -> torch.Tensor:
+    def auxiliary_loss(self, centred: Tensor, error: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """The d/2 dead latents of largest pre-activation, negative ones with their sign, reconstruct the
         error [n,d]; weights: W_enc, b_enc, W_dec of the dead.
         """
@@ -495,7 +492,7 @@ class SAELensTraining(Training):
             guess = kernels.sparse_decode(values, among_dead, W_dec, torch.zeros_like(self.sae.b_dec))
         return min(D / wanted, 1.0) * (guess - error).square().sum(1).mean()
 
-    def one_step(self, h: torch.Tensor) -> torch.Tensor:
+    def one_step(self, h: Tensor) -> Tensor:
         dead = (self.idle[:-1] > self.DEAD_STEPS).nonzero().squeeze(1)  # as the step before left them
         W_enc, b_enc, W_dec, b_dec = self.folded()
         centred = h - b_dec
@@ -643,7 +640,7 @@ class Run:
         spec, recipe, budgets = self.spec, RECIPES[self.spec.recipe], self.budgets
         self.live = [recipe(statistics, spec.d_sae, spec.k, spec.seed, budgets)]
 
-    def feed(self, h: torch.Tensor, bar: tqdm | Progress, about: str) -> list[Training]:
+    def feed(self, h: Tensor, bar: tqdm | Progress, about: str) -> list[Training]:
         """Train on the next chunk; those that have come to their end. Interrupted inside, it stands
         nowhere.
         """
@@ -779,13 +776,7 @@ def train_runs(model: Any, tokenizer: Any, runs: Sequence[Run], source: text.Sou
 
     per_position = pass_flops(model, runs)
     rows = text.train_rows(
-        source.data,
-        tokenizer,
-        of_text.ctx,
-        rows_at_once(of_text.ctx),
-        of_text.split,
-        once,
-        of_text.bos,
+        source.data, tokenizer, of_text.ctx, rows_at_once(of_text.ctx), of_text.split, once, of_text.bos
     )
     chunks = stream_chunks(model, streams, rows, passed)
     saved_at, cost = time.monotonic(), 0.0

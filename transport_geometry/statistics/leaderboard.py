@@ -10,7 +10,7 @@ of LEADERBOARD.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transport_geometry.measuring.metrics import BY_NAME, CONTROL, EUCLIDEAN_CONTROLS, SENSITIVE, oriented
+from transport_geometry.measuring.metrics import BY_NAME, CONTROL, EUCLIDEAN_CONTROLS, SENSITIVE, as_score
 from transport_geometry.records.results import Measured, behind
 from transport_geometry.records.tables import UNDEFINED, estimate, markdown, percent, plain, short, signed
 from transport_geometry.reporting import console as console
@@ -600,7 +600,7 @@ def _transfer(
 def ranked(scores: Scores, found: Measured, settings: dict, n_resamples: int) -> tuple[list[dict], dict]:
     """(the board for both targets, the verdict on H2) of a finished folder."""
     values, meta, models, controls = found.values, found.meta, settings["models"], EUCLIDEAN_CONTROLS
-    targets = {name: oriented(name, values[name]) for name in MAGNITUDE}
+    targets = {name: as_score(name, values[name]) for name in MAGNITUDE}
     loho_controls = {
         name: best_by_loho(scores, values[magnitude], meta, controls) for name, magnitude in MAGNITUDE.items()
     }

@@ -2,7 +2,7 @@
 
 from helpers import log_probs_64, one_hook, tiny_model
 from transport_geometry.measuring.evaluate import evaluate
-from transport_geometry.measuring.metrics import PROXIES, SHARE, SIGNED
+from transport_geometry.measuring.metrics import PROXIES, SIGNED, SIMILARITY
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import as_csv, read_table
@@ -165,7 +165,7 @@ def test_undecided_with_few_hooks_or_where_ce_does_not_move():
 
 def test_scores_of_every_proxy_are_larger_where_less_is_lost():
     for proxy in PROXIES:
-        little, much = (0.9, 0.5) if proxy.score is SHARE else (0.1, 0.5)
+        little, much = (0.9, 0.5) if proxy.score is SIMILARITY else (0.1, 0.5)
         assert proxy.score(np.array(little)) > proxy.score(np.array(much)), proxy.name
     assert SIGNED(np.array(0.1)) > SIGNED(np.array(0.5))
 
