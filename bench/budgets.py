@@ -26,8 +26,8 @@ from transport_geometry.models.text import packed_rows
 from transport_geometry.records.tables import markdown, readable_count
 from transport_geometry.reporting.figures import as_png, model_colours, pyplot
 from transport_geometry.running.run import CPU
+from transport_geometry.saes.recipes import CHUNK, Statistics, Training
 from transport_geometry.saes.sae import TopKSAE, sink_positions
-from transport_geometry.saes.train import CHUNK, Statistics, Training
 
 import numpy as np
 import torch

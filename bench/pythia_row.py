@@ -129,7 +129,7 @@ class Clock:
         """Loading, training and evaluation, and what of each is the language model."""
         from transport_geometry.models.lm import Hook
         from transport_geometry.running import run
-        from transport_geometry.saes.train import Training
+        from transport_geometry.saes.recipes import Training
 
         self.watch(run, "plan", lambda: "loading")
         self.watch(run, "train", lambda: "training")

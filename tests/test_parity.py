@@ -7,8 +7,8 @@ import dataclasses
 from transport_geometry.formats import sae_fields, sae_files
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import EMBEDDED, load_model
+from transport_geometry.saes.recipes import SAELensTraining, Statistics
 from transport_geometry.saes.sae import TopKSAE
-from transport_geometry.saes.train import SAELensTraining, Statistics
 
 import pytest
 import torch

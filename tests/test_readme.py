@@ -29,6 +29,7 @@ from transport_geometry.measuring import r2_by_library
 from transport_geometry.models import gguf_models, lm, plant, sources, text
 from transport_geometry.models.gguf_models import PACKAGED
 from transport_geometry.reporting import published, summary
+from transport_geometry.saes import recipes
 from transport_geometry.saes import train as training
 from transport_geometry.statistics import claims, stats
 
@@ -179,7 +180,7 @@ COMPARED = {
     "takes 16,384 tokens at most": "TILE >> 14" in inspect.getsource(kernels.scatter_rows_ref),
     # two billion float32 numbers; CHUNK rows of d_model
     "a decoder of that size (8 GB)": 2**31 * 4 > 8e9,
-    "d_model is above 8,000": training.CHUNK * 8000 < 2**31 < training.CHUNK * 9000,
+    "d_model is above 8,000": recipes.CHUNK * 8000 < 2**31 < recipes.CHUNK * 9000,
     "the audit takes 32 unless told otherwise": loaded("audit.py").GRID["eval_seqs"] == 32,
     "four CPU-minutes": generate.minutes("expb") == "four CPU-minutes",
     "fewer than six effective hooks": stats.MIN_CLUSTERS == 6,
@@ -197,7 +198,7 @@ COMPARED = {
     "4096 tokens a step, constant rate": "min(4096, tokens), 1.0" in inspect.getsource(training),
     "*checked* on 4 sequences": "input_ids [4,T]"
     in inspect.getsource(importlib.import_module("transport_geometry.saes.external_saes")),
-    "up to 250,000 tokens of activations": training.CHUNK == 250_000,
+    "up to 250,000 tokens of activations": recipes.CHUNK == 250_000,
     "more than half of the machine's or GPU's memory": training.MEMORY == 0.5,
     "in sequences of 256 tokens": {grid["ctx"] for grid in common.PRESETS.values()} == {256},
     "no more beyond 3 than seeds give": importlib.import_module("transport_geometry.records.compare_runs").FAR

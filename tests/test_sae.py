@@ -15,9 +15,11 @@ from helpers import PEAK, get_saes, tiny_model
 from transport_geometry import ROOT, kernels
 from transport_geometry.errors import Fault, UserError
 from transport_geometry.models.lm import Hook
+from transport_geometry.saes import recipes
 from transport_geometry.saes import train as trainer
+from transport_geometry.saes.recipes import SAELensTraining, Statistics, Training, trunk
 from transport_geometry.saes.sae import TopKSAE, TrainingSpec, load_sae, save_sae, tied_init
-from transport_geometry.saes.train import SAELensTraining, Statistics, Training, activation_chunks, trunk
+from transport_geometry.saes.train import activation_chunks
 
 import pytest
 import torch
@@ -147,7 +149,7 @@ def test_both_ways_of_auxk_are_one(monkeypatch):
     h, _ = planted(400)
     gradients = []
     for dense in (2, 0):
-        monkeypatch.setattr(trainer, "DENSE", dense)
+        monkeypatch.setattr(recipes, "DENSE", dense)
         lens = start(h, d_sae=100, recipe=SAELensTraining)
         lens.sae.b_enc.data -= 0.4  # so that negative ones are among the d/2
         leaves = [w.detach()[:60].clone().requires_grad_() for w in lens.folded()[:3]]
@@ -248,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_with_one_line():
 
 TRAIN = """
 from transport_geometry import kernels
-from transport_geometry.saes.train import RECIPES, Statistics
+from transport_geometry.saes.recipes import RECIPES, Statistics
 import torch
 kernels.use("ext")  # whatever KERNELS says
 h = torch.randn({n}, {d})
@@ -385,7 +387,7 @@ def text(tmp_path):
 def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
 
     model = tiny_model(dtype=torch.float32)
-    monkeypatch.setattr(trainer, "CHUNK", 1000)
+    monkeypatch.setattr(recipes, "CHUNK", 1000)
     chunks = list(activation_chunks(Hook(model, 1), str(text), Words(), 16, 2500, "keep"))
     assert [len(h) for h, _ in chunks] == [1000, 1000, 500]
     rows = next(trainer.text.train_rows(str(text), Words(), 16, 512))
@@ -410,7 +412,7 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
     """Stopped at several steps, inside branches too, in both recipes; every file the same, byte for byte."""
 
     model = tiny_model(dtype=torch.float32)
-    monkeypatch.setattr(trainer, "CHUNK", 1024)
+    monkeypatch.setattr(recipes, "CHUNK", 1024)
     ticks = itertools.count(step=100.0)  # a checkpoint after every chunk
     monkeypatch.setattr(trainer.time, "monotonic", lambda: next(ticks))
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
@@ -453,7 +455,7 @@ def test_one_pass_serves_every_hook(text, tmp_path, monkeypatch):
     each row once; with little memory once for every hook.
     """
     model, read = tiny_model(dtype=torch.float32), []
-    monkeypatch.setattr(trainer, "CHUNK", 1024)
+    monkeypatch.setattr(recipes, "CHUNK", 1024)
     arms = itertools.product((0, 1), ("keep", "drop"), ("base", "saelens"))
     specs = [
         spec(text, 2, tokens, layer=layer, sinks=sinks, recipe=recipe)
@@ -496,9 +498,9 @@ def test_what_a_hook_holds():
     """Activations of a chunk, and of longer budgets weights and two moments, of recipe saelens gradients
     too: float32.
     """
-    chunk, weights = 4 * 64 * trainer.CHUNK, 4 * 2 * 64 * 256
-    assert trainer.held_bytes(64, trainer.CHUNK, [("base", 256, 5)]) == chunk
-    longer = trainer.held_bytes(64, trainer.CHUNK + 1, [("base", 256, 5), ("saelens", 256, 1)])
+    chunk, weights = 4 * 64 * recipes.CHUNK, 4 * 2 * 64 * 256
+    assert trainer.held_bytes(64, recipes.CHUNK, [("base", 256, 5)]) == chunk
+    longer = trainer.held_bytes(64, recipes.CHUNK + 1, [("base", 256, 5), ("saelens", 256, 1)])
     assert longer == chunk + 5 * 3 * weights + 4 * weights
 
 
@@ -506,7 +508,7 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
     """Someone deletes an SAE whose budget an interrupted run is past."""
 
     model = tiny_model(dtype=torch.float32)
-    monkeypatch.setattr(trainer, "CHUNK", 1024)
+    monkeypatch.setattr(recipes, "CHUNK", 1024)
     monkeypatch.setattr(trainer.time, "monotonic", itertools.count(step=100.0).__next__)
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
     specs = [
@@ -534,7 +536,7 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
 def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkeypatch):
 
     one_step = Training.one_step
-    monkeypatch.setattr(trainer, "CHUNK", 1024)
+    monkeypatch.setattr(recipes, "CHUNK", 1024)
     monkeypatch.setattr(
         Training, "one_step", lambda self, h: (text.open("a").write("more\n"), one_step(self, h))[1]
     )

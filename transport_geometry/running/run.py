@@ -58,8 +58,9 @@ from transport_geometry.reporting.where_it_hurts import HARM, WORST, by_position
 from transport_geometry.running.cost import dry_run, evaluation_flops
 from transport_geometry.running.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.saes.external_saes import Given
+from transport_geometry.saes.recipes import token_flops
 from transport_geometry.saes.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
-from transport_geometry.saes.train import runs_of, token_flops, train_missing, training_flops
+from transport_geometry.saes.train import runs_of, train_missing, training_flops
 
 import numpy as np
 import torch

@@ -21,8 +21,8 @@ from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import markdown, short, span
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import eval_batch
+from transport_geometry.saes.recipes import Statistics, Training, unit_norm_step
 from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec, sink_positions
-from transport_geometry.saes.train import Statistics, Training, unit_norm_step
 from transport_geometry.statistics import stats
 
 import numpy as np
