@@ -6,6 +6,8 @@ and k at its edges, indices outside, blocks and threads in any order. Small inte
 every sum is then exact.
 """
 
+import contextlib
+
 import emulate
 from transport_geometry import ROOT, kernels
 
@@ -498,21 +500,16 @@ def exercise(ops):
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(emulate.why_not()), reason=emulate.why_not())
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault):
-    right, wrong, complaint = FAULTS[fault]
-    assert SOURCE.count(right) == 1
-    broken = emulate.Emulated(SOURCE.replace(right, wrong), f"tg_{fault.replace(' ', '_')}", **SMALL)
-    with pytest.raises((RuntimeError, AssertionError), match=complaint):
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_planted_fault_is_seen_and_nothing_is_said_without_one(fault):
+    if fault is None:
+        ops, expected = emulate.emulated(**SMALL), contextlib.nullcontext()
+    else:
+        right, wrong, complaint = FAULTS[fault]
+        assert SOURCE.count(right) == 1
+        ops = emulate.Emulated(SOURCE.replace(right, wrong), f"tg_{fault.replace(' ', '_')}", **SMALL)
+        expected = pytest.raises((RuntimeError, AssertionError), match=complaint)
+    with expected:
         for seed in range(3):
-            broken.schedule(seed, (0, 2, 40)[seed])
-            exercise(broken.ops)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(bool(emulate.why_not()), reason=emulate.why_not())
-def test_and_without_one_nothing_is_said():
-    whole = emulate.emulated(**SMALL)
-    for seed in range(3):
-        whole.schedule(seed, (0, 2, 40)[seed])
-        exercise(whole.ops)
+            ops.schedule(seed, (0, 2, 40)[seed])
+            exercise(ops.ops)

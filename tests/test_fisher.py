@@ -53,24 +53,16 @@ def dense(p, J, delta, which):
     return form.diagonal(dim1=1, dim2=2) if which == "same" else form.sum((1, 2))
 
 
-def test_sequence_form_is_the_dense_one(truth):
+def test_forms_are_the_dense_ones(truth):
     model, rows, h, delta, p, J = truth
-    torch.testing.assert_close(
-        fisher.sequence_form(Hook(model, LAYER), rows, h, delta, p),
-        dense(p, J, delta, "sequence"),
-        rtol=1e-10,
-        atol=1e-12,
-    )
-
-
-def test_same_form_is_the_dense_one(truth):
-    model, rows, h, delta, p, J = truth
-    same = fisher.same_form(Hook(model, LAYER), rows, h, delta, p)
-    torch.testing.assert_close(same, dense(p, J, delta, "same")[:, : same.shape[1]], rtol=1e-10, atol=1e-12)
+    hook = Hook(model, LAYER)
+    for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
+        found = form(hook, rows, h, delta, p)
+        torch.testing.assert_close(found, dense(p, J, delta, which)[:, :5], rtol=1e-10, atol=1e-12)
     assert model.config._attn_implementation == "sdpa"
     with attending(model, fisher.self_position_attention):  # values unchanged
-        inside = Hook(model, LAYER).tail(rows, h)
-    torch.testing.assert_close(inside, Hook(model, LAYER).tail(rows, h), rtol=1e-12, atol=1e-12)
+        inside = hook.tail(rows, h)
+    torch.testing.assert_close(inside, hook.tail(rows, h), rtol=1e-12, atol=1e-12)
 
 
 def test_the_blocks_differ(truth):

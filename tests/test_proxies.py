@@ -9,7 +9,7 @@ from transport_geometry.errors import Fault
 from transport_geometry.formats import sae_files
 from transport_geometry.measuring import evaluate as evaluation
 from transport_geometry.measuring.evaluate import activations, evaluate
-from transport_geometry.measuring.metrics import Sums, as_score, computed, index_bits
+from transport_geometry.measuring.metrics import PROXIES, SIMILARITY, Sums, computed, index_bits
 from transport_geometry.models.lm import Hook
 from transport_geometry.saes import sae
 from transport_geometry.saes.sae import tied_init
@@ -249,13 +249,10 @@ def test_index_bits_of_independent_latents_are_their_entropy():
     )
 
 
-def test_scores_grow_with_quality():
-    better, worse = (
-        {"r2": 0.9, "cosine": 0.95, "mse": 1.0, "gd_mean": 0.01, "ce_rec": 0.9},
-        {"r2": -0.5, "cosine": 0.5, "mse": 4.0, "gd_mean": 0.2, "ce_rec": 0.1},
-    )
-    for name in better:
-        assert as_score(name, np.array(better[name])) > as_score(name, np.array(worse[name])), name
+def test_scores_of_every_proxy_are_larger_where_less_is_lost():
+    for proxy in PROXIES:
+        little, much = (0.9, 0.5) if proxy.score is SIMILARITY else (0.1, 0.5)
+        assert proxy.score(np.array(little)) > proxy.score(np.array(much)), proxy.name
 
 
 def test_document_weights_rows():
