@@ -30,7 +30,7 @@ from common import parse_args, run_script
 from transport_geometry.measuring import mutual_information
 from transport_geometry.measuring.dimension import canonical_rows, geometry_rows, norms
 from transport_geometry.measuring.evaluate import activations
-from transport_geometry.measuring.fisher_study import MOST_BLOCKS, moments
+from transport_geometry.measuring.fisher_study import MAX_BLOCKS, moments
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.models.lm import text_config
 from transport_geometry.records import store
@@ -104,7 +104,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, critic: str) -> dic
     name = {"model": condition.model, "layer": condition.layer}
     batch = eval_batch(hook, held.input_ids.shape[1])
     shared = activations(hook, held.input_ids, batch)
-    blocks = min(int(held.document.max()) + 1, MOST_BLOCKS)
+    blocks = min(int(held.document.max()) + 1, MAX_BLOCKS)
     sums = moments(hook, held.input_ids, shared, batch, held.document % blocks, blocks, DRAWS)
     y = mutual_information.final_norm(hook, held.input_ids, shared.h, batch)
     kept = ~shared.sink

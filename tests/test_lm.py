@@ -2,7 +2,6 @@
 
 import math
 
-from transport_geometry.measuring.patch import Clean, Patch
 from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence, log_probs, log_softmax
 
 import pytest
@@ -188,26 +187,3 @@ def test_plans_are_those_of_the_models_own_eager_attention(tiny, rows):
     assert sorted(seen) == [1, 2]  # block 0 is before the hook
     for block, plan in seen.items():
         torch.testing.assert_close(plan, whole[block], rtol=1e-6, atol=1e-7)  # eager's softmax is in float32
-
-
-def test_a_patch_shows_its_plans(tiny, rows):
-    hook = Hook(tiny, 1)
-    h = hook.head(rows)
-    final, (g,) = hook.clean_pass(rows, h)
-    sink = torch.zeros(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool)
-    clean = Clean(hook, rows, h, sink, final, g[:, :-1].flatten(0, 1), [])
-    moved = clean.h_flat + torch.randn(
-        clean.h_flat.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(3)
-    )
-    patch = Patch(clean, moved, None, None, {}, clean.final_of(moved))
-    assert (patch.delta[:, -1] == 0).all() and torch.equal(
-        patch.delta[:, :-1].flatten(0, 1), moved - clean.h_flat
-    )
-    seen = {}
-    patch.plans(lambda block, plan: seen.setdefault("patched", plan))
-    hook.plans(rows, h, lambda block, plan: seen.setdefault("clean", plan))
-    for plan in seen.values():
-        torch.testing.assert_close(plan.sum(-1), torch.ones_like(plan[..., 0]))
-        assert (plan.triu(1) == 0).all()
-    apart = (seen["patched"] - seen["clean"]).abs().amax((1, 3))  # per query, over heads and keys
-    assert (apart[:, 1:-1] > 1e-3).all() and (apart[:, 0] < 1e-12).all()  # query 0 sees itself only

@@ -367,7 +367,13 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor)
 
 @torch.no_grad()
 def gradient_weighted_distortion(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, h: Tensor, g: Tensor, want_h_hat=False
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    h: Tensor,
+    g: Tensor,
+    want_h_hat: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What every distortion of delta = h_hat - h needs, per token, in one pass.
 

@@ -83,8 +83,8 @@ def sequence_form(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor, p: Te
 def same_form(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor, p: Tensor) -> Tensor:
     """[B,T-1]: delta_t^T G_tt delta_t of every position, exactly, in one pass with self-position attention.
 
-    Raises UserError for a family that mixes positions after the hook by what cannot be exchanged: its form
-    would silently be partly, or all, the sequence's.
+    Raises UserError for a family that mixes positions after the hook in a way that cannot be exchanged: its
+    form would silently be partly, or wholly, the sequence's.
     """
     check_attention_mixes(hook, input_ids, h)
     with attending(hook.model, self_position_attention):
@@ -93,11 +93,11 @@ def same_form(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor, p: Tensor
 
 def check_attention_mixes(hook: Hook, input_ids: Tensor, h: Tensor) -> None:
     """Raises UserError where positions are mixed after the hook by something else than attention (a
-    convolution, a recurrence), or attention is something else than the one it is exchanged for.
+    convolution, a recurrence), or attention is not the one it is exchanged for.
 
-    With `self_position_attention` the logits are the model's own, and those at the last position have a
-    gradient of exactly 0 at the others, whatever the dtype: no path leads there. One look per model and hook,
-    on the clean h of one sequence.
+    With `self_position_attention` the logits must be the model's own, and those at the last position must
+    have a gradient of exactly 0 at the others, whatever the dtype. Checked once per model and hook, on the
+    clean h of one sequence.
     """
     known, name = vars(hook.model).setdefault("mixed_by_attention", set()), type(hook.model).__name__
     if hook.layer in known:

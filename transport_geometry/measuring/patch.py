@@ -1,11 +1,10 @@
-"""What an experiment is given to look at: one batch of the clean run, and one reconstruction patched into it.
+"""What an experiment receives: one batch of the clean run, and one reconstruction patched into it.
 
 Shapes: B sequences, T positions, N = B*(T-1) patched positions (all that have a target), d = d_model, V =
 vocabulary, K = active latents kept a token.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transport_geometry.models.lm import Hook, log_softmax
@@ -28,7 +27,7 @@ class Clean:
 
     @functools.cached_property
     def log_p(self) -> Tensor:
-        """[B,T-1,V]: 4 V bytes a position, for an experiment that asks for it."""
+        """[B,T-1,V]: 4 V bytes a position, computed only on request."""
         return log_softmax(self.hook.logits(self.final))
 
     @functools.cached_property
@@ -67,7 +66,7 @@ class Clean:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One reconstruction of the batch's h, and what the model makes of it."""
+    """One reconstruction of the batch's h, and the model's run on it."""
 
     clean: Clean
     h_hat: Tensor  # [N,d]
@@ -78,7 +77,7 @@ class Patch:
 
     @functools.cached_property
     def log_q(self) -> Tensor:
-        """[B,T-1,V] of the patched run: 4 V bytes a position, for an experiment that asks for it."""
+        """[B,T-1,V] of the patched run: 4 V bytes a position, computed only on request."""
         return log_softmax(self.clean.hook.logits(self.final))
 
     @functools.cached_property
@@ -96,7 +95,3 @@ class Patch:
     def g_delta_sampled(self) -> list[Tensor]:
         """g_y . delta, [B,T-1] for each set of sampled labels y."""
         return [self.clean.per_token((g * self.delta_flat).sum(1)) for g in self.clean.g_sampled]
-
-    def plans(self, look: Callable[[int, Tensor], object]) -> None:
-        """look(block, plan [B,H,T,T]) for every attention of the patched run after the hook."""
-        self.clean.hook.plans(self.clean.input_ids, self.clean.whole(self.h_hat), look)

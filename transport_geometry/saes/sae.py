@@ -1,4 +1,4 @@
-"""Sparse autoencoders: the model, what determines one that is trained here, and the folder in which it lies.
+"""Sparse autoencoders: the model, all that determines one trained here, and its folder.
 
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
@@ -91,7 +91,7 @@ def sink_positions(norms: Tensor, median: float) -> Tensor:
 
 
 def must_vary(h: Tensor, about: str) -> None:
-    """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
+    """Raises Fault where the activations h [n,d] are all equal, up to float32's rounding."""
     if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
         raise Fault(
             f"{about}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to "
@@ -104,7 +104,7 @@ WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.pt"
 
 
 def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: Mapping[str, Any], **seen: Any) -> None:
-    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what
+    """Write a folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), with provenance.json: what
     determined it, and what else was seen. Raises Fault.
     """
     d_sae, d = sae.W_dec.shape
@@ -145,12 +145,12 @@ def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
 class TrainingSpec:
     """All that determines an SAE trained here."""
 
-    model: str  # as results call it
+    model: str  # its name in results
     weights: str  # hash of what the model computes
     tokenizer: str  # hash
     dtype: str
     layer: int
-    data: str  # how its text is called, which determines nothing
+    data: str  # the name of its text, which determines nothing
     data_content: str  # hash or commit
     split: str
     ctx: int
@@ -163,20 +163,20 @@ class TrainingSpec:
     seed: int
     recipe: str
     sinks: str
-    bos: int | None = None  # the token that rows begin with, if any
+    bos: int | None = None  # the token at the beginning of rows, if any
     instructions: str | None = None  # `any x86-64` where the bytes are the same on every one
 
     def facts(self) -> dict[str, Any]:
-        """In JSON's types, as provenance.json keeps it."""
+        """In JSON's types, as in provenance.json."""
         facts = dataclasses.asdict(self) | {"trunk": list(self.trunk)}
         return {name: value for name, value in facts.items() if value is not None}
 
     def identity(self) -> dict[str, Any]:
-        """What is in its text determines an SAE, how the text is called does not."""
+        """All that determines the SAE: not the name of its text."""
         return {name: value for name, value in self.facts().items() if name != "data"}
 
     def folder(self, cache: pathlib.Path) -> pathlib.Path:
-        """Where it lies: a name to read and a short hash of everything that determines it."""
+        """A readable name with a short hash of everything that determines it."""
         short = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
         # a file name has 255 bytes at most
         model = pathlib.Path(self.model.replace("/", "--").lstrip(".-")).name[:100]
@@ -185,9 +185,7 @@ class TrainingSpec:
 
 
 def is_whole(folder: pathlib.Path, spec: TrainingSpec) -> bool:
-    """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was
-    written.
-    """
+    """Is this SAE in its folder? Raises Damaged where the folder holds another or its files have changed."""
     record = folder / store.PROVENANCE
     there = store.load(record)
     other = [name for name, value in spec.identity().items() if there and there.get(name) != value]
