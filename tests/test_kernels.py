@@ -97,19 +97,6 @@ def test_encode_is_the_definition(path, shape, integer, dtype):
 
 
 @PATHS
-def test_float32_sets_agree_where_the_gap_exceeds_rounding(path):
-    h, W, b, *_ = made(500, 100, 3001, 20, dtype=torch.float32)
-    kernels.use(path)
-    _, indices = topk_encode(h, W, b, 20)
-    pre = h.double() @ W.double().T + b.double()
-    top = pre.topk(21).values
-    # both pre-activations are within gamma(100 products + bias) of their terms' sizes: Cauchy-Schwarz
-    bound = 2 * gamma(101) * (h.double().norm(dim=1) * W.double().norm(dim=1).max() + b.abs().max())
-    clear = top[:, 19] - top[:, 20] > bound
-    assert clear.float().mean() > 0.9 and torch.equal(indices[clear], by_definition(h, W, b, 20)[1][clear])
-
-
-@PATHS
 def test_nan_and_infinity_stay_in_bounds_and_visible(path):
     h, W, b, *_ = made(40, 8, 1500, 6, dtype=torch.float32)
     b[10:1400] = float("-inf")
@@ -347,15 +334,12 @@ def test_gradients_equal_the_dense_autoencoder(path, N, d, F, k):
 
 
 @PATHS
-def test_gradcheck(path):
-    h, W, b, W_dec, b_dec, _ = (x.requires_grad_() for x in made(6, 4, 9, 3))
+def test_the_gradient_of_gather_dot(path):
+    h, W, b, *_ = made(6, 4, 9, 3)
     kernels.use(path)
-    assert torch.autograd.gradcheck(lambda *a: topk_encode(*a, 3)[0], (h, W, b))
-    values, indices = (x.detach() for x in topk_encode(h, W, b, 3))
-    assert torch.autograd.gradcheck(
-        lambda v, *a: sparse_decode(v, indices, *a), (values.requires_grad_(), W_dec, b_dec)
-    )
-    assert torch.autograd.gradcheck(lambda *a: gather_dot(*a, indices), (h, W))
+    indices = topk_encode(h, W, b, 3)[1]
+    operands = (h.requires_grad_(), W.requires_grad_())
+    assert torch.autograd.gradcheck(lambda *a: gather_dot(*a, indices), operands)
 
 
 @needs_ext

@@ -178,25 +178,15 @@ def test_latents_are_dead_after_a_tenth_of_the_run():
 def test_the_rate_warms_up_stays_and_decays():
     h, _ = planted(1_000)
     training = start(h, d_sae=2**12, budgets=[10**6])
-    assert (
-        training.batch == 1000
-        and training.steps == 1000
-        and training.lr == pytest.approx(4e-4 * 5 * math.sqrt(1000 / 256))
-    )
-    for tokens, boost in ((1000, 5), (10**5, 5), (10**7, 20), (10**8, 20)):
-        assert start(h, d_sae=2**12, budgets=[tokens]).lr == pytest.approx(4e-4 * boost)
+    assert training.batch == training.steps == 1000
     rates = []
     for training.step in range(1000):
         rates.append(training.rate() / training.lr)
-    assert (
-        rates[0] == pytest.approx(1 / 50)
-        and rates[49] == 1
-        and rates[800] == 1
-        and rates[900] == pytest.approx(0.5)
-        and 0 < rates[999] < 0.006
-    )
-    for tokens, batch in ((10_000, 256), (10**6, 1000), (10**8, 4096), (100, 100)):
-        assert start(h, budgets=[tokens]).batch == batch
+    assert rates[0] == pytest.approx(1 / 50) and rates[49] == rates[800] == 1
+    assert rates[900] == pytest.approx(0.5) and 0 < rates[999] < 0.006
+    for tokens, batch, boost in ((100, 100, 3.125), (10**4, 256, 5), (10**5, 256, 5), (10**8, 4096, 20)):
+        training = start(h, d_sae=2**12, budgets=[tokens])
+        assert training.batch == batch and training.lr == pytest.approx(4e-4 * boost)
 
 
 def test_the_rate_never_falls_as_budgets_grow():
@@ -498,16 +488,13 @@ def test_a_text_that_changes_during_training_keeps_no_sae(text, tmp_path, monkey
 
 def test_the_cache_gives_back_what_was_trained(tmp_path):
     sae = tied_init(8, 32, 3, 0, torch.randn(8)).requires_grad_(False)
-    save_sae(tmp_path / "s", sae, {"a": 1})
+    files = []
+    for _ in range(2):
+        save_sae(tmp_path / "s", sae, {"a": 1})
+        files.append((tmp_path / "s/sae.safetensors").read_bytes())
     back = load_sae(tmp_path / "s", torch.device("cpu"))
-    assert (
-        all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), back.state_dict().values()))
-        and back.k == 3
-    )
-    assert json.loads((tmp_path / "s" / "cfg.json").read_text())["num_latents"] == 32
-    first = (tmp_path / "s" / "sae.safetensors").read_bytes()
-    save_sae(tmp_path / "s", sae, {"a": 1})
-    assert (tmp_path / "s" / "sae.safetensors").read_bytes() == first
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), back.parameters())) and back.k == 3
+    assert json.loads((tmp_path / "s/cfg.json").read_text())["num_latents"] == 32 and files[0] == files[1]
 
 
 def test_cache_names_read_and_stay_inside(tmp_path):

@@ -19,7 +19,7 @@ from transport_geometry.measuring.metrics import METRICS
 from transport_geometry.measuring.patch import Clean, Patch
 from transport_geometry.models.lm import Hook, Kept, kl_divergence, log_softmax, text_key
 from transport_geometry.progress import Progress, line
-from transport_geometry.saes.sae import SAE, TopKSAE, must_vary, sink_positions
+from transport_geometry.saes.sae import SAE, TopKSAE, must_vary, sinks_of
 
 import numpy as np
 import torch
@@ -96,8 +96,7 @@ def activations(hook: Hook, input_ids: Tensor, batch: int) -> Activations:
     if not torch.isfinite(h).all():
         raise Fault(f"layer {hook.layer}: an activation is not finite in the evaluation text")
     used = h[:, :-1]
-    norms = used.norm(dim=-1)
-    sink = sink_positions(norms, norms[:, 1:].median().item())
+    sink = sinks_of(used)
     flat = used.flatten(0, 1).double()
     must_vary(flat, f"layer {hook.layer}")
     mean, calm = flat.mean(0), ~sink.flatten()

@@ -20,7 +20,7 @@ from transport_geometry.errors import UserError
 from transport_geometry.measuring.dimension import participation_ratio
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook, text_config
-from transport_geometry.saes.sae import sink_positions
+from transport_geometry.saes.sae import sinks_of
 
 import numpy as np
 import torch
@@ -229,13 +229,6 @@ def critic_row(split: Split, sigma: float, estimator: str, schedule: Schedule) -
     }
 
 
-def null_of(split: Split, estimator: str, schedule: Schedule) -> dict[str, float]:
-    """mi_null and mi_null_se: a critic trained and measured on shuffled pairs, where the MI is 0."""
-    generator = torch.Generator().manual_seed(4)
-    row = critic_row(Split(*(part.shuffled(generator) for part in split.parts)), 0.0, estimator, schedule)
-    return {"mi_null": row["mi"], "mi_null_se": row["mi_se"]}
-
-
 # -------------------------------------------------------------------------------------------- what is refused
 def refusals(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> list[str]:
     """The rule that each row's dimension fails, or "". Rows of one ladder, sigma ascending, with mi, mi_se,
@@ -301,9 +294,8 @@ def pairs_at(hook: Hook, input_ids: Tensor, batch: int, seed: int) -> Pairs:
         return Pairs(torch.zeros(0, 0, 1), torch.zeros(0, 0, 1))
     h = torch.cat([hook.head(ids.to(hook.device)).cpu() for ids in input_ids.split(batch)])
     x, y = h[:, :-1], final_norm(hook, input_ids, h, batch)
-    norms = x.norm(dim=-1)
-    sinks = sink_positions(norms, norms[:, 1:].median().item())
-    order = torch.rand(norms.shape, generator=torch.Generator().manual_seed(seed))
+    sinks = sinks_of(x)
+    order = torch.rand(sinks.shape, generator=torch.Generator().manual_seed(seed))
     order[sinks] = 2.0
     chosen = order.argsort(1)[:, : min(PER_SEQUENCE, int((~sinks).sum(1).min())), None]
     return Pairs(*(v.gather(1, chosen.expand(-1, -1, v.shape[-1])) for v in (x, y)))
@@ -375,9 +367,14 @@ def refuse_logits(name: str, width: int, vocab: int) -> None:
 def critic_rows(
     split: Split, ladder: Sequence[float], estimators: Sequence[str], schedule: Schedule
 ) -> list[dict]:
-    """A row for each estimator and amount of noise, with its null."""
+    """A row for each estimator and amount of noise; mi_null, mi_null_se: of a critic trained and measured on
+    shuffled pairs, whose MI is 0.
+    """
     out = []
     for estimator in estimators:
-        null = null_of(split, estimator, schedule)
-        out += [critic_row(split, sigma, estimator, schedule) | null for sigma in ladder]
+        generator = torch.Generator().manual_seed(4)
+        unrelated = Split(*(part.shuffled(generator) for part in split.parts))
+        null = critic_row(unrelated, 0.0, estimator, schedule)
+        of_null = {"mi_null": null["mi"], "mi_null_se": null["mi_se"]}
+        out += [critic_row(split, sigma, estimator, schedule) | of_null for sigma in ladder]
     return out

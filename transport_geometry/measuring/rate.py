@@ -16,7 +16,7 @@ from transport_geometry.measuring.patch import Patch
 from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence
 from transport_geometry.records.condition import Condition
 from transport_geometry.running.grid import EvalSet
-from transport_geometry.saes.sae import TopKSAE, sink_positions
+from transport_geometry.saes.sae import TopKSAE, sinks_of
 
 import numpy as np
 import torch
@@ -140,13 +140,8 @@ def coded_rows(
     sums = {key: {q: np.zeros(n_doc) for q in CODED} for key in coders}
     sent: dict[tuple[Condition, float], list] = {key: [] for key in coders}  # `symbols` of every batch
     G, start = torch.zeros(eval_set.d, eval_set.d, dtype=torch.float64), 0
-    bar = tqdm(
-        total=len(input_ids) * len(coders),
-        unit="seq",
-        desc=f"quantised {eval_set.label}",
-        leave=False,
-        disable=None,
-    )
+    total, what = len(input_ids) * len(coders), f"quantised {eval_set.label}"
+    bar = tqdm(total=total, unit="seq", desc=what, leave=False, disable=None)
     with bar, torch.no_grad():
         for clean in shared.batches(hook, input_ids, label_uniforms(input_ids), batch):
             here = document[start : start + len(clean.input_ids)]
@@ -160,14 +155,14 @@ def coded_rows(
                 sent[key].append(symbols(patch, coder.step, here))
                 bar.update(len(here))
     rows = []
-    for (one, step), total in sums.items():
+    for (one, step), of_sae in sums.items():
         latent, symbol, where = (np.concatenate(part) for part in zip(*sent[one, step]))
         fired = np.zeros((n_doc, len(saes[one].W_dec)))
         np.add.at(fired, (where, latent), 1)
-        total["bits_idx"] = index_lengths(fired, total["n"])
-        total["bits_val"] = value_lengths(latent, symbol, where, n_doc)
+        of_sae["bits_idx"] = index_lengths(fired, of_sae["n"])
+        of_sae["bits_val"] = value_lengths(latent, symbol, where, n_doc)
         for i in range(n_doc):
-            of_document = {q: float(value[i]) for q, value in total.items()}
+            of_document = {q: float(value[i]) for q, value in of_sae.items()}
             rows.append(vars(one) | {"step": step, "document": i} | of_document)
     return rows, (G / len(input_ids) / (input_ids.shape[1] - 1)).numpy()
 
@@ -311,8 +306,7 @@ def study(
     hook, middle = eval_set.hook, saes[eval_set.middle.condition]
     with torch.no_grad():
         h = hook.head(training.to(device))
-        norms = torch.linalg.vector_norm(h, dim=-1)
-        calm = h[~sink_positions(norms, norms[:, 1:].median().item())]
+        calm = h[~sinks_of(h)]
         units = {one: unit(sae, calm) for one, sae in saes.items()}
     shared = activations(hook, eval_set.held.input_ids, batch)
     name = {"model": eval_set.name, "layer": hook.layer}

@@ -22,7 +22,7 @@ from transport_geometry.records.tables import markdown, short, span
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import eval_batch
 from transport_geometry.saes.recipes import Statistics, Training, unit_norm_step
-from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec, sink_positions
+from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec, sinks_of
 from transport_geometry.statistics import stats
 
 import numpy as np
@@ -94,9 +94,7 @@ def finish(hook: Hook, batches: Sequence[Tensor], sae: TopKSAE, kind: str, rate:
 
 def adam(sae: TopKSAE, rate: float, h: Tensor) -> torch.optim.Adam:
     """Recipe `base`'s, for an SAE of activations like h [B,T,d] that are not scaled to E|h|^2 = d."""
-    norms = torch.linalg.vector_norm(h, dim=-1)
-    sink = sink_positions(norms, norms[:, 1:].median().item())
-    scale = math.sqrt(h.shape[-1] / Statistics.of(h.flatten(0, 1), sink.flatten()).square)
+    scale = math.sqrt(h.shape[-1] / Statistics.of(h.flatten(0, 1), sinks_of(h).flatten()).square)
     weights, biases = [sae.W_enc, sae.W_dec], [sae.b_enc, sae.b_dec]
     fused = sae.W_dec.device.type in ("cpu", "cuda")
     groups = [{"params": weights, "lr": rate}, {"params": biases, "lr": rate / scale}]
@@ -257,11 +255,8 @@ def answer(found: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
         p = short(target["p"])
         return f"{moved} (p = {p}): not shown to move, so no proxy can be said to notice or to miss it."
     groups = []
-    for says, words in {
-        "notices": "what notices",
-        "fooled": "what goes the other way",
-        "not shown": "neither",
-    }.items():
+    words = {"notices": "what notices", "fooled": "what goes the other way", "not shown": "neither"}
+    for says, what in words.items():
         names = [row["metric"] for row in found if row["says"] == says and row["metric"] not in OTHERS]
-        groups.append(f"{words}: {', '.join(names) or 'none'}")
+        groups.append(f"{what}: {', '.join(names) or 'none'}")
     return f"{moved}. Of the proxies, {'; '.join(groups)}."

@@ -90,6 +90,12 @@ def sink_positions(norms: Tensor, median: float) -> Tensor:
     return sinks
 
 
+def sinks_of(h: Tensor) -> Tensor:
+    """`sink_positions` [B,T] of h [B,T,d], by its own median norm."""
+    norms = torch.linalg.vector_norm(h, dim=-1)
+    return sink_positions(norms, norms[:, 1:].median().item())
+
+
 def must_vary(h: Tensor, about: str) -> None:
     """Raises Fault where the activations h [n,d] are all equal, up to float32's rounding."""
     if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
