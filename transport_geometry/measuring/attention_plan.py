@@ -1,13 +1,12 @@
-"""The attention-plan space: what a patch does to whom every query attends, and what of its harm goes that
-way.
+"""Attention plans: how a patch changes what every query attends to, and how much of its harm that causes.
 
 A row of attention is the plan of a transport problem with one marginal: P_i is the minimum over the simplex
 of <P, C_i> + eps sum P log P, C_ij = -q_i.k_j, eps = 1 / scaling (Litman 2025, arXiv:2508.08369). Only rows
 are constrained, so there is one potential per query, the log-sum-exp of its scores, and no Sinkhorn. The
 divergence that belongs to it is KL: eps KL(P || P_hat) is what keeping the plan P costs beyond the best plan
-where the costs are those of the patched run. Cost <P, C> and potential themselves move when a constant joins
-all keys of a query, which leaves P as it is: between two runs they say nothing, and nothing here compares
-them.
+where the costs are those of the patched run. Cost <P, C> and potential themselves move when a constant is
+added to all keys of a query, which leaves P unchanged: between two runs they are not comparable, and nothing
+here compares them.
 
 Shapes: B sequences, H heads, T positions (queries, and keys before them), e = d_head, d = d_model, V =
 vocabulary. P, A and A_hat are plans [B,H,T,T], v and v_hat values [B,H,T,e].
@@ -36,8 +35,8 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------ of one block
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What the patch does to one block's attention, per head and query: each [B,H,T]. Query 0 has one key,
-    and nothing of its plan can change.
+    """How the patch changes one block's attention, per head and query: each [B,H,T]. Query 0 has one key, so
+    its plan cannot change.
     """
 
     kl: Tensor  # KL(A || A_hat), nats
@@ -87,9 +86,9 @@ def four_runs(
       frozen     fed h_hat, every attention after the hook with the clean run's plan;
       plan only  fed h, every attention after the hook with the patched run's plan.
 
-    Everything but the plans flows: each run's values and MLPs are computed from its own residual stream. All
-    four go through the tail as one stack [clean; patched; frozen; plan only], so that a block's plans meet in
-    its attention and are gone after it. look(block, Change) is called for every block after the hook.
+    Only the plans are exchanged: each run's values and MLPs are computed from its own residual stream. All
+    four go through the tail as one stack [clean; patched; frozen; plan only], so that the plans of one block
+    at a time are held. look(block, Change) is called for every block after the hook.
 
     Raises UserError where one of these blocks has no attention that can be read.
     """

@@ -79,13 +79,11 @@ class Metric:
     """A column of conditions.csv."""
 
     name: str
-    formula: (
-        Callable[[Sums], np.ndarray] | None
-    )  # [W,C]; None: from the counts of what fired, see `code_metrics`
+    # [W,C]; None: from the counts of what fired, see `code_metrics`
+    formula: Callable[[Sums], np.ndarray] | None
     score: Score = IDENTITY
     family: str = ""
-    # per-token quantity of the same name that the formula sums, [B,T-1] or [N]; None: `evaluate` forms what
-    # it needs
+    # the per-token quantity of this name that the formula sums, [B,T-1] or [N]; None: `evaluate` has it
     term: Callable[[Patch], Tensor] | None = None
 
     @property
