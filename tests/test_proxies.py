@@ -253,26 +253,6 @@ def test_document_weights_rows():
     assert np.array_equal(w, document_weights(7, 20, 0))
 
 
-def test_intervals_count_documents_where_sequences_of_one_are_alike():
-    """A ratio of sums over 160 sequences of 40 documents, whose noise correlates at .6 within one: nominal
-    95% over 400 data sets. By document it covers what it says, less the 2% that a percentile interval of 40
-    units lacks; by sequence it does not.
-    """
-    rng, hits, n = np.random.default_rng(0), {"document": 0, "sequence": 0}, 400
-    document = np.repeat(np.arange(40), 4)
-    weights = {
-        "document": document_weights(40, 400, 0)[3:, document],
-        "sequence": document_weights(160, 400, 0)[3:],
-    }
-    for _ in range(n):
-        loss = 1 + 0.2 * (0.6**0.5 * rng.standard_normal(40)[document] + 0.4**0.5 * rng.standard_normal(160))
-        tokens = rng.integers(50, 100, 160)
-        for unit, w in weights.items():
-            lo, hi = np.quantile((w @ (loss * tokens)) / (w @ tokens), [0.025, 0.975])
-            hits[unit] += lo <= 1 <= hi
-    assert hits["document"] / n > 0.93 - 4 * (0.05 * 0.95 / n) ** 0.5 and hits["sequence"] / n < 0.85
-
-
 @pytest.mark.parametrize("constant", [0.0, 3.3])
 def test_a_model_whose_activations_are_all_one_is_one_line(constant, hook):
     model = tiny_model(dtype=torch.float32)

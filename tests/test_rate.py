@@ -213,16 +213,12 @@ def test_ratio_at_equal_bits():
     assert np.isnan(rate.log_ratio((x, np.array([[1.0, -1, 1]])), (x, x)))  # a loss that is none
 
 
-def test_bits_star_is_exact_at_grid_points_and_rises_with_the_target():
+def test_bits_star_rises_with_the_target_and_each_draw_has_its_own_bits():
     rng = np.random.default_rng(0)
     bits = np.cumsum(20 + 50 * rng.random((30, 4)), 1)
     ce = np.sort(rng.random((30, 4)), 1)
-    for i in (1, 2, 3):
-        for row in range(30):
-            one = slice(row, row + 1)
-            assert k_star(bits[one], ce[one], ce[row, i]) == pytest.approx(bits[row, i])
     alone = [k_star(bits[[row]], ce[[row]], 0.5)[0] for row in range(30)]
-    np.testing.assert_allclose(k_star(bits, ce, 0.5), alone)  # each draw has bits of its own
+    np.testing.assert_allclose(k_star(bits, ce, 0.5), alone)
     stars = np.stack([k_star(bits, ce, target) for target in np.linspace(0, 1, 41)])
     with np.errstate(invalid="ignore"):
         assert (np.nan_to_num(np.diff(stars, axis=0), nan=0.0) >= 0).all()
