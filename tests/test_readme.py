@@ -194,8 +194,8 @@ COMPARED = {
     "pieces of 8,000 characters": sources.PIECE == 8000,
     "tried five times": len(sources.PAUSES) + 1 == 5,
     "norms above 10 medians": importlib.import_module("transport_geometry.saes.sae").SINK_FACTOR == 10,
-    "from 10M tokens up budgets share a trunk": "TRUNK_FROM = 10**7" in inspect.getsource(training),
-    "4096 tokens a step, constant rate": "min(4096, tokens), 1.0" in inspect.getsource(training),
+    "from 10M tokens up budgets share a trunk": "TRUNK_FROM = 10**7" in inspect.getsource(recipes),
+    "4096 tokens a step, constant rate": "min(4096, tokens), 1.0" in inspect.getsource(recipes),
     "*checked* on 4 sequences": "input_ids [4,T]"
     in inspect.getsource(importlib.import_module("transport_geometry.saes.external_saes")),
     "up to 250,000 tokens of activations": recipes.CHUNK == 250_000,
