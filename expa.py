@@ -67,7 +67,7 @@ from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, label_ends
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running.grid import Command, sae_name
 from transport_geometry.running.run import Experiment, run
-from transport_geometry.saes.train import RECIPES
+from transport_geometry.saes.recipes import RECIPES
 from transport_geometry.statistics import curves, stats
 from transport_geometry.statistics.hook_pair import Conditions, ModelPair, mismatch
 

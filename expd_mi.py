@@ -30,7 +30,7 @@ from common import parse_args, run_script
 from transport_geometry.measuring import mutual_information
 from transport_geometry.measuring.dimension import canonical_rows, geometry_rows, norms
 from transport_geometry.measuring.evaluate import activations
-from transport_geometry.measuring.fisher_study import MOST_BLOCKS, moments
+from transport_geometry.measuring.fisher_study import MAX_BLOCKS, moments
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.models.lm import text_config
 from transport_geometry.records import store
@@ -71,7 +71,7 @@ GRID = dict(
 FLAGS = {
     "--critic": dict(
         default="separable",
-        choices=sorted(mutual_information.PLANS),
+        choices=sorted(mutual_information.SCHEDULES),
         help="of mutual information: separable, or hybrid, which takes hours",
     )
 }
@@ -103,7 +103,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, critic: str) -> dic
     name = {"model": condition.model, "layer": condition.layer}
     batch = eval_batch(hook, held.input_ids.shape[1])
     shared = activations(hook, held.input_ids, batch)
-    blocks = min(int(held.document.max()) + 1, MOST_BLOCKS)
+    blocks = min(int(held.document.max()) + 1, MAX_BLOCKS)
     sums = moments(hook, held.input_ids, shared, batch, held.document % blocks, blocks, DRAWS)
     y = mutual_information.final_norm(hook, held.input_ids, shared.h, batch)
     kept = ~shared.sink
@@ -134,7 +134,7 @@ def critics_at(eval_set: EvalSet, critic: str) -> list[dict]:
         name = {"target": target, "width": pairs.fit.y.shape[-1], "n_fit": len(fit.x), "n_held": len(held.x)}
         for estimator, sigmas in CRITICS[target].items():
             found = mutual_information.critic_rows(
-                pairs, sigmas, (estimator,), mutual_information.PLANS[critic]
+                pairs, sigmas, (estimator,), mutual_information.SCHEDULES[critic]
             )
             rows += [name | row for row in found]
     return rows
@@ -372,7 +372,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
                 n_se=mutual_information.N_SE,
                 from_ceiling=mutual_information.FROM_CEILING,
                 overfit=mutual_information.OVERFIT,
-                ladder=mutual_information.LADDER,
+                ladder=mutual_information.LADDER_TOLERANCE,
                 ceiling=math.log(mutual_information.BATCH),
             ),
             settings=settings,
@@ -620,7 +620,7 @@ def critics_text(rows: list[dict], settings: dict) -> str:
         "mi_null",
         "dimension",
     )
-    plan = mutual_information.PLANS[settings["critic"]]
+    plan = mutual_information.SCHEDULES[settings["critic"]]
     widths = {(row["model"], row["width"]) for row in rows if row["target"] != "final norm"}
     return CRITICS_TEXT.format(
         table=markdown([refused_words(row) for row in label_last_block(rows, settings)], columns),

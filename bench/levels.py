@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import bench
 from common import run_script
-from transport_geometry.measuring.metrics import BY_NAME, EUCLIDEAN_CONTROLS, Sums, computed, oriented
+from transport_geometry.measuring.metrics import BY_NAME, EUCLIDEAN_CONTROLS, Sums, as_score, computed
 from transport_geometry.records.results import load_results, meta_of
 from transport_geometry.records.store import RUN, load
 from transport_geometry.records.tables import markdown
@@ -417,7 +417,7 @@ def here_on_rows(n: int, folder: pathlib.Path) -> None:
             Sums({q: v[keep] for q, v in sums.items()}, weights[:, document], d[keep]),
             [BY_NAME[one] for one in (name, "r2", "ce_rec")],
         )
-        two = [oriented(one, found[one]) for one in (name, "r2")]
+        two = [as_score(one, found[one]) for one in (name, "r2")]
         return np.stack(two), found["ce_rec"]
 
     table = []

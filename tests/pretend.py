@@ -25,8 +25,8 @@ from transport_geometry.running import run
 from transport_geometry.running.grid import Candidate, EvalSet, null_conditions
 from transport_geometry.running.run import Experiment
 from transport_geometry.saes.external_saes import ExternalSAE
+from transport_geometry.saes.recipes import TRAIN_VERSION
 from transport_geometry.saes.sae import TrainingSpec
-from transport_geometry.saes.train import TRAIN_VERSION
 
 import numpy as np
 import torch

@@ -13,7 +13,7 @@ from transport_geometry.formats import __main__ as sae_commands
 from transport_geometry.formats import sae_files
 from transport_geometry.models import loading, sources, text
 from transport_geometry.records import tables
-from transport_geometry.saes import train
+from transport_geometry.saes import recipes
 
 import huggingface_hub
 import pytest
@@ -70,7 +70,7 @@ def test_the_largest_arguments_are_taken():
     grid = common.parse_args("", GRID, largest).grid
     assert (grid.seeds, grid.tokens, grid.expansion, grid.ctx) == ((2**32 - 1,), (10**12,), 10**9, 64)
     # how the last piece is drawn
-    torch.Generator().manual_seed(grid.seeds[0] * 1_000_003 + 10**12 // train.CHUNK)
+    torch.Generator().manual_seed(grid.seeds[0] * 1_000_003 + 10**12 // recipes.CHUNK)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows, packed_rows
 from transport_geometry.records.tables import read_table
 from transport_geometry.reporting.words import WORDS
+from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import save_sae
-from transport_geometry.saes.train import Statistics, Training, activation_chunks
+from transport_geometry.saes.train import activation_chunks
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ from transport_geometry.errors import UserError
 from transport_geometry.models import sources, text
 from transport_geometry.records import store
 from transport_geometry.running.grid import plan
-from transport_geometry.saes import train
+from transport_geometry.saes import recipes, train
 from transport_geometry.saes.sae import TrainingSpec
 
 import numpy as np
@@ -116,7 +116,7 @@ def hurry() -> None:
         datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL
     ) = 0
     sources.time = types.SimpleNamespace(sleep=WAITED.append)
-    train.CHUNK = 1024
+    recipes.CHUNK = 1024
 
 
 def elsewhere(function, *args):
@@ -790,7 +790,7 @@ def test_a_training_run_that_lost_the_network_ends_as_the_unbroken_one(hub, tmp_
 
 
 def test_an_interrupt_keeps_every_run_at_its_last_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHUNK", 1024)
+    monkeypatch.setattr(recipes, "CHUNK", 1024)
     write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
     model = tiny_model(dtype=torch.float32)
     specs = [spec(str(tmp_path / "t.jsonl"), 9000, seed=seed) for seed in (0, 1)]

@@ -9,8 +9,8 @@ from transport_geometry.formats.file_sae import fused
 from transport_geometry.formats.names import hook_of_lens, hub_name
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import EMBEDDED, load_model
+from transport_geometry.saes.recipes import SAELensTraining, Statistics
 from transport_geometry.saes.sae import TopKSAE
-from transport_geometry.saes.train import SAELensTraining, Statistics
 
 import pytest
 import torch

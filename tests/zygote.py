@@ -39,8 +39,8 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": EMPTY}
 # small chunks, and a checkpoint after each, so that there is something to kill and to damage
 CHECKPOINTS = """
 import itertools, types
-from transport_geometry.saes import train
-train.CHUNK = 2048
+from transport_geometry.saes import recipes, train
+recipes.CHUNK = 2048
 train.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
 """
 # a figure costs more than a small run; what is drawn is looked at elsewhere

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 
-from transport_geometry.measuring.metrics import DISTORTION, SHARE, SIGNED, Metric
+from transport_geometry.measuring.metrics import DISTORTION, SIGNED, SIMILARITY, Metric
 
 import numpy as np
 
@@ -60,8 +60,8 @@ def score_axis(axis: "Axes", metric: Metric, values: np.ndarray) -> None:
     that are shown.
     """
     score, known = metric.score, values[np.isfinite(metric.score(values))]
-    if score in (SHARE, DISTORTION) and len(known):
-        of_distance = (lambda x: 1 - x) if score is SHARE else (lambda x: x)  # its own inverse
+    if score in (SIMILARITY, DISTORTION) and len(known):
+        of_distance = (lambda x: 1 - x) if score is SIMILARITY else (lambda x: x)  # its own inverse
         ends = np.sort(of_distance(np.array([known.min(), known.max()])))
         ticks = of_distance(ticks_within(0.9 * ends[0], 1.1 * ends[1]))
         axis.set_xticks(score(ticks), [f"{tick:.6g}" for tick in ticks])

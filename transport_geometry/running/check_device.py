@@ -25,8 +25,8 @@ from transport_geometry.models.lm import (
 )
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows
+from transport_geometry.saes.recipes import RECIPES, Statistics, transposed
 from transport_geometry.saes.sae import tied_init
-from transport_geometry.saes.train import RECIPES, Statistics, transposed
 
 import numpy as np
 import torch

@@ -27,8 +27,9 @@ from transport_geometry.models.model_files import bos_of
 from transport_geometry.records.condition import NULLS, Condition
 from transport_geometry.saes import external_saes
 from transport_geometry.saes.external_saes import Chosen, ExternalSAE, Refused
+from transport_geometry.saes.recipes import TRAIN_VERSION, trunk
 from transport_geometry.saes.sae import TrainingSpec
-from transport_geometry.saes.train import TRAIN_VERSION, check_memory, trunk
+from transport_geometry.saes.train import check_memory
 
 import torch
 

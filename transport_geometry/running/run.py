@@ -58,8 +58,9 @@ from transport_geometry.reporting.where_it_hurts import HARM, WORST, by_position
 from transport_geometry.running.cost import dry_run, evaluation_flops
 from transport_geometry.running.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.saes.external_saes import ExternalSAE
+from transport_geometry.saes.recipes import token_flops
 from transport_geometry.saes.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
-from transport_geometry.saes.train import runs_of, token_flops, train_missing, training_flops
+from transport_geometry.saes.train import runs_of, train_missing, training_flops
 
 import numpy as np
 import torch
@@ -281,7 +282,7 @@ def train(
     for share, flops in zip(training, works):
         first = share.eval_sets[0]
         for eval_set in share.eval_sets:
-            believe(eval_set, device)
+            check_device_matches_cpu(eval_set, device)
         bar.phase(f"training {share.label}", flops, flops)
         model = first.hook.to(device).model
         train_missing(model, first.tokenizer, share.specs, cache, first.source, bar)
@@ -289,7 +290,7 @@ def train(
         first.hook.to(CPU)
 
 
-def believe(eval_set: EvalSet, device: torch.device) -> None:
+def check_device_matches_cpu(eval_set: EvalSet, device: torch.device) -> None:
     """Raises Fault where the device computes this hook otherwise than the CPU."""
     if device.type != "cpu":
         check_parity(eval_set.hook, eval_set.held.input_ids[:2], device)
@@ -394,7 +395,7 @@ def measure(
 ) -> Measurements:
     """Evaluate a share: its SAEs, its null rows, and what the experiment studies once per hook with them."""
     eval_set, grid = share.eval_set, command.grid
-    believe(eval_set, device)
+    check_device_matches_cpu(eval_set, device)
     hook, input_ids, document = eval_set.hook.to(device), eval_set.held.input_ids, eval_set.held.document
     saes = {one.condition: load(one, command.cache).to(device) for one in share.candidates}
     reconstructions: dict[Condition, Reconstruction] = {**saes, **turned(share, saes, grid)}

@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry.measuring.metrics import oriented
+from transport_geometry.measuring.metrics import as_score
 from transport_geometry.statistics import stats
 from transport_geometry.statistics.stats import ALL, ESTIMATE
 
@@ -110,14 +110,14 @@ class ModelPair(Conditions):
         """(Gamma, in_range) of a score (`stats.transfer_gap`), judged on the conditions of a mask [C].
         documents: ALL, HALF_A or HALF_B.
         """
-        x, ce = oriented(score, self.values[score])[documents], self.values["ce_rec"][documents]
+        x, ce = as_score(score, self.values[score])[documents], self.values["ce_rec"][documents]
         gamma, in_range = stats.transfer_gap(x, ce, self.meta, self.models, judged=judged)
         return float(gamma[0]), float(in_range[0])
 
     def transfer_gap_draws(self, score: str, judged: np.ndarray) -> tuple[np.ndarray, float]:
         """(Gamma [R], in_range) of a score, judged on the conditions of a mask [C]."""
         rows, w = self.draws.documents, self.draws.weights
-        x, ce = oriented(score, self.values[score])[rows], self.values["ce_rec"][rows]
+        x, ce = as_score(score, self.values[score])[rows], self.values["ce_rec"][rows]
         gamma, in_range = stats.transfer_gap(x, ce, self.meta, self.models, w, judged=judged)
         return gamma, float(in_range[ESTIMATE])
 

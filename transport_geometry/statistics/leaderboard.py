@@ -9,7 +9,7 @@ behind the target; C conditions under W weightings of the documents (`resampling
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS, oriented
+from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS, as_score
 from transport_geometry.records.results import Measured
 from transport_geometry.reporting import console as console
 from transport_geometry.statistics import claims
@@ -462,7 +462,7 @@ def judged_in_general(row: dict) -> bool:
 def ranked(scores: Scores, found: Measured, settings: dict, n_resamples: int) -> tuple[list[dict], Contest]:
     """(the board for both targets, SWD's contest for CE_rec) of a finished folder."""
     values, meta, models, controls = found.values, found.meta, settings["models"], EUCLIDEAN_CONTROLS
-    targets = {name: oriented(name, values[name]) for name in MAGNITUDE}
+    targets = {name: as_score(name, values[name]) for name in MAGNITUDE}
     loho_controls = {
         name: best_by_loho(scores, values[magnitude], meta, controls) for name, magnitude in MAGNITUDE.items()
     }
