@@ -128,6 +128,15 @@ def points(axis: "Axes", x: np.ndarray, y: np.ndarray, names: Sequence[str], **s
     marks.names = [name for name, known in zip(names, there) if known]  # type: ignore[attr-defined]
 
 
+def joined_points(
+    axis: "Axes", x: Sequence, y: Sequence, names: Sequence[str], colour: typing.Any, **style: typing.Any
+) -> None:
+    """A line through marks, each of which says its name in a page. style: of the marks, scatter's."""
+    axis.plot(x, y, color=colour, linewidth=1, alpha=0.8)
+    marks = {"color": [colour], "s": 28, "alpha": 1, "zorder": 3, **style}
+    points(axis, np.asarray(x), np.asarray(y), names, **marks)
+
+
 def points_by_model(
     axis: "Axes", rows: Sequence[dict], x: np.ndarray, y: np.ndarray, models: Sequence[str]
 ) -> None:
