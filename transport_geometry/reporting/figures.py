@@ -171,8 +171,8 @@ def intervals(
     right. looks: (colour, marker) of each. What lies further left than `furthest`, and than the right end, is
     only pointed to: one far worse would press the others together.
     """
-    right = 1.1 * max(np.nanmax([at, hi], initial=0), 0.05)
-    left = min(1.1 * max(np.nanmax([-at, -lo], initial=0), 0.05), max(right, furthest))
+    right = 1.1 * np.nanmax([0.05, *at, *hi])
+    left = min(1.1 * np.nanmax([0.05, *-at, *-lo]), max(right, furthest))
     axis.set(xlim=(-left, right), ylim=(-0.6, len(names) - 0.4))
     for y, (x, first, last, (colour, marker)) in enumerate(zip(at, lo, hi, looks)):
         if last > first:
