@@ -223,20 +223,24 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     numbers = TEXT["no numbers"]
     if apart["pairs"]:
         few = f"; {stats.MIN_CLUSTERS} needed" if apart["pairs"] < stats.MIN_CLUSTERS else ""
-        numbers = TEXT["numbers"].format(
-            small=small,
-            large=large,
-            r2=rate_report.factor(by_loss[R2]["ratio"]),
-            ce=rate_report.factor(by_loss[CE]["ratio"]),
-            apart=rate_report.factor(apart),
-            pairs=apart["pairs"],
-            few=few,
-            p="" if np.isnan(apart["p"]) else f", p = {apart['p']:.3f}",
+        numbers = (
+            TEXT["numbers"]
+            .format(
+                small=small,
+                large=large,
+                r2=rate_report.factor(by_loss[R2]["ratio"]),
+                ce=rate_report.factor(by_loss[CE]["ratio"]),
+                apart=rate_report.factor(apart),
+                pairs=apart["pairs"],
+                few=few,
+                p="" if np.isnan(apart["p"]) else f", p = {apart['p']:.3f}",
+            )
+            .replace("[undefined]", "(no interval)")
         )
     said = Answer(
         TEXT["question"].format(small=small, large=large),
         TEXT[verdict["leaf"]].format(small=small, large=large, factor=FACTOR, numbers=numbers),
-        TEXT["limits"].format(scope=scope(settings), pairs=apart["pairs"]),
+        TEXT["limits"].format(scope=scope(settings)),
     )
     return Findings(
         answer=said,

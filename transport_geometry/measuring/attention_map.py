@@ -109,7 +109,7 @@ def where_plans_change(
     several = np.isfinite(hooks["first_over_rest"])
     of_several = {name: column[several] for name, column in hooks.items()}
     first = mean_over_hooks(of_several["first_over_rest"][None], of_several, n_resamples)
-    out = {
+    out: dict[str, dict] = {
         "first_block": first | {"word": side_of_zero(first, "first block", "later blocks")},
         "lowest_pr": {
             f"{row['model']}@{row['layer']}": float(meta["depth"][mask][0])

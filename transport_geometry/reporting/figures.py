@@ -129,7 +129,12 @@ def points(axis: "Axes", x: np.ndarray, y: np.ndarray, names: Sequence[str], **s
 
 
 def joined_points(
-    axis: "Axes", x: Sequence, y: Sequence, names: Sequence[str], colour: typing.Any, **style: typing.Any
+    axis: "Axes",
+    x: Sequence | np.ndarray,
+    y: Sequence | np.ndarray,
+    names: Sequence[str],
+    colour: typing.Any,
+    **style: typing.Any,
 ) -> None:
     """A line through marks, each of which says its name in a page. style: of the marks, scatter's."""
     axis.plot(x, y, color=colour, linewidth=1, alpha=0.8)

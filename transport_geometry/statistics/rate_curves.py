@@ -110,15 +110,16 @@ class RateCurves:
 
     def log_ratio(self, code: Coded, at: str, of: str, depth: str) -> np.ndarray:
         """[W]: ln of the largest model's loss `of` over the smallest's, at equal `at`: bits or a loss."""
-        points = []
+        both = []
         for model in (self.models[0], self.models[-1]):
             x, y = (
                 self.along_k(code.bits if name == "bits" else code.losses[name], (model, depth))
                 for name in (at, of)
             )
             with np.errstate(invalid="ignore", divide="ignore"):
-                points.append((x if at == "bits" else np.log(x), y))
-        return rate.log_ratio(*points)
+                both.append((x if at == "bits" else np.log(x), y))
+        small, large = both
+        return rate.log_ratio(small, large)
 
 
 def reached(lines: RateCurves, codes: list[Coded]) -> list[dict]:
