@@ -204,11 +204,11 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     rates = rate_rows(found, codes, tables["spectra.csv"])
     ratios = ratio_rows(lines, codes)
     by_loss = by_geometry(ratios, CODE)
-    apart = by_loss[R2]["apart"]
+    leaf = leaf_f(by_loss[R2]["apart"])
     small, large = settings["models"][0], settings["models"][-1]
     verdict = {
-        "leaf": leaf_f(apart),
-        "contrast": apart,
+        "leaf": leaf,
+        "contrast": by_loss[R2]["apart"],
         "by_loss": by_loss,
         "by_code": {code.name: by_geometry(ratios, code.name)[R2]["apart"] for code in codes},
         "models": [small, large],
@@ -220,32 +220,11 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         ),
         "quantised_sha256": store.sha256(store.checked(record, QUANTISED)),
     }
-    numbers = TEXT["no numbers"]
-    if apart["pairs"]:
-        few = f"; {stats.MIN_CLUSTERS} needed" if apart["pairs"] < stats.MIN_CLUSTERS else ""
-        numbers = (
-            TEXT["numbers"]
-            .format(
-                small=small,
-                large=large,
-                r2=rate_report.factor(by_loss[R2]["ratio"]),
-                ce=rate_report.factor(by_loss[CE]["ratio"]),
-                apart=rate_report.factor(apart),
-                pairs=apart["pairs"],
-                few=few,
-                p="" if np.isnan(apart["p"]) else f", p = {apart['p']:.3f}",
-            )
-            .replace("[undefined]", "(no interval)")
-        )
-    said = Answer(
-        TEXT["question"].format(small=small, large=large),
-        TEXT[verdict["leaf"]].format(small=small, large=large, factor=FACTOR, numbers=numbers),
-        TEXT["limits"].format(scope=scope(settings)),
-    )
+    said = answer(leaf, by_loss, settings)
     return Findings(
         answer=said,
         verdict=verdict,
-        short_verdict=verdict["leaf"],
+        short_verdict=leaf,
         report=report(found, rates, ratios, verdict, said, tables, settings),
         figures={
             "rate.png": rate_report.rate_figure(lines, codes, tables["spectra.csv"], settings["hooks"], CODE),
@@ -261,6 +240,29 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     )
 
 
+def answer(leaf: str, by_loss: dict[str, dict], settings: dict) -> Answer:
+    apart, least = by_loss[R2]["apart"], stats.MIN_CLUSTERS
+    models = {"small": settings["models"][0], "large": settings["models"][-1]}
+    numbers = TEXT["no numbers"]
+    if apart["pairs"]:
+        text = TEXT["numbers"].format(
+            **models,
+            r2=rate_report.factor(by_loss[R2]["ratio"]),
+            ce=rate_report.factor(by_loss[CE]["ratio"]),
+            apart=rate_report.factor(apart),
+            pairs=apart["pairs"],
+            few=f"; {least} needed" if apart["pairs"] < least else "",
+            p="" if np.isnan(apart["p"]) else f", p = {apart['p']:.3f}",
+        )
+        numbers = text.replace("[undefined]", "(no interval)")
+    return Answer(
+        TEXT["question"].format(**models),
+        TEXT[leaf].format(**models, factor=FACTOR, numbers=numbers),
+        TEXT["limits"].format(scope=scope(settings)),
+    )
+
+
+# ------------------------------------------------------------------------------------------- report, figures
 def report(
     found: Measured,
     rates: list[dict],

@@ -35,11 +35,8 @@ def factor(of: dict) -> str:
     value, lo, hi = (of[name] for name in ("factor", "lo", "hi"))
     if not np.isfinite(value):
         return "undefined"
-    return (
-        f"{short(value)} [{short(lo)}, {short(hi)}]"
-        if np.isfinite([lo, hi]).all()
-        else f"{short(value)} [undefined]"
-    )
+    ends = f"{short(lo)}, {short(hi)}" if np.isfinite([lo, hi]).all() else "undefined"
+    return f"{short(value)} [{ends}]"
 
 
 def by_depth(ratios: Sequence[dict], code: str, at_equal: Sequence[str], shown: Sequence[str]) -> list[dict]:
@@ -134,16 +131,12 @@ def rate_figure(
                 shown += [value for value in y if value > 0]
                 if one.name == code:
                     says = [
-                        f"{model} at depth {depth}, k {k}: {a:.4g} bits, {b:.4g}" for k, a, b in zip(ks, x, y)
+                        f"{model}, depth {depth}, k {k}: {a:.4g} bits, {b:.4g}" for k, a, b in zip(ks, x, y)
                     ]
                     joined_points(axis, x, y, says, colour)
                 else:
-                    style = (
-                        dict(linestyle=":", alpha=0.7)
-                        if one.name == "8 bits"
-                        else dict(linewidth=0.6, alpha=0.6)
-                    )
-                    axis.plot(x, y, color=colour, **style)
+                    style = (":", 1.5, 0.7) if one.name == "8 bits" else ("-", 0.6, 0.6)
+                    axis.plot(x, y, color=colour, **dict(zip(("linestyle", "linewidth", "alpha"), style)))
             if column:
                 spectrum = np.array(
                     [s[column] for s in spectra if s["model"] == model and hooks[hook_of(s)] == depth]
@@ -179,10 +172,8 @@ def ratio_figure(
     for i, (name, of) in enumerate(by_loss.items()):
         pairs = [row for row in at_equal_bits if row["of"] == name]
         says = [f"{name} at depth {row['depth']}: {row['ratio']:.3g}" for row in pairs]
-        points(
-            axis, np.array([row["ratio"] for row in pairs]), np.full(len(pairs), i), says, s=24, color="0.6"
-        )
-        ratio = of["ratio"]
+        at, ratio = np.array([row["ratio"] for row in pairs]), of["ratio"]
+        points(axis, at, np.full(len(at), i), says, s=24, color="0.6")
         axis.plot(ratio["factor"], i, "D", color=BLUE, zorder=3)
         axis.plot([ratio["lo"], ratio["hi"]], [i, i], color=BLUE, linewidth=2, zorder=3)
     of_ce = by_loss[CE]["ratio"]["factor"]
