@@ -2,6 +2,7 @@
 
 import math
 
+from helpers import log_probs_64
 from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence, log_softmax
 
 import pytest

@@ -128,6 +128,20 @@ def points(axis: "Axes", x: np.ndarray, y: np.ndarray, names: Sequence[str], **s
     marks.names = [name for name, known in zip(names, there) if known]  # type: ignore[attr-defined]
 
 
+def joined_points(
+    axis: "Axes",
+    x: Sequence | np.ndarray,
+    y: Sequence | np.ndarray,
+    names: Sequence[str],
+    colour: typing.Any,
+    **style: typing.Any,
+) -> None:
+    """A line through marks, each of which says its name in a page. style: of the marks, scatter's."""
+    axis.plot(x, y, color=colour, linewidth=1, alpha=0.8)
+    marks = {"color": [colour], "s": 28, "alpha": 1, "zorder": 3, **style}
+    points(axis, np.asarray(x), np.asarray(y), names, **marks)
+
+
 def points_by_model(
     axis: "Axes", rows: Sequence[dict], x: np.ndarray, y: np.ndarray, models: Sequence[str]
 ) -> None:
@@ -162,8 +176,8 @@ def intervals(
     right. looks: (colour, marker) of each. What lies further left than `furthest`, and than the right end, is
     only pointed to: one far worse would press the others together.
     """
-    right = 1.1 * max(np.nanmax([at, hi], initial=0), 0.05)
-    left = min(1.1 * max(np.nanmax([-at, -lo], initial=0), 0.05), max(right, furthest))
+    right = 1.1 * np.nanmax([0.05, *at, *hi])
+    left = min(1.1 * np.nanmax([0.05, *-at, *-lo]), max(right, furthest))
     axis.set(xlim=(-left, right), ylim=(-0.6, len(names) - 0.4))
     for y, (x, first, last, (colour, marker)) in enumerate(zip(at, lo, hi, looks)):
         if last > first:
