@@ -159,7 +159,7 @@ def ratio_rows(lines: RateCurves, codes: list[Coded]) -> list[dict]:
             for of in ("bits", *NAMES):
                 for depth in lines.shared_depths() if at != of else []:
                     draws = lines.log_ratio(code, at, of, depth)
-                    ratio, lo, hi = map(float, np.exp([draws[0], *stats.interval(draws[3:])]))
+                    ratio, lo, hi = map(float, np.exp([draws[0], *stats.interval(draws[stats.RESAMPLES])]))
                     row = {"depth": depth, "code": code.name, "at_equal": at, "of": of}
                     rows.append(row | {"ratio": ratio, "lo": lo, "hi": hi})
     return rows

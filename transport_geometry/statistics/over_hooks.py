@@ -12,7 +12,7 @@ import numpy as np
 
 def with_interval(draws: np.ndarray, n: int, fisher: bool = False) -> dict[str, float]:
     """Of draws [3 + R]: the estimate thrice, then resamples. n: what they resample."""
-    lo, hi = stats.interval(draws[3:], fisher)
+    lo, hi = stats.interval(draws[stats.RESAMPLES], fisher)
     return {"value": float(draws[0]), "lo": lo, "hi": hi, "n": n}
 
 
@@ -27,7 +27,7 @@ def resampled(hooks: dict[str, np.ndarray], W: int, n_resamples: int) -> tuple[n
     """(weights [3 + R, G] of the hooks, [3 + R] which weighting of the documents goes with each)."""
     weights = stats.bootstrap_weights(hooks, n_resamples, 0)
     if len(weights[0]) < stats.MIN_CLUSTERS:
-        weights[3:] = np.nan
+        weights[stats.RESAMPLES] = np.nan
     return weights, stats.resample_index(W, n_resamples) if W > 1 else np.zeros(len(weights), int)
 
 
