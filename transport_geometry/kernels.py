@@ -264,11 +264,14 @@ class _Encode(torch.autograd.Function):
     """Autograd through `topk_encode_ref` would keep [N,F] alive."""
 
     @staticmethod
-    def forward(ctx, h, W_enc, b_enc, k):
-        values, indices = _call("topk_encode", h, h, W_enc, b_enc, k, k=k)
-        ctx.save_for_backward(h, W_enc, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+    def forward(h, W_enc, b_enc, k):
+        return _call("topk_encode", h, h, W_enc, b_enc, k, k=k)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        h, W_enc, _, _ = inputs
+        ctx.save_for_backward(h, W_enc, *output)
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -284,9 +287,12 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, W_dec, b_dec):
-        ctx.save_for_backward(values, indices, W_dec)
+    def forward(values, indices, W_dec, b_dec):
         return _call("sparse_decode", values, values, indices, W_dec, b_dec)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx, grad):
@@ -299,6 +305,31 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_b = grad.sum(0)
         return d_values, None, d_W, d_b
+
+
+if BUILT:  # shapes and gradients for torch.compile and opcheck; the C++ side has schema and numbers only
+    SHAPES: dict[str, Any] = {
+        "topk_encode": lambda h, W, b, k: (h.new_empty(len(h), k), h.new_empty(len(h), k, dtype=torch.int64)),
+        "sparse_decode": lambda values, indices, W, b: values.new_empty(len(values), W.shape[1]),
+        "gradient_weighted_distortion": lambda values, indices, W, b, h, g, want_h_hat: (
+            h.new_empty(len(h), len(STATS)),
+            h.new_empty(len(h) if want_h_hat else 0, h.shape[1]),
+        ),
+        "scatter_rows": lambda coef, indices, x, F: (x.new_empty(F, x.shape[1]), x.new_empty(F)),
+        "gather_dot": lambda x, W, indices: x.new_empty(indices.shape),
+        "reconstruction_error": lambda values, indices, W, b, h: (
+            torch.empty_like(h),
+            torch.empty_like(values),
+            h.new_empty(len(h)),
+        ),
+        "adam_rows_": lambda W, *rest: (W.new_empty(W.shape[0]), W.new_empty(W.shape[1])),
+    }
+    for _name, _shape in SHAPES.items():
+        torch.library.register_fake(f"tg::{_name}", _shape)
+    for _name, _function in (("topk_encode", _Encode), ("sparse_decode", _Decode)):
+        torch.library.register_autograd(
+            f"tg::{_name}", _function.backward, setup_context=_function.setup_context
+        )
 
 
 class _GatherDot(torch.autograd.Function):
