@@ -13,37 +13,41 @@ documents. An SAE that cannot be read, or does not read what its files say, is r
 the others go on.
 """
 
+import math
 import pathlib
 from typing import Any
 
 from common import parse_args, run_script
-from transport_geometry.audit import (
-    COLUMNS,
-    HOOK_AND_TOKENS,
-    N_RESAMPLES,
-    PAIRS,
+from transport_geometry.errors import UserError
+from transport_geometry.formats.names import hub_name
+from transport_geometry.measuring.metrics import PROXIES
+from transport_geometry.measuring.r2_by_library import LIBRARIES
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements
+from transport_geometry.records.tables import as_csv, grouped, markdown
+from transport_geometry.reporting.audit_report import (
     answer,
     audit_report,
-    audit_rows,
     console,
     count_of,
-    counted,
-    pairs,
-    refused_rows,
     short_names,
     words_counted,
 )
-from transport_geometry.errors import UserError
-from transport_geometry.measuring.metrics import PROXIES
-from transport_geometry.records.results import about_the_run, label_last_block, load_measurements
-from transport_geometry.records.tables import as_csv, grouped, markdown
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, pyplot
 from transport_geometry.reporting.leaderboard_report import how_to_read, leaderboard_table
 from transport_geometry.reporting.where_it_hurts import of_folder
+from transport_geometry.reporting.words import COLUMNS as WORD_COLUMNS
 from transport_geometry.reporting.words import WORDS, with_words
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, ranked
+from transport_geometry.statistics.sae_pairs import (
+    HOOK_AND_TOKENS,
+    PAIRS,
+    counted,
+    dominated,
+    pairs,
+    residuals,
+)
 from transport_geometry.statistics.stats import MIN_HOOKS
 
 import numpy as np
@@ -53,6 +57,54 @@ from matplotlib.figure import Figure
 # of the evaluation; what is trained elsewhere is --sae's
 GRID = dict(models="", k="1", tokens="1", expansion=1, eval_seqs=32, ctx=256)
 OUT = pathlib.Path("outputs/audit")
+N_RESAMPLES = 2000
+COLUMNS = [
+    *"sae model layer format trained_on basis fvu_as_said fvu_otherwise ctx bos d_sae".split(),
+    *"k l0 alive dense".split(),
+    *"word also says read dominated_by ce_rec ce_rec_lo ce_rec_hi r2 r2_lo r2_hi".split(),
+    *"sink_share n_sink n_tok calm_share".split(),
+    *WORD_COLUMNS,
+    *(f"{name}{end}" for name in ("r2", *LIBRARIES) for end in ("", "_nosink") if name + end != "r2"),
+    *"nmse_tok cosine ce_orig ce_recon ce_zero dce ce_rec_sinkclean frac_zero frac_mean kl".split(),
+    *"swd_tok swd_seq swd_sampled rho fed fed_nosink fed_iso_nosink fed_excess".split(),
+    *"ce_rec_residual ce_rec_residual_lo ce_rec_residual_hi refused".split(),
+]
+
+
+# ---------------------------------------------------------------------------------------------- one row each
+def audit_rows(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> list[dict]:
+    """Of audit.csv, sorted by model, layer and name. saes: rows as `with_words` gives them; values {metric:
+    [W,C]}.
+    """
+    residual, residual_lo, residual_hi = residuals(saes, values, settings).T
+    better = dominated(saes, values, settings)
+    rows = []
+    for i, row in enumerate(saes):
+        declared = settings["saes"][row["sae"]]
+        rows.append(
+            row
+            | {name: declared[name] for name in ("format", "basis", "ctx", "bos", "unseen")}
+            | {"ignored": declared.get("ignored", [])}
+            | {
+                "trained_on": hub_name(declared["model"]) if declared["model"] else "not said",
+                "k": row["k"] or "none",
+                "dominated_by": better[i],
+                "ce_rec_residual": residual[i],
+                "ce_rec_residual_lo": residual_lo[i],
+                "ce_rec_residual_hi": residual_hi[i],
+                "refused": "",
+            }
+        )
+    return rows
+
+
+def refused_rows(settings: dict) -> list[dict]:
+    """Of audit.csv, behind the others: the SAEs that could not be measured, and why not."""
+    refused = settings.get("refused", {})
+    return [
+        dict.fromkeys(COLUMNS, math.nan) | {"sae": sae, "word": "refused", "refused": why}
+        for sae, why in sorted(refused.items())
+    ]
 
 
 # ------------------------------------------------------------------------------------- tables and answer

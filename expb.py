@@ -24,7 +24,6 @@ import pathlib
 import sys
 
 from common import parse_args, run_script
-from transport_geometry.audit import trial_lines
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.records.results import (
     about_the_run,
@@ -33,6 +32,7 @@ from transport_geometry.records.results import (
     load_measurements,
 )
 from transport_geometry.records.tables import as_csv, markdown, readable_count, signed
+from transport_geometry.reporting.audit_report import trial_lines
 from transport_geometry.reporting.console import Answer, as_sentence, number
 from transport_geometry.reporting.figures import saes_against
 from transport_geometry.reporting.leaderboard_report import (

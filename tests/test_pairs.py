@@ -1,24 +1,26 @@
 """What is said of pairs of SAEs, on planted numbers."""
 
-from transport_geometry import audit
-from transport_geometry.audit import (
-    AT_ONE_K,
-    HOOK_AND_TOKENS,
-    PAIRS,
+from transport_geometry.records.tables import as_csv
+from transport_geometry.reporting.audit_report import (
     answer,
-    comparable,
     console,
-    counted,
-    dominated,
-    kind,
     pair_lines,
     pair_report,
     pair_sentence,
-    pairs,
-    residuals,
     short_names,
 )
-from transport_geometry.records.tables import as_csv
+from transport_geometry.statistics import sae_pairs
+from transport_geometry.statistics.sae_pairs import (
+    AT_ONE_K,
+    HOOK_AND_TOKENS,
+    PAIRS,
+    comparable,
+    counted,
+    dominated,
+    kind,
+    pairs,
+    residuals,
+)
 
 import numpy as np
 import pytest
@@ -303,4 +305,4 @@ def test_the_residual_is_from_the_curve_of_the_others():
     assert value[1:4] == pytest.approx([-0.025, 0.05, -0.025], abs=1e-9)
     assert np.isnan(value[[0, 4]]).all()  # nobody beyond them
     assert (lo[1:4] < value[1:4]).all() and (value[1:4] < hi[1:4]).all() and lo[2] > 0
-    assert np.isnan(residuals(*planted(r2[:3], ce_rec[:3], noise=0.004))).all() and audit.CURVE_OF == 3
+    assert np.isnan(residuals(*planted(r2[:3], ce_rec[:3], noise=0.004))).all() and sae_pairs.CURVE_OF == 3
