@@ -59,8 +59,8 @@ from transport_geometry.reporting.console import (
     as_sentence,
     coloured,
     columns,
-    conclude,
-    hushed,
+    print_result,
+    quiet_output,
     number,
 )
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, label_ends, pyplot
@@ -1071,7 +1071,7 @@ def main() -> None:
         raise UserError(
             "--sae: Exp-A is about how SAEs train; expb.py and expc_fisher.py evaluate existing ones"
         )
-    with hushed(command):
+    with quiet_output(command):
         if (done := run(command, Experiment("expa"))) is None:
             return
         out, settings = done
@@ -1079,7 +1079,7 @@ def main() -> None:
     table = "No two models to compare; --pairs compares layers of one."
     if f.headline:
         table = deltas_in_short(f.headline, f.verdict, coloured(sys.stdout))
-    conclude(command, out, f.answer, table, f"H0/H1: {f.verdict.leaf}")
+    print_result(command, out, f.answer, table, f"H0/H1: {f.verdict.leaf}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting.console import Answer, coloured, conclude, hushed
+from transport_geometry.reporting.console import Answer, coloured, print_result, quiet_output
 from transport_geometry.reporting.figures import decade_ticks, model_colours, points_legend, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
@@ -472,13 +472,13 @@ def plots(
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
     command = parse_args(__doc__, GRID)
-    with hushed(command):
+    with quiet_output(command):
         if (done := run(command, EXPERIMENT)) is None:
             return
         out, settings = done
         verdict = analyse(out, settings)
     table = board_in_short(read_table(out / "leaderboard.csv"), coloured(sys.stdout))
-    conclude(command, out, Answer(**verdict["answer"]), table, f"H2': {verdict['leaf']}")
+    print_result(command, out, Answer(**verdict["answer"]), table, f"H2': {verdict['leaf']}")
 
 
 if __name__ == "__main__":

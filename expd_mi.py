@@ -46,7 +46,7 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting.console import Answer, coloured, columns, conclude, hushed
+from transport_geometry.reporting.console import Answer, coloured, columns, print_result, quiet_output
 from transport_geometry.reporting.figures import model_colours, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running.grid import EvalSet
@@ -739,14 +739,14 @@ def norms_plot(positions: list[dict], models: list[str]) -> Any:
 def main() -> None:
     command = parse_args(__doc__, GRID, flags=FLAGS)
     experiment = Experiment("expd_mi", study=functools.partial(study, critic=command.own["critic"]))
-    with hushed(command):
+    with quiet_output(command):
         if (done := run(command, experiment)) is None:
             return
         out, settings = done
         verdict = analyse(out, settings)
     rows = [{name: short(value) for name, value in row.items()} for row in statistics(verdict["h3"])]
     table = columns(rows, colour=coloured(sys.stdout))
-    conclude(command, out, Answer(**verdict["answer"]), table, f"H3: {verdict['leaf']}")
+    print_result(command, out, Answer(**verdict["answer"]), table, f"H3: {verdict['leaf']}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from transport_geometry.records.tables import (
 )
 from transport_geometry.reporting import console as console
 from transport_geometry.reporting import published, summary
-from transport_geometry.reporting.console import WIDTH, Answer, coloured, columns, conclude, hushed
+from transport_geometry.reporting.console import WIDTH, Answer, coloured, columns, print_result, quiet_output
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, SKY, label_ends, pyplot
 from transport_geometry.reporting.page import with_page
 from transport_geometry.reporting.templates import blocks
@@ -753,7 +753,7 @@ def main() -> None:
     if ranks.WORLD > 1:
         raise UserError("one process, please: it runs several commands after one another")
     out = args.finished or args.out
-    with hushed(args):
+    with quiet_output(args):
         if args.finished:
             if check_data(out / store.RUN).get("settings") != settings():
                 raise UserError(f"--from {out}: no finished run of expp_planted.py there")
@@ -767,7 +767,7 @@ def main() -> None:
             store.put(out / store.RUN, files, seconds=round(time.time() - start, 1))
         said, found = analyse(out)
     words = f"{sum(check.found for check in found)} of {len(found)} planted truths found"
-    conclude(args, out, said, checks_in_short(found, coloured(sys.stdout)), words)
+    print_result(args, out, said, checks_in_short(found, coloured(sys.stdout)), words)
 
 
 if __name__ == "__main__":

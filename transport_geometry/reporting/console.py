@@ -113,7 +113,7 @@ def columns(rows: Sequence[Mapping[str, str]], codes: Sequence[str] = (), colour
 
 
 @contextlib.contextmanager
-def hushed(command: Any) -> Iterator[None]:
+def quiet_output(command: Any) -> Iterator[None]:
     """What a run says on its way: to stderr under --json, which keeps stdout for the verdict; nowhere under
     --quiet, but errors, which are said after it.
     """
@@ -127,8 +127,8 @@ def hushed(command: Any) -> Iterator[None]:
         yield
 
 
-def conclude(command: Any, out: pathlib.Path, answer: Answer, table: str, verdict: str) -> None:
-    """A finished run's last words. table: at most WIDTH wide; verdict: the words of the tree, in short."""
+def print_result(command: Any, out: pathlib.Path, answer: Answer, table: str, verdict: str) -> None:
+    """Print the final answer. table: at most WIDTH wide; verdict: the leaf, in short."""
     if command.json:
         print((out / "verdict.json").read_text(encoding="utf-8"), end="")
         return

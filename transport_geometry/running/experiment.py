@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transport_geometry.records import store
 from transport_geometry.records.results import rows_hash
 from transport_geometry.records.tables import Content, as_json, plain
-from transport_geometry.reporting.console import Answer, coloured, conclude, hushed
+from transport_geometry.reporting.console import Answer, coloured, print_result, quiet_output
 from transport_geometry.reporting.page import with_page
 from transport_geometry.running.grid import Command
 from transport_geometry.running.run import Experiment, run
@@ -43,10 +43,10 @@ def run_and_report(
     command: Command, experiment: Experiment, analyse: Callable[[pathlib.Path, dict], Findings]
 ) -> None:
     """The whole of a script. analyse(results folder, settings): a pure function of the folder's rows."""
-    with hushed(command):
+    with quiet_output(command):
         if (done := run(command, experiment)) is None:
             return
         out, settings = done
         found = analyse(out, settings)
         write(out, settings, found)
-    conclude(command, out, found.answer, found.table(coloured(sys.stdout)), found.short_verdict)
+    print_result(command, out, found.answer, found.table(coloured(sys.stdout)), found.short_verdict)
