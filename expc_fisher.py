@@ -18,7 +18,7 @@ from common import parse_args, run_script
 from transport_geometry.measuring import fisher
 from transport_geometry.measuring.evaluate import DRAWS
 from transport_geometry.measuring.fisher_study import SHAPE, estimators, geometry, path_integral
-from transport_geometry.measuring.metrics import BY_NAME, DISTORTION, PROXIES, Metric, mean
+from transport_geometry.measuring.metrics import BY_NAME, DISTORTION, PROXIES, Metric, Sums, mean
 from transport_geometry.measuring.patch import Patch
 from transport_geometry.models.lm import cross_entropy, kl_divergence
 from transport_geometry.records import store
@@ -79,7 +79,7 @@ def terms(patch: Patch) -> dict[str, torch.Tensor]:
     return out
 
 
-def kl_at(sums: dict, alpha: float) -> np.ndarray:
+def kl_at(sums: Sums | dict, alpha: float) -> np.ndarray:
     """KL at h + alpha delta; the patch itself is alpha = 1."""
     return sums["kl" if alpha == 1 else f"kl_{alpha}"]
 
@@ -212,7 +212,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     shown = [row for row in rungs[1:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
     saes = with_words(found.saes, values, min(settings["documents"]))
     saes = [row | {"radius": radius(row)} for row in saes]
-    verdict = dict(
+    verdict: dict = dict(
         leaf=leaf_h2_prime(added, p),
         n_clusters=contest.n_clusters,
         added=added,

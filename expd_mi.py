@@ -108,11 +108,11 @@ def critics_at(eval_set: EvalSet, critic: str) -> list[dict]:
     ctx = min(mi.CTX, ids.shape[1])
     texts = mi.rows_of(eval_set.source.data, split, eval_set.tokenizer, ctx, eval_set.bos)
     batch = eval_batch(hook, ctx)
-    parts = tuple(mi.pairs_at(hook, rows, batch, seed) for seed, rows in enumerate(texts))
-    sizes = {"n_fit": len(parts[0].x), "n_held": len(parts[2].x)}
+    fit, stop, held = (mi.pairs_at(hook, rows, batch, seed) for seed, rows in enumerate(texts))
+    sizes = {"n_fit": len(fit.x), "n_held": len(held.x)}
     return [
         {"target": target, "width": pairs.fit.y.shape[-1]} | sizes | row
-        for target, pairs in mi.targets(hook, parts, ids[:1].to(hook.device)).items()
+        for target, pairs in mi.targets(hook, (fit, stop, held), ids[:1].to(hook.device)).items()
         for estimator, sigmas in CRITICS[target].items()
         for row in mi.critic_rows(pairs, sigmas, (estimator,), mi.PLANS[critic])
     ]
@@ -129,7 +129,7 @@ def leaf_h3(found: dict) -> tuple[str, str]:
     """The pre-registered rule of H3: (leaf, why). found: of `associations`."""
     within, depths, nosink = found["within"], found["depths"], found["nosink"]
     if (n := found["n_hooks"]) < stats.MIN_CLUSTERS:
-        return "undecided", f"{n} hooks in models that have {stats.MIN_HOOKS}, {stats.MIN_CLUSTERS} needed"
+        return "undecided", f"{n} hooks in models with {stats.MIN_HOOKS} or more, {stats.MIN_CLUSTERS} needed"
     if not np.isfinite([within["rho"], within["p"], nosink["rho"]]).all():
         return "undecided", "a dimension or a residual is undefined"
     if not within["least_p"] < stats.ALPHA:
@@ -221,7 +221,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
             ceiling=math.log(mi.BATCH),
         ),
     )
-    said = answer(leaf, result, settings)
+    said = answer(leaf, reason, result, settings)
     in_short = [{name: short(value) for name, value in row.items()} for row in statistics(result)]
     return Findings(
         answer=said,
@@ -237,19 +237,18 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     )
 
 
-def answer(leaf: str, found: dict, settings: dict) -> Answer:
-    rho, p = span(found["within"]["rho"], found["rho_lo"], found["rho_hi"]), found["within"]["p"]
-    numbers = f"rank correlation {rho} among the hooks of a model"
+def answer(leaf: str, reason: str, found: dict, settings: dict) -> Answer:
+    p, rho = found["within"]["p"], span(found["within"]["rho"], found["rho_lo"], found["rho_hi"])
     if np.isfinite(p):
-        numbers += f" (p = {p:.3f}, {found['n_hooks']} hooks)"
+        reason = f"rank correlation {rho} among the hooks of a model (p = {p:.3f}, {found['n_hooks']} hooks)"
     after = leaderboard_report.TEXT["after h2"].format(claim="H3, that this is why R² fails")
     scope = leaderboard_report.scope(settings)
     limits = TEXT["limits"].format(after_h2=after, n_hooks=found["n_hooks"], scope=scope)
-    return Answer(TEXT["question"], f"{TEXT[leaf]}: {numbers}.", limits)
+    return Answer(TEXT["question"], f"{TEXT[leaf]}: {reason}.", limits)
 
 
 # ------------------------------------------------------------------------------------------ report, figures
-STATISTICS = {  # of `associations`: their names in a table
+STATISTICS = {  # of `associations`: how a table names them
     "within": "within models (H3)",
     "depths": "the same, whole depths",
     "given_depth": "given the layer",
@@ -341,7 +340,7 @@ def h3_figure(hooks: list[dict], found: dict, models: list[str]) -> Figure:
     return figure
 
 
-CURVES = {  # column: how the canyon draws it
+CURVES: dict[str, dict] = {  # column: how the canyon draws it
     "pr": dict(label="PR", color="0.55", linestyle="--", marker="o"),
     "pr_nosink": dict(label="PR without sinks", color=BLUE, linestyle=":", marker="v"),
     "pr_defl1": dict(label="PR deflated by 1", color=BLUE, marker="s"),
