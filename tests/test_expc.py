@@ -71,17 +71,14 @@ def test_the_path_integral_is_dce(with_sae):
 def test_centred_estimators_are_unbiased_and_rows_from_p_vary_less(with_sae):
     rows = fisher_study.estimators(*with_sae)
     table = {(row["estimator"], row["backward passes"]): row for row in rows}
-    for name in ("diagonal F, uniform rows, centred", "diagonal F, rows from p, centred"):
-        row = table[name, "256 a token"]
-        assert abs(row["mean"] - 1) < 4 * row["se"] and row["repeats"] == 50, name
-    assert (
-        table["diagonal F, rows from p, centred", "256 a token"]["sd"]
-        < table["diagonal F, uniform rows, centred", "256 a token"]["sd"]
+    uniform, from_p = (
+        table[f"diagonal F, {rows}, centred", "256 a token"] for rows in ("uniform rows", "rows from p")
     )
+    assert from_p["sd"] < uniform["sd"] and from_p["repeats"] == uniform["repeats"] == 50
     uncentred = table["diagonal F, rows from p, as proposed, uncentred", "256 a token"]
     assert uncentred["mean"] > 1 + 4 * uncentred["se"]
-    sampled = table["sampled labels (true Fisher)", "1"]
-    assert abs(sampled["mean"] - 1) < 4 * sampled["se"]
+    for row in (uniform, from_p, table["sampled labels (true Fisher)", "1"]):
+        assert abs(row["mean"] - 1) < 4 * row["se"], row["estimator"]
 
 
 def test_geometry_of_a_known_pair():
@@ -89,15 +86,10 @@ def test_geometry_of_a_known_pair():
     q = np.linalg.qr(rng.standard_normal((20, 20)))[0]
     G = q @ np.diag([8, 4, 4] + [0] * 17) @ q.T
     shape = fisher_study.shape_of_g(G, q @ np.diag([1.0] * 3 + [0] * 17) @ q.T)
-    assert (
-        shape["pr"] == pytest.approx(256 / 96)
-        and shape["trace"] == pytest.approx(16)
-        and shape["top1"] == pytest.approx(0.5)
-    )
-    assert shape["alignment"] == pytest.approx(16 * 20 / (16 * 3))
-    assert fisher_study.shape_of_g(np.eye(20), G)["alignment"] == pytest.approx(
-        1
-    ) and fisher_study.shape_of_g(G, G)["overlap1"] == pytest.approx(1)
+    truth = {"pr": 256 / 96, "trace": 16, "top1": 0.5, "alignment": 16 * 20 / (16 * 3)}
+    assert {name: shape[name] for name in truth} == pytest.approx(truth)
+    assert fisher_study.shape_of_g(np.eye(20), G)["alignment"] == pytest.approx(1)
+    assert fisher_study.shape_of_g(G, G)["overlap1"] == pytest.approx(1)
 
 
 def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
@@ -113,12 +105,12 @@ def test_geometry_is_the_mean_of_the_fisher_blocks(hook):
             unit[:, t, i] = 1
             trace += fisher.sequence_form(Hook(model, 1), rows, h, unit, p).sum().item()
     single = tiny_model(dtype=torch.float32)
-    shapes = {
-        row["sinks"]: row
-        for row in fisher_study.geometry(Hook(single, 1), rows.repeat(8, 1), 4, np.arange(8 * len(rows)))
-    }
-    assert shapes["in"]["trace"] == pytest.approx(trace / (rows.shape[1] - 1) / len(rows), rel=0.06)
-    assert shapes["in"]["top1_lo"] <= shapes["in"]["top1"] <= shapes["in"]["top1_hi"]
+    document = np.arange(8 * len(rows))
+    with_sinks, _ = fisher_study.geometry(Hook(single, 1), rows.repeat(8, 1), 4, document)
+    assert (
+        with_sinks["sinks"] == "in" and with_sinks["top1_lo"] <= with_sinks["top1"] <= with_sinks["top1_hi"]
+    )
+    assert with_sinks["trace"] == pytest.approx(trace / (rows.shape[1] - 1) / len(rows), rel=0.06)
 
 
 # -------------------------------------------------------------------------------------- beside a random error
@@ -260,7 +252,8 @@ def test_added_value_is_undefined_where_nothing_is_left():
     assert np.isnan(stats.added_value(base, base, y, meta)).all()
 
 
-def test_the_ladder_is_differences_of_the_leaderboards_draws():
+def test_the_ladder_says_at_which_step_the_order_is_lost():
+    """Every rung but KL is far from dCE; its rho is the partial Spearman of the values themselves."""
     *_, meta = conditions(rng := np.random.default_rng(3), 0.0)
 
     def noise(sd):
@@ -268,41 +261,29 @@ def test_the_ladder_is_differences_of_the_leaderboards_draws():
 
     dce = -np.log(meta["k"]) + noise(0.5)
     names = [name for name, *_ in expc_fisher.RUNGS]
-    values = {name: np.tile(np.exp(dce + noise(0.01 if name == "kl" else 0.6)), (3, 1)) for name in names} | {
-        "dce": np.tile(np.exp(dce), (3, 1))
-    }
-    rungs, rho = (
-        expc_fisher.ladder(values, meta),
-        [stats.partial_draws(-values[name], -values["dce"], meta, 2000) for name in names],
-    )
-    for i, row in enumerate(rungs):
-        assert row["rho"] == pytest.approx(
-            stats.partial_spearman(values[names[i]][0], values["dce"][0], meta)
-        )
-        step = rho[i] - rho[i - 1] if i else np.full(4, np.nan)
-        assert [row["step"], row["step_lo"], row["step_hi"]] == pytest.approx(
-            [step[0], *stats.interval(step[3:])], nan_ok=True
-        )
-    assert rungs[-1]["rho"] == 1 and rungs[3]["step_lo"] > 0 and "softmax" in rungs[3]["what joins"]
+    of = {name: np.exp(dce + noise(0.01 if name == "kl" else 0.6)) for name in names} | {"dce": np.exp(dce)}
+    rungs = expc_fisher.ladder({name: np.tile(v, (3, 1)) for name, v in of.items()}, meta)
+    rho = [row["rho"] for row in rungs]
+    assert rho == pytest.approx([stats.partial_spearman(of[name], of["dce"], meta) for name in names])
+    assert [row["step"] for row in rungs[1:]] == pytest.approx(np.diff(rho)) and rho[-1] == 1
+    shown = [row["rung"] for row in rungs[:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
+    assert shown == ["KL"] and "softmax" in rungs[3]["what joins"]
 
 
 def test_calibration_is_one_where_the_model_is_quadratic():
-    rng = np.random.default_rng(0)
-    n, form = np.full((5, 8), 10.0), rng.uniform(1, 3, (5, 8)) * 10
-    sums = {
-        "n": n,
-        "fisher_seq": form,
-        "gd": np.zeros((5, 8)),
-        "ce_orig": 20 * n,
-        "kl": form / 2,
-        "ce_recon": 20 * n + form / 2,
-    }
-    sums |= {f"kl_{a}": a**2 * form / 2 for a in (0.1, 0.3)} | {
-        f"ce_{a}": 20 * n + a**2 * form / 2 for a in (0.1, 0.3)
-    }
+    form = 10 * np.random.default_rng(0).uniform(1, 3, (5, 8))
+    n = np.full(form.shape, 10.0)
+    sums = dict(n=n, fisher_seq=form, gd=0 * n, ce_orig=20 * n, kl=form / 2, ce_recon=20 * n + form / 2)
+    for a in (0.1, 0.3):
+        sums |= {f"kl_{a}": a**2 * form / 2, f"ce_{a}": 20 * n + a**2 * form / 2}
     for row in expc_fisher.calibration(sums, dict(model=np.full(5, "m"), layer=np.full(5, 1))):
-        assert [row[key] for key in ("kl_slope", "kl_r2", "dce_slope", "dce_r2")] == pytest.approx(
-            [1, 1, 1, 1]
-        )
-    assert expc_fisher.radius({"locality_0.1": 1.05, "locality_0.3": 1.1, "locality_1": 1.3}) == 0.3
-    assert expc_fisher.radius({"locality_0.1": 1.3, "locality_0.3": 1.0, "locality_1": 1.0}) == 0.0
+        found = [row[key] for key in ("kl_slope", "kl_r2", "dce_slope", "dce_r2")]
+        assert found == pytest.approx([1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "locality, radius", [((1.05, 1.1, 1.3), 0.3), ((1.3, 1, 1), 0), ((1, 1, 1), 1), ((np.nan, 1, 1), np.nan)]
+)
+def test_the_radius_ends_before_the_first_alpha_that_is_off(locality, radius):
+    row = dict(zip(("locality_0.1", "locality_0.3", "locality_1"), locality))
+    assert expc_fisher.radius(row) == pytest.approx(radius, nan_ok=True)
