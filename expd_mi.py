@@ -164,11 +164,12 @@ def hook_rows(geometry: list[dict], residual: dict, meta: dict) -> list[dict]:
     depth = dict(zip(zip(meta["model"].tolist(), meta["layer"].tolist()), meta["depth"].tolist()))
     rows = []
     for hook, pair in grouped(geometry, ("model", "layer")).items():
-        whole, calm = (next(row for row in pair if row["sinks"] == sinks) for sinks in ("in", "out"))
+        whole, no_sinks = (next(row for row in pair if row["sinks"] == sinks) for sinks in ("in", "out"))
         row = whole | {"depth": depth[hook], "residual": residual[hook]}
-        row |= {"log_ratio_nosink": calm["log_ratio"], "pr_nosink": calm["pr"]}
+        row |= {"log_ratio_nosink": no_sinks["log_ratio"], "pr_nosink": no_sinks["pr"]}
         # G is a mean over positions: `dimension.both_counts`
-        rows.append(row | {name: calm[name] for name in calm if name.startswith(("dim_fisher", "energy"))})
+        of_g = {name: v for name, v in no_sinks.items() if name.startswith(("dim_fisher", "energy"))}
+        rows.append(row | of_g)
     return rows
 
 

@@ -114,7 +114,7 @@ def associations(hooks: list[dict], n_resamples: int) -> dict:
     count = collections.Counter(row["model"] for row in hooks)
     used = [row for row in hooks if count[row["model"]] >= MIN_HOOKS]
     names = "model", "layer", "depth", "residual", "log_ratio", "log_ratio_nosink", "energy"
-    model, layer, depth, residual, ratio, calm, energy = (
+    model, layer, depth, residual, ratio, nosink, energy = (
         np.array([row[name] for row in used]) for name in names
     )
     everywhere, of_hooks, of_depths, of_all = np.zeros(len(used)), None, None, None
@@ -122,20 +122,20 @@ def associations(hooks: list[dict], n_resamples: int) -> dict:
         of_hooks, of_depths = arrangements(model), depth_arrangements(model, depth)
         of_all = arrangements(everywhere)
     within = association(ratio, residual, model, of_hooks)
-    lo = hi = beside_layer = np.nan
+    lo = hi = partial = np.nan
     if np.isfinite(within["rho"]):
         weights = bootstrap_weights({"model": model, "layer": layer}, n_resamples, seed=0)[3:]
         lo, hi = interval(stratified_rho(ratio[None], residual[None], model, weights), fisher=True)
-        beside_layer = given_layer(ratio, residual, model, layer)
+        partial = given_layer(ratio, residual, model, layer)
     return dict(
         n_hooks=len(used),
         within=within,
         rho_lo=lo,
         rho_hi=hi,
         depths=association(ratio, residual, model, of_depths),
-        nosink=association(calm, residual, model, of_hooks),
-        nosink_depths=association(calm, residual, model, of_depths),
-        given_depth=beside_layer,
+        nosink=association(nosink, residual, model, of_hooks),
+        nosink_depths=association(nosink, residual, model, of_depths),
+        given_depth=partial,
         pooled=association(ratio, residual, everywhere, of_all),
         energy=association(energy, residual, model, of_hooks),
     )
