@@ -15,9 +15,8 @@ other hooks, minus the measured one. If h varies in directions that the output i
 there that cost nothing, and predicts too much. So H3 says that the residual rises with
 log(pr_defl1 / dim_fisher), among the hooks of a model.
 
-Two dimensions that use no gradients stand beside it: canonical correlations of h with the final norm's
-output, and trained critics of their mutual information (MI) at the middle hook of each model. Rules refuse a
-count that means nothing, and a refused count is not printed.
+Two dimensions without gradients stand beside it: canonical correlations of h with the final norm's output,
+and trained critics of their mutual information. Rules refuse a count that means nothing; it is not printed.
 """
 
 import collections
@@ -27,9 +26,7 @@ import pathlib
 
 from common import parse_args, run_script
 from transport_geometry.measuring import mutual_information as mi
-from transport_geometry.measuring.dimension import canonical_rows, geometry_rows, norms
-from transport_geometry.measuring.evaluate import activations
-from transport_geometry.measuring.fisher_study import MOST_BLOCKS, moments
+from transport_geometry.measuring.dimension_study import DRAWS, dimensions, judged, trained_critics
 from transport_geometry.measuring.metrics import BY_NAME
 from transport_geometry.models.lm import text_config
 from transport_geometry.records import store
@@ -68,54 +65,21 @@ FLAGS = {
     )
 }
 N_RESAMPLES = 2000
-DRAWS = 2  # of labels for G: eight move dim_fisher by one part in a hundred
-SIGMAS = (0.0, 0.5, 1.0, 2.0)  # noise on Y, in standard deviations of its channels
-# which critics are trained: {Y: {estimator: amounts of noise}}; the `ladder` rule needs at least two amounts
-CRITICS: dict[str, dict[str, tuple[float, ...]]] = {
-    "final norm": {"infonce": SIGMAS, "smile": SIGMAS[2:], "nwj": SIGMAS[2:]},
-    "logits, Fisher": {"infonce": SIGMAS},
-}
 TEXT = blocks("expd_mi")
 
 
 # ------------------------------------------------------------------------------------------- measurement
 def study(eval_set: EvalSet, sae: SAE, device: torch.device, critic: str) -> dict[str, list[dict]]:
-    """What is measured once per hook, without an SAE: {table: rows}."""
-    hook, held, condition = eval_set.hook, eval_set.held, eval_set.middle.condition
-    batch = eval_batch(hook, held.input_ids.shape[1])
-    shared = activations(hook, held.input_ids, batch)
-    blocks = min(int(held.document.max()) + 1, MOST_BLOCKS)
-    sums = moments(hook, held.input_ids, shared, batch, held.document % blocks, blocks, DRAWS)
-    y = mi.final_norm(hook, held.input_ids, shared.h, batch)
-    kept = ~shared.sink
-    document = torch.from_numpy(held.document)[:, None].expand(kept.shape)[kept].numpy()
-    of_h, of_y = (v[kept].double().numpy() for v in (shared.h[:, :-1], y))
-    tables: dict[str, list[dict]] = {
-        "geometry.csv": geometry_rows(*sums),
-        "positions.csv": norms(shared.h),
-        "canonical.csv": canonical_rows(of_h, of_y, document, SIGMAS),
-    }
+    """What is measured once per hook, without an SAE: {table: rows}; critics at a model's middle hook."""
+    hook, held, middle = eval_set.hook, eval_set.held, eval_set.middle
+    ids, ctx = held.input_ids, min(mi.CTX, held.input_ids.shape[1])
+    tables = dimensions(hook, ids, held.document, eval_batch(hook, ids.shape[1]))
     if hook.layer == text_config(hook.model).num_hidden_layers // 2:
-        tables["critics.csv"] = critics_at(eval_set, critic)
-    name = {"model": condition.model, "layer": condition.layer}
+        split = getattr(middle.origin, "split", "train")
+        texts = mi.rows_of(eval_set.source.data, split, eval_set.tokenizer, ctx, eval_set.bos)
+        tables["critics.csv"] = trained_critics(hook, texts, ids[:1], eval_batch(hook, ctx), critic)
+    name = {"model": middle.condition.model, "layer": middle.condition.layer}
     return {table: [name | row for row in rows] for table, rows in tables.items()}
-
-
-def critics_at(eval_set: EvalSet, critic: str) -> list[dict]:
-    """A row for each Y, estimator and amount of noise."""
-    hook, ids = eval_set.hook, eval_set.held.input_ids
-    split = getattr(eval_set.middle.origin, "split", "train")
-    ctx = min(mi.CTX, ids.shape[1])
-    texts = mi.rows_of(eval_set.source.data, split, eval_set.tokenizer, ctx, eval_set.bos)
-    batch = eval_batch(hook, ctx)
-    fit, stop, held = (mi.pairs_at(hook, rows, batch, seed) for seed, rows in enumerate(texts))
-    sizes = {"n_fit": len(fit.x), "n_held": len(held.x)}
-    return [
-        {"target": target, "width": pairs.fit.y.shape[-1]} | sizes | row
-        for target, pairs in mi.targets(hook, (fit, stop, held), ids[:1].to(hook.device)).items()
-        for estimator, sigmas in CRITICS[target].items()
-        for row in mi.critic_rows(pairs, sigmas, (estimator,), mi.PLANS[critic])
-    ]
 
 
 # ------------------------------------------------------------------------ the rule, fixed before any result
@@ -171,18 +135,6 @@ def hook_rows(geometry: list[dict], residual: dict, meta: dict) -> list[dict]:
         of_g = {name: v for name, v in no_sinks.items() if name.startswith(("dim_fisher", "energy"))}
         rows.append(row | of_g)
     return rows
-
-
-def judged(rows: list[dict], ladder: tuple[str, ...]) -> list[dict]:
-    """Rows of a read-out with `refused`, the rule that their dimension fails or "". Rows that agree in the
-    columns `ladder` differ in their noise, and are judged together.
-    """
-    out = []
-    for group in grouped(rows, ladder).values():
-        group = sorted(group, key=lambda row: row["sigma"])
-        ceiling = math.log(mi.BATCH) if group[0].get("estimator") == "infonce" else None
-        out += [row | {"refused": why} for row, why in zip(group, mi.refusals(group, ceiling))]
-    return out
 
 
 def analyse(out: pathlib.Path, settings: dict) -> Findings:
@@ -374,8 +326,7 @@ def norms_figure(positions: list[dict], models: list[str]) -> Figure:
         here = grouped([row for row in positions if row["model"] == model], ("layer",))
         for i, rows in enumerate(here.values()):
             x, y = ([row[column] for row in rows] for column in ("position", "norm"))
-            style = dict(color=colour, alpha=0.7, linewidth=1, marker=".")
-            axis.plot(x, y, **style, label=None if i else model)
+            axis.plot(x, y, color=colour, alpha=0.7, linewidth=1, marker=".", label=None if i else model)
     axis.axhline(10, color="0.4", linewidth=0.8, linestyle="--", label="sink: above 10 medians")
     axis.set_xscale("symlog", base=2, linthresh=1)
     axis.set(xlim=(-0.2, None), yscale="log", xlabel="position (a line for each hook)")
