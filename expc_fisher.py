@@ -100,9 +100,7 @@ OWN = (*FISHER, Metric("delta_sq", mean("sse"), DISTORTION), *map(locality, ALPH
 
 
 def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> dict[str, list[dict]]:
-    """What is measured once per hook, on a few sequences or without an SAE: {table: rows}. sae: the middle
-    one of the grid.
-    """
+    """What is measured once per hook: {table: rows}. sae: the middle one of the grid."""
     hook, input_ids, condition = eval_set.hook, eval_set.held.input_ids, eval_set.middle.condition
     batch = eval_batch(hook, input_ids.shape[1])
     few = input_ids[:batch].to(device)
@@ -169,8 +167,7 @@ def calibration(sums: dict, meta: dict) -> list[dict]:
     """Per hook and alpha, over (SAE, sequence): slope of measured KL on alpha^2 delta^T G delta / 2, and of
     dCE on first plus second order.
 
-    Slope through the origin; r2 = 1 - sum (measured - predicted)^2 / sum (measured - mean)^2, no parameter
-    fitted.
+    Slope through the origin; r2 = 1 - sum (measured - predicted)^2 / sum (measured - mean)^2, nothing fitted.
     """
     rows = []
     for model, layer in sorted(set(zip(meta["model"], meta["layer"]))):
