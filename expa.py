@@ -59,9 +59,9 @@ from transport_geometry.reporting.console import (
     as_sentence,
     coloured,
     columns,
+    number,
     print_result,
     quiet_output,
-    number,
 )
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, label_ends, pyplot
 from transport_geometry.reporting.page import with_page

@@ -1,4 +1,4 @@
-"""Exp-D: the statistic of H3, its level and power, its leaves; the script as its users run it."""
+"""Exp-D: the statistic of H3, its level and power, the leaves; the script as its users run it."""
 
 import itertools
 import json
@@ -8,7 +8,8 @@ import expd_mi
 from helpers import contents, one_line, script
 from transport_geometry.errors import UserError
 from transport_geometry.records.tables import read_table
-from transport_geometry.statistics import stats
+from transport_geometry.statistics import stats, within_models
+from transport_geometry.statistics.within_models import association, associations, depth_arrangements
 
 import numpy as np
 import pytest
@@ -21,13 +22,13 @@ LAYER = np.tile(np.arange(6), 3)
 @pytest.fixture
 def few_patterns(monkeypatch):
     """401 arrangements rather than 10,000, others for every data set."""
-    monkeypatch.setattr(expd_mi, "DRAWN_PATTERNS", 401)
-    whole, seeds = expd_mi.arrangements, iter(range(10**6))
-    monkeypatch.setattr(expd_mi, "arrangements", lambda stratum: whole(stratum, next(seeds)))
+    monkeypatch.setattr(within_models, "DRAWN_PATTERNS", 401)
+    whole, seeds = within_models.arrangements, iter(range(10**6))
+    monkeypatch.setattr(within_models, "arrangements", lambda stratum: whole(stratum, next(seeds)))
 
 
 def associated(x, y, stratum=MODEL):
-    return expd_mi.association(x, y, stratum, expd_mi.arrangements(stratum))
+    return association(x, y, stratum, within_models.arrangements(stratum))
 
 
 # ------------------------------------------------------------------------------------------ the statistic
@@ -58,11 +59,11 @@ def test_permutation_p_by_enumeration():
 
 
 def test_whole_depths_are_720_arrangements_and_need_models_of_the_same_depths():
-    orders = expd_mi.depth_arrangements(MODEL, LAYER.astype(str))
+    orders = depth_arrangements(MODEL, LAYER.astype(str))
     assert orders.shape == (720, 18) and (orders[0] == np.arange(18)).all()
     assert (MODEL[orders] == MODEL).all() and len({tuple(row) for row in orders.tolist()}) == 720
     assert all(len({tuple(LAYER[row[MODEL == m]]) for m in "sml"}) == 1 for row in orders[::97])
-    assert expd_mi.depth_arrangements(MODEL[:-1], LAYER[:-1].astype(str)) is None
+    assert depth_arrangements(MODEL[:-1], LAYER[:-1].astype(str)) is None
 
 
 def test_it_is_undefined_where_nothing_varies_or_a_number_is_missing():
@@ -95,13 +96,13 @@ def test_what_depth_alone_does_is_seen_by_whole_depths_only(few_patterns):
     significant three times too often and more, whole depths in at most 7%.
     """
     rng = np.random.default_rng(0)
-    orders = expd_mi.depth_arrangements(MODEL, LAYER.astype(str))
+    orders = depth_arrangements(MODEL, LAYER.astype(str))
     by_hook, by_depth = [], []
     for _ in range(200):
         profile, other = rng.standard_normal((2, 6))
         x, y = (v[LAYER] + 0.2 * rng.standard_normal(18) for v in (profile, other))
         by_hook.append(associated(x, y)["p"] < stats.ALPHA)
-        by_depth.append(expd_mi.association(x, y, MODEL, orders)["p"] < stats.ALPHA)
+        by_depth.append(association(x, y, MODEL, orders)["p"] < stats.ALPHA)
     assert np.mean(by_hook) > 0.15 and np.mean(by_depth) < 0.07 + 4 * (0.07 * 0.93 / 200) ** 0.5
 
 
@@ -117,27 +118,31 @@ def rows(rng, own: float, layers: int = 6, models: str = "sml") -> list[dict]:
     return out
 
 
-def test_leaves():
+def measured(hooks):
+    return associations(hooks, 2000)
+
+
+def test_the_rule_of_h3_leaf_by_leaf():
     rng = np.random.default_rng(1)
-    found = expd_mi.h3(rows(rng, 1.0))
-    assert expd_mi.leaf_d(found)[0] == "supported" and found["rho_lo"] > 0.5
+    found = measured(rows(rng, 1.0))
+    assert expd_mi.leaf_h3(found)[0] == "supported" and found["rho_lo"] > 0.5
     assert found["within"]["p"] < 1e-3 and found["energy"]["p"] > 0.001
-    assert "the opposite" in expd_mi.leaf_d(expd_mi.h3(rows(rng, -1.0)))[1]
-    assert expd_mi.leaf_d(expd_mi.h3(rows(rng, 0.0)))[0] == "rejected"
+    assert "the opposite" in expd_mi.leaf_h3(measured(rows(rng, -1.0)))[1]
+    assert expd_mi.leaf_h3(measured(rows(rng, 0.0)))[0] == "rejected"
     depth_only = found | {"depths": found["depths"] | {"p": 0.3}}
-    assert expd_mi.leaf_d(depth_only) == ("rejected", "no more than what depth alone could do")
+    assert expd_mi.leaf_h3(depth_only) == ("rejected", "no more than what depth alone could do")
     of_sinks = found | {"nosink": found["nosink"] | {"rho": 0.1}}
-    assert expd_mi.leaf_d(of_sinks) == ("rejected", "not without sinks and deflation")
-    few = expd_mi.h3(rows(rng, 1.0, layers=2))  # six hooks, but no model has three
-    assert few["n_hooks"] == 0 and expd_mi.leaf_d(few)[0] == "undecided"
-    assert expd_mi.leaf_d(expd_mi.h3(rows(rng, 1.0, layers=5, models="s")))[0] == "undecided"
-    three = expd_mi.h3(rows(rng, 1.0, layers=3, models="sm"))  # 36 orders, p at least 2 / 36
-    assert expd_mi.leaf_d(three) == ("undecided", "no order of so few hooks has p < 0.05")
-    nine = expd_mi.h3(rows(rng, 2.0, layers=3))  # 216 orders of hooks, 6 of depths
-    assert expd_mi.leaf_d(nine) == ("undecided", "no order of so few depths has p < 0.05")
+    assert expd_mi.leaf_h3(of_sinks) == ("rejected", "not without sinks and deflation")
+    few = measured(rows(rng, 1.0, layers=2))  # six hooks, but no model has three
+    assert few["n_hooks"] == 0 and expd_mi.leaf_h3(few)[0] == "undecided"
+    assert expd_mi.leaf_h3(measured(rows(rng, 1.0, layers=5, models="s")))[0] == "undecided"
+    three = measured(rows(rng, 1.0, layers=3, models="sm"))  # 36 orders, p at least 2 / 36
+    assert expd_mi.leaf_h3(three) == ("undecided", "no order of so few hooks has p < 0.05")
+    nine = measured(rows(rng, 2.0, layers=3))  # 216 orders of hooks, 6 of depths
+    assert expd_mi.leaf_h3(nine) == ("undecided", "no order of so few depths has p < 0.05")
     missing = rows(rng, 1.0)
     missing[3]["residual"] = np.nan
-    assert expd_mi.leaf_d(expd_mi.h3(missing)) == ("undecided", "a dimension or a residual is undefined")
+    assert expd_mi.leaf_h3(measured(missing)) == ("undecided", "a dimension or a residual is undefined")
 
 
 def test_a_positive_residual_is_an_sae_that_costs_less_than_r2_says():
@@ -153,15 +158,14 @@ def test_a_positive_residual_is_an_sae_that_costs_less_than_r2_says():
 
 # ------------------------------------------------------------------------------------------ the script
 def test_its_own_flag_is_a_setting():
-    def own(*argv):
-        return common.parse_args("", expd_mi.GRID, list(argv), flags=expd_mi.FLAGS).own
+    def own(*argv, flags=expd_mi.FLAGS):
+        return common.parse_args("", expd_mi.GRID, list(argv), flags=flags).own
 
     assert own() == {"critic": "separable"} and own("--critic", "hybrid") == {"critic": "hybrid"}
     with pytest.raises(UserError, match="--critic"):
         own("--critic", "pair")
     with pytest.raises(UserError, match="critic"):  # of no other script
-        common.parse_args("", expd_mi.GRID, ["--critic", "hybrid"])
-    assert common.parse_args("", expd_mi.GRID, []).own == {}
+        own("--critic", "hybrid", flags={})
 
 
 @pytest.mark.slow
@@ -184,7 +188,7 @@ def test_exp_d_whole_killed_from_a_folder_and_on_saes_that_exist(tmp_path):
     expd("--from", tmp_path / "out")
     assert contents(tmp_path / "out") == whole
     verdict = json.loads(whole["verdict.json"])
-    assert verdict["leaf"] == verdict["h2"]["leaf"] == "undecided"
+    assert verdict["leaf"] == "undecided"
     assert "H3: undecided" in done.stdout and whole["report.md"].startswith(b"# Exp-D: ")
     refused = expd(*small, *where, "--critic", "hybrid", check=2)
     assert "critic: there separable, here hybrid" in one_line(refused)

@@ -499,7 +499,7 @@ def test_exp_c_whole_killed_and_without_a_model(tmp_path):
     whole = contents(tmp_path / "out")
     assert " ".join(whole) == (
         "calibration.png conditions.csv estimators.csv geometry.csv leaderboard.csv leaderboard.png path.csv "
-        "report.html report.md sequences.npz verdict.json"
+        "report.html report.md sequences.npz swd_fisher.png verdict.json"
     )
     expc(*small, "--out", tmp_path / "again", "--cache", tmp_path / "other")
     assert contents(tmp_path / "again") == whole
