@@ -193,7 +193,7 @@ def gates(cells: list[dict]) -> dict[str, bool]:
     }
 
 
-def equality(pair: Pair, cells: list[dict], earlier: np.ndarray) -> dict[str, bool]:
+def equality(pair: Pair, cells: list[dict], earlier: np.ndarray) -> dict[str, Any]:
     """H0: Delta CE_rec is inside the margin in every cell, by two one-sided tests at 5%, which is a 90%
     interval (Schuirmann 1987), and a smaller budget, one of `earlier` [b], shows a gap that could go.
     """
@@ -216,11 +216,11 @@ def transfer(pair: Pair, cells: list[dict], last: int) -> dict[str, Any]:
     draws, in_range = pair.transfer_gap_draws("r2", judged=pair.mask(tokens=last))
     gamma, (lo, hi) = float(draws[0]), pair.interval(draws)
     same_sign = float(np.mean([np.sign(row["gamma_r2"]) == np.sign(gamma) for row in cells]))
-    holds = bool(abs(gamma) >= t.gamma and without_zero(lo, hi) and same_sign >= t.same_sign)
+    h1 = None
+    if in_range >= t.in_range:
+        h1 = bool(abs(gamma) >= t.gamma and without_zero(lo, hi) and same_sign >= t.same_sign)
     interval = dict(gamma_r2=gamma, gamma_r2_lo=lo, gamma_r2_hi=hi)
-    return interval | dict(
-        same_sign=same_sign, in_range=in_range, h1=holds if in_range >= t.in_range else None
-    )
+    return interval | dict(same_sign=same_sign, in_range=in_range, h1=h1)
 
 
 def normalisation(pair: Pair, last: int) -> dict[str, Any]:
@@ -250,10 +250,8 @@ def leaf_of(found: Evidence, n_seeds: int) -> tuple[str, str]:
     """(leaf, reason): the first that applies. n_seeds: in each model at B*."""
     if found.improved > THRESHOLDS.improved:
         return "undecided", TEXT["improved"].format(share=percent(found.improved))
-    if shut := [
-        TEXT[f"not {gate}"].format(t=THRESHOLDS) for gate, is_open in found.g0.items() if not is_open
-    ]:
-        return "undertrained", "; ".join(shut)
+    if shut := [TEXT[f"not {gate}"] for gate, is_open in found.g0.items() if not is_open]:
+        return "undertrained", "; ".join(shut).format(t=THRESHOLDS)
     equal, unlike = "CE_rec is equal within the margin for every k", "R² does not mean the same in both"
     if found.h1 and found.normalised_away:
         reason = f"{found.control} has less than half of R²'s transfer gap"
@@ -319,7 +317,7 @@ def answer(verdict: Verdict, shown: list[dict], others: Sequence[Verdict] = ()) 
     v, hooks, text = verdict, verdict.depths == [PAIRED], LEAVES[verdict.leaf]
     if v.leaf in ("undertrained", "undecided", "N"):
         text += f" {as_sentence(v.reason)}"
-    limits = TEXT[f"limits of {v.leaf}"].format(margin=THRESHOLDS.margin)
+    limits = TEXT.get(f"limits of {v.leaf}", TEXT["still open"]).format(margin=THRESHOLDS.margin)
     if not shown:
         return Answer(TEXT["question of one model"], text, limits)
     end = [row for row in shown if row["tokens"] == v.budget] or shown

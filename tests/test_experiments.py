@@ -322,7 +322,8 @@ def test_the_grid_follows_from_the_pairs():
     import expa
 
     def grid(*typed):
-        command = expa.with_pairs(common.parse_args("", expa.GRID, list(typed), expa.FLAGS))
+        typed_command = common.parse_args("", expa.GRID, list(typed), expa.FLAGS)
+        command = expa.with_pairs(typed_command, expa.GRID["models"])
         return command.grid.models, command.own
 
     two = (("a", 10), ("a", 11)), {"pairs": [["a@10", "a@11"]]}

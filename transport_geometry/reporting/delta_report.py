@@ -52,8 +52,9 @@ def in_words(a: str, word: str, b: str, depths: Sequence[str]) -> str:
     return f"block {layer}{of_a} {word} block {layer_b} of {other}"
 
 
-def several_depths(deltas: Sequence[dict]) -> bool:
-    return len({row["depth"] for row in deltas}) > 1
+def depth_of(row: dict, deltas: Sequence[dict]) -> dict[str, str]:
+    """A table's first column, where there are several."""
+    return {"depth": str(row["depth"])} if len({one["depth"] for one in deltas}) > 1 else {}
 
 
 def delta_table(deltas: Sequence[dict]) -> str:
@@ -63,8 +64,8 @@ def delta_table(deltas: Sequence[dict]) -> str:
         interval = "[undefined]"
         if np.isfinite(row["mismatch_lo"]):
             interval = f"[{percent(row['mismatch_lo'])}, {percent(row['mismatch_hi'])}]"
-        cells = {"depth": row["depth"]} if several_depths(deltas) else {}
-        cells |= {
+        cells = {
+            **depth_of(row, deltas),
             "k": row["k"],
             "tokens": readable_count(row["tokens"]),
             "seeds": row["n_seeds"],
@@ -88,8 +89,8 @@ def in_short(deltas: Sequence[dict], difference: str, colour: bool) -> str:
     deltas = [row for row in deltas if row["tokens"] == most]
     rows = []
     for row in deltas:
-        cells = {"depth": str(row["depth"])} if several_depths(deltas) else {}
-        cells |= {
+        cells = {
+            **depth_of(row, deltas),
             "k": str(row["k"]),
             "tokens": readable_count(row["tokens"]),
             "gap in R²": estimate(row, "delta_r2", 3),
@@ -251,10 +252,10 @@ def delta_figure(deltas: Sequence[dict], difference: str, title: str) -> "Figure
     figure, axes = pyplot().subplots(len(depths), len(ks), **shape)
     for axis, (depth, k) in zip(axes.flat, itertools.product(depths, ks)):
         here = [row for row in deltas if row["k"] == k and row["depth"] == depth]
-        at = [row["tokens"] for row in here]
+        at = np.array([row["tokens"] for row in here])
         for name, what, colour, marker, line in shown:
-            value, lo, hi = ([row[f"{name}{end}"] for row in here] for end in ("", "_lo", "_hi"))
-            lines(axis, [(at, value, lo, hi, dict(color=colour, linestyle=line))])
+            value, lo, hi = (np.array([row[f"{name}{end}"] for row in here]) for end in ("", "_lo", "_hi"))
+            lines(axis, [(list(at), list(value), list(lo), list(hi), dict(color=colour, linestyle=line))])
             names = [f"{what} at {readable_count(row['tokens'])}: {estimate(row, name, 3)}" for row in here]
             points(axis, at, value, names, color=colour, marker=marker, s=24, alpha=1, zorder=3)
         axis.set_title(f"k = {k}" + (f", depth {depth}" if len(depths) > 1 else ""), fontsize=9)
@@ -264,7 +265,7 @@ def delta_figure(deltas: Sequence[dict], difference: str, title: str) -> "Figure
         label_ends(axis, [(end[name], what, colour) for name, what, colour, *_ in shown])
     figure.supxlabel("training tokens of an SAE", fontsize=9)
     figure.supylabel(difference, fontsize=9)
-    figure.suptitle(f"{title}\nBoth gaps with 95% bands", fontsize=10)
+    figure.suptitle(f"{title}\nBoth gaps with 95% bands", fontsize=10, wrap=True)
     return figure
 
 
