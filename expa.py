@@ -299,13 +299,14 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     ]
     figures = learning_report.figures(found.saes, settings)
     if shown:
-        figures |= delta_report.figures(shown, first.difference, LEAVES[first.leaf])
+        figures["deltas.png"] = delta_report.delta_figure(shown, first.difference, LEAVES[first.leaf])
+        figures["mismatch.png"] = delta_report.mismatch_figure(shown)
     verdict = records[0] | dict(other_arms=records[1:], kstar=[star.row() for star in stars], power_law=laws)
     return Findings(
         answer=said,
         verdict=verdict,
         short_verdict=f"H0/H1: {first.leaf}",
-        report=delta_report.report(said, records, rows, shown, correlation, left_out, parts, figures),
+        report=delta_report.report(said, records, rows, correlation, left_out, parts, figures),
         figures=figures,
         table=functools.partial(delta_report.in_short, shown, first.difference),
         tables={"deltas.csv": as_csv(rows, deltas.COLUMNS)},

@@ -108,27 +108,29 @@ def report(
     said: Answer,
     verdicts: Sequence[dict],
     deltas: Sequence[dict],
-    shown: Sequence[dict],
     correlation: float,
     left_out: int,
     parts: Sequence[str],
     pictures: Iterable[str],
 ) -> str:
-    """verdicts: as verdict.json has them; shown: the rows of `deltas` that the first is about. left_out: SAEs
-    of other processors. parts: sections about training, and the settings. pictures: the figures' files.
+    """verdicts: as verdict.json has them; the first is the report's. correlation: of what a seed does in the
+    two, nan where unknown. left_out: SAEs of other processors. parts: sections about training, and the
+    settings. pictures: the figures' files.
     """
-    first = verdicts[0]
+    first, tables = verdicts[0], {}
+    for arm, here in grouped(deltas, ARM).items():
+        difference = in_words(arm[1], "minus", arm[0], sorted({row["depth"] for row in here}))
+        tables[arm] = dict(zip(ARM, arm), difference=difference, table=delta_table(here))
+    shown = tables.pop(tuple(first[name] for name in ARM), None)
     sections = [TEXT["left out"].format(n=left_out)] if left_out else []
     if shown:
-        sections.append(headline_section(shown, first["depths"], correlation))
+        known = TEXT["correlation"].format(value=signed(correlation)) if np.isfinite(correlation) else ""
+        sections.append(TEXT["headline"].format(**shown, correlation=known))
         sections += [tree_section(first)] if "cells" in first else []
         sections.append(TEXT["mismatch"])
     *training, about = parts
     sections += [arms_section(verdicts, deltas), *training]
-    for arm, here in grouped([row for row in deltas if row not in shown], ARM).items():
-        difference = in_words(arm[1], "minus", arm[0], sorted({row["depth"] for row in here}))
-        fields = dict(zip(ARM, arm), difference=difference, table=delta_table(here))
-        sections.append(TEXT["other deltas"].format(**fields))
+    sections += [TEXT["other deltas"].format(**table) for table in tables.values()]
     sections.append(about.rstrip("\n"))
     learning = [f"![learning curves]({name})" for name in sorted(pictures) if name.startswith("learning")]
     return TEXT["report"].format(
@@ -139,15 +141,6 @@ def report(
         sections="\n\n".join(filter(None, sections)),
         learning="\n".join(learning),
     )
-
-
-def headline_section(deltas: Sequence[dict], depths: Sequence[str], correlation: float) -> str:
-    """The rows that the verdict is about. correlation: of what a seed does in the two; nan where unknown."""
-    known = TEXT["correlation"].format(value=signed(correlation)) if np.isfinite(correlation) else ""
-    arm = {name: deltas[0][name] for name in ARM}
-    difference = in_words(arm["large"], "minus", arm["small"], depths)
-    about = dict(**arm, difference=difference, table=delta_table(deltas), correlation=known)
-    return TEXT["headline"].format(**about)
 
 
 def tree_section(verdict: dict) -> str:
@@ -224,14 +217,6 @@ def arms_section(verdicts: Sequence[dict], deltas: Sequence[dict]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- figures
-def figures(deltas: Sequence[dict], difference: str, title: str) -> dict[str, "Figure"]:
-    """{file: figure} of the rows that a verdict is about."""
-    return {
-        "deltas.png": delta_figure(deltas, difference, title),
-        "mismatch.png": mismatch_figure(deltas),
-    }
-
-
 LINES = (
     ("delta_r2", "ΔR²", BLUE, "s", "-"),
     ("delta_r2_nosink", "ΔR² without sinks", GREEN, "^", ":"),
