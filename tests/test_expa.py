@@ -3,6 +3,7 @@ mismatch.
 """
 
 import dataclasses
+import doctest
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ import expa
 from helpers import ROOT
 from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
 from transport_geometry.records.tables import read_table
-from transport_geometry.reporting.delta_report import PAIRED, delta_figure
+from transport_geometry.reporting import delta_report
+from transport_geometry.reporting.delta_report import PAIRED
 from transport_geometry.reporting.figures import close
 from transport_geometry.statistics import deltas, stats
 from transport_geometry.statistics.hook_pair import Conditions, Pair, mean_over, mismatch
@@ -402,11 +404,15 @@ def test_each_leaf_in_three_lines(leaf):
     assert alone.found == f"{expa.LEAVES['undecided']} One model."
 
 
+def test_the_examples_hold():
+    assert doctest.testmod(delta_report).failed == 0
+
+
 def test_a_line_under_another_is_left_out():
     rows = read_table(ROOT / "outputs/reference/expa/deltas.csv")
     rows = [row for row in rows if (row["small"], row["large"]) == ("stdlib-s", "stdlib-l")]
     apart = [row | {"delta_r2_nosink": row["delta_r2"] + 0.1} for row in rows]
     for shown, n_lines in ((rows, 2), (apart, 3)):
-        figure = delta_figure(shown, "l minus s", "title")
+        figure = delta_report.delta_figure(shown, "l minus s", "title")
         assert len(figure.axes[0].collections) == 2 * n_lines  # bands and marks
         close(figure)

@@ -195,7 +195,7 @@ def test_exp_a_pairs_no_sae_with_one_of_another_processor(run_a, tmp_path):
     store.put(out / "run.json", {}, trained_on=both)
     expa("--from", out)
     report = (out / "report.md").read_text()
-    assert f"with one that another processor trained: {len(elsewhere)} are left out" in report
+    assert f": {len(elsewhere)} that another processor trained are left out" in report
     assert {row["n_seeds"] for row in read_table(out / "deltas.csv")} == {2}
     assert json.loads((out / "verdict.json").read_text())["reason"] == "no budget has 3 seeds in both"
 
