@@ -34,18 +34,17 @@ from transport_geometry.audit import (
     words_counted,
 )
 from transport_geometry.errors import UserError
-from transport_geometry.measuring.metrics import BY_NAME, PROXIES
-from transport_geometry.records import store
-from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
-from transport_geometry.records.tables import as_csv, as_json, grouped, markdown, plain
-from transport_geometry.reporting.console import Answer, conclude, hushed
+from transport_geometry.measuring.metrics import PROXIES
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements
+from transport_geometry.records.tables import as_csv, grouped, markdown
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, pyplot
-from transport_geometry.reporting.page import with_page
+from transport_geometry.reporting.leaderboard_report import how_to_read, leaderboard_table
 from transport_geometry.reporting.where_it_hurts import of_folder
 from transport_geometry.reporting.words import WORDS, with_words
-from transport_geometry.running.run import Experiment, run
-from transport_geometry.statistics import leaderboard
-from transport_geometry.statistics.leaderboard import AFTER_EXP_A, LEADERBOARD, how_to_read, leaderboard_table
+from transport_geometry.running.experiment import Findings, run_and_report
+from transport_geometry.running.run import Experiment
+from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, ranked
+from transport_geometry.statistics.stats import MIN_HOOKS
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -57,47 +56,35 @@ OUT = pathlib.Path("outputs/audit")
 
 
 # ------------------------------------------------------------------------------------- tables and answer
-def analyse(out: pathlib.Path, settings: dict) -> tuple[Answer, str, str]:
-    """audit.csv, pairs.csv, leaderboard.csv, verdict.json, report.md and the plot: (the answer, what to print
-    below it, the verdict in a word).
-
-    A pure function of conditions.csv and sequences.npz.
-    """
-    found = measured(out, settings, N_RESAMPLES)
+def analyse(out: pathlib.Path, settings: dict) -> Findings:
+    """Everything after one row per SAE: a pure function of conditions.csv and sequences.npz."""
+    found = load_measurements(out, settings, N_RESAMPLES)
     saes = with_words(found.saes, found.values, min(settings["documents"]))
     rows = audit_rows(saes, found.values, settings)
     two = pairs(saes, found.values, settings)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
-    board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
-    said = answer(rows, two, settings)
-    verdict = plain(
-        {
+    board, swd = ranked(scores, found, settings, N_RESAMPLES)
+    where, pictures = of_folder(out)
+    report = [*audit_report(rows, two, settings), *of_proxies(board, swd, settings), where, ""]
+    report += ["## Null rows", "", markdown(label_last_block(found.nulls, settings), OF_A_NULL), ""]
+    return Findings(
+        answer=answer(rows, two, settings),
+        verdict={
             "leaf": leaf(rows, two),
-            "answer": vars(said),
             "pairs": counted(two),
             "words": words_counted(rows),
             "refused": settings.get("refused", {}),
-            "h2": h2,
-            "settings": settings,
-            "rows_sha256": rows_hash(out),
-        }
+        },
+        short_verdict=leaf(rows, two),
+        report="\n".join([*report, *about_the_run(saes, settings)]),
+        figures={"audit.png": picture(rows, two), **pictures},
+        table=lambda colour: console(rows, two, settings),
+        tables={
+            "audit.csv": as_csv([*rows, *refused_rows(settings)], COLUMNS),
+            "pairs.csv": as_csv(two, PAIRS),
+            "leaderboard.csv": as_csv(board, LEADERBOARD),
+        },
     )
-    report = [*audit_report(rows, two, settings), *of_proxies(board, verdict["h2"], settings)]
-    where, pictures = of_folder(out)
-    report += [where, ""]
-    report += ["## Null rows", "", markdown(marked(found.nulls, settings), OF_A_NULL), ""]
-    files: dict[str, store.Content | None] = {
-        "audit.csv": as_csv([*rows, *refused_rows(settings)], COLUMNS),
-        "pairs.csv": as_csv(two, PAIRS),
-        "leaderboard.csv": as_csv(board, LEADERBOARD),
-        "verdict.json": as_json(verdict),
-        "report.md": "\n".join([*report, *about_the_run(saes, settings)]).encode(),
-        "audit.png": picture(rows, two),
-        **pictures,
-    }
-    charts = [chart.of_saes(rows, settings["models"], [BY_NAME["r2"], BY_NAME["swd_tok"]])]
-    store.put(out / store.RUN, with_page(out, files, charts))
-    return said, console(rows, two, settings), verdict["leaf"]
 
 
 def leaf(rows: list[dict], two: list[dict]) -> str:
@@ -114,14 +101,12 @@ OF_A_NULL = "model layer sae r2 cosine swd_tok dce ce_rec kl rho fed_nosink fed_
 FEW_HOOKS = "{hooks}, and {needed} are needed to compare proxies: leaderboard.csv has what there is."
 
 
-def of_proxies(board: list[dict], h2: dict, settings: dict) -> list[str]:
-    """H2 about these SAEs, in Markdown lines: which proxy would have told?"""
+def of_proxies(board: list[dict], swd: Contest, settings: dict) -> list[str]:
+    """The leaderboard over these SAEs, in Markdown lines: which proxy would have told?"""
     text = ["## Which proxy would have told?", ""]
-    if h2["n_clusters"] < h2["min_hooks"]:
-        return [*text, FEW_HOOKS.format(hooks=count_of(h2["n_clusters"], "hook"), needed=h2["min_hooks"]), ""]
-    table = leaderboard_table(board, "ce_rec", "pooled")
-    says = f"H2: {h2['leaf']} ({h2['reason']}). {AFTER_EXP_A}".strip()
-    return [*text, says, "", table, "", *how_to_read(h2, settings), ""]
+    if swd.n_clusters < MIN_HOOKS:
+        return [*text, FEW_HOOKS.format(hooks=count_of(swd.n_clusters, "hook"), needed=MIN_HOOKS), ""]
+    return [*text, leaderboard_table(board, "ce_rec"), "", how_to_read(swd, settings), ""]
 
 
 # -------------------------------------------------------------------------------------------- the plot
@@ -236,12 +221,7 @@ def main() -> None:
     command = parse_args(__doc__, GRID)
     if not (command.grid.saes or command.finished):
         raise UserError("--sae PATH_OR_ID,..., please: the SAEs to audit (see --help)")
-    with hushed(command):
-        if (done := run(command, Experiment("audit", default_out=OUT, where=True))) is None:
-            return
-        out, settings = done
-        said, table, word = analyse(out, settings)
-    conclude(command, out, said, table, word)
+    run_and_report(command, Experiment("audit", default_out=OUT, where=True), analyse)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 from common import parse_args, run_script
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
-from transport_geometry.records.results import about_the_run, measured, of_one_processor, subset
+from transport_geometry.records.results import about_the_run, load_measurements, of_one_processor, subset
 from transport_geometry.records.tables import as_csv, percent, readable_count
 from transport_geometry.reporting import delta_report, learning_report, published
 from transport_geometry.reporting.console import Answer, as_sentence, number
@@ -37,9 +37,9 @@ from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import sae_name
 from transport_geometry.running.pairs import FLAGS, compared, with_pairs
 from transport_geometry.running.run import Experiment
-from transport_geometry.saes.train import RECIPES
+from transport_geometry.saes.recipes import RECIPES
 from transport_geometry.statistics import curves, deltas, stats
-from transport_geometry.statistics.hook_pair import Conditions, Pair
+from transport_geometry.statistics.hook_pair import Conditions, ModelPair
 
 import numpy as np
 
@@ -171,7 +171,7 @@ def adjudicate(conditions: Conditions, recipe: str, sinks: str) -> Verdict:
     cells = deltas.tree_cells(pair, last, earlier[-1])
     found = Evidence(
         previous_budget=int(earlier[-1]),
-        improved=float(np.mean(pair.values["ce_rec"][0][pair.mask(tokens=last)] > 1)),
+        improved=float(np.mean(pair.values["ce_rec"][stats.ALL][pair.mask(tokens=last)] > 1)),
         cells=cells,
         g0=gates(cells),
         **equality(pair, cells, earlier),
@@ -193,7 +193,7 @@ def gates(cells: list[dict]) -> dict[str, bool]:
     }
 
 
-def equality(pair: Pair, cells: list[dict], earlier: np.ndarray) -> dict[str, Any]:
+def equality(pair: ModelPair, cells: list[dict], earlier: np.ndarray) -> dict[str, Any]:
     """H0: Delta CE_rec is inside the margin in every cell, by two one-sided tests at 5%, which is a 90%
     interval (Schuirmann 1987), and a smaller budget, one of `earlier` [b], shows a gap that could go.
     """
@@ -207,7 +207,7 @@ def equality(pair: Pair, cells: list[dict], earlier: np.ndarray) -> dict[str, An
     return dict(equal=equal, gap_before=gap_before, h0=equal and gap_before)
 
 
-def transfer(pair: Pair, cells: list[dict], last: int) -> dict[str, Any]:
+def transfer(pair: ModelPair, cells: list[dict], last: int) -> dict[str, Any]:
     """H1: does one value of R^2 mean different CE_rec in the two models? The transfer gap Gamma of R^2
     (`stats.transfer_gap`: isotonic fits over all budgets, judged at B*), in units of CE_rec, its Student
     interval over seeds and documents, and its sign in every cell.
@@ -223,22 +223,22 @@ def transfer(pair: Pair, cells: list[dict], last: int) -> dict[str, Any]:
     return interval | dict(same_sign=same_sign, in_range=in_range, h1=h1)
 
 
-def normalisation(pair: Pair, last: int) -> dict[str, Any]:
+def normalisation(pair: ModelPair, last: int) -> dict[str, Any]:
     """N: of the sink-free Euclidean scores in range, the one with the smallest |Gamma| on the even documents,
     against R^2 on the odd ones: what chose it does not judge it.
     """
-    judged, (everything, even, odd) = pair.mask(tokens=last), range(3)
-    gaps = {score: pair.transfer_gap(score, judged, even) for score in SINK_FREE}
+    judged = pair.mask(tokens=last)
+    gaps = {score: pair.transfer_gap(score, judged, stats.HALF_A) for score in SINK_FREE}
     sizes = {score: abs(gap) for score, (gap, in_range) in gaps.items() if in_range >= THRESHOLDS.in_range}
     control = min(sizes, key=lambda score: sizes[score]) if sizes else None
-    of_control = pair.transfer_gap(control, judged, odd)[0] if control else np.nan
-    of_r2 = pair.transfer_gap("r2", judged, odd)[0]
+    of_control = pair.transfer_gap(control, judged, stats.HALF_B)[0] if control else np.nan
+    of_r2 = pair.transfer_gap("r2", judged, stats.HALF_B)[0]
     return dict(
         control=control,
         gamma_control_half_b=of_control,
         gamma_r2_half_b=of_r2,
         normalised_away=abs(of_control) < THRESHOLDS.normalisation * abs(of_r2),
-        gamma_controls={name: pair.transfer_gap(name, judged, everything)[0] for name in EUCLIDEAN_CONTROLS},
+        gamma_controls={name: pair.transfer_gap(name, judged)[0] for name in EUCLIDEAN_CONTROLS},
     )
 
 
@@ -270,7 +270,7 @@ def leaf_of(found: Evidence, n_seeds: int) -> tuple[str, str]:
 # --------------------------------------------------------------------------------------- tables and verdict
 def analyse(out: pathlib.Path, settings: dict) -> Findings:
     """Everything after one row per SAE: a pure function of the rows, and of the processors in run.json."""
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     of_one = of_one_processor(out, found.saes)
     found, left_out = subset(found, of_one), int((~of_one).sum())
     alive = np.array([row["alive"] for row in found.saes])

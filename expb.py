@@ -18,13 +18,21 @@ Hypothesis H2: a sensitivity-weighted proxy, SWD = E[(g.delta)^2], ranks SAEs by
 better than the best Euclidean control. The rule stands below, fixed before any result.
 """
 
+import importlib
+import math
 import pathlib
+import sys
 
 from common import parse_args, run_script
 from transport_geometry.audit import trial_lines
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
-from transport_geometry.records.results import about_the_run, behind, marked, measured
-from transport_geometry.records.tables import as_csv, estimate, markdown, readable_count, signed
+from transport_geometry.records.results import (
+    about_the_run,
+    describe_units,
+    label_last_block,
+    load_measurements,
+)
+from transport_geometry.records.tables import as_csv, markdown, readable_count, signed
 from transport_geometry.reporting.console import Answer, as_sentence, number
 from transport_geometry.reporting.figures import saes_against
 from transport_geometry.reporting.leaderboard_report import (
@@ -41,8 +49,7 @@ from transport_geometry.reporting.leaderboard_report import (
 )
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.reporting.where_it_hurts import of_folder
-from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
-from transport_geometry.running import commands
+from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, WORDS, with_words
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
 from transport_geometry.statistics import claims
@@ -164,7 +171,7 @@ def transfer_holds(swd: Contest) -> bool:
 # ------------------------------------------------------------------------------------- tables and verdict
 def analyse(out: pathlib.Path, settings: dict) -> Findings:
     """Everything after one row per SAE: a pure function of conditions.csv and sequences.npz."""
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
     board, swd = ranked(scores, found, settings, N_RESAMPLES)
     leaf, reason = leaf_h2(swd)
@@ -178,7 +185,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
 
     return Findings(
         answer=said,
-        verdict={"leaf": leaf, "reason": reason, **swd.record(), **rule(swd)},
+        verdict={"leaf": leaf, "reason": reason, **swd.record(), **rule(swd), "saes": counted(saes)},
         short_verdict=f"H2: {leaf}; here: {swd.here['leaf']}",
         report=report(leaf, reason, swd, board, saes, found.nulls, said, where, settings),
         figures={**figures(saes, board, leaf, settings["models"]), **pictures},
@@ -202,6 +209,13 @@ def rule(swd: Contest) -> dict:
         max_gamma_ratio=MAX_GAMMA_RATIO,
         min_in_range=MIN_IN_RANGE,
     )
+
+
+def counted(saes: list[dict]) -> dict:
+    """How many SAEs have which word, and from how many to how many times a random error's KL theirs is."""
+    known = [math.exp(row["kl_excess"]) for row in saes if math.isfinite(row["kl_excess"])]
+    of_words = {word: n for word in WORDS if (n := sum(row["word"] == word for row in saes))}
+    return {"words": of_words, "kl_ratio": [min(known), max(known)] if known else None}
 
 
 def answer(leaf: str, reason: str, swd: Contest, board: list[dict], settings: dict) -> Answer:
@@ -241,7 +255,7 @@ def report(
     here = swd.here
     shown = [
         row | {"tokens": readable_count(row["tokens"]), "k": row["k"] or "none"}
-        for row in marked(saes, settings)
+        for row in label_last_block(saes, settings)
     ]
     return TEXT["report"].format(
         answer=said.markdown(),
@@ -249,13 +263,13 @@ def report(
         reason=reason,
         here=f"{here['leaf']}. {claims.LEAVES[here['leaf']]} ({here['reason']}).",
         table_here=claims.table(board),
-        how_to_read_here=claims.how_to_read(settings, behind(settings)),
+        how_to_read_here=claims.how_to_read(settings, describe_units(settings)),
         within=within(board, settings["models"]),
         general=general_section(swd, board, settings),
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
         where=where,
-        nulls=markdown(marked(nulls, settings), OF_A_NULL),
+        nulls=markdown(label_last_block(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
 
@@ -282,7 +296,7 @@ def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
 def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -> dict[str, Figure]:
     rows = {row["proxy"]: row for row in of_target(board)}
     two = [
-        f"{name}: rank correlation at one k {estimate(rows[proxy], 'partial')}"
+        f"{name}: rank correlation at one k {claims.estimate_here(rows[proxy], 'partial')}"
         for name, proxy in (("R²", "r2"), ("SWD", "swd_tok"))
     ]
     every = [f"{proxy.name}: {signed(rows[proxy.name]['partial'])}" for proxy in PROXIES]
@@ -295,10 +309,16 @@ def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -
 
 
 # ---------------------------------------------------------------------------------------------------- main
+def redirect_to(script: str) -> None:
+    """Run another script with the same arguments and a results folder of its own."""
+    sys.argv[0] = f"{script}.py"
+    importlib.import_module(script).main()
+
+
 def main() -> None:
     command = parse_args(__doc__, GRID)
     if command.grid.saes:
-        return commands.instead("audit")
+        return redirect_to("audit")
     run_and_report(command, Experiment("expb", where=True), analyse)
 
 

@@ -24,7 +24,7 @@ from transport_geometry.measuring.patch import Patch
 from transport_geometry.models.lm import cross_entropy, kl_divergence
 from transport_geometry.records import store
 from transport_geometry.records.condition import Condition
-from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements, rows_hash
 from transport_geometry.records.tables import (
     as_csv,
     as_json,
@@ -155,13 +155,13 @@ def ladder(values: dict, meta: dict) -> list[dict]:
     rho = [
         stats.partial_draws(DISTORTION(values[name]), -values["dce"], meta, N_RESAMPLES)
         for name, _, _ in LADDER[:-1]
-    ] + [np.ones(3 + N_RESAMPLES)]
+    ] + [np.ones(stats.N_FIXED + N_RESAMPLES)]
     rows = []
     for (_, symbol, what), here, below in zip(LADDER, rho, [None, *rho]):
         step = here - below if below is not None else np.full(4, np.nan)
         rows.append(
             {"rung": symbol, "what joins": what, "rho": float(here[0]), "step": float(step[0])}
-            | dict(zip(("step_lo", "step_hi"), stats.interval(step[3:])))
+            | dict(zip(("step_lo", "step_hi"), stats.interval(step[stats.RESAMPLES])))
         )
     return rows
 
@@ -205,12 +205,12 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     """leaderboard.csv, verdict.json, report.md and the plots: a pure function of conditions.csv,
     sequences.npz and geometry.csv.
     """
-    found = measured(out, settings, N_RESAMPLES, OWN)
+    found = load_measurements(out, settings, N_RESAMPLES, OWN)
     values, meta, sums = found.values, found.meta, found.sums
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in (*PROXIES, *FISHER)}
     board, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
-    of_all = scores["fisher_seq"][0], scores["swd_tok"][0], values["ce_rec"][0], meta
-    (added, p), gain = stats.added_value(*of_all), stats.out_of_hook_gain(*of_all)
+    x, base, y = (v[stats.ALL] for v in (scores["fisher_seq"], scores["swd_tok"], values["ce_rec"]))
+    (added, p), gain = stats.added_value(x, base, y, meta), stats.out_of_hook_gain(x, base, y, meta)
     leaf, rungs = leaderboard.leaf_added(added, p, MIN_ADDED), ladder(values, meta)
     shown = [row for row in rungs[1:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
     lost = max(shown, key=lambda row: abs(row["step"]), default=None)
@@ -223,7 +223,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
             gain=dict(zip(("value", "lo", "hi"), gain)),
             ladder=rungs,
             lost_at=lost and lost["rung"],
-            locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
+            locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][stats.ALL])) for a in ALPHAS},
             radius=[vars(Condition.of(row)) | {"radius": radius(row)} for row in found.saes],
             thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=RADIUS),
             settings=settings,
@@ -384,7 +384,7 @@ def report(
     lost = LOST.format(verdict["lost_at"]) if verdict["lost_at"] else NOT_LOST
     shown = [
         row | {"tokens": readable_count(row["tokens"]), "radius": radius(row)}
-        for row in marked(saes, settings)
+        for row in label_last_block(saes, settings)
     ]
     text = REPORT.format(
         answer=Answer(**verdict["answer"]).markdown(),
@@ -405,7 +405,7 @@ def report(
         path=markdown(tables["path.csv"]),
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
-        nulls=markdown(marked(nulls, settings), OF_A_NULL),
+        nulls=markdown(label_last_block(nulls, settings), OF_A_NULL),
         about="\n".join(about_the_run(saes, settings)),
     )
     return text.encode()

@@ -30,11 +30,11 @@ from common import parse_args, run_script
 from transport_geometry.measuring import mutual_information
 from transport_geometry.measuring.dimension import canonical_rows, geometry_rows, norms
 from transport_geometry.measuring.evaluate import activations
-from transport_geometry.measuring.fisher_study import MOST_BLOCKS, moments
+from transport_geometry.measuring.fisher_study import MAX_BLOCKS, moments
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.models.lm import text_config
 from transport_geometry.records import store
-from transport_geometry.records.results import about_the_run, marked, measured, rows_hash
+from transport_geometry.records.results import about_the_run, label_last_block, load_measurements, rows_hash
 from transport_geometry.records.tables import (
     as_json,
     bounds,
@@ -71,7 +71,7 @@ GRID = dict(
 FLAGS = {
     "--critic": dict(
         default="separable",
-        choices=sorted(mutual_information.PLANS),
+        choices=sorted(mutual_information.SCHEDULES),
         help="of mutual information: separable, or hybrid, which takes hours",
     )
 }
@@ -103,7 +103,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, critic: str) -> dic
     name = {"model": condition.model, "layer": condition.layer}
     batch = eval_batch(hook, held.input_ids.shape[1])
     shared = activations(hook, held.input_ids, batch)
-    blocks = min(int(held.document.max()) + 1, MOST_BLOCKS)
+    blocks = min(int(held.document.max()) + 1, MAX_BLOCKS)
     sums = moments(hook, held.input_ids, shared, batch, held.document % blocks, blocks, DRAWS)
     y = mutual_information.final_norm(hook, held.input_ids, shared.h, batch)
     kept = ~shared.sink
@@ -134,7 +134,7 @@ def critics_at(eval_set: EvalSet, critic: str) -> list[dict]:
         name = {"target": target, "width": pairs.fit.y.shape[-1], "n_fit": len(fit.x), "n_held": len(held.x)}
         for estimator, sigmas in CRITICS[target].items():
             found = mutual_information.critic_rows(
-                pairs, sigmas, (estimator,), mutual_information.PLANS[critic]
+                pairs, sigmas, (estimator,), mutual_information.SCHEDULES[critic]
             )
             rows += [name | row for row in found]
     return rows
@@ -243,7 +243,9 @@ def h3(hooks: list[dict]) -> dict:
     column = {name: np.array([row[name] for row in used]) for name in used[0]}
     model, residual = column["model"], column["residual"]
     of_hooks, everywhere = arrangements(model), np.zeros(len(used))
-    weights = stats.bootstrap_weights({"model": model, "layer": column["layer"]}, N_RESAMPLES, seed=0)[3:]
+    weights = stats.bootstrap_weights({"model": model, "layer": column["layer"]}, N_RESAMPLES, seed=0)[
+        stats.RESAMPLES
+    ]
     of = column["log_ratio"], residual
     draws = np.array([np.nan])
     if np.isfinite(of).all():
@@ -291,7 +293,7 @@ def residuals(values: dict, meta: dict) -> dict[tuple[str, int], float]:
     """{hook: log10 dCE predicted from R^2, a quadratic fitted on all other hooks, minus measured, mean over
     its SAEs}: above 0 R^2 says that they cost more than they do.
     """
-    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][0]), values["dce"][0], meta)
+    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][stats.ALL]), values["dce"][stats.ALL], meta)
     ids = stats.cluster_ids(meta)
     _, first = np.unique(ids, return_index=True)
     hooks = [(str(meta["model"][i]), int(meta["layer"][i])) for i in first]
@@ -329,7 +331,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
     """verdict.json, report.md and the plots: a pure function of conditions.csv, sequences.npz and the tables
     of hooks.
     """
-    found = measured(out, settings, N_RESAMPLES)
+    found = load_measurements(out, settings, N_RESAMPLES)
     values, meta, models = found.values, found.meta, settings["models"]
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in PROXIES}
     _, h2 = leaderboard.ranked(scores, found, settings, N_RESAMPLES)
@@ -370,7 +372,7 @@ def analyse(out: pathlib.Path, settings: dict) -> dict:
                 n_se=mutual_information.N_SE,
                 from_ceiling=mutual_information.FROM_CEILING,
                 overfit=mutual_information.OVERFIT,
-                ladder=mutual_information.LADDER,
+                ladder=mutual_information.LADDER_TOLERANCE,
                 ceiling=math.log(mutual_information.BATCH),
             ),
             settings=settings,
@@ -534,17 +536,17 @@ def report(
         statistics=markdown(statistics(found), ["", "Spearman", "p", "critical"]),
         n_depths=len(set(settings["hooks"].values())),
         interval=interval,
-        hooks=markdown([hook_words(row) for row in marked(hooks, settings)], OF_A_HOOK),
+        hooks=markdown([hook_words(row) for row in label_last_block(hooks, settings)], OF_A_HOOK),
         draws=DRAWS,
         canyon=markdown(
-            marked(hooks, settings),
+            label_last_block(hooks, settings),
             ["model", "layer", "d", "pr", "pr_defl1", "pr_defl2", "pr_defl4", "pr_nosink", "pr_corrected"],
         ),
         positions=markdown(
-            marked(in_order(first, settings), settings), ["model", "layer", "norm", "sst_share"]
+            label_last_block(in_order(first, settings), settings), ["model", "layer", "norm", "sst_share"]
         ),
         canonical=markdown(
-            [refused_words(row) for row in marked(in_order(canonical, settings), settings)],
+            [refused_words(row) for row in label_last_block(in_order(canonical, settings), settings)],
             ["model", "layer", "sigma", "mi", "mi_fit", "mi_null", "dimension"],
         ),
         critics=critics_text(in_order(trained, settings), settings),
@@ -618,10 +620,10 @@ def critics_text(rows: list[dict], settings: dict) -> str:
         "mi_null",
         "dimension",
     )
-    plan = mutual_information.PLANS[settings["critic"]]
+    plan = mutual_information.SCHEDULES[settings["critic"]]
     widths = {(row["model"], row["width"]) for row in rows if row["target"] != "final norm"}
     return CRITICS_TEXT.format(
-        table=markdown([refused_words(row) for row in marked(rows, settings)], columns),
+        table=markdown([refused_words(row) for row in label_last_block(rows, settings)], columns),
         kind=plan.critic.capitalize(),
         hooks=", ".join(dict.fromkeys(f"{row['model']} {row['layer']}" for row in rows)),
         steps=plan.steps,

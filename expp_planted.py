@@ -8,11 +8,14 @@ Verdicts on real SAEs say *undertrained*, *rejected*, *undecided*: honest, and n
 be found. Here the effects are planted (`models/plant.py`), in twins of one model and in their
 SAEs, and what Exp-A and Exp-B say of them, by their own commands on real text, is held against what must come
 out.
-A sink at position 0, which owns the variance and changes no logit. Errors turned towards what the model
-feels, so that H2 is true. SAEs that lag behind, and catch up.
+A sink at position 0, which owns the variance and changes no logit. Errors turned into directions
+that change the logits, so that H2 is true. SAEs that lag behind, and catch up.
 """
 
+import contextlib
 import hashlib
+import importlib
+import io
 import json
 import math
 import pathlib
@@ -20,7 +23,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +31,15 @@ from common import GRID_FLAGS, check_output, dest, parser_of, run_script
 from transport_geometry import ranks
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.dimension import participation_of
-from transport_geometry.measuring.evaluate import Activations, activations, evaluate
-from transport_geometry.measuring.metrics import BY_NAME, METRICS, PROXIES, Sums, computed
+from transport_geometry.measuring.evaluate import Activations, activations
+from transport_geometry.measuring.gauges import gauge_suite
+from transport_geometry.measuring.metrics import BY_NAME, PROXIES
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.plant import Gauge, plants, regauge, split
+from transport_geometry.models.plant import plants, split
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records import store
-from transport_geometry.records.results import check_data, measured, open_output
+from transport_geometry.records.results import check_data, load_measurements, open_output
 from transport_geometry.records.tables import (
     as_csv,
     as_json,
@@ -53,14 +57,16 @@ from transport_geometry.reporting import published, summary
 from transport_geometry.reporting.console import WIDTH, Answer, coloured, columns, conclude, hushed
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, SKY, label_ends, pyplot
 from transport_geometry.reporting.page import with_page
-from transport_geometry.running import commands
+from transport_geometry.reporting.templates import blocks
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.hook_pair import mismatch
-from transport_geometry.statistics.stats import percentiles
+from transport_geometry.statistics.stats import RESAMPLES, percentiles
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
+TEXT = blocks("expp_planted")
 MODEL, LAYER, BLOCKS, CTX, SEQS = "stdlib-s", 3, 6, 256, 12
 LEAST_EXCESS = math.log(1.25)  # of fed_excess, that it is believed to point anywhere
 N_RESAMPLES = 1000  # of its interval
@@ -143,13 +149,26 @@ PARTS = (
 )
 
 
+def run_quietly(script: str, arguments: Sequence[str]) -> None:
+    """Run a script in this process as its command line would, without what it prints. Raises what it
+    raises.
+    """
+    typed = sys.argv
+    try:
+        sys.argv = [f"{script}.py", *arguments]
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(script).main()
+    finally:
+        sys.argv = typed
+
+
 def run_parts(out: pathlib.Path, args: Any) -> None:
     """Every part by its own command; what a folder holds already is kept, and an interrupted one goes on."""
     for number, part in enumerate(PARTS, 1):
         print(f"[{number}/{len(PARTS)}] {part.command()}", flush=True)
         flags = [*shlex.split(part.flags), "--out", str(part.folder(out)), "--cache", str(args.cache)]
         flags += ["--device", args.device, *["--fresh"] * args.fresh]
-        commands.call(part.script, flags)
+        run_quietly(part.script, flags)
 
 
 # --------------------------------------------------------------------- the models, and what they compute
@@ -199,59 +218,6 @@ def evaluated(shared: Activations, without_sinks: bool) -> torch.Tensor:
     return h[~shared.sink] if without_sinks else h.flatten(0, 1)
 
 
-def gauges(d: int, ctx: int) -> dict[str, Gauge]:
-    """Ways to write the same hook: a shift along the all-ones direction of another size at every position,
-    which LayerNorm does not see; a rotation that keeps that direction; another length at every position.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ones, zeros = torch.ones(ctx, 1), torch.zeros(ctx, d)
-    axis = torch.full((d, 1), d**-0.5, dtype=torch.float64)
-    inside = torch.randn(d, d, dtype=torch.float64, generator=generator)
-    basis = torch.linalg.qr(torch.cat([axis, inside[:, 1:]], 1))[0]  # its first column is the axis
-    within = torch.linalg.qr(inside[1:, 1:])[0]
-    turn = basis @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), within) @ basis.T
-    sizes = torch.randn(ctx, 1, generator=generator)
-    return {
-        "shift along 1": Gauge(ones, 20 * sizes.expand(ctx, d)),
-        "rotation around 1": Gauge(ones, zeros, turn.float()),
-        "length of each token": Gauge((0.5 * sizes).exp(), zeros),
-    }
-
-
-def gauge_suite(n_seq: int = 8, ctx: int = 64) -> list[dict]:
-    """Every metric of one and the same reconstruction, written in each gauge: a row a metric."""
-    found: dict[str, dict[str, float]] = {}
-    input_ids = evaluation_rows(ctx, n_seq)
-    for name, gauge in ({"as it is": None} | gauges(64, ctx)).items():
-        model, _ = load_model(MODEL, torch.device("cpu"))
-        if gauge is not None:
-            regauge(model, gauge)
-        sums = evaluate(Hook(model, LAYER), input_ids, {"half": half(gauge, ctx)}, n_seq)["half"].sums
-        values = computed(Sums({q: v[None] for q, v in sums.items()}, np.ones((1, n_seq)), 64))
-        found[name] = {metric: float(value[0, 0]) for metric, value in values.items()}
-    before = found.pop("as it is")
-    rows = []
-    for metric in (m.name for m in METRICS if np.isfinite(before.get(m.name, np.nan))):
-        moved = {name: values[metric] - before[metric] for name, values in found.items()}
-        rows.append({"metric": metric, "as it is": before[metric]} | moved)
-    return rows
-
-
-def half(gauge: Gauge | None, ctx: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A reconstruction that is smooth, so that rounding stays rounding: half of the directions, the rest at a
-    fifth of their size.
-    """
-    basis = torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(1)))[0]
-
-    def reconstruct(h: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        x = h.view(-1, ctx - 1, h.shape[1])
-        x = x if gauge is None else gauge.read(x)
-        x = 0.2 * x + 0.8 * (x @ basis) @ basis.T
-        return (x if gauge is None else gauge.write(x)).reshape(h.shape)
-
-    return reconstruct
-
-
 # --------------------------------------------------------------------- what must come out, and did
 @dataclass(frozen=True)
 class Check:
@@ -264,7 +230,7 @@ class Check:
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
+class Evidence:
     """What the parts left behind, read again. Nothing of a part is computed a second time."""
 
     verdicts: dict[str, dict]  # {part: verdict.json}
@@ -292,7 +258,7 @@ class Findings:
         return max(here, key=lambda row: row["tokens"])
 
 
-def findings(out: pathlib.Path) -> Findings:
+def evidence(out: pathlib.Path) -> Evidence:
     """Raises UserError where a part is not finished, Damaged where a file is not as it was written."""
     verdicts, deltas, saes, points, partials = {}, {}, {}, {}, {}
     runs = [summary.read_run(out, part.folder(out)) for part in PARTS]
@@ -307,22 +273,22 @@ def findings(out: pathlib.Path) -> Findings:
         if part.script == "expa":
             deltas[part.name] = read_table(store.checked(record, "deltas.csv"))
         else:
-            found = measured(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
-            lo, hi = percentiles(found.values["fed_excess"][3:])
+            found = load_measurements(part.folder(out), verdicts[part.name]["settings"], N_RESAMPLES)
+            lo, hi = percentiles(found.values["fed_excess"][RESAMPLES])
             points[part.name] = [int(a > LEAST_EXCESS) - int(b < -LEAST_EXCESS) for a, b in zip(lo, hi)]
             board = read_table(store.checked(record, "leaderboard.csv"))
             pooled = [row for row in board if (row["target"], row["stratum"]) == ("ce_rec", "pooled")]
             partials[part.name] = {row["proxy"]: row["partial"] for row in pooled}
     tables = [read_table(store.checked(out / store.RUN, name)) for name in ("canyon.csv", "gauges.csv")]
-    return Findings(verdicts, deltas, saes, points, partials, joined, *tables)
+    return Evidence(verdicts, deltas, saes, points, partials, joined, *tables)
 
 
-def checks(f: Findings) -> list[Check]:
+def checks(f: Evidence) -> list[Check]:
     """Every planted truth, in the order of the report."""
     return [*of_sinks(f), *of_leaves(f), *of_geometry(f), *of_gauges(f)]
 
 
-def of_sinks(f: Findings) -> list[Check]:
+def of_sinks(f: Evidence) -> list[Check]:
     moved = max(row["logits"] for row in f.canyon)
     at_norm = {row["model"]: row for row in f.canyon}
     plain_pr, planted = at_norm[MODEL]["pr"], at_norm[f"{MODEL}+null{NORM}"]
@@ -347,7 +313,7 @@ def of_sinks(f: Findings) -> list[Check]:
     return out
 
 
-def closed_form(f: Findings) -> float:
+def closed_form(f: Evidence) -> float:
     """R² of the null twin less 1 − SSE / SST′, of the plain model's errors under the twin's variance."""
     r2 = {twin: mean_at_end(f.saes["sinks"], f"{MODEL}{twin}", "r2") for twin in ("", f"+null{NORM}")}
     ratio = next(row["sst_ratio"] for row in f.canyon if row["model"] == f"{MODEL}+null{NORM}")
@@ -365,7 +331,7 @@ def at_end(saes: list[dict], model: str) -> list[dict]:
     return [row for row in here if row["tokens"] == max(other["tokens"] for other in here)]
 
 
-def of_leaves(f: Findings) -> list[Check]:
+def of_leaves(f: Evidence) -> list[Check]:
     expected = [("sinks", SINKS[0], "undertrained", "30k and 100k tokens are too few")]
     expected += [(part, twin, *LEAVES[part][twin]) for part in LEAVES for twin in LEAVES[part]]
     out = []
@@ -376,7 +342,7 @@ def of_leaves(f: Findings) -> list[Check]:
     return [*out, Check("turned twins", "Exp-A: H1", says, says == "H1")]
 
 
-def of_geometry(f: Findings) -> list[Check]:
+def of_geometry(f: Evidence) -> list[Check]:
     whole, none = f.verdicts[f"turned-{AMOUNTS[-1]:g}"], f.verdicts["turned-0"]
     few = f.verdicts["few-hooks"]
     part = f"turned-{AMOUNTS[-1]:g}"
@@ -418,7 +384,7 @@ def passes(row: dict, gauge: str) -> bool:
     return bool(abs(row[gauge]) <= 1e-3 * max(abs(row["as it is"]), 1e-2))
 
 
-def of_gauges(f: Findings) -> list[Check]:
+def of_gauges(f: Evidence) -> list[Check]:
     rows = {row["metric"]: row for row in f.gauges}
     names = [name for name in f.gauges[0] if name not in ("metric", "as it is")]
     kept = [m for m in MUST_PASS if all(passes(rows[m], name) for name in names)]
@@ -430,82 +396,6 @@ def of_gauges(f: Findings) -> list[Check]:
 
 
 # ----------------------------------------------------------------------------------------------- report.md
-REPORT = """\
-# Exp-P: does the instrument find what was put there?
-
-{answer}
-![the published and the planted signature](signature.png)
-
-{checks}
-
-How much is planted was chosen in trials, so that each truth is large enough to be seen; the rules of \
-Exp-A and Exp-B are theirs, and nothing of them knows what is planted. Twins are called by what is \
-planted in them: `+null{norm}` is a sink of that norm which LayerNorm does not see, `+visible` one that a \
-patch has to rebuild, `+relative` one beside which an error is felt less; `+starved0.1:50000` had a tenth \
-of every training budget below 50,000 tokens; `+turned1:-0.4` has its errors turned, at equal length and \
-equal angle to h, by 1 towards what the model feels at the first block and by 0.4 away from it at the \
-last. {model}, block {layer}; 3 seeds; every part is a folder of its own, made by the command under it.
-
-## A sink at position 0
-
-{sinks}
-
-Plain against twin, the same function, F = 4 d, at the largest budget of each part; intervals over \
-seeds and documents. Published: pythia-70m against pythia-410m, mid layer, 10M tokens, k = 8. PR of the \
-plain model is {pr:.1f}. By 1 − (1 − R²) SST / SST′, the plain SAE's errors under the null twin's \
-variance, R² would be {predicted:.3f}; it is {measured:.3f}.
-
-**What this shows.** One position is enough for R² to rise and CE_rec to fall together, in a model that \
-computes the same function. It owns the variance that R² divides by, and in training it owns the loss \
-that is minimised: what the other positions get is worse. Left out of training, CE_rec is as before, and \
-R² is not: it then counts a position that nobody reconstructs. **What is not reproduced.** The published \
-sign flip goes with the token budget. Here:
-
-{budgets}
-
-What a sink would do to real Pythia models, nobody has measured here; natural ones carry more than a \
-norm.
-
-### How large must it be?
-
-![the norm of the sink](norms.png)
-
-{norms}
-
-### Which scores still order the SAEs as CE_rec does?
-
-{proxies}
-
-Share of the 9 pairs of seeds in which the score and CE_rec disagree about plain or twin being better \
-(0%: it survives; 100%: it is fooled).
-
-## Errors turned towards what the model feels
-
-![power](power.png)
-
-{geometry}
-
-Three twins of one model at all blocks, whose errors are as long as before. R², NMSE and cosine do not \
-see that they are turned, and CE does: H2 is true by construction, the more the further. In general nothing \
-can be said: what is turned at one block is turned at the next, so that 18 hooks count as a few. One draw \
-of text and seeds at each amount: a curve, and no rate of success.
-
-## Every leaf and every word
-
-{words}
-
-## Gauges
-
-{gauges}
-
-The same reconstruction of the same model, the hook written in another way: a shift along the all-ones \
-direction, another at each position; a rotation around it; another length of each token. `stays`: to a \
-thousandth. A score that moves says something about how the hook is written, not only about the SAE.
-
-## The parts
-
-{parts}
-"""
 SMALL, LARGE, K = published.S, published.L, 8  # what is planted is held against, after published.TOKENS
 GAP, CE_REC_ENDS = published.DELTAS[SMALL, LARGE, K, published.TOKENS], (-0.117, -0.082)
 COSINES = [published.SAES[model, K].cosine for model in (SMALL, LARGE)]
@@ -539,32 +429,18 @@ def sentence(found: Sequence[Check]) -> str:
     return f"{n - len(missed)} of {n} planted truths were found. Not found: {'; '.join(missed)}."
 
 
-QUESTION = (
-    "If a truth is planted in a model, does the instrument find it, and can one position alone make R² rise "
-    "while cross-entropy gets worse?"
-)
-SIGNATURE = (
-    "A sink at position 0, in a model that computes the same function, moves R² by {r2} and CE_rec by {ce} "
-    "(published, between two Pythia models: {published_r2} and {published_ce})."
-)
-LIMITS = (
-    "It does not say that real models have such a sink: the amounts were chosen so as to be seen, each was "
-    "planted once, and a count of truths found is no rate of success."
-)
-
-
-def answer(f: Findings, found: Sequence[Check]) -> Answer:
+def answer(f: Evidence, found: Sequence[Check]) -> Answer:
     delta = f.delta("sinks", SINKS[0], sinks="keep")
-    signature = SIGNATURE.format(
+    moved = TEXT["signature"].format(
         r2=estimate(delta, "delta_r2", 3),
         ce=estimate(delta, "delta_ce_rec", 3),
         published_r2=PUBLISHED["ΔR²"],
         published_ce=PUBLISHED["ΔCE_rec"],
     )
-    return Answer(QUESTION, f"{sentence(found)} {signature}", LIMITS)
+    return Answer(TEXT["question"], f"{sentence(found)} {moved}", TEXT["limits"])
 
 
-def sink_rows(f: Findings) -> list[dict]:
+def sink_rows(f: Evidence) -> list[dict]:
     """The planted table, with the published numbers last."""
     at = {row["model"]: row for row in f.canyon}
     arms = [("sinks", twin, sinks) for sinks in ("keep", "drop") for twin in SINKS]
@@ -588,7 +464,7 @@ def sink_rows(f: Findings) -> list[dict]:
     return [*rows, PUBLISHED]
 
 
-def budget_rows(f: Findings) -> list[dict]:
+def budget_rows(f: Evidence) -> list[dict]:
     """What each budget says of the null twin."""
     pair = {"small": MODEL, "large": f"{MODEL}+{SINKS[0]}", "sinks": "keep"}
     return [
@@ -603,7 +479,7 @@ def budget_rows(f: Findings) -> list[dict]:
     ]
 
 
-def norm_rows(f: Findings) -> list[dict]:
+def norm_rows(f: Evidence) -> list[dict]:
     """Means over seeds, by norm of the null sink, 0 first."""
     shown = ("r2", "r2_nosink", "r2_defl1", "r2_ln", "nmse_tok", "cosine", "swd_tok", "ce_rec")
     at = {row["model"]: row for row in f.canyon}
@@ -615,7 +491,7 @@ def norm_rows(f: Findings) -> list[dict]:
     return rows
 
 
-def proxy_rows(f: Findings) -> list[dict]:
+def proxy_rows(f: Evidence) -> list[dict]:
     """How often every score disagrees with CE_rec about plain and twin."""
     plain_saes, rows = at_end(f.saes["sinks"], MODEL), []
     for proxy in (*PROXIES, BY_NAME["kl"]):
@@ -631,7 +507,7 @@ def proxy_rows(f: Findings) -> list[dict]:
     return rows
 
 
-def geometry_rows(f: Findings) -> list[dict]:
+def geometry_rows(f: Evidence) -> list[dict]:
     rows = []
     for amount in AMOUNTS:
         part = f"turned-{amount:g}"
@@ -658,7 +534,7 @@ def geometry_rows(f: Findings) -> list[dict]:
     return rows
 
 
-def word_rows(f: Findings) -> list[dict]:
+def word_rows(f: Evidence) -> list[dict]:
     """Where each leaf of Exp-A's tree and each word of H2 was reached."""
     reached: dict[tuple[str, str], list[str]] = {}
     for part in PARTS:
@@ -678,7 +554,7 @@ def word_rows(f: Findings) -> list[dict]:
     return rows
 
 
-def gauge_rows(f: Findings) -> list[dict]:
+def gauge_rows(f: Evidence) -> list[dict]:
     names = [name for name in f.gauges[0] if name not in ("metric", "as it is")]
     return [
         {"metric": row["metric"], "as it is": row["as it is"]}
@@ -691,7 +567,7 @@ def gauge_rows(f: Findings) -> list[dict]:
 SHOWN_TOO = ("ce_rec", "kl", "ce_recon", "fed", "fed_excess", "rho")
 
 
-def report(f: Findings, found: Sequence[Check]) -> bytes:
+def report(f: Evidence, found: Sequence[Check], said: Answer) -> str:
     of_checks = [
         {
             "planted": c.planted,
@@ -703,8 +579,8 @@ def report(f: Findings, found: Sequence[Check]) -> bytes:
     ]
     at = {row["model"]: row for row in f.canyon}
     measured_r2 = mean_at_end(f.saes["sinks"], f"{MODEL}+null{NORM}", "r2")
-    text = REPORT.format(
-        answer=answer(f, found).markdown(),
+    return TEXT["report"].format(
+        answer=said.markdown(),
         checks=markdown(of_checks),
         norm=NORM,
         model=MODEL,
@@ -721,15 +597,9 @@ def report(f: Findings, found: Sequence[Check]) -> bytes:
         gauges=markdown(gauge_rows(f)),
         parts="\n\n".join(f"[{part.name}]({part.name}/report.md)\n\n    {part.command()}" for part in PARTS),
     )
-    return text.encode()
 
 
 # --------------------------------------------------------------------------------------------------- plots
-def plots(f: Findings) -> dict[str, store.Content | None]:
-    """{file: PNG}."""
-    return {"signature.png": signature_plot(f), "norms.png": norms_plot(f), "power.png": power_plot(f)}
-
-
 TITLES = {
     True: "One sink at position 0 makes R² rise and CE_rec fall, as in what was published",
     False: "What a sink at position 0 does to R² and CE_rec, beside what was published",
@@ -741,7 +611,7 @@ KINDS = {  # of sinks, as a reader may call them
 }
 
 
-def signature_plot(f: Findings) -> Any:
+def signature(f: Evidence) -> Figure:
     """Delta R^2 above, Delta CE_rec below: as published on the left, as planted on the right."""
     of_published = dict(delta_r2=GAP.delta_r2, delta_r2_lo=np.nan, delta_r2_hi=np.nan)
     of_published |= dict(
@@ -786,10 +656,10 @@ def signature_plot(f: Findings) -> Any:
     return figure
 
 
-def norms_plot(f: Findings) -> Any:
+def by_norm(f: Evidence) -> Figure:
     figure, axis = pyplot().subplots(figsize=(6, 3.4), layout="constrained")
-    by_norm = norm_rows(f)
-    norms = [row["norm"] for row in by_norm]
+    rows = norm_rows(f)
+    norms = [row["norm"] for row in rows]
     styles = (
         ("r2", "s-", BLUE),
         ("r2_nosink", "^--", SKY),
@@ -797,15 +667,15 @@ def norms_plot(f: Findings) -> Any:
         ("ce_rec", "o-", ORANGE),
     )
     for metric, style, colour in styles:
-        axis.plot(norms, [row[metric] for row in by_norm], style, color=colour)
+        axis.plot(norms, [row[metric] for row in rows], style, color=colour)
     axis.set(xlabel="norm of the sink", ylabel="score")
     axis.set_title("One position moves R² to where it says nothing", fontsize=10)
     axis.grid(alpha=0.3)
-    label_ends(axis, [(by_norm[-1][metric], metric, colour) for metric, _, colour in styles])
+    label_ends(axis, [(rows[-1][metric], metric, colour) for metric, _, colour in styles])
     return figure
 
 
-def power_plot(f: Findings) -> Any:
+def power(f: Evidence) -> Figure:
     figure, axis = pyplot().subplots(figsize=(6, 3.4), layout="constrained")
     # side by side, as three of them come out alike
     styles = (
@@ -830,36 +700,28 @@ def power_plot(f: Findings) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------- main
-def analyse(out: pathlib.Path) -> tuple[Findings, list[Check]]:
-    """verdict.json, report.md and the plots: a pure function of what the parts left and of the two tables."""
-    f = findings(out)
+def analyse(out: pathlib.Path) -> tuple[Answer, list[Check]]:
+    """verdict.json, report.md, figures: a pure function of what the parts left and of the two tables."""
+    f = evidence(out)
     found = checks(f)
+    said = answer(f, found)
+    hashes = "".join(verdict["rows_sha256"] for verdict in f.verdicts.values())
     verdict = dict(
         leaf="found" if all(check.found for check in found) else "not all found",
-        answer=vars(answer(f, found)),
+        answer=vars(said),
         checks=[vars(check) for check in found],
         words=word_rows(f),
         thresholds=dict(closed_form=MET, same=SAME, norm=NORM, amounts=AMOUNTS),
         settings=settings(),
-        rows_sha256=hashlib.sha256(
-            "".join(verdict["rows_sha256"] for verdict in f.verdicts.values()).encode()
-        ).hexdigest(),
+        rows_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
     )
+    figures = {"signature.png": signature(f), "norms.png": by_norm(f), "power.png": power(f)}
     files: dict[str, store.Content | None] = {
         "verdict.json": as_json(plain(verdict)),
-        "report.md": report(f, found),
+        "report.md": report(f, found, said).encode(),
     }
-    models = list(dict.fromkeys(row["model"] for row in f.saes["sinks"]))
-    charts = [
-        chart.of_saes(
-            f.saes["sinks"],
-            models,
-            [BY_NAME["r2"], BY_NAME["r2_nosink"]],
-            "Every SAE of the part named sinks",
-        )
-    ]
-    store.put(out / store.RUN, with_page(out, files | plots(f), charts))
-    return f, found
+    store.put(out / store.RUN, with_page(out, files, figures))
+    return said, found
 
 
 def settings() -> dict[str, Any]:
@@ -900,12 +762,12 @@ def main() -> None:
             start = time.time()
             open_output(out, settings(), args.fresh)
             run_parts(out, args)
-            tables = {"canyon.csv": canyon(), "gauges.csv": gauge_suite()}
+            tables = {"canyon.csv": canyon(), "gauges.csv": gauge_suite(MODEL, LAYER, evaluation_rows(64, 8))}
             files = {name: as_csv(rows, list(rows[0])) for name, rows in tables.items()}
             store.put(out / store.RUN, files, seconds=round(time.time() - start, 1))
-        f, found = analyse(out)
+        said, found = analyse(out)
     words = f"{sum(check.found for check in found)} of {len(found)} planted truths found"
-    conclude(args, out, answer(f, found), checks_in_short(found, coloured(sys.stdout)), words)
+    conclude(args, out, said, checks_in_short(found, coloured(sys.stdout)), words)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What of the build must be code; pyproject.toml says the rest.
+"""Builds csrc into the extension `transport_geometry._kernels`; pyproject.toml says the rest.
 
-Builds csrc into the extension `transport_geometry._kernels` against the torch that is installed, or the
-tested one where none is, and puts into a wheel what the package otherwise finds beside it in the checkout.
+It is built against the torch that is installed, or the tested one where none is.
 
     pip install -e . -c constraints.txt      REQUIRE_KERNELS=1: a failing build is an error, no warning
 
@@ -19,17 +18,8 @@ import tempfile
 from collections.abc import Callable
 
 from setuptools import Extension, setup
-from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
-# what an installed copy carries of the checkout, and under which folder of the package
-CARRIED = {
-    "demo/stdlib-*/*": "",
-    "outputs/reference/seed_sd.*": "",
-    "audit.py": "scripts",
-    "common.py": "scripts",
-    "exp*.py": "scripts",
-}
 GOES_ON = "The install goes on, and plain PyTorch does that work: same numbers, slower."
 # the line of a log that says why: a compiler's, a linker's, a shell's
 REASON = re.compile(r"\berrors?:|\bfatal\b|cannot find|not found|No such file|undefined reference")
@@ -43,20 +33,6 @@ try:
 except ImportError:
     # pip fetches these into the build environment and runs this file again
     torch, needs = None, ["torch==2.13.0", "ninja"]
-
-
-class Carry(build_py):
-    """The modules, and in all but an editable install what is CARRIED."""
-
-    def run(self):
-        super().run()
-        if self.editable_mode:
-            return
-        for pattern, folder in CARRIED.items():
-            for source in sorted(ROOT.glob(pattern)):
-                target = pathlib.Path(self.build_lib, "transport_geometry", folder, source.relative_to(ROOT))
-                self.mkpath(str(target.parent))
-                self.copy_file(str(source), str(target))
 
 
 def recorded(build: Callable[[], None]) -> tuple[Exception | None, str]:
@@ -90,7 +66,7 @@ def reason(error: Exception, said: str) -> str:
     return " ".join((found[0] if found else str(error) or type(error).__name__).split())[:500]
 
 
-commands, extensions = {"build_py": Carry}, []
+commands, extensions = {}, []
 if torch:
     import pybind11  # pyproject.toml asks for it
 

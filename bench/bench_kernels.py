@@ -20,7 +20,7 @@ import bench
 from common import run_script
 from transport_geometry import kernels
 from transport_geometry.measuring.evaluate import dense_statistics
-from transport_geometry.saes.train import Statistics, Training
+from transport_geometry.saes.recipes import Statistics, Training
 
 import torch
 from torch.nn.functional import embedding_bag

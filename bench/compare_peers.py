@@ -42,8 +42,9 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import markdown, readable_count
 from transport_geometry.running.run import CPU
+from transport_geometry.saes.recipes import CHUNK, SAELensTraining, Statistics, Training
 from transport_geometry.saes.sae import TopKSAE, save_sae, sink_positions
-from transport_geometry.saes.train import CHUNK, SAELensTraining, Statistics, Training, activation_chunks
+from transport_geometry.saes.train import activation_chunks
 
 import numpy as np
 import torch

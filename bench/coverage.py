@@ -31,7 +31,7 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.records.tables import markdown
 from transport_geometry.running.run import CPU, eval_batch
 from transport_geometry.saes.sae import load_sae
-from transport_geometry.statistics.stats import document_weights
+from transport_geometry.statistics import stats
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def measured(folders: list[pathlib.Path], n: int, ctx: int) -> tuple[Pool, dict]
 # --------------------------------------------------------------------------------------- ways of taking rows
 def weights_of(n: int, rng: np.random.Generator) -> np.ndarray:
     """[W,n] of a bootstrap over n units."""
-    return document_weights(n, RESAMPLES, int(rng.integers(2**31)))[3:]
+    return stats.document_weights(n, RESAMPLES, int(rng.integers(2**31)))[stats.RESAMPLES]
 
 
 def by_document(n: int, places: np.ndarray) -> Take:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import bench
 from common import run_script
-from transport_geometry.measuring.metrics import BY_NAME, EUCLIDEAN_CONTROLS, Sums, computed, oriented
+from transport_geometry.measuring.metrics import BY_NAME, EUCLIDEAN_CONTROLS, Sums, as_score, computed
 from transport_geometry.records.results import load_results, meta_of
 from transport_geometry.records.store import RUN, load
 from transport_geometry.records.tables import markdown
-from transport_geometry.statistics import claims, stats
+from transport_geometry.statistics import claims, hook_tests, stats
 
 import numpy as np
 
@@ -192,7 +192,7 @@ def coverage(n: int) -> None:
                 y = target(meta)
                 x = y + NOISE * draw(meta, icc)
                 draws = stats.partial_draws(x[None], y[None], meta, RESAMPLES, seed=i)
-                lo, hi = stats.interval(draws[3:], fisher=True)
+                lo, hi = stats.interval(draws[stats.RESAMPLES], fisher=True)
                 hits += lo <= truth <= hi
                 bias += (draws[0] - truth) / n
             row |= {f"{name}, covered": percent(hits / n, n), f"{name}, bias": f"{bias:+.3f}"}
@@ -286,9 +286,11 @@ def coverage_along_depth(n: int) -> None:
             draws = [stats.partial_draws(x[None], y[None], meta, RESAMPLES, seed=i) for x in (a, b)]
             wide = [one.stretch for one in hooks]
             ends = [
-                stats.interval(draws[1][3:], fisher=True),
-                stats.stretched_interval(draws[1][0], draws[1][3:], wide[1], fisher=True),
-                stats.stretched_interval((draws[0] - draws[1])[0], (draws[0] - draws[1])[3:], np.max(wide)),
+                stats.interval(draws[1][stats.RESAMPLES], fisher=True),
+                stats.stretched_interval(draws[1][0], draws[1][stats.RESAMPLES], wide[1], fisher=True),
+                stats.stretched_interval(
+                    (draws[0] - draws[1])[0], (draws[0] - draws[1])[stats.RESAMPLES], np.max(wide)
+                ),
             ]
             true = (truth[1], truth[1], truth[0] - truth[1])
             hits.append([np.nan if np.isnan(lo) else lo <= t <= hi for (lo, hi), t in zip(ends, true)])
@@ -309,22 +311,19 @@ def here_draws(values: np.ndarray, y: np.ndarray, meta: Meta) -> dict[str, tuple
     """{statistic: (draws, sources, ranked)} of proxies values [2, W, C] and the target y [W, C], as `claims`
     forms them.
     """
-    which, weights, sources = stats.seed_draws(meta, len(y))
-    design = stats.weighted_design(weights, stats.given(meta))
-    units = [
-        stats.unit_residual(stats.weighted_ranks(v[which], weights), design)
-        for v in (y, values[0], values[1])
-    ]
+    draws = stats.seed_draws(meta, len(y))
+    design = stats.weighted_design(draws.weights, stats.k_dummies(meta))
+    units = [stats.rank_residual(v[draws.documents], design) for v in (y, *values)]
     partial = [stats.correlation(u, units[0]) for u in units[1:]]
     pairs = claims.clear_pairs(y, meta)
     found = {
-        "partial": (partial[0], sources, y.shape[1]),
-        "difference": (partial[0] - partial[1], sources, 0),
+        "partial": (partial[0], draws.sources, y.shape[1]),
+        "difference": (partial[0] - partial[1], draws.sources, 0),
     }
     if len(pairs.a):
-        right = [claims.share_right(v, y, pairs, which, weights) for v in values]
-        found["pairs"] = right[0], sources, 0
-        found["pairs, difference"] = right[0] - right[1], sources, 0
+        right = [claims.share_right(v, y, pairs, draws) for v in values]
+        found["pairs"] = right[0], draws.sources, 0
+        found["pairs, difference"] = right[0] - right[1], draws.sources, 0
     return found
 
 
@@ -349,7 +348,9 @@ def covered_here(
     return {name: f"{100 * ours:.0f} ({100 * plain:.0f})" for name, (ours, plain) in rates.items()}
 
 
-def true_statistics(values: np.ndarray, y: np.ndarray, pairs: claims.Pairs, meta: Meta) -> dict[str, float]:
+def true_statistics(
+    values: np.ndarray, y: np.ndarray, pairs: claims.SAEPairs, meta: Meta
+) -> dict[str, float]:
     """Of what documents without end would give: values [2, C], y [C]."""
     partial = [stats.partial_spearman(v, y, meta) for v in values]
     agree = [np.sign(pairs.difference(v)) == np.sign(pairs.difference(y)) for v in values]
@@ -416,7 +417,7 @@ def here_on_rows(n: int, folder: pathlib.Path) -> None:
             Sums({q: v[keep] for q, v in sums.items()}, weights[:, document], d[keep]),
             [BY_NAME[one] for one in (name, "r2", "ce_rec")],
         )
-        two = [oriented(one, found[one]) for one in (name, "r2")]
+        two = [as_score(one, found[one]) for one in (name, "r2")]
         return np.stack(two), found["ce_rec"]
 
     table = []
@@ -454,8 +455,8 @@ def main() -> None:
     parser.add_argument("--rows", type=pathlib.Path, help="a finished folder of expb.py")
     args = parser.parse_args()
     # random patterns where all are too many, others for each data set: p < .05 is then exactly 20 of 401
-    all_patterns, seeds = stats.sign_patterns, itertools.count()
-    stats.sign_patterns = lambda G, *_, **__: all_patterns(G, PATTERNS, next(seeds))
+    all_patterns, seeds = hook_tests.sign_patterns, itertools.count()
+    hook_tests.sign_patterns = lambda G, *_, **__: all_patterns(G, PATTERNS, next(seeds))
     for name, parts in PARTS.items():
         for part in parts if args.only in (None, name) else ():
             part(args.n)

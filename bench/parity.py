@@ -17,6 +17,7 @@ import bench
 import peers
 from common import parse_count, run_script
 from transport_geometry.formats import sae_files
+from transport_geometry.formats.file_sae import fused
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook
@@ -42,7 +43,7 @@ def compared(
     """(row of the table, clean CE) of one SAE on input_ids x [B,T]."""
     held = hook.head(x)[:, :-1].flatten(0, 1)
     (file,) = sae_files.find(str(path))
-    sae = sae_files.fused(sae_files.read(file))
+    sae = fused(sae_files.read(file))
     with torch.no_grad():
         expected, got = theirs(held), sae.reconstruct(held)[2]
     reconstructions = {"theirs": lambda h, mean: theirs(h).detach(), "ours": sae}

@@ -1,7 +1,7 @@
 """What another seed does to every column of conditions.csv, for `python common.py diff` to judge reruns by.
 
     python expb.py --seeds 0,1,2,3,4 --out outputs/seeds && python bench/seed_sd.py outputs/seeds
-    python bench/seed_sd.py outputs/seed0 outputs/seed1 ...   # or a folder each; their tables are compared
+    python bench/seed_sd.py outputs/seed0 outputs/seed1 ...   # or a folder each
     python bench/seed_sd.py outputs/seeds outputs/expa        # grids may differ: SDs are of a budget and k
     python bench/seed_sd.py FOLDER ... --out DIRECTORY        # where to write; outputs/reference unless said
 
@@ -32,8 +32,6 @@ import numpy as np
 LOG_OF_1_MINUS = ("r2", "cosine", "ce_rec", "frac_")
 PLAIN = ("gd_mean", "fed", "kl_excess", "alive", "dense", "delta")
 PRIOR = 4
-SAID = "{seeds} seeds of {cells} cells, {scripts}, tokens {tokens}, k {k}, {processor}"
-END = "---\n{said}\nbeyond 3 SDs in some column: {beyond} of {pairs} pairs; largest |z| {largest:.2f}\n{path}"
 Cell = tuple  # (tokens, k, number of the group of runs, the rest of a condition without its seed)
 Cells = dict[Cell, dict[int, float]]  # {cell: {seed: value}} of one column
 Between = dict[tuple[int, int], dict[Cell, float]]  # {pair of seeds: {cell: z}}
@@ -47,8 +45,8 @@ def scale_of(column: str, values: np.ndarray) -> str:
     return "plain" if column.startswith(PLAIN) or not (values > 0).all() else "log"
 
 
-def grouped(runs: list[Run]) -> list[list[Run]]:
-    """Runs that differ in their seeds alone together."""
+def by_settings(runs: list[Run]) -> list[list[Run]]:
+    """Groups of runs that differ in their seeds alone."""
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
@@ -140,40 +138,32 @@ class Column:
     spread: Spread
     between: Between  # each pair of seeds in SDs of the others
 
-    @property
-    def z(self) -> list[float]:
-        return [z for cells in self.between.values() for z in cells.values()]
-
     def rows(self) -> list[dict]:
         """Of seed_sd.csv."""
-        spread = self.spread
         return [
-            {
-                "column": self.name,
-                "scale": spread.scale,
-                "tokens": tokens,
-                "k": k,
-                "sd": sd,
-                "df": spread.df[tokens, k],
-                "together": spread.together,
-            }
-            for (tokens, k), sd in sorted(spread.sd.items())
+            {"column": self.name, "scale": self.spread.scale, "tokens": tokens, "k": k, "sd": sd}
+            | {"df": self.spread.df[tokens, k], "together": self.spread.together}
+            for (tokens, k), sd in sorted(self.spread.sd.items())
         ]
 
     def shown(self) -> dict:
         """Its row of the table that is printed."""
-        z, sds = self.z, self.spread.sd.values()
+        z, sds = np.abs(all_z(self.between)), self.spread.sd.values()
         return {
             "column": self.name,
             "scale": self.spread.scale,
             "sd, least": min(sds),
             "sd, most": max(sds),
-            "rms z": float(np.sqrt(np.mean(np.square(z)))) if z else math.nan,
-            "largest": max(map(abs, z), default=math.nan),
-            "|z| > 3": sum(abs(v) > compare_runs.FAR for v in z),
+            "rms z": float(np.sqrt(np.mean(z**2))) if len(z) else math.nan,
+            "largest": float(z.max()) if len(z) else math.nan,
+            "|z| > 3": int((z > compare_runs.FAR).sum()),
             "of": len(z),
             "together": self.spread.together,
         }
+
+
+def all_z(between: Between) -> np.ndarray:
+    return np.array([z for cells in between.values() for z in cells.values()])
 
 
 def column_of(name: str, groups: list[list[Run]]) -> Column | None:
@@ -183,26 +173,6 @@ def column_of(name: str, groups: list[list[Run]]) -> Column | None:
         return None
     spread = spread_of(name, cells)
     return Column(name, spread, z_between(name, cells) if any(spread.sd.values()) else {})
-
-
-def tables_between(runs: list[Run]) -> list[dict]:
-    """What the tables of two seeds have in common, for every pair of folders of one seed each."""
-    rows = []
-    for a, b in itertools.combinations(runs, 2):
-        seeds, others = a.settings["seeds"], b.settings["seeds"]
-        if seeds != others and len(seeds) == len(others):
-            out, n = compare_runs.outside(a, b)
-            rows.append(
-                {
-                    "seeds": f"{seeds} {others}",
-                    "outside": len(out),
-                    "estimates": n,
-                    "share": len(out) / max(n, 1),
-                    "ranks": compare_runs.rank_correlation(a, b)[0],
-                    "same leaf": not compare_runs.other_leaf(a, b)[0],
-                }
-            )
-    return rows
 
 
 def checked(folder: pathlib.Path) -> Run:
@@ -228,7 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=compare_runs.SEED_SD.parent)
     args = parser.parse_args()
     runs = [checked(folder) for folder in args.folders]
-    groups = grouped(runs)
+    groups = by_settings(runs)
     names = dict.fromkeys(name for run in runs for name in run.rows[0])
     measured = [
         column_of(name, groups)
@@ -236,55 +206,47 @@ def main() -> None:
         if name not in compare_runs.EXACT and name not in compare_runs.LABELS
     ]
     columns = [column for column in measured if column]
-    beyond: dict[tuple, bool] = {}  # of a pair of seeds and a cell: in some column
+    largest: dict[tuple, float] = {}  # {(pair of seeds, cell): |z| in any column}
     for column in columns:
         for pair, cells in column.between.items():
             for cell, z in cells.items():
-                beyond[pair, cell] = beyond.get((pair, cell), False) or abs(z) > compare_runs.FAR
-    if not beyond:
+                largest[pair, cell] = max(largest.get((pair, cell), 0.0), abs(z))
+    beyond = sum(z > compare_runs.FAR for z in largest.values())
+    if not largest:
         raise UserError(f"{listed(args.folders)}: no cell with two seeds")
     every = {
         name: sorted({value for run in runs for value in run.settings[name]})
         for name in ("models", "hooks", "tokens", "k")
     }
-    seeds, n_cells = sorted({seed for pair, _ in beyond for seed in pair}), len({cell for _, cell in beyond})
+    seeds = sorted({seed for pair, _ in largest for seed in pair})
+    n_cells = len({cell for _, cell in largest})
     git = ["git", "-C", str(bench.ROOT), "describe", "--always", "--dirty"]
     processor = listed(run.record.get("processor") or run.record.get("platform") for run in runs)
-    said = SAID.format(
-        seeds=len(seeds),
-        cells=n_cells,
-        scripts=listed(f"{run.settings['script']}.py" for run in runs),
-        tokens=listed(every["tokens"]),
-        k=listed(every["k"]),
-        processor=processor,
-    )
-    largest = max(abs(z) for column in columns for z in column.z)
-    tables = [row for group in groups for row in tables_between(group)]
+    scripts = listed(f"{run.settings['script']}.py" for run in runs)
+    said = f"{len(seeds)} seeds of {n_cells} cells, {scripts}, tokens {listed(every['tokens'])}, "
+    said += f"k {listed(every['k'])}, {processor}"
     record = {
         "said": said,
         **every,
         "seeds": seeds,
         "cells": n_cells,
         # of conditions, with two more counted than were seen, so that none is not taken for never
-        "conditions_beyond_3": (sum(beyond.values()) + 2) / (len(beyond) + 4),
-        "pairs": len(beyond),
-        "largest_z": largest,
+        "conditions_beyond_3": (beyond + 2) / (len(largest) + 4),
+        "pairs": len(largest),
+        "largest_z": max(largest.values()),
         "processor": processor,
         "versions": runs[0].record["versions"],
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "settings": [group[0].settings for group in groups],
-        "tables": tables,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "seed_sd.csv"
     rows = [row for column in columns for row in column.rows()]
     store.write(path, as_csv(rows, list(rows[0])))
     store.write(args.out / "seed_sd.json", as_json(plain(record)))
-    shown = [column.shown() for column in columns]
-    print(markdown(shown, list(shown[0])))
-    if tables:
-        print("\n" + markdown(tables, list(tables[0])))
-    print(END.format(said=said, beyond=sum(beyond.values()), pairs=len(beyond), largest=largest, path=path))
+    print(markdown([column.shown() for column in columns]))
+    print(f"---\n{said}\nbeyond 3 SDs in some column: {beyond} of {len(largest)} pairs", end="; ")
+    print(f"largest |z| {max(largest.values()):.2f}\n{path}")
 
 
 if __name__ == "__main__":

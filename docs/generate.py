@@ -9,9 +9,9 @@ every other figure with what it is about.
 """
 # ruff: noqa: E501 (sentences of pages)
 
+import ast
 import functools
 import importlib
-import math
 import pathlib
 import re
 import sys
@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 from common import DEFAULTS, PRESETS  # noqa: E402
 from transport_geometry.measuring import metrics, r2_by_library  # noqa: E402
 from transport_geometry.records.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
-from transport_geometry.reporting import published, summary, words  # noqa: E402
-from transport_geometry.statistics import claims, leaderboard, stats  # noqa: E402
+from transport_geometry.reporting import glossary, leaderboard_report, published, summary, words  # noqa: E402
+from transport_geometry.statistics import claims, stats  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -57,17 +57,6 @@ def board(folder: str) -> dict[str, dict[str, Any]]:
     """{proxy: its row for CE_rec over all conditions}."""
     found = rows(folder, "leaderboard.csv")
     return {r["proxy"]: r for r in found if r["target"] == "ce_rec" and r["stratum"] == "pooled"}
-
-
-def report(folder: str) -> str:
-    return (REFERENCE / folder / "report.md").read_text(encoding="utf-8")
-
-
-def report_table(folder: str, title: str) -> list[dict[str, str]]:
-    """The rows that begin with an embedded model, in the table of a section of the report."""
-    lines = report(folder).split(f"## {title}")[1].split("\n## ")[0].splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    return [dict(zip(cells[0], row)) for row in cells[1:] if row[0].startswith("stdlib")]
 
 
 # --------------------------------------------------------------------------------------- as pages print them
@@ -104,13 +93,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 # ------------------------------------------------------------------------------------------------ README.md
 def picture() -> str:
     """The planted run's picture of what was published and what was planted, and what it shows."""
-    file = re.search(r"!\[[^]]*published[^]]*\]\(([^)]+)\)", report("expp_planted"))
-    assert file and (REFERENCE / "expp_planted" / file[1]).exists()
     twins = [row for row in rows("expp_planted/sinks", "deltas.csv") if row["sinks"] == "keep"]
     twin = max((row for row in twins if row["large"] == "stdlib-s+null3700"), key=lambda row: row["tokens"])
     theirs = published.DELTAS[published.S, published.L, 8, 10**7]
     return f"""\
-![R² up, patched cross-entropy down: published, and planted](outputs/reference/expp_planted/{file[1]})
+![R² up, patched cross-entropy down: published, and planted](outputs/reference/expp_planted/signature.png)
 
 *Published (k = 8, 10M tokens): the SAE of Pythia-410m against that of 70m, {number(theirs.delta_r2, 3)} in R² and \
 {number(theirs.delta_ce_rec, 3)} in CE_rec. Planted: a large norm at position 0, which changes no logit, moves both \
@@ -137,23 +124,26 @@ def scores(names: list[str]) -> str:
 
 def said_of_each() -> str:
     """How many SAEs have which word, and what their errors cost beside a random one."""
-    saes = report_table("expb", "Every SAE")
-    found = [row["word"] for row in saes]
-    counted = ", ".join(f"{found.count(word)} *{word}*" for word in words.WORDS if word in found)
-    ratios = sorted(math.exp(float(row["kl_excess"])) for row in saes)
+    saes = verdict("expb")["saes"]
+    counted = ", ".join(f"{n} *{word}*" for word, n in saes["words"].items())
+    least, most = saes["kl_ratio"]
     return (
-        f"Of the {len(saes)} SAEs: {counted}. Their errors cost {ratios[0]:.1f} to {ratios[-1]:.1f} times the KL of a "
-        "random error as long."
+        f"Of the {sum(saes['words'].values())} SAEs: {counted}. Their errors cost {least:.1f} to {most:.1f} times the KL of "
+        "a random error as long."
     )
+
+
+def twenty_words() -> str:
+    return table(["word", "means"], [[f"**{word}**", means] for word, means in glossary.FIRST.items()])
 
 
 def exp_b() -> str:
     """What the run prints, shortened."""
     v, every = verdict("expb"), rows("expb", "leaderboard.csv")
-    head, *lines = leaderboard.board_in_short(every).splitlines()
+    head, *lines = leaderboard_report.board_in_short(every).splitlines()
     some = [line for line in lines if line.split()[:1] and line.split()[0] in AT_FIRST]
     said = [*runs()["expb"].answer.lines(), "", head, *some, "..."]
-    said += ["---", f"verdict: {importlib.import_module('expb').short_verdict(v)}"]
+    said += ["---", f"verdict: H2: {v['leaf']}; here: {v['here']['leaf']}"]
     return f"```\n{chr(10).join(said)}\n```\n\n{said_of_each()}"
 
 
@@ -181,25 +171,6 @@ def ladder() -> str:
 
 
 # ---------------------------------------------------------------------------------------- docs/experiments.md
-def docstring(script: str) -> str:
-    return importlib.import_module(script).__doc__ or ""
-
-
-def minutes(script: str) -> str:
-    """How long the docstring says that the default run takes."""
-    said = re.search(rf"python {script}\.py +# .*?, (\w+ CPU-minutes)", docstring(script))
-    assert said, script
-    return said[1]
-
-
-def experiments() -> str:
-    lines = []
-    for script in SCRIPTS:
-        title, question = re.split(r": ", docstring(script).split("\n\n")[0].replace("\n", " "), maxsplit=1)
-        lines.append([title, question.replace("^2", "²"), f"`python {script}.py`", minutes(script)])
-    return table(["", "asks", "command", "takes"], lines)
-
-
 def answers(folder: str) -> str:
     """What the run found, and its limits."""
     said = runs()[folder].answer
@@ -277,11 +248,9 @@ def exp_c() -> str:
     v = verdict("expc_fisher")
     rungs = {row["rung"]: row for row in v["ladder"]}
     form, variance = rungs["½δᵀGδ"], rungs["½Var_p(Δz)"]
-    # else it is to be read instead of the report
-    assert not (REFERENCE / "expc_fisher/calibration.csv").exists()
-    at = [row for row in report_table("expc_fisher", "Calibration") if row["alpha"] == "0.1"]
-    off = [abs(float(row["kl_slope"]) - 1) for row in at]
-    r2 = [float(row["kl_r2"]) for row in at]
+    at = [row for row in v["calibration"] if row["alpha"] == 0.1]
+    off = [abs(row["kl_slope"] - 1) for row in at]
+    r2 = [row["kl_r2"] for row in at]
     path = max(row["error"] for row in rows("expc_fisher", "path.csv") if row["nodes"] == 2)
     return f"""\
 {answers("expc_fisher")}
@@ -402,13 +371,14 @@ def tree_of_exp_a() -> str:
 
 
 def tree_of_h2() -> str:
+    expb = importlib.import_module("expb")
     controls = ", ".join(f"`{name}`" for name in metrics.EUCLIDEAN_CONTROLS)
     lines = [
         ["effective hooks", f"{stats.MIN_CLUSTERS} or more"],
-        ["partial Spearman given k, SWD minus the best control", f"{leaderboard.MIN_DIFFERENCE:.2f} or more, and "
+        ["partial Spearman given k, SWD minus the best control", f"{expb.MIN_DIFFERENCE:.2f} or more, and "
          f"p < {stats.ALPHA}"],
         ["error of log10 dCE at a hook left out", "smaller than the best control's"],
-        ["transfer gap", f"at most {leaderboard.MAX_GAMMA_RATIO:g} of the smallest one of a control, the 95% "
+        ["transfer gap", f"at most {expb.MAX_GAMMA_RATIO:g} of the smallest one of a control, the 95% "
          f"interval of what is gained above 0, {percent(stats.MIN_IN_RANGE)} of the larger model's values in range"],
         ["the controls", controls],
     ]  # fmt: skip
@@ -456,23 +426,33 @@ def every_r2() -> str:
     return table(["ĥ", *(f"`{name.removeprefix('r2_')}`" for name in names)], lines)
 
 
-def files_read() -> str:
-    """The largest error of the table of bench/RESULTS.md."""
-    text = (ROOT / "bench/RESULTS.md").read_text(encoding="utf-8")
-    section = text.split("## Files that other libraries write")[1].split("\n## ")[0]
-    errors = [float(error) for error in re.findall(r"^\|[^|]+\| ([\d.e-]+) ", section, re.MULTILINE)]
-    return (
-        f"Files written by SAELens, sparsify and dictionary_learning themselves ({len(errors)} architectures) give "
-        f"here the forward that they give there, within {max(errors):.0e} "
-        "([bench/RESULTS.md](../bench/RESULTS.md))."
-    )
+# ----------------------------------------------------------------------------------------------- docs/code.md
+def modules() -> str:
+    """Every folder and module of the package, with the first sentence of its docstring."""
+    package, lines = ROOT / "transport_geometry", []
+    folders = sorted(path.parent for path in package.glob("*/__init__.py"))
+    for folder in [package, *folders]:
+        name = folder.relative_to(ROOT).as_posix() + "/"
+        lines.append(
+            f"- **`{name}`** {'' if folder == package else first_sentence(folder / '__init__.py')}".rstrip()
+        )
+        for path in sorted(folder.glob("*.py")):
+            if not path.name.startswith("__"):
+                lines.append(f"  - `{path.name}` {first_sentence(path)}")
+    return "\n".join(lines)
+
+
+def first_sentence(path: pathlib.Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "modules": modules,
     "picture": picture,
     "exp-b": exp_b,
+    "glossary": twenty_words,
     "ladder": ladder,
-    "experiments": experiments,
     "exp-a-says": exp_a,
     "exp-b-says": exp_b_sizes,
     "exp-c-says": exp_c,
@@ -487,7 +467,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "h2": tree_of_h2,
     "words": rule_of_the_words,
     "every-r2": every_r2,
-    "files-read": files_read,
 }
 
 

@@ -24,7 +24,6 @@ import os
 import pathlib
 import re
 import threading
-import time
 import urllib.parse
 
 LFS = {".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".npz", ".gz", ".zst"}
@@ -39,7 +38,6 @@ class Rule:
     after: int | None = None
     times: int | None = None
     code: str = ""
-    delay: float = 0.0
 
 
 class Hub:
@@ -56,8 +54,7 @@ class Hub:
         """Paths that match the pattern (of fnmatch) get `status` (with X-Error-Code `code`), or are cut
         `after` bytes of their body.
 
-        Only the first `times` such requests, or all. `delay` seconds pass before the answer. An earlier rule
-        goes first.
+        Only the first `times` such requests, or all. Earlier rules go first.
         """
         self.rules.append(Rule(pattern, **how))
 
@@ -78,23 +75,13 @@ class Hub:
         """The environment of a subprocess whose clients know this hub only, and keep what they load under
         `cache`.
         """
-        mine = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))
-        }
-        return mine | {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(cache),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-            "HF_HUB_ETAG_TIMEOUT": "5",
-            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
+        theirs = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
+        mine = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+        disabled = ("DISABLE_TELEMETRY", "DISABLE_XET", "DISABLE_PROGRESS_BARS", "DISABLE_UPDATE_CHECK")
+        mine |= {f"HF_HUB_{name}": "1" for name in disabled}
+        mine |= {"HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
+        mine |= {"HF_ENDPOINT": self.url, "HF_HOME": str(cache)}
+        return mine | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
     # ------------------------------------------------------------------ repositories
     def root(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
@@ -167,22 +154,11 @@ def tree(root: pathlib.Path, below: str, recursive: bool) -> list[dict]:
 
 
 def description(kind: str, name: str, root: pathlib.Path) -> dict:
-    return {
-        "_id": "0" * 24,
-        "id": name,
-        "sha": commit(root),
-        "private": False,
-        "gated": False,
-        "disabled": False,
-        "tags": [],
-        "downloads": 0,
-        "likes": 0,
-        "author": name.partition("/")[0],
-        "lastModified": "2024-01-01T00:00:00.000Z",
-        "createdAt": "2024-01-01T00:00:00.000Z",
-        "siblings": [{"rfilename": file} for file in files(root)],
-        **({"modelId": name} if kind == "models" else {}),
-    }
+    date = "2024-01-01T00:00:00.000Z"
+    told = {"_id": "0" * 24, "id": name, "sha": commit(root), "author": name.partition("/")[0], "tags": []}
+    told |= {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
+    told |= {"lastModified": date, "createdAt": date, "siblings": [{"rfilename": f} for f in files(root)]}
+    return told | ({"modelId": name} if kind == "models" else {})
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -202,7 +178,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
         # a quoted revision holds slashes
         parts = [urllib.parse.unquote(part) for part in raw.strip("/").split("/")]
         self.fault = self.hub.rule("/" + "/".join(parts))
-        time.sleep(self.fault.delay)
         if self.fault.status:
             return self.refuse(self.fault.status, self.fault.code)
         if parts[0] == "api" and len(parts) >= 4:
@@ -279,10 +254,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, code: str, head: dict[str, str] | None = None):
-        messages = {
-            "RepoNotFound": "Repository not found",
-            "GatedRepo": "Access to this repository is restricted",
-        }
+        messages = dict(
+            RepoNotFound="Repository not found", GatedRepo="Access to this repository is restricted"
+        )
         message = messages.get(code, code or "Sorry")
         head = {**(head or {}), "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
         self.send(status, json.dumps({"error": message}).encode(), head)

@@ -19,20 +19,9 @@ from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 from dictionary_learning.trainers.standard import StandardTrainer
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from dictionary_learning.training import trainSAE
-from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    GatedTrainingSAE,
-    GatedTrainingSAEConfig,
-    JumpReLUTrainingSAE,
-    JumpReLUTrainingSAEConfig,
-    StandardTrainingSAE,
-    StandardTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
@@ -43,12 +32,9 @@ STEP = 128  # activations
 
 @contextlib.contextmanager
 def quiet():
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
 
 
 def saelens(
@@ -57,13 +43,9 @@ def saelens(
     """What SAETrainer saves, finished or as a checkpoint; a checkpoint knows activations that are still to be
     scaled.
     """
-    make, config, more = {
-        "topk": (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": k}),
-        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {"k": k}),
-        "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, {"l0_coefficient": 0.1}),
-        "standard": (StandardTrainingSAE, StandardTrainingSAEConfig, {"l1_coefficient": 1.0}),
-        "gated": (GatedTrainingSAE, GatedTrainingSAEConfig, {"l1_coefficient": 1.0}),
-    }[kind]
+    make, config = get_sae_training_class(kind)
+    sparsity = {"jumprelu": {"l0_coefficient": 0.1}, "topk": {"k": k}, "batchtopk": {"k": k}}
+    more = sparsity.get(kind, {"l1_coefficient": 1.0})
     meta = SAEMetadata(
         model_name="stdlib-s", hook_name="blocks.3.hook_resid_post", prepend_bos=False, context_size=64
     )
@@ -109,20 +91,10 @@ class StreamAsModel(torch.nn.Module):
 def sparsify(folder: pathlib.Path, h: torch.Tensor, F: int, k: int, kind: str) -> Callable:
     """What its Trainer saves."""
     with quiet():
-        config = TrainConfig(
-            SparseCoderConfig(
-                num_latents=F,
-                k=k,
-                activation="groupmax" if kind == "groupmax" else "topk",
-                skip_connection=kind == "skip",
-            ),
-            batch_size=1,
-            hookpoints=["layers.3"],
-            save_every=10**9,
-            save_dir=str(folder),
-            run_name="run",
-            log_to_wandb=False,
-        )
+        activation = "groupmax" if kind == "groupmax" else "topk"
+        coder = SparseCoderConfig(num_latents=F, k=k, activation=activation, skip_connection=kind == "skip")
+        saving = dict(save_every=10**9, save_dir=str(folder), run_name="run", log_to_wandb=False)
+        config = TrainConfig(coder, batch_size=1, hookpoints=["layers.3"], **saving)
         Trainer(config, [{"input_ids": i} for i in torch.arange(len(h)).split(STEP)], StreamAsModel(h)).fit()
         torch.set_float32_matmul_precision("highest")  # fit() lowers it for the whole process
         saved = SparseCoder.load_from_disk(folder / "run/layers.3")
@@ -133,43 +105,23 @@ def dictionary_learning(
     folder: pathlib.Path, h: torch.Tensor, F: int, k: int, kind: str, scaled: bool = False
 ) -> Callable:
     """What trainSAE saves."""
+    short = {"sparsity_warmup_steps": 2}
     trainer, make, more = {
         "topk": (TopKTrainer, AutoEncoderTopK, {"k": k}),
         "batchtopk": (BatchTopKTrainer, BatchTopKSAE, {"k": k, "threshold_start_step": 5}),
-        "standard": (StandardTrainer, AutoEncoder, {}),
-        "gated": (GatedSAETrainer, GatedAutoEncoder, {}),
-        "jumprelu": (JumpReluTrainer, JumpReluAutoEncoder, {}),
+        "standard": (StandardTrainer, AutoEncoder, short),
+        "gated": (GatedSAETrainer, GatedAutoEncoder, short),
+        "jumprelu": (JumpReluTrainer, JumpReluAutoEncoder, short),
     }[kind]
     steps = len(h) // STEP
-    short = {"warmup_steps": 2} | (
-        {"sparsity_warmup_steps": 2} if kind in ("standard", "gated", "jumprelu") else {}
-    )
-    config = dict(
-        trainer=trainer,
-        activation_dim=h.shape[1],
-        dict_size=F,
-        steps=steps,
-        lr=1e-3,
-        layer=3,
-        lm_name="stdlib-s",
-        device="cpu",
-        submodule_name="resid_post_layer_3",
-        seed=0,
-        **more,
-        **short,
-    )
-    stream = [batch.clone() for batch in h.split(STEP)]
+    config = dict(trainer=trainer, activation_dim=h.shape[1], dict_size=F, steps=steps, lr=1e-3, seed=0)
+    config |= dict(layer=3, lm_name="stdlib-s", submodule_name="resid_post_layer_3", device="cpu")
+    config |= dict(warmup_steps=2, **more)
+    stream = [batch.clone() for batch in h.split(STEP)] * (9 if scaled else 1)
+    kept = dict(save_dir=str(folder), device="cpu", normalize_activations=scaled)
     with quiet():
-        trainSAE(
-            iter(stream * 9) if scaled else iter(stream),
-            [config],
-            steps,
-            save_dir=str(folder),
-            device="cpu",
-            normalize_activations=scaled,
-        )
-        file = folder / "trainer_0/ae.pt"
-        saved = make.from_pretrained(str(file))
+        trainSAE(iter(stream), [config], steps, **kept)
+        saved = make.from_pretrained(str(folder / "trainer_0/ae.pt"))
     return lambda x: saved(x).detach()
 
 

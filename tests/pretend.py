@@ -15,6 +15,7 @@ import types
 
 import expc_fisher
 from transport_geometry.formats import sae_files
+from transport_geometry.formats.format import Declared
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
@@ -23,9 +24,9 @@ from transport_geometry.records.condition import Condition
 from transport_geometry.running import run
 from transport_geometry.running.grid import Candidate, EvalSet, null_conditions
 from transport_geometry.running.run import Experiment
-from transport_geometry.saes.external_saes import Given
+from transport_geometry.saes.external_saes import ExternalSAE
+from transport_geometry.saes.recipes import TRAIN_VERSION
 from transport_geometry.saes.sae import TrainingSpec
-from transport_geometry.saes.train import TRAIN_VERSION
 
 import numpy as np
 import torch
@@ -102,10 +103,8 @@ class PretendMps(TorchDispatchMode):
         self.served: dict[str, str] = {}  # by what: "MPS" a kernel, "view" none, "parts" other operators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, tensors = (
-            dict(kwargs or {}),
-            [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)],
-        )
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         goal = kwargs.get("device")
         to_mps = goal is not None and goal.type in ("mps", "meta")
         if not (self.inside or to_mps or any(isinstance(x, OnMps) for x in tensors)):
@@ -207,30 +206,11 @@ def one_hook(
         return types.SimpleNamespace(input_ids=[ord(c) for c in document])
 
     tokenizer.eos_token_id = 0
-    specs = [
-        TrainingSpec(
-            model="tiny",
-            weights="",
-            tokenizer="",
-            dtype="float32",
-            layer=1,
-            data=str(document),
-            data_content="",
-            split="train",
-            ctx=16,
-            tokens=1280,
-            trunk=(),
-            d_sae=128,
-            k=k,
-            seed=0,
-            recipe=recipe,
-            sinks="drop",
-            device=device.type,
-            version=TRAIN_VERSION,
-        )
-        for recipe in ("base", "saelens")
-        for k in (2, 4)
-    ]
+    names = dict(model="tiny", weights="", tokenizer="", data=str(document), data_content="", split="train")
+    size = dict(dtype="float32", layer=1, ctx=16, tokens=1280, trunk=(), d_sae=128, seed=0, sinks="drop")
+    size |= dict(device=device.type, version=TRAIN_VERSION)
+    both = [(recipe, k) for recipe in ("base", "saelens") for k in (2, 4)]
+    specs = [TrainingSpec(**names, **size, recipe=recipe, k=k) for recipe, k in both]
     candidates = [Candidate(Condition("tiny", 1, "x", one.recipe, 128, one.k, 0, 1280), one) for one in specs]
     eval_set = tiny_eval_set(candidates, tokenizer, text.find(str(document)), model)
     share = run.Share(eval_set, candidates, with_nulls=True)
@@ -269,33 +249,17 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
     candidates = []
     for (kind, tensors), norm in zip(kinds.items(), ("none", "constant_norm_rescale", "layer_norm")):
         (folder / kind).mkdir(exist_ok=True)
-        (folder / kind / "cfg.json").write_text(
-            json.dumps(
-                {
-                    "architecture": kind,
-                    "k": 4,
-                    "normalize_activations": norm,
-                    "metadata": {"sae_lens_version": "6.0.0"},
-                }
-            )
-        )
+        config = {"architecture": kind, "k": 4, "normalize_activations": norm}
+        config["metadata"] = {"sae_lens_version": "6.0.0"}
+        (folder / kind / "cfg.json").write_text(json.dumps(config))
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
         for file in sae_files.find(str(folder / kind)):
-            of_file = Given(
-                file,
-                sae_files.Declared("saelens", basis="centred"),
-                fingerprint="",
-                d_sae=64,
-                k=4,
-                typical_k=4,
-                mean=random(32),
-                fvu_as_said=0.5,
-                fvu_otherwise=0.6,
-            )
+            size = dict(fingerprint="", d_sae=64, k=4, typical_k=4, mean=random(32))
+            declared = Declared("saelens", basis="centred")
+            of_file = ExternalSAE(file, declared, **size, fvu_as_said=0.5, fvu_otherwise=0.6)
             condition = Condition("tiny", 1, file.label, "saelens", 64, 4, 0, 0)
             candidates.append(Candidate(condition, of_file))
     eval_set = tiny_eval_set(candidates)
-    command = types.SimpleNamespace(
-        grid=types.SimpleNamespace(save_tokens=False, leave_sinks=False, saes=("x",)), cache=None
-    )
+    grid = types.SimpleNamespace(save_tokens=False, leave_sinks=False, saes=("x",))
+    command = types.SimpleNamespace(grid=grid, cache=None)
     return run.measure(run.Share(eval_set, candidates, True), command, device, Experiment("expb")).rows

@@ -9,10 +9,11 @@ import sys
 import common
 from helpers import ROOT, one_line, script
 from transport_geometry.errors import UserError
+from transport_geometry.formats import __main__ as sae_commands
 from transport_geometry.formats import sae_files
 from transport_geometry.models import loading, sources, text
 from transport_geometry.records import tables
-from transport_geometry.saes import train
+from transport_geometry.saes import recipes
 
 import huggingface_hub
 import pytest
@@ -69,7 +70,7 @@ def test_the_largest_arguments_are_taken():
     grid = common.parse_args("", GRID, largest).grid
     assert (grid.seeds, grid.tokens, grid.expansion, grid.ctx) == ((2**32 - 1,), (10**12,), 10**9, 64)
     # how the last piece is drawn
-    torch.Generator().manual_seed(grid.seeds[0] * 1_000_003 + 10**12 // train.CHUNK)
+    torch.Generator().manual_seed(grid.seeds[0] * 1_000_003 + 10**12 // recipes.CHUNK)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +114,9 @@ def test_gaps_have_a_name_in_reports_too(gap):
 
 # ----------------------------------------------------------------------------------------------- small things
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("module", [common, sae_files])
-def test_help_is_help(module, flag):
-    done = script(f"{module.__name__.rpartition('.')[2]}.py", flag)
+@pytest.mark.parametrize("name, module", [("common.py", common), ("formats.py", sae_commands)])
+def test_help_is_help(name, module, flag):
+    done = script(name, flag)
     assert done.stdout == module.__doc__ and not done.stderr
 
 

@@ -12,13 +12,16 @@ import zygote
 from helpers import ROOT, contents, script
 from hub import serve
 from transport_geometry.formats import sae_files
+from transport_geometry.formats.file_sae import fused
+from transport_geometry.formats.saelens import write_saelens
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows, packed_rows
 from transport_geometry.records.tables import read_table
 from transport_geometry.reporting.words import WORDS
+from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import save_sae
-from transport_geometry.saes.train import Statistics, Training, activation_chunks
+from transport_geometry.saes.train import activation_chunks
 
 import pytest
 import torch
@@ -105,7 +108,7 @@ def hub(tmp_path_factory):
         ("lens-bos", {"prepend_bos": True, "context_size": 48}),
         ("lens-strange", {"turned_round": 2}),
     ):
-        sae_files.write_saelens(
+        write_saelens(
             folder / f"models/org/{name}",
             sae,
             {"model": "pythia-70m", "layer": 3, "ctx": 128, "data": "the Pile"},
@@ -114,7 +117,7 @@ def hub(tmp_path_factory):
         config = json.loads(path.read_text())
         config["metadata"] |= settings
         path.write_text(json.dumps(config))
-    sae_files.write_saelens(
+    write_saelens(
         folder / "models/org/one-late",
         saes[2],
         {"model": "pythia-70m", "layer": 4, "ctx": 128, "data": "the Pile"},
@@ -470,7 +473,7 @@ def test_the_two_commands_of_formats(hub, tmp_path):
     assert "both/layers.3" in of_both and "both/model" not in of_both
     save_sae(
         tmp_path / "mine",
-        sae_files.fused(sae_files.read(sae_files.find(str(hub.folder / f"models/{SAES}/layers.3"))[0])),
+        fused(sae_files.read(sae_files.find(str(hub.folder / f"models/{SAES}/layers.3"))[0])),
         {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"},
     )
     assert "load_from_disk" in run("export", "mine", "there").stdout

@@ -12,8 +12,9 @@ from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import read_table
+from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import save_sae
-from transport_geometry.saes.train import Statistics, Training, activation_chunks
+from transport_geometry.saes.train import activation_chunks
 
 import pytest
 import torch

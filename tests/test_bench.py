@@ -9,7 +9,7 @@ import sys
 import zipfile
 
 import zygote
-from helpers import ROOT, process, script
+from helpers import ROOT, script
 from transport_geometry.records import compare_runs
 from transport_geometry.records.tables import read_table
 
@@ -96,29 +96,6 @@ def test_bench_evaluate():
     assert len(worst) == 16 and max(map(float, worst.values())) < 1e-4, worst
 
 
-# ----------------------------------------------------------------------------------------------- SAEs trained
-def test_trunk():
-    ((row,),) = tables(bench("trunk", *"2k,4k --k 4 --seeds 2 --held 2".split()))
-    assert row["k"] == "4" and row["tokens"] == "4k"
-    branch, alone, difference = (float(row[name]) for name in ("R2 branch", "R2 alone", "difference"))
-    assert 0 < branch < 1 and 0 < alone < 1 and abs(branch - alone - difference) < 2e-3
-    assert float(row["its SE"]) > 0 and 0 < float(row["alive alone"]) <= 1
-
-
-def test_budgets(tmp_path):
-    path = tmp_path / "budgets.csv"
-    grid = ["--k", "4", "--seeds", "2", "--text", "4k", "--held", "2", "--table", path]
-    report = bench("budgets", "--tokens", "1k,2k", *grid)
-    rows = read_table(path)
-    assert [(row["tokens"], row["seed"]) for row in rows] == [(1000, 0), (1000, 1), (2000, 0), (2000, 1)]
-    assert all(0 < row["r2"] < 1 and 0 < row["alive"] <= 1 for row in rows)
-    r2 = tables(report)[0]
-    assert r2[0]["2k"].startswith(f"{(rows[2]['r2'] + rows[3]['r2']) / 2:.3f}"[:4])
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    before = path.read_bytes()
-    assert bench("budgets", "--tokens", "1k,2k", *grid) == report and path.read_bytes() == before
-
-
 @pytest.mark.slow
 def test_coverage(tmp_path):
     cache = tmp_path / "cache"
@@ -133,16 +110,6 @@ def test_coverage(tmp_path):
         assert all(list(row) == ["", *ways] for row in found)
         assert {row[way] for row in found for way in ways} <= {"0.0%", "50.0%", "100.0%"}
     assert len(both) == 2
-
-
-@pytest.mark.slow
-def test_pythia_row():
-    small = "--small --tokens 2k --k 4 --eval-seqs 4 --ctx 32".split()
-    said = process("bench/pythia_row.py", *small).stdout
-    assert "hub: EleutherAI/pythia-70m 32 x 2, 500 entries" in said
-    seconds = dict(re.findall(r"^(\S.*?) +([\d.]+) s +[\d.]+%$", said, re.MULTILINE))
-    assert {"loading", "training", "evaluation", "evaluation: language model"} <= seconds.keys()
-    assert re.search(r"^training: 1792 SAE-tokens, ", said, re.MULTILINE)  # 7 steps of 256
 
 
 # -------------------------------------------------------------------------------------------- numbers of runs

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from test_rows import Letters
+from test_data import Letters, write_rows
 
 CPU = torch.device("cpu")
 
@@ -45,11 +45,6 @@ def test_what_stands_before_a_text_is_seen_in_an_encoding(template, token):
     assert bos_of(words(template)) == token
 
 
-def test_the_embedded_models_put_none():
-    for name in loading.EMBEDDED:
-        assert bos_of(load_model(name, CPU)[1]) is None
-
-
 # ------------------------------------------------------------------------------------------------------- rows
 @pytest.mark.parametrize("bos", [None, 7])
 def test_rows_are_cut_one_after_another(bos):
@@ -67,24 +62,25 @@ def test_rows_are_cut_one_after_another(bos):
         assert again + rest == ids
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 TEXTS = [f"text number {i} of them " * (3 + i % 5) for i in range(300)]
 
 
-def test_training_rows_begin_with_it_too(tmp_path):
-    data = write(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
+def test_every_row_begins_with_it(tmp_path):
+    data = write_rows(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
     plain = torch.cat(list(text.packed_rows(data, "train", Letters(), 9)))
     rows = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=50)))
     assert rows.shape[1] == 10 and (rows[:, 0] == 50).all() and (rows[:, 1:] != 50).all()
     assert torch.equal(rows[:, 1:].flatten(), plain)
     batch = next(text.train_rows(data, Letters(), 10, 4, bos=50))
     assert torch.equal(batch, rows[:4])
+    plain_held, held = (
+        text.heldout_rows(data, Letters(), 9, 20),
+        text.heldout_rows(data, Letters(), 10, 20, bos=50),
+    )
+    assert (held.input_ids[:, 0] == 50).all() and torch.equal(held.input_ids[:, 1:], plain_held.input_ids)
+    assert held.sha256 == plain_held.sha256 and (held.document == plain_held.document).all()
     spread = text.spread_rows(data, Letters(), 10, 6, bos=50)
-    assert sorted(spread.tolist()) == sorted(rows[: 6 * text.SPREAD : text.SPREAD].tolist())
+    assert sorted(spread.tolist()) == sorted(rows[: 6 * text.ROW_STRIDE : text.ROW_STRIDE].tolist())
 
 
 def test_rows_that_are_kept_are_kept_apart(monkeypatch):
@@ -100,15 +96,11 @@ def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
     """As SAELens writes them: every row of 10 begins with it."""
     rng = random.Random(1)
     rows = [[30, *rng.choices(range(1, 30), k=9)] for _ in range(400)]
-    data = write(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
-
-    class Known(Letters):
-        def __len__(self):
-            return 41
+    data = write_rows(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
 
     assert text.tokenised(data, "train")
-    packed = torch.stack(list(text.packed_rows(data, "train", Known(), 10, bos=30)))
-    held = text.heldout_rows(data, Known(), 10, 12, bos=30).input_ids
+    packed = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=30)))
+    held = text.heldout_rows(data, Letters(), 10, 12, bos=30).input_ids
     for found in (packed, held):
         assert (found[:, 0] == 30).all() and (found[:, 1] != 30).all()
     assert set(map(tuple, packed.tolist())) <= set(map(tuple, rows))  # each its own row again
@@ -157,7 +149,9 @@ def test_an_embedded_model_is_as_it_was():
 
 def test_rows_of_ids_stay_as_they_are_unless_asked_for(begun, tmp_path):
     rng = random.Random(2)
-    data = write(tmp_path / "ids.jsonl", [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)])
+    data = write_rows(
+        tmp_path / "ids.jsonl", [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)]
+    )
     for bos, token in (("auto", None), ("no", None), ("yes", 1)):
         _, eval_set, spec = planned(begun, bos, data)
         assert eval_set.bos == spec.bos == token

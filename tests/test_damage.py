@@ -2,6 +2,7 @@
 one line.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from helpers import ROOT, contents, one_line, script
 from transport_geometry.errors import Damaged
 from transport_geometry.records import store
 from transport_geometry.records.results import load_results
-from transport_geometry.records.store import LOCK, unused
+from transport_geometry.records.store import LOCK
 from transport_geometry.records.tables import as_npz, read_npz
 
 import pytest
@@ -66,6 +67,10 @@ def other_k(path: pathlib.Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"k": 1}))
 
 
+def half_of(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def to_folder(path: pathlib.Path) -> None:
     path.unlink()
     path.mkdir()
@@ -75,7 +80,7 @@ def to_folder(path: pathlib.Path) -> None:
     "name, harm",
     [
         ("sae.safetensors", weight),
-        ("sae.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+        ("sae.safetensors", half_of),
         ("cfg.json", other_k),
         ("cfg.json", pathlib.Path.unlink),
         ("provenance.json", lambda path: flip(path, 0.5)),
@@ -136,11 +141,23 @@ class Code:
         return exec, (f"open({self.path!r}, 'w')",)
 
 
-@pytest.mark.parametrize("name", ["conditions.csv", "sequences.npz", "tokens.npz", "run.json"])
+def edit(path: pathlib.Path) -> None:
+    """One number of one SAE."""
+    row = next(line for line in path.read_text().splitlines() if ",base," in line)
+    path.write_text(path.read_text().replace(row.split(",")[11], "0.99"))
+
+
 @pytest.mark.parametrize(
-    "harm", [lambda path: flip(path, 0.7), lambda path: path.write_bytes(path.read_bytes()[:-200]), to_folder]
+    "name, harm",
+    [
+        *itertools.product(
+            ["conditions.csv", "sequences.npz", "tokens.npz", "run.json"],
+            [lambda path: flip(path, 0.7), half_of, to_folder],
+        ),
+        ("conditions.csv", edit),
+    ],
 )
-def test_damaged_results_are_one_line(whole, tmp_path, name, harm):
+def test_damaged_or_edited_results_are_one_line(whole, tmp_path, name, harm):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "out" / name
     harm(path)
@@ -150,19 +167,7 @@ def test_damaged_results_are_one_line(whole, tmp_path, name, harm):
     assert contents(tmp_path) == before
 
 
-def test_an_edited_number_is_no_result(whole, tmp_path):
-    """--from believed it, and wrote a hash over the one that would have told."""
-    shutil.copytree(whole / "out", tmp_path / "out")
-    table = (tmp_path / "out/conditions.csv").read_text()
-    row = next(line for line in table.splitlines() if ",base," in line)
-    (tmp_path / "out/conditions.csv").write_text(table.replace(row.split(",")[11], "0.99"))
-    assert (
-        "conditions.csv: not as it was written" in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
-    )
-
-
 def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
-    """Its hash was put in, and never asked for again."""
     shutil.copytree(whole / "out", tmp_path / "out")
     verdict = tmp_path / "out/verdict.json"
     verdict.write_text(re.sub(r'("rows_sha256": ")[0-9a-f]{64}', r"\g<1>" + "0" * 64, verdict.read_text()))
@@ -187,7 +192,6 @@ def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
 
 
 def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
-    """Two kills between writing the one and the other paired rows with another SAE's sums."""
     shutil.copytree(whole / "out", tmp_path / "out")
     sums = read_npz(tmp_path / "out/sequences.npz")
     store.put(
@@ -229,7 +233,7 @@ def test_a_cache_that_is_only_read_serves_what_it_has(whole, tmp_path):
 
 GONE = """
 import shutil, sys
-from transport_geometry import run
+from transport_geometry.running import run
 load_sae = run.load_sae  # to evaluate it: trained it is, or was
 def vanish(*a):
     shutil.rmtree(sys.argv[sys.argv.index("--cache") + 1], ignore_errors=True)
@@ -263,13 +267,3 @@ def test_a_locale_without_our_letters(whole, tmp_path):
     before, after = contents(whole / "out"), contents(tmp_path / "out")
     drawn = {name for name in before if name.endswith((".png", ".html"))}  # here, and not there: see `expb`
     assert {name for name in before if after[name] != before[name]} == drawn and after.keys() == before.keys()
-
-
-def test_names_that_nothing_has(tmp_path):
-    assert unused(tmp_path / "a.csv", "kept").name == "a.kept.csv"
-    (tmp_path / "a.kept.csv").symlink_to("nowhere")
-    (tmp_path / "b.c").mkdir()
-    assert (
-        unused(tmp_path / "a.csv", "kept").name == "a.kept-2.csv"
-        and unused(tmp_path / "b.c", "kept").name == "b.c.kept"
-    )

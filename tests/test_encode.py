@@ -67,34 +67,15 @@ def near_ties(h, W, b):
     W *= 1 + 1e-7 * draw(len(W), 1, seed=3)
 
 
-def denormal_tokens(h, W, b):
-    h *= 1e-40
-    b *= 0
-
-
-def denormal_latents(h, W, b):
-    W *= 1e-42
-    b *= 1e-40
-
-
-def products_that_vanish(h, W, b):
-    h *= 1e-30
-    W *= 1e-12
-    b *= 0
-
-
-def huge_norms(h, W, b):
-    h *= 1e18
-    W *= 1e18
-
-
-def overflow(h, W, b):
-    h *= 1e30
-    W *= 1e15
-
-
-def huge_bias(h, W, b):
-    b *= 1e38
+SCALES = {  # of h, W, b
+    "denormal tokens": (1e-40, 1, 0),
+    "denormal latents": (1, 1e-42, 1e-40),
+    "products that vanish": (1e-30, 1e-12, 0),
+    "huge norms": (1e18, 1e18, 1),
+    "overflow": (1e30, 1e15, 1),
+    "huge bias": (1, 1, 1e38),
+    "all zero": (0, 1, 0),
+}
 
 
 def not_finite(h, W, b):
@@ -105,27 +86,25 @@ def not_finite(h, W, b):
     b[8], b[9], b[10:30] = float("nan"), float("inf"), float("-inf")
 
 
-def all_zero(h, W, b):
-    h *= 0
-    b *= 0
-
-
 def all_negative(h, W, b):
     h.abs_()
     W.abs_().neg_()
     b *= 0
 
 
-MISLEADING = (
-    *(outlier_dimensions, one_heavy_token, equal_latents, near_ties, denormal_tokens, denormal_latents),
-    *(products_that_vanish, huge_norms, overflow, huge_bias, not_finite, all_zero, all_negative),
+MISLEADING = (outlier_dimensions, one_heavy_token, equal_latents, near_ties, not_finite, all_negative)
+
+
+@pytest.mark.parametrize(
+    "change", [*MISLEADING, *SCALES], ids=lambda change: getattr(change, "__name__", change)
 )
-
-
-@pytest.mark.parametrize("change", MISLEADING, ids=lambda change: change.__name__)
 def test_every_screen_gives_what_none_gives(change):
     h, W, b = problem()
-    change(h, W, b)
+    if change in SCALES:
+        for x, scale in zip((h, W, b), SCALES[change]):
+            x *= scale
+    else:
+        change(h, W, b)
     values, indices = assert_same(h, W, b, 24)
     if values.isfinite().all():  # and that is the definition, within the rounding of a sum of d products
         want = by_definition(h, W, b, 24)[0].sort(1).values

@@ -16,7 +16,7 @@ from transport_geometry.measuring.evaluate import (
     keeping_clean_runs,
 )
 from transport_geometry.models import lm, text
-from transport_geometry.models.lm import Hook, keeping_heads, log_softmax
+from transport_geometry.models.lm import Hook, keeping_heads
 from transport_geometry.models.loading import load_model
 from transport_geometry.progress import Progress
 from transport_geometry.saes.sae import tied_init
@@ -94,14 +94,6 @@ def test_another_text_or_other_labels_are_another_run(model, long_rows):
             _, gradients = clean_run(hook, rows, h, u)
             truth = hook.clean_pass(rows, h, u)[1]
             assert all(torch.equal(a, b) for a, b in zip(gradients, truth, strict=True))
-
-
-def test_another_model_is_another_run(model, long_rows):
-    other = tiny_model(d=32, layers=4, vocab=301, seed=1, dtype=torch.float32)
-    alone = {one: Hook(one, 2).head(long_rows) for one in (model, other)}
-    with keeping_heads(Hook(one, layer) for one in (model, other) for layer in (1, 2)):
-        for one in (model, other, model):
-            assert torch.equal(Hook(one, 2).head(long_rows), alone[one])
 
 
 def test_the_heads_of_a_model_are_one_forward(model, long_rows):
@@ -196,12 +188,6 @@ def test_evaluation_holds_a_tile_of_the_vocabulary():
     tile, whole = 128 * 20_000, 12 * 63 * 20_000
     assert most() <= 2 * tile < whole / 2
     assert most(lambda patch: {"x": patch.log_q[..., 0]}) == whole
-
-
-def test_log_softmax_in_its_own_place():
-    z = torch.randn(7, 20_011, generator=torch.Generator().manual_seed(9))
-    truth = log_softmax(z)
-    assert torch.equal(log_softmax(z, z), truth) and torch.equal(z, truth)
 
 
 # ------------------------------------------------------------------------------------------------- progress

@@ -16,7 +16,7 @@ from transport_geometry.reporting import delta_report
 from transport_geometry.reporting.delta_report import PAIRED
 from transport_geometry.reporting.figures import close
 from transport_geometry.statistics import deltas, stats
-from transport_geometry.statistics.hook_pair import Conditions, Pair, mean_over, mismatch
+from transport_geometry.statistics.hook_pair import Conditions, ModelPair, mean_over, mismatch
 
 import numpy as np
 import pytest
@@ -127,7 +127,7 @@ def test_r2_defl1_decides_nothing():
     assert "r2_defl1" in found["gamma_controls"] and found["control"] != "r2_defl1"
 
 
-def pairs(n: int, **how: Any) -> Iterator[tuple[Pair, list[dict]]]:
+def pairs(n: int, **how: Any) -> Iterator[tuple[ModelPair, list[dict]]]:
     """With the tree's table at B*: for what needs a part of the tree only."""
     rng = np.random.default_rng(0)
     for _ in range(n):

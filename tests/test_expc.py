@@ -9,7 +9,7 @@ from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
 from transport_geometry.reporting.words import KL_MARGIN
 from transport_geometry.saes.sae import tied_init
-from transport_geometry.statistics import stats
+from transport_geometry.statistics import hook_tests, stats
 from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
@@ -193,8 +193,8 @@ def conditions(rng, own: float, layers: int = 6, models: int = 3, ks=(4, 12, 32)
 @pytest.fixture
 def few_patterns(monkeypatch):
     """Above 14 hooks, 401 random patterns rather than 10,000, others for every data set."""
-    whole, seeds = stats.sign_patterns, iter(range(10**6))
-    monkeypatch.setattr(stats, "sign_patterns", lambda G: whole(G, 401, next(seeds)))
+    whole, seeds = hook_tests.sign_patterns, iter(range(10**6))
+    monkeypatch.setattr(hook_tests, "sign_patterns", lambda G: whole(G, 401, next(seeds)))
 
 
 def test_added_value_enumerates_64_patterns():

@@ -6,17 +6,18 @@ import csv
 import json
 import math
 import weakref
+from types import SimpleNamespace
 
 import expe_attention
 from helpers import contents, log_probs_64, one_line, script, tiny_model
 from transport_geometry.errors import UserError
-from transport_geometry.measuring import attention_plan
+from transport_geometry.measuring import attention_map, attention_plan
 from transport_geometry.measuring.attention_plan import check_readable, four_runs, plan_change
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import lm
 from transport_geometry.models.lm import Hook
-from transport_geometry.statistics import leaderboard
+from transport_geometry.statistics import over_hooks
 
 import numpy as np
 import pytest
@@ -120,17 +121,6 @@ def test_second_order_is_kl_for_small_changes(scores):
     assert off[1] < 2e-3 and 0.05 < off[1] / off[0] < 0.2
 
 
-def test_the_order_of_keys_says_nothing(scores):
-    s, s_hat = (x[..., -1:, :] for x in scores)  # a query that sees all keys
-    order = torch.tensor([0, *(1 + torch.randperm(T - 1, generator=torch.Generator().manual_seed(2)))])
-
-    def of(x, y):
-        return plan_change(x.softmax(-1), y.softmax(-1), x.log_softmax(-1), y.log_softmax(-1))
-
-    for name, v in of(s, s_hat).items():
-        close(of(s[..., order], s_hat[..., order])[name], v)
-
-
 def test_a_shift_of_all_keys_leaves_the_plan_and_moves_cost_and_potential():
     q, k, shift = draw(1, 1, T, 4, seed=3), draw(1, 1, T, 4, seed=4), draw(4, seed=5)
     s, shifted = (q @ keys.transpose(2, 3) / EPS for keys in (k, k + shift))
@@ -142,8 +132,6 @@ def test_a_shift_of_all_keys_leaves_the_plan_and_moves_cost_and_potential():
     cost, moved = ((plan(x)[0] * -EPS * x).sum(-1) for x in (s, shifted))
     close(moved - cost, -q @ shift)
     assert (q @ shift).abs().min() > 1e-2
-    names = {metric.name for metric in expe_attention.OWN} | set(expe_attention.QUANTITIES)
-    assert not [name for name in names if "cost" in name or "potential" in name]
 
 
 # ---------------------------------------------------------------- the four runs, on the model's own attention
@@ -275,7 +263,7 @@ def test_nothing_of_a_plans_size_outlives_its_block(monkeypatch):
     monkeypatch.setattr(attention_plan, "plan_change", watched)
     four_runs(hook, rows, h, h_hat, lambda block, found: kept.append(found))
     assert len(plans) >= 16 and not [ref for ref in plans if ref() is not None]
-    fields = [getattr(found, name) for found in kept for name in expe_attention.FIELDS]
+    fields = [getattr(found, name) for found in kept for name in attention_map.FIELDS]
     assert max(field.untyped_storage().nbytes() for field in fields) <= 2 * (2 * 2 * 12 * 8)  # of [B,H,T]
 
 
@@ -318,16 +306,6 @@ def test_columns_are_means_over_blocks_heads_and_queries():
     assert {name: values[name] for name in truth} == pytest.approx(
         {name: float(x) for name, x in truth.items()}, rel=1e-3
     )
-
-
-def test_the_last_block_is_undefined():
-    model = tiny_model(dtype=torch.float32)
-    rows = torch.randint(0, 41, (4, 12), generator=torch.Generator().manual_seed(5))
-    result = evaluate(Hook(model, 2), rows, {"x": lambda h, mean: 0.9 * h}, 4, terms=expe_attention.terms)[
-        "x"
-    ]
-    assert all(np.isnan(result.sums[name]).all() for name in expe_attention.QUANTITIES)
-    assert np.isfinite(result.sums["ce_recon"]).all()
 
 
 @pytest.mark.parametrize(
@@ -397,7 +375,7 @@ def test_the_last_block_stands_in_no_comparison(small):
     assert {"plan_kl", "plan_next", "kl", "r2", "cosine", "swd_tok", "nmse_tok"} <= ranked.keys()
     assert "undefined" not in ranked.values()
     verdict = json.loads((small / "verdict.json").read_text())
-    assert verdict["leaf"] == "undecided" and verdict["h2"]["leaf"] == "undecided"
+    assert verdict["leaf"] == "undecided" and verdict["n_clusters"] == 2
     report = (small / "report.md").read_text()
     assert "P: undecided." in report and "Left out" in report
 
@@ -433,31 +411,38 @@ def planted(models=("s", "l"), layers=(0, 1, 2, 3), ks=(4, 8)):
     return dict(model=model, layer=layer, k=k, depth=layer.astype(str), tokens=np.zeros(len(k)))
 
 
+N_RESAMPLES = 200
+
+
 def test_larger_minus_smaller_is_of_the_same_depth_and_k():
     meta = planted()
     y = 0.3 * (meta["model"] == "l") + 0.1 * meta["layer"] - 0.2 * meta["k"]
-    found = expe_attention.larger_minus_smaller(np.tile(y, (3, 1)), meta, ["s", "l"])
-    assert found.value == pytest.approx(0.3) and found.n == 4
-    assert found.lo == pytest.approx(0.3) and found.words("more", "less") == "more"
-    found = expe_attention.larger_minus_smaller(np.tile(-y, (3, 1)), meta, ["s", "l"])
-    assert found.words("more", "less") == "less"
+
+    def found(y, meta):
+        return over_hooks.larger_minus_smaller(np.tile(y, (3, 1)), meta, ["s", "l"], N_RESAMPLES)
+
+    more = found(y, meta)
+    assert more["value"] == pytest.approx(0.3) and more["lo"] == pytest.approx(0.3) and more["n"] == 4
+    assert over_hooks.side_of_zero(more, "more", "less") == "more"
+    assert over_hooks.side_of_zero(found(-y, meta), "more", "less") == "less"
     other = meta | {"k": meta["k"] + (meta["model"] == "l")}  # no k in common
-    assert np.isnan(expe_attention.larger_minus_smaller(np.tile(y, (3, 1)), other, ["s", "l"]).value)
+    assert np.isnan(found(y, other)["value"])
 
 
 def test_means_and_correlations_over_hooks():
     model, layer = np.repeat(["s", "m", "l"], 4), np.tile(np.arange(4), 3)
     hooks, rng = {"model": model, "layer": layer}, np.random.default_rng(0)
     v = 1 + 0.1 * rng.standard_normal(12)
-    found = expe_attention.mean_over_hooks(v[None], hooks)
-    assert found.value == pytest.approx(v.mean()) and found.lo < v.mean() < found.hi and found.lo > 0.8
+    found = over_hooks.mean_over_hooks(v[None], hooks, N_RESAMPLES)
+    assert found["value"] == pytest.approx(v.mean()) and 0.8 < found["lo"] < v.mean() < found["hi"]
     # within models PR and plan go apart, though the larger model has more of both
     x = layer + 0.1 * rng.standard_normal(12)
     y = -x + 10 * (model == "l") + 0.1 * rng.standard_normal(12)
-    of_pr = expe_attention.within_models(x + 10 * (model == "l"), y[None], hooks)
-    assert -1 <= of_pr.value < -0.9 and of_pr.words("less", "more") == "more"
+    of_pr = over_hooks.correlation_within_models(x + 10 * (model == "l"), y[None], hooks, N_RESAMPLES)
+    assert -1 <= of_pr["value"] < -0.9 and over_hooks.side_of_zero(of_pr, "less", "more") == "more"
     few = {name: column[:5] for name, column in hooks.items()}
-    assert expe_attention.mean_over_hooks(v[None, :5], few).words("a", "b") == "undecided"
+    found = over_hooks.mean_over_hooks(v[None, :5], few, N_RESAMPLES)
+    assert over_hooks.side_of_zero(found, "a", "b") == "undecided"
 
 
 def test_the_map_by_hand():
@@ -467,10 +452,13 @@ def test_the_map_by_hand():
         for block, kl in of.items()
         for head in (-0.5, 0.5)
     ] + [dict(model="s", layer=4, k=4, block=math.nan, head=math.nan, kl=math.nan)]
-    first, second = expe_attention.break_map(depth)
+    hooks = [dict(model="s", layer=layer, pr=9 - layer, pr_nosink=1) for layer in (1, 3, 4)]
+    rows = attention_map.by_block(depth, hooks)
+    first, second = rows
     assert first["kl"].tolist() == [8, 1, 3] and first["share"] == pytest.approx(8 / 12)
-    assert first["first_over_rest"] == pytest.approx(2)
+    assert first["first_over_rest"] == pytest.approx(2) and [row["pr"] for row in rows] == [8, 6]
     assert second["share"] == 1 and math.isnan(second["first_over_rest"])
+    assert not attention_map.is_lowest(first, rows) and attention_map.is_lowest(second, rows)
 
 
 def test_shares_are_ratios_of_a_hooks_sums():
@@ -480,13 +468,12 @@ def test_shares_are_ratios_of_a_hooks_sums():
         dce_frozen=np.array([[1.0, 0.5, 4.0, 2.0]]),
         dce_plan_only=np.array([[0.3, 0.0, 0.0, 8.0]]),
     )
-    mediated, plan_only = expe_attention.shares(values, meta)
-    assert mediated[0] == pytest.approx([0.5, 0.25]) and plan_only[0] == pytest.approx([0.1, 1.0])
+    rows, _ = expe_attention.shares(SimpleNamespace(values=values, meta=meta))
+    assert [row["mediated"] for row in rows] == pytest.approx([0.5, 0.25])
+    assert [row["plan_only"] for row in rows] == pytest.approx([0.1, 1.0])
 
 
 def test_the_rule():
-    def leaf(added: float, p: float) -> str:
-        return leaderboard.leaf_added(added, p, expe_attention.MIN_ADDED)
-
+    leaf = expe_attention.leaf_p
     assert leaf(0.2, 0.04) == "supported" and leaf(math.nan, 1) == "undecided"
     assert leaf(0.19, 0.01) == leaf(0.9, 0.05) == "rejected"

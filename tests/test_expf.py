@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from types import SimpleNamespace
 
 import expf_rate
 from helpers import ROOT, contents, one_line, script, tiny_model
@@ -10,6 +9,7 @@ from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import read_table
+from transport_geometry.statistics import rate_curves
 
 import numpy as np
 import pytest
@@ -51,10 +51,13 @@ def planted(of_r2: np.ndarray, of_ce: np.ndarray, seed: int = 0):
     factors = dict.fromkeys(expf_rate.NAMES, np.ones(depths)) | {"1-r2": of_r2, "1-ce_rec": of_ce}
     losses = {name: level * bits**-0.5 * np.where(large, of[depth], 1.0) for name, of in factors.items()}
     W = 3 + 20
-    meta = {"model": model, "depth": depth.astype(str), "k": k}
-    found = SimpleNamespace(meta=meta, values={"1-r2": np.tile(losses["1-r2"], (W, 1))})
-    lines = expf_rate.Curves(found, ["s", "l"], np.ones(len(k), bool), np.ones((W, len(k))))
-    code = expf_rate.Coded(
+    hooks = {
+        (m, str(i)): {n: (model == m) & (depth == i) & (k == n) for n in ks}
+        for m in "sl"
+        for i in range(depths)
+    }
+    lines = rate_curves.RateCurves(["s", "l"], hooks, np.ones((W, len(k))))
+    code = rate_curves.Coded(
         "0.5σ", np.tile(bits, (W, 1)), {name: np.tile(v, (W, 1)) for name, v in losses.items()}
     )
     return lines, code
@@ -62,7 +65,7 @@ def planted(of_r2: np.ndarray, of_ce: np.ndarray, seed: int = 0):
 
 def said(of_r2, of_ce) -> tuple[str, dict]:
     lines, code = planted(np.asarray(of_r2, float), np.asarray(of_ce, float))
-    of = expf_rate.geometries(expf_rate.ratio_rows(lines, [code]), "0.5σ")
+    of = expf_rate.by_geometry(expf_rate.ratio_rows(lines, [code]), "0.5σ")
     return expf_rate.leaf_f(of["1-r2"]["apart"]), of
 
 
@@ -109,14 +112,14 @@ def test_bits_star_says_what_lies_beyond_the_grid():
     """CE_rec .80, .88, .94 at 4, 12, 32: below, on and beyond the grid, and half-way between two points."""
     lines, code = planted(np.ones(1), np.ones(1))
     lost = np.tile([0.2, 0.12, 0.06], (23, 2))
-    code = dataclasses.replace(code, of=code.of | {"1-ce_rec": lost})
+    code = dataclasses.replace(code, losses=code.losses | {"1-ce_rec": lost})
     eight = dataclasses.replace(code, name="8 bits", bits=2 * code.bits)
-    rows = {row["CE_rec"]: row for row in expf_rate.reached(lines, [eight, code]) if row["model"] == "s"}
+    rows = {row["CE_rec"]: row for row in rate_curves.reached(lines, [eight, code]) if row["model"] == "s"}
     assert rows[0.85]["k*"] == "9.0 [9.0, 9.0]" and rows[0.85]["bits*"] == "93.0 [93.0, 93.0]"
     assert rows[0.85]["bits* at 8 bits"] == "186.0 [186.0, 186.0]"
     assert rows[0.95]["k*"] == "> 32 [> 32, > 32]" and rows[0.95]["bits*"] == "> 323 [> 323, > 323]"
-    all_above = dataclasses.replace(code, of=code.of | {"1-ce_rec": lost / 10})
-    low = expf_rate.reached(lines, [dataclasses.replace(all_above, name="8 bits"), all_above])[0]
+    all_above = dataclasses.replace(code, losses=code.losses | {"1-ce_rec": lost / 10})
+    low = rate_curves.reached(lines, [dataclasses.replace(all_above, name="8 bits"), all_above])[0]
     assert low["k*"].startswith("< 4") and low["bits*"].startswith("< 43")
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import t as student
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LAYER = 1
 
 
 def dense_truth(model) -> tuple:
     """(model, rows [2,6], h, delta, p, J [B,T-1,V,T,d]) in float64."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     rows = torch.randint(0, 17, (2, 6), generator=torch.Generator().manual_seed(3))
     h = Hook(model, LAYER).head(rows)
     delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
@@ -53,24 +53,16 @@ def dense(p, J, delta, which):
     return form.diagonal(dim1=1, dim2=2) if which == "same" else form.sum((1, 2))
 
 
-def test_sequence_form_is_the_dense_one(truth):
+def test_forms_are_the_dense_ones(truth):
     model, rows, h, delta, p, J = truth
-    torch.testing.assert_close(
-        fisher.sequence_form(Hook(model, LAYER), rows, h, delta, p),
-        dense(p, J, delta, "sequence"),
-        rtol=1e-10,
-        atol=1e-12,
-    )
-
-
-def test_same_form_is_the_dense_one(truth):
-    model, rows, h, delta, p, J = truth
-    same = fisher.same_form(Hook(model, LAYER), rows, h, delta, p)
-    torch.testing.assert_close(same, dense(p, J, delta, "same")[:, : same.shape[1]], rtol=1e-10, atol=1e-12)
+    hook = Hook(model, LAYER)
+    for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
+        found = form(hook, rows, h, delta, p)
+        torch.testing.assert_close(found, dense(p, J, delta, which)[:, :5], rtol=1e-10, atol=1e-12)
     assert model.config._attn_implementation == "sdpa"
     with attending(model, fisher.self_position_attention):  # values unchanged
-        inside = Hook(model, LAYER).tail(rows, h)
-    torch.testing.assert_close(inside, Hook(model, LAYER).tail(rows, h), rtol=1e-12, atol=1e-12)
+        inside = hook.tail(rows, h)
+    torch.testing.assert_close(inside, hook.tail(rows, h), rtol=1e-12, atol=1e-12)
 
 
 def test_the_blocks_differ(truth):
@@ -85,8 +77,6 @@ def test_the_blocks_differ(truth):
 
 
 def test_two_backward_passes_give_what_forward_mode_gives(truth):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     model, rows, h, delta, p, J = truth
 
     def f(x):
@@ -184,58 +174,32 @@ def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
     assert abs(token.sum((1, 2)).mean().item() - per_token) < 4 * token.sum((1, 2)).std().item() / big**0.5
 
 
-def other_families():
-    import transformers
-
-    torch.manual_seed(0)
-    common = dict(
-        vocab_size=17,
-        hidden_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=16,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    yield "llama", transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, num_key_value_heads=2))
-    yield "qwen2", transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, num_key_value_heads=2))
-    yield (
-        "gpt2",
-        transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=17,
-                n_embd=8,
-                n_layer=3,
-                n_head=4,
-                n_positions=32,
-                initializer_range=0.3,
-                resid_pdrop=0,
-                embd_pdrop=0,
-                attn_pdrop=0,
-            )
-        ),
-    )
-    yield (
-        "gemma2",
-        transformers.Gemma2ForCausalLM(
-            transformers.Gemma2Config(
-                **common,
-                num_key_value_heads=2,
-                head_dim=4,
-                sliding_window=3,
-                query_pre_attn_scalar=4,
-                final_logit_softcapping=2.0,
-                attn_logit_softcapping=None,
-            )
-        ),
-    )
+FAMILIES = {
+    "llama": dict(num_key_value_heads=2),
+    "qwen2": dict(num_key_value_heads=2),
+    "gpt2": dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "gemma2": dict(
+        num_key_value_heads=2,
+        head_dim=4,
+        sliding_window=3,
+        query_pre_attn_scalar=4,
+        final_logit_softcapping=2.0,
+        attn_logit_softcapping=None,
+    ),
+}
 
 
-@pytest.mark.parametrize("name, model", list(other_families()), ids=lambda x: x if isinstance(x, str) else "")
-def test_forms_on_other_families(name, model):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forms_on_other_families(family):
     """Grouped keys, tied and scaled embeddings, sliding windows, capped logits: against dense Jacobians."""
-    model, rows, h, delta, p, J = dense_truth(model.double().eval().requires_grad_(False))
-    exact = 1e-5 if name in ("llama", "qwen2", "gemma2") else 1e-10  # their norms compute in float32
+    sizes = dict(hidden_size=8, num_hidden_layers=3, num_attention_heads=4, intermediate_size=16)
+    common = dict(vocab_size=17, max_position_embeddings=32, initializer_range=0.3)
+    config = AutoConfig.for_model(family, **sizes, **common, **FAMILIES[family])
+    model, rows, h, delta, p, J = dense_truth(
+        AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False)
+    )
+    assert J.shape == (2, 5, 17, 6, 8)
+    exact = 1e-5 if family in ("llama", "qwen2", "gemma2") else 1e-10  # their norms compute in float32
     for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
         torch.testing.assert_close(
             form(Hook(model, LAYER), rows, h, delta, p),

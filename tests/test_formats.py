@@ -10,12 +10,15 @@ import zipfile
 
 from helpers import measured, tiny_model
 from transport_geometry.errors import UserError
-from transport_geometry.formats import sae_fields, sae_files
+from transport_geometry.formats import file_sae, gemma_scope, names, sae_fields, sae_files, saelens, weights
+from transport_geometry.formats.__main__ import listed
+from transport_geometry.formats.file_sae import FileSAE, fused
+from transport_geometry.formats.format import Declared
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.measuring.r2_by_library import definitions
 from transport_geometry.models.lm import Hook
-from transport_geometry.saes import external_saes
+from transport_geometry.saes import basis_gate, external_saes
 
 import numpy as np
 import pytest
@@ -32,38 +35,30 @@ def random(*shape, seed=0):
 H = random(N, D) @ random(D, D, seed=1) + 2  # an offset, so that biases and means matter
 W_ENC, W_DEC, B_ENC, B_DEC = random(D, F), random(F, D, seed=2), random(F, seed=3) / 2, random(D, seed=4) + 1
 THRESHOLD, R_MAG, B_MAG = random(F, seed=5).abs(), random(F, seed=6) / 3, random(F, seed=7)
+ZERO, W_SKIP = torch.zeros(D), random(D, D, seed=3)
+WHITE = {"mean": random(D, seed=8), "matrix": random(D, D, seed=9) + 4 * torch.eye(D)}
+WHITE["inverse_matrix"] = WHITE["matrix"].double().inverse().float().contiguous()
 
 
-# --------------------------------------------------------------------------- the truths, dense and in float64
-def top(z, k=K):
-    return z * (z >= z.topk(k, 1).values[:, -1:])
-
-
-def truth(x, code, b_in=B_DEC, b_dec=B_DEC, W_enc=W_ENC, W_dec=W_DEC, b_enc=B_ENC):
-    z = (x - b_in.double()) @ W_enc.double() + b_enc.double()
-    return code(z) @ W_dec.double() + b_dec.double()
-
-
-def gated(x):
-    u = (x - B_DEC.double()) @ W_ENC.double()
-    opened = u + B_ENC.double() > 0
-    return (opened * (u * R_MAG.double().exp() + B_MAG.double()).relu()) @ W_DEC.double() + B_DEC.double()
-
-
-def largest(z, k=K):
-    return z * (z.abs() >= z.abs().topk(k, 1).values[:, -1:])
-
-
-def layer_normed(f):
+# ------------------------------------------------- the truths: functions of x [N,D], dense and in float64
+def truth(code, b_in=B_DEC, b_enc=B_ENC):
     def of(x):
-        mean, sd = x.mean(1, keepdim=True), x.std(1, keepdim=True)
-        return f((x - mean) / (sd + 1e-5)) * sd + mean
+        z = (x - b_in.double()) @ W_ENC.double() + b_enc.double()
+        return code(z) @ W_DEC.double() + B_DEC.double()
 
     return of
 
 
+def top(z):
+    return z * (z >= z.topk(K, 1).values[:, -1:])
+
+
 def relu_top(z):
     return top(z).relu()
+
+
+def largest(z):
+    return z * (z.abs() >= z.abs().topk(K, 1).values[:, -1:])
 
 
 def jump(z):
@@ -74,139 +69,115 @@ def above(threshold):
     return lambda z: z * (z > threshold)
 
 
-def constant_norm(x):
-    scale = x.norm(dim=1, keepdim=True) / D**0.5
-    return truth(x / scale, relu_top) * scale
-
-
-def whitened(x):
-    mean, matrix, inverse = (WHITE[name].double() for name in ("mean", "matrix", "inverse_matrix"))
-    return rescaled((x - mean) @ matrix) @ inverse + mean
-
-
-def rescaled(x):
-    norm = W_DEC.double().norm(dim=1)
-    z = ((x - B_DEC.double()) @ W_ENC.double() + B_ENC.double()) * norm
-    return (top(z).relu() / norm) @ W_DEC.double() + B_DEC.double()
-
-
 def groupmax(z):
     groups = z.relu().unflatten(1, (K, F // K))
     return (groups * (groups == groups.max(2, keepdim=True).values)).flatten(1)
 
 
-WHITE = {"mean": random(D, seed=8), "matrix": random(D, D, seed=9) + 4 * torch.eye(D)}
-WHITE["inverse_matrix"] = WHITE["matrix"].double().inverse().float().contiguous()
+def gated(x):
+    u = (x - B_DEC.double()) @ W_ENC.double()
+    opened = u + B_ENC.double() > 0
+    return (opened * (u * R_MAG.double().exp() + B_MAG.double()).relu()) @ W_DEC.double() + B_DEC.double()
+
+
+def layer_normed(f):
+    def of(x):
+        mean, sd = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+        return f((x - mean) / (sd + 1e-5)) * sd + mean
+
+    return of
+
+
+def constant_norm(x):
+    scale = x.norm(dim=1, keepdim=True) / D**0.5
+    return TOPK(x / scale) * scale
+
+
+def scaled(f, factor):
+    return lambda x: f(factor * x) / factor
+
+
+def by_decoder_norm(x):
+    norm = W_DEC.double().norm(dim=1)
+    z = ((x - B_DEC.double()) @ W_ENC.double() + B_ENC.double()) * norm
+    return (top(z).relu() / norm) @ W_DEC.double() + B_DEC.double()
+
+
+def whitened(x):
+    mean, matrix, inverse = (WHITE[name].double() for name in ("mean", "matrix", "inverse_matrix"))
+    return by_decoder_norm((x - mean) @ matrix) @ inverse + mean
+
+
+TOPK, RELU = truth(relu_top), truth(torch.relu)
 
 
 # -------------------------------------------------------------------------- files as the libraries write them
-def saelens(folder, architecture="topk", tensors=None, beside=(), **config):
-    tensors = tensors or {"W_enc": W_ENC, "W_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC}
-    folder.mkdir(parents=True)
-    meta = {
-        "sae_lens_version": "6.54.12",
-        "hook_name": "blocks.1.hook_resid_post",
-        "model_name": "m",
-        "prepend_bos": True,
-        "context_size": 32,
-        "l0": 4.5,
-        "num_dead_features": 0,
-    }
-    config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": K, "metadata": meta, **config}
-    (folder / "cfg.json").write_text(json.dumps({key: v for key, v in config.items() if v is not None}))
-    save_file(tensors, folder / "sae_weights.safetensors")
+LENS = {"W_enc": W_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
+JUMP = {**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}
+ONE_FOR_ALL = {**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()}
+GATED_LENS = {**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}
+LINEAR = {"encoder.weight": W_ENC.t().contiguous(), "encoder.bias": B_ENC}
+PLAIN = {**LINEAR, "decoder.weight": W_DEC.t().contiguous()}
+BATCH = {**PLAIN, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(1.5)}
+GATED = {name: PLAIN[name] for name in ("encoder.weight", "decoder.weight")}
+GATED |= {"decoder_bias": B_DEC, "r_mag": R_MAG, "gate_bias": B_ENC, "mag_bias": B_MAG}
+MATRYOSHKA = {**JUMP, "threshold": torch.tensor(1.5), "k": torch.tensor(K)}
+META = dict(sae_lens_version="6.54.12", hook_name="blocks.1.hook_resid_post", model_name="m")
+META |= dict(prepend_bos=True, context_size=32, l0=4.5, num_dead_features=0)
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_lens(folder, architecture="topk", tensors=None, beside=(), **config):
+    config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": K, "metadata": META, **config}
+    write_json(folder / "cfg.json", {key: value for key, value in config.items() if value is not None})
+    save_file(tensors or {**LENS, "b_enc": B_ENC}, folder / "sae_weights.safetensors")
     for name, content in dict(beside).items():
         if name.endswith("safetensors"):
             save_file(content, folder / name)
         else:
-            (folder / name).write_text(json.dumps(content))
+            write_json(folder / name, content)
     return folder
 
 
-def sparsify(folder, W_skip=None, **config):
-    folder.mkdir(parents=True)
+def write_sparsify(folder, W_skip=None, **config):
     default = {"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": K, "d_in": D}
-    (folder / "cfg.json").write_text(json.dumps({**default, "transcode": False, **config}))
-    tensors = {
-        "encoder.weight": W_ENC.t().contiguous(),
-        "encoder.bias": B_ENC,
-        "W_dec": W_DEC,
-        "b_dec": B_DEC,
-    }
-    if W_skip is not None:
-        tensors["W_skip"] = W_skip
-    save_file(tensors, folder / "sae.safetensors")
+    write_json(folder / "cfg.json", {**default, "transcode": False, **config})
+    skip = {} if W_skip is None else {"W_skip": W_skip}
+    save_file({**LINEAR, "W_dec": W_DEC, "b_dec": B_DEC, **skip}, folder / "sae.safetensors")
     return folder
 
 
-def dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", buffer=(), **trainer):
-    folder.mkdir(parents=True)
-    tensors = tensors or {
-        "encoder.weight": W_ENC.t().contiguous(),
-        "encoder.bias": B_ENC,
-        "decoder.weight": W_DEC.t().contiguous(),
-        "b_dec": B_DEC,
-        "k": torch.tensor(K, dtype=torch.int),
-        "threshold": torch.tensor(-1.0),
-    }
-    torch.save(tensors, folder / file)
-    if name:
-        said = {
-            "dict_class": name,
-            "lm_name": "org/m",
-            "layer": 1,
-            "submodule_name": "resid_post_layer_1",
-            "dict_size": F,
-            **trainer,
-        }
-        (folder / "config.json").write_text(
-            json.dumps({"trainer": said, "buffer": {"ctx_len": 32, **dict(buffer)}})
-        )
+def write_dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt", buffer=(), **trainer):
+    said = dict(dict_class=name, lm_name="org/m", layer=1, submodule_name="resid_post_layer_1", dict_size=F)
+    write_json(folder / "config.json", {"trainer": said | trainer, "buffer": {"ctx_len": 32, **dict(buffer)}})
+    if not name:
+        (folder / "config.json").unlink()
+    torch.save(tensors or {**BATCH, "threshold": torch.tensor(-1.0)}, folder / file)
     return folder
 
 
-PLAIN = {
-    "encoder.weight": W_ENC.t().contiguous(),
-    "encoder.bias": B_ENC,
-    "decoder.weight": W_DEC.t().contiguous(),
-}
-LENS = {"W_enc": W_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
-BATCH = {**PLAIN, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(1.5)}
-
-
-def openai(folder, wrapped="", **state):
-    (folder / "resid_post_mlp/autoencoders").mkdir(parents=True)
-    state = {
-        "pre_bias": B_DEC,
-        "encoder.weight": W_ENC.t(),
-        "latent_bias": B_ENC,
-        "decoder.weight": W_DEC.t(),
-        "stats_last_nonzero": torch.zeros(F),
-        **state,
-    }
-    torch.save(
-        {wrapped + name: value for name, value in state.items()},
-        folder / "resid_post_mlp/autoencoders/1.pt",
-    )
+def write_openai(folder, wrapped="", **state):
+    at = folder / "resid_post_mlp/autoencoders"
+    at.mkdir(parents=True)
+    own = {"pre_bias": B_DEC, "encoder.weight": W_ENC.t(), "latent_bias": B_ENC, "decoder.weight": W_DEC.t()}
+    state = {**own, "stats_last_nonzero": torch.zeros(F), **state}
+    torch.save({wrapped + name: value for name, value in state.items()}, at / "1.pt")
     return folder
 
 
-def mlsae(folder, **config):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"n_inputs": D, "n_latents": F, "k": K, **config}))
-    save_file(
-        {
-            "encoder.weight": W_ENC.t().contiguous(),
-            "decoder.weight": W_DEC.t().contiguous(),
-            "pre_encoder_bias": B_DEC,
-            "last_nonzero": torch.zeros(F),
-        },
-        folder / "model.safetensors",
-    )
+def write_mlsae(folder, **config):
+    write_json(folder / "config.json", {"n_inputs": D, "n_latents": F, "k": K, **config})
+    tensors = {name: PLAIN[name] for name in ("encoder.weight", "decoder.weight")}
+    tensors |= {"pre_encoder_bias": B_DEC, "last_nonzero": torch.zeros(F)}
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 
-def gemma_scope(folder, **tensors):
+def write_gemma_scope(folder, **tensors):
     """Of the first: the path says all."""
     at = folder / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_71"
     at.mkdir(parents=True)
@@ -214,214 +185,97 @@ def gemma_scope(folder, **tensors):
     return folder
 
 
-def gemma_scope_2(folder, **config):
+def write_gemma_scope_2(folder, **config):
     at = folder / "gemma-scope-2-270m-pt/resid_post/layer_1_width_16k_l0_small"
-    at.mkdir(parents=True)
-    said = {
-        "hf_hook_point_in": "model.layers.1.output",
-        "hf_hook_point_out": "model.layers.1.output",
-        "width": F,
-        "model_name": "google/gemma-3-270m-pt",
-        "architecture": "jump_relu",
-        "l0": 10,
-        "affine_connection": False,
-        "type": "sae",
-    }
-    (at / "config.json").write_text(json.dumps({**said, **config}))
+    said = dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), "model.layers.1.output")
+    said |= dict(width=F, model_name="google/gemma-3-270m-pt", architecture="jump_relu", l0=10, type="sae")
+    write_json(at / "config.json", {**said, "affine_connection": False, **config})
     save_file({name.replace("W_", "w_"): tensor for name, tensor in JUMP.items()}, at / "params.safetensors")
     return folder
 
 
-V5 = dict(
-    architecture=None,
-    metadata=None,
-    k=None,
-    hook_point="blocks.1.hook_resid_post",
-    model_name="m",
-    sae_lens_version="3.20.0",
-)
+V5 = dict(architecture=None, metadata=None, k=None, hook_point="blocks.1.hook_resid_post", model_name="m")
+V5 |= dict(sae_lens_version="3.20.0")
 V5_TOPK = dict(**V5, activation_fn_str="topk", activation_fn_kwargs={"k": K})
-SCALED = dict(
-    normalize_activations="expected_average_only_in",
-    beside={"activation_scaler.json": {"scaling_factor": 0.3}},
-)
-WHITENED = dict(
-    normalize_activations="covariance_whitening",
-    rescale_acts_by_decoder_norm=True,
-    beside={
-        "activation_scaler.json": {"scaling_factor": None, "has_whitening": True},
-        "activation_whitening.safetensors": WHITE,
+BY_MODULE = {"sae_lens_version": "6.54.12", "hook_name": "gpt_neox.layers.1"}
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+SCALED = dict(normalize_activations="expected_average_only_in", beside={SCALER: {"scaling_factor": 0.3}})
+WHITENED = dict(normalize_activations="covariance_whitening", rescale_acts_by_decoder_norm=True)
+WHITENED |= dict(beside={SCALER: {"scaling_factor": None, "has_whitening": True}, WHITENING: WHITE})
+ONES = dict(tensors={**LENS, "b_enc": B_ENC, "scaling_factor": torch.ones(F)}, finetuning_scaling_factor=True)
+OF_INPUT = dict(submodule_name="resid_post_layer_2", layer=2, buffer={"io": "in"})
+OPENAI_TOPK = dict(activation="TopK", activation_state_dict={"k": K, "postact_fn": "ReLU"})
+WRAPPED = {f"module.{name}": tensor for name, tensor in BATCH.items()}
+MID_RUN = {"ae": BATCH, "step": 9, "norm_factor": 2.5}
+
+# what writes files of a format -> {case: (how, the truth)}
+BY_FORMAT = {
+    ("saelens", write_lens): {
+        "topk": ({}, TOPK),
+        "topk without b_dec at the input": (dict(apply_b_dec_to_input=False), truth(relu_top, b_in=ZERO)),
+        "topk by decoder norm": (dict(rescale_acts_by_decoder_norm=True), by_decoder_norm),
+        "topk, layer_norm": (dict(normalize_activations="layer_norm"), layer_normed(TOPK)),
+        "topk, constant norm": (dict(normalize_activations="constant_norm_rescale"), constant_norm),
+        "topk checkpoint, scaled": (SCALED, scaled(TOPK, 0.3)),
+        "topk checkpoint, whitened": (WHITENED, whitened),
+        "topk, scaling factor of ones": (ONES, TOPK),
+        "topk, hook by a module's name": (dict(metadata=BY_MODULE), TOPK),
+        "jumprelu": (dict(architecture="jumprelu", tensors=JUMP), truth(jump)),
+        "jumprelu, scaled": (dict(architecture="jumprelu", tensors=JUMP, **SCALED), scaled(truth(jump), 0.3)),
+        "batchtopk checkpoint": (dict(architecture="batchtopk", tensors=ONE_FOR_ALL), truth(above(2))),
+        "matryoshka checkpoint": (  # k is a mean over tokens
+            dict(architecture="matryoshka_batchtopk", k=2.5, matryoshka_widths=[10, F], tensors=ONE_FOR_ALL),
+            truth(above(2)),
+        ),
+        "abstopk": (dict(architecture="abstopk"), truth(largest)),
+        "standard": (dict(architecture="standard"), RELU),
+        "gated": (dict(architecture="gated", tensors=GATED_LENS), gated),
+        "5 topk": (dict(**V5_TOPK, normalize_activations=False), TOPK),
+        "5 topk, other name": (dict(**V5, activation_fn="topk", activation_fn_kwargs={"k": K}), TOPK),
+        "5 standard": (
+            dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False),
+            truth(torch.relu, b_in=ZERO),
+        ),
     },
-)
-JUMP = {**LENS, "b_enc": B_ENC, "threshold": THRESHOLD}
-GATED_LENS = {**LENS, "b_gate": B_ENC, "r_mag": R_MAG, "b_mag": B_MAG}
-GATED = {
-    "encoder.weight": PLAIN["encoder.weight"],
-    "decoder.weight": PLAIN["decoder.weight"],
-    "decoder_bias": B_DEC,
-    "r_mag": R_MAG,
-    "gate_bias": B_ENC,
-    "mag_bias": B_MAG,
+    ("sparsify", write_sparsify): {
+        "topk": ({}, TOPK),
+        "signed": (dict(signed=True), truth(largest)),
+        "groupmax": (dict(activation="groupmax"), truth(groupmax)),
+        "skip": (dict(skip_connection=True, W_skip=W_SKIP), lambda x: TOPK(x) + x @ W_SKIP.double().t()),
+    },
+    ("dictionary_learning", write_dictionary): {
+        "TopK": ({}, TOPK),
+        "TopK, early": (dict(tensors={**PLAIN, "b_dec": B_DEC}, k=K), TOPK),
+        "BatchTopK": (dict(name="BatchTopKSAE", tensors=BATCH), truth(above(1.5))),
+        "BatchTopK, wrapped": (dict(name="BatchTopKSAE", tensors=WRAPPED), truth(above(1.5))),
+        "BatchTopK mid-run": (dict(name="BatchTopKSAE", tensors=MID_RUN), scaled(truth(above(1.5)), 1 / 2.5)),
+        "standard": (dict(name="AutoEncoder", tensors={**PLAIN, "bias": B_DEC}), RELU),
+        "AutoEncoderNew": (
+            dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
+            truth(torch.relu, b_in=ZERO),
+        ),
+        "gated": (dict(name="GatedAutoEncoder", tensors=GATED), gated),
+        "JumpReLU": (dict(name="JumpReluAutoEncoder", tensors=JUMP), truth(jump, b_in=ZERO)),
+        "Matryoshka": (dict(name="MatryoshkaBatchTopKSAE", tensors=MATRYOSHKA), truth(above(1.5))),
+        "of the input": (OF_INPUT, TOPK),
+    },
+    ("openai", write_openai): {
+        "topk": (OPENAI_TOPK, layer_normed(TOPK)),
+        "relu": (dict(activation="ReLU", activation_state_dict={}), RELU),
+        "without a word on its activation": ({}, RELU),
+        "compiled": (dict(wrapped="_orig_mod.module."), RELU),
+    },
+    ("gemma_scope", write_gemma_scope): {"1": ({}, truth(jump, b_in=ZERO))},
+    ("gemma_scope", write_gemma_scope_2): {"2": ({}, truth(jump, b_in=ZERO))},
+    ("mlsae", write_mlsae): {
+        "": ({}, layer_normed(truth(relu_top, b_enc=torch.zeros(F)))),
+        "not standardised": (dict(standardize=False), truth(relu_top, b_enc=torch.zeros(F))),
+    },
 }
-MATRYOSHKA = {**LENS, "b_enc": B_ENC, "threshold": torch.tensor(1.5), "k": torch.tensor(K)}
-ZERO, W_SKIP = torch.zeros(D), random(D, D, seed=3)
-# name, which begins with the format's -> (what writes it, how, the truth)
 CASES = {
-    "saelens topk": (saelens, {}, lambda x: truth(x, relu_top)),
-    "saelens topk, no b_dec at the input": (
-        saelens,
-        dict(apply_b_dec_to_input=False),
-        lambda x: truth(x, relu_top, b_in=ZERO),
-    ),
-    "saelens topk, rescaled": (saelens, dict(rescale_acts_by_decoder_norm=True), rescaled),
-    "saelens topk, layer_norm": (
-        saelens,
-        dict(normalize_activations="layer_norm"),
-        layer_normed(lambda x: truth(x, relu_top)),
-    ),
-    "saelens topk, constant norm": (
-        saelens,
-        dict(normalize_activations="constant_norm_rescale"),
-        constant_norm,
-    ),
-    "saelens topk checkpoint, scaled": (saelens, SCALED, lambda x: truth(0.3 * x, relu_top) / 0.3),
-    "saelens topk checkpoint, whitened": (saelens, WHITENED, whitened),
-    "saelens jumprelu": (saelens, dict(architecture="jumprelu", tensors=JUMP), lambda x: truth(x, jump)),
-    "saelens jumprelu, scaled": (
-        saelens,
-        dict(architecture="jumprelu", tensors=JUMP, **SCALED),
-        lambda x: truth(0.3 * x, jump) / 0.3,
-    ),
-    "saelens batchtopk checkpoint": (
-        saelens,
-        dict(
-            architecture="batchtopk",
-            tensors={**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()},
-        ),
-        lambda x: truth(x, above(2)),
-    ),
-    "saelens matryoshka checkpoint": (
-        saelens,
-        dict(
-            architecture="matryoshka_batchtopk",
-            k=2.5,  # a mean over tokens
-            matryoshka_widths=[10, F],
-            tensors={**LENS, "b_enc": B_ENC, "topk_threshold": torch.tensor(2.0).double()},
-        ),
-        lambda x: truth(x, above(2)),
-    ),
-    "saelens abstopk": (saelens, dict(architecture="abstopk"), lambda x: truth(x, largest)),
-    "saelens topk, a scaling factor of ones": (
-        saelens,
-        dict(
-            tensors={**LENS, "b_enc": B_ENC, "scaling_factor": torch.ones(F)},
-            finetuning_scaling_factor=True,
-        ),
-        lambda x: truth(x, relu_top),
-    ),
-    "saelens topk, of a module's name": (
-        saelens,
-        dict(
-            metadata={
-                "sae_lens_version": "6.54.12",
-                "hook_name": "gpt_neox.layers.1",
-                "model_class_name": "AutoModelForCausalLM",
-            }
-        ),
-        lambda x: truth(x, relu_top),
-    ),
-    "saelens standard": (saelens, dict(architecture="standard"), lambda x: truth(x, torch.relu)),
-    "saelens gated": (saelens, dict(architecture="gated", tensors=GATED_LENS), gated),
-    "saelens 5 topk": (
-        saelens,
-        dict(**V5_TOPK, normalize_activations=False),
-        lambda x: truth(x, relu_top),
-    ),
-    "saelens 5 standard": (
-        saelens,
-        dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False),
-        lambda x: truth(x, torch.relu, b_in=ZERO),
-    ),
-    "saelens 5 topk by its other name": (
-        saelens,
-        dict(**V5, activation_fn="topk", activation_fn_kwargs={"k": K}),
-        lambda x: truth(x, relu_top),
-    ),
-    "sparsify": (sparsify, {}, lambda x: truth(x, relu_top)),
-    "sparsify signed": (sparsify, dict(signed=True), lambda x: truth(x, largest)),
-    "sparsify groupmax": (sparsify, dict(activation="groupmax"), lambda x: truth(x, groupmax)),
-    "sparsify skip": (
-        sparsify,
-        dict(skip_connection=True, W_skip=W_SKIP),
-        lambda x: truth(x, relu_top) + x @ W_SKIP.double().t(),
-    ),
-    "dictionary_learning TopK": (dictionary, {}, lambda x: truth(x, relu_top)),
-    "dictionary_learning TopK, early": (
-        dictionary,
-        dict(tensors={**PLAIN, "b_dec": B_DEC}, k=K),
-        lambda x: truth(x, relu_top),
-    ),
-    "dictionary_learning BatchTopK": (
-        dictionary,
-        dict(name="BatchTopKSAE", tensors=BATCH),
-        lambda x: truth(x, above(1.5)),
-    ),
-    "dictionary_learning standard": (
-        dictionary,
-        dict(name="AutoEncoder", tensors={**PLAIN, "bias": B_DEC}),
-        lambda x: truth(x, torch.relu),
-    ),
-    "dictionary_learning AutoEncoderNew": (
-        dictionary,
-        dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
-        lambda x: truth(x, torch.relu, b_in=ZERO),
-    ),
-    "dictionary_learning gated": (dictionary, dict(name="GatedAutoEncoder", tensors=GATED), gated),
-    "dictionary_learning JumpReLU": (
-        dictionary,
-        dict(name="JumpReluAutoEncoder", tensors=JUMP),
-        lambda x: truth(x, jump, b_in=ZERO),
-    ),
-    "dictionary_learning Matryoshka": (
-        dictionary,
-        dict(name="MatryoshkaBatchTopKSAE", tensors=MATRYOSHKA),
-        lambda x: truth(x, above(1.5)),
-    ),
-    "dictionary_learning mid-run, scaled": (
-        dictionary,
-        dict(name="BatchTopKSAE", tensors={"ae": BATCH, "step": 9, "norm_factor": 2.5}),
-        lambda x: truth(x / 2.5, above(1.5)) * 2.5,
-    ),
-    "openai topk": (
-        openai,
-        dict(activation="TopK", activation_state_dict={"k": K, "postact_fn": "ReLU"}),
-        layer_normed(lambda x: truth(x, relu_top)),
-    ),
-    "openai relu": (
-        openai,
-        dict(activation="ReLU", activation_state_dict={}),
-        lambda x: truth(x, torch.relu),
-    ),
-    "openai without a word on its activation": (openai, {}, lambda x: truth(x, torch.relu)),
-    "openai compiled": (openai, dict(wrapped="_orig_mod.module."), lambda x: truth(x, torch.relu)),
-    "dictionary_learning BatchTopK, wrapped": (
-        dictionary,
-        dict(name="BatchTopKSAE", tensors={f"module.{name}": tensor for name, tensor in BATCH.items()}),
-        lambda x: truth(x, above(1.5)),
-    ),
-    "dictionary_learning of the input": (
-        dictionary,
-        dict(submodule_name="resid_post_layer_2", layer=2, buffer={"io": "in"}),
-        lambda x: truth(x, relu_top),
-    ),
-    "gemma_scope": (gemma_scope, {}, lambda x: truth(x, jump, b_in=ZERO)),
-    "gemma_scope 2": (gemma_scope_2, {}, lambda x: truth(x, jump, b_in=ZERO)),
-    "mlsae": (mlsae, {}, layer_normed(lambda x: truth(x, relu_top, b_enc=torch.zeros(F)))),
-    "mlsae, not standardised": (
-        mlsae,
-        dict(standardize=False),
-        lambda x: truth(x, relu_top, b_enc=torch.zeros(F)),
-    ),
+    f"{name} {case}": (write, *how_and_truth)
+    for (name, write), cases in BY_FORMAT.items()
+    for case, how_and_truth in cases.items()
 }
 
 
@@ -434,6 +288,10 @@ def written(case, tmp_path):
 def the_file(folder):
     (file,) = sae_files.find(str(folder))
     return file
+
+
+def the_sae(folder, ignore=()):
+    return sae_files.read(the_file(folder), ignore)
 
 
 def declared(folder):
@@ -452,23 +310,25 @@ def test_a_format_is_its_formula(case, tmp_path):
     for row, index in zip(values, indices):  # a code names a latent once
         assert len(index[row != 0].unique()) == (row != 0).sum()
     of = sae_files.describe(file)
-    assert (of.format, of.site, of.layer) == (case.split()[0].rstrip(","), "resid_post", 1)
-    fused = sae_files.fused(sae)
-    if type(fused) is type(sae):
-        assert torch.equal(fused.reconstruct(H)[2], h_hat)
-    else:
-        assert (fused.reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
+    assert (of.format, of.site, of.layer) == (case.split()[0], "resid_post", 1)
+    # what the fused kernels compute is the same
+    assert (fused(sae).reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
+
+
+def test_every_format_has_its_cases():
+    assert {name for name, _ in BY_FORMAT} == set(sae_files.FORMATS) == set(STRANGER)
 
 
 def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
-    sae = sae_files.read(the_file(sparsify(tmp_path / "layers.1")))
+    sae = the_sae(write_sparsify(tmp_path / "layers.1"))
     sae.centred = True
     mean = H.double().mean(1, keepdim=True)
-    expected = truth(H.double() - mean, relu_top) + mean
+    expected = TOPK(H.double() - mean) + mean
     assert (sae.reconstruct(H)[2] - expected).norm() / expected.norm() < 1e-6
-    assert isinstance(sae_files.fused(sae), sae_files.FileSAE)
+    assert isinstance(fused(sae), FileSAE)
 
 
+# --------------------------------------------------------------------------------------- what the files say
 @pytest.mark.parametrize(
     "name, hook",
     [
@@ -478,14 +338,13 @@ def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
         ("blocks.3.hook_mlp_out", ("mlp_out", 3)),
         ("blocks.3.attn.hook_z", ("blocks.3.attn.hook_z", None)),
         ("gpt_neox.layers.3", ("resid_post", 3)),
-        ("model.layers.3", ("resid_post", 3)),
         ("transformer.h.11", ("resid_post", 11)),
         ("model.layers.3.mlp", ("mlp", 3)),
         ("", (None, None)),
     ],
 )
-def test_transformerlens_names(name, hook):
-    assert sae_files.hook_of_lens(name) == hook
+def test_hooks_by_transformerlens_names(name, hook):
+    assert names.hook_of_lens(name) == hook
 
 
 @pytest.mark.parametrize(
@@ -493,56 +352,55 @@ def test_transformerlens_names(name, hook):
     [
         ("EleutherAI/sae-pythia-70m-32k/layers.3", ("resid_post", 3)),
         ("org/x/layers.3/seed0", ("resid_post", 3)),
+        ("layers.5/run/layers.3", ("resid_post", 3)),
         ("org/x/layers.3.mlp", ("mlp", 3)),
         ("org/gpt2/h.11", ("resid_post", 11)),
         ("saes/resid_post_layer_4/trainer_7", ("resid_post", 4)),
         ("x/mlp_out_layer5", ("mlp_out", 5)),
+        ("x/resid_out_layer3/10_32768", ("resid_post", 3)),
         ("x/resid_pre_layer_4/trainer_0", ("resid_post", 3)),
         ("x/resid_pre_layer_0", ("resid_pre", 0)),
         ("x/blocks.4.hook_resid_pre", ("resid_post", 3)),
-        ("x/blocks.3.hook_resid_post", ("resid_post", 3)),
         ("org/multilayers.x/run12", (None, None)),
-        ("x/resid_out_layer3/10_32768", ("resid_post", 3)),
-        ("layers.5/run/layers.3", ("resid_post", 3)),
-        ("x/model.layers.3.mlp", ("mlp", 3)),
     ],
 )
-def test_hook_names_in_paths(path, hook):
-    assert sae_files.hook_of_path(path) == hook
-
-
-def test_what_files_declare_is_read(tmp_path):
-    assert declared(saelens(tmp_path / "a")) == sae_files.Declared(
-        "saelens", site="resid_post", layer=1, model="m", ctx=32, bos=True, basis="raw", width=F
-    )
-    left_out = {"exclude_special_tokens": True, "seqpos_slice": [1, None]}
-    some = saelens(tmp_path / "c", metadata={"sae_lens_version": "6.1", **left_out})
-    assert declared(some).unseen == tuple(left_out)
-    old = saelens(tmp_path / "b", **V5_TOPK, model_from_pretrained_kwargs={"center_writing_weights": True})
-    # version 5 puts a BOS in front unless it says otherwise
-    assert declared(old).basis == "centred" and declared(old).bos is True and declared(old).layer == 1
-    assert declared(sparsify(tmp_path / "layers.4.mlp")).site == "mlp"
-    assert declared(sparsify(tmp_path / "layers.5", transcode=True)).site == "transcoder"
-    assert declared(mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")).layer == 2
+def test_hooks_by_paths(path, hook):
+    assert names.hook_of_path(path) == hook
 
 
 @pytest.mark.parametrize(
-    "said, buffer, hook",
+    "name, layer, io, hook",
     [
-        (dict(submodule_name="resid_post_layer_4", layer=4), {"io": "out"}, ("resid_post", 4)),
-        (dict(submodule_name="resid_post_layer_4", layer=4), {"io": "in"}, ("resid_post", 3)),
-        (dict(submodule_name="resid_pre_layer_4", layer=4), {"io": "in"}, ("resid_post", 3)),
-        (dict(submodule_name=None, layer=4), {"io": "in"}, ("resid_post", 3)),
-        (dict(submodule_name="resid_post_layer_0", layer=0), {"io": "in"}, ("resid_pre", 0)),
-        (dict(submodule_name="mlp_out_layer4", layer=4), {"io": "in"}, ("input of mlp_out", 4)),
-        (dict(submodule_name="mlp_out", layer=4), {}, ("mlp_out", 4)),
-        (dict(submodule_name="resid_out", layer=4), {}, ("resid_post", 4)),
-        (dict(submodule_name="resid_pre", layer=4), {}, ("resid_post", 3)),
+        ("resid_post_layer_4", 4, "out", ("resid_post", 4)),
+        ("resid_post_layer_4", 4, "in", ("resid_post", 3)),
+        ("resid_pre_layer_4", 4, "in", ("resid_post", 3)),
+        (None, 4, "in", ("resid_post", 3)),
+        ("resid_post_layer_0", 0, "in", ("resid_pre", 0)),
+        ("mlp_out_layer4", 4, "in", ("input of mlp_out", 4)),
+        ("mlp_out", 4, None, ("mlp_out", 4)),
+        ("resid_out", 4, None, ("resid_post", 4)),
+        ("resid_pre", 4, None, ("resid_post", 3)),
     ],
 )
-def test_the_hook_of_a_submodule_and_its_side(said, buffer, hook, tmp_path):
-    of = declared(dictionary(tmp_path / "x", buffer=buffer, **said))
+def test_hooks_of_dictionary_learnings_submodules(name, layer, io, hook, tmp_path):
+    of = declared(write_dictionary(tmp_path / "x", buffer={"io": io}, submodule_name=name, layer=layer))
     assert (of.site, of.layer) == hook
+
+
+def test_what_saelens_and_sparsify_declare(tmp_path):
+    assert declared(write_lens(tmp_path / "a")) == Declared(
+        "saelens", site="resid_post", layer=1, model="m", ctx=32, bos=True, basis="raw", width=F
+    )
+    left_out = {"exclude_special_tokens": True, "seqpos_slice": [1, None]}
+    some = write_lens(tmp_path / "c", metadata={"sae_lens_version": "6.1", **left_out})
+    assert declared(some).unseen == tuple(left_out)
+    centred = {"center_writing_weights": True}
+    old = declared(write_lens(tmp_path / "b", **V5_TOPK, model_from_pretrained_kwargs=centred))
+    # version 5 puts a BOS in front unless it says otherwise
+    assert (old.basis, old.bos, old.layer) == ("centred", True, 1)
+    assert declared(write_sparsify(tmp_path / "layers.4.mlp")).site == "mlp"
+    assert declared(write_sparsify(tmp_path / "layers.5", transcode=True)).site == "transcoder"
+    assert declared(write_mlsae(tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-2")).layer == 2
 
 
 @pytest.mark.parametrize(
@@ -552,121 +410,121 @@ def test_the_hook_of_a_submodule_and_its_side(said, buffer, hook, tmp_path):
         ("gpt2-medium", "gpt2-medium"),
         ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
         ("gemma-2-2b", "google/gemma-2-2b"),
-        ("gemma-2b-it", "google/gemma-2b-it"),
         ("gpt-neo-125M", "EleutherAI/gpt-neo-125M"),
         ("Llama-2-7b-chat", "meta-llama/Llama-2-7b-chat-hf"),
         ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
         ("qwen2.5-0.5b-instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
-        ("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
         ("tiny-stories-33M", "roneneldan/TinyStories-33M"),
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
         ("stdlib-s", "stdlib-s"),
-        ("smollm2-135m", "smollm2-135m"),
-        ("gemma3-270m", "gemma3-270m"),
     ],
 )
 def test_names_of_models_become_the_hubs(name, on_hub):
-    assert sae_files.hub_name(name) == on_hub
+    assert names.hub_name(name) == on_hub
 
 
 @pytest.mark.parametrize(
-    "path, said",
+    "path, site, layer, model, width",
     [
-        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", ("resid_post", 20, "gemma-2-2b", 2**14)),
-        ("gemma-scope-9b-it-res/layer_9/width_131k/average_l0_9", ("resid_post", 9, "gemma-2-9b-it", 2**17)),
-        ("gemma-scope-2b-pt-res/layer_5/width_1m/average_l0_9", ("resid_post", 5, "gemma-2-2b", 2**20)),
-        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", ("embedding", None, "gemma-2-2b", 2**12)),
-        ("gemma-scope-2b-pt-att/layer_3/width_16k/average_l0_9", ("att", 3, "gemma-2-2b", 2**14)),
-        ("gemma-scope-2b-pt-mlp/layer_3/width_16k/average_l0_9", ("mlp", 3, "gemma-2-2b", 2**14)),
-        ("gemma-scope-2b-pt-transcoders/layer_3/width_16k/x", ("transcoder", 3, "gemma-2-2b", 2**14)),
+        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "resid_post", 20, "gemma-2-2b", 2**14),
+        ("gemma-scope-9b-it-res/layer_9/width_131k/average_l0_9", "resid_post", 9, "gemma-2-9b-it", 2**17),
+        ("gemma-scope-2b-pt-res/layer_5/width_1m/average_l0_9", "resid_post", 5, "gemma-2-2b", 2**20),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "embedding", None, "gemma-2-2b", 2**12),
+        ("gemma-scope-2b-pt-att/layer_3/width_16k/average_l0_9", "att", 3, "gemma-2-2b", 2**14),
+        ("gemma-scope-2b-pt-transcoders/layer_3/width_16k/x", "transcoder", 3, "gemma-2-2b", 2**14),
         (
             "gemma-scope-2-1b-it/resid_post_all/layer_3_width_16k_l0_big",
-            ("resid_post", 3, "gemma-3-1b-it", 2**14),
+            "resid_post",
+            3,
+            "gemma-3-1b-it",
+            2**14,
         ),
-        ("gemma-scope-2-270m-pt/mlp_out/layer_3_width_16k_l0_big", ("mlp_out", 3, "gemma-3-270m", 2**14)),
+        ("gemma-scope-2-270m-pt/mlp_out/layer_3_width_16k_l0_big", "mlp_out", 3, "gemma-3-270m", 2**14),
         (
-            "gemma-scope-2-1b-pt/transcoder_all/layer_3_width_16k_l0_big",
-            ("transcoder", 3, "gemma-3-1b-pt", 2**14),
+            "gemma-scope-2-1b-pt/transcoder_all/layer_3_width_16k_l0_x",
+            "transcoder",
+            3,
+            "gemma-3-1b-pt",
+            2**14,
         ),
     ],
 )
-def test_gemma_scopes_paths(path, said):
-    of = sae_files.gemma_scope_declares({}, f"google/{path}", {})
-    site, layer, model, width = said
+def test_gemma_scopes_paths(path, site, layer, model, width):
+    of = gemma_scope.declares({}, f"google/{path}", {})
     assert (of.site, of.layer, of.model, of.width) == (site, layer, f"google/{model}", width)
     assert (of.bos, of.ctx, of.unseen) == (True, 1024, ("BOS",))
 
 
-def test_gemma_scopes_configuration_says_the_hook(tmp_path):
-    for name, said, hook in (
-        ("a", {"hf_hook_point_in": "model.layers.3.output", "hf_hook_point_out": None}, ("resid_post", 3)),
-        ("b", {"type": "transcoder"}, ("transcoder", 1)),
-        ("c", {"hf_hook_point_out": "model.layers.1.post_feedforward_layernorm.output"}, ("transcoder", 1)),
-        (
-            "d",
-            dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), "model.layers.1.self_attn.o_proj.input"),
-            ("model.layers.1.self_attn.o_proj.input", 1),
-        ),
-    ):
-        of = declared(gemma_scope_2(tmp_path / name, **said))
-        assert (of.site, of.layer, of.model) == (*hook, "google/gemma-3-270m")
-    with pytest.raises(UserError, match="affine_connection"):
-        sae_files.read(the_file(gemma_scope_2(tmp_path / "e", affine_connection=True)))
+@pytest.mark.parametrize(
+    "into, out_of, kind, hook",
+    [
+        ("model.layers.3.output", None, "sae", ("resid_post", 3)),
+        ("model.layers.1.output", "model.layers.1.output", "transcoder", ("transcoder", 1)),
+        ("model.layers.1.output", "model.layers.1.mlp.output", "sae", ("transcoder", 1)),
+        (*["model.layers.1.self_attn.o_proj.input"] * 2, "sae", ("model.layers.1.self_attn.o_proj.input", 1)),
+    ],
+)
+def test_gemma_scopes_configuration_says_the_hook(into, out_of, kind, hook, tmp_path):
+    said = dict(hf_hook_point_in=into, hf_hook_point_out=out_of, type=kind)
+    of = declared(write_gemma_scope_2(tmp_path, **said))
+    assert (of.site, of.layer, of.model) == (*hook, "google/gemma-3-270m")
 
 
+# -------------------------------------------------------------------------------------- which SAEs are meant
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
-    for run in ("a", "b"):
-        dictionary(tmp_path / run / "resid_post_layer_1/trainer_0")
-    specs = [str(tmp_path / run / "resid_post_layer_1/trainer_0") for run in ("a", "b")]
+    labels = [f"{run}/resid_post_layer_1/trainer_0" for run in "ab"]
+    specs = [str(write_dictionary(tmp_path / label)) for label in labels]
     chosen, refused = external_saes.choose(specs, [("m", 1)])
-    assert not refused and [one.file.label for one in chosen] == [
-        "a/resid_post_layer_1/trainer_0",
-        "b/resid_post_layer_1/trainer_0",
-    ]
+    assert not refused and [one.file.label for one in chosen] == labels
     with pytest.raises(UserError, match="resid_post_layer_1/trainer_0 is named twice"):
         external_saes.choose([specs[0], specs[0] + "/ae.pt"], [("m", 1)])
 
 
-def test_what_reads_another_place_is_left_out_with_the_reason(tmp_path):
-    dictionary(tmp_path / "x", submodule_name="mlp_out")
+def test_the_files_say_the_hook_and_the_model(tmp_path):
+    write_dictionary(tmp_path / "x", submodule_name="mlp_out")
     with pytest.raises(UserError, match=r"mlp_out, not resid_post"):
         external_saes.choose([str(tmp_path / "x")], [("m", 1)])
-
-
-def test_a_model_is_found_by_its_name_in_transformerlens(tmp_path):
-    metadata = {
-        "sae_lens_version": "6.1",
-        "model_name": "gemma-2-2b",
-        "hook_name": "blocks.1.hook_resid_post",
-    }
-    saelens(tmp_path / "x", metadata=metadata)
-    ((chosen,), _) = external_saes.choose([str(tmp_path / "x")], [])
+    write_lens(tmp_path / "y", metadata={**META, "model_name": "gemma-2-2b"})
+    ((chosen,), _) = external_saes.choose([str(tmp_path / "y")], [])
     assert (chosen.model, chosen.layer) == ("google/gemma-2-2b", 1)
 
 
 def test_a_folder_of_many_and_a_pattern(tmp_path):
     for name in ("layers.1", "layers.2", "layers.2.mlp"):
-        sparsify(tmp_path / "run" / name)
-    dictionary(tmp_path / "run/resid_post_layer_1/trainer_0")
+        write_sparsify(tmp_path / "run" / name)
+    write_dictionary(tmp_path / "run/resid_post_layer_1/trainer_0")
 
     def labels(spec):
-        return [file.label.removeprefix(tmp_path.name + "/") for file in sae_files.find(str(spec))]
+        found = sae_files.find(str(tmp_path / "run" / spec))
+        return [file.label.removeprefix(f"{tmp_path.name}/").removeprefix("run/") for file in found]
 
-    assert labels(tmp_path / "run") == [
-        "run/layers.1",
-        "run/layers.2",
-        "run/layers.2.mlp",
-        "run/resid_post_layer_1/trainer_0",
-    ]
-    assert labels(tmp_path / "run/layers.*") == ["run/layers.1", "run/layers.2", "run/layers.2.mlp"]
-    assert labels(tmp_path / "run/resid_post_layer_1/*") == ["run/resid_post_layer_1/trainer_0"]
-    assert len(labels(tmp_path / "run/layers.2/sae.safetensors")) == 1
+    sparsify = ["layers.1", "layers.2", "layers.2.mlp"]
+    assert labels("") == [*sparsify, "resid_post_layer_1/trainer_0"]
+    assert labels("layers.*") == sparsify
+    assert labels("resid_post_layer_1/*") == ["resid_post_layer_1/trainer_0"]
+    assert len(labels("layers.2/sae.safetensors")) == 1
     with pytest.raises(UserError, match="no such file"):
-        sae_files.find(str(tmp_path / "run/layers.7"))
-    sparsify(tmp_path / "run/two\nlines")
+        labels("layers.7")
+    write_sparsify(tmp_path / "run/two\nlines")
     with pytest.raises(UserError, match=r"two\\nlines': a control character") as caught:
-        sae_files.find(str(tmp_path / "run"))
+        labels("")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "{tmp}/nowhere*/x"]
+)
+def test_no_such_place_is_said_without_asking_the_hub(spec, tmp_path):
+    with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
+        sae_files.find(spec.format(tmp=tmp_path))
+
+
+def test_fingerprint_is_of_all_that_computes(tmp_path):
+    norm = {"normalize_activations": "layer_norm"}
+    ways = ({}, {}, {"k": 4}, norm, {"apply_b_dec_to_input": False})
+    saes = [the_sae(write_lens(tmp_path / str(i), **how)) for i, how in enumerate(ways)]
+    prints = [file_sae.sae_fingerprint(sae) for sae in saes]
+    assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
 # -------------------------------------------------------------------------------------------- what is refused
@@ -675,356 +533,255 @@ class Evil:
         return print, ("code was run",)
 
 
-def truncated(tmp_path):
-    file = sparsify(tmp_path / "layers.1") / "sae.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    return file.parent
+def damage(write, name, content):
+    """Writes files of a format, and then other bytes into one of them; None: without that file."""
+
+    def at(folder, **how):
+        path = write(folder, **how) / name
+        old = path.read_bytes()
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content(old))
+        return folder
+
+    return at
 
 
-def running_code(tmp_path):
-    folder = dictionary(tmp_path / "x")
-    (folder / "ae.pt").write_bytes(pickle.dumps(Evil()))
-    return folder
-
-
-def without_configuration(tmp_path):
-    folder = sparsify(tmp_path / "layers.1")
-    (folder / "cfg.json").unlink()
-    return folder
-
-
-def not_json(tmp_path):
-    folder = saelens(tmp_path / "x")
-    (folder / "cfg.json").write_text("{")
-    return folder
-
-
-def crosscoder(tmp_path):
-    tensors = {
-        "encoder.weight": torch.randn(2, D, F),
-        "encoder.bias": B_ENC,
-        "decoder.weight": torch.randn(2, F, D),
-        "decoder.bias": torch.zeros(2, D),
-    }
-    return dictionary(tmp_path / "x", name="CrossCoder", tensors=tensors)
-
-
-def a_saelens(**how):
-    return lambda tmp_path: saelens(tmp_path / "x", **how)
+CROSSCODER = {"encoder.weight": torch.randn(2, D, F), "decoder.weight": torch.randn(2, F, D)}
+OTHER_SCALE = {**LENS, "b_enc": B_ENC, "scaling_factor": torch.ones(F) * 1.01}
+IDENTITY = dict(activation="TopK", activation_state_dict={"k": K, "postact_fn": "Identity"})
 
 
 @pytest.mark.parametrize(
-    "broken, word",
+    "write, how, word",
     [
-        (truncated, "SafetensorError"),
-        (a_saelens(tensors={**LENS, "b_enc": B_ENC * float("nan")}), "not finite"),
-        (a_saelens(tensors={**LENS, "b_enc": B_ENC[:-1]}), "b_enc is"),
-        (running_code, "run code"),
-        (lambda tmp_path: dictionary(tmp_path / "x", name=None), "TopK or BatchTopK"),
-        (without_configuration, "cfg.json is missing"),
-        (a_saelens(architecture="temporal"), "'temporal' is not supported"),
-        (a_saelens(tensors={"W_enc": W_ENC}), "no 'W_dec' in it"),
-        (a_saelens(normalize_activations="expected_average_only_in"), "holds the scale"),
-        (a_saelens(k=41), "k = 41 of 40"),
-        (
-            a_saelens(tensors={**LENS, "b_enc": B_ENC, "scaling_factor": torch.ones(F) * 1.01}),
-            "scaling_factor",
-        ),
-        (a_saelens(reshape_activations="hook_z"), "reshape_activations (hook_z)"),
-        (lambda tmp_path: sparsify(tmp_path / "x", signed=True, activation="groupmax"), "signed"),
-        (lambda tmp_path: sparsify(tmp_path / "x", skip_connection=True), "no 'W_skip' in it"),
-        (lambda tmp_path: openai(tmp_path / "x", activation="Identity"), "'Identity' is not supported"),
-        (
-            lambda tmp_path: openai(
-                tmp_path / "x",
-                activation="TopK",
-                activation_state_dict={"k": K, "postact_fn": "Identity"},
-            ),
-            "postact_fn",
-        ),
-        (lambda tmp_path: dictionary(tmp_path / "x", name="IdentityDict"), "'IdentityDict'"),
-        (crosscoder, "a crosscoder"),
-        (a_saelens(architecture="standard", tensors=JUMP), "threshold is there"),
-        (a_saelens(tensors={**LENS, "b_enc": B_ENC, "r_mag": R_MAG}), "r_mag is there"),
-        (lambda tmp_path: dictionary(tmp_path / "x", tensors={**BATCH, "bias": B_DEC}), "bias is there"),
-        (lambda tmp_path: gemma_scope(tmp_path / "x", w_enc=W_ENC), "w_enc is there"),
-        (not_json, "Expecting"),
+        (damage(write_sparsify, "sae.safetensors", lambda old: old[:-100]), {}, "SafetensorError"),
+        (damage(write_sparsify, "cfg.json", None), {}, "cfg.json is missing"),
+        (write_sparsify, dict(signed=True, activation="groupmax"), "signed"),
+        (write_sparsify, dict(skip_connection=True), "no 'W_skip' in it"),
+        (damage(write_lens, "cfg.json", lambda _: b"{"), {}, "Expecting"),
+        (write_lens, dict(tensors={**LENS, "b_enc": B_ENC * float("nan")}), "not finite"),
+        (write_lens, dict(tensors={**LENS, "b_enc": B_ENC[:-1]}), "b_enc is"),
+        (write_lens, dict(tensors={"W_enc": W_ENC}), "no 'W_dec' in it"),
+        (write_lens, dict(tensors=OTHER_SCALE), "scaling_factor"),
+        (write_lens, dict(tensors={**LENS, "b_enc": B_ENC, "r_mag": R_MAG}), "r_mag is there"),
+        (write_lens, dict(architecture="standard", tensors=JUMP), "threshold is there"),
+        (write_lens, dict(architecture="temporal"), "'temporal' is not supported"),
+        (write_lens, dict(normalize_activations="expected_average_only_in"), "holds the scale"),
+        (write_lens, dict(k=41), "k = 41 of 40"),
+        (write_lens, dict(reshape_activations="hook_z"), "reshape_activations (hook_z)"),
+        (damage(write_dictionary, "ae.pt", lambda _: pickle.dumps(Evil())), {}, "run code"),
+        (write_dictionary, dict(name=None), "TopK or BatchTopK"),
+        (write_dictionary, dict(name="IdentityDict"), "'IdentityDict'"),
+        (write_dictionary, dict(name="CrossCoder", tensors=CROSSCODER), "a crosscoder"),
+        (write_dictionary, dict(tensors={**BATCH, "bias": B_DEC}), "bias is there"),
+        (write_openai, dict(activation="Identity"), "'Identity' is not supported"),
+        (write_openai, IDENTITY, "postact_fn"),
+        (write_gemma_scope, dict(w_enc=W_ENC), "w_enc is there"),
+        (write_gemma_scope_2, dict(affine_connection=True), "affine_connection"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(broken, word, tmp_path, capsys):
+def test_bad_files_are_refused_in_one_line(write, how, word, tmp_path, capsys):
     with pytest.raises(UserError) as caught:
-        sae_files.read(the_file(broken(tmp_path)))
+        the_sae(write(tmp_path / "x", **how))
     line = str(caught.value)
     assert tmp_path.name in line and word in line and "\n" not in line
     assert "code was run" not in capsys.readouterr().out
 
 
+def within(write, name, **others):
+    """Writes files with `field` inside the named values `name`."""
+    return lambda folder, **field: write(folder, **{name: {**others, **field}})
+
+
+def lens_scaler(folder, **field):
+    how = {**SCALED, "beside": {SCALER: {"scaling_factor": 0.3, **field}}}
+    return write_lens(folder, **how)
+
+
+def dictionary_checkpoint(folder, **field):
+    tensors = {"ae": BATCH, "config": {"dict_class": "BatchTopKSAE", **field}}
+    return write_dictionary(folder, name=None, tensors=tensors)
+
+
+def lens_5_within(folder, **field):
+    kwargs = {"center_writing_weights": False, **field}
+    return write_lens(folder, **V5_TOPK, model_from_pretrained_kwargs=kwargs)
+
+
+def openai_state(folder, **field):
+    state = OPENAI_TOPK["activation_state_dict"]
+    return write_openai(folder, activation="TopK", activation_state_dict={**state, **field})
+
+
 STRANGER = {  # format -> (what writes it with a field more, how the field is called in full)
     "saelens": [
-        (lambda folder, **field: saelens(folder, **field), "{}"),
-        (
-            lambda folder, **field: saelens(folder, metadata={"sae_lens_version": "6.1", **field}),
-            "metadata.{}",
-        ),
-        (lambda folder, **field: saelens(folder, **V5_TOPK, **field), "{}"),
-        (
-            lambda folder, **field: saelens(
-                folder, **V5_TOPK, model_from_pretrained_kwargs={"center_writing_weights": False, **field}
-            ),
-            "model_from_pretrained_kwargs.{}",
-        ),
-        (
-            lambda folder, **field: saelens(
-                folder,
-                normalize_activations="expected_average_only_in",
-                beside={"activation_scaler.json": {"scaling_factor": 0.3, **field}},
-            ),
-            "activation_scaler.json.{}",
-        ),
+        (write_lens, "{}"),
+        (within(write_lens, "metadata", sae_lens_version="6.1"), "metadata.{}"),
+        (lambda folder, **field: write_lens(folder, **V5_TOPK, **field), "{}"),
+        (lens_5_within, "model_from_pretrained_kwargs.{}"),
+        (lens_scaler, "activation_scaler.json.{}"),
     ],
-    "sparsify": [(sparsify, "{}")],
+    "sparsify": [(write_sparsify, "{}")],
     "dictionary_learning": [
-        (dictionary, "trainer.{}"),
-        (lambda folder, **field: dictionary(folder, buffer=field), "buffer.{}"),
-        (
-            lambda folder, **field: dictionary(
-                folder, name=None, tensors={"ae": BATCH, "config": {"dict_class": "BatchTopKSAE", **field}}
-            ),
-            "trainer.{}",
-        ),
+        (write_dictionary, "trainer.{}"),
+        (within(write_dictionary, "buffer"), "buffer.{}"),
+        (dictionary_checkpoint, "trainer.{}"),
     ],
-    "gemma_scope": [(gemma_scope_2, "{}")],
-    "openai": [
-        (openai, "{}"),
-        (
-            lambda folder, **field: openai(
-                folder, activation="TopK", activation_state_dict={"k": K, "postact_fn": "ReLU", **field}
-            ),
-            "activation_state_dict.{}",
-        ),
-    ],
-    "mlsae": [(mlsae, "{}")],
+    "gemma_scope": [(write_gemma_scope_2, "{}")],
+    "openai": [(write_openai, "{}"), (openai_state, "activation_state_dict.{}")],
+    "mlsae": [(write_mlsae, "{}")],
 }
 
 
-@pytest.mark.parametrize("value", [True, 0, 1.5, "yes", [0], {"a": False}], ids=str)
 @pytest.mark.parametrize("write, called", [case for cases in STRANGER.values() for case in cases])
-def test_a_field_that_nobody_knows_is_refused_by_name_and_let_pass_by_a_flag(write, called, value, tmp_path):
-    file = the_file(write(tmp_path / "layers.1", turned_round=value))
-    with pytest.raises(UserError) as caught:
-        sae_files.read(file)
-    line, name = str(caught.value), called.format("turned_round")
-    assert line.startswith(f"--sae {file.label}: ") and f"{name} (" in line and "--ignore-field" in line
-    assert "\n" not in line and len(line) < 400
-    with pytest.raises(UserError):
-        sae_files.read(file, ["other"])
-    for typed in (name, "turned_round"):
-        sae = sae_files.read(file, ["other", typed])
-        assert sae.fields.ignored == (name,) and torch.isfinite(sae.reconstruct(H)[2]).all()
-
-
-@pytest.mark.parametrize("value", [None, False, "none", "", [], {}], ids=repr)
-@pytest.mark.parametrize("write, called", [case for cases in STRANGER.values() for case in cases])
-def test_a_field_that_says_nothing_is_none(write, called, value, tmp_path):
-    sae = sae_files.read(the_file(write(tmp_path / "layers.1", turned_round=value)))
-    assert not sae.fields.ignored
+def test_an_unknown_field_is_refused_by_name_and_let_pass_by_a_flag(write, called, tmp_path):
+    name = called.format("turned_round")
+    for number, value in enumerate((True, 0, 1.5, "yes", [0], {"a": False})):
+        file = the_file(write(tmp_path / str(number) / "layers.1", turned_round=value))
+        for ignore in ((), ["other"]):
+            with pytest.raises(UserError) as caught:
+                sae_files.read(file, ignore)
+            line = str(caught.value)
+            assert (
+                line.startswith(f"--sae {file.label}: ") and f"{name} (" in line and "--ignore-field" in line
+            )
+            assert "\n" not in line and len(line) < 400
+        for typed in (name, "turned_round"):
+            sae = sae_files.read(file, ["other", typed])
+            assert sae.fields.ignored == (name,) and torch.isfinite(sae.reconstruct(H)[2]).all()
+    for number, nothing in enumerate((None, False, "none", "", [], {})):
+        assert not the_sae(
+            write(tmp_path / f"nothing{number}" / "layers.1", turned_round=nothing)
+        ).fields.ignored
 
 
 @pytest.mark.parametrize(
-    "case", ["saelens topk", "sparsify", "dictionary_learning TopK", "openai relu", "mlsae", "gemma_scope 2"]
+    "write", [write_lens, write_sparsify, write_dictionary, write_openai, write_mlsae, write_gemma_scope_2]
 )
-def test_a_tensor_that_nobody_knows_is_refused_by_name(case, tmp_path):
-    file = the_file(written(case, tmp_path))
+def test_an_unknown_tensor_is_refused_by_name(write, tmp_path):
+    file = the_file(write(tmp_path / "layers.1"))
     path = file.fetch(file.weights)
-    tensors = {**sae_files.read_tensors(path), "b_more": torch.zeros(F)}
-    if path.suffix == ".pt":
-        torch.save(tensors, path)
-    else:
-        save_file(tensors, path)
+    tensors = {**weights.read_tensors(path), "b_more": torch.zeros(F)}
+    (torch.save if path.suffix == ".pt" else save_file)(tensors, path)
     with pytest.raises(UserError, match=r"b_more \(a tensor \[40\]\)"):
         sae_files.read(file)
     assert sae_files.read(file, ["b_more"]).fields.ignored == ("b_more",)
 
 
+def test_the_list_says_what_is_refused(tmp_path):
+    write_sparsify(tmp_path / "run/layers.1", turned_round=True)
+    assert "turned_round" in listed(str(tmp_path / "run"))
+
+
 def test_fields_of_training_are_named_and_not_refused(tmp_path):
-    lens = saelens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2])
+    lens = the_sae(write_lens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2]))
     of_metadata = ("metadata.l0", "metadata.num_dead_features")
-    unused = ("d_in", "dtype", "matryoshka_widths", *of_metadata)
-    assert sae_files.read(the_file(lens)).fields == sae_fields.Fields(unused)
-    trained = dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8, "io": "out"})
-    assert sae_files.read(the_file(trained)).fields.unused == (
-        "buffer.out_batch_size",
-        "trainer.lr",
-        "trainer.steps",
-    )
+    assert lens.fields == sae_fields.Fields(("d_in", "dtype", "matryoshka_widths", *of_metadata))
+    trained = the_sae(write_dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8}))
+    assert trained.fields.unused == ("buffer.out_batch_size", "trainer.lr", "trainer.steps")
 
 
 def test_the_first_saelens_files_keep_their_whole_run(tmp_path):
     """The keys of GPT-2 small's residual stream SAEs of early 2024."""
-    said = dict(
-        hook_point="blocks.2.hook_resid_pre",
-        hook_point_layer=2,
-        hook_point_head_index=None,
-        dataset_path="Skylion007/openwebtext",
-        is_dataset_tokenized=False,
-        use_cached_activations=False,
-        cached_activations_path="activations/x",
-        n_batches_in_buffer=128,
-        total_training_tokens=300_000_000,
-        store_batch_size=32,
-        device="mps",
-        seed=42,
-        dtype="torch.float32",
-        b_dec_init_method="geometric_median",
-        expansion_factor=32,
-        l1_coefficient=8e-05,
-        lr=0.0004,
-        lr_warm_up_steps=5000,
-        train_batch_size=4096,
-        use_ghost_grads=False,
-        feature_sampling_window=1000,
-        resample_batches=1028,
-        feature_reinit_scale=0.2,
-        dead_feature_window=5000,
-        dead_feature_estimation_method="no_fire",
-        dead_feature_threshold=1e-08,
-        log_to_wandb=True,
-        wandb_project="x",
-        wandb_log_frequency=100,
-        n_checkpoints=10,
-        checkpoint_path="checkpoints/x",
-        tokens_per_buffer=67108864,
-        run_name="x",
-        neuronpedia_id="gpt2-small/2-res-jb",
-        model_from_pretrained_kwargs={"center_writing_weights": True},
+    run = (
+        "hook_point_layer dataset_path cached_activations_path n_batches_in_buffer total_training_tokens "
+        "store_batch_size device seed dtype b_dec_init_method expansion_factor l1_coefficient lr "
+        "lr_warm_up_steps train_batch_size feature_sampling_window resample_batches feature_reinit_scale "
+        "dead_feature_window dead_feature_estimation_method dead_feature_threshold log_to_wandb "
+        "wandb_project wandb_log_frequency n_checkpoints checkpoint_path tokens_per_buffer run_name "
+        "neuronpedia_id"
     )
-    first = saelens(tmp_path / "x", **{**V5, "sae_lens_version": None, **said})
-    assert not sae_files.read(the_file(first)).fields.ignored
+    said = dict.fromkeys("is_dataset_tokenized use_cached_activations use_ghost_grads".split(), False)
+    said |= dict.fromkeys(run.split(), 1) | dict(hook_point="blocks.2.hook_resid_pre", sae_lens_version=None)
+    said |= dict(hook_point_head_index=None, model_from_pretrained_kwargs={"center_writing_weights": True})
+    first = write_lens(tmp_path / "x", **{**V5, **said})
+    assert not the_sae(first).fields.ignored
     of = declared(first)
     assert (of.site, of.layer, of.basis, of.bos) == ("resid_post", 1, "centred", True)
 
 
-def test_the_list_says_what_is_refused(tmp_path):
-    sparsify(tmp_path / "run/layers.1", turned_round=True)
-    assert "turned_round" in sae_files.listed(str(tmp_path / "run"))
+def wrong(name, *values, inside=None):
+    """(how the configuration of a good SAE is changed, what the one line must name)"""
+    return [({inside: {name: value}} if inside else {name: value}, name) for value in values]
 
 
-def enlarged(folder, how):
-    """An ae.pt of a few MB at most, whose tensors take half a GB or more."""
-    if how == "repeated":
-        wide = {
-            "encoder.weight": (2**14, 2**13),
-            "encoder.bias": (2**14,),
-            "decoder.weight": (2**13, 2**14),
-            "b_dec": (2**13,),
-        }
-        return dictionary(
-            folder, tensors={name: torch.zeros(1).expand(shape) for name, shape in wide.items()}, k=5
-        )
-    dictionary(folder, tensors={"encoder.weight": torch.zeros(2**27)}, file="whole")
-    with (
-        zipfile.ZipFile(folder / "whole") as whole,
-        zipfile.ZipFile(folder / "ae.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
-    ):
-        for name in whole.namelist():
-            with whole.open(name) as source, packed.open(name, "w") as member:
-                shutil.copyfileobj(source, member, 2**20)
-    (folder / "whole").unlink()
-    return folder
-
-
-def of_trainer(**trainer):
-    return lambda config: {**config, "trainer": {**config["trainer"], **trainer}}
-
-
-SAID = {  # (how the configuration beside a good SAE is changed, what the one line must name)
-    saelens: [
-        ({"metadata": {"hook_name": ["x"]}}, "hook_name"),
-        ({"metadata": {"model_name": 3}}, "model_name"),
-        ({"metadata": 3}, "metadata"),
-        *(
-            ({"metadata": {"context_size": ctx}}, "context_size")
-            for ctx in ("many", -5, True, 1e30, [32], 2.5)
-        ),
-        ({"metadata": {"context_size": 1}}, "ctx"),
-        ({"metadata": {"context_size": 0}}, "ctx"),
-        ({"metadata": {"model_name": "a\0b"}}, "model"),
-        ({"metadata": {"model_name": "a\nb"}}, "model"),
-        ({"metadata": {"prepend_bos": "yes"}}, "prepend_bos"),
-        ({"metadata": {"model_from_pretrained_kwargs": [1]}}, "model_from_pretrained_kwargs"),
-        ({"metadata": {"exclude_special_tokens": {"a": 1}}}, "exclude_special_tokens"),
-        ({"metadata": {"seqpos_slice": "x"}}, "seqpos_slice"),
-        ({"metadata": {"sae_lens_version": ["6"]}}, "sae_lens_version"),
-        *(({"d_sae": F}, "d_sae") for F in ("40", -1, 1e30, True, [40])),
-        *(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, True, 5.5, {})),
-        ({"architecture": ["topk"]}, "architecture"),
-        ({"activation_fn": 3}, "activation_fn"),
+WRONG = {  # values of the wrong type or range
+    write_lens: [
+        *wrong("context_size", "many", -5, True, 1e30, [32], 2.5, inside="metadata"),
+        *wrong("hook_name", ["x"], inside="metadata"),
+        *wrong("model_name", 3, inside="metadata"),
+        *wrong("prepend_bos", "yes", inside="metadata"),
+        *wrong("model_from_pretrained_kwargs", [1], inside="metadata"),
+        *wrong("exclude_special_tokens", {"a": 1}, inside="metadata"),
+        *wrong("seqpos_slice", "x", inside="metadata"),
+        *wrong("sae_lens_version", ["6"], inside="metadata"),
+        *(({"metadata": {"context_size": ctx}}, "ctx") for ctx in (0, 1)),
+        *(({"metadata": {"model_name": name}}, "model") for name in ("a\0b", "a\nb")),
+        *wrong("metadata", 3),
+        *wrong("d_sae", "40", -1, 1e30, True, [40]),
+        *wrong("k", "5", [5], 0, -1, 1e30, True, 5.5, {}),
+        *wrong("architecture", ["topk"]),
+        *wrong("activation_fn", 3),
+        *wrong("apply_b_dec_to_input", "no"),
+        *wrong("rescale_acts_by_decoder_norm", 3),
+        *wrong("normalize_activations", ["none"]),
         ({"k": None, "activation_fn_kwargs": [5]}, "activation_fn_kwargs"),
-        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input"),
-        ({"rescale_acts_by_decoder_norm": 3}, "rescale_acts_by_decoder_norm"),
-        ({"normalize_activations": ["none"]}, "normalize_activations"),
     ],
-    sparsify: [
-        *(({"k": k}, "k") for k in ("5", [5], 0, -1, 1e30, None)),
-        ({"activation": ["topk"]}, "activation"),
-        ({"num_latents": "40"}, "num_latents"),
+    write_sparsify: [
+        *wrong("k", "5", [5], 0, -1, 1e30, None),
+        *wrong("activation", ["topk"]),
+        *wrong("num_latents", "40"),
+        *wrong("transcode", "yes"),
         ({"num_latents": 0, "d_in": "12"}, "d_in"),
         ({"num_latents": 0, "expansion_factor": [3]}, "expansion_factor"),
-        ({"transcode": "yes"}, "transcode"),
         ({"activation": "groupmax", "k": 7}, "k = 7"),
     ],
-    dictionary: [
-        ({"trainer": [1]}, "trainer"),
-        ({"trainer": "x"}, "trainer"),
-        ({"buffer": 3}, "buffer"),
-        ({"buffer": {"ctx_len": "x"}}, "ctx_len"),
-        ({"buffer": {"remove_bos": "x"}}, "remove_bos"),
-        (of_trainer(dict_class=[1]), "dict_class"),
-        (of_trainer(dict_size="40"), "dict_size"),
-        (of_trainer(submodule_name=3), "submodule_name"),
-        *((of_trainer(submodule_name="x", layer=layer), "layer") for layer in ("three", 2.5, -1, [1])),
-        (of_trainer(lm_name=3), "lm_name"),
+    write_dictionary: [
+        *wrong("trainer", [1], "x"),
+        *wrong("buffer", 3),
+        *wrong("ctx_len", "x", inside="buffer"),
+        *wrong("remove_bos", "x", inside="buffer"),
+        *wrong("dict_class", [1], inside="trainer"),
+        *wrong("dict_size", "40", inside="trainer"),
+        *wrong("submodule_name", 3, inside="trainer"),
+        *wrong("lm_name", 3, inside="trainer"),
+        *(({"trainer": {"submodule_name": "x", "layer": at}}, "layer") for at in ("three", 2.5, -1, [1])),
     ],
-    mlsae: [
-        *(({"k": k}, "k") for k in ("5", 0, 1e30)),
-        ({"n_latents": "40"}, "n_latents"),
-        ({"standardize": "yes"}, "standardize"),
-    ],
+    write_mlsae: [*wrong("k", "5", 0, 1e30), *wrong("n_latents", "40"), *wrong("standardize", "yes")],
 }
-WHOLE = [[], [1], "x", 3, None, True]
 
 
-@pytest.mark.parametrize(
-    "write, change, word",
-    [(write, *case) for write, cases in SAID.items() for case in cases]
-    + [(write, lambda config, whole=whole: whole, "json") for write in SAID for whole in WHOLE],
-)
-def test_what_is_said_in_another_type_is_one_line_naming_it(write, change, word, tmp_path):
+@pytest.mark.parametrize("write", WRONG)
+def test_a_value_of_the_wrong_type_is_one_line_that_names_it(write, tmp_path):
     file = the_file(write(tmp_path / "layers.1"))
     path = tmp_path / "layers.1" / file.config
-    config = json.loads(path.read_text())
-    if callable(change):
-        config = change(config)
-    else:
-        for name, value in change.items():
-            inside = name == "metadata" and isinstance(value, dict)
-            config[name] = {**config[name], **value} if inside else value
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError) as caught:
-        sae_files.describe(file)
-        sae_files.read(file)
-    line = str(caught.value)
-    assert line.startswith(f"--sae {file.label}: ") and word in line
-    assert "\n" not in line and len(line) < 400 and "Error" not in line
+    good = json.loads(path.read_text())
+    whole = [(content, "json") for content in ([], [1], "x", 3, None, True)]
+    for change, word in WRONG[write] + whole:
+        content = change
+        if isinstance(change, dict):
+            content = dict(good)
+            for name, value in change.items():
+                both = isinstance(value, dict) and isinstance(good.get(name), dict)
+                content[name] = good[name] | value if both else value
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError) as caught:
+            sae_files.describe(file)
+            sae_files.read(file)
+        line = str(caught.value)
+        assert line.startswith(f"--sae {file.label}: ") and word in line, change
+        assert "\n" not in line and len(line) < 400 and "Error" not in line
 
 
 def test_whole_numbers_may_be_written_as_floats(tmp_path):
     metadata = {"sae_lens_version": "6.1", "context_size": 32.0}
-    file = the_file(saelens(tmp_path / "x", k=5.0, d_sae=40.0, metadata=metadata))
+    file = the_file(write_lens(tmp_path / "x", k=5.0, d_sae=40.0, metadata=metadata))
     k = sae_files.read(file).k
     assert sae_files.describe(file).ctx == 32 and k == 5 and isinstance(k, int)
 
 
+# ------------------------------------------------------------------------------------------------- attacks
 STRANGE = [
     *("x", "", "\0", "\ud800", "9" * 5000),
     *(0, -1, 2.5, 1e30, 10**30, float("nan"), float("inf")),
@@ -1062,38 +819,20 @@ def survives(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_value_of_a_configuration_is_a_traceback(case, tmp_path, capfd):
+def test_no_value_and_no_damage_is_a_traceback(case, tmp_path, capfd):
     folder, rng = written(case, tmp_path), chance.Random(case)
-    for path in folder.glob("*.json"):
+    for path in folder.rglob("*.json"):
         good = json.loads(path.read_text())
         for place in anywhere(good):
             for value in rng.sample(STRANGE, 6):
                 path.write_text(json.dumps(replaced(good, place, value)))
                 survives(folder)
         path.write_text(json.dumps(good))
-    assert not any(capfd.readouterr())
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_no_damage_is_a_traceback(case, tmp_path, capfd):
-    folder, rng = written(case, tmp_path), chance.Random(case)
     for path in [p for p in folder.rglob("*") if p.is_file()]:
-        good = path.read_bytes()
-        garbage = rng.randbytes(300)
-        for content in (
-            b"",
-            good[:1],
-            good[:9],
-            good[: len(good) // 2],
-            good[:-1],
-            garbage,
-            good[:50] + garbage + good[350:],
-            good + garbage,
-            b"{}",
-            b"PK\3\4" + garbage,
-            b"\x80\x02}.",
-            b"\x80\x02].",
-        ):
+        good, garbage = path.read_bytes(), rng.randbytes(300)
+        cut = [good[:n] for n in (0, 1, 9, len(good) // 2, -1)]
+        mixed = [garbage, good[:50] + garbage + good[350:], good + garbage, b"PK\3\4" + garbage]
+        for content in (*cut, *mixed, b"{}", b"\x80\x02}.", b"\x80\x02]."):
             path.write_bytes(content)
             survives(folder)
         path.unlink()
@@ -1111,35 +850,42 @@ def test_no_damage_is_a_traceback(case, tmp_path, capfd):
 @pytest.mark.parametrize(
     "content",
     [
-        [1],
-        "x",
-        torch.zeros(3),
-        7,
-        None,
-        {},
-        {"ae": 3},
-        {"ae": {"W_enc": 3}},
-        {"W_enc": [1]},
-        {"W_enc": torch.zeros(3)},
-        {"W_enc": torch.zeros(0, D)},
+        *([1], "x", torch.zeros(3), 7, None, {}),
+        *({"ae": 3}, {"ae": {"W_enc": 3}}, {"W_enc": [1]}),
+        *({"W_enc": torch.zeros(3)}, {"W_enc": torch.zeros(0, D)}),
+        *({**BATCH, "k": k} for k in (torch.zeros(3), "x")),
+        *({**BATCH, "encoder.weight": W} for W in (W_ENC.to_sparse(), "x")),
         {**BATCH, "threshold": torch.zeros(7)},
-        {**BATCH, "encoder.weight": W_ENC.to_sparse()},
-        {**BATCH, "k": torch.zeros(3)},
-        {**BATCH, "k": "x"},
         {**BATCH, "encoder.bias": B_ENC * 1j},
-        {"ae": BATCH, "norm_factor": "x"},
-        {"ae": BATCH, "norm_factor": 0.0},
-        {"ae": BATCH, "norm_factor": -1.0},
-        {**BATCH, "encoder.weight": "x"},
+        *({"ae": BATCH, "norm_factor": factor} for factor in ("x", 0.0, -1.0)),
     ],
     ids=lambda content: type(content).__name__,
 )
 def test_a_pickle_of_other_things_is_one_line(content, tmp_path):
-    folder = dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE")
+    folder = write_dictionary(tmp_path / "resid_post_layer_1", name="BatchTopKSAE")
     torch.save(content, folder / "ae.pt")
     with pytest.raises(UserError) as caught:
-        sae_files.read(the_file(tmp_path))
+        the_sae(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def enlarged(folder, how):
+    """An ae.pt of a few MB at most, whose tensors take half a GB or more."""
+    if how == "repeated":
+        wide = {"encoder.weight": (2**14, 2**13), "encoder.bias": (2**14,)}
+        wide |= {"decoder.weight": (2**13, 2**14), "b_dec": (2**13,)}
+        tensors = {name: torch.zeros(1).expand(shape) for name, shape in wide.items()}
+        return write_dictionary(folder, tensors=tensors, k=5)
+    write_dictionary(folder, tensors={"encoder.weight": torch.zeros(2**27)}, file="whole")
+    with (
+        zipfile.ZipFile(folder / "whole") as whole,
+        zipfile.ZipFile(folder / "ae.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+    ):
+        for name in whole.namelist():
+            with whole.open(name) as source, packed.open(name, "w") as member:
+                shutil.copyfileobj(source, member, 2**20)
+    (folder / "whole").unlink()
+    return folder
 
 
 @pytest.mark.slow
@@ -1150,36 +896,11 @@ def test_a_small_file_is_no_large_one(how, word, tmp_path):
     folder = enlarged(tmp_path / "resid_post_layer_1", how)
     assert (folder / "ae.pt").stat().st_size < 4e6
     code = """import sys
-from transport_geometry import formats
-try: formats.read(formats.find(sys.argv[1])[0])
-except formats.UserError as error: print(error)"""
+from transport_geometry.formats import sae_files
+try: sae_files.read(sae_files.find(sys.argv[1])[0])
+except sae_files.UserError as error: print(error)"""
     lines, peak = measured(code, folder)
-    assert len(lines) == 1 and word in lines[0] and peak < 600  # reading formats.py takes 220
-
-
-@pytest.mark.parametrize(
-    "spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "{tmp}/nowhere*/x"]
-)
-def test_no_such_place(spec, tmp_path):
-    """Said at once, without asking the hub."""
-    with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
-        sae_files.find(spec.format(tmp=tmp_path))
-
-
-def test_fingerprint_is_of_all_that_computes(tmp_path):
-    norm = {"normalize_activations": "layer_norm"}
-    ways = ({}, {}, {"k": 4}, norm, {"apply_b_dec_to_input": False})
-    folders = [saelens(tmp_path / str(i), **how) for i, how in enumerate(ways)]
-    prints = [sae_files.sae_fingerprint(sae_files.read(the_file(folder))) for folder in folders]
-    assert prints[0] == prints[1] and len(set(prints)) == 4
-
-
-def test_gate_refuses_what_it_cannot_read(gate):
-    _, _, near = gate
-    sae = best_of(near[1], 4)
-    sae.W_dec[0, 0] = torch.nan
-    with pytest.raises(UserError, match="nan"):
-        sae_files.check_basis(sae, "raw", "x", 1, near)
+    assert len(lines) == 1 and word in lines[0] and peak < 600  # the imports take 220
 
 
 # --------------------------------------------------------------------------------------------- the basis gate
@@ -1188,8 +909,12 @@ def best_of(h, dimensions):
     mean = h.mean(0)
     U = torch.linalg.eigh((h - mean).T @ (h - mean)).eigenvectors[:, -dimensions:]
     W = torch.cat([U.T, -U.T]).contiguous()
-    zeros = torch.zeros(len(W))
-    return sae_files.FileSAE("threshold", W, zeros, W, mean, b_in=mean, threshold=torch.zeros(()))
+    biases = dict(b_enc=torch.zeros(len(W)), b_dec=mean, b_in=mean, threshold=torch.zeros(()))
+    return FileSAE("threshold", W_enc=W, W_dec=W.clone(), **biases)
+
+
+def without_mean(h):
+    return h - h.mean(1, keepdim=True)
 
 
 @pytest.fixture
@@ -1200,54 +925,48 @@ def gate():
         if "dense_4h_to_h.bias" in name or "embed_in" in name:
             p.data += 1.0
     input_ids = torch.randint(0, 41, (8, 24), generator=torch.Generator().manual_seed(1))
-    return model, input_ids, sae_files.near(Hook(model, 1), input_ids)
+    return model, input_ids, basis_gate.near(Hook(model, 1), input_ids)
 
 
 def test_gate_lets_through_what_is_as_its_files_say(gate):
     model, input_ids, near = gate
-    readings = sae_files.check_basis(best_of(near[1], 4), "raw", "x", 1, near)
+    assert list(near) == [0, 1, 2]  # the hook and its neighbours, here without position 0 alone
+    assert torch.equal(near[1], Hook(model, 1).head(input_ids)[:, 1:].flatten(0, 1))
+    readings = basis_gate.check_basis(best_of(near[1], 4), "raw", "x", 1, near)
     assert list(readings)[0] == "layer 1, raw" and len(readings) == 4
-    centred = best_of(near[1] - near[1].mean(1, keepdim=True), 4)
-    sae_files.check_basis(centred, "centred", "x", 1, near)
+    basis_gate.check_basis(best_of(without_mean(near[1]), 4), "centred", "x", 1, near)
 
 
 def test_gate_refuses_the_other_basis_with_both_numbers(gate):
-    model, input_ids, near = gate
-    centred = best_of(near[1] - near[1].mean(1, keepdim=True), 15)
-    as_said, other = (sae_files.unexplained(centred, near[1], basis) for basis in (False, True))
+    _, _, near = gate
+    centred = best_of(without_mean(near[1]), 15)
+    as_said, other = (basis_gate.unexplained(centred, near[1], basis) for basis in (False, True))
     assert other < 0.01 < as_said
     with pytest.raises(UserError, match="centred") as caught:
-        sae_files.check_basis(centred, "raw", "x", 1, near)
+        basis_gate.check_basis(centred, "raw", "x", 1, near)
     for word in (f"{as_said:.4f}", f"{other:.4f}", "--basis"):
         assert word in str(caught.value)
 
 
-def test_gate_refuses_the_block_after_its_own(gate):
+def test_gate_refuses_the_block_after_its_own_and_what_is_not_finite(gate):
     model, input_ids, near = gate
-    of_block_0 = best_of(sae_files.near(Hook(model, 0), input_ids)[0], 6)
+    of_block_0 = best_of(basis_gate.near(Hook(model, 0), input_ids)[0], 6)
     with pytest.raises(UserError, match="layer 0, raw"):
-        sae_files.check_basis(of_block_0, "raw", "x", 1, near)
-
-
-def test_near_is_the_hook_and_its_neighbours_without_sinks(gate):
-    model, input_ids, near = gate
-    assert list(near) == [0, 1, 2]
-    # no position is ten medians long here
-    assert torch.equal(near[1], Hook(model, 1).head(input_ids)[:, 1:].flatten(0, 1))
+        basis_gate.check_basis(of_block_0, "raw", "x", 1, near)
+    sae = best_of(near[1], 4)
+    sae.W_dec[0, 0] = torch.nan
+    with pytest.raises(UserError, match="nan"):
+        basis_gate.check_basis(sae, "raw", "x", 1, near)
 
 
 # ------------------------------------------------------------------------------------------- the same metrics
 def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
-    """One function in three dresses: the fused kind, the general kind by its own code, and without a code."""
+    """One function in three forms: the fused kind, the general kind by its own code, and without a code."""
     hook, d, F = Hook(tiny_model(dtype=torch.float32), 1), 16, 40
     W = random(F, d)
-    general = sae_files.FileSAE("topk", W, random(F), W, random(d), b_in=random(d), k=4)
-    dresses = {
-        "general": general,
-        "fused": sae_files.fused(general),
-        "dense": lambda h, mean: general.reconstruct(h)[2],
-    }
-    results = evaluate(hook, rows, dresses, 2)
+    general = FileSAE("topk", 4, W_enc=W, b_enc=random(F), W_dec=W, b_dec=random(d), b_in=random(d))
+    forms = {"general": general, "fused": fused(general), "dense": lambda h, mean: general.reconstruct(h)[2]}
+    results = evaluate(hook, rows, forms, 2)
     ones = np.ones((1, len(rows)))
     values = {
         name: computed(Sums({q: v[None] for q, v in result.sums.items()}, ones, d))
@@ -1261,8 +980,8 @@ def test_any_sae_goes_through_the_metrics_of_a_topk_sae(rows):
 
 def test_codes_of_a_threshold_sae_are_counted_by_token(rows):
     hook, d, F = Hook(tiny_model(dtype=torch.float32), 1), 16, 40
-    W = random(F, d)
-    sae = sae_files.FileSAE("threshold", W, torch.zeros(F), W, torch.zeros(d), threshold=torch.tensor(0.5))
+    W, half = random(F, d), torch.tensor(0.5)
+    sae = FileSAE("threshold", W_enc=W, b_enc=torch.zeros(F), W_dec=W, b_dec=torch.zeros(d), threshold=half)
     result = evaluate(hook, rows, {"x": sae}, 2)["x"]
     active = hook.head(rows)[:, :-1] @ W.t() > 0.5
     assert (result.sums["l0"] == active.sum((1, 2)).numpy()).all()
@@ -1311,39 +1030,31 @@ def test_definitions_by_hand():
 
 
 # ----------------------------------------------------------------------------------------------------- export
-def exported(folder):
-    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
-    return metadata["hook_name"], metadata["model_class_name"]
+MADE = {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
 
 
 @pytest.mark.parametrize(
-    "model, hook_and_class",
+    "model, hook, model_class",
     [
-        ("stdlib-s", ("gpt_neox.layers.1", "AutoModelForCausalLM")),
-        ("stdlib-s+null300", ("gpt_neox.layers.1", "AutoModelForCausalLM")),
-        ("smollm2-135m", ("model.layers.1", "AutoModelForCausalLM")),
-        ("nowhere/at-all", ("blocks.1.hook_resid_post", "HookedTransformer")),
+        ("stdlib-s", "gpt_neox.layers.1", "AutoModelForCausalLM"),
+        ("stdlib-s+null300", "gpt_neox.layers.1", "AutoModelForCausalLM"),
+        ("smollm2-135m", "model.layers.1", "AutoModelForCausalLM"),
+        ("nowhere/at-all", "blocks.1.hook_resid_post", "HookedTransformer"),
     ],
 )
-def test_an_exports_hook_is_one_of_its_class_of_model(model, hook_and_class, tmp_path):
-    sae = sae_files.fused(sae_files.read(the_file(sparsify(tmp_path / "layers.1"))))
-    sae_files.write_saelens(tmp_path / "out", sae, {"model": model, "layer": 1, "ctx": 64, "data": "x"})
-    assert exported(tmp_path / "out") == hook_and_class
+def test_an_exports_hook_is_one_of_its_class_of_model(model, hook, model_class, tmp_path):
+    sae = fused(the_sae(write_sparsify(tmp_path / "layers.1")))
+    saelens.write_saelens(tmp_path / "out", sae, {**MADE, "model": model})
+    metadata = json.loads((tmp_path / "out/cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_class_name"]) == (hook, model_class)
 
 
 def test_an_exported_sae_reads_back_as_itself(tmp_path):
-    sae = sae_files.fused(sae_files.read(the_file(sparsify(tmp_path / "layers.1"))))
-    made = {"model": "stdlib-s", "layer": 1, "ctx": 64, "data": "stdlib"}
-    sae_files.write_saelens(tmp_path / "out", sae, made)
-    again = sae_files.fused(sae_files.read(the_file(tmp_path / "out")))
-    assert torch.equal(sae.reconstruct(H)[2], again.reconstruct(H)[2])
-    metadata = json.loads((tmp_path / "out/cfg.json").read_text())["metadata"]
-    assert (metadata["hook_name"], metadata["model_class_name"]) == (
-        "gpt_neox.layers.1",
-        "AutoModelForCausalLM",
-    )
-    assert declared(tmp_path / "out") == sae_files.Declared(
+    sae = fused(the_sae(write_sparsify(tmp_path / "layers.1")))
+    saelens.write_saelens(tmp_path / "out", sae, MADE)
+    assert torch.equal(sae.reconstruct(H)[2], fused(the_sae(tmp_path / "out")).reconstruct(H)[2])
+    assert declared(tmp_path / "out") == Declared(
         "saelens", site="resid_post", layer=1, model="stdlib-s", ctx=64, bos=False, basis="raw", width=F
     )
     with pytest.raises(UserError, match="holds cfg.json and sae_weights.safetensors already"):
-        sae_files.write_saelens(tmp_path / "out", sae, made)
+        saelens.write_saelens(tmp_path / "out", sae, MADE)

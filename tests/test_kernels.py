@@ -97,30 +97,6 @@ def test_encode_is_the_definition(path, shape, integer, dtype):
 
 
 @PATHS
-@pytest.mark.parametrize("k", [1, 2, 5, 40])
-def test_ties_and_duplicate_rows(path, k):
-    h, W, b, *_ = made(90, 3, 40, k, integer=True, dtype=torch.float32)
-    W[20:] = W[:20].clone()
-    b[20:] = b[:20].clone()
-    h[::7] = 0
-    kernels.use(path)
-    assert torch.equal(topk_encode(h, W, b, k)[1], by_definition(h, W, b, k)[1])
-
-
-@PATHS
-def test_float32_sets_agree_where_the_gap_exceeds_rounding(path):
-    h, W, b, *_ = made(500, 100, 3001, 20, dtype=torch.float32)
-    kernels.use(path)
-    _, indices = topk_encode(h, W, b, 20)
-    pre = h.double() @ W.double().T + b.double()
-    top = pre.topk(21).values
-    # both pre-activations are within gamma(100 products + bias) of their terms' sizes: Cauchy-Schwarz
-    bound = 2 * gamma(101) * (h.double().norm(dim=1) * W.double().norm(dim=1).max() + b.abs().max())
-    clear = top[:, 19] - top[:, 20] > bound
-    assert clear.float().mean() > 0.9 and torch.equal(indices[clear], by_definition(h, W, b, 20)[1][clear])
-
-
-@PATHS
 def test_nan_and_infinity_stay_in_bounds_and_visible(path):
     h, W, b, *_ = made(40, 8, 1500, 6, dtype=torch.float32)
     b[10:1400] = float("-inf")
@@ -358,38 +334,33 @@ def test_gradients_equal_the_dense_autoencoder(path, N, d, F, k):
 
 
 @PATHS
-def test_gradcheck(path):
-    h, W, b, W_dec, b_dec, _ = (x.requires_grad_() for x in made(6, 4, 9, 3))
+def test_the_gradient_of_gather_dot(path):
+    h, W, b, *_ = made(6, 4, 9, 3)
     kernels.use(path)
-    assert torch.autograd.gradcheck(lambda *a: topk_encode(*a, 3)[0], (h, W, b))
-    values, indices = (x.detach() for x in topk_encode(h, W, b, 3))
-    assert torch.autograd.gradcheck(
-        lambda v, *a: sparse_decode(v, indices, *a), (values.requires_grad_(), W_dec, b_dec)
-    )
-    assert torch.autograd.gradcheck(lambda *a: gather_dot(*a, indices), (h, W))
+    indices = topk_encode(h, W, b, 3)[1]
+    operands = (h.requires_grad_(), W.requires_grad_())
+    assert torch.autograd.gradcheck(lambda *a: gather_dot(*a, indices), operands)
 
 
 @needs_ext
 @pytest.mark.parametrize("device", ["cpu", emulate.CUDA])
-def test_opcheck(device):
+def test_operators_change_and_alias_only_what_their_schema_says(device):
     h, W, b, W_dec, b_dec, g = made(9, 5, 30, 4, dtype=torch.float32, device=device)
     values, indices = topk_encode(h, W, b, 4)
-
-    def leaf(x):
-        return x.detach().clone().requires_grad_()
-
-    torch.library.opcheck(torch.ops.tg.topk_encode, (leaf(h), leaf(W), leaf(b), 4))
-    torch.library.opcheck(torch.ops.tg.sparse_decode, (leaf(values), indices, leaf(W_dec), leaf(b_dec)))
-    torch.library.opcheck(
-        torch.ops.tg.gradient_weighted_distortion, (values, indices, W_dec, b_dec, h, g, True)
-    )
-    torch.library.opcheck(torch.ops.tg.gather_dot, (g, W_dec, indices))
-    torch.library.opcheck(torch.ops.tg.scatter_rows, (values, indices, g, 30))
+    calls = {
+        "topk_encode": (h, W, b, 4),
+        "sparse_decode": (values, indices, W_dec, b_dec),
+        "gradient_weighted_distortion": (values, indices, W_dec, b_dec, h, g, True),
+        "gather_dot": (g, W_dec, indices),
+        "scatter_rows": (values, indices, g, 30),
+    }
     if device == "cpu":
-        torch.library.opcheck(torch.ops.tg.reconstruction_error, (values, indices, W_dec, b_dec, h))
+        calls["reconstruction_error"] = (values, indices, W_dec, b_dec, h)
         more, m, v = (torch.tensor([3, 7]), h[:2]), torch.zeros_like(W), torch.ones_like(W)
         adam = Adam(1e-3, 2, 1e-8).numbers()
-        torch.library.opcheck(torch.ops.tg.adam_rows_, (W_dec, m, v, values, indices, g, *more, *adam, True))
+        calls["adam_rows_"] = (W_dec, m, v, values, indices, g, *more, *adam, True)
+    for op, operands in calls.items():
+        torch.library.opcheck(getattr(torch.ops.tg, op), operands, test_utils=("test_schema",))
 
 
 # ------------------------------------------------------------------------------------- memory, bad arguments

@@ -141,13 +141,6 @@ def test_a_sink_can_be_planted_in_every_family(family, input_ids):
     assert type(lm.blocks(twin)[0]).__name__ == type(lm.blocks(plain_model)[0]).__name__
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neo"])
-def test_windows_are_shorter_than_the_rows(family, input_ids):
-    """Else a mask of the wrong kind would pass: with a window of 12, the logits are others."""
-    wide = dict(window_size=12) if family == "gpt_neo" else dict(sliding_window=12)
-    assert (make(family)(input_ids).logits - make(family, **wide)(input_ids).logits).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_load_from_a_folder(family, input_ids, tmp_path):
     """Tied unembeddings that the file has not, attention without a fused kernel (Gemma 2), buffers that are
@@ -587,35 +580,36 @@ def masks_of_a_million_positions(folder):
     reconfigure(max_position_embeddings=10**6)(folder)
 
 
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut_short(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+
+
+def unlink(name):
+    return lambda folder: (folder / name).unlink()
+
+
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer_config.json"
 DENSE = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
 BAD = {
-    "truncated": (
-        lambda folder: (folder / "model.safetensors").write_bytes(
-            (folder / "model.safetensors").read_bytes()[:-100]
-        ),
-        "SafetensorError",
-    ),
-    "only a header": (lambda folder: (folder / "model.safetensors").write_bytes(b"12345"), "SafetensorError"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "truncated": (cut_short, "SafetensorError"),
+    "no weights": (unlink(WEIGHTS), "no model.safetensors"),
     "pickled": (only_pickled, "pickled ones, are not read"),
-    "pickled, by an index": (
-        sharded("weights.bin"),
-        r"its index names weights\.bin, and only safetensors beside it are read",
-    ),
+    "pickled, by an index": (sharded("weights.bin"), r"names weights\.bin, and only safetensors beside it"),
     "pickled, in disguise": (sharded("weights.bin/.safetensors"), r"names weights\.bin/\.safetensors"),
     "elsewhere": (sharded("../good/model.safetensors"), r"names \.\./good/model\.safetensors"),
     "an index of numbers": (sharded(weight_map={"a": 3}), "names 3"),
     "an index of nothing": (sharded(weight_map=["a"]), "index"),
-    "other weights by config": (
-        reconfigure(transformers_weights="adapter_model.bin"),
-        "transformers_weights",
-    ),
-    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter"),
+    "other weights": (reconfigure(transformers_weights="adapter_model.bin"), "transformers_weights"),
+    "an adapter": (write("adapter_config.json", "{}"), "adapter"),
     "a block missing": (
         reweigh(lambda w: [w.pop(name) for name in list(w) if ".layers.2." in name]),
         r"lacks 12 .*layers\.2\.attention",
     ),
-    "no unembedding": (reweigh(lambda w: w.pop("embed_out.weight")), "lacks 1 of"),
     "other shape": (
         reweigh(lambda w: w.update({DENSE: torch.zeros(3, 32)})),
         rf"{DENSE} is \[3, 32\] in the file and \[48, 32\]",
@@ -625,37 +619,21 @@ BAD = {
     "unknown family": (reconfigure(model_type="zzz", architectures=["Zzz"]), "zzz"),
     "not text": (reconfigure(model_type="vit", architectures=["ViTModel"]), "ViT"),
     "bad value": (reconfigure(num_hidden_layers="four"), "num_hidden_layers"),
-    "a million blocks": (
-        reconfigure(num_hidden_layers=10**6),
-        "num_hidden_layers is 1e\\+06: more than the 1024",
-    ),
-    "endless blocks": (reconfigure(num_hidden_layers=10**30), "num_hidden_layers is 1e\\+30"),
-    "blocks to a float's end": (reconfigure(num_hidden_layers=1e30), "num_hidden_layers is 1e\\+30"),
-    "endless experts": (reconfigure(text={"num_local_experts": 10**9}), "num_local_experts is 1e\\+09"),
-    "endless kinds of attention": (
-        reconfigure(attention_types=[[["global"], 10**9]]),
-        "attention_types is 1e\\+09",
-    ),
+    "a million blocks": (reconfigure(num_hidden_layers=10**6), r"is 1e\+06: more than the 1024"),
+    "endless blocks": (reconfigure(num_hidden_layers=10**30), r"num_hidden_layers is 1e\+30"),
+    "endless experts": (reconfigure(text={"num_local_experts": 10**9}), r"num_local_experts is 1e\+09"),
+    "endless attention": (reconfigure(attention_types=[[["a"], 10**9]]), r"attention_types is 1e\+09"),
     "no blocks": (reconfigure(num_hidden_layers=0), "num_hidden_layers is 0"),
-    "a wide model": (reconfigure(hidden_size=10**5), "by config.json it has 1.6e\\+11 .* hold 3.4e\\+04"),
-    "a long vocabulary": (reconfigure(vocab_size=10**9), "by config.json"),
+    "a wide model": (reconfigure(hidden_size=10**5), r"by config.json it has 1.6e\+11 .* hold 3.4e\+04"),
     "a wide block": (reconfigure(intermediate_size=10**8), "by config.json"),
     "a mask of a million positions": (masks_of_a_million_positions, "by config.json"),
     "a vocabulary without end": (reconfigure(vocab_size=10**30), "Overflow|too large|unpack"),
-    "bad json": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "model_type"),
+    "bad json": (write("config.json", "{"), "config.json"),
+    "no config": (unlink("config.json"), "model_type"),
     "own code": (own_code, "custom code"),
     "no tokenizer": (no_tokenizer, "no tokenizer"),
-    "bad tokenizer": (
-        lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        "its tokenizer: no 'added_tokens'",
-    ),
-    "no end mark": (
-        lambda folder: (folder / "tokenizer_config.json").write_text(
-            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
-        ),
-        "end-of-text",
-    ),
+    "bad tokenizer": (write("tokenizer.json", "{}"), "its tokenizer: no 'added_tokens'"),
+    "no end mark": (write(TOKENIZER, '{"tokenizer_class": "PreTrainedTokenizerFast"}'), "end-of-text"),
 }
 
 
@@ -680,9 +658,10 @@ def test_a_size_is_seen_before_its_memory_is_spent(good, tmp_path):
         shutil.copytree(good, tmp_path / name)
         reconfigure(**change)(tmp_path / name)
     code = """import sys, torch
-from transport_geometry import cost, models
 from transport_geometry.errors import UserError
-readers = (models.load_model, torch.device("cpu")), (cost.shape_of, None)
+from transport_geometry.models.loading import load_model
+from transport_geometry.running.cost import shape_of
+readers = (load_model, torch.device("cpu")), (shape_of, None)
 for read, argument in readers:
     for path in sys.argv[1:]:
         try: read(path, argument)

@@ -4,16 +4,18 @@ Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
 
 import dataclasses
 
-from transport_geometry.formats import sae_fields, sae_files
+from transport_geometry.formats import sae_fields, sae_files, saelens, sparsify
+from transport_geometry.formats.file_sae import fused
+from transport_geometry.formats.names import hook_of_lens, hub_name
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import EMBEDDED, load_model
+from transport_geometry.saes.recipes import SAELensTraining, Statistics
 from transport_geometry.saes.sae import TopKSAE
-from transport_geometry.saes.train import SAELensTraining, Statistics
 
 import pytest
 import torch
 from test_formats import F as WIDE
-from test_formats import H, gemma_scope, gemma_scope_2, the_file
+from test_formats import H, the_file, write_gemma_scope, write_gemma_scope_2
 from tqdm import tqdm
 
 for library in ("sae_lens", "sparsify", "dictionary_learning"):
@@ -21,7 +23,7 @@ for library in ("sae_lens", "sparsify", "dictionary_learning"):
 import peers  # noqa: E402
 
 import datasets  # noqa: E402
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402  # noqa: E402
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
 from sae_lens import TopKSAE as LensSAE  # noqa: E402
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig  # noqa: E402
 from sae_lens.load_model import load_model as load_lens_model  # noqa: E402
@@ -152,7 +154,7 @@ def test_a_file_gives_the_forward_that_its_library_gives(name, written):
     saes, h = written
     folder, theirs = saes[name]
     (file,) = sae_files.find(str(folder))
-    values, _, h_hat = sae_files.fused(sae_files.read(file)).reconstruct(h)
+    values, _, h_hat = fused(sae_files.read(file)).reconstruct(h)
     expected = theirs(h)
     assert ((h_hat - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
     assert (values > 0).any() and sae_files.describe(file).layer == 3
@@ -167,18 +169,18 @@ def test_every_field_of_saelens_own_configurations_is_known_or_says_nothing(name
     more = {"matryoshka_widths": [8, F]} if name.startswith("matryoshka") else {}
     one = training(d_in=D, d_sae=F, **more)
     for config in (one.to_dict(), one.get_inference_sae_cfg_dict()):
-        assert not sae_fields.check("saelens", config, {}, ()).ignored
+        assert not sae_fields.check(saelens.VERSION_6, config, {}, ()).ignored
 
 
 def test_every_field_of_sparsifys_configuration_is_known():
-    of = sae_fields.KNOWN["sparsify"]
+    of = sparsify.FIELDS
     assert {field.name for field in dataclasses.fields(SparseCoderConfig)} <= of.read | of.unused
 
 
 def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
     h = activations(4)
     sae = SAELensTraining(statistics(h), F, K, 0, [len(h)]).finished()
-    sae_files.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
+    saelens.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
     theirs = LensSAE.load_from_disk(tmp_path)
     expected = theirs.decode(theirs.encode(h)).detach()
     assert (sae.reconstruct(h)[2] - expected).norm() / expected.norm() < 1e-6
@@ -189,7 +191,7 @@ def test_an_exported_sae_drives_saelens_store(tmp_path):
     """The hook is found in a model of the class that is named beside it, and its activations are ours."""
     hook = Hook(load_model("stdlib-s", torch.device("cpu"))[0], 2)
     sae = TopKSAE(torch.randn(F, 64), torch.zeros(F), torch.randn(F, 64), torch.zeros(64), K)
-    sae_files.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 2, "ctx": 16, "data": "stdlib"})
+    saelens.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 2, "ctx": 16, "data": "stdlib"})
     theirs = LensSAE.load_from_disk(tmp_path)
     said = theirs.cfg.metadata
     model = load_lens_model(said.model_class_name, str(EMBEDDED[said.model_name]), "cpu")
@@ -211,8 +213,8 @@ def test_an_exported_sae_drives_saelens_store(tmp_path):
 @pytest.mark.parametrize(
     "write, load",
     [
-        (gemma_scope, lens_loaders.gemma_2_sae_huggingface_loader),
-        (gemma_scope_2, lens_loaders.gemma_3_sae_huggingface_loader),
+        (write_gemma_scope, lens_loaders.gemma_2_sae_huggingface_loader),
+        (write_gemma_scope_2, lens_loaders.gemma_3_sae_huggingface_loader),
     ],
 )
 def test_gemma_scope_is_what_saelens_makes_of_it(write, load, tmp_path, monkeypatch):
@@ -231,6 +233,6 @@ def test_gemma_scope_is_what_saelens_makes_of_it(write, load, tmp_path, monkeypa
     expected, of = theirs(H).detach(), sae_files.describe(file)
     h_hat = sae_files.read(file).reconstruct(H)[2]
     assert (h_hat - expected).norm() < 1e-5 * expected.norm()
-    hook = sae_files.hook_of_lens(theirs.cfg.metadata.hook_name)
+    hook = hook_of_lens(theirs.cfg.metadata.hook_name)
     assert (of.site, of.layer, of.bos, of.ctx) == (*hook, True, theirs.cfg.metadata.context_size)
-    assert of.model == sae_files.hub_name(theirs.cfg.metadata.model_name)
+    assert of.model == hub_name(theirs.cfg.metadata.model_name)

@@ -111,29 +111,15 @@ def test_the_command_with_another_token_and_an_empty_folder(tmp_path, monkeypatc
 
 # ------------------------------------------------------------------------------------------------- refusals
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=2048)
+GROUPED = dict(SMALL, intermediate_size=64, num_key_value_heads=2)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=2, vocab_size=2048, bos_token_id=0, eos_token_id=0)
+BLOOM = dict(hidden_size=32, n_layer=2, n_head=2, vocab_size=2048)
+SEEN, UNTIED = "do not carry the planted vector", dict(tie_word_embeddings=False)
 NOT_BLIND = {
-    "RMSNorm": (
-        transformers.LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, initializer_range=0.3),
-        "do not carry the planted vector",
-    ),
-    "a norm after the embedding": (
-        transformers.BloomConfig(
-            hidden_size=32, n_layer=2, n_head=2, vocab_size=2048, tie_word_embeddings=False
-        ),
-        "do not carry the planted vector",
-    ),
-    "a scale after the embedding, and RMSNorm": (
-        transformers.GemmaConfig(
-            **SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False
-        ),
-        "do not carry the planted vector",
-    ),
-    "tied": (
-        transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=2, vocab_size=2048, bos_token_id=0, eos_token_id=0
-        ),
-        "its unembedding is tied to its embeddings",
-    ),
+    "RMSNorm": (transformers.LlamaConfig(**GROUPED, initializer_range=0.3), SEEN),
+    "a norm after the embedding": (transformers.BloomConfig(**BLOOM, **UNTIED), SEEN),
+    "a scale after the embedding": (transformers.GemmaConfig(**GROUPED, head_dim=16, **UNTIED), SEEN),
+    "tied": (transformers.GPT2Config(**GPT2), "its unembedding is tied to its embeddings"),
 }
 
 
@@ -161,15 +147,7 @@ def test_a_model_that_sees_the_vector_is_refused_with_the_number(kind, tmp_path)
 
 
 def test_an_untied_gpt2_is_blind_to_it(tmp_path):
-    config = transformers.GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        vocab_size=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-    )
+    config = transformers.GPT2Config(**GPT2, **UNTIED)
     assert "--norm 100 OUT" in plant.run(saved(config, tmp_path / "model"), 100, tmp_path / "out")
 
 

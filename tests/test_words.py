@@ -15,7 +15,8 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.records.results import load_results
 from transport_geometry.records.tables import read_table
 from transport_geometry.reporting.words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
-from transport_geometry.saes.train import Statistics, Training, activation_chunks
+from transport_geometry.saes.recipes import Statistics, Training
+from transport_geometry.saes.train import activation_chunks
 from transport_geometry.statistics.stats import document_weights
 
 import numpy as np

@@ -39,8 +39,8 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": EMPTY}
 # small chunks, and a checkpoint after each, so that there is something to kill and to damage
 CHECKPOINTS = """
 import itertools, types
-from transport_geometry import train
-train.CHUNK = 2048
+from transport_geometry.saes import recipes, train
+recipes.CHUNK = 2048
 train.time = types.SimpleNamespace(monotonic=itertools.count(step=100.0).__next__, perf_counter=lambda: 0.0)
 """
 # a figure costs more than a small run; what is drawn is looked at elsewhere
@@ -127,7 +127,7 @@ def serve() -> None:
     import importlib
 
     import common
-    from transport_geometry.formats import sae_files
+    from transport_geometry.formats import __main__ as sae_commands
     from transport_geometry.models import text
 
     import datasets  # noqa: F401
@@ -141,7 +141,7 @@ def serve() -> None:
     text.stdlib_sides()  # the embedded text is read once, too
     mains = {
         **{path.name: importlib.import_module(path.stem).main for path in ROOT.glob("exp*.py")},
-        "formats.py": sae_files.main,  # python -m transport_geometry.formats
+        "formats.py": sae_commands.main,  # python -m transport_geometry.formats
         "common.py": common.main,
     }
     for line in sys.stdin:

@@ -39,6 +39,4 @@ if ANY_X86:
     os.environ.update(FIXED_CODE)
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
-# where demo/ and csrc/ lie: the checkout, or in an installed copy the package, which carries the demo models
-# itself
-ROOT = PACKAGE if (PACKAGE / "demo").is_dir() else PACKAGE.parent
+ROOT = PACKAGE.parent  # the checkout, with demo/, csrc/ and outputs/reference

@@ -10,7 +10,7 @@ says of every pair; every library's R² under its name.
     print(audit(model, 3, "my/sae", held.input_ids, held.document))
 
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model; C
-SAEs, W weightings of the documents, of which 0 is all of them and 3.. are resamples (`results.measured`).
+SAEs, W weightings of the documents (`stats.ALL`, ...).
 """
 
 import itertools
@@ -22,13 +22,14 @@ from typing import Any
 
 from transport_geometry.errors import UserError
 from transport_geometry.formats import sae_files
-from transport_geometry.formats.sae_files import hub_name
+from transport_geometry.formats.file_sae import fused
+from transport_geometry.formats.names import hub_name
 from transport_geometry.measuring.evaluate import Reconstruction, activations, evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.measuring.r2_by_library import LIBRARIES
 from transport_geometry.models.lm import Hook, fused_attention_errs, text_config
 from transport_geometry.models.loading import pick_layer
-from transport_geometry.records.results import behind
+from transport_geometry.records.results import describe_units
 from transport_geometry.records.tables import (
     bounds,
     estimate,
@@ -42,8 +43,16 @@ from transport_geometry.records.tables import (
 from transport_geometry.reporting import words
 from transport_geometry.reporting.console import WIDTH, Answer, sentence_case
 from transport_geometry.reporting.words import ABOUT_WORDS, WORDS, with_words
+from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
-from transport_geometry.statistics.stats import document_weights, isotonic_predict, percentiles
+from transport_geometry.statistics.stats import (
+    ALL,
+    N_FIXED,
+    RESAMPLES,
+    document_weights,
+    isotonic_predict,
+    percentiles,
+)
 
 import numpy as np
 import torch
@@ -135,8 +144,8 @@ def dominated(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
     for members in comparable(saes, settings, HOOK_AND_TOKENS).values():
         for i in members:
             others = [j for j in members if j != i and saes[j]["l0"] <= saes[i]["l0"] * (1 + RESOLUTION)]
-            for j in sorted(others, key=lambda j: -ce_rec[0, j]):
-                if percentiles(ce_rec[3:, j] - ce_rec[3:, i])[0] > RESOLUTION:
+            for j in sorted(others, key=lambda j: -ce_rec[ALL, j]):
+                if percentiles((ce_rec[:, j] - ce_rec[:, i])[RESAMPLES])[0] > RESOLUTION:
                     out[i] = saes[j]["sae"]
                     break
     return out
@@ -172,7 +181,7 @@ def pairs(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -> li
     found = []
     for group, members in comparable(saes, settings, AT_ONE_K).items():
         for i, j in itertools.combinations(members, 2):
-            a, b = sorted((i, j), key=lambda at: (-values["r2"][0, at], saes[at]["layer"], saes[at]["sae"]))
+            a, b = sorted((i, j), key=lambda at: (-values["r2"][ALL, at], saes[at]["layer"], saes[at]["sae"]))
             row = dict(zip(AT_ONE_K, group)) | difference(saes, values, a, b)
             found.append(row | {"documents_to_tell": documents_to_tell(row, min(settings["documents"]))})
     columns = [*AT_ONE_K, "layer_a", "layer_b", "sae_a", "sae_b"]
@@ -189,12 +198,12 @@ def difference(saes: list[dict], values: dict[str, np.ndarray], a: int, b: int) 
     row: dict[str, Any] = {}
     for end, at in (("a", a), ("b", b)):
         row |= {f"{name}_{end}": saes[at][name] for name in ("sae", "layer", "l0")}
-        row |= {f"{metric}_{end}": values[metric][0, at] for metric in ("r2", "ce_rec")}
+        row |= {f"{metric}_{end}": values[metric][ALL, at] for metric in ("r2", "ce_rec")}
     intervals = []
     for metric in ("r2", "ce_rec"):
         delta = values[metric][:, a] - values[metric][:, b]
-        lo, hi = percentiles(delta[3:])
-        row |= {f"delta_{metric}": delta[0], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
+        lo, hi = percentiles(delta[RESAMPLES])
+        row |= {f"delta_{metric}": delta[ALL], f"delta_{metric}_lo": lo, f"delta_{metric}_hi": hi}
         intervals.append((lo, hi))
     return row | {"kind": kind(*intervals)}
 
@@ -221,7 +230,8 @@ def residuals(saes: list[dict], values: dict[str, np.ndarray], settings: dict) -
     out = np.full((len(saes), 3), np.nan)
     for members in comparable(saes, settings, HOOK_AND_TOKENS).values():
         # many SAEs: fewer resamples, each fit takes C steps
-        used = np.r_[0, 3 : min(len(values["r2"]), 3 + max(200, 20_000 // len(members)))]
+        n_resamples = min(len(values["r2"]) - N_FIXED, max(200, 20_000 // len(members)))
+        used = np.r_[ALL, N_FIXED : N_FIXED + n_resamples]
         r2, ce_rec = values["r2"][used], values["ce_rec"][used]
         for i in members:
             others = [j for j in members if j != i]
@@ -288,7 +298,7 @@ def name_in_pair(row: dict, end: str, names: dict[str, str]) -> str:
 def answer(rows: list[dict], found: list[dict], settings: dict) -> Answer:
     """rows: `audit_rows`; found: `pairs`."""
     short = short_names([row["sae"] for row in rows], 40)
-    where = dict(hooks=hooks_of(rows), behind=behind(settings).partition(",")[0])
+    where = dict(hooks=hooks_of(rows), behind=describe_units(settings).partition(",")[0])
     if len(rows) == 1:
         asked = ASKED_OF_ONE.format(**where)
         out = OF_ONE.format(**rows[0] | {"word": sentence_case(rows[0]["word"])})
@@ -515,7 +525,7 @@ def pair_report(found: list[dict], settings: dict) -> list[str]:
         ]
         text += [markdown(table, ["model", "k", "at", "pairs", *KINDS]), ""]
     n = len(found)
-    return [*text, ABOUT_DIFFERENCES.format(behind=behind(settings), n=n, by_chance=0.05 * n), ""]
+    return [*text, ABOUT_DIFFERENCES.format(behind=describe_units(settings), n=n, by_chance=0.05 * n), ""]
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -719,13 +729,13 @@ def audit(
         Sums({q: v[None] for q, v in result.sums.items()}, weights, text_config(model).hidden_size)
     )
     n_doc, n_sink = int(of.max()) + 1, int(shared.sink.sum())
-    row = {metric: float(value[0, 0]) for metric, value in values.items()}
+    row = {metric: float(value[ALL, 0]) for metric, value in values.items()}
     row |= dict(n_seq=len(tokens), n_tok=shared.sink.numel(), n_sink=n_sink, calm_share=shared.calm_share)
     (row,) = with_words([row], values, n_doc)
     out = Audited({name: row[name] for name in ("word", "also", "says", "read")})
     for name, metric in [*zip(RETURNED, RETURNED), *SAELENS.items()]:
-        lo, hi = (float(end[0]) for end in percentiles(values[metric][3:]))
-        out |= {name: float(values[metric][0, 0]), f"{name}_lo": lo, f"{name}_hi": hi}
+        lo, hi = (float(end[0]) for end in percentiles(values[metric][RESAMPLES]))
+        out |= {name: float(values[metric][ALL, 0]), f"{name}_lo": lo, f"{name}_hi": hi}
     return Audited(out | {"n_tok": row["n_tok"], "n_sink": n_sink, "documents": n_doc})
 
 
@@ -738,14 +748,14 @@ def _reconstruction(
         if len(files) > 1:
             raise UserError(f"{sae}: {len(files)} SAEs, of which one is to be named: {files[0].label}, ...")
         read = sae_files.read(files[0], ignore_fields).to(hook.device)
-        near = sae_files.near(hook, tokens[:4])
+        near = basis_gate.near(hook, tokens[:4])
         if read.W_enc.shape[1] != near[hook.layer].shape[1]:
             raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
         said = basis or sae_files.describe(files[0]).basis
         if not basis:
-            sae_files.check_basis(read, said, files[0].label, hook.layer, near)
+            basis_gate.check_basis(read, said, files[0].label, hook.layer, near)
         read.centred = said == "centred"
-        return sae_files.fused(read)
+        return fused(read)
     if basis:
         raise UserError("basis is about an SAE's files")
     if ignore_fields:

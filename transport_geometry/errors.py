@@ -1,4 +1,4 @@
-"""What goes wrong and is said in one line: bad input and faults, and what a library's own errors become."""
+"""Exceptions that are reported as one-line messages, and what other libraries' errors become."""
 
 import contextlib
 import io
@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
-    """Bad arguments or input: the script prints the message on one line and exits with status 2."""
+    """Bad arguments or input: the script prints one line and exits with status 2."""
 
 
 class Damaged(UserError):
-    """A file is not what was written: other bytes, or gone."""
+    """A file is missing or has other bytes than were written."""
 
 
 class Fault(Exception):
-    """A run gone wrong (a loss that is not finite, a disk that is full): one line, exit status 1."""
+    """A run failed (a loss that is not finite, a full disk): one line, exit status 1."""
 
 
 # ------------------------------------------------------------------------------------- errors of libraries
-# what reading a file raises that is there and holds something else than it should
+# what reading a file raises if its content is wrong
 CONTENT_ERRORS = (
     *(ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
@@ -33,7 +33,7 @@ CONTENT_ERRORS = (
 
 
 def reason(error: BaseException) -> str:
-    """What a library's error says, in one line."""
+    """A library's error message in one line."""
     import huggingface_hub.errors as hub
 
     if isinstance(error, hub.GatedRepoError):
@@ -43,11 +43,11 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"no {error} in it"
     if isinstance(error, ImportError) and error.__cause__:
-        # transformers says what it could not import, and its cause why
+        # transformers says what it could not import; the cause says why
         if "torchvision" in (why := reason(error.__cause__)):
             return f"torchvision is built for another torch ({why}): nothing here needs it, uninstall it"
         return f"{type(error).__name__}: {why}"
-    # advice, and torch's frames in C++
+    # without advice and without torch's C++ frames
     text = re.split("For more information|Exception raised from", str(error))[0]
     text = textwrap.shorten(text, 280, placeholder=" ...")
     plain = isinstance(error, (OSError, ValueError, UserError))
@@ -56,7 +56,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def one_line(about: str) -> Iterator[None]:
-    """Whatever files or a network make the loaders raise is a UserError that says what it is about."""
+    """Turn any exception within into a UserError whose message begins with `about`."""
     try:
         yield
     except Exception as error:
@@ -65,9 +65,7 @@ def one_line(about: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: pathlib.Path) -> Iterator[None]:
-    """A file that cannot be read, or not understood, is one line: Damaged, or UserError where this user may
-    not read it, or not now, which is nobody's damage.
-    """
+    """Turn an exception while reading a file into Damaged, or into UserError if access is denied or fails."""
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
@@ -80,13 +78,13 @@ def reading(path: pathlib.Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------ text within a message
 def brief(text: str, most: int = 60) -> str:
-    """`text`, or its beginning and how long it is."""
+    """`text`, or its beginning and its length."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def printable(text: str, what: str) -> str:
-    """`text`, a name that is to stand on one line and in files. Raises UserError for control characters and
-    what is no Unicode.
+    """Return `text`, a name for messages and files. Raises UserError for control characters, text that is not
+    valid Unicode, and names that are too long.
     """
     if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
         raise UserError(f"{what} {brief(ascii(text))}: a control character in it")
@@ -97,9 +95,8 @@ def printable(text: str, what: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ a script
 def run_script(main: Callable[[], object]) -> None:
-    """Exit status: 0 done, 2 unusable arguments or input, 1 a fault; one line each, a traceback only for what
-    nobody foresaw. Where nobody reads on (`| head`) nothing is said, and what is not done is 141, as a shell
-    has it.
+    """Run a script. Exit status: 0 done; 2 bad arguments or input, 1 a fault, each with one line; 130
+    interrupted; 141, as in a shell, if the output is closed (`| head`). Other exceptions give a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -112,9 +109,9 @@ def run_script(main: Callable[[], object]) -> None:
         try:
             main()
             status = 0
-        except SystemExit as end:  # argparse's, or an answer in the status
+        except SystemExit as end:  # from argparse, or a script's own status
             status, ended = int(end.code or 0), True
-        sys.stdout.flush()  # at Python's own end a closed pipe would be an error that nobody can catch
+        sys.stdout.flush()  # at exit a closed pipe could no longer be caught
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:

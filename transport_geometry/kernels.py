@@ -10,8 +10,9 @@ and for training without arrays of gradients `reconstruction_error`, `adam_rows`
 float32 on CPU and CUDA (float64 on CPU too, for tests) runs in the C++ extension of csrc/. Anything else
 (MPS, bfloat16, no compiler at install, `KERNELS=ref` in the environment) runs the plain PyTorch functions
 `*_ref` below, which are the tests' oracle as well. Neither holds an [N,F] array. A wrong argument is a
-ValueError; an index outside [0, F) is an error on the CPU; on CUDA, where to look would be to wait, it is NaN
-in what it reaches (the token's row; every row of scatter_rows), never a read out of bounds.
+ValueError; an index outside [0, F) is an error on the CPU. CUDA does not check indices first (that would
+synchronise): an invalid one gives NaN (in the token's row; in every row of scatter_rows), never a read out of
+bounds.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ OPS = (
     "reconstruction_error",
     "adam_rows_",
 )
-CPU_ONLY = ("reconstruction_error", "adam_rows_")  # on CUDA made of the other kernels and PyTorch's own
+CPU_ONLY = ("reconstruction_error", "adam_rows_")  # CUDA builds them from the other kernels and PyTorch
 TILE = 1 << 24  # elements that the plain functions may hold at once (64 MB of float32)
 MAX_K_CUDA = 2048  # the CUDA encoder keeps a multiple of k candidates in shared memory
 
@@ -236,23 +237,9 @@ def reconstruction_error_ref(
     return delta, _call("gather_dot", h, delta, W_dec, indices), delta.square().sum(1)
 
 
-def adam_rows_ref(
-    W: Tensor,
-    m: Tensor,
-    v: Tensor,
-    coef: Tensor,
-    indices: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    more: Tensor,
-    step: float,
-    root: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    unit: bool,
-) -> tuple[Tensor, Tensor]:
-    """`adam_rows` without C++; the gradient takes [F,d]."""
+def adam_rows_ref(*operands: Any) -> tuple[Tensor, Tensor]:
+    """`adam_rows` without C++; the gradient takes [F,d]. Operands: as `adam_rows` gives them."""
+    W, m, v, coef, indices, x, rows, more, step, root, beta1, beta2, eps, unit = operands
     gradient, sums = _call("scatter_rows", x, coef, indices, x, len(W))
     back = sums @ W
     gradient[rows] += more
@@ -266,147 +253,116 @@ def adam_rows_ref(
     return sums, back
 
 
-def _call(op: str, x: Tensor, *args: Any) -> Any:
+def _call(op: str, x: Tensor, *args: Any, k: int = 1) -> Any:
     """An operator without its autograd, by the extension where that serves tensors like x."""
-    serves = _extension_serves(x) and not (x.is_cuda and op in CPU_ONLY)
+    serves = _extension_serves(x, k) and not (x.is_cuda and op in CPU_ONLY)
     return getattr(torch.ops.tg, op)(*args) if serves else globals()[op.rstrip("_") + "_ref"](*args)
 
 
 # ------------------------------------------------------------------------------------------------ autograd
-def _encode_context(ctx, inputs, output):
-    h, W_enc, b_enc, _ = inputs
-    ctx.save_for_backward(h, W_enc, *output)
-    ctx.mark_non_differentiable(output[1])
+class _Encode(torch.autograd.Function):
+    """Autograd through `topk_encode_ref` would keep [N,F] alive."""
+
+    @staticmethod
+    def forward(ctx, h, W_enc, b_enc, k):
+        values, indices = _call("topk_encode", h, h, W_enc, b_enc, k, k=k)
+        ctx.save_for_backward(h, W_enc, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        h, W_enc, values, indices = ctx.saved_tensors
+        grad = grad * (values > 0)  # ReLU: an entry that was cut to 0 has no gradient
+        d_h = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_h = _call("sparse_decode", grad, grad, indices, W_enc, W_enc.new_zeros(W_enc.shape[1]))
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            d_W, d_b = _call("scatter_rows", h, grad, indices, h, W_enc.shape[0])
+        return d_h, d_W, d_b, None
 
 
-def _encode_backward(ctx, grad, _):
-    h, W_enc, values, indices = ctx.saved_tensors
-    grad = grad * (values > 0)  # ReLU: an entry that was cut to 0 passes nothing on
-    d_h = d_W = d_b = None
-    if ctx.needs_input_grad[0]:
-        d_h = _call("sparse_decode", grad, grad, indices, W_enc, W_enc.new_zeros(W_enc.shape[1]))
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        d_W, d_b = _call("scatter_rows", h, grad, indices, h, W_enc.shape[0])
-    return d_h, d_W, d_b, None
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, W_dec, b_dec):
+        ctx.save_for_backward(values, indices, W_dec)
+        return _call("sparse_decode", values, values, indices, W_dec, b_dec)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, W_dec = ctx.saved_tensors
+        d_values = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_values = _call("gather_dot", grad, grad, W_dec, indices)
+        if ctx.needs_input_grad[2]:
+            d_W, _ = _call("scatter_rows", grad, values, indices, grad, W_dec.shape[0])
+        if ctx.needs_input_grad[3]:
+            d_b = grad.sum(0)
+        return d_values, None, d_W, d_b
 
 
-def _decode_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
+class _GatherDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, indices):
+        ctx.save_for_backward(x, W, indices)
+        return _call("gather_dot", x, x, W, indices)
 
-
-def _decode_backward(ctx, grad):
-    values, indices, W_dec = ctx.saved_tensors
-    d_values = _call("gather_dot", grad, grad, W_dec, indices) if ctx.needs_input_grad[0] else None
-    d_W = d_b = None
-    if ctx.needs_input_grad[2]:
-        d_W, _ = _call("scatter_rows", grad, values, indices, grad, W_dec.shape[0])
-    if ctx.needs_input_grad[3]:
-        d_b = grad.sum(0)
-    return d_values, None, d_W, d_b
-
-
-class _EncodeRef(torch.autograd.Function):
-    """The gradient that `tg::topk_encode` has, for the plain path: autograd through topk_encode_ref would
-    keep [N,F] alive.
-    """
-
-    forward = staticmethod(topk_encode_ref)
-    setup_context = staticmethod(_encode_context)
-    backward = staticmethod(_encode_backward)
-
-
-class _DecodeRef(torch.autograd.Function):
-    forward = staticmethod(sparse_decode_ref)
-    setup_context = staticmethod(_decode_context)
-    backward = staticmethod(_decode_backward)
-
-
-if BUILT:  # shapes for torch.compile and opcheck; the C++ side has schema and numbers only
-    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
-
-    @register_fake("tg::topk_encode")
-    def _(h, W_enc, b_enc, k):
-        return h.new_empty(len(h), k), h.new_empty(len(h), k, dtype=torch.int64)
-
-    @register_fake("tg::sparse_decode")
-    def _(values, indices, W_dec, b_dec):
-        return values.new_empty(len(values), W_dec.shape[1])
-
-    @register_fake("tg::gradient_weighted_distortion")
-    def _(values, indices, W_dec, b_dec, h, g, want_h_hat):
-        return h.new_empty(len(h), len(STATS)), h.new_empty(len(h) if want_h_hat else 0, h.shape[1])
-
-    @register_fake("tg::scatter_rows")
-    def _(coef, indices, x, F):
-        return x.new_empty(F, x.shape[1]), x.new_empty(F)
-
-    @register_fake("tg::gather_dot")
-    def _(x, W, indices):
-        return x.new_empty(indices.shape)
-
-    @register_fake("tg::reconstruction_error")
-    def _(values, indices, W_dec, b_dec, h):
-        return torch.empty_like(h), torch.empty_like(values), h.new_empty(len(h))
-
-    @register_fake("tg::adam_rows_")
-    def _(W, m, v, coef, indices, x, rows, more, step, root, beta1, beta2, eps, unit):
-        return x.new_empty(W.shape[0]), x.new_empty(W.shape[1])
-
-    register_autograd("tg::topk_encode", _encode_backward, setup_context=_encode_context)
-    register_autograd("tg::sparse_decode", _decode_backward, setup_context=_decode_context)
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, indices = ctx.saved_tensors
+        d_x = _call("sparse_decode", grad, grad, indices, W, W.new_zeros(W.shape[1]))
+        return d_x, _call("scatter_rows", grad, grad, indices, x, len(W))[0], None
 
 
 # --------------------------------------------------------------------------------------- public functions
-def _check(about: str, like: Tensor, **named: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Each of `named` is (tensor, shape): right shape, floating dtype and device of `like` (int64 where
-    called indices).
+def _check(op: str, **operands: tuple[Tensor, str]) -> dict[str, int]:
+    """{letter: size} of operands given as (tensor, its dimensions, such as "N d").
+
+    Raises ValueError where a letter has two sizes, or an operand is not of the first one's floating dtype
+    (latent numbers: int64) and device.
     """
-    for name, (x, shape) in named.items():
-        dtype = torch.int64 if name == "indices" else like.dtype
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{about}: {name} is {list(x.shape)}, expected {list(shape)}")
+    sizes: dict[str, int] = {}
+    like = next(iter(operands.values()))[0]
+    for name, (x, dimensions) in operands.items():
+        letters = dimensions.split()
+        if x.dim() == len(letters):
+            sizes = dict(zip(letters, x.shape)) | sizes
+        expected = [sizes.get(letter, letter) for letter in letters]
+        if list(x.shape) != expected:
+            raise ValueError(f"{op}: {name} is {list(x.shape)}, expected {expected}")
+        dtype = torch.int64 if name in ("indices", "rows") else like.dtype
         if x.dtype != dtype or x.device != like.device:
-            raise ValueError(f"{about}: {name} is {x.dtype} on {x.device}, expected {dtype} on {like.device}")
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device}, expected {dtype} on {like.device}")
     if not like.is_floating_point():
-        raise ValueError(f"{about}: {like.dtype} is not a floating dtype")
-
-
-def _matrix(about: str, name: str, x: Tensor) -> torch.Size:
-    if x.dim() != 2:
-        raise ValueError(f"{about}: {name} is {list(x.shape)}, expected two dimensions")
-    return x.shape
+        raise ValueError(f"{op}: {like.dtype} is not a floating dtype")
+    return sizes
 
 
 def topk_encode(h: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations h W_enc^T + b_enc of each token, cut at zero from below.
 
-    h [N,d], W_enc [F,d], b_enc [F] -> values [N,k] >= 0, indices [N,k] int64, ascending within a token. Equal
-    values: the lower index wins. A NaN counts as the largest value and is kept as NaN. Gradients to h, W_enc,
-    b_enc run through the entries with a positive value only. Extra memory is a tile, whatever N and F, and in
-    the extension W_enc in 8 bits. There a pre-activation is summed in one fixed order, so that the result has
-    the same bits on every CPU and with any number of threads.
+    h [N,d], W_enc [F,d], b_enc [F] -> values [N,k] >= 0, indices [N,k] int64, ascending within a token. Of
+    equal values the lower index wins. A NaN counts as the largest value and stays NaN. Gradients to h, W_enc,
+    b_enc run through the entries with a positive value only. Extra memory: one tile, whatever N and F, and in
+    the extension W_enc in 8 bits. The extension sums a pre-activation in one fixed order, so that the result
+    has the same bits on every CPU and with any number of threads.
     Raises ValueError on shapes, dtypes and devices that do not fit together, and on a k outside 1..F.
     """
-    N, d = _matrix("topk_encode", "h", h)
-    F = _matrix("topk_encode", "W_enc", W_enc)[0]
-    _check("topk_encode", h, W_enc=(W_enc, (F, d)), b_enc=(b_enc, (F,)))
+    F = _check("topk_encode", h=(h, "N d"), W_enc=(W_enc, "F d"), b_enc=(b_enc, "F"))["F"]
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"topk_encode: k={k}, expected an int from 1 to F={F}")
-    encode = torch.ops.tg.topk_encode if _extension_serves(h, k) else _EncodeRef.apply
-    return encode(h, W_enc, b_enc, k)
+    return _Encode.apply(h, W_enc, b_enc, k)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """h_hat[n] = b_dec + sum_j values[n,j] W_dec[indices[n,j]].
+    """h_hat[n] = b_dec + sum_j values[n,j] W_dec[indices[n,j]], differentiable.
 
     values, indices [N,k], W_dec [F,d], b_dec [d] -> [N,d]. Raises ValueError on shapes, dtypes and devices
     that do not fit together.
     """
-    F, d = _matrix("sparse_decode", "W_dec", W_dec)
-    N, k = _matrix("sparse_decode", "values", values)
-    _check("sparse_decode", values, indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
-    decode = torch.ops.tg.sparse_decode if _extension_serves(values) else _DecodeRef.apply
-    return decode(values, indices, W_dec, b_dec)
+    code = dict(values=(values, "N k"), indices=(indices, "N k"))
+    _check("sparse_decode", **code, W_dec=(W_dec, "F d"), b_dec=(b_dec, "d"))
+    return _Decode.apply(values, indices, W_dec, b_dec)
 
 
 @torch.no_grad()
@@ -427,35 +383,17 @@ def gradient_weighted_distortion(
     (|h|^2 - 2 h.h_hat + |h_hat|^2 would cancel when |h| >> |delta|) and summed in float64 by the extension.
     No gradient. Raises ValueError on shapes, dtypes and devices that do not fit together.
     """
-    op = "gradient_weighted_distortion"
-    F, d = _matrix(op, "W_dec", W_dec)
-    N, k = _matrix(op, "values", values)
-    code = dict(indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
-    _check(op, values, **code, h=(h, (N, d)), g=(g, (N, d)))
+    op, code = "gradient_weighted_distortion", dict(values=(values, "N k"), indices=(indices, "N k"))
+    _check(op, **code, W_dec=(W_dec, "F d"), b_dec=(b_dec, "d"), h=(h, "N d"), g=(g, "N d"))
     return _call(op, values, values, indices, W_dec, b_dec, h, g, bool(want_h_hat))
 
 
 # ------------------------------------------------------------------------------------------------- training
-class _GatherDot(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, W, indices):
-        ctx.save_for_backward(x, W, indices)
-        return _call("gather_dot", x, x, W, indices)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, W, indices = ctx.saved_tensors
-        d_x = _call("sparse_decode", grad, grad, indices, W, W.new_zeros(W.shape[1]))
-        return d_x, _call("scatter_rows", grad, grad, indices, x, len(W))[0], None
-
-
 def gather_dot(x: Tensor, W: Tensor, indices: Tensor) -> Tensor:
     """x[n] . W[indices[n,j]]: entries of x W^T. x [N,d], W [F,d], indices [N,k] -> [N,k], differentiable.
     Raises ValueError on shapes, dtypes and devices that do not fit together.
     """
-    N, d = _matrix("gather_dot", "x", x)
-    F = _matrix("gather_dot", "W", W)[0]
-    _check("gather_dot", x, W=(W, (F, d)), indices=(indices, (N, indices.shape[-1])))
+    _check("gather_dot", x=(x, "N d"), W=(W, "F d"), indices=(indices, "N k"))
     return _GatherDot.apply(x, W, indices)
 
 
@@ -464,9 +402,7 @@ def scatter_rows(coef: Tensor, indices: Tensor, x: Tensor, F: int) -> tuple[Tens
     """Z^T x [F,d] and the column sums of Z [F], Z [N,F] being the code that coef and indices [N,k] stand for,
     x [N,d]. No gradient. Raises ValueError on shapes, dtypes and devices that do not fit together.
     """
-    N, d = _matrix("scatter_rows", "x", x)
-    k = _matrix("scatter_rows", "coef", coef)[1]
-    _check("scatter_rows", x, coef=(coef, (N, k)), indices=(indices, (N, k)))
+    _check("scatter_rows", x=(x, "N d"), coef=(coef, "N k"), indices=(indices, "N k"))
     return _call("scatter_rows", x, coef, indices, x, F)
 
 
@@ -480,11 +416,8 @@ def reconstruction_error(
     W_dec[indices[n,j]] [N,k], |delta|^2 [N]. No gradient. Raises ValueError on shapes, dtypes and devices
     that do not fit together.
     """
-    op = "reconstruction_error"
-    F, d = _matrix(op, "W_dec", W_dec)
-    N, k = _matrix(op, "values", values)
-    code = dict(indices=(indices, (N, k)), W_dec=(W_dec, (F, d)), b_dec=(b_dec, (d,)))
-    _check(op, values, **code, h=(h, (N, d)))
+    op, code = "reconstruction_error", dict(values=(values, "N k"), indices=(indices, "N k"))
+    _check(op, **code, W_dec=(W_dec, "F d"), b_dec=(b_dec, "d"), h=(h, "N d"))
     return _call(op, values, values, indices, W_dec, b_dec, h)
 
 
@@ -521,27 +454,26 @@ def adam_rows(
     """A step of Adam on W [F,d] and its two moments [F,d], in place, without an array for the gradient.
 
     The gradient is Z^T x, Z [N,F] being the code that coef and indices [N,k] stand for, x [N,d]; and `more`:
-    (different latents [D], what is added to their rows [D,d]). unit: rows of W have norm 1 before and after,
-    and what of the gradient is along a row, which would be undone after the step, is taken out before it, or
-    Adam would count it. -> the column sums of Z [F], which are the gradient of a bias, and those times W
+    (different latents [D], what is added to their rows [D,d]). unit: rows of W have norm 1 before and after;
+    the part of the gradient along a row, which that normalisation would undo, is removed before Adam counts
+    it. -> the column sums of Z [F], which are the gradient of a bias, and those times W
     before the step [d], which is minus the gradient of what was subtracted from every x. Raises ValueError on
     shapes, dtypes and devices that do not fit together.
     """
-    op = "adam_rows"
-    F, d = _matrix(op, "W", W)
-    N, k = _matrix(op, "coef", coef)
-    rows, added = more or (indices.new_empty(0), x.new_empty(0, d))
+    rows, added = more or (indices.new_empty(0), x.new_empty(0, W.shape[-1]))
     m, v = moments
-    _check(op, W, m=(m, (F, d)), v=(v, (F, d)), coef=(coef, (N, k)), indices=(indices, (N, k)), x=(x, (N, d)))
-    _check(op, W, indices=(rows, (len(rows),)), more=(added, (len(rows), d)))
+    code = dict(coef=(coef, "N k"), indices=(indices, "N k"), x=(x, "N d"))
+    weights = dict(W=(W, "F d"), m=(m, "F d"), v=(v, "F d"))
+    _check("adam_rows", **weights, **code, rows=(rows, "D"), more=(added, "D d"))
     return _call("adam_rows_", x, W, m, v, coef, indices, x, rows, added, *adam.numbers(), unit)
 
 
 @torch.no_grad()
 def adam_vector(w: Tensor, moments: tuple[Tensor, Tensor], adam: Adam, gradient: Tensor) -> None:
     """A step of Adam on w [n], in place, with moments [n] and gradient [n]: `adam_rows` of one row."""
-    _check("adam_vector", w, m=(moments[0], w.shape), v=(moments[1], w.shape), gradient=(gradient, w.shape))
+    m, v = moments
+    _check("adam_vector", w=(w, "n"), m=(m, "n"), v=(v, "n"), gradient=(gradient, "n"))
     row = torch.zeros(1, dtype=torch.int64, device=w.device)
     none, no_code = w.new_empty(0, len(w)), (w.new_empty(0, 1), row.new_empty(0, 1))
-    matrices = (x[None] for x in (w, *moments))
+    matrices = (x[None] for x in (w, m, v))
     _call("adam_rows_", w, *matrices, *no_code, none, row, gradient[None], *adam.numbers(), False)

@@ -1,7 +1,7 @@
-"""The one progress line of a run: how much of all its work is done, and how long the rest will take.
+"""The progress line of a run: how much of its work is done, and how long the rest will take.
 
-Work is counted in FLOPs as `cost` estimates them, whatever is trained or evaluated. On a terminal it is a
-bar; elsewhere a plain line for each hook that is finished, without escape codes.
+Work is counted in estimated FLOPs (`cost`), training and evaluation alike. On a terminal it is a bar;
+elsewhere a plain line for each finished hook, without escape codes.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ LINE = "{what}: {share:.0%} of the run, {gone} gone, about {left} to go"
 
 
 class Progress:
-    """The line; `phase` says what is under way, in units of its own (tokens, sequences)."""
+    """The line. `phase` begins a part of the work with units of its own (tokens, sequences)."""
 
     def __init__(self, total: float):
         self.start, self.total, self.done = time.monotonic(), total, 0.0
@@ -28,7 +28,7 @@ class Progress:
         )
 
     def phase(self, what: str, work: float, units: float) -> "Progress":
-        """What comes now: `work` FLOPs in `units` of `update`."""
+        """Begin `work` FLOPs, in `units` of `update`."""
         self.bar.set_description_str(what)
         self.bar.set_postfix_str("", refresh=False)
         self.what, self.begins, self.ends = what, self.done, self.done + work
@@ -42,7 +42,7 @@ class Progress:
         self.bar.set_postfix_str(text, refresh=refresh)
 
     def end(self) -> None:
-        """The phase is over, whatever the estimate said."""
+        """End the phase, whatever the estimate said."""
         self.advance(self.ends)
         if self.ends > self.begins and not sys.stderr.isatty():
             gone = time.monotonic() - self.start
@@ -61,7 +61,7 @@ class Progress:
 
 @contextlib.contextmanager
 def line(bar: Progress | None, what: str, units: float) -> Iterator[Progress]:
-    """The run's line, or where there is none, one about these `units` alone."""
+    """The run's line or, without one, a line for these `units` alone."""
     own = bar or Progress(units).phase(what, units, units)
     try:
         yield own

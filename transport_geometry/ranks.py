@@ -1,9 +1,8 @@
-"""One run on several processes, under torchrun: who does which share of the work, and where they wait for
-each other.
+"""One run on several processes under torchrun: each rank's share of the work, and where ranks wait.
 
     torchrun --nproc-per-node 2 expb.py
 
-Without torchrun there is one rank, 0, and all of this does nothing.
+Without torchrun there is one rank, 0, and these functions do nothing.
 """
 
 import datetime
@@ -19,8 +18,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def join(device: torch.device) -> None:
-    """Meet the other ranks (gloo on the CPU, nccl on CUDA, where each takes the GPU of its local rank).
-    Raises UserError.
+    """Connect to the other ranks: gloo on the CPU; nccl on CUDA, with one GPU per local rank. Raises
+    UserError.
     """
     if WORLD == 1 or torch.distributed.is_initialized():
         return
@@ -33,7 +32,7 @@ def join(device: torch.device) -> None:
                 f"{torch.cuda.device_count()} GPUs"
             )
         torch.cuda.set_device(local)
-    # a rank may wait for hours while another trains; one that dies is torchrun's to notice, at once
+    # a rank may wait for hours while another trains; torchrun notices at once if one dies
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=30)
     )
@@ -46,20 +45,21 @@ def wait() -> None:
 
 
 def leave() -> None:
-    """The last wait."""
+    """Wait for all ranks a last time and disconnect."""
     wait()
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 
 
 def say(text: str) -> None:
+    """Print on rank 0 only."""
     if RANK == 0:
-        print(text, flush=True)  # at once in a log too
+        print(text, flush=True)  # flushed, for logs
 
 
 def share(items: list, weights: Sequence[float]) -> list:
-    """This rank's items: consecutive ones, so that a hook is on few ranks, of about an equal part of the
-    weight.
+    """This rank's items, with about an equal part of the weights. They are consecutive, so that a hook's
+    conditions are on few ranks.
     """
     if not items:
         return []

@@ -1,1 +1,1 @@
-"""Other libraries' SAE files: read without guessing, and written."""
+"""SAE files of other libraries, one module per format; `sae_files` finds and reads all of them."""

@@ -1,13 +1,12 @@
-"""The attention-plan space: what a patch does to whom every query attends, and what of its harm goes that
-way.
+"""Attention plans: how a patch changes what every query attends to, and how much of its harm that causes.
 
 A row of attention is the plan of a transport problem with one marginal: P_i is the minimum over the simplex
 of <P, C_i> + eps sum P log P, C_ij = -q_i.k_j, eps = 1 / scaling (Litman 2025, arXiv:2508.08369). Only rows
 are constrained, so there is one potential per query, the log-sum-exp of its scores, and no Sinkhorn. The
 divergence that belongs to it is KL: eps KL(P || P_hat) is what keeping the plan P costs beyond the best plan
-where the costs are those of the patched run. Cost <P, C> and potential themselves move when a constant joins
-all keys of a query, which leaves P as it is: between two runs they say nothing, and nothing here compares
-them.
+where the costs are those of the patched run. Cost <P, C> and potential themselves move when a constant is
+added to all keys of a query, which leaves P unchanged: between two runs they are not comparable, and nothing
+here compares them.
 
 Shapes: B sequences, H heads, T positions (queries, and keys before them), e = d_head, d = d_model, V =
 vocabulary. P, A and A_hat are plans [B,H,T,T], v and v_hat values [B,H,T,e].
@@ -30,31 +29,30 @@ from transport_geometry.models.lm import (
 )
 
 import torch
+from torch import Tensor
 
 
 # ------------------------------------------------------------------------------------------ of one block
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What the patch does to one block's attention, per head and query: each [B,H,T]. Query 0 has one key,
-    and nothing of its plan can change.
+    """How the patch changes one block's attention, per head and query: each [B,H,T]. Query 0 has one key, so
+    its plan cannot change.
     """
 
-    kl: torch.Tensor  # KL(A || A_hat), nats
-    jeffreys: torch.Tensor  # KL(A || A_hat) + KL(A_hat || A)
-    half_var: torch.Tensor  # Var_A(change of the scores) / 2: the second order of both halves of it
-    kl_first: torch.Tensor  # the part of kl in how much goes to position 0, and not in how the rest is split
-    first: torch.Tensor  # A at position 0
-    first_hat: torch.Tensor
-    entropy: torch.Tensor  # of A, nats
-    entropy_hat: torch.Tensor
-    out_sq: torch.Tensor  # |o|^2 of o = A v, before the output projection
-    plan_sq: torch.Tensor  # |(A_hat - A) v|^2
-    value_sq: torch.Tensor  # |A_hat (v_hat - v)|^2; the two parts sum to o_hat - o
+    kl: Tensor  # KL(A || A_hat), nats
+    jeffreys: Tensor  # KL(A || A_hat) + KL(A_hat || A)
+    half_var: Tensor  # Var_A(change of the scores) / 2: the second order of both halves of it
+    kl_first: Tensor  # the part of kl in how much goes to position 0, and not in how the rest is split
+    first: Tensor  # A at position 0
+    first_hat: Tensor
+    entropy: Tensor  # of A, nats
+    entropy_hat: Tensor
+    out_sq: Tensor  # |o|^2 of o = A v, before the output projection
+    plan_sq: Tensor  # |(A_hat - A) v|^2
+    value_sq: Tensor  # |A_hat (v_hat - v)|^2; the two parts sum to o_hat - o
 
 
-def plan_change(
-    a: torch.Tensor, b: torch.Tensor, log_a: torch.Tensor, log_b: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def plan_change(a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor) -> dict[str, Tensor]:
     """All fields of Change that are about plans alone, from two plans a, b [B,H,T,T] and their logarithms (0
     where a query does not see a key, and the plans are 0).
 
@@ -81,20 +79,16 @@ def plan_change(
 
 # ------------------------------------------------------------------------------------------ four runs in one
 def four_runs(
-    hook: Hook,
-    input_ids: torch.Tensor,
-    h: torch.Tensor,
-    h_hat: torch.Tensor,
-    look: Callable[[int, Change], object],
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hook: Hook, input_ids: Tensor, h: Tensor, h_hat: Tensor, look: Callable[[int, Change], object]
+) -> tuple[Tensor, Tensor]:
     """log p [B,T-1,V] of two runs between the clean one, fed h [B,T,d], and the patched one, fed h_hat:
 
       frozen     fed h_hat, every attention after the hook with the clean run's plan;
       plan only  fed h, every attention after the hook with the patched run's plan.
 
-    Everything but the plans flows: each run's values and MLPs are computed from its own residual stream. All
-    four go through the tail as one stack [clean; patched; frozen; plan only], so that a block's plans meet in
-    its attention and are gone after it. look(block, Change) is called for every block after the hook.
+    Only the plans are exchanged: each run's values and MLPs are computed from its own residual stream. All
+    four go through the tail as one stack [clean; patched; frozen; plan only], so that the plans of one block
+    at a time are held. look(block, Change) is called for every block after the hook.
 
     Raises UserError where one of these blocks has no attention that can be read.
     """
@@ -102,13 +96,13 @@ def four_runs(
 
     def compared(
         module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
         scaling: float,
         **more: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         block = getattr(module, "layer_idx", None)
         if block is None:
             raise UserError(f"{name}: its attention does not say which block it is of")
@@ -143,7 +137,7 @@ def four_runs(
     return frozen, plan_only
 
 
-def check_readable(hook: Hook, input_ids: torch.Tensor) -> None:
+def check_readable(hook: Hook, input_ids: Tensor) -> None:
     """Raises UserError where the attention after the hook cannot be exchanged or read, or is not all
     that mixes positions; input_ids [1,T] are run once.
     """

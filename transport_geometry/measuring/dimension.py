@@ -1,19 +1,19 @@
-"""How many dimensions the activations at a hook have, counted in three geometries: by their covariance, by
-what the output is sensitive to, and by what they share with the final norm's output.
+"""How many dimensions the activations at a hook have: by their covariance, by what the output is sensitive
+to, and by what they share with the final norm's output.
 
 Sigma is the mean-centred covariance of h, G = E[g_y g_y^T] the pullback Fisher averaged over positions, from
 gradients g_y [d] of the summed CE with labels drawn from the model. A participation ratio PR = (sum lambda)^2
-/ sum lambda^2 counts eigenvalues as if those that matter were equal: n equal ones give n.
+/ sum lambda^2 of n equal eigenvalues is n.
 
-Shapes: N positions, d = d_model, b blocks of documents. Blocks are what intervals count.
+Shapes: N positions, d = d_model, b blocks of documents, the units of the intervals.
 """
 
 from transport_geometry.measuring.fisher_study import Moments
 
 import numpy as np
 import scipy
-import torch
 from scipy.linalg import eigh, eigvalsh
+from torch import Tensor
 
 DEFLATED = (1, 2, 4)  # how many of the top eigenvalues are dropped
 COUNTS = ("pr", *(f"pr_defl{m}" for m in DEFLATED), "pr_corrected", "dim_fisher", "energy")
@@ -27,7 +27,7 @@ def participation_ratio(values: np.ndarray) -> float:
     return float(values.sum()) ** 2 / square if square > 0 else np.nan
 
 
-def participation_of(h: torch.Tensor) -> float:
+def participation_of(h: Tensor) -> float:
     """PR of the covariance of h [N,d], float64: its trace squared over the sum of its squares."""
     centred = h.double() - h.double().mean(0)
     covariance = centred.T @ centred
@@ -46,8 +46,8 @@ def dim_fisher(G: np.ndarray, sigma: np.ndarray) -> float:
     """PR of the eigenvalues of Sigma^1/2 G Sigma^1/2, which are those of G Sigma: [tr G Sigma]^2 / tr G Sigma
     G Sigma.
 
-    How many directions carry what the output would notice of h's own variation. Unchanged by h -> A h, g ->
-    A^-T g, so by any rotation, and by any scale of either.
+    How many directions of h's own variation change the output. Unchanged by h -> A h, g -> A^-T g, so by any
+    rotation, and by any scale of either.
     """
     product = G @ sigma
     square = float((product * product.T).sum())
@@ -58,9 +58,9 @@ def pr_corrected(sums: Moments, weights: np.ndarray) -> float:
     """PR of Sigma without the bias of a finite sample, by pairs of positions from different blocks (weights
     [b], each 0 or 1).
 
-    tr Sigma^2 is the mean of (x_i . x_j)^2 over pairs, x centred, and n positions pair with themselves n
-    times, which makes a plain PR too small: 1/PR_plain ~ 1/PR + 1/n. Positions of one document are no
-    independent pairs either. nan below two blocks.
+    tr Sigma^2 is the mean of (x_i . x_j)^2 over pairs, x centred. The n pairs of a position with itself make
+    a plain PR too small, 1/PR_plain ~ 1/PR + 1/n, and positions of one document are not independent. nan
+    below two blocks.
     """
     kept = weights > 0
     n, first, second = sums.n[kept], sums.first[kept], sums.second[kept]
@@ -75,8 +75,8 @@ def pr_corrected(sums: Moments, weights: np.ndarray) -> float:
 
 
 def counts(sums: Moments, weights: np.ndarray) -> dict[str, float]:
-    """{name: dimension} with the blocks weighted [b], each 0 or 1; energy = tr G Sigma, in nats^2: how much
-    the output would notice of h's variation in all. All nan where no position is left.
+    """{name: dimension} with the blocks weighted [b], each 0 or 1; energy = tr G Sigma, in nats^2: the Fisher
+    energy of h's whole variation. All nan where no position is left.
     """
     if not sums.n @ weights > 0:
         return dict.fromkeys(COUNTS, np.nan)
@@ -90,10 +90,10 @@ def counts(sums: Moments, weights: np.ndarray) -> dict[str, float]:
 
 def both_counts(with_sinks: Moments, without: Moments, weights: np.ndarray) -> list[dict[str, float]]:
     """`counts` over all positions and without sinks, and log_ratio, the log of geometric over task-relevant
-    dimension: above 0 the activations vary in more directions than the output would notice.
+    dimension: above 0 the activations vary in more directions than the output is sensitive to.
 
     Geometric: pr_defl1 over all positions, pr without sinks. Task-relevant: dim_fisher without sinks in both,
-    since G is a mean over positions, and would weigh a sink's variance by how sensitive the others are.
+    since G, a mean over positions, would weigh a sink's variance by the sensitivity of the others.
     """
     whole, calm = counts(with_sinks, weights), counts(without, weights)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -133,7 +133,7 @@ def jackknife_half(left_out: list[float]) -> float:
 
 
 # ------------------------------------------------------------------------------------------- norm by position
-def norms(h: torch.Tensor) -> list[dict[str, float]]:
+def norms(h: Tensor) -> list[dict[str, float]]:
     """Of h [S,T,d] at evaluated positions: median norm at some of them, over the median at positions >= 1,
     and the position's share of SST = sum |h - mean|^2.
     """
@@ -153,25 +153,21 @@ def norms(h: torch.Tensor) -> list[dict[str, float]]:
 
 
 # ------------------------------------------------------------------------------------- canonical correlations
-def whitener(x: np.ndarray) -> np.ndarray:
-    """[d,r] with x @ whitener uncorrelated and of variance 1, x [N,d] centred; directions without variance
-    are left out.
+def whitened(x: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """x [N,d] mapped so that its channels are uncorrelated, of mean 0 and variance 1 at the positions that
+    are not held [N]; directions without variance are left out.
     """
-    values, vectors = eigh(x.T @ x / len(x))
+    centred = x - x[~held].mean(0)
+    fitted = centred[~held]
+    values, vectors = eigh(fitted.T @ fitted / len(fitted))
     kept = values > 1e-10 * values[-1]
-    return vectors[:, kept] / np.sqrt(values[kept])
+    return centred @ (vectors[:, kept] / np.sqrt(values[kept]))
 
 
-def canonical_correlations(x: np.ndarray, y: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Correlations [r] of canonical pairs of x [N,dx] and y [N,dy], in the order of the fit, measured at the
-    positions `held` [N] bool, fitted on the others. What correlates backwards there does not correlate: 0.
+def held_out_correlations(x: np.ndarray, y: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations [r] of the canonical pairs of x and y [N,.], at the positions `held` [N] bool and at the
+    others, at which they are fitted and x and y are white. A negative correlation at `held` counts as 0.
     """
-    x, y = x - x[~held].mean(0), y - y[~held].mean(0)
-    return _held_out(x @ whitener(x[~held]), y @ whitener(y[~held]), held)[0]
-
-
-def _held_out(x: np.ndarray, y: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same of x and y that are white where they are fitted; and the correlations there."""
     left, fitted, right = np.linalg.svd(x[~held].T @ y[~held], full_matrices=False)
     a, b = x[held] @ left, y[held] @ right.T
     a, b = a - a.mean(0), b - b.mean(0)
@@ -202,22 +198,19 @@ SHUFFLES = 4
 def canonical_rows(
     x: np.ndarray, y: np.ndarray, document: np.ndarray, sigmas: tuple[float, ...]
 ) -> list[dict[str, float]]:
-    """The canonical-correlation read-out of x, y [N,.], a row for each amount of Gaussian noise on y, in
-    standard deviations of its channels: dimension and MI, each half of the documents [N] fitting for the
-    other and both averaged. mi_null, mi_null_se: of y's positions shuffled within the halves, without noise.
+    """Dimension and MI of x, y [N,.] by canonical correlations, a row for each amount of Gaussian noise on y,
+    in standard deviations of its channels. Each half of the documents [N] is fitted for the other; both are
+    averaged. mi_null, mi_null_se: with y's positions shuffled within the halves, without noise.
     """
     halves = [held := document % 2 == 0, ~held]
     rng = np.random.default_rng(1)
-    white_x, noise = [], y.std(0) * rng.standard_normal(y.shape)
-    for half in halves:
-        centred = x - x[~half].mean(0)
-        white_x.append(centred @ whitener(centred[~half]))
+    noise = y.std(0) * rng.standard_normal(y.shape)
+    white_x = [whitened(x, half) for half in halves]
 
     def read(y: np.ndarray) -> dict[str, float]:
         found = []
         for half, of_x in zip(halves, white_x):
-            centred = y - y[~half].mean(0)
-            rho, fitted = _held_out(of_x, centred @ whitener(centred[~half]), half)
+            rho, fitted = held_out_correlations(of_x, whitened(y, half), half)
             found.append((gaussian_mi(rho), gaussian_mi(fitted), snr_dimension(rho)))
         return dict(zip(("mi", "mi_fit", "dimension"), np.mean(found, 0).tolist()))
 

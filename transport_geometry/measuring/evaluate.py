@@ -1,8 +1,9 @@
 """Every number of a condition, from one pass over the evaluation sequences of one hook.
 
-Per token and then per sequence, so that any re-weighting of the sequences (a bootstrap resample, a half)
-gives its metrics as ratios of weighted sums. One mask for everything: the positions that have a target,
-0..T-2. Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences in all.
+Quantities are formed per token and summed per sequence, so that metrics under any re-weighting of the
+sequences (a bootstrap resample, a half) are ratios of weighted sums. One mask for everything: the positions
+that have a target, 0..T-2. Shapes: B sequences of a batch, T positions, N = B*(T-1), d = d_model; S sequences
+in all.
 """
 
 import contextlib
@@ -18,18 +19,19 @@ from transport_geometry.measuring.metrics import METRICS
 from transport_geometry.measuring.patch import Clean, Patch
 from transport_geometry.models.lm import Hook, Kept, kl_divergence, log_softmax, text_key
 from transport_geometry.progress import Progress, line
-from transport_geometry.saes.sae import SAE, TopKSAE, must_vary, sink_positions
+from transport_geometry.saes.sae import SAE, TopKSAE, must_vary, sinks_of
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 DRAWS = 4  # of sampled labels
-# of a reconstruction: as it is, with sinks clean, and an isotropic error in every second two sequences
+# a reconstruction's runs: as it is, with sinks clean, and an isotropic error on half of the sequences
 PATCHED_RUNS = 2.5
 # an SAE, or a function (h [N,d], mean [d]) -> h_hat [N,d]
-Reconstruction = SAE | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Terms = Callable[[Patch], dict[str, torch.Tensor]]
+Reconstruction = SAE | Callable[[Tensor, Tensor], Tensor]
+Terms = Callable[[Patch], dict[str, Tensor]]
 Name = TypeVar("Name")  # what a reconstruction goes by
 
 
@@ -37,17 +39,15 @@ Name = TypeVar("Name")  # what a reconstruction goes by
 class Activations:
     """What all SAEs of a hook share."""
 
-    h: torch.Tensor  # [S,T,d] on the CPU
-    sink: torch.Tensor  # [S,T-1] bool on the CPU
-    mean: torch.Tensor  # [d], over the evaluated positions
-    calm_mean: torch.Tensor  # [d], without sinks
-    top: torch.Tensor  # [d], first eigenvector of the covariance
-    ln_mean: torch.Tensor  # [d], mean after LayerNorm
-    calm_share: float  # of SST: the most that one position has which is no sink; nan where all are
+    h: Tensor  # [S,T,d] on the CPU
+    sink: Tensor  # [S,T-1] bool on the CPU
+    mean: Tensor  # [d], over the evaluated positions
+    calm_mean: Tensor  # [d], without sinks
+    top: Tensor  # [d], first eigenvector of the covariance
+    ln_mean: Tensor  # [d], mean after LayerNorm
+    calm_share: float  # largest share of SST at one position that is no sink; nan where all are sinks
 
-    def batches(
-        self, hook: Hook, input_ids: torch.Tensor, uniforms: torch.Tensor, batch: int
-    ) -> Iterator[Clean]:
+    def batches(self, hook: Hook, input_ids: Tensor, uniforms: Tensor, batch: int) -> Iterator[Clean]:
         """The clean run, forward and backward, a batch at a time. uniforms [S,m,T-1]: see
         `Hook.clean_pass`.
         """
@@ -63,16 +63,14 @@ _runs = Kept()  # (layer, final, gradients)
 
 
 def keeping_clean_runs() -> contextlib.AbstractContextManager[None]:
-    """Within, the clean run of a hook goes on from that of a later hook of the same model on the same text
-    and labels: through the blocks between only, so that a model's hooks in descending order cost one. The
-    weights must stay as they are. HEADS bytes at most are kept.
+    """Within, the clean run of a hook continues from that of a later hook of the same model on the same text
+    and labels, through the blocks between only: a model's hooks in descending order cost one run. The weights
+    must not change. At most KEPT_BYTES bytes are kept.
     """
     return _runs.on()
 
 
-def clean_run(
-    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, uniforms: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def clean_run(hook: Hook, input_ids: Tensor, h: Tensor, uniforms: Tensor) -> tuple[Tensor, list[Tensor]]:
     """`Hook.clean_pass`; h is the head's."""
     if not _runs.keeping or not hook.splits(input_ids):
         return hook.clean_pass(input_ids, h, uniforms)
@@ -88,18 +86,17 @@ def clean_run(
     return final, gradients
 
 
-def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
+def activations(hook: Hook, input_ids: Tensor, batch: int) -> Activations:
     """Of input_ids [S,T]. Means and the covariance (mean-centred, over the evaluated positions) in float64.
 
-    Raises Fault on an activation that is not finite, or where all are one.
+    Raises Fault on an activation that is not finite, or where all are equal.
     """
     device = hook.device
     h = torch.cat([hook.head(chunk.to(device)).cpu() for chunk in input_ids.split(batch)])
     if not torch.isfinite(h).all():
         raise Fault(f"layer {hook.layer}: an activation is not finite in the evaluation text")
     used = h[:, :-1]
-    norms = used.norm(dim=-1)
-    sink = sink_positions(norms, norms[:, 1:].median().item())
+    sink = sinks_of(used)
     flat = used.flatten(0, 1).double()
     must_vary(flat, f"layer {hook.layer}")
     mean, calm = flat.mean(0), ~sink.flatten()
@@ -114,19 +111,18 @@ def activations(hook: Hook, input_ids: torch.Tensor, batch: int) -> Activations:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What one reconstruction has given."""
+    """The measurements of one reconstruction."""
 
     sums: dict[str, np.ndarray]  # {quantity: [S] float64}
-    fired: (
-        np.ndarray | None
-    )  # [2,F] how often each latent fired in the halves of the documents; None without a code
-    tokens: dict[str, np.ndarray]  # {quantity: [S,T-1] float32} where they are kept
+    # [2,F]: how often each latent fired in the halves of the documents; None without a code
+    fired: np.ndarray | None
+    tokens: dict[str, np.ndarray]  # {quantity: [S,T-1] float32}, with keep_tokens
     harm: np.ndarray  # [S,T-1] float32: patched CE less clean CE, nats
 
 
 def evaluate(
     hook: Hook,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     reconstructions: Mapping[Name, Reconstruction],
     batch: int,
     seed: int = 0,
@@ -143,13 +139,12 @@ def evaluate(
     The clean forward, g and its sampled twins are computed once per batch for all of them. An experiment's
     own quantities [B,T-1] come from terms(patch). Per-token values are formed in float32 on the model's
     device, summed in float64 on the CPU. leave_sinks: sinks keep their activation, in the patch and in every
-    score. shared: `activations`, where they are known. document [S], default
-    one a sequence: the halves are its even and odd numbers. Raises Fault on a loss that is not finite.
+    score. shared: `activations`, if known. document [S], default one a sequence: the halves are its even and
+    odd numbers. bar counts every sequence of every reconstruction. Raises Fault on a loss that is not finite.
 
-    Of the vocabulary a tile is held at a time (`Hook.tiles`), for all reconstructions: about 6 x 4 V bytes a
+    One tile of logits is held at a time (`Hook.tiles`), for all reconstructions: about 6 x 4 V bytes a
     position of the tile. A batch holds 4 N (4 d + 3 k) bytes for each reconstruction. Where the logits are
-    more than an unembedding, the batch is the tile, and reconstructions come one at a time. bar: the run's,
-    which is told of every sequence of every reconstruction.
+    more than an unembedding, the batch is the tile, and reconstructions come one at a time.
     """
     half = (np.arange(len(input_ids)) if document is None else document) % 2
     compared = torch.arange(len(input_ids)) // 2 % 2 == 0  # with an isotropic error: see `isotropic`
@@ -174,7 +169,7 @@ def evaluate(
                 calm = [patch.final if leave_sinks else sinks_clean(patch) for patch in patches]
                 random = [isotropic(patch, drawn, compared[here]) for patch in patches]
                 losses = outcomes(clean, [patch.final for patch in patches], calm, random, compared[here])
-                for name, patch, outcome in zip(names, consumed(patches), losses):
+                for name, patch, outcome in zip(names, pop_each(patches), losses):
                     quantities = common | patch_quantities(patch, common, shared) | outcome
                     if terms is not None:
                         quantities |= {q: clean.per_token(v) for q, v in terms(patch).items()}
@@ -201,14 +196,14 @@ def evaluate(
     }
 
 
-def consumed(patches: list[Patch]) -> Iterator[Patch]:
-    """One after the other, each let go of with what an experiment has made it compute."""
+def pop_each(patches: list[Patch]) -> Iterator[Patch]:
+    """One after the other, each freed after use with what it has cached."""
     patches.reverse()
     while patches:
         yield patches.pop()
 
 
-def label_uniforms(input_ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def label_uniforms(input_ids: Tensor, seed: int = 0) -> Tensor:
     """[S,DRAWS,T-1] in [0,1) that draw the labels of the sampled gradients: see `Hook.clean_pass`."""
     shape = len(input_ids), DRAWS, input_ids.shape[1] - 1
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
@@ -220,37 +215,36 @@ def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------ one batch
-def clean_quantities(clean: Clean, shared: Activations) -> dict[str, torch.Tensor]:
+def clean_quantities(clean: Clean, shared: Activations) -> dict[str, Tensor]:
     """{quantity: [B,T-1]} of the run without an SAE, its losses aside."""
     h, per_token, top = clean.h_flat, clean.per_token, shared.top
     centred, calm = h - shared.mean, h - shared.calm_mean
-    keep = (~clean.sink).double()
+    keep, sst = (~clean.sink).double(), per_token(centred.square().sum(1))
+
+    def fisher(x: Tensor) -> Tensor:
+        return per_token(torch.stack([(g * x).sum(1).square() for g in clean.g_sampled]).mean(0))
+
     return {
         "n": torch.ones(clean.sink.shape, dtype=torch.float64),
         "n_nosink": keep,
         "h_sq": per_token(h.square().sum(1)),
-        "sst": per_token(centred.square().sum(1)),
-        "sst_sink": per_token(centred.square().sum(1)) * (1 - keep),
+        "sst": sst,
+        "sst_sink": sst * (1 - keep),
         "sst_nosink": per_token(calm.square().sum(1)) * keep,
         "sst_defl1": per_token((centred - torch.outer(centred @ top, top)).square().sum(1)),
         "sst_ln": per_token((clean.ln - shared.ln_mean).square().sum(1)),
         "g_sq": per_token(torch.stack([g.square().sum(1) for g in clean.g_sampled]).mean(0)),
-        "fisher_h": per_token(torch.stack([(g * centred).sum(1).square() for g in clean.g_sampled]).mean(0)),
-        "fisher_h_nosink": per_token(
-            torch.stack([(g * calm).sum(1).square() for g in clean.g_sampled]).mean(0)
-        )
-        * keep,
+        "fisher_h": fisher(centred),
+        "fisher_h_nosink": fisher(calm) * keep,
     }
 
 
-def ablated(
-    hook: Hook, input_ids: torch.Tensor, x: torch.Tensor, batch: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def ablated(hook: Hook, input_ids: Tensor, x: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
     """(CE [S,T-1] float64 on the CPU, `Hook.final` [1,T-1,d]) of the run that has x [d] at every position.
 
-    Such a run sees nothing of its text, so that one serves every sequence; None, and a run for each, in a
-    family whose later blocks read the text themselves: one sequence tells, beside another that has a
-    different token at every position.
+    Such a run does not depend on its text, so that one serves every sequence. In a family whose later blocks
+    read the text themselves (checked with two sequences that differ at every position) every sequence has a
+    run of its own, and None is returned.
     """
     device, (S, T) = hook.device, input_ids.shape
     fed, norm, first = x.expand(1, T, len(x)), torch.linalg.vector_norm, input_ids[:1]
@@ -274,13 +268,13 @@ def patched(
     clean: Clean,
     reconstruction: Reconstruction,
     shared: Activations,
-    final_mean: torch.Tensor | None = None,
+    final_mean: Tensor | None = None,
     leave_sinks: bool = False,
 ) -> Patch:
-    """One reconstruction in the batch's h's place, at sinks only where they are not left, and the model run
-    on it. final_mean: see `ablated`, of the mean, where it is known.
+    """Replace the batch's h by one reconstruction, with leave_sinks except at sinks, and run the model on it.
+    final_mean: `ablated`'s of the mean, if known.
     """
-    h, values, indices = clean.h_flat, None, None
+    h, values, indices, stats = clean.h_flat, None, None, None
     if isinstance(reconstruction, TopKSAE):
         sae = reconstruction
         values, indices = sae.encode(h)
@@ -289,15 +283,14 @@ def patched(
         )
     elif isinstance(reconstruction, SAE):
         values, indices, h_hat = reconstruction.reconstruct(h)
-        stats = dense_statistics(h, h_hat, clean.g)
     else:
         h_hat = reconstruction(h, shared.mean)
-        stats = dense_statistics(h, h_hat, clean.g)
     if leave_sinks and h_hat is not h:
-        h_hat = torch.where(clean.sink.to(h.device).view(-1, 1), h, h_hat)
+        h_hat, stats = torch.where(clean.sink.to(h.device).view(-1, 1), h, h_hat), None
+    if stats is None:
         stats = dense_statistics(h, h_hat, clean.g)
     columns = {column: clean.per_token(stats[:, i]) for i, column in enumerate(kernels.STATS)}
-    # nothing lost and everything lost (null rows) are runs that have been made
+    # the null rows, identity and mean, are runs that exist already
     if h_hat is h:
         final = clean.final
     elif final_mean is not None and h_hat.stride(0) == 0 and torch.equal(h_hat[0], shared.mean):
@@ -307,7 +300,7 @@ def patched(
     return Patch(clean, h_hat, values, indices, columns, final)
 
 
-def sinks_clean(patch: Patch) -> torch.Tensor:
+def sinks_clean(patch: Patch) -> Tensor:
     """`Hook.final` of the patched run in which sinks keep their clean activation."""
     clean, h = patch.clean, patch.clean.h_flat
     if patch.h_hat is h:
@@ -319,9 +312,9 @@ def sinks_clean(patch: Patch) -> torch.Tensor:
     return clean.final_of(torch.where(sink.view(-1, 1), h, patch.h_hat))
 
 
-def directions(clean: Clean, numbers: torch.Tensor, seed: int) -> torch.Tensor:
-    """[b,T-1,d] of unit length, isotropic: one at every position of the sequences of these numbers [b], the
-    same for all reconstructions and whatever the batch.
+def directions(clean: Clean, numbers: Tensor, seed: int) -> Tensor:
+    """[b,T-1,d] of unit length, isotropic: one at every position of the sequences with these numbers [b], the
+    same for all reconstructions and batch sizes.
     """
     _, T, d = clean.h.shape
     drawn = [
@@ -332,9 +325,9 @@ def directions(clean: Clean, numbers: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=-1).to(clean.h)
 
 
-def isotropic(patch: Patch, drawn: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
-    """`Hook.final` [b,T-1,d] of the run whose error is as long as the patch's at every position but has the
-    direction `drawn` [b,T-1,d]; sinks keep their clean activation. Of the sequences in compared [B] bool.
+def isotropic(patch: Patch, drawn: Tensor, compared: Tensor) -> Tensor:
+    """`Hook.final` [b,T-1,d] of the run whose error has the patch's length at every position but the
+    direction `drawn` [b,T-1,d]; sinks keep their clean activation. For the sequences in compared [B] bool.
 
     The epsilon-random substitution of Gurnee (2024), "SAE reconstruction errors are (empirically)
     pathological".
@@ -349,18 +342,13 @@ def isotropic(patch: Patch, drawn: torch.Tensor, compared: torch.Tensor) -> torc
 
 
 def outcomes(
-    clean: Clean,
-    finals: Sequence[torch.Tensor],
-    calm: Sequence[torch.Tensor],
-    random: Sequence[torch.Tensor],
-    compared: torch.Tensor,
-) -> list[dict[str, torch.Tensor]]:
-    """Of each patched run, {ce_orig, ce_recon, kl, ce_sinkclean, kl_sinkclean, kl_isotropic: [B,T-1]}, a tile
-    of positions after the other, so that what they share of the clean run is made once and little of the
-    vocabulary is held.
+    clean: Clean, finals: Sequence[Tensor], calm: Sequence[Tensor], random: Sequence[Tensor], compared: Tensor
+) -> list[dict[str, Tensor]]:
+    """Of each patched run, {ce_orig, ce_recon, kl, ce_sinkclean, kl_sinkclean, kl_isotropic: [B,T-1]}, tile
+    by tile of positions, so that the clean run's part is computed once and little of the vocabulary is held.
 
     finals and calm: `Hook.final` [B,T-1,d] of the patched runs, and of those with clean sinks; random
-    [b,T-1,d]: see `isotropic`. kl_sinkclean and kl_isotropic: 0 but in the sequences of compared [B] bool.
+    [b,T-1,d]: see `isotropic`. kl_sinkclean and kl_isotropic are 0 except in the sequences of compared [B].
     """
     hook, of_clean = clean.hook, clean.final.flatten(0, 1)
     n, wide = len(of_clean), torch.promote_types(of_clean.dtype, torch.float32)
@@ -375,13 +363,13 @@ def outcomes(
     targets = clean.input_ids[:, 1:].reshape(-1, 1)
     of_compared = compared.to(of_clean.device).repeat_interleave(n // len(compared))
     tiles, seen = hook.tiles(n), 0
-    # two runs meet the unembedding at once, in memory that is there already
+    # two runs are unembedded at once, into memory that is allocated once
     most, V = 2 * max(tile.stop - tile.start for tile in tiles), hook.logits(of_clean[:1]).shape[-1]
     z = of_clean.new_empty(most, V)
     log_q = z if z.dtype == wide else z.new_empty(z.shape, dtype=wide)
 
-    def met(runs: dict[int, torch.Tensor], rows: slice) -> Iterator[tuple[int, torch.Tensor]]:
-        """(run, log q [rows,V]), which holds until the next two."""
+    def unembedded(runs: dict[int, Tensor], rows: slice) -> Iterator[tuple[int, Tensor]]:
+        """(run, log q [rows,V]), valid until the next two."""
         for first in range(0, len(runs), 2):
             keys = list(runs)[first : first + 2]
             x = torch.cat([runs[key][rows] for key in keys])
@@ -395,13 +383,13 @@ def outcomes(
         inside = of_compared[tile].nonzero().squeeze(1)
         at, some, seen = inside + tile.start, slice(seen, seen + len(inside)), seen + len(inside)
         some_p, some_log_p = p[inside], log_p[inside]
-        for key, one in met(whole, tile):
+        for key, one in unembedded(whole, tile):
             ce[key][tile] = -one.gather(1, targets[tile]).squeeze(1)
             if key in kl:
                 kl[key][tile] = kl_divergence(p, log_p, one)
             if key in kl_calm and len(inside):
                 kl_calm[key][at] = kl_divergence(some_p, some_log_p, one[inside])
-        for key, one in met(part, some) if len(inside) else ():
+        for key, one in unembedded(part, some) if len(inside) else ():
             kl_random[key][at] = kl_divergence(some_p, some_log_p, one)
     return [
         {
@@ -416,10 +404,8 @@ def outcomes(
     ]
 
 
-def patch_quantities(
-    patch: Patch, common: dict[str, torch.Tensor], shared: Activations
-) -> dict[str, torch.Tensor]:
-    """{quantity: [B,T-1]} of one patched run but its losses, the registry's own terms among them."""
+def patch_quantities(patch: Patch, common: dict[str, Tensor], shared: Activations) -> dict[str, Tensor]:
+    """{quantity: [B,T-1]} of one patched run, its losses aside, with the registry's own terms."""
     clean, stats, delta, top = patch.clean, patch.stats, patch.delta_flat, shared.top
     h, per_token = clean.h_flat, clean.per_token
     keep, d = (~clean.sink).double(), h.shape[1]
@@ -436,15 +422,14 @@ def patch_quantities(
         "gd_abs": stats["g_delta"].abs(),
         "fisher": torch.stack([v.square() for v in patch.g_delta_sampled]).mean(0),
         "l0": l0,
-        # what an error as long as this one, in a random direction at every token, is expected to have: no
-        # direction is drawn
+        # the expectation for an error of this length in a random direction at every token; none is drawn
         "fisher_iso": common["g_sq"] * stats["delta_sq"] / d,
     }
     found |= {f"{form}_nosink": found[form] * keep for form in ("fisher", "fisher_iso")}
     return found | {metric.name: per_token(metric.term(patch)) for metric in METRICS if metric.term}
 
 
-def dense_statistics(h: torch.Tensor, h_hat: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def dense_statistics(h: Tensor, h_hat: Tensor, g: Tensor) -> Tensor:
     """The columns kernels.STATS [N,5] of a reconstruction that has no code."""
     delta = h_hat - h
     terms = (g * delta, delta.square(), h_hat.square(), h * h_hat, h.square())

@@ -22,12 +22,13 @@ from transport_geometry.errors import UserError
 from transport_geometry.models.lm import Hook, attending, for_every_head
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # ------------------------------------------------------------------------------------------ pushing forward
-def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def push_forward(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor) -> Tensor:
     """u = J delta [B,T-1,V]: how the logits move to first order when all positions of h [B,T,d] move by
     delta.
 
@@ -38,7 +39,7 @@ def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: to
     """
     linear = hook.unembeds(input_ids)
 
-    def f(x: torch.Tensor) -> torch.Tensor:
+    def f(x: Tensor) -> Tensor:
         return hook.tail(input_ids, x, unembedded=not linear)[:, :-1]
 
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -53,7 +54,7 @@ def push_forward(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: to
     return moved.to(h.dtype)
 
 
-def push_forward_twice(f: Callable, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def push_forward_twice(f: Callable, h: Tensor, delta: Tensor) -> Tensor:
     """The same without forward-mode AD: J^T v is linear in v, so its derivative along delta is J delta."""
     with torch.enable_grad():
         x = h.detach().requires_grad_()
@@ -63,7 +64,7 @@ def push_forward_twice(f: Callable, h: torch.Tensor, delta: torch.Tensor) -> tor
         return torch.autograd.grad(pulled, v, delta)[0]
 
 
-def variance(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def variance(p: Tensor, u: Tensor) -> Tensor:
     """Var_p(u) = u^T F u over the vocabulary: p, u [...,V] -> [...]. Centred first: a shift of all logits
     changes nothing.
     """
@@ -72,35 +73,31 @@ def variance(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------ the three blocks
-def sequence_form(
-    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
-) -> torch.Tensor:
+def sequence_form(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor, p: Tensor) -> Tensor:
     """[B,T-1] whose sum over a sequence is delta^T G delta with every position's delta at once. p [B,T-1,V]
     of the clean run.
     """
     return variance(p, push_forward(hook, input_ids, h, delta))
 
 
-def same_form(
-    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
-) -> torch.Tensor:
+def same_form(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor, p: Tensor) -> Tensor:
     """[B,T-1]: delta_t^T G_tt delta_t of every position, exactly, in one pass with self-position attention.
 
-    Raises UserError for a family that mixes positions after the hook by what cannot be exchanged: its form
-    would silently be partly, or all, the sequence's.
+    Raises UserError for a family that mixes positions after the hook in a way that cannot be exchanged: its
+    form would silently be partly, or wholly, the sequence's.
     """
     check_attention_mixes(hook, input_ids, h)
     with attending(hook.model, self_position_attention):
         return variance(p, push_forward(hook, input_ids, h, delta))
 
 
-def check_attention_mixes(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor) -> None:
+def check_attention_mixes(hook: Hook, input_ids: Tensor, h: Tensor) -> None:
     """Raises UserError where positions are mixed after the hook by something else than attention (a
-    convolution, a recurrence), or attention is something else than the one it is exchanged for.
+    convolution, a recurrence), or attention is not the one it is exchanged for.
 
-    With `self_position_attention` the logits are the model's own, and those at the last position have a
-    gradient of exactly 0 at the others, whatever the dtype: no path leads there. One look per model and hook,
-    on the clean h of one sequence.
+    With `self_position_attention` the logits must be the model's own, and those at the last position must
+    have a gradient of exactly 0 at the others, whatever the dtype. Checked once per model and hook, on the
+    clean h of one sequence.
     """
     known, name = vars(hook.model).setdefault("mixed_by_attention", set()), type(hook.model).__name__
     if hook.layer in known:
@@ -124,13 +121,13 @@ def check_attention_mixes(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor) 
 
 def self_position_attention(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
     scaling: float,
     **more: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Attention whose value is the usual one and whose derivative sees a query's own key and value only.
 
     query [B,H,T,e], key and value [B,H',T,e] with H' dividing H.
@@ -145,7 +142,7 @@ def self_position_attention(
 
 
 # ------------------------------------------------------------------------------------------ estimators
-def sampled_form(gradients: list[torch.Tensor], delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sampled_form(gradients: list[Tensor], delta: Tensor) -> tuple[Tensor, Tensor]:
     """(token [m,B,T], sequence [m,B]): (g_y.delta)^2 per position, and (sum_t g_y.delta)^2, one for each
     drawn label set.
 
@@ -157,9 +154,7 @@ def sampled_form(gradients: list[torch.Tensor], delta: torch.Tensor) -> tuple[to
     return gd.square(), gd.sum(-1).square()
 
 
-def subsampled_form(
-    p: torch.Tensor, u: torch.Tensor, entries: torch.Tensor, importance: bool, centred: bool
-) -> torch.Tensor:
+def subsampled_form(p: Tensor, u: Tensor, entries: Tensor, importance: bool, centred: bool) -> Tensor:
     """The research log's proposal: a few rows of the Jacobian, and F = diag(p): u^T diag(p) u from S of its V
     entries [...,S].
 

@@ -1,10 +1,9 @@
-"""What Exp-C measures once per hook: the shape of the pullback Fisher G, cheaper estimators of its form, dCE
-as an integral.
+"""What Exp-C measures once per hook: the shape of the pullback Fisher G, cheaper estimators of its quadratic
+form, and dCE as an integral.
 
 Shapes: B sequences of a batch, S in all, T positions, d = d_model, V = vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transport_geometry.measuring import fisher
@@ -16,11 +15,12 @@ from transport_geometry.statistics import stats
 import numpy as np
 import torch
 from scipy.linalg import eigh
+from torch import Tensor
 
 SHAPE = ("trace", "pr", "top1", "pr_sigma", "overlap1", "overlap4", "overlap16", "alignment")
-MOST_BLOCKS = 24  # of documents, that the bootstrap draws: so that d x d sums stay few
+MAX_BLOCKS = 24  # of documents, the bootstrap's units: each holds sums of d x d
 REPEATS = 50  # of an estimator
-NODES = (0, 1, 2, 4, 8)
+NODES = (0, 1, 2, 4, 8)  # of the quadrature
 
 
 # ------------------------------------------------------------------------------------------ the shape of G
@@ -39,7 +39,7 @@ class Moments:
             np.zeros(blocks), np.zeros((blocks, d)), np.zeros((blocks, d, d)), np.zeros((blocks, d, d))
         )
 
-    def add(self, block: int, h: torch.Tensor, g: torch.Tensor) -> None:
+    def add(self, block: int, h: Tensor, g: Tensor) -> None:
         """h [n,d], g [m,n,d], float64."""
         of_all = g.flatten(0, 1)
         self.n[block] += len(h)
@@ -57,7 +57,7 @@ class Moments:
             return shape_of_g(gram / n, second / n - np.outer(mean, mean))
 
 
-def geometry(hook: Hook, input_ids: torch.Tensor, batch: int, document: np.ndarray) -> list[dict]:
+def geometry(hook: Hook, input_ids: Tensor, batch: int, document: np.ndarray) -> list[dict]:
     """G and the activations' covariance Sigma, over all positions and without sinks: one row each, intervals
     over documents [S].
 
@@ -65,7 +65,7 @@ def geometry(hook: Hook, input_ids: torch.Tensor, batch: int, document: np.ndarr
     g_y^T] (d x d, float64).
     """
     shared = activations(hook, input_ids, batch)
-    blocks = min(int(document.max()) + 1, MOST_BLOCKS)
+    blocks = min(int(document.max()) + 1, MAX_BLOCKS)
     with_sinks, without = moments(hook, input_ids, shared, batch, document % blocks, blocks)
     weights = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), 100)
     out = []
@@ -81,7 +81,7 @@ def geometry(hook: Hook, input_ids: torch.Tensor, batch: int, document: np.ndarr
 
 def moments(
     hook: Hook,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     shared: Activations,
     batch: int,
     block: np.ndarray,
@@ -131,9 +131,7 @@ def shape_of_g(G: np.ndarray, sigma: np.ndarray) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ of one SAE
-def reconstruction_error(
-    hook: Hook, input_ids: torch.Tensor, sae: SAE
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reconstruction_error(hook: Hook, input_ids: Tensor, sae: SAE) -> tuple[Tensor, Tensor, Tensor]:
     """h [B,T,d], delta [B,T,d] (0 at the last position), p [B,T-1,V] of the clean run."""
     h = hook.head(input_ids)
     with torch.no_grad():
@@ -142,7 +140,7 @@ def reconstruction_error(
         return h, delta, hook.log_probs(input_ids, h).exp()
 
 
-def estimators(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
+def estimators(hook: Hook, input_ids: Tensor, sae: SAE) -> list[dict]:
     """Other ways to the quadratic form of one SAE (all positions together), over the exact form: mean, its
     SE, SD of one estimate.
 
@@ -157,6 +155,7 @@ def estimators(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
     p, u = p.cpu(), u.cpu()
     rows = []
     for size in (32, 256):
+        shape = (*p.shape[:2], size)
         for name, importance, centred in (
             ("uniform rows, centred", False, True),
             ("uniform rows, as proposed, uncentred", False, False),
@@ -165,8 +164,12 @@ def estimators(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
         ):
             draws = []
             for _ in range(REPEATS):
-                entries = drawn_entries(p, size, importance, generator)
-                draws.append(fisher.subsampled_form(p, u, entries, importance, centred).sum().item())
+                if importance:
+                    entries = torch.multinomial(p.flatten(0, 1), size, replacement=True, generator=generator)
+                else:
+                    entries = torch.randint(p.shape[-1], shape, generator=generator)
+                form = fisher.subsampled_form(p, u, entries.view(shape), importance, centred)
+                draws.append(form.sum().item())
             rows.append(estimator_row(f"diagonal F, {name}", f"{size} a token", draws, exact))
     uniforms = torch.rand(2 * REPEATS, *p.shape[:2], generator=generator).to(input_ids.device)
     _, (g, *gradients) = hook.clean_pass(input_ids, h, uniforms)
@@ -178,14 +181,6 @@ def estimators(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
         estimator_row("sampled labels (true Fisher)", f"{DRAWS}", sampled.reshape(-1, DRAWS).mean(1), exact),
         estimator_row("the data's labels (swd_seq)", "1", of_data, exact),
     ]
-
-
-def drawn_entries(p: torch.Tensor, size: int, importance: bool, generator: torch.Generator) -> torch.Tensor:
-    """Entries of the vocabulary [B,T-1,size], uniform or from p [B,T-1,V]."""
-    shape = (*p.shape[:2], size)
-    if not importance:
-        return torch.randint(p.shape[-1], shape, generator=generator)
-    return torch.multinomial(p.flatten(0, 1), size, replacement=True, generator=generator).view(shape)
 
 
 def estimator_row(name: str, backwards: str, draws: np.ndarray | list[float], exact: float) -> dict:
@@ -202,7 +197,7 @@ def estimator_row(name: str, backwards: str, draws: np.ndarray | list[float], ex
     }
 
 
-def path_integral(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
+def path_integral(hook: Hook, input_ids: Tensor, sae: SAE) -> list[dict]:
     """dCE of one SAE as the integral of g.delta from h to h_hat (exact by the fundamental theorem):
     Gauss-Legendre with m nodes against measured.
 
@@ -218,18 +213,13 @@ def path_integral(hook: Hook, input_ids: torch.Tensor, sae: SAE) -> list[dict]:
         _, (g,) = hook.clean_pass(input_ids, h + a * delta)
         return (g * delta).cpu().double().sum().item() / p[..., 0].numel()
 
-    return [path_row(m, integrated(slope, m), patched - clean) for m in NODES]
-
-
-def integrated(f: Callable[[float], float], m: int) -> float:
-    """Integral of f from 0 to 1 by m nodes of Gauss-Legendre; of its value at 0 for m = 0."""
-    if m == 0:
-        return f(0.0)
-    nodes, weights = np.polynomial.legendre.leggauss(m)
-    return sum(w / 2 * f((node + 1) / 2) for node, w in zip(nodes, weights))
-
-
-def path_row(m: int, integral: float, measured: float) -> dict:
-    """A row of path.csv."""
-    error = abs(integral - measured) / abs(measured) if measured else np.nan
-    return {"nodes": m, "integral": integral, "measured": measured, "error": error}
+    rows, measured = [], patched - clean
+    for m in NODES:
+        if m == 0:
+            integral = slope(0.0)
+        else:
+            nodes, weights = np.polynomial.legendre.leggauss(m)
+            integral = sum(w / 2 * slope((node + 1) / 2) for node, w in zip(nodes, weights))
+        error = abs(integral - measured) / abs(measured) if measured else np.nan
+        rows.append({"nodes": m, "integral": integral, "measured": measured, "error": error})
+    return rows

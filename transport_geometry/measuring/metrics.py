@@ -1,5 +1,5 @@
-"""Every metric of a condition, one entry each: its formula, how it reads as a score, and what kind of proxy
-it is.
+"""Every metric of a condition, one entry each: its formula, how it becomes a score, and what kind of proxy it
+is.
 
 A new proxy is a new entry of METRICS: it then has a column in conditions.csv, a row on the leaderboards and a
 panel in the plots. Shapes: C conditions, S sequences, W re-weightings of them, B sequences of a batch, T
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from transport_geometry.measuring.patch import Patch
 
 import numpy as np
-import torch
+from torch import Tensor
 
-# what folders of earlier versions lack
+# missing in folders of earlier versions
 NEWER = ("sst_sink", "kl_sinkclean", "kl_isotropic")
-DENSE = 0.1  # of the tokens
-VALUE_BITS = 8  # that a latent's value is counted with
+DENSE = 0.1  # a latent that fires on more of the tokens is dense
+VALUE_BITS = 8  # counted for a latent's value
 
 
 class Sums:
@@ -30,7 +30,7 @@ class Sums:
     def __init__(self, quantities: dict[str, np.ndarray], weights: np.ndarray, d: int | np.ndarray):
         """quantities {name: [C,S]}, weights [W,S], d [C] or one d_model for all."""
         self.quantities, self.weights, self.d = quantities, weights, d
-        self.totals: dict[str, np.ndarray] = {}  # those asked for
+        self.totals: dict[str, np.ndarray] = {}  # computed so far
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in NEWER and name not in self.quantities:
@@ -65,11 +65,12 @@ class Score:
 
 
 DISTORTION = Score(lambda x: -np.log10(x), "−log10({})")
-SHARE = Score(lambda x: -np.log10(1 - x), "−log10(1 − {})")  # of something that is 1 when nothing is lost
+# of something that is 1 when nothing is lost
+SIMILARITY = Score(lambda x: -np.log10(1 - x), "−log10(1 − {})")
 SIGNED = Score(np.negative, "−{}")  # a distortion that may be negative keeps its own scale
-ITSELF = Score(np.asarray, "{}")
+IDENTITY = Score(np.asarray, "{}")
 
-# what kind of proxy; a metric of no family stands in the tables and is no proxy
+# kinds of proxies; a metric without a family is a column and no proxy
 EUCLIDEAN, CONTROL, SENSITIVE = "Euclidean", "Euclidean control", "gradient-weighted"
 
 
@@ -78,14 +79,12 @@ class Metric:
     """A column of conditions.csv."""
 
     name: str
-    formula: (
-        Callable[[Sums], np.ndarray] | None
-    )  # [W,C]; None: from the counts of what fired, see `code_metrics`
-    score: Score = ITSELF
+    # [W,C]; None: from the counts of what fired, see `code_metrics`
+    formula: Callable[[Sums], np.ndarray] | None
+    score: Score = IDENTITY
     family: str = ""
-    # per-token quantity of the same name that the formula sums, [B,T-1] or [N]; None: `evaluate` forms what
-    # it needs
-    term: Callable[[Patch], torch.Tensor] | None = None
+    # the per-token quantity of this name that the formula sums, [B,T-1] or [N]; None: `evaluate` has it
+    term: Callable[[Patch], Tensor] | None = None
 
     @property
     def axis(self) -> str:
@@ -117,11 +116,11 @@ def relative_fisher(form: str, which: str = "") -> Callable[[Sums], np.ndarray]:
 
 
 METRICS = (
-    Metric("r2", lambda s: s.explained(), SHARE, EUCLIDEAN),
-    Metric("r2_nosink", lambda s: s.explained("_nosink"), SHARE, CONTROL),
+    Metric("r2", lambda s: s.explained(), SIMILARITY, EUCLIDEAN),
+    Metric("r2_nosink", lambda s: s.explained("_nosink"), SIMILARITY, CONTROL),
     Metric("sink_share", lambda s: s["sst_sink"] / s["sst"]),
-    Metric("r2_defl1", lambda s: s.explained("_defl1"), SHARE, CONTROL),
-    Metric("r2_ln", lambda s: s.explained("_ln"), SHARE, CONTROL),
+    Metric("r2_defl1", lambda s: s.explained("_defl1"), SIMILARITY, CONTROL),
+    Metric("r2_ln", lambda s: s.explained("_ln"), SIMILARITY, CONTROL),
     Metric("nmse", lambda s: s["sse"] / s["h_sq"], DISTORTION, EUCLIDEAN),
     Metric(
         "nmse_tok", mean("nmse_tok"), DISTORTION, CONTROL, lambda p: p.stats["delta_sq"] / p.stats["h_sq"]
@@ -130,7 +129,7 @@ METRICS = (
     Metric(
         "cosine",
         mean("cosine"),
-        SHARE,
+        SIMILARITY,
         CONTROL,
         lambda p: p.stats["h_h_hat"] / (p.stats["h_sq"] * p.stats["h_hat_sq"]).sqrt().clamp(min=1e-20),
     ),
@@ -156,7 +155,7 @@ METRICS = (
     Metric("frac_zero", fraction("ce_zero")),
     Metric("frac_mean", fraction("ce_mean")),
     Metric("kl", mean("kl"), DISTORTION),
-    # KL of the patch over that of an isotropic error as long at every position, sinks clean in both
+    # KL of the patch over that of an isotropic error, as long at every position; sinks clean in both
     Metric("kl_excess", lambda s: np.log(s["kl_sinkclean"] / s["kl_isotropic"])),
     Metric("alive", None),
     Metric("dense", None),
@@ -166,13 +165,13 @@ METRICS = (
     Metric("fed", relative_fisher("fisher")),
     Metric("fed_nosink", relative_fisher("fisher", "_nosink")),
     Metric("rho", lambda s: (s["fisher"] / s["sse"]) / (s["g_sq"] / (s["n"] * s.d))),
-    # what fed_nosink is expected to be for an isotropic error, as long as this one at every token
+    # the expected fed_nosink of an isotropic error with this one's length at every token
     Metric("fed_iso_nosink", relative_fisher("fisher_iso", "_nosink")),
     # fed_nosink minus it, from the same sampled labels: the log of rho, weighted by where the error is long
     Metric("fed_excess", lambda s: np.log(s["fisher_nosink"] / s["fisher_iso_nosink"])),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
-# in the order of the leaderboard: what keeps its sign comes last
+# in the order of the leaderboard: signed scores come last
 PROXIES = tuple(sorted((m for m in METRICS if m.family), key=lambda metric: metric.score is SIGNED))
 EUCLIDEAN_CONTROLS = tuple(metric.name for metric in METRICS if metric.family == CONTROL)
 
@@ -183,7 +182,7 @@ def computed(sums: Sums, metrics: Sequence[Metric] = METRICS) -> dict[str, np.nd
         return {metric.name: metric.formula(sums) for metric in metrics if metric.formula}
 
 
-def oriented(name: str, value: np.ndarray) -> np.ndarray:
+def as_score(name: str, value: np.ndarray) -> np.ndarray:
     """A metric of METRICS as a score, larger = better."""
     return BY_NAME[name].score(value)
 
@@ -209,9 +208,9 @@ def index_bits(fired: np.ndarray, n_tok: np.ndarray) -> float:
     """Bits per token that name the active latents: each latent coded as a Bernoulli of its own rate. nan
     without two halves.
 
-    The rates of one half of the documents (add one half) code the other and the other way round, so that no
-    rate is fitted to what it codes. fired [2,F] counts in n_tok [2] tokens. (A code for indices that fire
-    alone or together alike: an upper bound on their entropy.)
+    The rates of one half of the documents (add one half) code the other and vice versa, so that no rate is
+    fitted to what it codes. fired [2,F] counts in n_tok [2] tokens. The code ignores which latents fire
+    together: an upper bound on their entropy.
     """
     n = np.asarray(n_tok)[:, None]
     with np.errstate(invalid="ignore"):

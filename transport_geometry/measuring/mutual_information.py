@@ -1,9 +1,10 @@
-"""Mutual information of what a hook holds and what comes out, by trained critics, and how many dimensions a
-critic needs (Gulati et al. 2026, arXiv:2602.08105), with rules that refuse its count where it means nothing.
+"""Mutual information between a hook's activations and the model's output, by trained critics, and how many
+dimensions a critic needs (Gulati et al. 2026, arXiv:2602.08105); rules refuse that number where it is noise.
 
-A critic scores pairs: S_ij of x_i and y_j, [B,B]; those with i = j belong together, the others are of
+A critic scores pairs: S_ij of x_i and y_j, [B,B]; pairs with i = j belong together, the others come from
 different sequences. Both sides are embedded, z_x and z_y [B,KZ]. `separable`: S = z_x z_y^T; `hybrid`: a
-small network of both. Its count is the participation ratio of the squared singular values of Cov(z_x, z_y).
+small network of both. The dimension is the participation ratio of the squared singular values of
+Cov(z_x, z_y).
 
 Shapes: S sequences, m positions of each, B = batch, KZ = embedding, d = d_model. All in nats, on the CPU.
 """
@@ -19,33 +20,33 @@ from transport_geometry.errors import UserError
 from transport_geometry.measuring.dimension import participation_ratio
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook, text_config
-from transport_geometry.saes.sae import sink_positions
+from transport_geometry.saes.sae import sinks_of
 
 import numpy as np
 import torch
 from scipy.linalg import eigh
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-BATCH = 128  # sequences, one position of each; InfoNCE is at most its logarithm, 4.85
-WIDTH, KZ, OF_PAIRS = 128, 64, 64
-RATE = 1e-3  # Adam's
-LOOK = 25  # steps between two looks at the sequences that say when to stop
-CLIP = 5.0  # SMILE's
-BLOCK = 16  # neighbouring sequences, which may be of one document: what standard errors count
+BATCH = 128  # sequences, one position of each; InfoNCE is at most log BATCH = 4.85
+WIDTH, KZ, PAIR_WIDTH = 128, 64, 64  # hidden layers, embeddings, the hybrid critic's layers
+LEARNING_RATE = 1e-3
+CHECK_EVERY = 25  # steps between two evaluations on the sequences that decide when to stop
+SMILE_CLIP = 5.0
+BLOCK_SEQUENCES = 16  # neighbouring sequences may be of one document: standard errors count blocks of these
 ESTIMATORS = ("infonce", "smile", "nwj")
 
 # ------------------------------------------------------------------------------------------- rules of refusal
-MIN_MI, N_SE = 0.1, 3.0  # nats, and standard errors above shuffled pairs: below, a spectrum is one of noise
-FROM_CEILING = 0.75  # nats below log B: above, the bound and not the pairs says how much
-OVERFIT = 0.3  # share of the MI of the fitted pairs by which that of the held-out ones may differ
-LADDER = 0.25  # share by which the dimension may differ from that at the next amount of noise
+MIN_MI, N_SE = 0.1, 3.0  # nats, and standard errors above shuffled pairs: below, the spectrum is noise
+FROM_CEILING = 0.75  # nats below log B: above, the bound decides the estimate, not the pairs
+OVERFIT = 0.3  # by how much of the fitted pairs' MI the held-out pairs' MI may differ
+LADDER_TOLERANCE = 0.25  # by how much the dimension may differ from that at the next amount of noise
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a critic is trained: of several restarts the one that fits its own pairs best is kept, so that none
-    is chosen by what it is measured on.
+class Schedule:
+    """How a critic is trained. Of several restarts the one that fits its own pairs best is kept: the pairs it
+    is measured on choose nothing.
     """
 
     critic: str
@@ -53,19 +54,19 @@ class Plan:
     restarts: int
 
 
-# the separable critic is near its best after some hundred steps; the hybrid one is slow, and gets stuck
-PLANS = {plan.critic: plan for plan in (Plan("separable", 300, 1), Plan("hybrid", 5000, 3))}
+# the separable critic is near its best after some hundred steps; the hybrid one is slow and gets stuck
+SCHEDULES = {"separable": Schedule("separable", 300, 1), "hybrid": Schedule("hybrid", 5000, 3)}
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Positions of sequences: x [S,m,dx], y [S,m,dy]."""
 
-    x: torch.Tensor
-    y: torch.Tensor
+    x: Tensor
+    y: Tensor
 
     def shuffled(self, generator: torch.Generator) -> "Pairs":
-        """x with the y of other sequences: nothing is left to be known."""
+        """x with the y of other sequences: their MI is 0."""
         return Pairs(self.x, self.y[torch.randperm(len(self.y), generator=generator)])
 
 
@@ -79,7 +80,7 @@ class Split:
 
     @property
     def enough(self) -> bool:
-        """A batch takes one position of a sequence."""
+        """Are there sequences for a batch in each part? A batch takes one position of a sequence."""
         return all(len(part.x) >= BATCH and part.x.shape[1] > 0 for part in self.parts)
 
     @property
@@ -89,7 +90,7 @@ class Split:
     def standardised(self) -> "Split":
         """Every channel of mean 0 and variance 1 over `fit`."""
 
-        def scaled(name: str) -> list[torch.Tensor]:
+        def scaled(name: str) -> list[Tensor]:
             of_fit = getattr(self.fit, name).flatten(0, 1)
             mean, sd = of_fit.mean(0), of_fit.std(0).clamp(min=1e-6)
             return [(getattr(part, name) - mean) / sd for part in self.parts]
@@ -98,7 +99,7 @@ class Split:
 
 
 # ------------------------------------------------------------------------------------------------- estimators
-def values(S: torch.Tensor, estimator: str) -> torch.Tensor:
+def values(S: Tensor, estimator: str) -> Tensor:
     """[B] whose mean is the estimate of MI from scores S [B,B].
 
     infonce: log B + S_ii - (logsumexp of row i + of column i) / 2, never above log B. nwj: S_ii - mean over j
@@ -111,11 +112,11 @@ def values(S: torch.Tensor, estimator: str) -> torch.Tensor:
     others = ~torch.eye(B, dtype=torch.bool)
     if estimator == "nwj":
         return own - ((S - 1).exp() * others).sum(1) / (B - 1)
-    clipped = S.clamp(-CLIP, CLIP)[others]
+    clipped = S.clamp(-SMILE_CLIP, SMILE_CLIP)[others]
     return own - (clipped.logsumexp(0) - math.log(len(clipped)))
 
 
-def loss(S: torch.Tensor, estimator: str) -> torch.Tensor:
+def loss(S: Tensor, estimator: str) -> Tensor:
     """What training lowers: minus the estimate, or, for smile, the Jensen-Shannon bound's (a clipped score
     has no gradient).
     """
@@ -133,16 +134,16 @@ class Critic(nn.Module):
         super().__init__()
         self.of_x, self.of_y = encoder(dx), encoder(dy)
         if hybrid:
-            self.pair_x, self.pair_y = nn.Linear(KZ, OF_PAIRS), nn.Linear(KZ, OF_PAIRS, bias=False)
-            layers = (nn.LeakyReLU(), nn.Linear(OF_PAIRS, OF_PAIRS), nn.LeakyReLU(), nn.Linear(OF_PAIRS, 1))
-            self.pair = nn.Sequential(*layers)
+            n = PAIR_WIDTH
+            self.pair_x, self.pair_y = nn.Linear(KZ, n), nn.Linear(KZ, n, bias=False)
+            self.pair = nn.Sequential(nn.LeakyReLU(), nn.Linear(n, n), nn.LeakyReLU(), nn.Linear(n, 1))
         self.hybrid = hybrid
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         z_x, z_y = self.of_x(x), self.of_y(y)
         if not self.hybrid:
             return z_x @ z_y.T
-        # the first layer of a network of (z_x, z_y) is a sum of two: pairs are formed after it
+        # the first layer of a network of (z_x, z_y) is a sum of two: form pairs only after it
         return self.pair(self.pair_x(z_x)[:, None] + self.pair_y(z_y)).squeeze(-1)
 
 
@@ -154,9 +155,9 @@ def encoder(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(WIDTH, KZ))
 
 
-def batches(pairs: Pairs, sigma: float, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
+def batches(pairs: Pairs, sigma: float, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
     """(rows [B], x [B,dx], y [B,dy]): one position of each of B sequences, every position once, with fresh
-    noise of sigma times the channels' standard deviation (1) on y; what is left of a batch is left out.
+    noise of sigma times the channels' standard deviation (1) on y. An incomplete batch is left out.
     """
     for column in torch.randperm(pairs.x.shape[1], generator=generator).tolist():
         for rows in torch.randperm(len(pairs.x), generator=generator).split(BATCH):
@@ -166,7 +167,7 @@ def batches(pairs: Pairs, sigma: float, generator: torch.Generator) -> Iterator[
 
 
 @torch.no_grad()
-def by_sequence(critic: Critic, pairs: Pairs, sigma: float, estimator: str, seed: int) -> torch.Tensor:
+def by_sequence(critic: Critic, pairs: Pairs, sigma: float, estimator: str, seed: int) -> Tensor:
     """`values` of every position, averaged over those of a sequence: [S'] in the order of the text."""
     total, count = torch.zeros(len(pairs.x)), torch.zeros(len(pairs.x))
     for rows, x, y in batches(pairs, sigma, torch.Generator().manual_seed(seed)):
@@ -175,20 +176,22 @@ def by_sequence(critic: Critic, pairs: Pairs, sigma: float, estimator: str, seed
     return total[count > 0] / count[count > 0]
 
 
-def trained(split: Split, sigma: float, estimator: str, plan: Plan, seed: int) -> tuple[Critic, float]:
+def trained(
+    split: Split, sigma: float, estimator: str, schedule: Schedule, seed: int
+) -> tuple[Critic, float]:
     """(critic, MI of the pairs it was fitted to), as it was where `stop` had the largest estimate."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        critic = Critic(split.fit.x.shape[-1], split.fit.y.shape[-1], plan.critic == "hybrid")
-    optimizer = torch.optim.Adam(critic.parameters(), lr=RATE, fused=True)
+        critic = Critic(split.fit.x.shape[-1], split.fit.y.shape[-1], schedule.critic == "hybrid")
+    optimizer = torch.optim.Adam(critic.parameters(), lr=LEARNING_RATE, fused=True)
     best, kept = -math.inf, critic.state_dict()
     again = itertools.chain.from_iterable(batches(split.fit, sigma, generator) for _ in itertools.count())
-    for step, (_, x, y) in enumerate(itertools.islice(again, plan.steps), 1):
+    for step, (_, x, y) in enumerate(itertools.islice(again, schedule.steps), 1):
         optimizer.zero_grad()
         loss(critic(x, y), estimator).backward()
         optimizer.step()
-        if step % LOOK == 0 or step == plan.steps:
+        if step % CHECK_EVERY == 0 or step == schedule.steps:
             found = by_sequence(critic, split.stop, sigma, estimator, seed=0).mean().item()
             if found > best:
                 best, kept = found, copy.deepcopy(critic.state_dict())
@@ -206,18 +209,18 @@ def embedded_dimension(critic: Critic, pairs: Pairs, sigma: float, seed: int) ->
     return participation_ratio(torch.linalg.svdvals(cross).square().numpy())
 
 
-def critic_row(split: Split, sigma: float, estimator: str, plan: Plan) -> dict[str, Any]:
-    """What the best of the plan's restarts says of the held-out pairs: MI and its standard error, MI of the
-    fitted pairs, dimension. nan where there are too few sequences for a batch.
+def critic_row(split: Split, sigma: float, estimator: str, schedule: Schedule) -> dict[str, Any]:
+    """Of the best restart's critic on the held-out pairs: MI and its standard error, MI of the fitted pairs,
+    dimension. nan where there are too few sequences for a batch.
     """
-    row = {"estimator": estimator, "sigma": sigma, "critic": plan.critic}
+    row = {"estimator": estimator, "sigma": sigma, "critic": schedule.critic}
     row |= dict.fromkeys(("mi", "mi_se", "mi_fit", "dimension"), np.nan)
     if not split.enough:
         return row
-    runs = [trained(split, sigma, estimator, plan, seed) for seed in range(plan.restarts)]
+    runs = [trained(split, sigma, estimator, schedule, seed) for seed in range(schedule.restarts)]
     critic, mi_fit = max(runs, key=lambda run: run[1])
     each = by_sequence(critic, split.held, sigma, estimator, seed=2)
-    blocks = torch.stack([block.mean() for block in each.split(BLOCK)])
+    blocks = torch.stack([block.mean() for block in each.split(BLOCK_SEQUENCES)])
     return row | {
         "mi": each.mean().item(),
         "mi_se": (blocks.std() / len(blocks) ** 0.5).item(),
@@ -226,29 +229,22 @@ def critic_row(split: Split, sigma: float, estimator: str, plan: Plan) -> dict[s
     }
 
 
-def null_of(split: Split, estimator: str, plan: Plan) -> dict[str, float]:
-    """mi_null and mi_null_se: a critic trained and measured on shuffled pairs, where the MI is 0."""
-    generator = torch.Generator().manual_seed(4)
-    row = critic_row(Split(*(part.shuffled(generator) for part in split.parts)), 0.0, estimator, plan)
-    return {"mi_null": row["mi"], "mi_null_se": row["mi_se"]}
-
-
 # -------------------------------------------------------------------------------------------- what is refused
 def refusals(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> list[str]:
-    """The rule that each row's dimension fails, or nothing; rows of one ladder, sigma ascending, with mi,
-    mi_se, mi_null, mi_null_se, mi_fit, dimension. ceiling: the largest MI that the estimator can have; None:
-    no bound.
+    """The rule that each row's dimension fails, or "". Rows of one ladder, sigma ascending, with mi, mi_se,
+    mi_null, mi_null_se, mi_fit, dimension. ceiling: the largest MI that the estimator can give; None: no
+    bound.
     """
     alone = [_refused_alone(row, ceiling) for row in rows]
 
-    def near(i: int, j: int) -> bool:
+    def agree(i: int, j: int) -> bool:
         a, b = rows[i]["dimension"], rows[j]["dimension"]
-        return not alone[j] and abs(a - b) <= LADDER * max(a, b)
+        return not alone[j] and abs(a - b) <= LADDER_TOLERANCE * max(a, b)
 
-    def on_ladder(i: int) -> bool:
-        return any(near(i, j) for j in (i - 1, i + 1) if 0 <= j < len(rows))
-
-    return [why or ("" if on_ladder(i) else "ladder") for i, why in enumerate(alone)]
+    neighbours = [[j for j in (i - 1, i + 1) if 0 <= j < len(rows)] for i in range(len(rows))]
+    return [
+        why or ("" if any(agree(i, j) for j in neighbours[i]) else "ladder") for i, why in enumerate(alone)
+    ]
 
 
 def _refused_alone(row: Mapping[str, Any], ceiling: float | None) -> str:
@@ -259,41 +255,38 @@ def _refused_alone(row: Mapping[str, Any], ceiling: float | None) -> str:
         return "null"
     if ceiling is not None and not mi < ceiling - FROM_CEILING:
         return "saturation"
-    if not abs(mi - fit) <= OVERFIT * abs(fit):
-        return "overfit"
-    return ""
+    return "" if abs(mi - fit) <= OVERFIT * abs(fit) else "overfit"
 
 
 # ------------------------------------------------------------------------------------------- pairs of a model
-CTX, PER_SEQUENCE = 64, 4  # short rows, so that a token of forward passes gives more sequences
+CTX, PER_SEQUENCE = 64, 4  # short rows: more sequences for the same forward passes
 N_FIT, N_STOP, N_HELD = 1024, 256, 512
-EVERY = 2  # row of the text, so that more documents are met
-SHARE = 0.9  # of the logits' Fisher-weighted variance that their components keep
-MOST_TOKENS = 2048  # from which the components are computed
+ROW_STRIDE = 2  # every second row of the text, so that more documents are read
+KEPT_VARIANCE = 0.9  # of the logits' Fisher-weighted variance, by the components kept
+MAX_TOKENS = 2048  # of which the components are computed
 
 
 def rows_of(
     data: str, split: str, tokenizer: Any, ctx: int, first: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids [S,ctx] to fit, to stop (both of the training side, with rows left out between) and to
-    measure (of the held-out side), each row begun with `first` where it is given. Fewer where the text is
-    short.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids [S,ctx] to fit, to stop (both of the training side, with a gap between them) and to measure
+    (of the held-out side); first: the token that each row begins with, if any. Fewer rows of a short text.
     """
 
-    def some(side: str, n: int) -> torch.Tensor:
+    def some(side: str, n: int) -> Tensor:
         rows = text.packed_rows(data, side, tokenizer, ctx, split, first)
-        found = list(itertools.islice(rows, 0, n * EVERY, EVERY))
+        found = list(itertools.islice(rows, 0, n * ROW_STRIDE, ROW_STRIDE))
         return torch.stack(found) if found else torch.zeros(0, ctx, dtype=torch.int64)
 
     train = some("train", N_FIT + 2 * N_STOP)
-    # a short text is shared out alike
+    # a short text is divided in the same proportions
     fit = len(train) * N_FIT // (N_FIT + 2 * N_STOP)
     gap = (len(train) - fit) // 2
     return train[:fit], train[fit + gap :], some("heldout", N_HELD)
 
 
 @torch.no_grad()
-def pairs_at(hook: Hook, input_ids: torch.Tensor, batch: int, seed: int) -> Pairs:
+def pairs_at(hook: Hook, input_ids: Tensor, batch: int, seed: int) -> Pairs:
     """h and the final norm's output at PER_SEQUENCE positions of each row, drawn among those that have a
     target and are no sinks.
     """
@@ -301,25 +294,25 @@ def pairs_at(hook: Hook, input_ids: torch.Tensor, batch: int, seed: int) -> Pair
         return Pairs(torch.zeros(0, 0, 1), torch.zeros(0, 0, 1))
     h = torch.cat([hook.head(ids.to(hook.device)).cpu() for ids in input_ids.split(batch)])
     x, y = h[:, :-1], final_norm(hook, input_ids, h, batch)
-    norms = x.norm(dim=-1)
-    sinks = sink_positions(norms, norms[:, 1:].median().item())
-    order = torch.rand(norms.shape, generator=torch.Generator().manual_seed(seed))
+    sinks = sinks_of(x)
+    order = torch.rand(sinks.shape, generator=torch.Generator().manual_seed(seed))
     order[sinks] = 2.0
     chosen = order.argsort(1)[:, : min(PER_SEQUENCE, int((~sinks).sum(1).min())), None]
     return Pairs(*(v.gather(1, chosen.expand(-1, -1, v.shape[-1])) for v in (x, y)))
 
 
 @torch.no_grad()
-def final_norm(hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, batch: int) -> torch.Tensor:
-    """What the unembedding is given at positions that have a target, [S,T-1,d] on the CPU, of h [S,T,d]."""
+def final_norm(hook: Hook, input_ids: Tensor, h: Tensor, batch: int) -> Tensor:
+    """The unembedding's input at positions that have a target, [S,T-1,d] on the CPU, for h [S,T,d]."""
     parts = zip(input_ids.split(batch), h.split(batch))
     ends = [hook.tail(x.to(hook.device), at.to(hook.device), unembedded=False) for x, at in parts]
     return torch.cat([end[:, :-1].float().cpu() for end in ends])
 
 
-def fisher_components(y: torch.Tensor, unembedding: Any) -> torch.Tensor:
+def fisher_components(y: Tensor, unembedding: Any) -> Tensor:
     """[d,r]: the directions of the final norm's output y [N,d] that are the principal components of the
-    logits weighted with the output Fisher, up to SHARE of their variance.
+    logits weighted with the output Fisher, up to KEPT_VARIANCE of their
+    variance.
 
     With z = W y and F the mean of diag(p) - p p^T, these are the eigenvectors u of M^1/2 Cov(y) M^1/2, M =
     W^T F W, as M^1/2 u: components of y never larger than d, whatever the vocabulary.
@@ -327,7 +320,7 @@ def fisher_components(y: torch.Tensor, unembedding: Any) -> torch.Tensor:
     W = unembedding.weight.detach().float().cpu()
     bias = None if unembedding.bias is None else unembedding.bias.detach().float().cpu()
     mean_p, mean_sq = torch.zeros(len(W), dtype=torch.float64), 0.0
-    some = y[:: max(1, len(y) // MOST_TOKENS)]
+    some = y[:: max(1, len(y) // MAX_TOKENS)]
     for part in some.split(256):
         p = torch.softmax(linear(part, W, bias), -1)
         mean_p += p.double().sum(0) / len(some)
@@ -339,18 +332,18 @@ def fisher_components(y: torch.Tensor, unembedding: Any) -> torch.Tensor:
     centred = (y - y.mean(0)).double().numpy()
     spectrum, u = eigh(root @ (centred.T @ centred / len(y)) @ root)
     shares = np.cumsum(spectrum[::-1]) / spectrum.sum()
-    kept = int(np.searchsorted(shares, SHARE)) + 1
+    kept = int(np.searchsorted(shares, KEPT_VARIANCE)) + 1
     return torch.tensor(root @ u[:, ::-1][:, :kept]).float()
 
 
-def targets(hook: Hook, parts: tuple[Pairs, Pairs, Pairs], input_ids: torch.Tensor) -> dict[str, Split]:
+def targets(hook: Hook, parts: tuple[Pairs, Pairs, Pairs], input_ids: Tensor) -> dict[str, Split]:
     """{what Y is: standardised pairs}: the final norm's output, and the logits' Fisher-weighted components
     (where the logits are the unembedding and nothing else).
     """
     plain = Split(*parts)
-    if not plain.enough:
-        return {"final norm": plain}
     of = {"final norm": plain}
+    if not plain.enough:
+        return of
     if hook.unembeds(input_ids):
         unembedding = hook.model.get_output_embeddings()
         A = fisher_components(plain.fit.y.flatten(0, 1), unembedding)
@@ -371,10 +364,17 @@ def refuse_logits(name: str, width: int, vocab: int) -> None:
         )
 
 
-def critic_rows(split: Split, ladder: Sequence[float], estimators: Sequence[str], plan: Plan) -> list[dict]:
-    """A row for each estimator and amount of noise, with its null."""
+def critic_rows(
+    split: Split, ladder: Sequence[float], estimators: Sequence[str], schedule: Schedule
+) -> list[dict]:
+    """A row for each estimator and amount of noise; mi_null, mi_null_se: of a critic trained and measured on
+    shuffled pairs, whose MI is 0.
+    """
     out = []
     for estimator in estimators:
-        null = null_of(split, estimator, plan)
-        out += [critic_row(split, sigma, estimator, plan) | null for sigma in ladder]
+        generator = torch.Generator().manual_seed(4)
+        unrelated = Split(*(part.shuffled(generator) for part in split.parts))
+        null = critic_row(unrelated, 0.0, estimator, schedule)
+        of_null = {"mi_null": null["mi"], "mi_null_se": null["mi_se"]}
+        out += [critic_row(split, sigma, estimator, schedule) | of_null for sigma in ladder]
     return out

@@ -1,11 +1,11 @@
-"""A bounded observer: what one small learner, in one pass over text, comes to know of the next token from h,
-and how much less where it is shown h_hat. A one-observer prequential estimate.
+"""A one-observer prequential estimate: what one linear probe learns of the next token from h in one pass over
+text, and how much less from h_hat.
 
 A linear softmax with Adam reads pairs (x, y) once each, x = h or h_hat at the hook, y the next token. Each
-pair is coded with what the observer knew before it, L = sum_t -log2 p_{t-1}(y_t | x_t) bits; what it came to
-know is the area between that curve and its end, K = sum_t (l_t - l_end) (`K_auc` of Finzi et al. 2026, "From
-Entropy to Epiplexity"). Lost information is l(h_hat) - l(h) on held-out documents. It bounds nothing that
-another observer would find: one with another form, more pairs or another rate learns more from either.
+pair is coded by the probe before it learns from it, L = sum_t -log2 p_{t-1}(y_t | x_t) bits; what it learns
+is the area between that curve and its end, K = sum_t (l_t - l_end) (`K_auc` of Finzi et al. 2026, "From
+Entropy to Epiplexity"). Lost information is l(h_hat) - l(h) on held-out documents. It bounds no other
+observer: another form, more pairs or another rate learns more from either.
 
 Shapes: n pairs to learn from, m held out, d = d_model, V = vocabulary.
 """
@@ -25,12 +25,13 @@ from transport_geometry.statistics import stats
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-PAIRS = 2**14  # that the observer reads, at most
+MAX_PAIRS = 2**14  # that the observer reads
 BATCH = 64  # pairs a step
 RATE = 3e-3  # of Adam
-LAST = 0.1  # share of the pass that is its end
+END = 0.1  # share of the pass that counts as its end
 N_RESAMPLES = 2000
 INPUTS = ("h", "h_hat")
 RULE = "refused: the observer learnt nothing (K ≤ 0, or held out no better than its table)"
@@ -39,24 +40,24 @@ RULE = "refused: the observer learnt nothing (K ≤ 0, or held out no better tha
 # ------------------------------------------------------------------------------------------- the observer
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What an observer made of one input."""
+    """What an observer learnt from one input."""
 
     code: float  # L, bits of the whole pass
     learnt: float  # K, bits
-    held: np.ndarray  # [m], bits of each held-out pair under what it knew at the end
-    table: np.ndarray  # [m], bits of the same under the table it began with
+    held: np.ndarray  # [m], bits of each held-out pair at the end
+    table: np.ndarray  # [m], bits of the same by the table it began with
 
     @property
     def refused(self) -> bool:
-        """Did it learn nothing from x, so that its losses say nothing of x?"""
+        """Did it learn nothing from x, so that its losses say nothing about x?"""
         return not (self.learnt > 0 and self.held.mean() < self.table.mean())
 
 
 def observe(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    held_x: torch.Tensor,
-    held_y: torch.Tensor,
+    x: Tensor,
+    y: Tensor,
+    held_x: Tensor,
+    held_y: Tensor,
     n_labels: int,
     rank: int | None = None,
     seed: int = 0,
@@ -64,15 +65,14 @@ def observe(
     """One pass of a linear softmax over x [n,d], y [n], in an order set by the seed; then x, y held out
     [m,d], [m].
 
-    Its bias begins at the log of how often each label comes in y (plus 1/2), a table that is given and not
-    learnt, and its weights at zero: K counts what was learnt from x, and is below zero, by what noise the
-    steps put in, where x tells nothing. Every coordinate of x is centred and divided by its standard
-    deviation over x; what is held out takes no part in that. rank: of the weights, for less than a full
-    [V,d].
+    Its bias begins at the log of each label's count in y (plus 1/2), a table that is given and not learnt,
+    and its weights at zero. K therefore counts what is learnt from x; where x tells nothing, the noise of the
+    steps makes it negative. Every coordinate of x is standardised over x, without the held-out pairs. rank:
+    of the weights, for less than a full [V,d].
 
-    l_end is the mean over the last LAST of the pass of the bits won over the table, put beside the table's
-    own over all of y: a rare label costs the same whenever it comes, so this has the expectation of the plain
-    mean and less noise.
+    l_end is the table's mean bits over all of y, less the mean bits won over the table in the last END of the
+    pass: a rare label costs the same whenever it comes, so this has the expectation of the plain mean and
+    less noise.
     """
     mean, scale = x.mean(0), x.std(0) + 1e-10
     x, held_x = (x - mean) / scale, (held_x - mean) / scale
@@ -86,7 +86,7 @@ def observe(
         tensor.requires_grad_()
     optimiser = torch.optim.Adam(weights, lr=RATE, fused=x.device.type in ("cpu", "cuda"))
 
-    def bits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def bits(x: Tensor, y: Tensor) -> Tensor:
         for factor in reversed(factors):
             x = x @ factor.T
         return torch.nn.functional.cross_entropy(x + weights[-1], y, reduction="none") / math.log(2)
@@ -102,7 +102,7 @@ def observe(
         held = torch.cat([bits(*pair) for pair in zip(held_x.split(1024), held_y.split(1024))])
     in_table = -table.double() / math.log(2)
     plain, loss = in_table[y[order]], torch.cat(losses).double()
-    end = plain.mean() - (plain - loss)[-max(1, round(LAST * len(x))) :].mean()
+    end = plain.mean() - (plain - loss)[-max(1, round(END * len(x))) :].mean()
     found = (held.double(), in_table[held_y])
     return Observed(
         loss.sum().item(), (loss - end).sum().item(), *(bits_of.cpu().numpy() for bits_of in found)
@@ -111,9 +111,7 @@ def observe(
 
 # ------------------------------------------------------------------------------------------- once per hook
 @torch.no_grad()
-def pairs(
-    hook: Hook, input_ids: torch.Tensor, sae: SAE, batch: int
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def pairs(hook: Hook, input_ids: Tensor, sae: SAE, batch: int) -> tuple[dict[str, Tensor], Tensor]:
     """({"h": [n,d], "h_hat": [n,d]}, next token [n]) at the positions of input_ids [S,T] that have one."""
     chunks = [hook.head(chunk.to(hook.device))[:, :-1].flatten(0, 1) for chunk in input_ids.split(batch)]
     h_hat = [sae.reconstruct(h)[2] for h in chunks]
@@ -121,7 +119,7 @@ def pairs(
 
 
 @torch.no_grad()
-def patched_dce(hook: Hook, input_ids: torch.Tensor, sae: SAE, batch: int) -> np.ndarray:
+def patched_dce(hook: Hook, input_ids: Tensor, sae: SAE, batch: int) -> np.ndarray:
     """CE of the patched run less that of the clean one, in bits, [S*(T-1)] for input_ids [S,T]."""
     out = []
     for chunk in input_ids.to(hook.device).split(batch):
@@ -137,20 +135,20 @@ def mean_of_documents(bits: np.ndarray, document: np.ndarray) -> tuple[float, fl
     by_row = bits.reshape(len(document), -1)
     weights = stats.document_weights(int(document.max()) + 1, N_RESAMPLES, seed=0)[:, document]
     draws = weights @ by_row.mean(1) / weights.sum(1)
-    return float(draws[0]), *stats.interval(draws[3:])
+    return float(draws[0]), *stats.interval(draws[stats.RESAMPLES])
 
 
 def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
-    """The row of observer.csv: what an observer makes of h and of the middle SAE's h_hat.
+    """The row of observer.csv: an observer of h beside one of the middle SAE's h_hat.
 
-    It learns from the training side, one pass over at most PAIRS pairs, and is asked about the held-out rows.
-    Bits of one token, but for the two K, which are bits of the whole pass. Where either observer is
+    Each learns from the training side, one pass over at most MAX_PAIRS pairs, and is tested on the held-out
+    rows. Bits of one token, except the two K, which are bits of the whole pass. Where either observer is
     `refused`, what is lost is undefined.
     """
     hook, held, condition = eval_set.hook, eval_set.held, eval_set.middle.condition
     origin, ctx = eval_set.middle.origin, held.input_ids.shape[1]
     batch, V = eval_batch(hook, ctx), text_config(hook.model).vocab_size
-    n = max(1, PAIRS // (ctx - 1))
+    n = max(1, MAX_PAIRS // (ctx - 1))
     split = origin.split if isinstance(origin, TrainingSpec) else "train"
     rows = text.spread_rows(eval_set.source.data, eval_set.tokenizer, ctx, n, split, eval_set.bos)
     x, y = pairs(hook, rows, sae, batch)
@@ -167,7 +165,9 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
     row |= {"k_auc_h": h.learnt, "k_auc_h_hat": h_hat.learnt, "refused": int(h.refused or h_hat.refused)}
     lost = mean_of_documents(h_hat.held - h.held, held.document)
     dce = mean_of_documents(patched_dce(hook, held.input_ids, sae, batch), held.document)
-    for name, found in (("lost", (np.nan,) * 3 if row["refused"] else lost), ("dce_bits", dce)):
+    if row["refused"]:
+        lost = (np.nan,) * 3
+    for name, found in (("lost", lost), ("dce_bits", dce)):
         row |= dict(zip((name, f"{name}_lo", f"{name}_hi"), found))
     return [row]
 

@@ -39,15 +39,15 @@ def r2_by_library(
     """{name: {definition: value, definition_nosink: value}} over the evaluated positions; the reconstructions
     run on `device`, a sequence at a time.
     """
-    h, calm = shared.h[:, :-1], ~shared.sink
-    h_exact, everywhere = h.double(), torch.ones_like(calm)
+    h, not_sink = shared.h[:, :-1], ~shared.sink
+    h_exact, everywhere = h.double(), torch.ones_like(not_sink)
     out = {}
     for name, reconstruction in tqdm(
         reconstructions.items(), desc="every library's R²", leave=False, disable=None
     ):
         rebuilt = [rebuild(reconstruction, x.to(device), shared.mean).cpu() for x in h]
         h_hat = torch.stack(rebuilt).double()
-        without_sinks = definitions(h_exact, h_hat, calm)
+        without_sinks = definitions(h_exact, h_hat, not_sink)
         out[name] = definitions(h_exact, h_hat, everywhere)
         out[name] |= {f"{key}_nosink": value for key, value in without_sinks.items()}
     return out

@@ -1,5 +1,5 @@
-"""Rate and distortion of an SAE as a code: quantised values, ideal code lengths, distortion after
-quantisation, and the Gaussian bound that it stands above.
+"""Rate and distortion of an SAE as a code: quantised values, ideal code lengths, the distortion after
+quantisation, and the Gaussian lower bound.
 
 Shapes: N tokens, d = d_model, F = d_sae, K = active latents kept a token, D documents, R draws, n points of a
 curve.
@@ -16,22 +16,23 @@ from transport_geometry.measuring.patch import Patch
 from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence
 from transport_geometry.records.condition import Condition
 from transport_geometry.running.grid import EvalSet
-from transport_geometry.saes.sae import TopKSAE, sink_positions
+from transport_geometry.saes.sae import TopKSAE, sinks_of
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-BACKED_OFF = 16  # pseudo-counts with which a latent's histogram leans on that of all latents
-GROUPS = 10  # of eigendirections, from the first to the last
+BACKED_OFF = 16  # pseudo-counts that mix the histogram of all latents into a latent's own
+GROUPS = 10  # of eigendirections
 # sums over a document that quantisation changes, as `metrics` has them
 CODED = "n l0 bits_idx bits_val sse sse_nosink cosine kl ce_recon gd_sampled_seq fisher".split()
 
 
 # ---------------------------------------------------------------------------------------- quantising a code
 class Quantised(TopKSAE):
-    """An SAE whose values are sent on a uniform grid: h_hat = z' W_dec + b_dec with z' = step round(z /
-    step). What rounds to 0 is not sent.
+    """An SAE whose values lie on a uniform grid: h_hat = z' W_dec + b_dec with z' = step round(z / step).
+    Values that round to 0 are not sent.
     """
 
     def __init__(self, sae: TopKSAE, step: float):
@@ -39,14 +40,14 @@ class Quantised(TopKSAE):
         self.step = step
         self.requires_grad_(False)
 
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = super().encode(h)
         return (values / self.step).round() * self.step, indices
 
 
-def unit(sae: TopKSAE, h: torch.Tensor) -> float:
-    """Standard deviation of the active latents' values on h [N,d], all latents together: what steps are
-    counted in.
+def unit(sae: TopKSAE, h: Tensor) -> float:
+    """Standard deviation of the active latents' values on h [N,d], all latents together: the unit of the
+    steps.
     """
     values = sae.encode(h)[0]
     return values[values > 0].double().std(correction=0).item()
@@ -58,7 +59,7 @@ def index_lengths(fired: np.ndarray, n_tok: np.ndarray) -> np.ndarray:
     rate, as in `metrics.index_bits`.
 
     fired [D,F]: how often a latent fires in the n_tok [D] tokens of each document. The rates of the odd
-    documents (add one half) code the even ones, and the other way round. nan where one half is empty.
+    documents (add one half) code the even ones, and vice versa. nan where one half is empty.
     """
     bits = np.full(len(n_tok), np.nan)
     for coded, known in halves(len(n_tok)):
@@ -103,18 +104,9 @@ def halves(n_documents: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 # ---------------------------------------------------------------------------------------- the Gaussian bound
-def water_filling(spectrum: np.ndarray, theta: float) -> tuple[float, float]:
-    """(R in bits, D): rate and mean square error of a Gaussian of these variances at water level theta.
-
-    R = sum 1/2 log2 max(lambda / theta, 1), D = sum min(lambda, theta) (Cover & Thomas 2006, 10.3.3).
-    """
-    return float(0.5 * np.log2(np.maximum(spectrum / theta, 1)).sum()), float(
-        np.minimum(spectrum, theta).sum()
-    )
-
-
 def share_left(spectrum: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """D(R) / D(0) of the same, at bits [...]: the least share of the variance that is lost at this rate.
+    """D(R) / D(0) of a Gaussian with this spectrum of variances, at R = bits [...]: the least share of the
+    variance that is lost at this rate (Cover & Thomas 2006, 10.3.3).
 
     The water level in closed form: with the m largest above it, theta = (their geometric mean) 2^(-2 R / m).
     """
@@ -129,14 +121,6 @@ def share_left(spectrum: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------- of one hook
-@dataclass(frozen=True, eq=False)
-class Sent:
-    """What one quantised SAE sends: the symbols of every batch, and sums per document."""
-
-    symbols: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # (latent, symbol, document), each [n]
-    sums: dict[str, np.ndarray]  # {of CODED: [D]}
-
-
 def coded_rows(
     eval_set: EvalSet,
     saes: Mapping[Condition, TopKSAE],
@@ -153,15 +137,11 @@ def coded_rows(
     hook, input_ids, document = eval_set.hook, eval_set.held.input_ids, eval_set.held.document
     n_doc = int(document.max()) + 1
     coders = {(one, step): Quantised(sae, step * units[one]) for one, sae in saes.items() for step in steps}
-    sent = {key: Sent([], {q: np.zeros(n_doc) for q in CODED}) for key in coders}
+    sums = {key: {q: np.zeros(n_doc) for q in CODED} for key in coders}
+    sent: dict[tuple[Condition, float], list] = {key: [] for key in coders}  # `symbols` of every batch
     G, start = torch.zeros(eval_set.d, eval_set.d, dtype=torch.float64), 0
-    bar = tqdm(
-        total=len(input_ids) * len(coders),
-        unit="seq",
-        desc=f"quantised {eval_set.label}",
-        leave=False,
-        disable=None,
-    )
+    total, what = len(input_ids) * len(coders), f"quantised {eval_set.label}"
+    bar = tqdm(total=total, unit="seq", desc=what, leave=False, disable=None)
     with bar, torch.no_grad():
         for clean in shared.batches(hook, input_ids, label_uniforms(input_ids), batch):
             here = document[start : start + len(clean.input_ids)]
@@ -170,21 +150,20 @@ def coded_rows(
             G += g.T @ g / DRAWS
             for key, coder in coders.items():
                 patch = patched(clean, coder, shared)
-                into = sent[key]
                 for name, value in quantities(patch).items():
-                    np.add.at(into.sums[name], here, value)
-                into.symbols.append(symbols(patch, coder.step, here))
+                    np.add.at(sums[key][name], here, value)
+                sent[key].append(symbols(patch, coder.step, here))
                 bar.update(len(here))
     rows = []
-    for (one, step), into in sent.items():
-        latent, symbol, where = (np.concatenate(part) for part in zip(*into.symbols))
+    for (one, step), of_sae in sums.items():
+        latent, symbol, where = (np.concatenate(part) for part in zip(*sent[one, step]))
         fired = np.zeros((n_doc, len(saes[one].W_dec)))
         np.add.at(fired, (where, latent), 1)
-        into.sums["bits_idx"] = index_lengths(fired, into.sums["n"])
-        into.sums["bits_val"] = value_lengths(latent, symbol, where, n_doc)
+        of_sae["bits_idx"] = index_lengths(fired, of_sae["n"])
+        of_sae["bits_val"] = value_lengths(latent, symbol, where, n_doc)
         for i in range(n_doc):
-            sums = {q: float(value[i]) for q, value in into.sums.items()}
-            rows.append(vars(one) | {"step": step, "document": i} | sums)
+            of_document = {q: float(value[i]) for q, value in of_sae.items()}
+            rows.append(vars(one) | {"step": step, "document": i} | of_document)
     return rows, (G / len(input_ids) / (input_ids.shape[1] - 1)).numpy()
 
 
@@ -216,11 +195,7 @@ def symbols(patch: Patch, step: float, document: np.ndarray) -> tuple[np.ndarray
     symbol = (patch.values / step).round().long().cpu().numpy()
     rows = np.repeat(document, len(symbol) // len(document))[:, None]
     sent = symbol > 0
-    return (
-        patch.indices.long().cpu().numpy()[sent],
-        symbol[sent],
-        np.broadcast_to(rows, symbol.shape)[sent],
-    )
+    return (patch.indices.long().cpu().numpy()[sent], symbol[sent], np.broadcast_to(rows, symbol.shape)[sent])
 
 
 # ---------------------------------------------------------------------------------------- shapes of a hook
@@ -249,8 +224,8 @@ def geometry_of(shared: Activations, G: np.ndarray, sae: TopKSAE, device: torch.
 
 
 def spectrum_rows(of: Geometry) -> list[dict]:
-    """Eigenvalues, descending: of Sigma, of Sigma without sinks, and of Sigma^1/2 G Sigma^1/2, in which a
-    code for h is one for what the model feels of it.
+    """Eigenvalues, descending: of Sigma, of Sigma without sinks, and of Sigma^1/2 G Sigma^1/2, the spectrum
+    that bounds a code of h under the Fisher distortion.
     """
     values, vectors = np.linalg.eigh(of.sigma)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -275,23 +250,19 @@ def direction_rows(of: Geometry) -> list[dict]:
 
         columns = zip(shares(of.sigma), shares(of.G), shares(of.error))
         for i, (variance, sensitivity, error) in enumerate(columns, 1):
-            rows.append(
-                {"directions": name, "group": i, "variance": variance, "sensitivity": sensitivity}
-                | {"error": error}
-            )
+            row = {"directions": name, "group": i, "variance": variance, "sensitivity": sensitivity}
+            rows.append(row | {"error": error})
     return rows
 
 
 # ---------------------------------------------------------------------------------------- softmax geometry
-def softmax_form(
-    hook: Hook, input_ids: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, p: torch.Tensor
-) -> torch.Tensor | None:
+def softmax_form(hook: Hook, input_ids: Tensor, h: Tensor, delta: Tensor, p: Tensor) -> Tensor | None:
     """[B,T-1]: delta^T G delta at the last block's hook, where the logits are an unembedding of the final
     LayerNorm and J is known: J delta = W_U (gamma / s (delta - mean delta - x mean(x delta))), x = (h - mean
     h) / s.
 
-    None where another block follows, the final norm is none of that kind, or the unembedding is not all that
-    comes after it. h, delta [B,T,d], p [B,T-1,V].
+    None where another block follows, the final norm is not a LayerNorm, or more than the unembedding comes
+    after it. h, delta [B,T,d], p [B,T-1,V].
     """
     norms = [m for m in hook.model.base_model.children() if isinstance(m, torch.nn.LayerNorm)]
     if not (hook.is_last and len(norms) == 1 and hook.unembeds(input_ids)):
@@ -305,9 +276,9 @@ def softmax_form(
     return fisher.variance(p, torch.nn.functional.linear(y, W_U))
 
 
-def softmax_rows(hook: Hook, input_ids: torch.Tensor, sae: TopKSAE) -> list[dict]:
-    """How far the two exact forms of `fisher` lie from the closed one, on one SAE's error; nothing where
-    there is none. input_ids [B,T].
+def softmax_rows(hook: Hook, input_ids: Tensor, sae: TopKSAE) -> list[dict]:
+    """Relative distance of `fisher`'s two exact forms from the closed form, on one SAE's error; no row where
+    there is no closed form. input_ids [B,T].
     """
     with torch.no_grad():
         h, delta, p = reconstruction_error(hook, input_ids, sae)
@@ -324,19 +295,18 @@ def softmax_rows(hook: Hook, input_ids: torch.Tensor, sae: TopKSAE) -> list[dict
 def study(
     eval_set: EvalSet,
     saes: Mapping[Condition, TopKSAE],
-    training: torch.Tensor,
+    training: Tensor,
     steps: Sequence[float],
     batch: int,
     device: torch.device,
 ) -> dict[str, list[dict]]:
     """{table: rows} of one hook, each row with model and layer. training: token ids [B,T] of the training
-    side, which fix the steps before any evaluation token is seen.
+    side, which fix the steps before any evaluation token is read.
     """
     hook, middle = eval_set.hook, saes[eval_set.middle.condition]
     with torch.no_grad():
         h = hook.head(training.to(device))
-        norms = torch.linalg.vector_norm(h, dim=-1)
-        calm = h[~sink_positions(norms, norms[:, 1:].median().item())]
+        calm = h[~sinks_of(h)]
         units = {one: unit(sae, calm) for one, sae in saes.items()}
     shared = activations(hook, eval_set.held.input_ids, batch)
     name = {"model": eval_set.name, "layer": hook.layer}
@@ -354,9 +324,7 @@ def study(
 
 # ---------------------------------------------------------------------------------------- curves compared
 def along(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """[R,m]: y at `at` [R,m], linear between the points (x, y) [R,n], which are put in the order of x first.
-    Beyond them as the nearest piece goes on.
-    """
+    """[R,m]: y at `at` [R,m], linear between the points (x, y) [R,n] sorted by x, and beyond them."""
     order = np.argsort(x, axis=1, kind="stable")
     x, y = np.take_along_axis(x, order, 1), np.take_along_axis(y, order, 1)
     right = (x[:, None, :] <= at[:, :, None]).sum(2).clip(1, x.shape[1] - 1)
@@ -369,7 +337,7 @@ def log_ratio(
     small: tuple[np.ndarray, np.ndarray], large: tuple[np.ndarray, np.ndarray], points: int = 33
 ) -> np.ndarray:
     """[R]: mean of ln y of the large model minus ln y of the small one at equal x, over the x that both
-    curves (x, y) [R,n] reach. nan where they reach none together, or a point is undefined.
+    curves (x, y) [R,n] reach. nan where they do not overlap, or a point is undefined.
     """
     lo = np.maximum(small[0].min(1), large[0].min(1))
     hi = np.minimum(small[0].max(1), large[0].max(1))
@@ -380,7 +348,7 @@ def log_ratio(
 
 
 def front(l0: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """[n] bool: those that no other beats in one of active latents and loss without losing in the other."""
+    """[n] bool: the Pareto front of active latents and loss, less of both being better."""
     better = (l0[None] <= l0[:, None]) & (loss[None] <= loss[:, None])
     strictly = (l0[None] < l0[:, None]) | (loss[None] < loss[:, None])
     return np.logical_not((better & strictly).any(1))

@@ -1,1 +1,1 @@
-"""Language models and text: found, loaded, split at a hook, and the tokens that they are fed."""
+"""Language models and text: load them, split a model at a hook, and make rows of tokens."""

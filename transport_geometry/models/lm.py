@@ -1,5 +1,4 @@
-"""The language model split at a hook: what comes before it, what comes after it, and the clean run's
-gradients.
+"""A language model split at a hook: the blocks before it, the blocks after it, and the clean run's gradients.
 
 Shapes: B sequences, T positions, d = d_model, V = vocabulary. A hook is the output of transformer block
 `layer`, `resid_post`; input_ids are [B,T], int64.
@@ -18,16 +17,17 @@ from transport_geometry.errors import Fault, UserError
 
 import torch
 
-# M1 and M2 read past the operands of longer ones (pytorch #195163); the unembedding's backward has V
+# terms of a dot product: M1 and M2 read past the operands of longer ones (pytorch #195163), and the
+# unembedding's backward has one term per token of the vocabulary
 MPS_LONGEST_DOT = 32_767
-# multiplications as long as what a token costs besides them in a block, or in the training of an SAE
+# what a token costs in a block, or in the training of an SAE, besides multiplications: the time of so many
 # (measured on a CPU)
 OVERHEAD = 2**17
-HEADS = 2**30  # bytes of activations that `keeping_heads` keeps, and of gradients as many
+KEPT_BYTES = 2**30  # of activations that `keeping_heads` keeps, and as many of gradients
 
 
 def pick_device(wanted: str) -> torch.device:
-    """auto = cuda, else mps, else cpu. Raises UserError for a device this machine has not."""
+    """auto: cuda, else mps, else cpu. Raises UserError for a device that this machine lacks."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         wanted = next(name for name in ("cuda", "mps", "cpu") if has[name])
@@ -37,23 +37,18 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def text_config(model: Any) -> Any:
-    """The configuration of the language model: of a multimodal one, of its part that reads text."""
+    """The configuration of the language model; in a multimodal model, of the part that reads text."""
     return model.config.get_text_config(decoder=True)
 
 
 def blocks(model: Any) -> list[torch.nn.Module]:
-    """The transformer blocks. Raises UserError for an architecture without a list of them.
-
-    Of a multimodal model, those of the part that reads text: its vision tower may have as many.
+    """The transformer blocks; in a multimodal model, of the part that reads text (its vision tower may have
+    as many). Raises UserError for an architecture without a list of them.
     """
     config = text_config(model)
-    n = getattr(config, "num_hidden_layers", None)
-    reading = (
-        part
-        for part in model.modules()
-        if hasattr(part, "config") and part.config.model_type == config.model_type
-    )
-    for parent in next(reading, model).modules():
+    n, kind = getattr(config, "num_hidden_layers", None), config.model_type
+    readers = (m for m in model.modules() if hasattr(m, "config") and m.config.model_type == kind)
+    for parent in next(readers, model).modules():
         for child in parent.children():
             if isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential)) and len(child) == n:
                 return list(child)
@@ -71,7 +66,7 @@ def block_size(model: Any) -> int:
 class Hook:
     """The output of block `layer` of a causal language model of transformers."""
 
-    model: Any  # AutoModelForCausalLM's; its forward is run as it is, nothing of it is written a second time
+    model: Any  # of AutoModelForCausalLM; its own forward is run, nothing of it is written a second time
     layer: int
 
     @property
@@ -79,7 +74,7 @@ class Hook:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device) -> "Hook":
-        """The model moved there, with plain attention where its own `fused_attention_errs`."""
+        """Move the model, with plain attention where `fused_attention_errs`."""
         if fused_attention_errs(self.model, device):
             self.model.set_attn_implementation("eager")
         self.model.to(device)
@@ -87,43 +82,40 @@ class Hook:
 
     @property
     def is_last(self) -> bool:
-        """Is it the last block's, so that no attention follows it?"""
+        """Whether this is the last block, so that no attention follows."""
         return self.layer == text_config(self.model).num_hidden_layers - 1
 
     def head(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """h, [B,T,d], float32 at least, and nothing computed after it. Raises UserError.
+        """h [B,T,d], float32 at least; nothing after the block is computed. Raises UserError.
 
-        The block's own output, not `hidden_states[layer + 1]`: for the last block that one is after the final
-        norm.
+        This is the block's own output. `hidden_states[layer + 1]` of the last block is after the final norm.
         """
-        self.way_to_patch(input_ids)  # so that nothing is trained on what cannot be evaluated
+        self.way_to_patch(input_ids)  # nothing is trained on a hook that cannot be evaluated
         if not _heads.keeping:
             return block_outputs(self.model, [self.layer], input_ids)[self.layer]
         if (h := _heads.get(key := (*text_key(self, input_ids), self.layer))) is None:
-            on_the_way = {one.layer for one in _asked if one.model is self.model and one.layer < self.layer}
-            for layer, h in block_outputs(self.model, sorted({*on_the_way, self.layer}), input_ids).items():
+            earlier = {one.layer for one in _asked if one.model is self.model and one.layer < self.layer}
+            for layer, h in block_outputs(self.model, sorted({*earlier, self.layer}), input_ids).items():
                 _heads.put((*key[:-1], layer), h, h.nbytes)
         return h
 
     def tail(self, input_ids: torch.Tensor, h: torch.Tensor, unembedded: bool = True) -> torch.Tensor:
-        """Logits [B,T,V] of the blocks after the hook, fed h [B,T,d]. Differentiable in h.
+        """Logits [B,T,V], in the model's dtype, of the blocks after the hook, fed h [B,T,d] of any dtype.
+        Differentiable in h.
 
-        input_ids are those h came from. In the model's dtype; h may have any. unembedded=False: what the
-        unembedding would be given, [B,T,d].
+        input_ids are the tokens that h came from. unembedded=False: the input of the unembedding, [B,T,d].
         """
         way, unembed = self.way_to_patch(input_ids), self.model.get_output_embeddings()
-        too_long = unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT
+        on_mps = h.device.type == "mps"
 
-        def in_pieces(y: torch.Tensor) -> torch.Tensor:
+        def replacement(y: torch.Tensor) -> torch.Tensor:
+            if not unembedded:
+                return y
             pieces = unembed.weight.split(MPS_LONGEST_DOT // 2)
             return torch.cat([torch.nn.functional.linear(y, W) for W in pieces], -1)
 
-        unembedding: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if not unembedded:
-            unembedding = _computing([unembed], _unchanged)
-        elif h.device.type == "mps" and too_long:
-            unembedding = _computing([unembed], in_pieces)
-        with unembedding:
+        too_long = on_mps and unembed.bias is None and len(unembed.weight) >= MPS_LONGEST_DOT
+        with _replaced([unembed] if too_long or not unembedded else [], replacement):
             return self._logits(input_ids, h, way)
 
     def log_probs(self, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -132,16 +124,16 @@ class Hook:
 
     # ------------------------------------------------------------------------ a run without its logits
     def final(self, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """[B,T-1,d] at the positions that have a target, of the run that is fed h [B,T,d]: all that `logits`
-        needs to make logits of, a few positions at a time. Differentiable in h.
+        """Input of the unembedding [B,T-1,d], at the positions that have a target, of the run that is fed h
+        [B,T,d]: `logits` makes logits of it, a few positions at a time. Differentiable in h.
 
-        The logits themselves, [B,T-1,V], for a family that does more to them than unembed (a cap).
+        For a family that does more than unembed (a cap), the logits themselves, [B,T-1,V].
         """
         return self.tail(input_ids, h, unembedded=not self.unembeds(input_ids))[:, :-1]
 
     def logits(self, final: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [n,V] of n positions of what `final` gives; in `out` [n,V], of the model's dtype and
-        without gradient, where it is given and they are not there already.
+        """Logits [n,V] of n positions of `final`'s result. They may be written to `out` [n,V], of the model's
+        dtype; that has no gradient.
         """
         if not self.model.unembeds:
             return final
@@ -153,39 +145,36 @@ class Hook:
         return torch.addmm(unembed.bias, final, unembed.weight.T, out=out)
 
     def unembeds(self, input_ids: torch.Tensor) -> bool:
-        """Are the logits what the unembedding puts out, and nothing else (no cap, no scale, nothing cut
-        off)? Looked at once per model, on the clean run of the first of input_ids.
+        """Whether the logits are the unembedding's output and nothing else (no cap, scale or cut). Tested
+        once per model, on the first of input_ids.
+
+        They must be equal bit for bit, both as they are and scaled up to 10,000: small logits would pass
+        through a cap nearly unchanged.
         """
         if "unembeds" not in vars(self.model):
-            vars(self.model)["unembeds"] = self._returns_what_it_unembeds(input_ids[:1])
+            unembed = self.model.get_output_embeddings()
+            linear = type(unembed) is torch.nn.Linear
+            vars(self.model)["unembeds"] = linear and all(
+                self._returns_output(unembed, input_ids[:1], larger) for larger in (False, True)
+            )
         return self.model.unembeds
 
-    def _returns_what_it_unembeds(self, one: torch.Tensor) -> bool:
-        """Does the model return, bit for bit, what its unembedding puts out: its own logits, and logits of up
-        to 10,000? No tolerance is needed, and small logits would hide a cap from one that is.
-        """
-        unembed = self.model.get_output_embeddings()
-        if type(unembed) is not torch.nn.Linear:
-            return False
-        put_out: list[torch.Tensor] = []
+    def _returns_output(self, unembed: torch.nn.Module, one: torch.Tensor, larger: bool) -> bool:
+        """Whether the model returns exactly what its unembedding puts out, here scaled up if `larger`."""
+        outputs: list[torch.Tensor] = []
 
-        def same(larger: bool) -> bool:
-            def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-                most = output.abs().max().clamp(min=torch.finfo(output.dtype).tiny)
-                put_out.append(output / most * 1e4 if larger else output)
-                return put_out[-1]
+        def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            most = output.abs().max().clamp(min=torch.finfo(output.dtype).tiny)
+            outputs.append(output / most * 1e4 if larger else output)
+            return outputs[-1]
 
-            put_out.clear()
-            with unembed.register_forward_hook(keep), torch.no_grad():
-                logits = self.model(one, use_cache=False).logits
-            return len(put_out) == 1 and torch.equal(put_out[0].to(logits.dtype), logits)
-
-        return same(larger=False) and same(larger=True)
+        with unembed.register_forward_hook(keep), torch.no_grad():
+            logits = self.model(one, use_cache=False).logits
+        return len(outputs) == 1 and torch.equal(outputs[0].to(logits.dtype), logits)
 
     def tiles(self, n: int) -> list[slice]:
-        """Of n positions, as many at a time as are held with all of the vocabulary: 4 MB of logits on the CPU
-        (more leaves the cache), but 128 positions, for which the unembedding is read once (below 32 MB malloc
-        does not return it page by page); 128 MB elsewhere.
+        """Slices of n positions whose logits are held at a time: 4 MB of them on the CPU (more leaves the
+        cache), 128 MB elsewhere, and never under 128 positions, since each slice reads the whole unembedding.
         """
         most = 2 ** (20 if self.device.type == "cpu" else 25)
         step = max(128, most // text_config(self.model).vocab_size)
@@ -196,15 +185,13 @@ class Hook:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(`final` [B,T-1,d], [g, g_y1, g_y2, ...] each [B,T,d]) of the unpatched run.
 
-        g is the gradient at the hook of the CE *summed* over a sequence's tokens (a mean would make it depend
-        on the batch); sequences do not touch each other, so one backward serves the batch. g_y is the same
-        with labels drawn from the model's own p: uniforms [m,B,T-1] in [0,1) pick them by the inverse of the
-        cumulative distribution, so that the CPU's random numbers serve every device. g at the last position
-        is exactly 0.
+        g is the gradient at the hook of the CE *summed* over a sequence's tokens (with a mean it would depend
+        on the batch). Sequences do not affect each other, so one backward serves the batch. g_y is the same
+        with labels drawn from the model's own p: uniforms [m,B,T-1] in [0,1), the CPU's on every device,
+        select them by the inverse of the cumulative distribution. g is exactly 0 at the last position.
 
-        At the unembedding's input the gradient of -log p_y is p W_U - W_U[y]: of p a tile is held at a time,
-        and its product serves all labels. 2 V d multiplications a position, whatever m, and 1 + m backward
-        passes through the blocks.
+        At the unembedding's input the gradient of -log p_y is p W_U - W_U[y]; p W_U is computed tile by tile
+        and serves all labels: 2 V d multiplications a position for any m, and 1 + m backward passes.
         """
         with torch.enable_grad():
             x = h.detach().requires_grad_()
@@ -221,11 +208,8 @@ class Hook:
                 for y, uniform in zip(labels[1:], u):
                     at = torch.searchsorted(cdf, uniform[tile, None] * cdf[:, -1:], right=True)
                     y[tile] = at.squeeze(-1).clamp_(max=cdf.shape[-1] - 1)
-        gradients = []
-        for i, y in enumerate(labels):
-            upstream = self._less_row(expected, y).view_as(final).to(final.dtype)
-            gradients.append(torch.autograd.grad(final, x, upstream, retain_graph=i + 1 < len(labels))[0])
-        return final.detach(), gradients
+        upstream = (self._less_row(expected, y).view_as(final).to(final.dtype) for y in labels)
+        return final.detach(), _gradients(final, x, upstream, len(labels))
 
     def _expected_row(self, p: torch.Tensor) -> torch.Tensor:
         """E_p of the unembedding's rows, p W_U [n,d] for p [n,V]; p itself where `final` is the logits."""
@@ -233,8 +217,7 @@ class Hook:
             return p
         pieces = self.model.get_output_embeddings().weight.split(MPS_LONGEST_DOT // 2)
         parts = p.split(MPS_LONGEST_DOT // 2, -1)
-        products = (part @ W.to(p.dtype) for part, W in zip(parts, pieces))
-        return functools.reduce(torch.add, products)
+        return functools.reduce(torch.add, (part @ W.to(p.dtype) for part, W in zip(parts, pieces)))
 
     def _less_row(self, expected: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`expected` [n,.] less the unembedding's rows of the labels y [n]."""
@@ -242,58 +225,31 @@ class Hook:
             return expected.scatter_add(-1, y[:, None], expected.new_full((len(y), 1), -1))
         return expected - self.model.get_output_embeddings().weight.index_select(0, y)
 
-    def plans(
-        self, input_ids: torch.Tensor, h: torch.Tensor, look: Callable[[int, torch.Tensor], object]
-    ) -> torch.Tensor:
-        """Logits [B,T,V] of the run that is fed h; look(block, plan [B,H,T,T]) is called for every attention
-        after the hook, each row of a plan being what one query gives to every key. No plan is kept.
-
-        Raises UserError for a family whose attention cannot be exchanged.
-        """
-
-        def watched(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            out, plan = plain_attention(module, *args, **kwargs)
-            look(module.layer_idx, plan)
-            return out, plan
-
-        with attending(self.model, watched):
-            return self.tail(input_ids, h)
-
     # ---------------------------------------------------------------------- how the model is run in parts
-    def up_to(self, layer: int, input_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What block `layer`, this hook's or a later one, puts out in the run that is fed h [B,T,d] at the
-        hook: [B,T,d] in the model's dtype. Differentiable in h. For families that `splits`.
-        """
-        h = h.to(self.model.dtype)
-        if layer == self.layer:
-            return h
-        way = self.way_to_patch(input_ids)
-        with _computing(blocks(self.model)[: self.layer + 1], _giving(h, way)):
-            return _first(_raw_outputs(self.model, [layer], input_ids)[layer])
-
     def splits(self, input_ids: torch.Tensor) -> bool:
-        """Is all that follows the hook a function of h, so that a hook may go on from an earlier one?"""
+        """Whether everything after the hook is a function of h."""
         return self.way_to_patch(input_ids) != "replace"
 
     def pull_back(
         self, layer: int, input_ids: torch.Tensor, h: torch.Tensor, gradients: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Gradients [B,T,d] at a later hook, that of block `layer`, as they are at this one, in the run that
-        is fed h [B,T,d]: one forward and one backward for each through the blocks between.
+        """Gradients [B,T,d] at the output of a later block, pulled back to this hook, in the run that is fed
+        h: one forward and one backward for each through the blocks between. For families that `splits`.
         """
         with torch.enable_grad():
             x = h.detach().requires_grad_()
-            later = self.up_to(layer, input_ids, x)
-        return [
-            torch.autograd.grad(later, x, g.to(later.dtype), retain_graph=i + 1 < len(gradients))[0]
-            for i, g in enumerate(gradients)
-        ]
+            later = x.to(self.model.dtype)
+            if layer != self.layer:
+                first, way = blocks(self.model)[: self.layer + 1], self.way_to_patch(input_ids)
+                with _replaced(first, _giving(later, way)):
+                    later = _first(_raw_outputs(self.model, [layer], input_ids)[layer])
+        return _gradients(later, x, (g.to(later.dtype) for g in gradients), len(gradients))
 
     def _logits(self, input_ids: torch.Tensor, h: torch.Tensor, way: str) -> torch.Tensor:
         """The model's own forward with h as the output of the hook's block.
 
-        way, `skip`: the blocks up to the hook do not run, each gives h. `tuple`: each gives (h,), for
-        families whose blocks return tuples (all, in transformers 4). `replace`: all run, and the output of
+        way "skip": the blocks up to the hook do not run, each returns h. "tuple": each returns (h,), for
+        families whose blocks return tuples (all, in transformers 4). "replace": all run, and the output of
         the last of them is replaced.
         """
         first, h = blocks(self.model)[: self.layer + 1], h.to(self.model.dtype)
@@ -302,16 +258,15 @@ class Hook:
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         whole = way == "replace"
-        with first[-1].register_forward_hook(replaced) if whole else _computing(first, _giving(h, way)):
+        with first[-1].register_forward_hook(replaced) if whole else _replaced(first, _giving(h, way)):
             return self.model(input_ids, use_cache=False).logits
 
     def way_to_patch(self, input_ids: torch.Tensor) -> str:
-        """The way of `_logits` in which tail(head) is the full forward; looked for once per model and layer,
+        """The way of `_logits` in which tail(head) equals the full forward; tested once per model and layer,
         on the first of input_ids.
 
-        `replace` costs a full forward a patch; it is for families whose later blocks read more of the earlier
-        ones than h. Raises UserError where that is not the full forward either: blocks that run more than
-        once.
+        "replace" costs a full forward per patch; families need it whose later blocks read more of the earlier
+        ones than h. Raises UserError where it differs too (blocks that run more than once).
         """
         known = self.model.__dict__.setdefault("ways_to_patch", {})
         if self.layer in known:
@@ -327,10 +282,10 @@ class Hook:
                     "[sequences, positions, d] is needed to patch there"
                 )
             for way in (passed, "replace"):
-                with contextlib.suppress(Exception):  # a forward that does not take what it is given
+                with contextlib.suppress(Exception):  # this family's blocks do not take a bare h
                     split = self._logits(one, h, way)
-                    # what is not finite is found, and said, later
-                    # at every position, and without what all logits share: neither hides the rest
+                    # per position and without the mean over the vocabulary, which could hide a difference;
+                    # logits that are not finite pass here and are reported later
                     apart, of = (norm(z - z.mean(-1, keepdim=True), dim=-1) for z in (split - whole, whole))
                     if not (apart > 1e-3 * of).any():
                         known[self.layer] = way
@@ -346,15 +301,15 @@ class Hook:
 
 
 def block_outputs(model: Any, layers: Sequence[int], input_ids: torch.Tensor) -> dict[int, torch.Tensor]:
-    """{layer: h [B,T,d]}, float32 at least, of one forward that ends at the deepest of the layers."""
+    """{layer: h [B,T,d]}, float32 at least, from one forward that ends at the deepest of the layers."""
     with torch.no_grad():
         found = {layer: _first(out) for layer, out in _raw_outputs(model, layers, input_ids).items()}
     return {layer: h.to(torch.promote_types(h.dtype, torch.float32)) for layer, h in found.items()}
 
 
 def _raw_outputs(model: Any, layers: Sequence[int], input_ids: torch.Tensor) -> dict[int, Any]:
-    """{layer: what the block returns}: h [B,T,d], or a tuple of h and other things. Nothing is computed
-    after the last of them.
+    """{layer: what the block returns}: h [B,T,d], or a tuple that begins with it. The forward stops at the
+    last of them.
     """
     kept: dict[int, Any] = {}
 
@@ -376,12 +331,19 @@ def _first(output: Any) -> torch.Tensor:
 
 
 class _Stop(Exception):
-    pass
+    """Ends a forward early."""
+
+
+def _gradients(
+    output: torch.Tensor, x: torch.Tensor, upstream: Iterable[torch.Tensor], n: int
+) -> list[torch.Tensor]:
+    """The gradient at x for each of n gradients at `output`."""
+    return [torch.autograd.grad(output, x, g, retain_graph=i + 1 < n)[0] for i, g in enumerate(upstream)]
 
 
 class Kept:
-    """What one hook hands on to the next of the same model, under `text_key` (and more), while `keeping`: of
-    a model at a time, and HEADS bytes at most.
+    """Results that one hook leaves for the next hook of the same model, while `keeping`: keyed by `text_key`
+    (and more), for one model at a time, KEPT_BYTES at most.
     """
 
     def __init__(self) -> None:
@@ -396,13 +358,13 @@ class Kept:
             self.keeping, self.found = before
 
     def get(self, key: tuple) -> Any:
-        """None where there is nothing."""
+        """The result, or None."""
         if next(iter(self.found), key)[0] != key[0]:
-            self.found.clear()  # the model before this one
+            self.found.clear()  # those of another model
         return self.found.get(key)
 
     def put(self, key: tuple, what: Any, nbytes: int) -> None:
-        if key in self.found or (len(self.found) + 1) * nbytes <= HEADS:
+        if key in self.found or (len(self.found) + 1) * nbytes <= KEPT_BYTES:
             self.found[key] = what
 
 
@@ -412,9 +374,9 @@ _asked: list[Hook] = []
 
 @contextlib.contextmanager
 def keeping_heads(hooks: Iterable[Hook]) -> Iterator[None]:
-    """Within, `Hook.head` keeps what its forward gives at those of `hooks` that lie on its way, so that a
-    model's hooks in descending order cost one forward of a text. The weights must stay as they are. HEADS
-    bytes at most are kept: what is beyond runs from the start.
+    """Within, `Hook.head` also keeps h at those of `hooks` that come earlier in the same model, so that its
+    hooks in descending order cost one forward of a text. The weights must not change. KEPT_BYTES at most are
+    kept; the rest is run again.
     """
     before, _asked[:] = list(_asked), hooks
     try:
@@ -425,9 +387,7 @@ def keeping_heads(hooks: Iterable[Hook]) -> Iterator[None]:
 
 
 def text_key(hook: Hook, input_ids: torch.Tensor) -> tuple:
-    """What names a model and a text, for what is kept of them. Not the model's address: the next one may get
-    it.
-    """
+    """A key for a model and a text. (Not the model's id, which the next model may get.)"""
     return (
         weakref.ref(hook.model),
         hook.device,
@@ -437,25 +397,15 @@ def text_key(hook: Hook, input_ids: torch.Tensor) -> tuple:
 
 
 def _giving(h: torch.Tensor, way: str) -> Callable:
-    """A block's forward that gives h, whatever it is given: see `Hook._logits` for the ways."""
-
-    def given(*args: Any, **kwargs: Any) -> Any:
-        return (h,) if way == "tuple" else h
-
-    return given
-
-
-def _unchanged(y: torch.Tensor) -> torch.Tensor:
-    return y
+    """A block's forward that returns h for any input: see `Hook._logits` for the ways."""
+    return lambda *args, **kwargs: (h,) if way == "tuple" else h
 
 
 @contextlib.contextmanager
-def _computing(modules: list[Any], function: Callable) -> Iterator[None]:
-    """Within, the modules compute `function`. They stay what and where they are, for a forward that looks at
-    them.
-    """
+def _replaced(modules: list[Any], forward: Callable) -> Iterator[None]:
+    """Within, the modules compute `forward`. They stay in place, for models that look at their blocks."""
     for module in modules:
-        module.forward = function
+        module.forward = forward
     try:
         yield
     finally:
@@ -465,23 +415,23 @@ def _computing(modules: list[Any], function: Callable) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------ attention
 def fused_attention_errs(model: Any, device: torch.device) -> bool:
-    """Do positions see later ones there? Up to three, in 16 bits by torch's fused attention on MPS (pytorch
-    #195910).
+    """Whether positions see up to three later ones: torch's fused attention in 16 bits on MPS does that
+    (pytorch #195910).
     """
     half = model.dtype in (torch.bfloat16, torch.float16)
     return device.type == "mps" and half and model.config._attn_implementation == "sdpa"
 
 
-EXCHANGED = "transport_geometry"  # the name of our attention among those of transformers
+EXCHANGED = "transport_geometry"  # the name under which transformers knows our attention
 
 
 @contextlib.contextmanager
 def attending(model: Any, function: Callable) -> Iterator[None]:
     """Within, every attention of the model computes function(module, query, key, value, attention_mask,
-    scaling, **more) -> (out [B,T,H,e], plan [B,H,T,T]), as transformers' own attention functions do.
+    scaling, **more) -> (out [B,T,H,e], weights [B,H,T,T]), as transformers' own attention functions do.
 
-    query [B,H,T,e], key and value [B,H',T,e] with H' dividing H, attention_mask added to the scores. Raises
-    UserError for a family whose attention cannot be exchanged: it would go on unseen.
+    query [B,H,T,e]; key and value [B,H',T,e] with H' dividing H; attention_mask is added to the scores.
+    Raises UserError for a family whose attention cannot be exchanged.
     """
     import transformers
 
@@ -500,7 +450,7 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
 def for_every_head(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, more: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """key and value [B,H',T,e] repeated for the H heads of query. Raises UserError where attention is more
+    """key and value [B,H',T,e], repeated for the H heads of query. Raises UserError where attention is more
     than a softmax of scaled scores.
     """
     if more.get("softcap") is not None or more.get("s_aux") is not None:
@@ -521,9 +471,7 @@ def plain_attention(
     scaling: float,
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(query key^T scaling + attention_mask) value, in plain operations: (out [B,T,H,e], plan
-    [B,H,T,T]).
-    """
+    """(softmax(query key^T scaling + attention_mask) value [B,T,H,e], the softmax [B,H,T,T])."""
     key, value = for_every_head(module, query, key, value, more)
     plan = torch.softmax(query @ key.transpose(2, 3) * scaling + attention_mask, -1)
     return (plan @ value).transpose(1, 2).contiguous(), plan
@@ -549,11 +497,11 @@ def cross_entropy(log_p: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) [...] from p, log p and log q [...,V], in nats, right in float32 down to 1e-7.
+    """KL(p || q) [...] in nats from p, log p and log q [...,V], accurate in float32 down to 1e-7.
 
-    Summing p (log p - log q) cancels to nothing for small KL. There, with c = dz - E_p dz, KL =
-    log1p(E_p[expm1(c) - c]), and the bracket by its series where |c| < 0.05. For large changes the plain sum
-    is exact. expm1 overflows beyond 88, where p is too small to have risen to anything in a small KL.
+    The plain sum of p (log p - log q) cancels when KL is small. Then KL = log1p(E_p[expm1(c) - c]) is used
+    with c = dz - E_p dz, and a series for the bracket where |c| < 0.05. expm1 overflows beyond 88, so c is
+    clamped at 80: in a small KL, p is negligible there.
     """
     change = log_q - log_p
     if p.device.type == "mps":  # einsum is a bmm, with a dot product of V terms: see MPS_LONGEST_DOT
@@ -568,15 +516,14 @@ def kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> 
     return kl
 
 
-# --------------------------------------------------------------------------------------- is the device right?
+# ----------------------------------------------------------------------------- comparing a device to the CPU
 def check_parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> None:
-    """Compare h, CE, g and TopK values of one batch between `device` and the CPU before any number from
-    `device` is believed.
+    """Compare h, CE, g and TopK values of one batch between `device` and the CPU. Raises Fault where the
+    error (`error_by_position`) exceeds 0.1%, or 5% for a model in bfloat16, whose own rounding is that large.
 
-    MPS matmuls have returned 10-30% errors silently and depending on what lay in memory (pytorch #193487),
-    and its topk has given zeros (#78915), so this is called again for every hook. input_ids on the CPU; the
-    model is left on `device`. Raises Fault where the error exceeds 0.1% (`error_by_position`), 5% for a model
-    in bfloat16, whose own rounding is of that size.
+    MPS matmuls have returned errors of 10-30%, silently and depending on what lay in memory (pytorch
+    #193487), and its topk has returned zeros (#78915), so every hook is checked. input_ids on the CPU; the
+    model stays on `device`.
     """
     tolerance = 1e-3 if hook.model.dtype != torch.bfloat16 else 0.05
     for name, error in parity(hook, input_ids, device).items():
@@ -588,7 +535,7 @@ def check_parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> N
 
 
 def parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """{what: `error_by_position` of the device's} for `check_parity`."""
+    """{quantity: `error_by_position` of the device's} for `check_parity`."""
 
     def measure(on: torch.device) -> dict[str, torch.Tensor]:
         hook.to(on)
@@ -599,7 +546,7 @@ def parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> dict[st
         d = h.shape[-1]
         W = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)).to(on)
         values, _ = kernels.topk_encode(h.flatten(0, 1), W, torch.zeros(4 * d, device=on), min(32, 4 * d))
-        # in order of size: a rounding may exchange two latents, and with them what lies between
+        # sorted: rounding may exchange two latents, and so the values between them
         ranked = values.cpu().sort(dim=1).values
         return {"h": h, "CE": cross_entropy(log_p, x), "g": g, "TopK values": ranked}
 
@@ -607,15 +554,9 @@ def parity(hook: Hook, input_ids: torch.Tensor, device: torch.device) -> dict[st
     return {name: error_by_position(there[name], truth) for name, truth in here.items()}
 
 
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Norm of the error over the norm, in float64 on the CPU."""
-    found, truth = found.cpu().double(), truth.cpu().double()
-    return ((found - truth).norm() / truth.norm()).item()
-
-
 def error_by_position(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Root mean square over positions of the error over the position's norm (the median's, where that is
-    larger): a sink as long as a hundred others does not hide what is wrong in them.
+    """Root mean square over positions of error / norm, the norm being the position's or the median's,
+    whichever is larger: so the large norm of a sink does not hide errors at other positions.
     """
     found, truth = found.cpu().double(), truth.cpu().double()
     rows = truth.numel() // truth.shape[-1] if truth.ndim > 2 else truth.numel()

@@ -1,8 +1,8 @@
-"""Language models and their tokenizers: embedded, in a local folder or GGUF file, or on the hub.
+"""Load language models and their tokenizers (embedded, from a local folder or GGUF file, or from the hub),
+and identify them by hash and by name.
 
-They are loaded here, and known here: by hashes of what they compute, and by the names that results call them.
-A stranger's files bring no code: only safetensors are read, nothing of a repository is run, and what would
-fill the memory is refused before it does.
+Files are not trusted: only safetensors are read, no code of a repository is run, and a model that is larger
+than its files is refused before it is built.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ import torch
 EMBEDDED = {name: ROOT / "demo" / name for name in ("stdlib-s", "stdlib-m", "stdlib-l")}
 SHORT_NAMES = ", ".join([*EMBEDDED, *PACKAGED])
 CACHE = pathlib.Path("outputs/cache")
-# what is downloaded of a repository: files of its top level only
-WANTED = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
-UNWANTED = ["*/*", "consolidated*"]
+# which files of a repository are downloaded: of its top level only
+DOWNLOADED = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
+NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -38,16 +38,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     cache: pathlib.Path = CACHE,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer): frozen, eval mode, in `dtype`. name: embedded, packaged, a local folder or GGUF
-    file, or a hub id, and what `plant` may plant in it. cache: of GGUF files, unpacked. Raises UserError.
+    """(model, tokenizer): frozen, in eval mode, in `dtype`. name: embedded, packaged, a local folder or GGUF
+    file, or a hub id, with what `plant` plants in it. cache: where GGUF files are unpacked. Raises UserError,
+    also for files that lack a weight (transformers would draw it at random).
 
-    The dtype is asked for by name: left to itself `from_pretrained` takes the file's, which for Pythia is
-    float16. Every weight is the file's: transformers would draw at random what it lacks.
-
-    bfloat16 is the model's only: h, g, log-probabilities and all that follows are float32. Measured on 8 x 64
-    tokens at six hooks of stdlib-s and -m, against float32, largest difference: R^2 0.003, CE 0.002, patched
-    CE and dCE 0.03 nats, CE_rec 0.01, KL 2%, SWD over tokens 6%, exact Fisher forms 4%. `swd_sampled` draws
-    other labels: within twofold, its own noise there.
+    In bfloat16 only the model computes: h, g, log-probabilities and the rest are float32. The largest
+    differences from float32, on 8 x 64 tokens at six hooks of stdlib-s and -m: R^2 0.003, CE 0.002, patched
+    CE and dCE 0.03 nats, CE_rec 0.01, KL 2%, SWD over tokens 6%, exact Fisher forms 4%, `swd_sampled` (which
+    draws other labels) a factor of 2, its own noise there.
     """
     import transformers
 
@@ -70,17 +68,17 @@ def load_model(
         check_size(read_config(folder), numbers_in(weight_files(pathlib.Path(folder))))
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtype,  # by default it would be the file's, for Pythia float16
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
+            ignore_mismatched_sizes=True,  # `_check_weights` reports them
         )
     with one_line(f"{about}: its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer("Two or more words.", add_special_tokens=False).input_ids
     _check_weights(model, report, about)
-    if len(set(ids)) < 2:  # what transformers makes of a folder without tokenizer files
+    if len(set(ids)) < 2:  # transformers makes one up without tokenizer files
         raise UserError(f"{about}: it has no tokenizer, or one that knows no words")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{about}: its tokenizer has no end-of-text token to join documents with")
@@ -88,8 +86,8 @@ def load_model(
     model.eval().requires_grad_(False)
     with one_line(about):
         moved = looks_ahead(model)
-    # masked language models load through the same class. A causal one moves by rounding, measured: 8e-7 at
-    # most, and 0 in bfloat16; BERT's kind by 3e-3 and 7e-3 before any training, and far more after it
+    # masked language models load through the same class. Measured: causal ones at most 8e-7, 0 in bfloat16;
+    # BERT's kind 3e-3 and 7e-3 before any training, and far more after it
     if moved > (3e-3 if dtype == torch.bfloat16 else 1e-4):
         raise UserError(f"{about}: not a causal language model: its logits depend on later tokens")
     if in_gguf:
@@ -99,20 +97,20 @@ def load_model(
 
 
 def _quiet() -> None:
-    """Loaders say nothing of their own; downloads keep their bar."""
+    """Silence the loaders, but keep the progress bars of downloads."""
     import huggingface_hub
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
     downloads_shown = not huggingface_hub.utils.are_progress_bars_disabled()
-    transformers.utils.logging.disable_progress_bar()  # the hub's too
+    transformers.utils.logging.disable_progress_bar()  # which also disables the hub's
     if downloads_shown:
         huggingface_hub.utils.enable_progress_bars()
 
 
 def _check_weights(model: Any, report: dict[str, Any], about: str) -> None:
-    """Raises UserError where a weight is not the file's, by transformers' loading report, or not finite."""
+    """Raises UserError if, by transformers' loading report, a weight is not the file's, or is not finite."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for weight, there, wanted in sorted(report["mismatched_keys"]):
         raise UserError(f"{about}: {weight} is {list(there)} in the file and {list(wanted)} by config.json")
@@ -125,7 +123,7 @@ def _check_weights(model: Any, report: dict[str, Any], about: str) -> None:
 
 @torch.no_grad()
 def looks_ahead(model: Any) -> float:
-    """By how much of their norm the logits of a few tokens move when later tokens do."""
+    """Relative change of the logits of a few tokens when later tokens change."""
     config = text_config(model)
     T = min(16, getattr(config, "max_position_embeddings", None) or 16)
     ids = torch.randint(config.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
@@ -135,17 +133,15 @@ def looks_ahead(model: Any) -> float:
 
 
 def asking_hub(name: str) -> None:
-    """Said before the hub is asked, whose silence takes half a minute: a path with a typing error may be
-    meant.
-    """
+    """Print that the hub is asked, which may take half a minute: the name may be a mistyped path."""
     if "/" in name:
         ranks.say(f"{name}: no file or folder here of this name; asking the hub")
 
 
 def _download(name: str, revision: str | None) -> str:
-    """The local folder of what is read of a hub repository. Whole before anything is read: left to itself,
-    transformers takes a file that the hub fails to send for one that is not there, and has the hub unpickle
-    weights that have no safetensors.
+    """Download a hub repository's files and return the folder. All come before any is read: transformers
+    alone takes a file that the hub fails to send for one that does not exist, and asks the hub to convert
+    pickled weights.
     """
     import huggingface_hub
 
@@ -154,15 +150,14 @@ def _download(name: str, revision: str | None) -> str:
     asking_hub(name)
     try:
         return huggingface_hub.snapshot_download(
-            name, revision=revision, ignore_patterns=UNWANTED, allow_patterns=WANTED
+            name, revision=revision, ignore_patterns=NOT_DOWNLOADED, allow_patterns=DOWNLOADED
         )
-    # says what is not in the cache; its cause, why
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise (error.__cause__ or error) from None
+        raise (error.__cause__ or error) from None  # the cause says why it was not downloaded
 
 
 # ----------------------------------------------------------------------------------------- identity and names
-# of a configuration: what says where a model came from or how it is run, not what it computes
+# fields of a configuration that do not change what the model computes
 NOT_COMPUTED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
 
 
@@ -171,9 +166,7 @@ def short_hash(text: str) -> str:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Short hash of the weights, so that a model retrained under the same name does not meet another's
-    SAEs.
-    """
+    """Short hash of the weights: a model retrained under the same name must not get the old one's SAEs."""
     whole = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         # numpy has no bfloat16
@@ -182,21 +175,14 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def model_hash(model: Any) -> str:
-    """Short hash of what a model computes: its weights as they are held (so the dtype too) and its
-    configuration.
-    """
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if value is not None and key not in NOT_COMPUTED
-    }
+    """Short hash of what a model computes: its configuration and its weights in their dtype."""
+    fields = model.config.to_dict().items()
+    config = {key: value for key, value in fields if value is not None and key not in NOT_COMPUTED}
     return short_hash(json.dumps(config, sort_keys=True, default=str) + fingerprint(model))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Short hash of what turns documents into tokens: the same weights see another text through another
-    tokenizer.
-    """
+    """Short hash of a tokenizer's rules and special tokens."""
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         rules = backend.to_str()
     else:
@@ -205,10 +191,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def readable_names(names: Sequence[str]) -> dict[str, str]:
-    """{name as typed: what results call it}. A local path is called by its last part, or by as many as tell
-    it from the others.
-
-    Results are for sharing: where a folder lies on this machine is nobody's business (run.json says it).
+    """{name as typed: name in results}. A local path is shortened to its last part, or to as many as
+    distinguish it from the others: results are shared, and should not show where folders lie here.
     """
     parts = {name: _parts(name) for name in names}
     called = {}
@@ -222,7 +206,7 @@ def readable_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Of a local path, what is planted in it with its last part; any other name is one."""
+    """The parts of a local path, the last one with what is planted; any other name is one part."""
     path, planted = plant.split(name)
     if path in EMBEDDED or path in PACKAGED or not os.path.exists(path):
         return (name,)
@@ -231,8 +215,8 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def block_name(name: str, layer: int) -> str | None:
-    """The module of block `layer` in a model of transformers, gpt_neox.layers.3, by its configuration; None
-    where that is not on this machine. name: as `load_model` takes it.
+    """The module name of block `layer`, such as gpt_neox.layers.3, from the model's configuration; None if
+    that is not on this machine. name: as for `load_model`.
     """
     import transformers
 
@@ -254,7 +238,7 @@ def block_name(name: str, layer: int) -> str | None:
 
 
 def pick_layer(model: Any, name: str, layer: int | None) -> int:
-    """The layer asked for, or the middle one. Raises UserError for one that the model has not."""
+    """The layer asked for, by default the middle one. Raises UserError if the model has no such layer."""
     n = text_config(model).num_hidden_layers
     if layer is None:
         return n // 2

@@ -1,5 +1,5 @@
-"""What the files of a language model say: its size, read before any memory is spent (a stranger's
-configuration may count out more than there is), and the token that its tokenizer puts before a text.
+"""Read a language model's files without building it: check its size before memory is spent, and find the
+token that its tokenizer puts before a text.
 """
 
 import json
@@ -14,17 +14,16 @@ from transport_geometry.errors import UserError, one_line
 
 import torch
 
-# what a config.json counts out
-COUNTED, MOST_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024
-MASKS = 2**26  # numbers; GPT-Neo's are context^2 a block
+# fields of config.json that are numbers of modules
+COUNTED, MAX_MODULES = r"(n|num)_(\w+_)?(layers?|experts)|attention_types", 1024
+MAX_BUFFERS = 2**26  # numbers, such as GPT-Neo's masks of context^2 in each block
 
 
 def read_config(source: str, revision: str | None = None) -> Any:
     """transformers' configuration of a local folder, GGUF file or hub id. Raises what transformers raises,
     and UserError.
 
-    What it counts out (blocks, experts) is bounded first: transformers would make lists of them before any
-    size is known.
+    Numbers of blocks and experts are bounded first: transformers makes lists of that length.
     """
     import transformers
 
@@ -37,9 +36,9 @@ def read_config(source: str, revision: str | None = None) -> Any:
             "config.json names transformers_weights, and only model.safetensors or its index are read"
         )
     for name, value in _numbers(raw):
-        if re.fullmatch(COUNTED, name) and not value <= MOST_MODULES:
+        if re.fullmatch(COUNTED, name) and not value <= MAX_MODULES:
             raise UserError(
-                f"by config.json {name} is {value:.6g}: more than the {MOST_MODULES} that are read"
+                f"by config.json {name} is {value:.6g}: more than the {MAX_MODULES} that are read"
             )
     config = transformers.AutoConfig.from_pretrained(source, **how, trust_remote_code=False)
     if (n := getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)) < 1:
@@ -48,7 +47,7 @@ def read_config(source: str, revision: str | None = None) -> Any:
 
 
 def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """(field, number) of all that a JSON value holds; an item of a list goes by the list's name."""
+    """(field, number) of every number in a JSON value; items of a list have the list's field."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield from _numbers(value, key)
@@ -60,7 +59,7 @@ def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def numbers_in(files: Sequence[pathlib.Path]) -> int:
-    """How many numbers safetensors hold."""
+    """How many numbers these safetensors files hold."""
     from safetensors import safe_open
 
     there = 0
@@ -71,18 +70,17 @@ def numbers_in(files: Sequence[pathlib.Path]) -> int:
 
 
 def check_size(config: Any, there: int) -> None:
-    """Raises UserError for a model by `config` that is larger than its files, which hold `there` numbers,
-    before its memory is spent.
+    """Raises UserError if the model of `config` would be larger than its files, which hold `there` numbers.
 
-    Up to twice the size goes on, to be told which weight is missing; MASKS allows for buffers, which no file
-    holds.
+    Up to twice their size passes (loading then names the missing weight), and MAX_BUFFERS for buffers, which
+    are not in files.
     """
     import transformers
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    if wanted > 2 * there + MASKS:
+    if wanted > 2 * there + MAX_BUFFERS:
         raise UserError(
             f"by config.json it has {wanted:.3g} parameters and buffers, and its files hold {there:.3g} "
             "numbers"
@@ -90,10 +88,8 @@ def check_size(config: Any, there: int) -> None:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors that transformers takes a folder's weights from. Raises UserError where it would read
-    anything else.
-
-    An index may name pickles, which transformers then unpickles, and files outside the folder.
+    """The safetensors files of a folder's weights. Raises UserError if transformers would read anything else:
+    an index may name pickles, and files outside the folder.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError("it is an adapter to another model (adapter_config.json), or holds one")
@@ -111,8 +107,8 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before a text, None where it puts none. Looked at in an encoding:
-    Gemma 3's attribute `add_bos_token` reads False, and it puts one.
+    """The token that the tokenizer puts before a text, or None. Found by encoding a text: Gemma 3's
+    `add_bos_token` is False although it puts one.
     """
     plain, whole = (tokenizer("a", add_special_tokens=special).input_ids[0] for special in (False, True))
     return None if whole == plain else whole

@@ -1,7 +1,7 @@
-"""Documents of a text, wherever it lies: files on this machine, or a data set that is streamed from the hub.
+"""The documents of a text: from local files, or from a data set streamed from the hub.
 
-A document is a string, a list of token ids where the data set is tokenised, or a chat. Nothing here knows of
-held-out sides or tokenizers: see `text`.
+A document is a string, a list of token ids (where the data set is tokenised), or a chat. Held-out sides and
+tokenizers are the business of `text`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import re
 import time
 import types
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
 from transport_geometry import ranks
 from transport_geometry.errors import UserError, brief, reason
@@ -24,20 +24,20 @@ from transport_geometry.models.loading import asking_hub
 
 LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 PACKED = (".gz", ".zst")  # of .txt, .json and .jsonl
-ELSE = " (there is stdlib; else a local file or folder, or a hub data set)"
-# what `datasets` puts beside the data
+HINT = " (there is stdlib; else a local file or folder, or a hub data set)"
+# files that `datasets` writes beside the data
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-# columns that are taken although there are others
+# columns that are read even if there are others
 BY_NAME = {"tokens": "token ids", "input_ids": "token ids", "text": "text", "messages": "chats"}
-PEEK = 100  # rows in which columns are looked for
-PAUSES = (1, 2, 4, 8)  # seconds between attempts at what the network does not give
-# a local text of fewer documents is cut into pieces, so that its tenth is more than a handful
+PEEK = 100  # rows that are read to choose the column
+PAUSES = (1, 2, 4, 8)  # seconds between attempts when the network fails
+# a local text of fewer documents is cut into pieces, so that the held-out tenth is more than a handful
 FEW = 100
-PIECE = 8_000  # characters of a piece (of token ids a quarter)
+PIECE = 8_000  # characters of a piece; for token ids a quarter of it
 
 
 class Data(str):
-    """What --data names, with what --column and --config choose of it."""
+    """The value of --data, with those of --column and --config."""
 
     column: str | None = None
     config: str | None = None
@@ -52,13 +52,13 @@ Document = str | list[int]
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Say it, once."""
+    """Print a line the first time it is given."""
     ranks.say(line)
 
 
 # ------------------------------------------------------------------------------------------------- documents
 def documents(data: str, split: str = "train") -> Iterator[Document]:
-    """`whole_documents`, cut into pieces where they are few. Raises UserError."""
+    """`whole_documents`, cut into pieces if they are few. Raises UserError."""
     cut, tokenised = is_cut(data, split), None
     for document in whole_documents(data, split, cut):
         if tokenised not in (None, isinstance(document, list)):
@@ -73,8 +73,8 @@ def documents(data: str, split: str = "train") -> Iterator[Document]:
 
 
 def is_cut(data: str, split: str = "train") -> bool:
-    """Is this a local text of so few documents that pieces of them stand on the two sides? (Of a chat there
-    are none.) Raises UserError.
+    """Whether this is a local text of so few documents that pieces of them are held out instead. (Chats are
+    never cut.) Raises UserError.
     """
     if data == "stdlib" or not os.path.exists(data):
         return False
@@ -86,14 +86,14 @@ def is_cut(data: str, split: str = "train") -> bool:
 
 
 def pieces(file: io.TextIOBase) -> Iterator[str]:
-    """A text in pieces of PIECE characters, each up to the end of its line where that is not far."""
+    """A text in pieces of PIECE characters, each continued to the end of its line if that is near."""
     while piece := file.read(PIECE):
         yield piece if piece.endswith("\n") else piece + file.readline(PIECE // 8)
 
 
 def whole_documents(data: str, split: str = "train", cut: bool = False) -> Iterator[Document]:
-    """What a local text or a hub data set holds: files (in pieces where they are to be cut: one may be larger
-    than memory), or rows. Raises UserError.
+    """The rows of a local text or hub data set, then its text files (in pieces if `cut`: a file may be larger
+    than memory). Raises UserError.
     """
     with as_user_error(data):
         for rows in row_streams(data, split):
@@ -106,7 +106,7 @@ def whole_documents(data: str, split: str = "train", cut: bool = False) -> Itera
 
 
 def columns_read(data: str, split: str = "train") -> str | None:
-    """The column that documents come from, or several; None where they are files. Raises UserError."""
+    """The column, or columns, that documents come from; None for text files. Raises UserError."""
     if data == "stdlib":
         return None
     with as_user_error(data):
@@ -116,15 +116,13 @@ def columns_read(data: str, split: str = "train") -> str | None:
 
 @contextlib.contextmanager
 def as_user_error(data: str) -> Iterator[None]:
-    """Whatever the libraries below raise, a dozen kinds for "no such data set" and "not readable", is a
-    UserError.
-    """
+    """Turn any exception of the libraries into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        hint = "" if os.path.exists(data) else ELSE
+        hint = "" if os.path.exists(data) else HINT
         raise UserError(f"--data {data}: {reason(error)}{hint}") from error
 
 
@@ -145,19 +143,19 @@ def row_streams(data: str, split: str) -> Iterator[Iterator[dict[str, Any]]]:
 
 # ----------------------------------------------------------------------------------------------- local files
 def local_parts(data: str) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """(files, and folders that `save_to_disk` wrote, in the order in which they are found; files that are not
-    read) of a local --data. Raises UserError.
+    """(what is read: files, and folders that `save_to_disk` wrote, in order; files that are not read) of a
+    local --data. Raises UserError.
     """
     root, seen = pathlib.Path(data), set[str]()
     read: list[pathlib.Path] = []
     unread: list[pathlib.Path] = []
 
     def look(path: pathlib.Path) -> None:
-        # `map` and `filter` write cache files into any folder
+        # `map` and `filter` of `datasets` leave cache files beside the data
         not_data = path != root and (path.name in METADATA or path.match("cache-*.arrow"))
         if not path.is_dir() and (not_data or not path.is_file() or not kind_of(path)):
             unread.append(path)
-        elif (real := os.path.realpath(path)) not in seen:  # no second link to it, and no loop
+        elif (real := os.path.realpath(path)) not in seen:  # a link to it may come again, or loop
             seen.add(real)
             if is_saved(path):
                 read.append(path)
@@ -183,7 +181,7 @@ def local_parts(data: str) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
 
 
 def kind_of(path: pathlib.Path) -> str | None:
-    """How a file or folder is read, None where it is not."""
+    """The format of a file or folder; None if it is not read."""
     if path.is_dir():
         return "saved"
     if path.suffix not in PACKED:
@@ -193,7 +191,7 @@ def kind_of(path: pathlib.Path) -> str | None:
 
 
 def by_kind(data: str) -> dict[str, list[pathlib.Path]]:
-    """{kind: what is read in that way} of a local --data. Raises UserError."""
+    """{format: files or folders} of a local --data. Raises UserError."""
     out: dict[str, list[pathlib.Path]] = {}
     for path in local_parts(data)[0]:
         out.setdefault(str(kind_of(path)), []).append(path)
@@ -202,14 +200,13 @@ def by_kind(data: str) -> dict[str, list[pathlib.Path]]:
 
 def local_files(data: str) -> list[pathlib.Path]:
     """The files that a local --data is read from, in order. Raises UserError."""
-    return [
-        file for path in local_parts(data)[0] for file in (saved_files(path) if path.is_dir() else [path])
-    ]
+    parts, _ = local_parts(data)
+    return [file for path in parts for file in (saved_files(path) if path.is_dir() else [path])]
 
 
 def name_unread(data: str) -> None:
-    """Say which files of a local --data are not read, and how many of each kind are, if there are several.
-    Raises UserError.
+    """Say which files of a local --data are not read, and, if there are several formats, how many files of
+    each are. Raises UserError.
     """
     if len(kinds := by_kind(data)) > 1:
         counted = ", ".join(f"{len(files)} of {kind}" for kind, files in kinds.items())
@@ -222,62 +219,33 @@ def name_unread(data: str) -> None:
 
 
 def opened(path: pathlib.Path) -> Any:
-    """A file of bytes, unpacked as they are read."""
+    """A file of bytes, decompressed as it is read."""
     if path.suffix == ".gz":
         return gzip.open(path)
     return unpacked_zst(path.open("rb")) if path.suffix == ".zst" else path.open("rb")
 
 
-class Unpacked(io.RawIOBase):
-    """What the frames of a .zst file hold. (The library's own reader, which fsspec uses, ends without a word
-    after the first frame, and where the file is cut short.)
+def unpacked_zst(file: Any, **how: Any) -> io.BufferedReader:
+    """All frames of a .zst file. Unlike zstandard's reader, which fsspec uses, pyarrow's does not stop after
+    the first frame and raises OSError if the file is cut short.
     """
+    import pyarrow
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.blocks, self.rest = self.unpack(file), b""
-
-    def unpack(self, file: IO[bytes]) -> Iterator[bytes]:
-        import zstandard
-
-        frame = None
-        with file:
-            while block := file.read(1 << 16):
-                while block:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(block)
-                    block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        if frame:
-            raise EOFError("a .zst file that is cut short")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest and (block := next(self.blocks, None)) is not None:
-            self.rest = block
-        n = min(len(buffer), len(self.rest))
-        buffer[:n], self.rest = self.rest[:n], self.rest[n:]
-        return n
-
-
-def unpacked_zst(file: IO[bytes], **how: Any) -> io.BufferedReader:
-    return io.BufferedReader(Unpacked(file), 1 << 16)
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+    return io.BufferedReader(stream, 1 << 16)
 
 
 def check_files(files: Iterable[pathlib.Path], kind: str) -> None:
-    """Raises UserError for files that hold nothing (`datasets` passes over a Parquet file without rows), and
-    for binary ones called text.
+    """Raises UserError for empty files, for Parquet files without rows (`datasets` skips them), and for
+    binary files with the name of a text file.
     """
     for path in files:
-        if path.stat().st_size == 0:
+        with opened(path) as file:
+            start = file.read(1 << 16)
+        if not start:
             raise UserError(f"--data {path}: the file is empty")
-        if kind in ("text", "json"):
-            with opened(path) as file:
-                start = file.read(1 << 16)
-            if not start:
-                raise UserError(f"--data {path}: the file is empty")
-            if b"\0" in start:
-                raise UserError(f"--data {path}: the file is binary, not text")
+        if kind in ("text", "json") and b"\0" in start:
+            raise UserError(f"--data {path}: the file is binary, not text")
         if kind == "parquet":
             import pyarrow.parquet
 
@@ -291,25 +259,25 @@ def is_saved(path: pathlib.Path) -> bool:
 
 
 def has_splits(path: str | pathlib.Path) -> bool:
-    return os.path.isfile(os.path.join(path, "dataset_dict.json"))
+    return pathlib.Path(path, "dataset_dict.json").is_file()
 
 
 def saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Those of a saved data set, of every split, by its own list: `map` and `filter` leave others beside
-    them. Raises UserError.
+    """The files of a saved data set, of every split, by the list in the folder: `map` and `filter` leave
+    others beside them. Raises UserError.
     """
     with as_user_error(str(folder)):
         if has_splits(folder):
             splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
             return [file for split in splits for file in saved_files(folder / split)]
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.get("_indices_data_files"):  # of 2021, which `datasets` no longer obeys
+        if state.get("_indices_data_files"):  # of 2021; `datasets` ignores them now
             raise UserError(f"--data {folder}: saved with indices, by an old `datasets`: save it anew")
         return [folder / one["filename"] for one in state["_data_files"]]
 
 
 def saved_rows(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
-    """Raises UserError where there is no such split."""
+    """The rows of one split of a saved data set. Raises UserError if there is no such split."""
     saved = quiet_datasets().load_from_disk(str(folder))
     if has_splits(folder):
         if split not in saved:
@@ -322,9 +290,7 @@ def saved_rows(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
 
 # --------------------------------------------------------------------------------------- rows of a data set
 def in_rows(rows: Iterator[dict[str, Any]], data: str) -> Iterator[Document]:
-    """The column of text, of token ids or of chats of a data set's rows, where it is not null. Raises
-    UserError.
-    """
+    """The text, token ids or chat of each row that has one. Raises UserError."""
     first = list(itertools.islice(rows, PEEK))
     column, kind, number, without = column_of(first, data), None, -1, 0
     for number, row in enumerate(itertools.chain(first, rows)):
@@ -345,6 +311,7 @@ def in_rows(rows: Iterator[dict[str, Any]], data: str) -> Iterator[Document]:
 
 
 def value_kind(value: object) -> str | None:
+    """text, token ids or chats; None for anything else."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list):
@@ -356,9 +323,9 @@ def value_kind(value: object) -> str | None:
 
 
 def column_of(rows: list[dict[str, Any]], data: str) -> str:
-    """The column that documents are read from: --column; else one of BY_NAME; else the only one of strings or
-    chats. (`tokens` of words are no ids.) Says which others are not read. Raises UserError where none or
-    several are left.
+    """The column that documents are read from: --column; else one of BY_NAME, if it holds what is expected
+    there; else the only one of strings or chats. Says which others are not read. Raises UserError if none or
+    several qualify.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     kinds = {
@@ -370,7 +337,7 @@ def column_of(rows: list[dict[str, Any]], data: str) -> str:
         what = "neither text, token ids nor chats" if column in kinds else "no such column"
         raise UserError(f"--column {column}: {what} in {data} (columns: {', '.join(columns)})")
     named = [name for name, kind in BY_NAME.items() if kinds.get(name) == kind]
-    if kinds.get("text") == "nulls":  # so far
+    if kinds.get("text") == "nulls":  # in these rows; it may hold text later
         named.append("text")
     others = [name for name in columns if kinds[name] in ("text", "chats")]
     found = [column] if column else named or others
@@ -385,7 +352,7 @@ def column_of(rows: list[dict[str, Any]], data: str) -> str:
 
 
 def without_padding(row: dict[str, Any], ids: list[int], number: int, data: str) -> list[int]:
-    """The ids that the row's `attention_mask`, if it has one, is not zero at. Raises UserError."""
+    """The ids where the row's `attention_mask`, if any, is 1. Raises UserError."""
     if "attention_mask" not in row:
         return ids
     mask = row["attention_mask"]
@@ -395,27 +362,26 @@ def without_padding(row: dict[str, Any], ids: list[int], number: int, data: str)
 
 
 def quiet_datasets() -> types.ModuleType:
-    """The library, which is slow to import and not needed for text files."""
+    """The library `datasets`: slow to import, and not needed for text files."""
     import datasets
     import fsspec.compression
 
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(50)  # CRITICAL: of what fails, it logs what it raises
-    # its own 20 attempts, of a lost connection only, would multiply with ours to an hour: see `streamed`
+    datasets.utils.logging.set_verbosity(50)  # CRITICAL: it raises the errors that it logs
+    # its own 20 attempts after a lost connection would multiply with ours to an hour: see `streamed`
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     fsspec.compression.register_compression("zstd", unpacked_zst, "zst", force=True)
     return datasets
 
 
-# ----------------------------------------------------------------------- what the network does not give
+# ------------------------------------------------------------------------------------ faults of the network
 def streamed(data: str, split: str, source: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of load_dataset(**source). A fault of the network is waited out, and the stream goes on at the row
-    where it was. Raises UserError where it stays.
+    """Rows of load_dataset(**source). After a network fault it waits and continues at the same row. Raises
+    UserError if the fault persists.
 
-    The libraries alone do not go so far (datasets 5.2 and huggingface_hub 2.4, against a hub that fails on
-    demand): a request for bytes is repeated five times within 23 s, but the one that asks what a data set is
-    (`/api/datasets/NAME`, at every opening) not once; and of what then still fails, `datasets` tries a lost
-    connection, 429 and 504 again, not 500, 502 and 503, which end the stream.
+    The libraries do less (datasets 5.2, huggingface_hub 2.4): a request for bytes is repeated five times
+    within 23 s, but `/api/datasets/NAME`, asked at every opening, is not; then `datasets` tries again after a
+    lost connection, 429 and 504, but 500, 502 and 503 end the stream.
     """
     datasets, stream, given, failed = quiet_datasets(), None, 0, 0
     while True:
@@ -438,39 +404,36 @@ def streamed(data: str, split: str, source: dict[str, Any]) -> Iterator[dict[str
 
 
 def commit_of(data: str) -> tuple[str, str]:
-    """(name, commit) of a hub data set, NAME or NAME@REVISION; a fault of the network is waited out as in
-    `streamed`. Raises UserError.
+    """(name, commit) of a hub data set, NAME or NAME@REVISION; network faults are waited out. Raises
+    UserError.
     """
     name, _, revision = data.partition("@")
     if not name or os.path.exists(name):
         raise UserError(f"--data {data}: only hub data sets have revisions, NAME@REVISION")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"--data {data}: no such file or folder{ELSE}")
+        raise UserError(f"--data {data}: no such file or folder{HINT}")
     asking_hub(data)
-    failed = 0
-    while True:
+    config, commit = getattr(data, "config", None), None
+    for pause in (*PAUSES, None):
         try:
-            config = getattr(data, "config", None)
             commit = quiet_datasets().load_dataset_builder(name, config, revision=revision or None).hash
-            if not re.fullmatch("[0-9a-f]{40}", str(commit)):
-                raise UserError(f"it has no commit ({commit})")
-            return name, commit
+            break
         except Exception as error:
             fault = network_fault(error)
-            if fault is None or failed == len(PAUSES):
-                hint = " (--config NAME)" if "onfig name is missing" in str(error) else ELSE
+            if fault is None or pause is None:
+                hint = " (--config NAME)" if "onfig name is missing" in str(error) else HINT
                 raise UserError(f"--data {data}: {reason(fault or error)}{hint}") from error
-            time.sleep(PAUSES[failed])
-            failed += 1
+            time.sleep(pause)
+    if not re.fullmatch("[0-9a-f]{40}", str(commit)):
+        raise UserError(f"--data {data}: it has no commit ({commit}){HINT}")
+    return name, str(commit)
 
 
 def network_fault(error: BaseException | None) -> BaseException | None:
-    """What failed on the way to the hub; None where the answer came and was no: the data set is not there, or
-    is closed.
-    """
+    """The network error behind an exception; None if the hub answered (no such data set, or no access)."""
     import datasets
 
-    # those of the HTTP client, since datasets 4
+    # errors of the HTTP client, since datasets 4
     theirs = getattr(datasets.utils.file_utils, "CONNECTION_ERRORS_TO_RETRY", ())
     while error is not None and not datasets.config.HF_HUB_OFFLINE:
         status = getattr(getattr(error, "response", None), "status_code", None)

@@ -1,6 +1,6 @@
-"""Text: which of its documents are held out, and rows of tokens packed from them.
+"""Which documents of a text are held out, and the rows of tokens that are made of them.
 
-A side is "train" or "heldout". Where documents come from is `sources`' business. A row is [ctx] token ids.
+A side is "train" or "heldout"; a row is [ctx] token ids. Documents come from `sources`.
 """
 
 import contextlib
@@ -30,46 +30,42 @@ import torch
 from tqdm import tqdm
 
 SKIP_PARTS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
-WINDOW = 8  # words, or token ids, in a row: what two documents share when one was made from the other
-# a held-out file of the standard library that shares more of its windows with the training side goes there
-NEAR = 0.2
-READING = 2  # 2: padding is no text, and runs of one token id are no window
+WINDOW = 8  # consecutive words, or token ids: near-duplicates share many windows
+# a held-out file of the standard library that shares more of its windows with the training side moves there
+MAX_OVERLAP = 0.2
+READING_VERSION = 2  # 2: padding is no text, and runs of one token id are no window
 PER_DOCUMENT = 4  # evaluation rows from one document at most
-SPREAD = 5  # rows of the training side are neighbours, most of them of one document: one in so many is taken
-# of a stream's held-out side: documents, and characters a token, for each row that is drawn from them
-POOL = 8
+ROW_STRIDE = 5  # neighbouring rows of the training side are mostly of one document: take every fifth
+# from a streamed held-out side: documents per evaluation row, and characters per token of it
+POOL_FACTOR = 8
 
 
 # ---------------------------------------------------------------------------------------------------- a text
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A text as it is now."""
+    """A text and the identity of its present content."""
 
-    data: str  # names it for the functions below
-    name: str  # is how results call it
-    content: str  # what it holds: the SHA-256 of its documents or files, or the commit of its repository
+    data: str  # the argument of the functions below
+    name: str  # its name in results
+    content: str  # SHA-256 of its documents or files, or the commit of its repository
     stamp: tuple[tuple[str, int, int], ...] = ()  # see `stamp`
 
     @property
     def for_training(self) -> str:
-        """The content, and by which version of this module it is read: another one may take other documents
-        of it, or hold out others, and an SAE in the cache is then another's.
-        """
-        return self.content if self.data == "stdlib" else f"{self.content} read {READING}"
+        """The content and the version of this module's reading, which decides what documents an SAE saw."""
+        return self.content if self.data == "stdlib" else f"{self.content} read {READING_VERSION}"
 
 
 def stamp(data: str) -> tuple[tuple[str, int, int], ...]:
-    """Of a local text: sizes and times of its files, which tell at no cost that somebody writes to it during
-    a run.
-    """
+    """Sizes and times of a local text's files: a cheap way to see that it changed during a run."""
     if data == "stdlib" or not os.path.exists(data):
         return ()
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(data))
 
 
 def find(data: str, column: str | None = None, config: str | None = None) -> Source:
-    """The text behind --data: stdlib, a local path, or a hub data set, NAME or NAME@REVISION, held to its
-    commit. What of a local one is not read is said. Raises UserError.
+    """The text of --data: stdlib, a local path, or a hub data set, NAME or NAME@REVISION, fixed to its
+    commit. Prints which local files are not read. Raises UserError.
     """
     if config and (data == "stdlib" or os.path.exists(data)):
         raise UserError(f"--config {config}: only hub data sets have configurations")
@@ -82,9 +78,8 @@ def find(data: str, column: str | None = None, config: str | None = None) -> Sou
         return Source(data, data, whole.hexdigest())
     if not os.path.exists(data):
         name, commit = commit_of(with_choices(data, column, config))
-        return Source(
-            with_choices(f"{name}@{commit}", column, config), name, commit + flags_in_content(column, config)
-        )
+        at_commit = with_choices(f"{name}@{commit}", column, config)
+        return Source(at_commit, name, commit + flags_in_content(column, config))
     now = stamp(data)  # before its files are read
     sources.name_unread(data)
     if column and set(sources.by_kind(data)) == {"text"}:
@@ -100,17 +95,16 @@ def with_choices(data: str, column: str | None = None, config: str | None = None
 
 
 def flags_in_content(column: str | None, config: str | None = None) -> str:
-    """What follows the hash or commit: another column or configuration of the same files is another text."""
+    """Suffix of the hash or commit: another column or configuration of the same files is another text."""
     flags = {"--config": config, "--column": column}
     return "".join(f" {flag} {value}" for flag, value in flags.items() if value)
 
 
 def hash_of(files: list[pathlib.Path]) -> str:
-    """SHA-256 of what files hold, in this order, and of their formats; a bar on what takes over 2 s."""
+    """SHA-256 of the files' bytes and formats, in this order; a progress bar appears after 2 s."""
     whole, size = hashlib.sha256(), sum(path.stat().st_size for path in files)
-    with tqdm(
-        total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None, desc="hash of the text"
-    ) as bar:
+    how: dict[str, Any] = dict(unit="B", unit_scale=True, delay=2, leave=False, disable=None)
+    with tqdm(total=size, desc="hash of the text", **how) as bar:
         for path in files:
             one = hashlib.sha256()
             with path.open("rb") as file:
@@ -124,7 +118,7 @@ def hash_of(files: list[pathlib.Path]) -> str:
 
 # ----------------------------------------------------------------------------------------------------- sides
 def digest(text: str) -> bytes:
-    """A hash that every machine and Python agrees on (`hash` is salted per process)."""
+    """SHA-256, the same on every machine (`hash` is salted per process)."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
@@ -133,18 +127,16 @@ def one_in_ten(name: str) -> bool:
 
 
 def windows(document: Document) -> np.ndarray:
-    """Hashes [n] (uint64) of every run of WINDOW words, in lower case and without what stands between them,
-    or of token ids.
+    """Hashes [n] (uint64) of every run of WINDOW words (lower case, no punctuation) or token ids.
 
-    A shorter document is one window. Where there are others, runs of one id are left out: padding is shared
-    by documents that have nothing in common. (Rolling polynomial over CRC-32 of the words, then mixed: for
-    equality only.)
+    A shorter document is one window. Runs of one repeated id are left out unless there is nothing else:
+    unrelated documents share padding. (A rolling polynomial over CRC-32 of the words, then mixed.)
     """
     if isinstance(document, str):
         text = document.lower().encode(errors="surrogatepass")
         words = list(map(zlib.crc32, re.findall(rb"[0-9a-z_\x80-\xff]+", text) or [text]))
     else:
-        words = [i % 2**64 for i in document]  # what is no id is said later
+        words = [i % 2**64 for i in document]  # `as_ids` refuses ids out of range
     terms = np.array(words, np.uint64)
     length = min(WINDOW, len(terms))
     n = len(terms) - length + 1
@@ -160,35 +152,35 @@ def windows(document: Document) -> np.ndarray:
 
 
 def in_heldout(document: Document) -> bool:
-    """One document in ten is held out, by the least of its windows' hashes: two that share a part J of their
-    windows (Jaccard) have the same least one with probability J (Broder 1997), and so stand on one side,
-    whatever the order and the budget.
+    """Whether a document is held out: one in ten is, by the smallest of its windows' hashes. Documents whose
+    windows overlap by J (Jaccard) have the same smallest hash with probability J (Broder 1997), so
+    near-duplicates fall on one side, in any order and at any budget.
     """
     return one_in_ten(str(windows(document).min()))
 
 
 @functools.cache
 def stdlib_sides() -> dict[str, list[tuple[str, str]]]:
-    """{side: [(name, text)]} of the running Python's own library: see `stdlib_texts`.
+    """{side: [(name, text)]} of the running Python's own library (`stdlib_texts`), in the order of the names'
+    hashes, so that any stretch of it is a mixture. Raises UserError.
 
-    One file in ten is held out, by its name's hash; of these, files that share more than NEAR of their
-    windows with the training side are near-duplicates of something there, and join it (the held-out side only
-    shrinks: nothing on it was seen by the embedded models, which were trained on the other nine tenths of
-    Python 3.11's; in another version a file may hold what stood in one of those). In the order of their
-    names' hashes, so that any stretch of the stream is a mixture. Raises UserError.
+    One file in ten is held out, by its name's hash. Those that share more than MAX_OVERLAP of their windows
+    with the training side move there. The embedded models were trained on the other nine tenths of Python
+    3.11's library, so they have seen no held-out file of that version; another version may have moved text
+    from one file to another.
     """
     texts = stdlib_texts()
     names = sorted(texts, key=digest)
     held = {name: windows(texts[name]) for name in names if one_in_ten(name)}
     shared = {name: np.zeros(len(hashes), bool) for name, hashes in held.items()}
     joining = [name for name in names if name not in held]
-    while joining:  # what joins the training side may have near-duplicates of its own
+    while joining:  # a file that joins may have near-duplicates among those left
         theirs = [held.pop(name) if name in held else windows(texts[name]) for name in joining]
         seen = np.unique(np.concatenate(theirs))
         for name, hashes in held.items():
             nearest = np.minimum(np.searchsorted(seen, hashes), len(seen) - 1)
             shared[name] |= seen[nearest] == hashes
-        joining = [name for name in held if shared[name].mean() > NEAR]
+        joining = [name for name in held if shared[name].mean() > MAX_OVERLAP]
     return {
         "train": [(name, texts[name]) for name in names if name not in held],
         "heldout": [(name, texts[name]) for name in names if name in held],
@@ -196,9 +188,9 @@ def stdlib_sides() -> dict[str, list[tuple[str, str]]]:
 
 
 def stdlib_texts() -> dict[str, str]:
-    """{name: text} of the running Python's library: its modules, and each pydoc topic as a document. Tests,
-    idlelib and installed packages are left out, and so is `_sysconfigdata*`, which says how one machine built
-    its Python. Raises UserError where the library has no source files (a zipped Python).
+    """{name: text} of the running Python's library: its modules, and each pydoc topic as a document, without
+    tests, idlelib, installed packages and `_sysconfigdata*` (how this Python was built). Raises UserError if
+    the library has no source files (a zipped Python).
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     texts = {}
@@ -224,16 +216,11 @@ def stdlib_documents(side: str) -> list[tuple[str, str]]:
 
 
 def documents(data: str, side: str, split: str = "train") -> Iterator[Document]:
-    """Documents of one side.
-
-    `stdlib` is sided by file, anything else by the content of a document (`in_heldout`); of a tokenised data
-    set a row is a document, and of text a file or a row. Few of them in a local text are cut into pieces,
-    which are then the documents. Hub data sets and large files are streamed; `split` is that of a hub data
-    set, or of one that was saved with splits. Raises UserError.
+    """Documents of one side: of `stdlib` by file, of anything else by the content of each document
+    (`in_heldout`). `split` is that of a hub data set, or of one that was saved with splits. Raises UserError.
     """
-    if split != "train" and (
-        data == "stdlib" or pathlib.Path(data).exists() and not sources.has_splits(data)
-    ):
+    no_splits = data == "stdlib" or os.path.exists(data) and not sources.has_splits(data)
+    if split != "train" and no_splits:
         raise UserError(f"--split {split}: only hub data sets have splits, --data {data} is all train")
     if data == "stdlib":
         yield from (text for _, text in stdlib_documents(side))
@@ -245,9 +232,9 @@ def documents(data: str, side: str, split: str = "train") -> Iterator[Document]:
 
 # ------------------------------------------------------------------------------------------------------ rows
 def as_ids(document: Document, tokenizer: Any, data: str) -> list[int]:
-    """Token ids, ended by the end-of-text token; those of a tokenised data set as they are, and of a chat
-    those of the tokenizer's template, but for the token before all. Raises UserError for ids of another
-    tokenizer, and where there is no template or the chat does not fit it.
+    """Token ids of a document: of a string with the end-of-text token at the end; of a chat by the
+    tokenizer's chat template, without BOS; token ids as they are. Raises UserError for ids of another
+    tokenizer, and for a chat without a template or one that does not fit it.
     """
     if isinstance(document, Chat):
         if not getattr(tokenizer, "chat_template", None):
@@ -259,7 +246,7 @@ def as_ids(document: Document, tokenizer: Any, data: str) -> list[int]:
     if isinstance(document, str):
         return [*tokenizer(document, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     least, most = min(document), max(document)
-    if least < 0 or most >= len(tokenizer):  # the model's own table may be padded beyond
+    if least < 0 or most >= len(tokenizer):  # the model's embedding may have more rows, as padding
         raise UserError(
             f"--data {data}: token ids {least} to {most}, but the tokenizer has {len(tokenizer)}: "
             "it was tokenised for another model"
@@ -268,8 +255,8 @@ def as_ids(document: Document, tokenizer: Any, data: str) -> list[int]:
 
 
 def cut(ids: list[int], ctx: int, bos: int | None) -> tuple[list[list[int]], list[int]]:
-    """(rows of ctx ids, those left over): one after another, each begun with `bos` where it is given and does
-    not stand there already.
+    """(consecutive rows of ctx ids, the ids left over). With `bos` each row begins with it, unless its text
+    does already.
     """
     rows: list[list[int]] = []
     at = 0
@@ -285,11 +272,8 @@ def cut(ids: list[int], ctx: int, bos: int | None) -> tuple[list[list[int]], lis
 def packed_rows(
     data: str, side: str, tokenizer: Any, ctx: int, split: str = "train", bos: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """One pass of rows [ctx] (int64): documents joined by the end-of-text token and cut, no padding.
-
-    With `bos` every row begins with that token, as evaluation rows do, and holds ctx - 1 of text; within a
-    row documents follow each other without it. Rows of token ids come packed already: they are cut anew, and
-    nothing is put between them.
+    """One pass over a side in rows [ctx] (int64): documents joined (`as_ids`) and cut, without padding. With
+    `bos` every row begins with that token and holds ctx - 1 of text.
     """
     carry: list[int] = []
     for document in documents(data, side, split):
@@ -298,18 +282,18 @@ def packed_rows(
 
 
 def tokenised(data: str, split: str) -> bool:
-    """Does the text come as token ids?"""
+    """Whether the documents are token ids."""
     return not isinstance(next(documents(data, "train", split), ""), str)
 
 
-ROWS = 2**23  # tokens that `keeping_rows` keeps of a text
+KEPT_TOKENS = 2**23  # of a text, by `keeping_rows`
 _kept: dict[tuple, list[torch.Tensor]] | None = None
 
 
 @contextlib.contextmanager
 def keeping_rows() -> Iterator[None]:
-    """Within, the first ROWS tokens of a training text are made once for each tokenizer, however many hooks
-    are trained on them. The text must stay as it is.
+    """Within, the first KEPT_TOKENS tokens of a training text are made once per tokenizer, for all hooks. The
+    text must not change.
     """
     global _kept
     before, _kept = _kept, {}
@@ -322,18 +306,16 @@ def keeping_rows() -> Iterator[None]:
 def one_pass(
     data: str, tokenizer: Any, ctx: int, split: str, bos: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """`packed_rows` of the training side, its beginning from what `keeping_rows` has."""
+    """`packed_rows` of the training side, beginning with the rows that `keeping_rows` has."""
     if _kept is None:
         yield from packed_rows(data, "train", tokenizer, ctx, split, bos)
         return
-    known, given = _kept.setdefault((data, tokenizer_hash(tokenizer), ctx, split, bos), []), 0
-    for row in known:
-        given += 1
-        yield row
-    for i, row in enumerate(packed_rows(data, "train", tokenizer, ctx, split, bos)):
-        if i < given:
-            continue
-        if i == len(known) and (i + 1) * ctx <= ROWS:
+    known = _kept.setdefault((data, tokenizer_hash(tokenizer), ctx, split, bos), [])
+    from_memory = list(known)
+    yield from from_memory
+    rows = packed_rows(data, "train", tokenizer, ctx, split, bos)
+    for i, row in enumerate(itertools.islice(rows, len(from_memory), None), len(from_memory)):
+        if i == len(known) and (i + 1) * ctx <= KEPT_TOKENS:
             known.append(row)
         yield row
 
@@ -348,7 +330,7 @@ def train_rows(
     bos: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Batches [batch,ctx] of the training side, pass after pass without end; once(tokens in a pass) is called
-    where the second begins. Raises UserError where the side is too short for one row.
+    after the first pass. Raises UserError if the side is too short for one row.
     """
     for number in itertools.count():
         given = 0
@@ -365,11 +347,12 @@ def train_rows(
 def spread_rows(
     data: str, tokenizer: Any, ctx: int, n: int, split: str = "train", bos: int | None = None
 ) -> torch.Tensor:
-    """[n,ctx]: every SPREAD-th row of the training side, in an order set by a seed: for few steps, that must
-    not be about few documents. Raises UserError.
+    """[n,ctx]: every ROW_STRIDE-th row of the training side, shuffled by a fixed seed, so that a few steps
+    see many documents. Raises UserError.
     """
-    rows = itertools.islice(train_rows(data, tokenizer, ctx, 1, split, bos=bos), 0, n * SPREAD, SPREAD)
-    return torch.cat(list(rows))[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    rows = train_rows(data, tokenizer, ctx, 1, split, bos=bos)
+    chosen = torch.cat(list(itertools.islice(rows, 0, n * ROW_STRIDE, ROW_STRIDE)))
+    return chosen[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,19 +360,18 @@ class HeldOut:
     """Evaluation rows of one tokenizer."""
 
     input_ids: torch.Tensor  # [S,ctx], int64
-    document: np.ndarray  # [S]: the number of the one that each row comes from, the unit of every bootstrap
+    document: np.ndarray  # [S]: number of each row's document, the unit of every bootstrap
     sha256: str  # of the documents that were drawn
 
 
 def heldout_rows(
     data: str, tokenizer: Any, ctx: int, n: int, split: str = "train", bos: int | None = None, seed: int = 0
 ) -> HeldOut:
-    """n evaluation rows, drawn by a seed across the held-out side, at most PER_DOCUMENT of one document.
+    """n evaluation rows drawn by a seed from the held-out side, at most PER_DOCUMENT of one document.
 
-    One of each document in the order of `drawn`, then a second of each, and so on: windows that do not
-    overlap, at a place of the seed's choice. Documents shorter than a row are joined until they fill one, and
-    count as one. With `bos` every row begins with that token, see `cut`. Raises UserError where the held-out
-    side gives fewer.
+    One row of each document in the order of `drawn`, then a second of each, and so on; rows do not overlap,
+    and the seed decides where in the document they lie. Documents shorter than a row are joined until they
+    fill one, and count as one. `bos`: see `cut`. Raises UserError if there are fewer than n rows.
     """
     length = ctx - (bos is not None)
     used = hashlib.sha256()
@@ -427,23 +409,21 @@ def heldout_rows(
 
 
 def drawn(data: str, split: str, seed: int, n: int, ctx: int) -> list[Document]:
-    """Held-out documents in the order of a race in which each runs as fast as it is long (Efraimidis &
-    Spirakis 2006), so that any first few are drawn without replacement in proportion to length. Only the
-    first that n rows can need are kept.
-
-    The whole held-out side takes part, of a hub data set the first POOL n documents of it.
+    """Held-out documents in random order, such that any first few are a draw without replacement in
+    proportion to length: sorted by log(1 - uniform) / length (Efraimidis & Spirakis 2006). Only as many as n
+    rows can need are kept. Of a hub data set only about the first POOL_FACTOR n documents take part.
     """
     endless = data != "stdlib" and not os.path.exists(data)
-    # a heap of (- time of arrival, name, document): the last to arrive is the first out
+    # a heap of (key, name, document): the smallest key, last in the order, is removed first
     pool: list[tuple[float, bytes, Document]] = []
     size, known = 0, set()
 
     def enough(count: int, length: int) -> bool:
-        return count >= POOL * n and length >= POOL * n * ctx
+        return count >= POOL_FACTOR * n and length >= POOL_FACTOR * n * ctx
 
     for document in documents(data, "heldout", split):
         name = digest(f"{seed} {digest(str(document)).hex()}")
-        if name in known:  # a second copy is no second document
+        if name in known:  # an exact copy
             continue
         known.add(name)
         uniform = int.from_bytes(name[:6]) / 2**48
@@ -453,4 +433,4 @@ def drawn(data: str, split: str, seed: int, n: int, ctx: int) -> list[Document]:
             break
         while enough(len(pool) - 1, size - len(pool[0][2])):
             size -= len(heapq.heappop(pool)[2])
-    return [document for _, _, document in sorted(pool, key=lambda runner: (-runner[0], runner[1]))]
+    return [document for _, _, document in sorted(pool, key=lambda one: (-one[0], one[1]))]

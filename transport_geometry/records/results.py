@@ -1,5 +1,5 @@
-"""The results folder: one row a condition and the sums behind it, added as one change, and read again for the
-tables.
+"""The results folder: one row for each condition and the sums behind it, written as one change, and read
+again for the tables.
 
 Shapes: C conditions, S evaluation sequences, W re-weightings of their documents.
 """
@@ -33,7 +33,7 @@ import torch
 
 ROW_VERSION = 2  # what a row holds: with sink_share, calm_share, kl_excess
 COLUMNS = [*KEY, "n_seq", "n_tok", "n_sink", "calm_share", *(metric.name for metric in METRICS)]
-# and pictures: made again from the others
+# these, and the pictures, can be made again from the other files
 DERIVED = (
     "verdict.json",
     "report.md",
@@ -45,7 +45,7 @@ DERIVED = (
     "rates.csv",
     "ratios.csv",
 )
-# settings that say more than those that follow from them, where several differ
+# where several settings differ, these are named first: others follow from them
 TELLING = ("models", "saes", "script")
 RESULT_FILES = ("conditions.csv", "sequences.npz", "tokens.npz", "harm.csv", "worst.csv", *DERIVED)
 
@@ -73,12 +73,12 @@ class Measured:
 
 # ------------------------------------------------------------------------------------------------ the folder
 def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | None = None) -> None:
-    """Make `out` ready for a run with these settings, this process its only writer, or raise UserError and
-    change nothing.
+    """Make `out` ready for a run with these settings, with this process its only writer. Raises UserError,
+    and changes nothing then.
 
-    A folder made with other settings, or from other weights or text, is refused, naming them. `fresh` removes
-    what runs put there (run.json lists it) and nothing else. paths: where the local models and texts lie,
-    which is for run.json only.
+    A folder made with other settings, or from other weights or text, is refused, naming them. `fresh`
+    removes what runs put there (run.json lists it) and nothing else. paths: where the local models and texts
+    lie; only run.json keeps them.
     """
     store.writable(out, "--out")
     store.claim(out)
@@ -127,8 +127,8 @@ def open_output(out: pathlib.Path, settings: dict, fresh: bool, paths: dict | No
     )
 
 
-def beside(out: pathlib.Path, settings: dict) -> pathlib.Path:
-    """`out`, or the first of out-2, out-3, ... that holds a run with these settings, or none."""
+def next_free_folder(out: pathlib.Path, settings: dict) -> pathlib.Path:
+    """The first of out, out-2, out-3, ... that is free or holds a run with these settings."""
     for number in itertools.count(1):
         folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
         with contextlib.suppress(Damaged):  # `open_output` says what is wrong with it
@@ -138,32 +138,28 @@ def beside(out: pathlib.Path, settings: dict) -> pathlib.Path:
     raise AssertionError
 
 
-def difference(key: str, there: Any, here: Any) -> str:
-    """Of one setting, short; of one that holds several by name, the first that both hold otherwise, or the
-    names that only one holds.
+def difference(key: str, there: Any, here: Any, names: tuple[str, str] = ("there", "here")) -> str:
+    """How one setting differs, in short. Of a setting that holds several values by name: the first name that
+    differs in both, else the names that only one has.
     """
     if isinstance(there, dict) and isinstance(here, dict):
         for name in sorted(there.keys() & here.keys()):
             if there[name] != here[name]:
-                return f"{key}: {difference(name, there[name], here[name])}"
+                return f"{key}: {difference(name, there[name], here[name], names)}"
         there, here = (
             few_of(sorted(one.keys() - other.keys())) for one, other in ((there, here), (here, there))
         )
-    return f"{key}: there {brief(str(there))}, here {brief(str(here))}"
-
-
-def without_shared(x: dict, y: dict) -> dict:
-    """What x holds otherwise than y."""
-    return {key: value for key, value in x.items() if y.get(key) != value}
+    texts = [re.sub("^([0-9a-f]{12})[0-9a-f]{28,}$", r"\1", str(value)) for value in (there, here)]
+    return f"{key}: {names[0]} {brief(texts[0])}, {names[1]} {brief(texts[1])}"
 
 
 def few_of(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "not"
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "none"
 
 
 def check_data(record: pathlib.Path) -> dict:
-    """The record of a results folder, every file of which that cannot be made again from the others is as it
-    was written. Raises Damaged.
+    """The record of a results folder. Raises Damaged where a file that cannot be made again from the others
+    is not as it was written.
     """
     there = store.load(record)
     for name in there.get("files", {}):
@@ -206,8 +202,8 @@ def finished_run(out: pathlib.Path, script: str) -> tuple[pathlib.Path, dict]:
 
 
 def with_training(settings: dict, record: dict) -> dict:
-    """Settings for the report, with what is known only after training: the tokens that a text holds where
-    budgets repeat it, and on which processors SAEs were trained where there are several.
+    """Settings for the report, with what is known only after training: how many tokens the text holds, where
+    a budget repeats it, and on which processors SAEs were trained, where there are several.
     """
     found = {"one_pass": record.get("one_pass")}
     if len(trained_on := record.get("trained_on", {})) > 1:
@@ -216,11 +212,11 @@ def with_training(settings: dict, record: dict) -> dict:
 
 
 def check_verdict(out: pathlib.Path) -> None:
-    """Raises UserError where the folder's verdict is about other rows than it holds: it would be overwritten
-    by one about these.
+    """Raises UserError where the folder's verdict is about other rows than it holds, since a new one would
+    overwrite it.
     """
     there = None
-    # one that is no verdict is set aside when the new one comes
+    # a file that is no verdict is set aside when the new one is written
     with contextlib.suppress(OSError, ValueError, AttributeError):
         there = json.loads((out / "verdict.json").read_text(encoding="utf-8")).get("rows_sha256")
     if there not in (None, rows_hash(out)):
@@ -231,9 +227,9 @@ def check_verdict(out: pathlib.Path) -> None:
 
 
 def add_results(out: pathlib.Path, settings: dict, new: Measurements) -> None:
-    """Add measurements to a results folder, all of them or nothing; a row that is there already stays.
+    """Add measurements to a results folder, all of them or none; a row that is there already stays.
 
-    Rows are sorted, so that the order in which hooks were run leaves no trace. Raises Fault, Damaged.
+    Rows are sorted, so that files do not depend on the order in which hooks were run. Raises Fault, Damaged.
     """
     record = out / RUN
     rows, sums = load_results(out)
@@ -267,8 +263,8 @@ def add_results(out: pathlib.Path, settings: dict, new: Measurements) -> None:
 
 
 def parts(out: pathlib.Path) -> list[pathlib.Path]:
-    """The folders in which ranks left their share, this run's or one's that was killed. Raises UserError for
-    what only has such a name.
+    """The folders in which ranks of this run, or of one that was killed, left their share. Raises UserError
+    for anything else of such a name.
     """
     found = sorted(path for path in out.glob(".rank*") if re.fullmatch(r"\.rank\d+", path.name))
     for part in found:
@@ -287,7 +283,7 @@ def discard(part: pathlib.Path) -> None:
 
 
 def gather(out: pathlib.Path, settings: dict) -> None:
-    """Into the folder what ranks left in theirs. Raises UserError where theirs is of other settings."""
+    """Move into the folder what ranks left in theirs. Raises UserError where theirs has other settings."""
     for part in parts(out):
         if store.load(part / RUN).get("settings", settings) != settings:
             raise UserError(f"{part}: left by a run with other settings: use --fresh or another --out")
@@ -304,9 +300,11 @@ def gather(out: pathlib.Path, settings: dict) -> None:
 
 
 # --------------------------------------------------------------------------------------------- for the tables
-def measured(out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[Metric] = ()) -> Measured:
-    """A finished folder under `n_resamples` resamples of the documents, shared by all conditions: of one text
-    drawn for models of different tokenizers, document i is the same. own: an experiment's metrics.
+def load_measurements(
+    out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[Metric] = ()
+) -> Measured:
+    """A finished folder under `n_resamples` resamples of the documents. All conditions share them: where
+    models have different tokenizers, document i is still the same. own: an experiment's metrics.
     """
     rows, sums = load_results(out)
     d, document = sums.pop("d"), sums.pop("document")
@@ -334,7 +332,7 @@ def measured(out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[
 
 
 def subset(found: Measured, keep: np.ndarray) -> Measured:
-    """The same of the SAEs in keep [C] bool alone, for a quantity that others do not have."""
+    """Only the SAEs in keep [C] bool, for a quantity that the others do not have."""
     return Measured(
         found.nulls,
         [row for row, kept in zip(found.saes, keep) if kept],
@@ -348,8 +346,7 @@ def meta_of(saes: list[dict], settings: dict) -> dict[str, np.ndarray]:
     """{name: [C]}: what `stats` knows of a condition."""
     names = ("model", "layer", "sae", "recipe", "k", "tokens", "seed")
     meta = {name: np.array([row[name] for row in saes]) for name in names}
-    # given k, an SAE without one is compared with those that have as many latents active, to the nearest
-    # power of two
+    # an SAE without k is compared with those that have as many latents active, to the nearest power of two
     active = 2 ** np.round(np.log2(np.maximum([row["l0"] for row in saes], 1))).astype(int)
     meta["k"] = np.where(meta["k"] > 0, meta["k"], active)
     meta["depth"] = np.array([settings["hooks"][hook_of(row)] for row in saes])
@@ -358,10 +355,10 @@ def meta_of(saes: list[dict], settings: dict) -> dict[str, np.ndarray]:
 
 
 def of_one_processor(out: pathlib.Path, saes: list[dict]) -> np.ndarray:
-    """[C] bool: the SAEs that the processor trained which trained most of them; all, where it is one.
+    """[C] bool: the SAEs of the processor that trained most of them.
 
-    On another processor training ends in other weights, as from another seed: no SAE is paired with one of
-    another.
+    On another processor training ends in other weights, as from another seed, so SAEs of two processors are
+    not paired.
     """
     on = store.load(out / RUN).get("trained_on", {})
     if len(on) < 2:
@@ -382,8 +379,8 @@ def rows_hash(out: pathlib.Path) -> str:
     ).hexdigest()
 
 
-def marked(rows: list[dict], settings: dict) -> list[dict]:
-    """Rows to show, the hook of a model's last block marked: no attention follows it."""
+def label_last_block(rows: list[dict], settings: dict) -> list[dict]:
+    """Rows to show, with the hook of a model's last block labelled: no attention follows it."""
     last = settings["last_blocks"]
     return [row | {"layer": f"{row['layer']} last"} if hook_of(row) in last else row for row in rows]
 
@@ -430,7 +427,7 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
         notes.append(f"The text is column `{column}` of {settings['data']}.\n")
     text = ABOUT.format(
         sizes=" and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sizes),
-        behind=behind(settings),
+        behind=describe_units(settings),
         n_sink=", ".join(sorted({str(row["n_sink"]) for row in rows})),
         n_tok=", ".join(sorted({str(row["n_tok"]) for row in rows})),
         text_sha256=settings["text_sha256"],
@@ -444,8 +441,8 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
 
 
 def notes_on_fields(saes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What SAEs' files say that nothing is computed with, once for all that say the same. saes: {name: what
-    settings keep of it}.
+    """Fields of SAEs' files that nothing is computed with, in one note for all SAEs that have the same. saes:
+    {name: what settings keep of it}.
     """
     words = {"unused": "fields of training and keeping, not computed with", "ignored": "fields ignored"}
     alike: dict[tuple[str, str], list[str]] = {}
@@ -456,8 +453,8 @@ def notes_on_fields(saes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{', '.join(of)}: {words[kind]}: {named}.\n" for (kind, named), of in alike.items()]
 
 
-def behind(settings: dict) -> str:
-    """What intervals over the evaluation text count, in words."""
+def describe_units(settings: dict) -> str:
+    """What intervals over the evaluation text resample, in words."""
     n = " or ".join(map(str, settings["documents"]))
     if settings["cut"]:
         return f"{n} pieces of few documents, held out by piece, so that intervals are about this text"

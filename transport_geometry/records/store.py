@@ -43,7 +43,9 @@ LOCK = ".transport-geometry.lock"
 # ------------------------------------------------------------------------------------------------- one file
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-    """A disk that is full or gone is one line. (torch and safetensors call it a RuntimeError.)"""
+    """Turn the error of a disk that is full or gone into a Fault. (torch and safetensors raise
+    RuntimeError.)
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -58,7 +60,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def _sync(folder: pathlib.Path) -> None:
-    """So that the names in a folder, like the bytes of its files, outlive a power cut."""
+    """Write the names in a folder to the disk, as fsync does the bytes of files, against a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -66,15 +68,15 @@ def _sync(folder: pathlib.Path) -> None:
         os.close(handle)
 
 
-def _beside(path: pathlib.Path) -> pathlib.Path:
+def _temporary(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}{UNFINISHED}")
 
 
-def _write_beside(path: pathlib.Path, content: Content) -> pathlib.Path:
-    """The content under a hidden name beside `path`, on the disk. An ordinary open: the umask decides who may
-    read it.
+def _write_temporary(path: pathlib.Path, content: Content) -> pathlib.Path:
+    """Write the content under a hidden name beside `path`, and to the disk. With an ordinary open, so that
+    the umask decides who may read it.
     """
-    temporary = _beside(path)
+    temporary = _temporary(path)
     with temporary.open("wb") as file:
         if isinstance(content, bytes):
             file.write(content)
@@ -90,22 +92,17 @@ def write(path: pathlib.Path, content: Content) -> None:
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.replace(_write_beside(path, content), path)
+            os.replace(_write_temporary(path, content), path)
             _sync(path.parent)
         finally:
-            _beside(path).unlink(missing_ok=True)
-
-
-def unused(path: pathlib.Path, word: str) -> pathlib.Path:
-    """A name beside `path` that nothing has: report.kept.md, report.kept-2.md, ..."""
-    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
-    names = (path.with_name(f"{stem}.{word}{f'-{i}' if i > 1 else ''}{suffix}") for i in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
+            _temporary(path).unlink(missing_ok=True)
 
 
 def set_aside(path: pathlib.Path, word: str) -> pathlib.Path:
-    """Rename to a name that nothing has, which is returned."""
-    return path.rename(unused(path, word))
+    """Rename to a name that nothing has, and return it: report.kept.md, report.kept-2.md, ..."""
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    names = (path.with_name(f"{stem}.{word}{f'-{i}' if i > 1 else ''}{suffix}") for i in itertools.count(1))
+    return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 # ------------------------------------------------------------------------------------ a folder and its record
@@ -150,7 +147,7 @@ def put(record: pathlib.Path, contents: Mapping[str, Content | None], **facts: A
         try:
             for name, content in contents.items():
                 path = record.parent / name
-                coming[name] = None if content is None else sha256(_write_beside(path, content))
+                coming[name] = None if content is None else sha256(_write_temporary(path, content))
             _write_record(record, before | facts | {"files": before.get("files", {}), "coming": coming})
         except BaseException:
             if load(record) == before:  # nothing was promised
@@ -160,7 +157,7 @@ def put(record: pathlib.Path, contents: Mapping[str, Content | None], **facts: A
 
 
 def settle(record: pathlib.Path) -> None:
-    """Bring what a killed `put` had begun to its end, or take it back. Raises Fault, Damaged."""
+    """Finish or roll back an interrupted `put`. Raises Fault, Damaged."""
     with _writing(record.parent):
         if record.parent.is_dir():
             if load(record).get("coming"):
@@ -169,19 +166,19 @@ def settle(record: pathlib.Path) -> None:
 
 
 def _move_in(record: pathlib.Path) -> None:
-    """Let the files that are coming take their places."""
+    """Move the files that are coming to their names."""
     facts = load(record)
     files = facts.get("files", {})
     for name, digest in facts.pop("coming").items():
-        path, temporary = record.parent / name, _beside(record.parent / name)
+        path, temporary = record.parent / name, _temporary(record.parent / name)
         if digest is None or temporary.exists():
-            if os.path.lexists(path) and not _is(path, files.get(name)):
+            if os.path.lexists(path) and not _has_digest(path, files.get(name)):
                 print(f"{path} was changed by someone else: kept as {set_aside(path, 'kept').name}")
             if digest is None:
                 path.unlink(missing_ok=True)
             else:
                 os.replace(temporary, path)
-        elif not _is(path, digest):  # neither there nor to come: a copy that left hidden files behind
+        elif not _has_digest(path, digest):  # neither there nor to come: a copy that left hidden files behind
             continue
         files[name] = digest
     files = {name: digest for name, digest in sorted(files.items()) if digest}
@@ -189,7 +186,7 @@ def _move_in(record: pathlib.Path) -> None:
     _write_record(record, facts | {"files": files})
 
 
-def _is(path: pathlib.Path, digest: str | None) -> bool:
+def _has_digest(path: pathlib.Path, digest: str | None) -> bool:
     return path.is_file() and not path.is_symlink() and sha256(path) == digest
 
 

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 
-from transport_geometry.measuring.metrics import DISTORTION, SHARE, SIGNED, Metric
+from transport_geometry.measuring.metrics import DISTORTION, SIGNED, SIMILARITY, Metric
 
 import numpy as np
 
@@ -60,8 +60,8 @@ def score_axis(axis: "Axes", metric: Metric, values: np.ndarray) -> None:
     that are shown.
     """
     score, known = metric.score, values[np.isfinite(metric.score(values))]
-    if score in (SHARE, DISTORTION) and len(known):
-        of_distance = (lambda x: 1 - x) if score is SHARE else (lambda x: x)  # its own inverse
+    if score in (SIMILARITY, DISTORTION) and len(known):
+        of_distance = (lambda x: 1 - x) if score is SIMILARITY else (lambda x: x)  # its own inverse
         ends = np.sort(of_distance(np.array([known.min(), known.max()])))
         ticks = of_distance(ticks_within(0.9 * ends[0], 1.1 * ends[1]))
         axis.set_xticks(score(ticks), [f"{tick:.6g}" for tick in ticks])
@@ -128,6 +128,20 @@ def points(axis: "Axes", x: np.ndarray, y: np.ndarray, names: Sequence[str], **s
     marks.names = [name for name, known in zip(names, there) if known]  # type: ignore[attr-defined]
 
 
+def joined_points(
+    axis: "Axes",
+    x: Sequence | np.ndarray,
+    y: Sequence | np.ndarray,
+    names: Sequence[str],
+    colour: typing.Any,
+    **style: typing.Any,
+) -> None:
+    """A line through marks, each of which says its name in a page. style: of the marks, scatter's."""
+    axis.plot(x, y, color=colour, linewidth=1, alpha=0.8)
+    marks = {"color": [colour], "s": 28, "alpha": 1, "zorder": 3, **style}
+    points(axis, np.asarray(x), np.asarray(y), names, **marks)
+
+
 def points_by_model(
     axis: "Axes", rows: Sequence[dict], x: np.ndarray, y: np.ndarray, models: Sequence[str]
 ) -> None:
@@ -162,8 +176,8 @@ def intervals(
     right. looks: (colour, marker) of each. What lies further left than `furthest`, and than the right end, is
     only pointed to: one far worse would press the others together.
     """
-    right = 1.1 * max(np.nanmax([at, hi], initial=0), 0.05)
-    left = min(1.1 * max(np.nanmax([-at, -lo], initial=0), 0.05), max(right, furthest))
+    right = 1.1 * np.nanmax([0.05, *at, *hi])
+    left = min(1.1 * np.nanmax([0.05, *-at, *-lo]), max(right, furthest))
     axis.set(xlim=(-left, right), ylim=(-0.6, len(names) - 0.4))
     for y, (x, first, last, (colour, marker)) in enumerate(zip(at, lo, hi, looks)):
         if last > first:
@@ -239,9 +253,9 @@ def saes_against(
 INKS = {"#000000": "ink", "#ffffff": "paper", "#b0b0b0": "line", "#666666": "soft", "#4c4c4c": "soft"}
 
 
-def as_svg(figure: "Figure", name: str) -> str:
+def as_svg(figure: "Figure", file: str) -> str:
     """For a page: `<svg>...</svg>`, whose text is text, whose black and white are the page's ink and paper,
-    and in which every mark of `points` has its name as a `<title>`. name: the figure's, in its ids.
+    and in which every mark of `points` has its name as a `<title>`. file: what its ids are drawn from.
     """
     from xml.etree import ElementTree
 
@@ -249,12 +263,15 @@ def as_svg(figure: "Figure", name: str) -> str:
     for i, artist in enumerate(marks):
         artist.set_gid(f"marks-{i}")
     image = io.StringIO()
-    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": file}):
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
     svg = "{http://www.w3.org/2000/svg}"
     ElementTree.register_namespace("", svg[1:-1])
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(image.getvalue())
+    for element in root.iter():  # coordinates to a hundredth of a point; text and titles are left alone
+        for name in {"d", "x", "y"} & element.attrib.keys():
+            element.set(name, re.sub(r"(\.\d\d)\d+", r"\1", element.attrib[name]))
     for metadata in root.findall(f"{svg}metadata"):
         root.remove(metadata)
     for i, artist in enumerate(marks):
@@ -264,7 +281,7 @@ def as_svg(figure: "Figure", name: str) -> str:
         drawn = group.findall(f".//{svg}use") or group.findall(f".//{svg}path")
         for mark, text in zip(drawn, artist.names, strict=True):
             ElementTree.SubElement(mark, f"{svg}title").text = text
-    text = re.sub(r"(\.\d\d)\d+", r"\1", ElementTree.tostring(root, encoding="unicode"))  # of a point: enough
+    text = ElementTree.tostring(root, encoding="unicode")
     return re.sub("|".join(INKS), lambda found: f"var(--{INKS[found[0]]})", text)
 
 

@@ -2,6 +2,30 @@
 
 import re
 
+# the twenty to know before any other, in the order in which a reader meets them
+FIRST = {
+    "hook": "the output of a transformer block: activations h of d_model dimensions, one a token",
+    "SAE": "sparse autoencoder: h is rebuilt as ĥ from few of d_sae latents",
+    "k": "latents an SAE keeps a token (TopK); L0 where the number varies",
+    "error δ": "ĥ - h",
+    "patch": "the model runs on with ĥ in place of h",
+    "CE": "cross-entropy: mean loss of the next token, in nats",
+    "dCE": "CE with the patch less CE without it",
+    "CE_rec": "2 - patched CE / clean CE: 1 for a perfect patch, 0 where CE doubles",
+    "R²": "1 - SSE/SST over the evaluation set: the share of h that ĥ explains",
+    "proxy": "a score that needs no patched run, such as R², cosine or SWD",
+    "Euclidean control": "a plain error score without gradients and without sinks, which SWD has to beat",
+    "SWD": "sensitivity-weighted distortion, the mean of (g·δ)², g the gradient of CE at the hook",
+    "Fisher form": "δᵀGδ, G the output's Fisher information at the hook: twice the KL of a small error",
+    "sink": "position 0, and positions whose norm is above ten medians; they can own R²",
+    "sinks clean": "patched everywhere but at sinks",
+    "kl_excess": "log of how many times the KL of a random error as long the SAE's error costs",
+    "partial Spearman": "rank correlation among SAEs of one k",
+    "here": "about these SAEs on these layers; units are documents and seeds",
+    "in general": "about other layers of these models; units are hooks, six effective ones at least",
+    "leaf": "the word in which a rule ends that was fixed before the result",
+}
+
 TERMS = {
     "r2": "R² = 1 - SSE/SST over the evaluation set, SST about its one mean",
     "r2_nosink": "R² without sink positions",

@@ -4,7 +4,7 @@ import typing
 from collections.abc import Sequence
 
 from transport_geometry.measuring.metrics import BY_NAME, CONTROL, SENSITIVE
-from transport_geometry.records.results import behind
+from transport_geometry.records.results import describe_units
 from transport_geometry.records.tables import UNDEFINED, estimate, markdown, percent, short, signed
 from transport_geometry.reporting import console
 from transport_geometry.reporting.console import models_in_words
@@ -62,7 +62,10 @@ def how_to_read(swd: Contest, settings: dict) -> str:
         return "undefined" if np.isnan(value) else f"{value:.{digits}f}"
 
     counts = TEXT["what counts"].format(
-        n_clusters=swd.n_clusters, min_clusters=MIN_CLUSTERS, min_hooks=MIN_HOOKS, units=behind(settings)
+        n_clusters=swd.n_clusters,
+        min_clusters=MIN_CLUSTERS,
+        min_hooks=MIN_HOOKS,
+        units=describe_units(settings),
     )
     could_show = TEXT["what could show"].format(
         rho_max=number(swd.ceiling["rho_max"], 3),

@@ -46,8 +46,10 @@ def k_star_section(stars: Sequence[KStar], small: str, large: str) -> str:
             known = np.isfinite(below) & np.isfinite(star.draws)
             with np.errstate(invalid="ignore"):
                 ratio = np.where(known, star.draws / below, np.nan)
-            if known[0]:
-                tax = f"{two_digits(ratio[0])} {interval(*stats.interval(ratio[3:]))}"
+            if known[stats.ESTIMATE]:
+                tax = (
+                    f"{two_digits(ratio[stats.ESTIMATE])} {interval(*stats.interval(ratio[stats.RESAMPLES]))}"
+                )
         row = {name: getattr(star, name) for name in ("model", "depth", "recipe", "sinks")}
         row |= {"tokens": readable_count(star.tokens), "CE_rec": star.target}
         rows.append(row | {"k*": two_digits(value), "95%": interval(lo, hi), "tax": tax})

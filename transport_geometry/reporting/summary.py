@@ -1,11 +1,10 @@
-"""What all finished experiments of a folder say together, as one outline.
+"""What all finished experiments of a folder say together, in one summary.
 
     python common.py report outputs/     # outputs/report.md
 
-Each statement is the answer and the leaf of an experiment's own verdict.json; nothing is computed here. A
-verdict knows of no other: which claim has to be settled first is applied here, where they meet. Only what
-lies there as its run wrote it is shown. The outline is a pure function of those files: same folders, same
-bytes.
+Each statement is the answer and the leaf of an experiment's own verdict.json; nothing is computed here. An
+experiment reads no other one's verdict: which claim has to be settled first is applied here, where they meet.
+Only files that are as their run wrote them are shown. Same folders, same bytes.
 
 A *run* is a folder with a run.json, directly in the folder or one below; its name is its path from there. A
 *claim* is a hypothesis, or the question of an experiment that has none.
@@ -33,9 +32,9 @@ NOT_YET = "not to be interpreted"
 
 @dataclass(frozen=True)
 class Claim:
-    """label: as the outline calls it; words: what a verdict that says *supported* supports, or the question
-    that it answers; script: decides it; after: what has to be settled before it, H2 on the same SAEs after
-    Exp-A on the same models.
+    """label: as the summary calls it; words: what a verdict that says *supported* supports, or the question
+    that it answers; script: decides it; after: what has to be settled before it, on the same models and text;
+    H2 itself comes after Exp-A.
     """
 
     label: str
@@ -108,11 +107,6 @@ class Run:
         return str(self.verdict["leaf"])
 
     @property
-    def h2(self) -> str:
-        """The leaf of H2 on the run's own SAEs; "" where it has none."""
-        return str(self.verdict.get("h2", {}).get("leaf", ""))
-
-    @property
     def answer(self) -> Answer:
         return Answer(**self.verdict["answer"])
 
@@ -182,7 +176,7 @@ def read_verdict(path: pathlib.Path) -> dict[str, Any]:
     """Raises Damaged where it lacks what the outline takes from it."""
     with reading(path):
         verdict = json.loads(path.read_text(encoding="utf-8"))
-        taken = [verdict["leaf"], verdict.get("h2", verdict)["leaf"]]
+        taken = [verdict["leaf"]]
         if "answer" in verdict:
             taken += vars(Answer(**verdict["answer"])).values()
         if not all(isinstance(text, str) for text in taken):
@@ -207,9 +201,13 @@ def leaf_of(claim: Claim, run: Run) -> str:
     return shown + ", and N says how" * (claim.label == "H1" and run.leaf == "N") + of_pair
 
 
-def differing(exp_a: Run, run: Run) -> list[str]:
-    """Settings that keep Exp-A's verdict from counting for the run. It judges its first recipe."""
-    judged = exp_a.settings | {"recipe": (exp_a.settings.get("recipe") or [])[:1]}
+def differing(first: Run, run: Run) -> list[str]:
+    """Settings that keep the verdict of `first`, of Exp-A or Exp-B, from counting for the run. Exp-A judges
+    its first recipe.
+    """
+    judged = first.settings
+    if first.script == "expa":
+        judged = judged | {"recipe": (judged.get("recipe") or [])[:1]}
     return [key for key in SAME_RUN if judged.get(key) != run.settings.get(key)]
 
 
@@ -221,10 +219,16 @@ def comes_first(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
         return "" if run.leaf in ADJUDICATED else "H0 and H1"
     if not claim.after:
         return ""
-    judged = [one for one in runs if one.script == "expa" and not one.missing and one.leaf in ADJUDICATED]
-    if not any(not differing(one, run) for one in judged):
+    if not any(one.leaf in ADJUDICATED for one in of_script("expa", run, runs)):
         return "Exp-A"
-    return "H2" if claim.after == "H2" and run.h2 != "supported" else ""
+    supported = any(one.leaf == "supported" for one in of_script("expb", run, runs))
+    return "H2" if claim.after == "H2" and not supported else ""
+
+
+def of_script(script: str, run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The script's finished runs on the same models and text as `run`."""
+    there = (one for one in runs if one.script == script and not one.missing)
+    return [one for one in there if not differing(one, run)]
 
 
 def word(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
@@ -241,15 +245,13 @@ def order_line(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
         return f"It comes before {named(waiting)}." if waiting else "No run here comes after it."
     if not claim.after:
         return ""
-    exp_a = [one for one in runs if one.script == "expa" and not one.missing]
-    same = [f"{of_name(one)} says {one.leaf}" for one in exp_a if not differing(one, run)]
-    other = [f"{of_name(one)} is about other {', '.join(differing(one, run))}" for one in exp_a]
-    line = f"Exp-A comes first: {'; '.join(same or other) or 'it is not in this folder'}."
-    if claim.after != "H2":
-        return line
-    others = [one for one in runs if one.script == "expb" and not one.missing and one.leaf != run.h2]
-    otherwise = "".join(f"; in {of_name(one)}: {one.leaf}" for one in others)
-    return f"{line} Then H2, on the same SAEs: {run.h2}{otherwise}."
+    lines = []
+    for script, first in (("expa", "Exp-A comes first"), ("expb", "Then H2")):
+        every = [one for one in runs if one.script == script and not one.missing]
+        same = [f"{of_name(one)} says {one.leaf}" for one in every if not differing(one, run)]
+        other = [f"{of_name(one)} is about other {', '.join(differing(one, run))}" for one in every]
+        lines.append(f"{first}: {'; '.join(same or other) or 'it is not in this folder'}.")
+    return " ".join(lines if claim.after == "H2" else lines[:1])
 
 
 def about(run: Run, several: set[str]) -> str:
@@ -379,7 +381,7 @@ def section(script: str) -> str:
     if script == "audit":
         return "SAEs that exist, `audit.py`"
     if not labels:
-        return f"`{script}.py`, an experiment that this outline does not know"
+        return f"`{script}.py`, an experiment that this summary does not know"
     return f"{labels}: {TITLES[script]}, `{script}.py`" if script in TITLES else f"{labels}: `{script}.py`"
 
 

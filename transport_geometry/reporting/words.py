@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from transport_geometry.records.tables import span
-from transport_geometry.statistics.stats import interval
+from transport_geometry.statistics.stats import ALL, RESAMPLES, interval
 
 import numpy as np
 
@@ -104,8 +104,8 @@ COLUMNS = [f"{name}{end}" for name in ("sink_r2", "sink_harm", "kl_excess") for 
 
 def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> list[dict]:
     """The rows of C SAEs, each with its differences and their intervals, `word`, `also` (the words of other
-    findings that hold), `says` and `read`. values {metric: [W,C]}, as `results.measured` gives them; n_doc:
-    documents.
+    findings that hold), `says` and `read`. values {metric: [W,C]}, as `results.load_measurements` gives them;
+    n_doc: documents.
     """
     small = np.minimum(values["kl"], values["kl"] / np.exp(values["kl_excess"]))[:1] < KL_FLOOR
     excess = np.where(small, np.nan, values["kl_excess"])
@@ -124,8 +124,10 @@ def with_words(saes: list[dict], values: dict[str, np.ndarray], n_doc: int) -> l
     for i, row in enumerate(saes):
         found: dict[str, float] = {}
         for name, value in differences.items():
-            lo, hi = interval(value[3:, i])  # of few documents some resamples hold none with a random error
-            found |= {name: value[0, i], f"{name}_lo": lo, f"{name}_hi": hi}
+            lo, hi = interval(
+                value[RESAMPLES, i]
+            )  # of few documents some resamples hold none with a random error
+            found |= {name: value[ALL, i], f"{name}_lo": lo, f"{name}_hi": hi}
         out.append(row | found | said_of(row | found, n_doc))
     return out
 

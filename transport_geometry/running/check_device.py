@@ -1,8 +1,8 @@
-"""`python common.py check --device mps`: does a device compute here what the CPU computes?
+"""`python common.py check --device mps`: whether a device computes what the CPU computes.
 
-Compared are the operators that the experiments need, against float64; a training step of each recipe; the
-language model before and after a hook; and what a patched evaluation gives on four rows of the standard
-library. Dot products are as long as the program makes them (`lm.MPS_LONGEST_DOT`), no longer. No network.
+It compares the operators that the experiments need with float64 on the CPU; and with the CPU a training step
+of each recipe, the language model before and after a hook, and a patched evaluation of four rows of the
+standard library. Dot products are as long as the experiments' (`lm.MPS_LONGEST_DOT`). No network is needed.
 """
 
 import functools
@@ -22,27 +22,26 @@ from transport_geometry.models.lm import (
     log_softmax,
     parity,
     pick_device,
-    relative_error,
 )
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows
+from transport_geometry.saes.recipes import RECIPES, Statistics, transposed
 from transport_geometry.saes.sae import tied_init
-from transport_geometry.saes.train import RECIPES, Statistics, transposed
 
 import numpy as np
 import torch
 
 Tensor = torch.Tensor
-ALLOWED = 1e-3  # of the norm; what is right stays below a tenth of it: the same sums in another order
+ALLOWED = 1e-3  # relative error; summing in another order stays below a tenth of it
 CPU = torch.device("cpu")
 ROWS, CTX, LAYER = 4, 64, 2
-VOCABULARY, SOME = 50_304, 32  # Pythia's; rows of it
+VOCABULARY, FEW_ROWS = 50_304, 32  # Pythia's vocabulary, and for how many tokens
 N, D, F, K = 192, 64, 1024, 24
 
 
 def check(wanted: str) -> int:
-    """Print every comparison and the answer: 0 where the device agrees with the CPU, else 1. Raises UserError
-    for a device this machine has not.
+    """Print every comparison and the answer. Returns 0 if the device agrees with the CPU, else 1. Raises
+    UserError for a device that this machine does not have.
     """
     device = pick_device(wanted)
     print(f"{processor(device)}, {platform.platform()}, Python {platform.python_version()}")
@@ -56,7 +55,7 @@ def check(wanted: str) -> int:
                 (name, error <= ALLOWED, f"relative error {error:.1e}, allowed {ALLOWED:.0e}")
                 for name, error in measure(device).items()
             ]
-        except Exception as fault:  # an operator that the device has not: the others are told all the same
+        except Exception as fault:  # the device lacks an operator: go on with the others
             found = [(part, False, reason(fault))]
         for name, agrees, what in found:
             print(f"{'ok' if agrees else 'WRONG':5}  {name}: {what}", flush=True)
@@ -70,11 +69,17 @@ def check(wanted: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ operators
-Draw = Callable[..., Tensor]  # (*shape) -> normal numbers, where they are wanted
+Draw = Callable[..., Tensor]  # (*shape) -> normal numbers on the device under test
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Norm of the error over the norm of the truth, in float64 on the CPU."""
+    found, truth = found.cpu().double(), truth.cpu().double()
+    return ((found - truth).norm() / truth.norm()).item()
 
 
 def operator(name: str, device: torch.device) -> dict[str, float]:
-    """On the device in float32, against the CPU in float64; of indices the share that differ."""
+    """Error of the device in float32 against the CPU in float64; for indices, the share that differs."""
 
     def on(device: torch.device, dtype: torch.dtype) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -87,7 +92,7 @@ def operator(name: str, device: torch.device) -> dict[str, float]:
 
 
 def code(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """values, different latents [N,K], W [F,D], h [N,D]."""
+    """values [N,K], latents [N,K] without repeats in a row, W [F,D], h [N,D]."""
     values = draw(N, K)
     latents = (5 * torch.arange(N)[:, None] + 37 * torch.arange(K)) % F
     return values, latents.to(values.device), draw(F, D) / D**0.5, draw(N, D)
@@ -103,18 +108,18 @@ def dots(draw: Draw) -> Tensor:
 
 
 def encode(draw: Draw) -> Tensor:
-    """In order of size: a rounding may exchange two latents."""
+    """Sorted, since rounding may exchange two latents."""
     return kernels.topk_encode(draw(N, D), draw(F, D), draw(F), K)[0].cpu().sort(dim=1).values
 
 
 def encode_ties(draw: Draw) -> Tensor:
-    """Whole numbers, exact in any order: of equal values the lowest latents are taken."""
+    """On integers, which are exact in any order of summing: among equal values the lowest latents win."""
     return kernels.topk_encode(draw(N, 4).round(), draw(F, 4).round(), draw(F).round(), K)[1]
 
 
 def gradients(draw: Draw) -> Tensor:
-    """Through encode and decode, of few rows: in none are the last latents in and out nearly equal."""
-    leaves = [x.requires_grad_() for x in (draw(SOME, D), draw(F, D), draw(F), draw(F, D), draw(D))]
+    """Through encode and decode. Few rows, so that in none the k-th and the next value nearly tie."""
+    leaves = [x.requires_grad_() for x in (draw(FEW_ROWS, D), draw(F, D), draw(F), draw(F, D), draw(D))]
     h, W_enc, b_enc, W_dec, b_dec = leaves
     values, indices = kernels.topk_encode(h, W_enc, b_enc, K)
     h_hat = kernels.sparse_decode(values, indices, W_dec, b_dec)
@@ -142,21 +147,21 @@ def distortion(draw: Draw) -> Tensor:
 
 
 def unembedding(draw: Draw) -> Tensor:
-    x, W = draw(SOME, D), draw(VOCABULARY, D)
-    return torch.mm(x, W.T, out=x.new_empty(SOME, VOCABULARY))
+    x, W = draw(FEW_ROWS, D), draw(VOCABULARY, D)
+    return torch.mm(x, W.T, out=x.new_empty(FEW_ROWS, VOCABULARY))
 
 
 def label(draw: Draw) -> Tensor:
-    """Whole numbers, exact: where in a row that ascends each number belongs."""
-    row = torch.arange(VOCABULARY).to(draw(1)).expand(SOME, -1).contiguous()
-    return torch.searchsorted(row, draw(SOME, 4).mul(1e4).round(), right=True)
+    """On integers, which are exact: where each number belongs in an ascending row."""
+    row = torch.arange(VOCABULARY).to(draw(1)).expand(FEW_ROWS, -1).contiguous()
+    return torch.searchsorted(row, draw(FEW_ROWS, 4).mul(1e4).round(), right=True)
 
 
 def divergence(draw: Draw) -> Tensor:
-    """Of tokens hardly and much changed."""
-    z = draw(SOME, VOCABULARY)
-    size = torch.linspace(-3, 0, SOME).to(z.device, z.dtype)[:, None]
-    log_p, log_q = log_softmax(z), log_softmax(z + 10**size * draw(SOME, VOCABULARY))
+    """From tokens that hardly change to tokens that change much."""
+    z = draw(FEW_ROWS, VOCABULARY)
+    size = torch.linspace(-3, 0, FEW_ROWS).to(z.device, z.dtype)[:, None]
+    log_p, log_q = log_softmax(z), log_softmax(z + 10**size * draw(FEW_ROWS, VOCABULARY))
     return kl_divergence(log_p.exp(), log_p, log_q).log()
 
 
@@ -183,23 +188,23 @@ OPERATORS: dict[str, Callable[[Draw], Tensor]] = {
         draw(D, MPS_LONGEST_DOT // 2) @ draw(MPS_LONGEST_DOT // 2, D)
     ),
     f"unembedding, {VOCABULARY:,} tokens": unembedding,
-    "log_softmax": lambda draw: log_softmax(draw(SOME, VOCABULARY)),
-    "cumsum": lambda draw: draw(SOME, VOCABULARY).softmax(-1).cumsum(-1),
+    "log_softmax": lambda draw: log_softmax(draw(FEW_ROWS, VOCABULARY)),
+    "cumsum": lambda draw: draw(FEW_ROWS, VOCABULARY).softmax(-1).cumsum(-1),
     "searchsorted": label,
     "KL": divergence,
     "mask, nonzero, median": chosen,
 }
 
 
-# ------------------------------------------------------------------------------------------ what uses them
+# ----------------------------------------------------------------------------- training, model, evaluation
 def training(device: torch.device) -> dict[str, float]:
     there, here = trained(device), trained(CPU)
     return {name: relative_error(there[name], truth) for name, truth in here.items()}
 
 
 def trained(device: torch.device) -> dict[str, Tensor]:
-    """{what: weights} after a step of each recipe with none, few, some and most latents dead: each takes
-    another way through AuxK.
+    """{step: weights} after a step of each recipe with none, few, some and most latents dead: every branch
+    of AuxK.
     """
     h = torch.randn(48, 16, generator=torch.Generator().manual_seed(0)).to(device)
     statistics = Statistics.of(h, torch.zeros(48, dtype=torch.bool, device=device))
@@ -221,7 +226,7 @@ def embedded() -> tuple[Any, Tensor]:
 
 
 def model(device: torch.device) -> dict[str, float]:
-    """Of an embedded model, and of one with a large vocabulary: h, CE, g, TopK values."""
+    """h, CE, g and TopK values of an embedded model and of one with a large vocabulary."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     small, rows = embedded()
@@ -242,7 +247,7 @@ def model(device: torch.device) -> dict[str, float]:
 
 
 def evaluation(device: torch.device) -> dict[str, float]:
-    """An untrained SAE patched in."""
+    """Scores of an untrained SAE."""
     there, here = scores(device), scores(CPU)
     return {name: abs(there[name] / truth - 1) for name, truth in here.items()}
 

@@ -15,16 +15,8 @@ from transport_geometry.records.condition import NULLS
 from transport_geometry.records.tables import markdown, readable_count
 from transport_geometry.running.grid import Command, Grid
 from transport_geometry.saes import external_saes
-from transport_geometry.saes.train import (
-    CHUNK,
-    MEMORY,
-    RECIPES,
-    held_bytes,
-    in_passes,
-    memory_of,
-    token_flops,
-    trunk,
-)
+from transport_geometry.saes.recipes import CHUNK, RECIPES, token_flops, trunk
+from transport_geometry.saes.train import MEMORY, held_bytes, in_passes, memory_of
 
 import torch
 

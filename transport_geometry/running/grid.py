@@ -26,9 +26,10 @@ from transport_geometry.models.loading import (
 from transport_geometry.models.model_files import bos_of
 from transport_geometry.records.condition import NULLS, Condition
 from transport_geometry.saes import external_saes
-from transport_geometry.saes.external_saes import Chosen, Given, Refused
+from transport_geometry.saes.external_saes import Chosen, ExternalSAE, Refused
+from transport_geometry.saes.recipes import TRAIN_VERSION, trunk
 from transport_geometry.saes.sae import TrainingSpec
-from transport_geometry.saes.train import TRAIN_VERSION, check_memory, trunk
+from transport_geometry.saes.train import check_memory
 
 import torch
 
@@ -85,7 +86,7 @@ class Candidate:
     """A condition of the grid, and where its SAE comes from."""
 
     condition: Condition
-    origin: TrainingSpec | Given
+    origin: TrainingSpec | ExternalSAE
     turn: float = 0.0  # how far its errors are turned, see `plant`
 
 
@@ -253,7 +254,7 @@ def plan(
 def check_ignored(grid: Grid, eval_sets: Sequence[EvalSet]) -> None:
     """Raises UserError for a name of --ignore-field that let nothing pass."""
     origins = [one.origin for eval_set in eval_sets for one in eval_set.candidates]
-    passed = {name for origin in origins if isinstance(origin, Given) for name in origin.fields.ignored}
+    passed = {name for origin in origins if isinstance(origin, ExternalSAE) for name in origin.fields.ignored}
     for typed in grid.ignore_fields:
         if not any(is_called(name, typed) for name in passed):
             raise UserError(f"--ignore-field {typed}: no SAE here is refused for such a field")
@@ -344,7 +345,7 @@ def trained_here(
     # called by its own name, whatever other models the command names: the same SAE in every grid
     own_name = readable_names([trained_on])[trained_on]
     turn = sum(one.turn(hook.layer, text_config(hook.model).num_hidden_layers) for one in planted)
-    had = {tokens: plant.had(planted, tokens) for tokens in grid.tokens}
+    had = {tokens: plant.planted_budget(planted, tokens) for tokens in grid.tokens}
     out = []
     arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
     for sinks, recipe, tokens, k, seed in arms:
@@ -379,7 +380,7 @@ def trained_here(
 def null_conditions(name: str, layer: int, suffix: str, middle: Candidate) -> tuple[Condition, ...]:
     """In the order of NULLS; the random dictionary is of the middle SAE's shape."""
     k = middle.condition.k
-    if isinstance(middle.origin, Given):
+    if isinstance(middle.origin, ExternalSAE):
         k = k or middle.origin.typical_k
     shapes = {"null-random": (middle.condition.d_sae, k)}
     return tuple(
@@ -429,7 +430,7 @@ def settings(
         if begun := {one.name: one.bos for one in eval_sets if one.bos is not None}:
             out["bos"] = begun
     else:
-        out["saes"] = {sae: one.in_settings() for sae, one in origins if isinstance(one, Given)}
+        out["saes"] = {sae: one.in_settings() for sae, one in origins if isinstance(one, ExternalSAE)}
     if stored := {one.called: one.model.stored_as for one in models if hasattr(one.model, "stored_as")}:
         out["stored_as"] = stored
     # what is not the default

@@ -36,7 +36,7 @@ from transport_geometry.models.lm import (
     pick_device,
     text_config,
 )
-from transport_geometry.models.plant import TurnedSAE, felt
+from transport_geometry.models.plant import TurnedSAE, sensitivity_basis
 from transport_geometry.progress import Progress
 from transport_geometry.records import store
 from transport_geometry.records.condition import NULLS, Condition
@@ -44,12 +44,12 @@ from transport_geometry.records.results import (
     ROW_VERSION,
     Measurements,
     add_results,
-    beside,
     check_verdict,
     finished_run,
     gather,
     in_record,
     load_results,
+    next_free_folder,
     open_output,
     with_training,
 )
@@ -57,9 +57,10 @@ from transport_geometry.records.store import RUN
 from transport_geometry.reporting.where_it_hurts import HARM, WORST, by_position, worst_tokens
 from transport_geometry.running.cost import dry_run, evaluation_flops
 from transport_geometry.running.grid import Candidate, Command, EvalSet, Grid, plan
-from transport_geometry.saes.external_saes import Given
+from transport_geometry.saes.external_saes import ExternalSAE
+from transport_geometry.saes.recipes import token_flops
 from transport_geometry.saes.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
-from transport_geometry.saes.train import runs_of, token_flops, train_missing, training_flops
+from transport_geometry.saes.train import runs_of, train_missing, training_flops
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     if experiment.check:
         experiment.check(eval_sets)
     if command.out == experiment.default_out and not command.fresh:
-        command = replace(command, out=beside(command.out, settings))
+        command = replace(command, out=next_free_folder(command.out, settings))
         if command.out != experiment.default_out:
             ranks.say(f"{experiment.default_out} holds another run: this one goes into {command.out}")
     out, start = command.out, time.time()
@@ -281,7 +282,7 @@ def train(
     for share, flops in zip(training, works):
         first = share.eval_sets[0]
         for eval_set in share.eval_sets:
-            believe(eval_set, device)
+            check_device_matches_cpu(eval_set, device)
         bar.phase(f"training {share.label}", flops, flops)
         model = first.hook.to(device).model
         train_missing(model, first.tokenizer, share.specs, cache, first.source, bar)
@@ -289,7 +290,7 @@ def train(
         first.hook.to(CPU)
 
 
-def believe(eval_set: EvalSet, device: torch.device) -> None:
+def check_device_matches_cpu(eval_set: EvalSet, device: torch.device) -> None:
     """Raises Fault where the device computes this hook otherwise than the CPU."""
     if device.type != "cpu":
         check_parity(eval_set.hook, eval_set.held.input_ids[:2], device)
@@ -357,7 +358,7 @@ def eval_batch(hook: Hook, ctx: int, vocabulary: bool = True) -> int:
 
 def load(candidate: Candidate, cache: pathlib.Path) -> SAE:
     """Its SAE, on the CPU."""
-    if isinstance(candidate.origin, Given):
+    if isinstance(candidate.origin, ExternalSAE):
         return candidate.origin.load()
     return load_sae(candidate.origin.folder(cache), CPU)
 
@@ -370,7 +371,7 @@ def null_rows(eval_set: EvalSet, trained: SAE) -> dict[Condition, Reconstruction
     their model.
     """
     origin, b_dec = eval_set.middle.origin, trained.b_dec
-    if isinstance(origin, Given):  # it may be of normalised activations
+    if isinstance(origin, ExternalSAE):  # it may be of normalised activations
         b_dec = origin.mean.to(trained.b_dec.device)
     identity, everything, random, gaussian = eval_set.nulls
     noise = torch.Generator().manual_seed(10**6)
@@ -394,7 +395,7 @@ def measure(
 ) -> Measurements:
     """Evaluate a share: its SAEs, its null rows, and what the experiment studies once per hook with them."""
     eval_set, grid = share.eval_set, command.grid
-    believe(eval_set, device)
+    check_device_matches_cpu(eval_set, device)
     hook, input_ids, document = eval_set.hook.to(device), eval_set.held.input_ids, eval_set.held.document
     saes = {one.condition: load(one, command.cache).to(device) for one in share.candidates}
     reconstructions: dict[Condition, Reconstruction] = {**saes, **turned(share, saes, grid)}
@@ -459,7 +460,7 @@ def turned(share: Share, saes: dict[Condition, SAE], grid: Grid) -> dict[Conditi
     ctx = eval_set.held.input_ids.shape[1]
     source, tokenizer, bos = eval_set.source, eval_set.tokenizer, eval_set.bos
     rows = text.train_rows(source.data, tokenizer, ctx, TURNED_BY, grid.split, bos=bos)
-    directions = felt(hook, next(rows).to(hook.device))
+    directions = sensitivity_basis(hook, next(rows).to(hook.device))
     return {one: TurnedSAE(saes[one], directions, turn) for one, turn in turns.items()}
 
 

@@ -1,5 +1,5 @@
-"""SAEs that exist, of --sae: which of them read a hook that was asked for, and whether they read it as their
-files say. One that cannot be used is refused with its reason, and the others go on.
+"""SAEs of --sae: which of them read a hook that was asked for, and whether they read it as their files say.
+One that cannot be used is refused with its reason, and the others go on.
 """
 
 import dataclasses
@@ -15,9 +15,13 @@ from typing import Any
 from transport_geometry import ranks
 from transport_geometry.errors import UserError
 from transport_geometry.formats import sae_files
+from transport_geometry.formats.file_sae import fused, sae_fingerprint
+from transport_geometry.formats.format import Declared
+from transport_geometry.formats.names import hub_name
 from transport_geometry.formats.sae_fields import Fields
-from transport_geometry.formats.sae_files import Declared, SaeFile
+from transport_geometry.formats.sae_files import SaeFile
 from transport_geometry.models.lm import Hook
+from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
 
 import torch
@@ -44,7 +48,7 @@ class Refused:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class ExternalSAE:
     """An SAE from a file that has been read, is of the model's width, and is past the basis gate."""
 
     file: SaeFile
@@ -68,7 +72,7 @@ class Given:
         """On the CPU."""
         sae = sae_files.read(self.file, self.fields.ignored)
         sae.centred = self.declared.basis == "centred"
-        return sae_files.fused(sae)
+        return fused(sae)
 
 
 def choose(
@@ -118,19 +122,14 @@ def choose(
 
 
 def named_apart(files: Sequence[SaeFile]) -> list[SaeFile]:
-    """Those of one name are called by as many folders as tell them from each other."""
+    """Files of one label get as many of their folders as tell them apart."""
     out = []
     for file in files:
-        own = pathlib.PurePath(file.path).parts
-        others = [
-            pathlib.PurePath(one.path).parts
-            for one in files
-            if one.label == file.label and one.path != file.path
-        ]
-        n = 1
-        while n < len(own) and any(own[-n:] == other[-n:] for other in others):
+        same = [one.path.split("/") for one in files if one.label == file.label and one.path != file.path]
+        own, n = file.path.split("/"), 1
+        while n < len(own) and any(own[-n:] == other[-n:] for other in same):
             n += 1
-        out.append(dataclasses.replace(file, label="/".join(own[-n:])) if others else file)
+        out.append(dataclasses.replace(file, label="/".join(own[-n:])) if same else file)
     return out
 
 
@@ -143,13 +142,9 @@ def in_their_basis(taken: list[Chosen], basis: Sequence[tuple[str, str]]) -> lis
             raise UserError(
                 f"--basis {word}: of which of the {len(taken)} SAEs? NAME={word} says, '*={word}' of all"
             )
-        meant = [
-            one.file.label
-            for one in taken
-            if not name
-            or f"/{one.file.label}".endswith(f"/{name}")
-            or fnmatch.fnmatchcase(f"/{one.file.label}", f"*/{name}")
-        ]
+        labels = [one.file.label for one in taken]
+        meant = [at for at in labels if not name or fnmatch.fnmatchcase(f"/{at}", f"*/{name}")]
+        meant += [at for at in labels if f"/{at}".endswith(f"/{name}")]  # a name may hold a [
         if taken and not meant:
             raise UserError(f"--basis {name}={word}: no SAE is called so; one is {taken[0].file.label}")
         taken = [dataclasses.replace(one, basis=word) if one.file.label in meant else one for one in taken]
@@ -186,7 +181,7 @@ def model_of(file: SaeFile, declared: Declared, asked: dict[str, set[int | None]
         return next(iter(asked))
     if declared.model is None:
         raise UserError(f"--sae {file.label}: its files name no model; name one with --models")
-    return sae_files.hub_name(declared.model)
+    return hub_name(declared.model)
 
 
 def layer_of(
@@ -217,14 +212,14 @@ def check(
     bos: bool,
     device: torch.device,
     ignore: Sequence[str] = (),
-) -> tuple[list[Given], list[Refused]]:
+) -> tuple[list[ExternalSAE], list[Refused]]:
     """The SAEs of one hook, each read, of the model's width, and past the basis gate; and those that are not.
 
     input_ids [4,T], a few of the evaluation's; ctx and bos: how these SAEs are evaluated. ignore: of
     --ignore-field.
     """
     hook.to(device)
-    near = sae_files.near(hook, input_ids.to(device))
+    near = basis_gate.near(hook, input_ids.to(device))
     hook.to(torch.device("cpu"))
     out, refused = [], []
     for one in tqdm(chosen, desc=f"reading SAEs of {name} L{hook.layer}", leave=False, disable=None):
@@ -243,30 +238,29 @@ def checked(
     ctx: int,
     bos: bool,
     device: torch.device,
-    ignore: Sequence[str] = (),
-) -> Given:
-    """One of them. near: see `formats.near`. Raises UserError."""
+    ignore: Sequence[str],
+) -> ExternalSAE:
+    """One of them. near: see `basis_gate.near`. Raises UserError."""
     label, h = one.file.label, near[layer]
     sae = sae_files.read(one.file, ignore).to(device)
     F, d = sae.W_enc.shape
     if d != h.shape[1]:
         raise UserError(f"--sae {label}: reads {d} dimensions, and {name} has {h.shape[1]}")
     model = one.declared.model
-    if model and os.path.isabs(model):  # where it lay on somebody's machine is nobody's business
+    if model and os.path.isabs(model):  # results do not keep where it lay on somebody's machine
         model = os.path.basename(model)
     declared = dataclasses.replace(
         one.declared, model=model, basis=one.basis or one.declared.basis, ctx=ctx, bos=bos
     )
     readings = [math.nan]
     if not one.basis:
-        found = sae_files.check_basis(sae, declared.basis, label, layer, near)
-        readings = list(found.values())
+        readings = list(basis_gate.check_basis(sae, declared.basis, label, layer, near).values())
     sae.centred = declared.basis == "centred"
     active = (sae.encode(h)[0] != 0).sum(1).double().mean().item()
-    return Given(
+    return ExternalSAE(
         one.file,
         declared,
-        sae_files.sae_fingerprint(sae),
+        sae_fingerprint(sae),
         d_sae=F,
         k=sae.k or 0,
         typical_k=max(1, round(active)),

@@ -1,9 +1,9 @@
-"""A finish: a trained SAE trained a little more through the model, on what the patch does to its output.
+"""KL finetuning ("finish"): a trained SAE is trained a little more, through the model, on KL(p || p_hat).
 
 Braun et al. 2024 (arXiv:2405.12241) train SAEs on KL(p || p_hat) of the patched run; Karvonen 2025
-(arXiv:2503.17272) does it for the last few percent of the tokens only, with the MSE beside it, and closes
-20-50% of the CE gap. It makes of an SAE one that reconstructs no better and does less harm: which proxies
-notice? Beside it stands the control, as many steps on the MSE alone.
+(arXiv:2503.17272) does it for the last few percent of the tokens, together with the MSE, and closes 20-50% of
+the CE gap. The SAE then reconstructs no better and does less harm: which proxies notice? The control has as
+many steps on the MSE alone.
 
 Shapes: B sequences, T positions, N = B*(T-1) patched positions, F = d_sae, d = d_model; G hooks.
 """
@@ -15,38 +15,37 @@ from typing import Any
 
 from transport_geometry.errors import Fault
 from transport_geometry.measuring.evaluate import evaluate
-from transport_geometry.measuring.metrics import DISTORTION, ITSELF, PROXIES, SIGNED, Sums, computed
+from transport_geometry.measuring.metrics import DISTORTION, IDENTITY, PROXIES, SIGNED, Sums, computed
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import markdown, short, span
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import eval_batch
-from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec, sink_positions
-from transport_geometry.saes.train import Statistics, Training, unit_norm_step
+from transport_geometry.saes.recipes import Statistics, Training, unit_norm_step
+from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec, sinks_of
 from transport_geometry.statistics import stats
 
 import numpy as np
 import scipy
 import torch
+from torch import Tensor
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-SHARE = 0.15  # of the SAE's own tokens that a finish has
-SLOWER = 0.2  # its rate, in those of recipe `base`
+TOKEN_SHARE = 0.15  # tokens of a finish, as a share of the SAE's own
+RATE_FACTOR = 0.2  # its rate over recipe `base`'s
 START, MSE, KL = ARMS = ("start", "mse", "kl")
-OTHERS = ("ce_rec", "dce", "kl", "fed_excess")  # columns beside the proxies
+OTHERS = ("ce_rec", "dce", "kl", "fed_excess")  # columns besides the proxies
 COLUMNS = ["model", "layer", "k", "arm", "steps", "tokens", *(proxy.name for proxy in PROXIES), *OTHERS]
-# what is shown beside them in `moves`
-SHOWN = (("ce_rec", ITSELF), ("kl", DISTORTION), ("fed_excess", SIGNED))
+# rows of `moves` besides the proxies
+SHOWN = (("ce_rec", IDENTITY), ("kl", DISTORTION), ("fed_excess", SIGNED))
 N_RESAMPLES = 2000
 
 
 # ------------------------------------------------------------------------------------------- the training
-def losses(
-    hook: Hook, sae: TopKSAE, input_ids: torch.Tensor, h: torch.Tensor, kind: str
-) -> list[torch.Tensor]:
-    """What a finish lowers, each a scalar per patched position: the squared error |h_hat - h|^2, and for kind
-    "kl" KL(p || p_hat) in nats, all positions that have a target patched at once, as they are evaluated.
+def losses(hook: Hook, sae: TopKSAE, input_ids: Tensor, h: Tensor, kind: str) -> list[Tensor]:
+    """The losses of a finish, means over patched positions: the squared error |h_hat - h|^2 and, for kind
+    "kl", KL(p || p_hat) in nats with all positions that have a target patched at once, as in evaluation.
 
     input_ids [B,T], h [B,T,d]. Differentiable in the SAE's weights.
     """
@@ -62,14 +61,14 @@ def losses(
     return found
 
 
-def finish(hook: Hook, batches: Sequence[torch.Tensor], sae: TopKSAE, kind: str, rate: float) -> TopKSAE:
-    """The SAE after one step on each of batches, [B,T] token ids; as it was for none of them.
+def finish(hook: Hook, batches: Sequence[Tensor], sae: TopKSAE, kind: str, rate: float) -> TopKSAE:
+    """A copy of the SAE after one step on each of batches, [B,T] token ids.
 
-    kind "mse": squared error; "kl": squared error and KL. Each term is divided by what it is in the first
+    kind "mse": squared error; "kl": squared error and KL. Each term is divided by its value in the first
     batch before any step, so that both begin at 1 and no weight is chosen. Adam at `rate`, which falls
-    linearly to 0; decoder rows kept at norm 1 as in recipe `base`; no AuxK, so what is dead stays dead. The
-    rate is that of activations scaled to E|h|^2 = d, as in training: biases, which are in h's own units, take
-    it over the scale. Nothing is drawn. Raises Fault on a loss that is not finite.
+    linearly to 0; decoder rows kept at norm 1 as in recipe `base`; no AuxK, so dead latents stay dead. The
+    rate is for activations scaled to E|h|^2 = d, as in training: biases, which are in h's own units, take it
+    over the scale. Nothing is random. Raises Fault on a loss that is not finite.
     """
     sae = copy.deepcopy(sae).requires_grad_(True)
     start: list[float] = []
@@ -79,7 +78,7 @@ def finish(hook: Hook, batches: Sequence[torch.Tensor], sae: TopKSAE, kind: str,
         input_ids = input_ids.to(hook.device)
         h = hook.head(input_ids)
         if step == 0:
-            optimiser = adam(sae, rate, scale_of(h))
+            optimiser = adam(sae, rate, h)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 1 - i / len(batches))
         terms = losses(hook, sae, input_ids, h, kind)
         start = start or [term.item() for term in terms]
@@ -93,15 +92,9 @@ def finish(hook: Hook, batches: Sequence[torch.Tensor], sae: TopKSAE, kind: str,
     return sae.requires_grad_(False)
 
 
-def scale_of(h: torch.Tensor) -> float:
-    """What h [B,T,d] is multiplied with to have E|h|^2 = d without its sinks."""
-    norms = torch.linalg.vector_norm(h, dim=-1)
-    sink = sink_positions(norms, norms[:, 1:].median().item())
-    return math.sqrt(h.shape[-1] / Statistics.of(h.flatten(0, 1), sink.flatten()).square)
-
-
-def adam(sae: TopKSAE, rate: float, scale: float) -> torch.optim.Adam:
-    """Recipe `base`'s, for an SAE of activations that are not scaled."""
+def adam(sae: TopKSAE, rate: float, h: Tensor) -> torch.optim.Adam:
+    """Recipe `base`'s, for an SAE of activations like h [B,T,d] that are not scaled to E|h|^2 = d."""
+    scale = math.sqrt(h.shape[-1] / Statistics.of(h.flatten(0, 1), sinks_of(h).flatten()).square)
     weights, biases = [sae.W_enc, sae.W_dec], [sae.b_enc, sae.b_dec]
     fused = sae.W_dec.device.type in ("cpu", "cuda")
     groups = [{"params": weights, "lr": rate}, {"params": biases, "lr": rate / scale}]
@@ -109,21 +102,21 @@ def adam(sae: TopKSAE, rate: float, scale: float) -> torch.optim.Adam:
 
 
 def pace(budget: int, d_sae: int, ctx: int) -> tuple[int, int, float]:
-    """(steps, sequences a step, rate) of the finish of an SAE of this budget: SHARE of its tokens, as many a
-    step as it had, at SLOWER times the rate that it had before its decay.
+    """(steps, sequences a step, rate) of the finish of an SAE of this budget: TOKEN_SHARE of its tokens, as
+    many a step as it had, at RATE_FACTOR times the rate that it had before its decay.
     """
     batch, boost = Training.pace(budget)
     sequences = max(1, batch // ctx)
-    steps = max(1, int(SHARE * budget) // (sequences * ctx))
-    return steps, sequences, SLOWER * 2e-4 * math.sqrt(2**14 / d_sae) * boost
+    steps = max(1, int(TOKEN_SHARE * budget) // (sequences * ctx))
+    return steps, sequences, RATE_FACTOR * 2e-4 * math.sqrt(2**14 / d_sae) * boost
 
 
 # ------------------------------------------------------------------------------------------- once per hook
 def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
-    """Rows of finish.csv: the middle SAE of a hook as it is, and after either finish, all on the held-out
-    rows. Finished on the training side, both on the same rows in the same order.
+    """Rows of finish.csv: the middle SAE of a hook as it is and after either finish, measured on the held-out
+    rows. Both are finished on the same rows of the training side in the same order.
 
-    None for an SAE that was not trained here: what is a short finish of it is not known.
+    No rows for an SAE that was not trained here: its budget, and so its finish, is unknown.
     """
     hook, held, middle = eval_set.hook, eval_set.held, eval_set.middle
     if not isinstance(middle.origin, TrainingSpec):
@@ -172,16 +165,10 @@ def moves(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
         up, down = int((change > 0).sum()), int((change < 0).sum())
         known = up + down and np.isfinite(change).all()
         p = float(scipy.stats.binomtest(up, up + down).pvalue) if known else np.nan
-        lo, hi = stats.interval((weights @ change / weights.sum(1))[3:])
-        row: dict[str, Any] = {
-            "metric": name,
-            "up": up,
-            "down": down,
-            "change": float(change.mean()),
-            "lo": lo,
-            "hi": hi,
-        }
-        out.append(row | {"p": p, "shown": len(hooks) >= stats.MIN_CLUSTERS and p < stats.ALPHA})
+        lo, hi = stats.interval((weights @ change / weights.sum(1))[stats.RESAMPLES])
+        row: dict[str, Any] = {"metric": name, "up": up, "down": down, "change": float(change.mean())}
+        shown = len(hooks) >= stats.MIN_CLUSTERS and p < stats.ALPHA
+        out.append(row | {"lo": lo, "hi": hi, "p": p, "shown": shown})
     target = out[0]
     for row in out:
         agrees = (row["up"] > row["down"]) == (target["up"] > target["down"])
@@ -240,18 +227,16 @@ def section(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in found
     ]
     done = [row for row in rows if row["arm"] != START]
-    unknown = any(math.isnan(row["lo"]) for row in found)
+    no_interval = " `undefined`: a model with fewer than 3 hooks, or a score that is not defined."
     return TEXT.format(
         answer=answer(found, rows),
         tokens=" or ".join(f"{n:,}" for n in sorted({row["tokens"] for row in done})),
         steps=" or ".join(map(str, sorted({row["steps"] for row in done}))),
-        slower=SLOWER,
+        slower=RATE_FACTOR,
         by_hook=markdown(shown, list(shown[0])) + "\n\nAs trained → MSE finish → KL finish.",
         hooks=len(by_hook),
         proxies=markdown(proxies, list(proxies[0])),
-        no_interval=" `undefined`: a model with fewer than 3 hooks, or a score that is not defined."
-        if unknown
-        else "",
+        no_interval=no_interval if any(math.isnan(row["lo"]) for row in found) else "",
     )
 
 
@@ -270,11 +255,8 @@ def answer(found: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
         p = short(target["p"])
         return f"{moved} (p = {p}): not shown to move, so no proxy can be said to notice or to miss it."
     groups = []
-    for says, words in (
-        ("notices", "what notices"),
-        ("fooled", "what goes the other way"),
-        ("not shown", "neither"),
-    ):
+    words = {"notices": "what notices", "fooled": "what goes the other way", "not shown": "neither"}
+    for says, what in words.items():
         names = [row["metric"] for row in found if row["says"] == says and row["metric"] not in OTHERS]
-        groups.append(f"{words}: {', '.join(names) or 'none'}")
+        groups.append(f"{what}: {', '.join(names) or 'none'}")
     return f"{moved}. Of the proxies, {'; '.join(groups)}."

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: the model, what determines one that is trained here, and the folder in which it lies.
+"""Sparse autoencoders: the model, all that determines one trained here, and its folder.
 
 Shapes: N tokens, d = d_model, F = d_sae, k = active latents. Gao et al. 2024, arXiv:2406.04093.
 """
@@ -19,6 +19,7 @@ from transport_geometry.records.tables import as_json, readable_count
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
 
@@ -26,19 +27,19 @@ SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, a
 class SAE(torch.nn.Module):
     """Any SAE whose code is a function of single tokens, for raw activations."""
 
-    W_enc: torch.Tensor  # [F,d]
-    b_enc: torch.Tensor  # [F]
-    W_dec: torch.Tensor  # [F,d]
-    b_dec: torch.Tensor  # [d]
+    W_enc: Tensor  # [F,d]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F,d]
+    b_dec: Tensor  # [d]
     k: int | None  # active latents, where their number is fixed
 
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [N,d] -> values [N,K], 0 where a latent is not active, and indices [N,K], ascending within a
         token.
         """
         raise NotImplementedError
 
-    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def reconstruct(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(values, indices, h_hat [N,d])."""
         raise NotImplementedError
 
@@ -51,28 +52,26 @@ class TopKSAE(SAE):
 
     k: int
 
-    def __init__(
-        self, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, k: int
-    ):
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int):
         super().__init__()
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
             torch.nn.Parameter(t) for t in (W_enc, b_enc, W_dec, b_dec)
         )
         self.k = k
 
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.topk_encode(h - self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """h_hat [N,d]."""
         return kernels.sparse_decode(values, indices, self.W_dec, self.b_dec)
 
-    def reconstruct(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def reconstruct(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, indices = self.encode(h)
         return values, indices, self.decode(values, indices)
 
 
-def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> TopKSAE:
+def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: Tensor) -> TopKSAE:
     """Decoder rows of unit norm in random directions, the encoder their copy (drawn on the CPU: the same on
     every device).
     """
@@ -82,7 +81,7 @@ def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: torch.Tensor) -> Top
 
 
 # ------------------------------------------------------------------------------------------- activations
-def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
+def sink_positions(norms: Tensor, median: float) -> Tensor:
     """[B,T] bool: position 0, and every position whose norm exceeds SINK_FACTOR times the median over
     positions >= 1.
     """
@@ -91,8 +90,14 @@ def sink_positions(norms: torch.Tensor, median: float) -> torch.Tensor:
     return sinks
 
 
-def must_vary(h: torch.Tensor, about: str) -> None:
-    """Raises Fault where the activations h [n,d] are all one, up to float32's rounding."""
+def sinks_of(h: Tensor) -> Tensor:
+    """`sink_positions` [B,T] of h [B,T,d], by its own median norm."""
+    norms = torch.linalg.vector_norm(h, dim=-1)
+    return sink_positions(norms, norms[:, 1:].median().item())
+
+
+def must_vary(h: Tensor, about: str) -> None:
+    """Raises Fault where the activations h [n,d] are all equal, up to float32's rounding."""
     if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():
         raise Fault(
             f"{about}: the activations of {len(h)} tokens do not vary, so there is nothing to train or to "
@@ -105,7 +110,7 @@ WEIGHTS, CHECKPOINT = "sae.safetensors", "checkpoint.pt"
 
 
 def save_sae(folder: pathlib.Path, sae: TopKSAE, made_by: Mapping[str, Any], **seen: Any) -> None:
-    """Folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), and provenance.json with what
+    """Write a folder in EleutherAI sparsify's format (cfg.json, sae.safetensors), with provenance.json: what
     determined it, and what else was seen. Raises Fault.
     """
     d_sae, d = sae.W_dec.shape
@@ -146,12 +151,12 @@ def load_sae(folder: pathlib.Path, device: torch.device) -> TopKSAE:
 class TrainingSpec:
     """All that determines an SAE trained here."""
 
-    model: str  # as results call it
+    model: str  # its name in results
     weights: str  # hash of what the model computes
     tokenizer: str  # hash
     dtype: str
     layer: int
-    data: str  # how its text is called, which determines nothing
+    data: str  # the name of its text, which determines nothing
     data_content: str  # hash or commit
     split: str
     ctx: int
@@ -164,20 +169,20 @@ class TrainingSpec:
     seed: int
     recipe: str
     sinks: str
-    bos: int | None = None  # the token that rows begin with, if any
+    bos: int | None = None  # the token at the beginning of rows, if any
     instructions: str | None = None  # `any x86-64` where the bytes are the same on every one
 
     def facts(self) -> dict[str, Any]:
-        """In JSON's types, as provenance.json keeps it."""
+        """In JSON's types, as in provenance.json."""
         facts = dataclasses.asdict(self) | {"trunk": list(self.trunk)}
         return {name: value for name, value in facts.items() if value is not None}
 
     def identity(self) -> dict[str, Any]:
-        """What is in its text determines an SAE, how the text is called does not."""
+        """All that determines the SAE: not the name of its text."""
         return {name: value for name, value in self.facts().items() if name != "data"}
 
     def folder(self, cache: pathlib.Path) -> pathlib.Path:
-        """Where it lies: a name to read and a short hash of everything that determines it."""
+        """A readable name with a short hash of everything that determines it."""
         short = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
         # a file name has 255 bytes at most
         model = pathlib.Path(self.model.replace("/", "--").lstrip(".-")).name[:100]
@@ -186,9 +191,7 @@ class TrainingSpec:
 
 
 def is_whole(folder: pathlib.Path, spec: TrainingSpec) -> bool:
-    """Is this SAE in its folder? Raises Damaged where something else is, or what was there is not as it was
-    written.
-    """
+    """Is this SAE in its folder? Raises Damaged where the folder holds another or its files have changed."""
     record = folder / store.PROVENANCE
     there = store.load(record)
     other = [name for name, value in spec.identity().items() if there and there.get(name) != value]

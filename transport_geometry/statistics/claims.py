@@ -1,10 +1,10 @@
 """The claim *here*: what proxies do on the SAEs that were measured, on these layers of these models.
 
-The units are evaluation documents, and seeds where a model has several, so that one hook is enough to answer.
-What proxies do on other hooks is the claim *in general*, which `leaderboard` tests over hooks; a number of
-the one says nothing about the other.
+The units are evaluation documents, and seeds where a model has several, so one hook is enough. What proxies
+do on other hooks is the claim *in general*, which `leaderboard` tests over hooks; neither says anything about
+the other.
 
-Shapes: C SAEs, W weightings of the documents (0 all, 1 half A, 2 half B, 3.. resamples), R draws, P pairs.
+Shapes: C SAEs, W weightings of the documents (`resampling.ALL`, ...), R draws, P pairs.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,26 @@ from dataclasses import asdict, dataclass
 from transport_geometry.records.tables import bounds, estimate, markdown, percent, signed
 from transport_geometry.reporting.console import models_in_words, number
 from transport_geometry.statistics.stats import (
+    ALL,
+    ESTIMATE,
     MIN_CLUSTERS,
+    N_FIXED,
+    RESAMPLES,
+    SeedDraws,
     correlation,
     document_interval,
-    given,
+    k_dummies,
     percentiles,
+    rank_residual,
     seed_draws,
-    unit_residual,
     weighted_design,
-    weighted_ranks,
 )
 
 import numpy as np
 
 R2, SWD = "r2", "swd_tok"
 MARGIN = 0.05  # of CE_rec: two SAEs that are closer do not count as a pair to be ordered
+SHARED = ("model", "k", "tokens")  # columns in which both SAEs of a pair are equal
 # columns of a leaderboard; `partial` and `diff_r2` themselves stand in front
 COLUMNS = (
     "partial_here_lo partial_here_hi diff_r2_here_lo diff_r2_here_hi swd_here swd_here_lo swd_here_hi "
@@ -37,84 +42,70 @@ ARMS = {"keep": "sinks keep", "drop": "sinks drop"}  # of --sinks: their strata
 
 
 # ------------------------------------------------------------------------------------------------ which SAEs
-def arm_of(sae: str) -> str:
-    """Of --sinks, from an SAE's name (`grid.sae_name`).
-
-    >>> arm_of("topk-x4"), arm_of("topk-x4-nosinks")
-    ('sinks keep', 'sinks drop')
-    """
-    return ARMS["drop" if sae.endswith("-nosinks") else "keep"]
-
-
 def arms(meta: dict) -> dict[str, np.ndarray]:
-    """{stratum: which SAEs [C] bool}: the arms of --sinks, where there are both."""
-    arm = np.array([arm_of(str(sae)) for sae in meta.get("sae", [])])
-    found = {name: arm == name for name in ARMS.values()}
+    """{stratum: which SAEs [C] bool}: the arms of --sinks, by the names of the SAEs, where there are both."""
+    dropped = np.array([str(sae).endswith("-nosinks") for sae in meta.get("sae", [])], bool)
+    found = {ARMS["keep"]: ~dropped, ARMS["drop"]: dropped}
     return found if all(here.any() for here in found.values()) else {}
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """SAEs that a proxy has to put in order: a[p] and b[p] are a pair."""
+class SAEPairs:
+    """Pairs of SAEs that a proxy has to put in order: a[p] and b[p]."""
 
     a: np.ndarray  # [P] of C
     b: np.ndarray  # [P]
 
     def difference(self, v: np.ndarray) -> np.ndarray:
-        """Of v [..., C], a less b: [..., P]."""
+        """v [..., C] of a minus that of b: [..., P]."""
         return v[..., self.a] - v[..., self.b]
 
 
-def clear_pairs(ce_rec: np.ndarray, meta: dict) -> Pairs:
+def clear_pairs(ce_rec: np.ndarray, meta: dict) -> SAEPairs:
     """Pairs of one model, k and budget whose CE_rec [W, C] differ by MARGIN or more, and not by chance: the
-    95% interval of the difference over documents leaves 0 out.
+    95% interval of the difference over documents excludes 0.
     """
     a, b = np.triu_indices(ce_rec.shape[1], 1)
-    same = np.all([np.asarray(meta[name])[a] == np.asarray(meta[name])[b] for name in OF_A_PAIR], axis=0)
-    pairs = Pairs(a[same], b[same])
-    if len(ce_rec) <= 3 or not len(pairs.a):
-        return Pairs(pairs.a[:0], pairs.b[:0])
+    same = np.all([np.asarray(meta[name])[a] == np.asarray(meta[name])[b] for name in SHARED], axis=0)
+    pairs = SAEPairs(a[same], b[same])
+    if len(ce_rec) <= N_FIXED or not len(pairs.a):
+        return SAEPairs(pairs.a[:0], pairs.b[:0])
     delta = pairs.difference(ce_rec)
-    lo, hi = percentiles(delta[3:])
-    clear = (np.abs(delta[0]) >= MARGIN) & ((lo > 0) | (hi < 0))
-    return Pairs(pairs.a[clear], pairs.b[clear])
-
-
-OF_A_PAIR = ("model", "k", "tokens")  # what both SAEs of one share
+    lo, hi = percentiles(delta[RESAMPLES])
+    clear = (np.abs(delta[ALL]) >= MARGIN) & ((lo > 0) | (hi < 0))
+    return SAEPairs(pairs.a[clear], pairs.b[clear])
 
 
 # ------------------------------------------------------------------------------------------------ the columns
-def here(
-    scores: dict[str, np.ndarray], target: np.ndarray, meta: dict, n_documents: int, pairs: Pairs | None
+def document_columns(
+    scores: dict[str, np.ndarray], target: np.ndarray, meta: dict, n_documents: int, pairs: SAEPairs | None
 ) -> dict[str, dict[str, float]]:
     """{proxy: COLUMNS} of scores {proxy: [W, C]}, larger = better. pairs: those to order, or None.
 
     partial_here, diff_r2_here: intervals of partial Spearman with the target given k, and of its difference
-    to R^2's. swd_here: SWD's less the proxy's. right: share of the pairs that the proxy orders as the target
-    does; right_r2: less R^2's share; right_swd: SWD's share less the proxy's. Proxy and target always stand
-    under the same resample (`stats.document_interval`). nan: R^2 or SWD is no proxy here, or one value is not
-    finite.
+    to R^2's. swd_here: SWD's minus the proxy's. right: share of the pairs that the proxy orders as the target
+    does; right_r2: minus R^2's share; right_swd: SWD's share minus the proxy's. Proxy and target are always
+    under the same resample (`document_interval`). nan: R^2 or SWD is not among the proxies, or one value is
+    not finite.
     """
-    which, weights, sources = seed_draws(meta, len(target))
-    design = weighted_design(weights, given(meta))
-
-    def unit_ranks(v: np.ndarray) -> np.ndarray:
-        return unit_residual(weighted_ranks(v[which], weights), design)
-
-    of_target = unit_ranks(target)
-    partial = {name: correlation(unit_ranks(s), of_target) for name, s in scores.items()}
-    nothing = np.full(len(which), np.nan)
+    draws = seed_draws(meta, len(target))
+    design = weighted_design(draws.weights, k_dummies(meta))
+    of_target = rank_residual(target[draws.documents], design)
+    partial = {
+        name: correlation(rank_residual(s[draws.documents], design), of_target) for name, s in scores.items()
+    }
+    nothing = np.full(len(draws.documents), np.nan)
     right = dict.fromkeys(scores, nothing)
     if pairs is not None and len(pairs.a):
-        right = {name: share_right(s, target, pairs, which, weights) for name, s in scores.items()}
+        right = {name: share_right(s, target, pairs, draws) for name, s in scores.items()}
 
-    def ends(key: str, draws: np.ndarray, n_ranked: int = 0) -> dict[str, float]:
-        lo, hi = document_interval(draws, sources, n_documents, n_ranked)
+    def ends(key: str, values: np.ndarray, n_ranked: int = 0) -> dict[str, float]:
+        lo, hi = document_interval(values, draws.sources, n_documents, n_ranked)
         return {f"{key}_lo": lo, f"{key}_hi": hi}
 
-    def shares(key: str, draws: np.ndarray, least: float) -> dict[str, float]:
-        found = {key: float(draws[0])} | ends(key, draws)
-        return found | {end: float(np.clip(found[end], least, 1)) for end in (f"{key}_lo", f"{key}_hi")}
+    def shares(key: str, values: np.ndarray, least: float) -> dict[str, float]:
+        within = {end: float(np.clip(v, least, 1)) for end, v in ends(key, values).items()}
+        return {key: float(values[ESTIMATE])} | within
 
     cells = {}
     for name in scores:
@@ -123,7 +114,7 @@ def here(
         cells[name] = {
             **ends("partial_here", partial[name], target.shape[1]),
             **ends("diff_r2_here", minus_r2),
-            "swd_here": float(swd_minus[0]),
+            "swd_here": float(swd_minus[ESTIMATE]),
             **ends("swd_here", swd_minus),
             "pairs": np.nan if pairs is None else len(pairs.a),
             **shares("right", right[name], 0),
@@ -133,18 +124,16 @@ def here(
     return cells
 
 
-def share_right(
-    score: np.ndarray, target: np.ndarray, pairs: Pairs, which: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """[R]: share of the pairs whose score and target, both [W, C], differ the same way, under the draws of
-    `stats.seed_draws`; a tie is no order. nan where a score is not finite.
+def share_right(score: np.ndarray, target: np.ndarray, pairs: SAEPairs, draws: SeedDraws) -> np.ndarray:
+    """[R]: share of the pairs whose score and target, both [W, C], differ in the same direction; a tie has
+    none. nan where a score is not finite.
     """
     if not np.isfinite(score).all():
-        return np.full(len(which), np.nan)
+        return np.full(len(draws.documents), np.nan)
     agree = np.sign(pairs.difference(score)) == np.sign(pairs.difference(target))
-    weight = weights[:, pairs.a] * weights[:, pairs.b]
+    weight = draws.weights[:, pairs.a] * draws.weights[:, pairs.b]
     with np.errstate(invalid="ignore"):
-        return (agree[which] * weight).sum(1) / weight.sum(1)
+        return (agree[draws.documents] * weight).sum(1) / weight.sum(1)
 
 
 # ------------------------------------------------------------------------------------------- the word on H2
@@ -309,6 +298,6 @@ HOW_TO_READ = (
 
 
 def how_to_read(settings: dict, behind: str) -> str:
-    """Under the table. behind: what the intervals resample, as `results.behind` says it."""
+    """Under the table. behind: what the intervals resample, as `results.describe_units` says it."""
     several = len(settings["seeds"]) > 1
     return HOW_TO_READ.format(behind=behind, seeds=" and seeds" if several else "", margin=MARGIN)

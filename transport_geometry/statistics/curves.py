@@ -1,13 +1,13 @@
-"""Curves of CE_rec over k and over token budgets, and what is read off them: the smallest k that reaches a
-value (k*, whose ratio across models is the sparsity tax), and the limit that more tokens would lead to.
+"""Curves of CE_rec over k and over token budgets: k*, the smallest k that reaches a value (its ratio across
+models is the sparsity tax), and the limit at infinitely many tokens.
 """
 
 import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry.statistics import stats
 from transport_geometry.statistics.hook_pair import Conditions, mean_over
+from transport_geometry.statistics.stats import ESTIMATE, RESAMPLES, bootstrap_weights, interval
 
 import numpy as np
 
@@ -17,8 +17,8 @@ MIN_BUDGETS = 5  # for a power law
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """CE_rec, mean over seeds, [3 + n, k, budgets] of every (model, depth): the estimate, which stands thrice
-    as in `stats.bootstrap_weights`, then n resamples.
+    """CE_rec, mean over seeds, of every (model, depth): [3 + n, k, budgets], all documents and two halves of
+    them, then n resamples of seeds and documents.
     """
 
     k: np.ndarray
@@ -29,7 +29,7 @@ class Curves:
     def of(cls, conditions: Conditions, n_resamples: int) -> "Curves":
         """Resamples seeds within models, and documents with them; nan where a model has one seed."""
         meta, units = conditions.meta, ("model", "seed")
-        w = stats.bootstrap_weights(meta, n_resamples, 0, clusters=units, stratum="model", least=2)
+        w = bootstrap_weights(meta, n_resamples, 0, clusters=units, least=2)
         # resample r of the documents with resample r of the seeds
         values = conditions.values["ce_rec"][: len(w)]
         k, budgets = np.unique(meta["k"]), np.unique(meta["tokens"])
@@ -78,12 +78,12 @@ class KStar:
 
     @property
     def cell(self) -> tuple:
-        """What models are compared in."""
+        """Models are compared within one."""
         return self.depth, self.recipe, self.sinks, self.tokens, self.target
 
     @property
     def estimate(self) -> float:
-        return float(self.draws[0])
+        return float(self.draws[ESTIMATE])
 
     def word(self, k: float) -> float | str:
         """A number, nan, or text where it lies beyond the grid."""
@@ -93,8 +93,8 @@ class KStar:
 
     def words(self) -> tuple[float | str, float | str, float | str]:
         """(value, lo, hi), with a 95% percentile interval of draws that may be infinite."""
-        known = self.draws[3:][~np.isnan(self.draws[3:])]
-        lo, hi = np.nan, np.nan
+        resampled = self.draws[RESAMPLES]
+        known, lo, hi = resampled[~np.isnan(resampled)], np.nan, np.nan
         if len(known):
             lo, hi = np.quantile(known, [0.025, 0.975], method="inverted_cdf")
         return self.word(self.estimate), self.word(lo), self.word(hi)
@@ -140,7 +140,8 @@ def power_law(tokens: np.ndarray, ce: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def laws(curves: Curves, recipe: str, sinks: str, decay: bool) -> list[dict]:
     """Rows: the power law over budgets of every model, depth and k.
 
-    decay: whether every budget has one of its own; else they are checkpoints of one run, and not fitted.
+    decay: whether the learning rate decays at the end of every budget; else budgets are checkpoints of one
+    run, and nothing is fitted.
     """
     rows = []
     for (model, depth), ce in curves.ce.items():
@@ -148,9 +149,9 @@ def laws(curves: Curves, recipe: str, sinks: str, decay: bool) -> list[dict]:
             limit, exponent, lo, hi = np.nan, np.nan, np.nan, np.nan
             if decay and len(curves.budgets) >= MIN_BUDGETS:
                 limits, exponents = power_law(curves.budgets, ce[:, i])
-                limit, exponent = limits[0], exponents[0]
+                limit, exponent = limits[ESTIMATE], exponents[ESTIMATE]
                 if np.isfinite(limit):
-                    lo, hi = stats.interval(limits[3:])
+                    lo, hi = interval(limits[RESAMPLES])
             row = dict(model=model, depth=depth, recipe=recipe, sinks=sinks, k=int(k))
             rows.append(row | dict(limit=limit, limit_lo=lo, limit_hi=hi, exponent=exponent))
     return rows

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from transport_geometry.records.tables import grouped
-from transport_geometry.statistics.hook_pair import Conditions, Pair, mismatch
+from transport_geometry.statistics import stats
+from transport_geometry.statistics.hook_pair import Conditions, ModelPair, mismatch
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def delta_rows(
     return rows
 
 
-def tree_cells(pair: Pair, last: int, before: int) -> list[dict[str, Any]]:
+def tree_cells(pair: ModelPair, last: int, before: int) -> list[dict[str, Any]]:
     """Rows of (depth, k) at the budget `last`: live latents in both models, how far CE_rec moved since the
     budget `before`, Delta CE_rec with its 90% interval, standard error over documents and variance over
     seeds, and the transfer gap of R^2.
@@ -105,7 +106,7 @@ def seed_correlation(conditions: Conditions) -> float:
     pairing be justified? nan with fewer than three pairs.
     """
     names = ["model", "depth", "recipe", "sae", "k", "tokens"]
-    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][0]]
+    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][stats.ALL]]
     cells = grouped([dict(zip([*names, "ce"], row)) for row in zip(*columns)], names)
     pairs: list[tuple[float, float]] = []
     for (model, *cell), here in cells.items():  # conditions come sorted by seed

@@ -1,8 +1,7 @@
-"""The SAEs of a smaller and of a larger model compared, or of two hooks: what the deltas and the tree of
-Exp-A are made of.
+"""Exp-A's comparison of the SAEs of a smaller and a larger model, or of two hooks.
 
-Shapes: C conditions (trained SAEs), W weightings of the evaluation documents (all, even, odd, resamples), R
-replicates of seeds and documents, of which the first is the estimate.
+Shapes: C conditions (trained SAEs), W weightings of the evaluation documents (`resampling.ALL`, ...), R draws
+of seeds and documents, of which the first is the estimate.
 """
 
 import dataclasses
@@ -11,8 +10,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry.measuring.metrics import oriented
+from transport_geometry.measuring.metrics import as_score
 from transport_geometry.statistics import stats
+from transport_geometry.statistics.stats import ALL, ESTIMATE
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def mean_over(values: np.ndarray, w: np.ndarray, here: np.ndarray) -> np.ndarray
 class Conditions:
     """C conditions, in columns."""
 
-    values: dict[str, np.ndarray]  # {metric: [W,C]}, as `results.measured` has them
+    values: dict[str, np.ndarray]  # {metric: [W,C]}, as `results.load_measurements` has them
     meta: dict[str, np.ndarray]  # {name: [C]}
     alive: np.ndarray  # [C], fraction of latents
     models: list[str]  # from the smallest to the largest
@@ -56,34 +56,32 @@ class Conditions:
         meta = self.meta | {"model": hooks, "depth": np.full(len(hooks), depth)}
         return dataclasses.replace(self, meta=meta, models=list(dict.fromkeys(hooks.tolist())))
 
-    def pair(self, small: str, large: str) -> "Pair":
+    def pair(self, small: str, large: str) -> "ModelPair":
         """The conditions of two models."""
-        part = self.only(np.isin(self.meta["model"], [small, large]))
-        return Pair(part.values, part.meta, part.alive, [small, large], part.n_doc)
+        part = self.of([small, large])
+        return ModelPair(part.values, part.meta, part.alive, part.models, part.n_doc)
 
 
-class Pair(Conditions):
+class ModelPair(Conditions):
     """The conditions of a smaller and a larger model. Delta: larger minus smaller."""
 
     @functools.cached_property
-    def replicates(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """(rows [R] of W, weights [R,C], {model or "documents": its rows of R}), see `stats.seed_draws`."""
+    def draws(self) -> stats.SeedDraws:
         return stats.seed_draws(self.meta, len(self.values["ce_rec"]))
 
     @property
     def sources(self) -> dict[str, np.ndarray]:
-        """{source of variation: its rows of R}: the seeds of each model, the documents."""
-        return self.replicates[2]
+        """{source of variation: its draws of R}: the seeds of each model, the documents."""
+        return self.draws.sources
 
     def grid(self, *names: str) -> list[dict]:
-        """Every combination of what these columns hold."""
+        """Every combination of the values of these columns."""
         columns = [np.unique(self.meta[name]) for name in names]
         return [dict(zip(names, cell)) for cell in itertools.product(*columns)]
 
     def mean(self, metric: str, **cell: Any) -> np.ndarray:
         """Mean [R] of a metric over the conditions of a cell."""
-        rows, w, _ = self.replicates
-        return mean_over(self.values[metric][rows], w, self.mask(**cell))
+        return mean_over(self.values[metric][self.draws.documents], self.draws.weights, self.mask(**cell))
 
     def delta(self, metric: str, **cell: Any) -> np.ndarray:
         """Delta [R] of a metric in a cell."""
@@ -93,7 +91,7 @@ class Pair(Conditions):
     def by_seed(self, metric: str, **cell: Any) -> list[np.ndarray]:
         """A metric on all documents, in the smaller and in the larger model: each [n], by seed."""
         masks = [self.mask(model=model, **cell) for model in self.models]
-        return [self.values[metric][0, mask][np.argsort(self.meta["seed"][mask])] for mask in masks]
+        return [self.values[metric][ALL, mask][np.argsort(self.meta["seed"][mask])] for mask in masks]
 
     def interval(self, draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
         """Student interval of a statistic [R] over seeds and documents (`stats.t_interval`)."""
@@ -104,27 +102,24 @@ class Pair(Conditions):
         return stats.ratio_interval(numerator, denominator, self.sources, self.n_doc)
 
     def seed_variance(self, draws: np.ndarray) -> float:
-        """The part of a statistic's variance that its seeds make (`stats.spread`)."""
-        total, _ = stats.spread(
-            draws[None], {model: self.sources[model] for model in self.models}, self.n_doc
-        )
-        return float(total[0, 0])
+        """The part of a statistic's variance that comes from seeds (`stats.spread`)."""
+        of_seeds = {model: self.sources[model] for model in self.models}
+        return float(stats.spread(draws[None], of_seeds, self.n_doc)[0][0, 0])
 
-    def transfer_gap(self, score: str, judged: np.ndarray, documents: int = 0) -> tuple[float, float]:
+    def transfer_gap(self, score: str, judged: np.ndarray, documents: int = ALL) -> tuple[float, float]:
         """(Gamma, in_range) of a score (`stats.transfer_gap`), judged on the conditions of a mask [C].
-
-        documents: the row of W, 0 all of them, 1 and 2 the even and the odd ones.
+        documents: ALL, HALF_A or HALF_B.
         """
-        x, ce = oriented(score, self.values[score])[documents], self.values["ce_rec"][documents]
+        x, ce = as_score(score, self.values[score])[documents], self.values["ce_rec"][documents]
         gamma, in_range = stats.transfer_gap(x, ce, self.meta, self.models, judged=judged)
         return float(gamma[0]), float(in_range[0])
 
     def transfer_gap_draws(self, score: str, judged: np.ndarray) -> tuple[np.ndarray, float]:
         """(Gamma [R], in_range) of a score, judged on the conditions of a mask [C]."""
-        rows, w, _ = self.replicates
-        x, ce = oriented(score, self.values[score])[rows], self.values["ce_rec"][rows]
+        rows, w = self.draws.documents, self.draws.weights
+        x, ce = as_score(score, self.values[score])[rows], self.values["ce_rec"][rows]
         gamma, in_range = stats.transfer_gap(x, ce, self.meta, self.models, w, judged=judged)
-        return gamma, float(in_range[0])
+        return gamma, float(in_range[ESTIMATE])
 
 
 def mismatch(

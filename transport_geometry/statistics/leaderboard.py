@@ -2,21 +2,25 @@
 shown.
 
 Arrays as in `stats`: scores {proxy: [W, C]}, larger = better; target [W, C]; magnitude [W, C], the distortion
-behind the target; C conditions under W weightings of the documents (0 all, 1 half A, 2 half B, 3..
-resamples). `meta` {column: [C]}, `models` from the smallest to the largest. A board is a list of table rows,
-of LEADERBOARD.
+behind the target; C conditions under W weightings of the documents (`resampling.ALL`, ...). `meta` {column:
+[C]}, `models` from the smallest to the largest. A board is a list of table rows, of LEADERBOARD.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS, oriented
+from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS, as_score
 from transport_geometry.records.results import Measured
 from transport_geometry.reporting import console as console
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.stats import (
+    ALL,
     ALPHA,
+    ESTIMATE,
+    HALF_A,
+    HALF_B,
     MIN_CLUSTERS,
+    RESAMPLES,
     Dependence,
     bootstrap_weights,
     cluster_ids,
@@ -24,13 +28,14 @@ from transport_geometry.statistics.stats import (
     dependence,
     depth_weights,
     flip_test,
-    given,
     interval,
+    k_dummies,
     loho_errors,
     mean_by_hook,
     noise_ceiling,
     partial_spearman,
     proxy_errors,
+    rank_residual,
     resample_index,
     smallest_detectable,
     stretched_interval,
@@ -54,52 +59,48 @@ MAGNITUDE = {"ce_rec": "dce", "kl": "kl"}  # target -> the distortion whose size
 R2, SWD = "r2", "swd_tok"
 
 Scores = dict[str, np.ndarray]
+Columns = dict[str, dict]  # {proxy: some of its row's cells}
 
 
 # ----------------------------------------------------------------------------------------------- the controls
-def _best(values: dict[str, float], sign: int = 1) -> str | None:
-    """Name of the largest (sign -1: smallest) value; None when all are nan."""
-    known = {name: sign * value for name, value in values.items() if not np.isnan(value)}
-    return max(known, key=known.__getitem__, default=None)
-
-
+# each is chosen on half A, to be tested on half B; None when the criterion is undefined for all of them
 def best_control(scores: Scores, target: np.ndarray, meta: dict, controls: Sequence[str]) -> str | None:
-    """The control with the highest partial Spearman on half A, to be tested on half B; None when none is
-    defined.
-    """
-    return _best(
-        {name: partial_spearman(scores[name][1], target[1], meta) for name in controls if name in scores}
-    )
+    """The control with the highest partial Spearman."""
+    half_a = _on_half_a(scores, controls)
+    return _smallest({name: -partial_spearman(x, target[HALF_A], meta) for name, x in half_a.items()})
 
 
 def best_by_loho(scores: Scores, magnitude: np.ndarray, meta: dict, controls: Sequence[str]) -> str | None:
-    """The control with the smallest leave-one-hook-out error on half A, to be tested on half B; None when
-    none is defined.
-    """
-    ids = cluster_ids(meta)
-    square_errors = {
-        name: loho_errors(scores[name][1], magnitude[1], meta) ** 2 for name in controls if name in scores
-    }
-    return _best({name: float(mean_by_hook(e, ids).mean()) for name, e in square_errors.items()}, sign=-1)
+    """The control with the smallest leave-one-hook-out error."""
+    ids, half_a = cluster_ids(meta), _on_half_a(scores, controls)
+    errors = {name: loho_errors(x, magnitude[HALF_A], meta) for name, x in half_a.items()}
+    return _smallest({name: float(mean_by_hook(e**2, ids).mean()) for name, e in errors.items()})
 
 
 def best_by_gamma(
     scores: Scores, target: np.ndarray, meta: dict, models: list[str], controls: Sequence[str]
 ) -> str | None:
-    """The control with the smallest transfer gap on half A, to be tested on half B; None when none is
-    defined.
-    """
-    gaps = {
-        name: transfer_gap(scores[name][1], target[1], meta, models)[0] for name in controls if name in scores
-    }
-    return _best({name: abs(float(gamma[0])) for name, gamma in gaps.items()}, sign=-1)
+    """The control with the smallest transfer gap."""
+    half_a = _on_half_a(scores, controls)
+    gaps = {name: transfer_gap(x, target[HALF_A], meta, models)[0] for name, x in half_a.items()}
+    return _smallest({name: abs(float(gamma[0])) for name, gamma in gaps.items()})
+
+
+def _on_half_a(scores: Scores, controls: Sequence[str]) -> Scores:
+    return {name: scores[name][HALF_A] for name in controls if name in scores}
+
+
+def _smallest(values: dict[str, float]) -> str | None:
+    """Name of the smallest value; None when all are nan."""
+    known = {name: value for name, value in values.items() if not np.isnan(value)}
+    return min(known, key=known.__getitem__, default=None)
 
 
 # -------------------------------------------------------------------------------------------------- the board
 @dataclass(frozen=True)
 class Stratum:
-    """C conditions, all of them or those of one model, and how every proxy correlates with the target there:
-    under R draws, each with its weights of the conditions and its weighting of the documents.
+    """C conditions, all of them or a part, and how every proxy correlates with the target there, under R
+    draws, each with its weights of the conditions and its weighting of the documents.
     """
 
     scores: Scores
@@ -107,11 +108,10 @@ class Stratum:
     meta: dict
     draws: dict[str, dict[str, np.ndarray]]  # {proxy: {statistic: [R]}}
     ranks: dict[str, np.ndarray]  # {proxy: [C]} on all documents
-    # {weighting of the documents, 0 all and 2 half B: {proxy: what its errors make of the hooks}}
-    hooks: dict[int, dict[str, Dependence]]
+    hooks: dict[int, dict[str, Dependence]]  # {ALL and HALF_B: {proxy: how far its errors make hooks alike}}
 
     def compared(self, name: str, base: str | None, half: int) -> Dependence:
-        """The hooks for a comparison of two proxies: as the one of them says that leaves fewer."""
+        """The hooks in a comparison of two proxies: of the proxy that leaves fewer effective ones."""
         of = self.hooks[half]
         return min((of[one] for one in (name, base) if one in of), key=lambda d: d.n_effective)
 
@@ -136,99 +136,93 @@ def board(
     Intervals and p are about hooks in general, and nan where fewer than MIN_CLUSTERS of them are effective;
     those of `claims.COLUMNS` are about these SAEs, and resample documents (and seeds) alone.
 
-    phi: correlation of the proxy's errors between neighbouring hooks (`stats.dependence`); n_effective: as
-    how many independent hooks they count; n_effective_r2, n_effective_control: in a comparison, the fewer of
-    the two proxies'. Intervals and null distributions are stretched by sqrt(hooks / effective ones), but for
-    gamma's.
-
     Intervals: bootstrap over hooks (of gamma: over depths), nested with the shared resamples of the
-    documents. diff_r2, p_r2: on all documents. r2 against itself is 0 with p = 1, as is every row of the same
-    ranks. diff_control, p_control: control chosen in that stratum on half A, everything computed on half B,
-    whose interval resamples hooks only (there is no resample within a half). The chosen control itself: 0
-    with p = 1. gamma, in_range: pooled only. same_ranks_as: the first earlier proxy that ranks the conditions
-    identically; such a row adds no test to a count. loho, loho_bias: root mean square and mean of
-    `loho_errors` of the magnitude, on all documents; in a model's rows its own hooks, predicted from all
-    others. diff_loho_control, p_loho: how much smaller the error is than `loho_control`'s, the best on half A
-    (`best_by_loho`), on half B; signs flipped over hooks.
+    documents. They and the null distributions, except gamma's, are stretched by sqrt(hooks / effective ones).
+    diff_r2, p_r2: on all documents. r2 against itself is 0 with p = 1, as is every row of the same ranks.
+    diff_control, p_control: the control is chosen in that stratum on half A, everything is computed on half
+    B, and the interval resamples hooks only (there is no resample within a half). The chosen control itself:
+    0 with p = 1.
+    gamma, in_range: pooled only.
+    same_ranks_as: the first earlier proxy that ranks the conditions identically; such a row adds no test to a
+    count.
+    loho, loho_bias: root mean square and mean of `loho_errors` of the magnitude, on all documents; in a
+    model's rows its own hooks, predicted from all others. diff_loho_control, p_loho: how much smaller the
+    error is than `loho_control`'s, the best on half A (`best_by_loho`), on half B; signs flipped over hooks.
+    phi: correlation of the proxy's errors between neighbouring hooks (`hook_dependence`); n_effective: how
+    many independent hooks they count as; n_effective_r2, n_effective_control: in a comparison, the fewer of
+    the two proxies'.
     """
-    resample = resample_index(len(target), n_resamples)
+    documents = resample_index(len(target), n_resamples)
     weights = bootstrap_weights(meta, n_resamples, seed)
     depths = depth_weights(meta, models, n_resamples, seed)
     hooks = cluster_ids(meta)
     errors, errors_b = (
-        {name: loho_errors(s[half], magnitude[half], meta) for name, s in scores.items()} for half in (0, 2)
+        {name: loho_errors(s[half], magnitude[half], meta) for name, s in scores.items()}
+        for half in (ALL, HALF_B)
     )
-    table = []
     strata = {"pooled": np.ones(len(hooks), bool)} | claims.arms(meta)
     strata |= {model: np.asarray(meta["model"]) == model for model in models}
+    table = []
     for stratum, inside in strata.items():
-        here = np.flatnonzero(inside)
-        if not len(here):
+        if not inside.any():
             continue
         part = _stratum(
-            {name: s[:, here] for name, s in scores.items()},
-            target[:, here],
-            {name: np.asarray(v)[here] for name, v in meta.items()},
-            weights[:, here],
-            resample,
+            {name: s[:, inside] for name, s in scores.items()},
+            target[:, inside],
+            {name: np.asarray(v)[inside] for name, v in meta.items()},
+            weights[:, inside],
+            documents,
         )
-        ids, control = hooks[here], best_control(part.scores, part.target, part.meta, controls)
-        minus_r2 = _differences(part, "r2", R2, 0, "partial", seed)
-        minus_control = _differences(part, "control", control, 2, "half_b", seed)
-        errors_control = errors_b[loho_control][here] if loho_control else None
+        control = best_control(part.scores, part.target, part.meta, controls)
         pairs = claims.clear_pairs(part.target, part.meta) if target_name == "ce_rec" else None
-        of_these = claims.here(part.scores, part.target, part.meta, n_documents, pairs)
-        for name, s in part.scores.items():
+        gammas = dict.fromkeys(scores, NO_GAMMA)
+        if stratum == "pooled":
+            gammas = _gammas(part, models, documents, depths)
+        columns = [
+            _correlations(part),
+            _differences(part, "r2", R2, ALL, "partial", seed),
+            _differences(part, "control", control, HALF_B, "half_b", seed),
+            gammas,
+            _twins(part),
+            _sizes(part, inside, errors, errors_b, loho_control, seed),
+            _effective_hooks(part, control),
+            claims.document_columns(part.scores, part.target, part.meta, n_documents, pairs),
+        ]
+        for name in part.scores:
             row: dict = {"proxy": name, "target": target_name, "stratum": stratum}
-            row |= {"n_cells": len(np.unique(part.meta["cell"])), "n_clusters": len(np.unique(ids))}
-            mine = part.hooks[0][name]
-            for statistic in ("pearson", "spearman", "partial"):
-                draws = part.draws[name][statistic]
-                row |= _with_interval(statistic, draws[0], draws[3:], mine.stretch, fisher=True)
-            row |= minus_r2[name] | minus_control[name]
-            gamma, in_range = np.full(4, np.nan), np.full(1, np.nan)
-            if stratum == "pooled":
-                gamma, in_range = transfer_gap(
-                    s[resample], part.target[resample], part.meta, models, depths=depths
-                )
-            row |= _with_interval("gamma", gamma[0], gamma[3:]) | {"in_range": float(in_range[0])}
-            row["same_ranks_as"] = _earlier_twin(name, part.ranks)
-            row["loho"] = _root_mean_square(errors[name][here], ids)
-            row["loho_bias"] = float(mean_by_hook(errors[name][here], ids).mean())
-            row |= _loho_gain(errors_b[name][here], errors_control, part.meta, seed)
-            row |= {"phi": mine.phi, "n_effective": mine.n_effective}
-            row["n_effective_r2"] = part.compared(name, R2, 0).n_effective
-            row["n_effective_control"] = part.compared(name, control, 2).n_effective
-            table.append(row | of_these[name])
+            row |= {"n_cells": len(np.unique(part.meta["cell"])), "n_clusters": len(np.unique(hooks[inside]))}
+            for of_proxy in columns:
+                row |= of_proxy[name]
+            table.append(row)
     return table
 
 
 def _stratum(
-    scores: Scores, target: np.ndarray, meta: dict, weights: np.ndarray, resample: np.ndarray
+    scores: Scores, target: np.ndarray, meta: dict, weights: np.ndarray, documents: np.ndarray
 ) -> Stratum:
-    """weights [R, C] of the conditions and `resample` [R], the weighting of the documents, of each draw. Of
-    `half_b`, partial Spearman on half B, the draws differ in `weights` alone.
+    """weights [R, C] of the conditions and `documents` [R], the weighting of the documents, of each draw.
+    Draws of `half_b`, partial Spearman on half B, differ in `weights` alone.
     """
     alone = weighted_design(weights, np.ones((len(weights[0]), 1)))
-    fixed_k = weighted_design(weights, given(meta))
+    fixed_k = weighted_design(weights, k_dummies(meta))
 
     def units(v: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """({statistic: unit residual [R, C] of v [W, C]}, ranks [C] of v on all documents)."""
-        ranks = weighted_ranks(v[resample], alone.weights)
+        ranks = weighted_ranks(v[documents], alone.weights)
         residuals = {
-            "pearson": unit_residual(v[resample], alone),
+            "pearson": unit_residual(v[documents], alone),
             "spearman": unit_residual(ranks, alone),
             "partial": unit_residual(ranks, fixed_k),
-            "half_b": unit_residual(weighted_ranks(v[2:3], alone.weights), fixed_k),
+            "half_b": rank_residual(v[HALF_B][None], fixed_k),
         }
-        return residuals, ranks[0]
+        return residuals, ranks[ESTIMATE]
 
     draws, ranks = {}, {}
     hooks = {
         half: {
             name: dependence(proxy_errors(s[half], target[half], meta), meta) for name, s in scores.items()
         }
-        for half in (0, 2)
+        for half in (ALL, HALF_B)
     }
     of_target, _ = units(target)
     for name, s in scores.items():
@@ -237,11 +231,18 @@ def _stratum(
     return Stratum(scores, target, meta, draws, ranks, hooks)
 
 
-def _differences(
-    part: Stratum, key: str, base: str | None, half: int, statistic: str, seed: int
-) -> dict[str, dict]:
-    """{proxy: cells diff_<key>, its interval and p_<key>} of every proxy minus `base`, the test on one
-    weighting of the documents. nan where there is no such base.
+def _correlations(part: Stratum) -> Columns:
+    columns: Columns = {name: {} for name in part.scores}
+    for name, cells in columns.items():
+        stretch = part.hooks[ALL][name].stretch
+        for statistic in ("pearson", "spearman", "partial"):
+            cells |= _with_interval(statistic, part.draws[name][statistic], stretch=stretch, fisher=True)
+    return columns
+
+
+def _differences(part: Stratum, key: str, base: str | None, half: int, statistic: str, seed: int) -> Columns:
+    """diff_<key>, its interval and p_<key> of every proxy minus `base`, the test on one weighting of the
+    documents. nan where there is no such base.
     """
     diff = p = np.full(len(part.scores), np.nan)
     stretch = np.array([part.compared(name, base, half).stretch for name in part.scores])
@@ -252,43 +253,80 @@ def _differences(
         )
     cells = {}
     for name, diff_of, p_of, stretch_of in zip(part.scores, diff, p, stretch):
-        draws = np.array([])
+        draws = np.array([np.nan])
         if base in part.draws:
-            draws = (part.draws[name][statistic] - part.draws[base][statistic])[3:]
-        cells[name] = _with_interval(f"diff_{key}", diff_of, draws, stretch_of) | {f"p_{key}": float(p_of)}
+            draws = part.draws[name][statistic] - part.draws[base][statistic]
+        cells[name] = _with_interval(f"diff_{key}", draws, diff_of, stretch_of) | {f"p_{key}": float(p_of)}
     return cells
 
 
-def _with_interval(
-    key: str, estimate: float, draws: np.ndarray, stretch: float = 1.0, fisher: bool = False
-) -> dict[str, float]:
-    lo, hi = np.nan, np.nan
-    if not np.isnan(estimate):
-        lo, hi = stretched_interval(estimate, draws, stretch, fisher)
-    return {key: float(estimate), f"{key}_lo": lo, f"{key}_hi": hi}
+NO_GAMMA = dict.fromkeys(("gamma", "gamma_lo", "gamma_hi", "in_range"), np.nan)
 
 
-def _earlier_twin(name: str, ranks: dict[str, np.ndarray]) -> str:
-    """The first proxy before `name` of the same ranks, or nothing."""
-    first = next((other for other in ranks if np.array_equal(ranks[other], ranks[name])), name)
-    return "" if first == name else first
+def _gammas(part: Stratum, models: list[str], documents: np.ndarray, depths: np.ndarray) -> Columns:
+    columns = {}
+    for name, s in part.scores.items():
+        gamma, in_range = transfer_gap(s[documents], part.target[documents], part.meta, models, depths=depths)
+        columns[name] = _with_interval("gamma", gamma) | {"in_range": float(in_range[ESTIMATE])}
+    return columns
 
 
-def _root_mean_square(errors: np.ndarray, ids: np.ndarray) -> float:
-    """Of errors [C]; every hook counts once."""
-    return float(np.sqrt(mean_by_hook(errors**2, ids).mean()))
+def _twins(part: Stratum) -> Columns:
+    """same_ranks_as: the first proxy before of the same ranks, or nothing."""
+    columns = {}
+    for name, own in part.ranks.items():
+        first = next(
+            other for other, ranks in part.ranks.items() if other == name or np.array_equal(ranks, own)
+        )
+        columns[name] = {"same_ranks_as": "" if first == name else first}
+    return columns
 
 
-def _loho_gain(mine: np.ndarray, control: np.ndarray | None, meta: dict, seed: int) -> dict[str, float]:
-    """Cells of errors [C] against the control's."""
-    if control is None:
-        return {"diff_loho_control": np.nan, "p_loho": np.nan}
-    ids, gains = cluster_ids(meta), [control**2, mine**2]
-    stretch = np.max([dependence(errors, meta).stretch for errors in (mine, control)])
+def _sizes(
+    part: Stratum, inside: np.ndarray, errors: Scores, errors_b: Scores, control: str | None, seed: int
+) -> Columns:
+    """Of leave-one-hook-out errors {proxy: [all conditions]} on all documents, and on half B against the
+    control's; every hook counts once. inside: which conditions are the stratum's.
+    """
+    ids, columns = cluster_ids(part.meta), {}
+
+    def root_mean_square(e: np.ndarray) -> float:
+        return float(np.sqrt(mean_by_hook(e**2, ids).mean()))
+
+    for name in part.scores:
+        e, gain, p = errors[name][inside], np.nan, np.nan
+        if control:
+            mine, theirs = errors_b[name][inside], errors_b[control][inside]
+            stretch = np.max([dependence(one, part.meta).stretch for one in (mine, theirs)])
+            gain = root_mean_square(theirs) - root_mean_square(mine)
+            d = mean_by_hook(theirs**2, ids) - mean_by_hook(mine**2, ids)
+            p = flip_test(d, seed=seed, stretch=stretch)
+        size = {"loho": root_mean_square(e), "loho_bias": float(mean_by_hook(e, ids).mean())}
+        columns[name] = size | {"diff_loho_control": gain, "p_loho": p}
+    return columns
+
+
+def _effective_hooks(part: Stratum, control: str | None) -> Columns:
     return {
-        "diff_loho_control": _root_mean_square(control, ids) - _root_mean_square(mine, ids),
-        "p_loho": flip_test(np.subtract(*(mean_by_hook(v, ids) for v in gains)), seed=seed, stretch=stretch),
+        name: {
+            "phi": own.phi,
+            "n_effective": own.n_effective,
+            "n_effective_r2": part.compared(name, R2, ALL).n_effective,
+            "n_effective_control": part.compared(name, control, HALF_B).n_effective,
+        }
+        for name, own in part.hooks[ALL].items()
     }
+
+
+def _with_interval(
+    key: str, draws: np.ndarray, value: float | None = None, stretch: float = 1.0, fisher: bool = False
+) -> dict[str, float]:
+    """value: the estimate, where it is not the first draw."""
+    value = float(draws[ESTIMATE] if value is None else value)
+    lo, hi = np.nan, np.nan
+    if not np.isnan(value):
+        lo, hi = stretched_interval(value, draws[RESAMPLES], stretch, fisher)
+    return {key: value, f"{key}_lo": lo, f"{key}_hi": hi}
 
 
 # ------------------------------------------------------------------------- SWD against the best controls
@@ -360,7 +398,7 @@ def contest(
     pooled = [row for row in rows if row["stratum"] == "pooled"]
     by_proxy: dict[str | None, dict] = {row["proxy"]: row for row in pooled}
     mine = by_proxy[proxy]
-    half_b, y = {name: s[2] for name, s in scores.items()}, target[2]
+    half_b, y = {name: s[HALF_B] for name, s in scores.items()}, target[HALF_B]
     control = best_control(scores, target, meta, controls)
     room = p_perfect = detectable = np.nan
     if control:
@@ -383,7 +421,7 @@ def contest(
 
         gamma, gamma_control = gammas(proxy), gammas(gap_control)
     gain = np.abs(gamma_control) - np.abs(gamma)
-    gain_lo, gain_hi = interval(gain[3:])
+    gain_lo, gain_hi = interval(gain[RESAMPLES])
     return Contest(
         proxy=proxy,
         target=mine["target"],
@@ -424,7 +462,7 @@ def judged_in_general(row: dict) -> bool:
 def ranked(scores: Scores, found: Measured, settings: dict, n_resamples: int) -> tuple[list[dict], Contest]:
     """(the board for both targets, SWD's contest for CE_rec) of a finished folder."""
     values, meta, models, controls = found.values, found.meta, settings["models"], EUCLIDEAN_CONTROLS
-    targets = {name: oriented(name, values[name]) for name in MAGNITUDE}
+    targets = {name: as_score(name, values[name]) for name in MAGNITUDE}
     loho_controls = {
         name: best_by_loho(scores, values[magnitude], meta, controls) for name, magnitude in MAGNITUDE.items()
     }

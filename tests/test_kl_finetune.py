@@ -2,7 +2,7 @@
 
 from helpers import log_probs_64, one_hook, tiny_model
 from transport_geometry.measuring.evaluate import evaluate
-from transport_geometry.measuring.metrics import PROXIES, SHARE, SIGNED
+from transport_geometry.measuring.metrics import PROXIES
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import as_csv, read_table
@@ -131,7 +131,7 @@ def planted(hooks, better_ce=lambda i: True):
     return rows
 
 
-def test_a_proxy_notices_or_is_fooled_as_planted():
+def test_a_proxy_notices_or_is_fooled_as_planted(tmp_path):
     found = {row["metric"]: row for row in kl_finetune.moves(planted(9))}
     assert (found["ce_rec"]["up"], found["ce_rec"]["down"], found["ce_rec"]["p"]) == (9, 0, 2 / 2**9)
     assert (
@@ -140,12 +140,6 @@ def test_a_proxy_notices_or_is_fooled_as_planted():
     assert found["cosine"]["says"] == found["mse"]["says"] == "not shown"
     assert found["swd_tok"]["change"] == pytest.approx(np.log10(0.5 / 0.4))
     assert found["swd_tok"]["lo"] == pytest.approx(found["swd_tok"]["hi"])  # no hook differs
-    said = kl_finetune.section(planted(9)).split("\n")[0]
-    assert "9 of 9 hooks" in said and "notices: swd_tok;" in said and "other way: r2, nmse_tok;" in said
-    assert "changes KL by -5% (+0% for" in said
-
-
-def test_the_section_is_a_function_of_the_saved_rows(tmp_path):
     rows = planted(9)
     (tmp_path / "finish.csv").write_bytes(as_csv(rows, list(rows[0])))
     assert kl_finetune.section(read_table(tmp_path / "finish.csv")) == kl_finetune.section(rows)
@@ -154,20 +148,10 @@ def test_the_section_is_a_function_of_the_saved_rows(tmp_path):
 def test_undecided_with_few_hooks_or_where_ce_does_not_move():
     few = kl_finetune.moves(planted(5))
     assert {row["says"] for row in few} == {"undecided"} and np.isnan(few[0]["lo"])
-    assert "undecided" in kl_finetune.section(planted(5)).split("\n")[0]
     mixed = planted(8, better_ce=lambda i: i % 2)
     assert {row["says"] for row in kl_finetune.moves(mixed)} == {"undecided"}
-    assert "no proxy can be said" in kl_finetune.section(mixed).split("\n")[0]
     worse = {row["metric"]: row["says"] for row in kl_finetune.moves(planted(9, better_ce=lambda i: False))}
     assert worse["r2"] == "notices" and worse["swd_tok"] == "fooled"  # it is CE_rec that they are held to
-    assert "none was finished" in kl_finetune.section([])
-
-
-def test_scores_of_every_proxy_are_larger_where_less_is_lost():
-    for proxy in PROXIES:
-        little, much = (0.9, 0.5) if proxy.score is SHARE else (0.1, 0.5)
-        assert proxy.score(np.array(little)) > proxy.score(np.array(much)), proxy.name
-    assert SIGNED(np.array(0.1)) > SIGNED(np.array(0.5))
 
 
 # ----------------------------------------------------------------------------------------- an embedded model

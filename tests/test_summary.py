@@ -1,4 +1,4 @@
-"""The outline of all finished experiments: its order, its links, and what it does not show."""
+"""The summary of all finished experiments: its order, its links, and what it does not show."""
 
 import json
 import pathlib
@@ -6,8 +6,6 @@ import re
 import shutil
 import urllib.parse
 
-import expa
-import expb
 from helpers import ROOT, contents, one_line, script
 from transport_geometry.errors import UserError
 from transport_geometry.records import store
@@ -59,8 +57,8 @@ def exp_b(leaf: str) -> dict:
     return {"leaf": leaf, "reason": "planted"}
 
 
-def exp_c(leaf: str, h2: str) -> dict:
-    return {"leaf": leaf, "h2": {"leaf": h2}, "added": 0.8, "p": 0.004}
+def exp_c(leaf: str) -> dict:
+    return {"leaf": leaf, "added": 0.8, "p": 0.004}
 
 
 def of(root: pathlib.Path) -> str:
@@ -143,14 +141,13 @@ def test_the_bytes_do_not_depend_on_where_the_folder_lies(tmp_path):
 # --------------------------------------------------------------------------------------- which claim is first
 def test_a_verdict_waits_for_exp_a_on_the_same_models(tmp_path):
     run(tmp_path, "open", "expb", exp_b("beats-r2-only"))
-    run(tmp_path, "fisher", "expc_fisher", exp_c("supported", "rejected"))
-    run(tmp_path, "good", "expc_fisher", exp_c("supported", "supported"))
+    run(tmp_path, "fisher", "expc_fisher", exp_c("supported"))
     assert "Exp-A comes first: it is not in this folder." in of(tmp_path)
 
     run(tmp_path, "expa", "expa", exp_a("undertrained"))
     said = table(of(tmp_path))
     assert said["H2"] == "[`open`](open/report.md): beats R² only; not to be interpreted before Exp-A"
-    assert said["H2′"].count("supported; not to be interpreted before Exp-A") == 2
+    assert said["H2′"].endswith("supported; not to be interpreted before Exp-A")
     assert lines_of(of(tmp_path), "open")[0].startswith("- `open`, *not to be interpreted before Exp-A*: ")
     assert lines_of(of(tmp_path), "open")[2] == "  - Exp-A comes first: `expa` says undertrained."
 
@@ -158,19 +155,19 @@ def test_a_verdict_waits_for_exp_a_on_the_same_models(tmp_path):
     text = of(tmp_path)
     said = table(text)
     assert said["H2"] == "[`open`](open/report.md): beats R² only"
-    assert said["H2′"] == (
-        "[`fisher`](fisher/report.md): supported; not to be interpreted before H2; "
-        "[`good`](good/report.md): supported"
-    )
+    assert said["H2′"] == "[`fisher`](fisher/report.md): supported; not to be interpreted before H2"
     assert "`expa`](expa/report.md): undertrained; not to be interpreted before H0 and H1" in said["N"]
     assert said["H1"].endswith("[`expa-long`](expa-long/report.md): shown")
     first = "Exp-A comes first: `expa` says undertrained; `expa-long` says H1."
     assert lines_of(text, "open")[2] == f"  - {first}"
-    assert lines_of(text, "fisher")[2] == (
-        f"  - {first} Then H2, on the same SAEs: rejected; in `open`: beats-r2-only."
-    )
-    assert lines_of(text, "expa")[2] == "  - It comes before `open`, `fisher`, `good`."
-    assert "May be read: H0 (" in text and "Not to be interpreted yet" not in text
+    assert lines_of(text, "fisher")[2] == f"  - {first} Then H2: `open` says beats-r2-only."
+    assert lines_of(text, "expa")[2] == "  - It comes before `open`, `fisher`."
+    assert "May be read: H0 (" in text and "Not to be interpreted yet: H2′." in text
+
+    run(tmp_path, "elsewhere", "expb", exp_b("supported"), settings=SETTINGS | {"data": "else"})
+    assert table(of(tmp_path))["H2′"].endswith("supported; not to be interpreted before H2")
+    run(tmp_path, "good", "expb", exp_b("supported"))
+    assert table(of(tmp_path))["H2′"] == "[`fisher`](fisher/report.md): supported"
 
 
 @pytest.mark.parametrize("key, other", [("weights", {"stdlib-s": "d"}), ("data", "else"), ("recipe", ["x"])])
@@ -200,10 +197,10 @@ def test_exp_a_that_was_changed_since_settles_nothing(tmp_path):
 FLAGS = {"H0": (True, False), "H1": (False, True), "H0+H1": (True, True), "N": (False, True)}
 
 
-@pytest.mark.parametrize("leaf", expa.LEAVES)
+@pytest.mark.parametrize("leaf", ["undertrained", "undecided", "H0", "H1", "H0+H1", "N"])
 def test_each_word_of_exp_a(leaf, tmp_path):
     h0, h1 = FLAGS.get(leaf, (False, True))  # of an undertrained one h1 may be true, and is not to be read
-    answer = f"H0/H1: {leaf}. {expa.LEAVES[leaf]} (planted.)"
+    answer = f"H0/H1: {leaf}. It is so (planted)."
     run(tmp_path, "expa", "expa", exp_a(leaf, h0=h0, h1=h1), answer)
     text = of(tmp_path)
     assert lines_of(text, "expa")[0] == f"- `expa`: {answer}"
@@ -237,7 +234,7 @@ def test_an_r2_that_is_not_transferable_leaves_h1_unjudged(tmp_path):
     assert table(of(tmp_path))["H1"].endswith(": not judged")
 
 
-@pytest.mark.parametrize("leaf", expb.FOUND)
+@pytest.mark.parametrize("leaf", ["supported", "beats-r2-only", "rejected", "not-transferable", "undecided"])
 def test_each_word_of_h2(leaf, tmp_path):
     run(tmp_path, "expb", "expb", exp_b(leaf), "It is so.")
     shown = {"beats-r2-only": "beats R² only", "not-transferable": "not transferable"}.get(leaf, leaf)
@@ -274,7 +271,7 @@ def test_a_file_that_is_not_as_its_run_wrote_it_is_named(file, tmp_path):
 def test_a_file_that_is_gone_and_an_edited_record(tmp_path):
     run(tmp_path, "a", "expa", exp_a("H0"))
     run(tmp_path, "b", "expb", exp_b("supported"))
-    run(tmp_path, "c", "expc_fisher", exp_c("supported", "supported"))
+    run(tmp_path, "c", "expc_fisher", exp_c("supported"))
     run(tmp_path, "d", "expd_mi", {"leaf": "undecided"})
     (tmp_path / "b/report.md").unlink()
     edited = (tmp_path / "c/run.json").read_text().replace('"seconds": 1.0', '"seconds": 2.0')
@@ -310,10 +307,10 @@ def test_a_verdict_without_a_leaf_and_settings_of_another_form(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- what else is shown
-def test_an_experiment_that_the_outline_does_not_know(tmp_path):
+def test_an_experiment_that_the_summary_does_not_know(tmp_path):
     run(tmp_path, "mine", "expz", {"leaf": "undecided"}, "Z: undecided.")
     text = of(tmp_path)
-    assert text.index("| rate |") < text.index("## `expz.py`, an experiment that this outline does not know")
+    assert text.index("| rate |") < text.index("## `expz.py`, an experiment that this summary does not know")
     assert lines_of(text, "mine")[0] == "- `mine`: Z: undecided."
     assert "other            mine: undecided" in summary.in_short(summary.read(tmp_path))
 

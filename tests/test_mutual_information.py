@@ -6,7 +6,7 @@ from helpers import tiny_model
 from transport_geometry.errors import UserError
 from transport_geometry.measuring import mutual_information
 from transport_geometry.measuring.dimension import snr_dimension
-from transport_geometry.measuring.mutual_information import Pairs, Plan, Split
+from transport_geometry.measuring.mutual_information import Pairs, Schedule, Split
 from transport_geometry.models.lm import Hook
 
 import numpy as np
@@ -35,9 +35,7 @@ def test_estimators_with_the_optimal_critic_give_the_mi():
     assert mutual_information.values(S, "infonce").mean().item() == pytest.approx(mi, abs=0.04)
     assert mutual_information.values(S + 1, "nwj").mean().item() == pytest.approx(mi, abs=0.05)
     assert mutual_information.values(S, "smile").mean().item() == pytest.approx(mi, abs=0.05)
-    shifted = S + torch.randn(
-        1, 3000
-    )  # of every column: only InfoNCE's rows may not notice, and it is symmetric
+    shifted = S + torch.randn(1, 3000)  # of every column
     assert mutual_information.values(shifted, "nwj").mean() < mutual_information.values(S + 1, "nwj").mean()
 
 
@@ -49,16 +47,11 @@ def test_infonce_is_bounded_by_log_b_and_the_others_are_not():
     assert mutual_information.values(S, "smile").mean() > 2 * math.log(16)
 
 
-def test_smile_clips_the_others_only():
-    S = torch.full((4, 4), 30.0)
-    assert mutual_information.values(S, "smile").mean().item() == pytest.approx(30 - mutual_information.CLIP)
-
-
 # ------------------------------------------------------------------------------------------------ the critics
 @pytest.mark.parametrize("rho", [(0.9, 0.5), (0.9, 0.7, 0.5, 0.3), (0.8,) * 4, (0.95,) * 2 + (0.6,) * 6])
 def test_the_separable_critic_counts_snr(rho):
     """The PR of a trained critic's embeddings is that of SNR^2, to a tenth."""
-    row = mutual_information.critic_row(split(rho), 0.0, "infonce", mutual_information.PLANS["separable"])
+    row = mutual_information.critic_row(split(rho), 0.0, "infonce", mutual_information.SCHEDULES["separable"])
     assert row["dimension"] == pytest.approx(snr_dimension(np.array(rho)), rel=0.1)
     mi = -0.5 * np.log(1 - np.square(rho)).sum()
     assert 0.75 * mi < row["mi"] < mi + 3 * row["mi_se"]
@@ -67,7 +60,7 @@ def test_the_separable_critic_counts_snr(rho):
 def test_independent_pairs_are_refused():
     pairs = split((0.0,) * 4, 2048)
     for estimator in mutual_information.ESTIMATORS:
-        rows = mutual_information.critic_rows(pairs, (0.0, 1.0), (estimator,), Plan("separable", 50, 1))
+        rows = mutual_information.critic_rows(pairs, (0.0, 1.0), (estimator,), Schedule("separable", 50, 1))
         assert mutual_information.refusals(rows, math.log(mutual_information.BATCH)) == ["null", "null"]
 
 
@@ -84,14 +77,14 @@ def test_the_hybrid_critic_is_a_network_of_pairs():
 
 def test_the_hybrid_critic_learns_and_keeps_its_best_start():
     pairs = split((0.9, 0.9), 1024)
-    rows = [mutual_information.critic_row(pairs, 0.0, "infonce", Plan("hybrid", 30, n)) for n in (1, 2)]
+    rows = [mutual_information.critic_row(pairs, 0.0, "infonce", Schedule("hybrid", 30, n)) for n in (1, 2)]
     assert rows[1]["mi"] > 0.3 and rows[1]["mi_fit"] >= rows[0]["mi_fit"]
 
 
 def test_the_same_twice_and_nobody_elses_random_numbers():
     before = torch.get_rng_state()
     rows = [
-        mutual_information.critic_row(split((0.9,), 1024), 0.5, "nwj", Plan("separable", 30, 1))
+        mutual_information.critic_row(split((0.9,), 1024), 0.5, "nwj", Schedule("separable", 30, 1))
         for _ in range(2)
     ]
     assert rows[0] == rows[1] and torch.equal(torch.get_rng_state(), before)
@@ -112,7 +105,7 @@ def test_a_batch_has_one_position_of_a_sequence():
 
 def test_too_few_sequences_are_refused():
     rows = mutual_information.critic_rows(
-        split((0.9,), 800), (0.0, 1.0), ("infonce",), Plan("separable", 5, 1)
+        split((0.9,), 800), (0.0, 1.0), ("infonce",), Schedule("separable", 5, 1)
     )
     assert np.isnan(rows[0]["mi"]) and mutual_information.refusals(rows, 4.85) == ["too few sequences"] * 2
 
@@ -189,4 +182,4 @@ def test_fisher_components_by_the_whole_matrix():
     torch.testing.assert_close(cov.diagonal(), truth[: A.shape[1]], rtol=1e-3, atol=1e-6)
     assert (cov - cov.diagonal().diag()).abs().max() < 1e-3 * cov.max()
     kept = truth[: A.shape[1]].sum() / truth.sum()
-    assert kept >= mutual_information.SHARE > (kept - truth[A.shape[1] - 1] / truth.sum())
+    assert kept >= mutual_information.KEPT_VARIANCE > (kept - truth[A.shape[1] - 1] / truth.sum())

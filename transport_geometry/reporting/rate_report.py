@@ -1,0 +1,235 @@
+"""Exp-F as a person reads it: its tables in Markdown and on a terminal, and its figures.
+
+by_loss {loss: {"ratio", "apart"}}: of the largest model over the smallest at equal bits, over pairs of hooks;
+ratios, rates, directions: rows of the CSV files of these names; code: the one shown, by its name.
+"""
+
+import typing
+from collections.abc import Sequence
+
+from transport_geometry.measuring import rate
+from transport_geometry.records.condition import KEY, hook_of
+from transport_geometry.records.tables import grouped, markdown, short
+from transport_geometry.reporting.console import columns
+from transport_geometry.reporting.figures import (
+    BLUE,
+    ORANGE,
+    decade_ticks,
+    joined_points,
+    model_colours,
+    points,
+    pyplot,
+    sae_name,
+)
+from transport_geometry.statistics.rate_curves import CE, R2, Coded, RateCurves
+
+import numpy as np
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+# ------------------------------------------------------------------------------------------------- tables
+def factor(of: dict) -> str:
+    """A positive number and its interval, three digits."""
+    value, lo, hi = (of[name] for name in ("factor", "lo", "hi"))
+    if not np.isfinite(value):
+        return "undefined"
+    ends = f"{short(lo)}, {short(hi)}" if np.isfinite([lo, hi]).all() else "undefined"
+    return f"{short(value)} [{ends}]"
+
+
+def by_depth(ratios: Sequence[dict], code: str, at_equal: Sequence[str], shown: Sequence[str]) -> list[dict]:
+    """A row for each depth, a column for each ratio."""
+    rows: dict[tuple, dict] = {}
+    for row in ratios:
+        if row["code"] == code and row["at_equal"] in at_equal and row["of"] in shown:
+            key = {"at equal": row["at_equal"], "depth": row["depth"]}
+            into = rows.setdefault(tuple(key.values()), key)
+            into[row["of"]] = factor(row | {"factor": row["ratio"]})
+    return list(rows.values())
+
+
+def equal_bits(ratios: Sequence[dict], by_loss: dict, code: str) -> str:
+    """A row for every depth, then what all pairs say."""
+    summary = [
+        {"depth": "all"} | {name: factor(of["ratio"]) for name, of in by_loss.items()},
+        {"depth": "over 1-ce_rec"} | {name: factor(of["apart"]) for name, of in by_loss.items()} | {CE: ""},
+        {"depth": "p"} | {name: short(of["apart"]["p"]) for name, of in by_loss.items()} | {CE: ""},
+    ]
+    return markdown([*by_depth(ratios, code, ["bits"], list(by_loss)), *summary], ["depth", *by_loss])
+
+
+def equal_bits_in_short(by_loss: dict, small: str, large: str, colour: bool) -> str:
+    """What all pairs say, for a terminal of 80 columns."""
+    rows = []
+    for name, of in by_loss.items():
+        row = {"loss": name, f"{large} / {small}": factor(of["ratio"])}
+        apart = {"over 1-ce_rec": factor(of["apart"]), "p": short(of["apart"]["p"])}
+        rows.append(row | (dict.fromkeys(apart, "") if name == CE else apart))
+    return f"{columns(rows, colour=colour)}\n\nat equal bits; 95% over pairs of hooks of one depth"
+
+
+def equal_output(ratios: Sequence[dict], code: str) -> str:
+    """Bits and losses where the output changes as much."""
+    shown = ["bits", R2, "1-cosine", "1-r2_fisher", "half_swd"]
+    rows = by_depth(ratios, code, ["kl", CE], shown)
+    return markdown(rows, ["at equal", "depth", *shown]) if rows else "No depth is shared by two models."
+
+
+def code_tables(rates: Sequence[dict], code: str) -> tuple[str, str]:
+    """(bits and 1 - R^2 of every SAE under every code, its losses over the Gaussian bound under this one)."""
+    under_each, over_bound = [], []
+    for rows in grouped(rates, KEY).values():
+        which = {name: rows[0][name] for name in ("model", "layer", "recipe", "k", "seed")}
+        bits = {f"{row['code']}: bits": f"{row['bits']:.1f}" for row in rows}
+        under_each.append(which | bits | {f"{row['code']}: 1-r2": row[R2] for row in rows})
+        (mine,) = (row for row in rows if row["code"] == code)
+        over_bound.append(
+            which
+            | {"bits": f"{mine['bits']:.1f}", R2: mine[R2], "over the bound in Σ": mine["above_sigma"]}
+            | {"without sinks": mine["above_sigma_nosink"], "1-r2_fisher": mine["1-r2_fisher"]}
+            | {"over the bound in Σ^½GΣ^½": mine["above_fisher"]}
+        )
+    return markdown(under_each), markdown(over_bound)
+
+
+OWN_SHARE = {"Σ": "variance", "G": "sensitivity"}  # {eigendirections of: the column that is their own share}
+
+
+def direction_table(directions: Sequence[dict]) -> str:
+    rows: dict[tuple, dict] = {}
+    for row in directions:
+        into = rows.setdefault((row["model"], row["layer"]), {"model": row["model"], "layer": row["layer"]})
+        for last, words in ((1, "first tenth"), (rate.GROUPS // 2, "first half")):
+            for name, what in ((OWN_SHARE[row["directions"]], "own"), ("error", "error")):
+                column = f"{row['directions']} {words}: {what}"
+                into[column] = into.get(column, 0.0) + (row[name] if row["group"] <= last else 0.0)
+    return markdown(list(rows.values()))
+
+
+# ------------------------------------------------------------------------------------------------ figures
+BOUNDED = {R2: ("1 − R²", "sigma"), "1-r2_fisher": ("1 − R²_Fisher", "fisher"), CE: ("ΔCE / L_orig", "")}
+
+
+def rate_figure(
+    lines: RateCurves, codes: Sequence[Coded], spectra: Sequence[dict], hooks: dict[str, str], code: str
+) -> "Figure":
+    """Loss against bits: a column for every depth, a row for every geometry. hooks {hook: depth}."""
+    plt, colours = pyplot(), model_colours(lines.models)
+    depths = sorted({depth for _, depth in lines.hooks})
+    shape = dict(sharex=True, sharey="row", squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(BOUNDED), len(depths), figsize=(2.2 * len(depths) + 2, 7), **shape)
+    reach = np.concatenate([lines.along_k(one.bits, hook)[0] for one in codes for hook in lines.hooks])
+    bits = np.geomspace(reach.min() / 1.1, reach.max() * 1.1, 100)
+    for row, (name, (label, column)) in zip(axes, BOUNDED.items()):
+        shown = []
+        for (model, depth), ks in lines.hooks.items():
+            axis, colour = row[depths.index(depth)], colours[model]
+            for one in codes:
+                x, y = (lines.along_k(v, (model, depth))[0] for v in (one.bits, one.losses[name]))
+                shown += [value for value in y if value > 0]
+                if one.name == code:
+                    says = [
+                        f"{model}, depth {depth}, k {k}: {a:.4g} bits, {b:.4g}" for k, a, b in zip(ks, x, y)
+                    ]
+                    joined_points(axis, x, y, says, colour)
+                else:
+                    style = (":", 1.5, 0.7) if one.name == "8 bits" else ("-", 0.6, 0.6)
+                    axis.plot(x, y, color=colour, **dict(zip(("linestyle", "linewidth", "alpha"), style)))
+            if column:
+                spectrum = np.array(
+                    [s[column] for s in spectra if s["model"] == model and hooks[hook_of(s)] == depth]
+                )
+                axis.plot(bits, rate.share_left(spectrum, bits), "--", color=colour, linewidth=0.9)
+        ends = (min(shown) / 1.3, max(shown) * 1.3)
+        row[0].set(xscale="log", yscale="log", xlim=(bits[0], bits[-1]), ylim=ends, ylabel=label)
+        decade_ticks(row[0].yaxis, ends)
+        for axis in row:
+            decade_ticks(axis.xaxis, (bits[0], bits[-1]))
+            axis.grid(alpha=0.3)
+    for axis, depth in zip(axes[0], depths):
+        axis.set_title(f"depth {depth}", fontsize=9)
+    line = plt.Line2D
+    handles = [line([], [], color=colour, label=model) for model, colour in colours.items()]
+    handles += [
+        line([], [], color="0.3", marker="o", markersize=4, label=f"values at {code}"),
+        line([], [], color="0.3", linewidth=0.6, label="other steps"),
+        line([], [], color="0.3", linestyle=":", label="8 bits a value"),
+        line([], [], color="0.3", linestyle="--", linewidth=0.9, label="Gaussian bound"),
+    ]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    figure.supxlabel("bits a token", fontsize=10)
+    return figure
+
+
+def ratio_figure(
+    ratios: Sequence[dict], by_loss: dict, code: str, models: Sequence[str], margin: float
+) -> "Figure":
+    """The ratio of losses at equal bits in every geometry."""
+    figure, axis = pyplot().subplots(figsize=(7.5, 3.8), layout="constrained")
+    at_equal_bits = [row for row in ratios if (row["code"], row["at_equal"]) == (code, "bits")]
+    for i, (name, of) in enumerate(by_loss.items()):
+        pairs = [row for row in at_equal_bits if row["of"] == name]
+        says = [f"{name} at depth {row['depth']}: {row['ratio']:.3g}" for row in pairs]
+        at, ratio = np.array([row["ratio"] for row in pairs]), of["ratio"]
+        points(axis, at, np.full(len(at), i), says, s=24, color="0.6")
+        axis.plot(ratio["factor"], i, "D", color=BLUE, zorder=3)
+        axis.plot([ratio["lo"], ratio["hi"]], [i, i], color=BLUE, linewidth=2, zorder=3)
+    of_ce = by_loss[CE]["ratio"]["factor"]
+    if np.isfinite(of_ce):
+        axis.axvspan(of_ce / margin, of_ce * margin, color=ORANGE, alpha=0.12, zorder=0)
+        axis.axvline(of_ce, color=ORANGE, linewidth=1, zorder=1)
+    axis.axvline(1, color="0.4", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(by_loss)), list(by_loss))
+    axis.invert_yaxis()
+    axis.set(xlabel=f"loss of {models[-1]} over {models[0]} at equal bits", xscale="log")
+    axis.set_title(f"grey: a pair of hooks; line: {CE}, band: a factor of {margin:g} around it", fontsize=9)
+    decade_ticks(axis.xaxis, axis.get_xlim())
+    axis.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def front_figure(rates: Sequence[dict], models: Sequence[str], ks: Sequence[int]) -> "Figure":
+    """CE_rec against L0, the front of every hook joined."""
+    figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    colours = model_colours(models)
+    rows = sorted((row for row in rates if row["code"] == "8 bits"), key=lambda row: row["l0"])
+    for (model, _), of_hook in grouped(rows, ["model", "layer"]).items():
+        l0, ce, on_front = (np.array([row[name] for row in of_hook]) for name in ("l0", CE, "front"))
+        says = np.array([f"{sae_name(row)}: {1 - row[CE]:.4g}" for row in of_hook])
+        kept, beaten = on_front == 1, on_front == 0
+        joined_points(axis, l0[kept], 1 - ce[kept], says[kept], colours[model])
+        points(axis, l0[beaten], 1 - ce[beaten], says[beaten], color=[colours[model]], s=28, marker="X")
+    handles = [pyplot().Line2D([], [], color=colour, marker="o", label=m) for m, colour in colours.items()]
+    axis.legend(handles=handles, fontsize=8, title="one line a hook")
+    axis.set(xscale="log", xlabel="L0, active latents a token", ylabel="CE_rec")
+    axis.set_xticks(ks, map(str, ks))
+    axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def direction_figure(directions: Sequence[dict], models: Sequence[str]) -> "Figure":
+    """How much of the error the first eigendirections hold, of Sigma and of G."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    colours, share = model_colours(models), np.linspace(0, 1, rate.GROUPS + 1)
+    for (name, model, layer), rows in grouped(directions, ["directions", "model", "layer"]).items():
+        axis, colour = axes["ΣG".index(name)], colours[model]
+        error, own = (
+            np.r_[0, np.cumsum([row[column] for row in rows])] for column in ("error", OWN_SHARE[name])
+        )
+        says = [
+            f"{model}@{layer}: {held:.0%} of the error in the first {x:.0%}" for x, held in zip(share, error)
+        ]
+        joined_points(axis, share, error, says, colour, s=10, linewidth=0)
+        axis.plot(share, own, ":", color=colour, alpha=0.7, linewidth=1)
+    for axis, name, words in zip(axes, "ΣG", ("variance of h", "trace of G")):
+        axis.plot([0, 1], [0, 1], color="0.4", linewidth=0.8)
+        axis.set(xlabel=f"eigendirections of {name}, largest first (share)")
+        axis.set_title(f"solid: squared error, dotted: {words}", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share that they hold")
+    handles = [pyplot().Line2D([], [], color=colour, label=model) for model, colour in colours.items()]
+    axes[1].legend(handles=handles, fontsize=8, title="one line a hook")
+    return figure
