@@ -10,13 +10,11 @@ import re
 import shutil
 
 import common
-import expa
 import expb
 import zygote
 from helpers import ROOT, contents, one_line, script
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import BY_NAME
-from transport_geometry.records.tables import read_table
 from transport_geometry.reporting import console as answers
 from transport_geometry.reporting import figures
 from transport_geometry.reporting.console import WIDTH, Answer
@@ -188,22 +186,6 @@ def test_the_table_marks_what_is_shown_here_and_in_general():
     assert "in general" not in few and "not shown" not in few and "undefined" not in few
 
 
-@pytest.mark.parametrize("leaf", expa.LEAVES)
-def test_each_leaf_of_exp_a_in_three_lines(leaf):
-    deltas = [
-        dict(tokens=1000, k=k, n_seeds=3, delta_ce_rec=ce, delta_r2=0.1)
-        | {f"delta_{name}_{end}": ce for name in ("ce_rec", "r2") for end in ("lo", "hi")}
-        for k, ce in ((4, 0.01), (8, -0.3))
-    ]
-    verdict = expa.Verdict(expa.Arm("base", "keep"), "a", "b", ["0.50"], leaf, "why", budget=1000)
-    said = expa.answer(verdict, deltas)
-    assert expa.LEAVES[leaf] in said.found and "k = 8" in said.found and "b minus a" in said.found
-    assert ("Why." in said.found) is (leaf in ("undertrained", "undecided", "N"))
-    assert "3 seeds" in said.limits and leaf in expa.SAYS
-    alone = expa.answer(expa.Verdict(expa.Arm("base", "keep"), "a", "a", [], "undecided", "one model"), [])
-    assert alone.found == "This grid cannot decide. One model."
-
-
 # ----------------------------------------------------------------------------------------- how it is printed
 SMALL = "--models stdlib-s --k 2,4 --tokens 2k --expansion 2 --eval-seqs 4 --ctx 64".split()
 
@@ -319,19 +301,3 @@ def test_names_at_the_ends_of_lines_do_not_lie_on_one_another():
     at = axis.transData.transform((0, 1.0))[1]  # what is alone stays where its line ends
     assert abs((boxes["far"].y0 + boxes["far"].y1) / 2 - at) < 2
     figures.pyplot().close(figure)
-
-
-def test_a_line_under_another_is_left_out(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(expa, "as_png", lambda figure: drawn.append(figure) or b"")
-    deltas = expa.headline(read_table(REFERENCE / "expa/deltas.csv"), verdict := planted_verdict())
-    expa.delta_plot(deltas, verdict)
-    expa.delta_plot([one | {"delta_r2_nosink": one["delta_r2"] + 0.1} for one in deltas], verdict)
-    n_lines = [sum(line.get_marker() != "None" for line in figure.axes[0].lines) for figure in drawn]
-    assert n_lines == [2, 3]
-    for figure in drawn:
-        figures.pyplot().close(figure)
-
-
-def planted_verdict() -> expa.Verdict:
-    return expa.Verdict(expa.Arm("base", "keep"), "stdlib-s", "stdlib-l", ["0.50"], "undecided")

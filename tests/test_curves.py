@@ -2,13 +2,12 @@
 
 import itertools
 
+from transport_geometry.reporting.learning_report import k_star_section, law_section
 from transport_geometry.statistics.curves import (
     Curves,
     KStar,
     k_star,
-    k_star_section,
     k_stars,
-    law_section,
     laws,
     power_law,
 )

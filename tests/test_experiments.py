@@ -195,7 +195,7 @@ def test_exp_a_pairs_no_sae_with_one_of_another_processor(run_a, tmp_path):
     store.put(out / "run.json", {}, trained_on=both)
     expa("--from", out)
     report = (out / "report.md").read_text()
-    assert f"with one that another processor trained: {len(elsewhere)} are left out" in report
+    assert f": {len(elsewhere)} that another processor trained are left out" in report
     assert {row["n_seeds"] for row in read_table(out / "deltas.csv")} == {2}
     assert json.loads((out / "verdict.json").read_text())["reason"] == "no budget has 3 seeds in both"
 
@@ -322,7 +322,8 @@ def test_the_grid_follows_from_the_pairs():
     import expa
 
     def grid(*typed):
-        command = expa.with_pairs(common.parse_args("", expa.GRID, list(typed), expa.FLAGS))
+        typed_command = common.parse_args("", expa.GRID, list(typed), expa.FLAGS)
+        command = expa.with_pairs(typed_command, expa.GRID["models"])
         return command.grid.models, command.own
 
     two = (("a", 10), ("a", 11)), {"pairs": [["a@10", "a@11"]]}

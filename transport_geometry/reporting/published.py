@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transport_geometry.records.condition import hook_of
 from transport_geometry.records.tables import grouped, markdown, readable_count
+from transport_geometry.reporting.templates import blocks
 from transport_geometry.statistics.curves import KStar
 
 import numpy as np
@@ -55,12 +56,7 @@ SAES = {  # of (model, k)
 K_STARS = {(S, 0.85): 71.2, (L, 0.85): 98.0}  # of (model, CE_rec)
 CORRELATION = -0.943  # of R^2 with CE_rec within k, over S and L at six k
 
-SECTION = """\
-## Published | measured
-
-{table}
-"""
-Comparison = tuple[str, float, float]  # what, published, measured
+TEXT = blocks("expa")
 
 
 def section(deltas: list[dict], saes: list[dict], stars: list[KStar], hooks: dict[str, str]) -> str:
@@ -68,53 +64,45 @@ def section(deltas: list[dict], saes: list[dict], stars: list[KStar], hooks: dic
 
     Rows of deltas.csv and conditions.csv; hooks {model@layer: depth}.
     """
-    middle = [row for row in saes if row["tokens"] == TOKENS]
-    middle = [row for row in middle if hooks[hook_of(row)] == MIDDLE]
-    found = [*of_deltas(deltas), *of_saes(middle), *of_k_stars(stars), *of_correlation(middle)]
     rows = []
-    for what, published, measured in found:
+    for what, published, measured in comparisons(deltas, saes, stars, hooks):
         row: dict = {"": what, "published": published, "measured": "undefined", "difference": "undefined"}
         if np.isfinite(measured):
             row |= {"measured": float(measured), "difference": float(measured) - published}
         rows.append(row)
-    return SECTION.format(table=markdown(rows, list(rows[0]))) if rows else ""
+    return TEXT["published"].format(table=markdown(rows)) if rows else ""
 
 
-def of_deltas(deltas: list[dict]) -> Iterator[Comparison]:
+def comparisons(
+    deltas: list[dict], saes: list[dict], stars: list[KStar], hooks: dict[str, str]
+) -> Iterator[tuple[str, float, float]]:
+    """(what, published, measured)."""
     for row in deltas:
         theirs = DELTAS.get((row["small"], row["large"], row["k"], row["tokens"]))
-        if theirs is None or row["depth"] != MIDDLE:
-            continue
-        cell = f"k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']}"
-        for name, value in vars(theirs).items():
-            if value is not None:
-                yield f"{name} ({cell})", value, row[name]
-
-
-def of_saes(saes: list[dict]) -> Iterator[Comparison]:
-    """Means over seeds."""
-    for (model, k, recipe, sae), here in grouped(saes, ["model", "k", "recipe", "sae"]).items():
-        if theirs := SAES.get((model, k)):
+        if theirs and row["depth"] == MIDDLE:
+            cell = f"k={row['k']}, {readable_count(row['tokens'])}, {row['recipe']}, sinks {row['sinks']}"
             for name, value in vars(theirs).items():
+                if value is not None:
+                    yield f"{name} ({cell})", value, row[name]
+
+    middle = [row for row in saes if row["tokens"] == TOKENS and hooks[hook_of(row)] == MIDDLE]
+    for (model, k, recipe, sae), here in grouped(middle, ["model", "k", "recipe", "sae"]).items():
+        if (model, k) in SAES:
+            for name, value in vars(SAES[model, k]).items():
                 mean = float(np.mean([row[name] for row in here]))
                 yield f"{name} ({model}, k={k}, {recipe}, {sae})", value, mean
 
-
-def of_k_stars(stars: list[KStar]) -> Iterator[Comparison]:
     for star in stars:
-        theirs = K_STARS.get((star.model, star.target))
-        if theirs is not None and star.tokens == TOKENS and star.depth == MIDDLE:
+        published = K_STARS.get((star.model, star.target))
+        if published and star.tokens == TOKENS and star.depth == MIDDLE:
             cell = f"{star.model}, {star.recipe}, sinks {star.sinks}"
-            yield f"k* at {star.target} ({cell})", theirs, star.estimate
+            yield f"k* at {star.target} ({cell})", published, star.estimate
 
-
-def of_correlation(saes: list[dict]) -> Iterator[Comparison]:
-    """R^2 and CE_rec, each minus its mean over the SAEs of the same k."""
-    two = [row for row in saes if row["model"] in (S, L)]
+    two = [row for row in middle if row["model"] in (S, L)]
     for (recipe, sae), here in grouped(two, ["recipe", "sae"]).items():
         within = []
-        for cell in grouped(here, ["k"]).values():
-            points = np.array([(row["r2"], row["ce_rec"]) for row in cell])
+        for cell_rows in grouped(here, ["k"]).values():
+            points = np.array([(row["r2"], row["ce_rec"]) for row in cell_rows])
             within.append(points - points.mean(0))
         if len(within) > 1 and len({row["model"] for row in here}) == 2:
             correlation = np.corrcoef(np.vstack(within).T)[0, 1]
