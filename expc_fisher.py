@@ -218,13 +218,14 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         ladder=rungs,
         lost_at=max(shown, key=lambda row: abs(row["step"]))["rung"] if shown else None,
         locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
+        calibration=calibration(found.sums, meta),
         radius=[vars(Condition.of(row)) | {"radius": row["radius"]} for row in saes],
         thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=MAX_KL_ERROR),
     )
     said = answer(verdict, settings)
     names = "geometry", "estimators", "path"
     tables = {name: read_table(store.checked(out / store.RUN, f"{name}.csv")) for name in names}
-    tables |= dict(calibration=calibration(found.sums, meta), saes=saes, nulls=found.nulls)
+    tables |= dict(calibration=verdict["calibration"], saes=saes, nulls=found.nulls)
     return Findings(
         answer=said,
         verdict=verdict,
