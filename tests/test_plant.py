@@ -10,6 +10,7 @@ from helpers import one_line, script, tiny_model
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.dimension import participation_of
 from transport_geometry.measuring.evaluate import activations, evaluate
+from transport_geometry.measuring.gauges import gauge_suite
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import plant
 from transport_geometry.models.lm import Hook
@@ -229,11 +230,13 @@ def test_exp_p_runs_commands_that_can_be_read():
         assert "its grids are planted" in one_line(script("expp_planted.py", *flags, check=2))
 
 
-def test_metrics_under_gauges(monkeypatch):
+def test_metrics_under_gauges():
     """Which scores say something about how the hook is written: the table of Exp-P, its own truth."""
     import expp_planted
 
-    rows = {row["metric"]: row for row in expp_planted.gauge_suite(4, 48)}
+    rows = {
+        row["metric"]: row for row in gauge_suite(expp_planted.MODEL, 3, expp_planted.evaluation_rows(48, 4))
+    }
     shift, rotation, length = (name for name in rows["r2"] if name not in ("metric", "as it is"))
 
     def stay(gauge: str) -> set[str]:

@@ -3,10 +3,11 @@ rates.
 """
 
 import collections
-import dataclasses
 import itertools
 import json
 
+import expb
+from transport_geometry.records.tables import plain
 from transport_geometry.statistics import claims, hook_tests, leaderboard, stats
 
 import numpy as np
@@ -654,69 +655,12 @@ def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
 
 
 # ---------------------------------------------------------------------------------------------- verdict
-CANNOT = leaderboard.CANNOT
-ALL_HOLD = (
-    18,
-    leaderboard.Order(
-        "c", gain=0.2, p=0.01, gain_r2=0.2, p_r2=0.01, room=0.3, p_perfect=0.01, detectable=0.1
-    ),
-    leaderboard.Transfer("c", 0.1, 0.4, 0.3, 0.1, 0.5, in_range=0.5, in_range_control=0.9),
-    leaderboard.Size("c", gain=0.1, p=0.01),
-)
-NOT_A, WORSE, AS_R2 = {"gain": 0.09}, {"gain": -0.2}, {"p_r2": 0.05}
-NO_SIZE = {"gain": 0.1, "p": 0.05}  # smaller, and not shown to be
-
-
-@pytest.mark.parametrize(
-    "order, transfer, size, leaf, why",
-    [
-        ({}, {}, {}, "supported", "transfers across scale better"),
-        ({"gain": 0.10}, {}, {}, "supported", "transfers across scale better"),
-        ({"gain": 0.10, "p": 0.05}, {}, NO_SIZE, "beats-r2-only", "not shown to rank better than c"),
-        ({"p": np.nan}, {}, {"gain": np.nan}, "undecided", "to the best control is undefined"),
-        ({}, {"gamma": np.nan}, {"gain": np.nan}, "undecided", "no logarithm"),
-        ({}, {"gamma": np.nan}, {"gain": 0.0}, "undecided", "disagree: it ranks better"),
-        ({}, {"in_range": 0.1}, {"gain": -0.1}, "undecided", "disagree: it ranks better"),
-        (NOT_A | {"room": 0.01}, {}, {}, "undecided", "disagree: it predicts the size"),
-        (WORSE, {}, {}, "undecided", "disagree: it predicts the size"),
-        (NOT_A | {"room": 0.01}, {}, NO_SIZE, "beats-r2-only", "better than r2"),
-        ({"p": 0.05}, {}, {"gain": np.nan}, "beats-r2-only", "better than r2"),
-        (WORSE | AS_R2 | {"room": 0.01}, {}, NO_SIZE, CANNOT, "0.10; and it ranks worse"),
-        (
-            NOT_A | AS_R2 | {"p_perfect": 0.05},
-            {},
-            NO_SIZE,
-            CANNOT,
-            "would be 0.05 for the target",
-        ),
-        (NOT_A | AS_R2 | {"detectable": 0.4}, {}, NO_SIZE, CANNOT, "the 0.40 that shows here"),
-        (WORSE | AS_R2 | {"detectable": 0.4}, {}, NO_SIZE, "rejected", "ranks worse"),
-        (NOT_A | AS_R2, {"gamma": np.nan}, NO_SIZE, "rejected", "nor than r2"),
-        (WORSE | AS_R2 | {"p": 0.05}, {}, NO_SIZE, "rejected", "nor than r2"),
-        ({}, {"gamma": np.nan, "in_range": np.nan}, {}, "undecided", "scale undefined"),
-        ({}, {"gamma_control": np.nan}, {}, "undecided", "scale undefined"),
-        ({}, {"in_range": 0.49}, {}, "not-transferable", "too few"),
-        ({}, {"in_range_control": 0.49}, {}, "not-transferable", "too few"),
-        ({}, {"gamma": -0.21}, {}, "rejected", "not shown to transfer better"),
-        ({}, {"gain_lo": 0.0}, {}, "rejected", "not shown to transfer better"),
-        ({}, {"gain_lo": np.nan}, {}, "rejected", "not shown to transfer better"),
-    ],
-)
-def test_the_first_leaf_that_applies(order, transfer, size, leaf, why):
-    """Changes to evidence of which every claim holds; most of them let several leaves apply."""
-    n, *parts = ALL_HOLD
-    evidence = [dataclasses.replace(part, **new) for part, new in zip(parts, (order, transfer, size))]
-    said, reason = leaderboard.leaf_h2(n, *evidence)
-    assert said == leaf and why in reason
-    assert leaderboard.leaf_h2(5, *evidence) == ("undecided", "5 hooks, 6 needed")
-    few = dataclasses.replace(evidence[0], n_effective=5.9)
-    said, reason = leaderboard.leaf_h2(18, few, *evidence[1:])
-    assert said == "undecided" and "18 say as much as 5.9 independent ones, 6 needed" in reason
+CANNOT = expb.CANNOT
 
 
 def decide(data, n_resamples=100):
     scores, y, magnitude, meta, models = data
-    verdict = leaderboard.verdict_h2(
+    swd = leaderboard.contest(
         board(data, n_resamples),
         scores,
         y,
@@ -726,6 +670,8 @@ def decide(data, n_resamples=100):
         loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS),
         n_resamples=n_resamples,
     )
+    leaf, reason = expb.leaf_h2(swd)
+    verdict = plain({"leaf": leaf, "reason": reason, **swd.record(), **expb.rule(swd)})
     assert json.loads(json.dumps(verdict, allow_nan=False)) == verdict
     return verdict
 

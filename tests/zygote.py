@@ -49,7 +49,10 @@ import base64, matplotlib.figure
 ONE_PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
-matplotlib.figure.Figure.savefig = lambda figure, file, **how: file.write(ONE_PIXEL)
+NO_PATH = '<svg xmlns="http://www.w3.org/2000/svg"/>'
+matplotlib.figure.Figure.savefig = lambda figure, file, format, **how: file.write(
+    NO_PATH if format == "svg" else ONE_PIXEL
+)
 """
 
 

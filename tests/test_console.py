@@ -2,6 +2,7 @@
 and --quiet, --json and colours, which change what is printed and nothing else.
 """
 
+import dataclasses
 import doctest
 import io
 import itertools
@@ -16,12 +17,13 @@ from helpers import ROOT, contents, one_line, script
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import BY_NAME
 from transport_geometry.reporting import console as answers
-from transport_geometry.reporting import figures
+from transport_geometry.reporting import figures, leaderboard_report
 from transport_geometry.reporting.console import WIDTH, Answer
 from transport_geometry.statistics import claims, leaderboard
 
 import numpy as np
 import pytest
+from test_expb import ALL_HOLD
 
 REFERENCE = ROOT / "outputs/reference"
 # {script: its picture}
@@ -78,16 +80,13 @@ def number_free(text: str) -> str:
     return re.sub(r"[-+]?\d[\d.]*", "#", text)
 
 
-def verdict_b(leaf: str) -> dict:
-    ends = {f"{name}{end}": 0.1 for name in ("diff_r2", "diff_control") for end in ("", "_lo", "_hi")}
-    return ends | dict(
-        leaf=leaf,
-        reason="too few hooks",
-        a_control="cosine",
-        room=0.03,
-        settings={"models": ["a", "b"]},
-        here={"leaf": "not-shown", "reason": "the interval of SWD minus R² holds 0"},
-    )
+LEAVES = ["supported", "beats-r2-only", "rejected", "not-transferable", expb.CANNOT, "undecided"]
+ENDS = {f"{name}{end}": 0.1 for name in ("diff_r2", "diff_control") for end in ("", "_lo", "_hi")}
+
+
+def answer_b(leaf: str, board: list[dict]) -> Answer:
+    swd = dataclasses.replace(ALL_HOLD, of_the_proxy=ALL_HOLD.of_the_proxy | ENDS, room=0.03)
+    return expb.answer(leaf, "too few hooks", swd, board, {"models": ["a", "b"]})
 
 
 def row(
@@ -135,36 +134,34 @@ BOARD = [
 def test_a_proxy_is_better_where_test_and_interval_say_so():
     marks = [leaderboard.against_r2(row) for row in BOARD]
     assert marks == ["same", "same", "above", "not shown", "below", "not shown"]
-    said = leaderboard.what_r2_is_worth(BOARD)
+    said = leaderboard_report.what_r2_is_worth(BOARD)
     assert said.endswith("+0.90 [+0.80, +0.95]; shown to do better: cosine.")
-    assert "no other proxy is shown to do better" in leaderboard.what_r2_is_worth([BOARD[0], BOARD[4]])
-    fewer = leaderboard.what_r2_is_worth([one | {"n_effective": 7.25} for one in BOARD])
+    assert "no other proxy is shown to do better" in leaderboard_report.what_r2_is_worth([BOARD[0], BOARD[4]])
+    fewer = leaderboard_report.what_r2_is_worth([one | {"n_effective": 7.25} for one in BOARD])
     assert fewer.startswith("On 9 hooks (which count as 7.2) the order")
     few = [one | {"partial_lo": np.nan, "partial_hi": np.nan} for one in BOARD]
-    assert leaderboard.what_r2_is_worth(few).endswith(
+    assert leaderboard_report.what_r2_is_worth(few).endswith(
         "+0.90 (no interval); too few hooks to say of any proxy that it does better."
     )
 
 
-@pytest.mark.parametrize("leaf", expb.FOUND)
+@pytest.mark.parametrize("leaf", LEAVES)
 def test_each_word_of_h2_in_three_lines(leaf):
-    settings = {"models": ["a", "b"]}
-    said = expb.answer(verdict_b(leaf), BOARD, settings)
+    said = answer_b(leaf, BOARD)
     assert said.limits.startswith("Exp-A comes first: ") and "2 models (a and b)" in said.limits
-    others = [expb.answer(verdict_b(other), BOARD, settings).found for other in expb.FOUND if other != leaf]
+    others = [answer_b(other, BOARD).found for other in LEAVES if other != leaf]
     assert number_free(said.found) not in map(number_free, others)
 
 
 def test_an_answer_says_which_claim_a_number_is_about():
     """Here first, over documents; then in general, or why not, in one sentence."""
-    settings = {"models": ["a", "b"]}
-    found = expb.answer(verdict_b("rejected"), BOARD, settings).found
+    found = answer_b("rejected", BOARD).found
     here, general = found.split(" In general, ")
     assert here.startswith("Here, on these SAEs, the order that R² gives") and "[+0.85, +0.92]" in here
     assert "Of 40 pairs clearly apart R² orders 75% rightly and SWD 75%" in here
     assert general.startswith("about other layers of a and b, not other models: On 9 hooks the order")
     few = [one | {"n_effective": 2.5, "n_effective_r2": 2.5, "phi": 0.81} for one in BOARD]
-    here_too, none = expb.answer(verdict_b("rejected"), few, settings).found.split(" In general, ")
+    here_too, none = answer_b("rejected", few).found.split(" In general, ")
     assert here_too == here and none.startswith("about other layers of a and b, not other models, nothing is")
     assert none.endswith("(correlation 0.81), so that 9 hooks count as 2.5, and 6 are needed.")
     alone = claims.none_in_general([one | {"n_clusters": 4} for one in few], ["a"])
@@ -176,13 +173,13 @@ def test_an_answer_says_which_claim_a_number_is_about():
 
 def test_the_table_marks_what_is_shown_here_and_in_general():
     """mse: here it is better, by its interval; in general its p is .06."""
-    head, *rows = leaderboard.board_in_short(BOARD).splitlines()
+    head, *rows = leaderboard_report.board_in_short(BOARD).splitlines()
     said = {line.split()[0]: line for line in rows[: len(BOARD)]}
     assert head.split() == ["proxy", "ρ", "here", "minus", "R²", "pairs", "in", "general"]
     assert said["mse"].endswith("not shown") and said["cosine"].endswith("better")
     assert said["swd_tok"].endswith("worse") and "75%" in said["mse"]
-    assert [leaderboard.against_r2_here(one) for one in BOARD[2:5]] == ["above", "above", "below"]
-    few = leaderboard.board_in_short([one | {"n_effective_r2": 2.5} for one in BOARD])
+    assert [leaderboard.against_r2(one, here=True) for one in BOARD[2:5]] == ["above", "above", "below"]
+    few = leaderboard_report.board_in_short([one | {"n_effective_r2": 2.5} for one in BOARD])
     assert "in general" not in few and "not shown" not in few and "undefined" not in few
 
 
@@ -244,7 +241,9 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
 
 
 def test_colours_change_no_word():
-    plain, coloured = ("\n".join([*THREE.lines(on), leaderboard.board_in_short(BOARD, on)]) for on in (0, 1))
+    plain, coloured = (
+        "\n".join([*THREE.lines(on), leaderboard_report.board_in_short(BOARD, on)]) for on in (0, 1)
+    )
     assert "\x1b[" in coloured and "\x1b" not in plain
     assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
 
