@@ -286,7 +286,8 @@ def test_every_file_exists(page):
     """Named in code, with its folder or as a file of a results folder."""
     results = {path.name for path in REFERENCE.rglob("*.*")}
     results |= {"tokens.npz", "audit.csv", "pairs.csv", "provenance.json"}
-    folders = [ROOT, ROOT / "csrc", *(ROOT / "transport_geometry").rglob("*")]
+    package = ROOT / "transport_geometry"
+    folders = [ROOT, ROOT / "csrc", package, *package.rglob("*")]
     below = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
     for code in in_code(page):
         for word in code.split():
