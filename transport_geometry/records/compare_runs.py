@@ -30,7 +30,8 @@ import scipy
 SEED_SD = ROOT / "outputs/reference/seed_sd.csv"
 LABELS = ("model", "layer", "sae", "recipe", "d_sae", "k", "seed", "tokens")
 EXACT = {"n_seq", "n_tok", "n_sink"}  # counts, which nothing may change
-MAY_DIFFER = {"seeds", "device", "python", "instructions", "save_tokens"}  # settings
+# settings; `rows` is the version of the columns, of which the folder of an older one lacks some
+MAY_DIFFER = {"seeds", "device", "python", "instructions", "save_tokens", "rows"}
 
 # By how much evaluating one SAE elsewhere may change a column: (share of the value, plus so much). Measured
 # with one cache on AMD's and on Intel's code, with AVX-512, AVX2 and neither, and with KERNELS=ref: at most a
@@ -359,7 +360,7 @@ def compare(a: Run, b: Run, spreads: SeedSpreads | None = None) -> Outcome:
         return Outcome("different", "; ".join(reasons), lines)
     columns = [name for name in a.rows[0] if name in b.rows[0] and name not in LABELS]
     if one_sided := sorted({*a.rows[0]} ^ {*b.rows[0]}):
-        lines.append(f"columns in one folder only: {some(one_sided, 8)}")
+        lines.append(f"columns in one folder only, not compared: {some(one_sided, 8)}")
     other_leaf = []
     if a.leaf and b.leaf and a.leaf != b.leaf:
         other_leaf = [f"another verdict ({a.leaf} | {b.leaf})"]
