@@ -32,23 +32,12 @@ from transport_geometry.records.results import (
     load_measurements,
 )
 from transport_geometry.records.tables import as_csv, markdown, readable_count, signed
+from transport_geometry.reporting import leaderboard_report as shared
+from transport_geometry.reporting import where_it_hurts
 from transport_geometry.reporting.audit_report import trial_lines
 from transport_geometry.reporting.console import Answer, as_sentence, number
 from transport_geometry.reporting.figures import saes_against
-from transport_geometry.reporting.leaderboard_report import (
-    TEXT as SHARED_TEXT,
-)
-from transport_geometry.reporting.leaderboard_report import (
-    board_in_short,
-    how_to_read,
-    leaderboard_figure,
-    leaderboard_table,
-    scope,
-    what_r2_is_worth,
-    within,
-)
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.reporting.where_it_hurts import of_folder
 from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, WORDS, with_words
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
@@ -69,12 +58,12 @@ GRID = dict(
     ctx=256,
 )
 N_RESAMPLES = 2000
-TEXT = blocks("expb")
+TEXT = blocks("expb")  # words of reporting/reports/expb.md; each leaf below is a block there
 
 
 # ------------------------------------------------------------------------ the rule, fixed before any result
-MIN_DIFFERENCE = 0.10  # (a): partial Spearman, SWD minus the control
-MAX_GAMMA_RATIO = 0.5  # (b): |transfer gap| of SWD over the control's
+MIN_DIFFERENCE = 0.10  # order: partial Spearman, SWD minus the control
+MAX_GAMMA_RATIO = 0.5  # transfer: |transfer gap| of SWD over the control's
 CANNOT = "cannot be shown here"
 
 
@@ -82,14 +71,13 @@ def leaf_h2(swd: Contest) -> tuple[str, str]:
     """The pre-registered rule of H2 in general: (leaf, why), the first that applies.
 
     Three claims, each against a control chosen on half A of the documents and tested on half B:
-      (a) order: partial Spearman higher by 0.10 or more, swap p < .05;
-      (b) scale: |transfer gap| at most half of the control's, the 95% interval of the difference above 0;
-      (c) size: the leave-one-hook-out error of log10 dCE smaller.
-    Order within k is one question and size another: H2 is supported only where both point the same way.
+      order: partial Spearman higher by MIN_DIFFERENCE or more, swap p < .05;
+      size: the leave-one-hook-out error of log10 dCE smaller;
+      transfer: |transfer gap| at most MAX_GAMMA_RATIO of the control's, and smaller by a 95% interval.
+    Order at one k is one question and size another: H2 is supported only where both point the same way.
     """
-    own, control = swd.of_the_proxy, swd.a_control
-    order = own["diff_control"] >= MIN_DIFFERENCE and own["p_control"] < ALPHA
-    order_r2 = own["diff_r2"] >= MIN_DIFFERENCE and own["p_r2"] < ALPHA
+    own, control = swd.of_the_proxy, swd.order_control
+    order, order_r2 = ranks_better(swd, "control"), ranks_better(swd, "r2")
     worse = own["diff_control"] < 0 and own["p_control"] < ALPHA
     size_gain = own["diff_loho_control"]
     size = size_gain > 0 and own["p_loho"] < ALPHA
@@ -122,7 +110,7 @@ def leaf_h2(swd: Contest) -> tuple[str, str]:
             f"better than {control}"
         )
 
-    # not (a): because it is no better, or because nothing could have been?
+    # not shown to order better: because it does not, or because nothing could have?
     if not order and order_r2:
         return "beats-r2-only", f"ranks better than r2, not shown to rank better than {control}"
     if not order and (missing := no_room(swd, worse)):
@@ -135,7 +123,7 @@ def leaf_h2(swd: Contest) -> tuple[str, str]:
     if not order:
         return "rejected", f"not shown to rank better than {control}, nor than r2"
 
-    # (a) and (c): better ranks that do not carry over across scale are not what H2 claims
+    # a better order that does not carry over across scale is not what H2 claims
     if np.isnan(swd.gamma_proxy) or np.isnan(swd.gamma_control):  # one model, or no depth in common
         return "undecided", "ranks better, transfer across scale undefined on this grid"
     if not transfer_judged(swd):
@@ -143,8 +131,20 @@ def leaf_h2(swd: Contest) -> tuple[str, str]:
             "ranks better, but too few of the larger model's values are in range to judge"
         )
     if not transfer_holds(swd):
-        return "rejected", f"ranks better than {control}, not shown to transfer better than {swd.b_control}"
-    return "supported", f"ranks better than {control} and transfers across scale better than {swd.b_control}"
+        return (
+            "rejected",
+            f"ranks better than {control}, not shown to transfer better than {swd.transfer_control}",
+        )
+    return (
+        "supported",
+        f"ranks better than {control} and transfers across scale better than {swd.transfer_control}",
+    )
+
+
+def ranks_better(swd: Contest, base: str) -> bool:
+    """Than `control` or `r2`: by the margin, and by the test."""
+    own = swd.of_the_proxy
+    return own[f"diff_{base}"] >= MIN_DIFFERENCE and own[f"p_{base}"] < ALPHA
 
 
 def no_room(swd: Contest, worse: bool) -> list[str]:
@@ -172,20 +172,27 @@ def transfer_holds(swd: Contest) -> bool:
 def analyse(out: pathlib.Path, settings: dict) -> Findings:
     """Everything after one row per SAE: a pure function of conditions.csv and sequences.npz."""
     found = load_measurements(out, settings, N_RESAMPLES)
+    # {proxy: [W, C]}: of C SAEs, on all documents, on either half of them, and under every resample
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
     board, swd = ranked(scores, found, settings, N_RESAMPLES)
     leaf, reason = leaf_h2(swd)
     saes = with_words(found.saes, found.values, min(settings["documents"]))
-    where, pictures = of_folder(out)
+    where, pictures = where_it_hurts.of_folder(out)
     said = answer(leaf, reason, swd, board, settings)
 
     def table(colour: bool) -> str:
         few = swd.n_clusters < MIN_HOOKS  # nothing to rank proxies by: the SAEs themselves
-        return trial_lines(saes) if few else board_in_short(board, colour)
+        return trial_lines(saes) if few else shared.board_in_short(board, colour)
 
     return Findings(
         answer=said,
-        verdict={"leaf": leaf, "reason": reason, **swd.record(), **rule(swd), "saes": counted(saes)},
+        verdict={
+            "leaf": leaf,
+            "reason": reason,
+            **swd.record(),
+            **what_the_rule_asked(swd),
+            "saes": counted(saes),
+        },
         short_verdict=f"H2: {leaf}; here: {swd.here['leaf']}",
         report=report(leaf, reason, swd, board, saes, found.nulls, said, where, settings),
         figures={**figures(saes, board, leaf, settings["models"]), **pictures},
@@ -194,12 +201,11 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     )
 
 
-def rule(swd: Contest) -> dict:
-    """What the rule asked, and its thresholds."""
-    own = swd.of_the_proxy
+def what_the_rule_asked(swd: Contest) -> dict:
+    """Of verdict.json: what holds, and the thresholds."""
     return dict(
-        a_holds=own["diff_control"] >= MIN_DIFFERENCE and own["p_control"] < ALPHA,
-        a_holds_vs_r2=own["diff_r2"] >= MIN_DIFFERENCE and own["p_r2"] < ALPHA,
+        a_holds=ranks_better(swd, "control"),
+        a_holds_vs_r2=ranks_better(swd, "r2"),
         b_judged=transfer_judged(swd),
         b_holds=transfer_holds(swd),
         alpha=ALPHA,
@@ -224,13 +230,13 @@ def answer(leaf: str, reason: str, swd: Contest, board: list[dict], settings: di
         text = TEXT[leaf].format(
             diff_r2=number(swd.of_the_proxy, "diff_r2"),
             diff_control=number(swd.of_the_proxy, "diff_control"),
-            a_control=swd.a_control,
+            control=swd.order_control,
             room="nothing" if np.isnan(swd.room) else f"{swd.room:.2f}",
             reason=reason,
         )
         layers = claims.layers_of(settings["models"])
-        general = f"In general, about {layers}: {what_r2_is_worth(board)} {as_sentence(text)}"
-    limits = TEXT["limits"].format(exp_a=SHARED_TEXT["after exp-a"], scope=scope(settings))
+        general = f"In general, about {layers}: {shared.what_r2_is_worth(board)} {as_sentence(text)}"
+    limits = TEXT["limits"].format(exp_a=shared.TEXT["after exp-a"], scope=shared.scope(settings))
     return Answer(TEXT["question"], f"{claims.in_short(board)} {general}", limits)
 
 
@@ -264,7 +270,7 @@ def report(
         here=f"{here['leaf']}. {claims.LEAVES[here['leaf']]} ({here['reason']}).",
         table_here=claims.table(board),
         how_to_read_here=claims.how_to_read(settings, describe_units(settings)),
-        within=within(board, settings["models"]),
+        within=shared.within(board, settings["models"]),
         general=general_section(swd, board, settings),
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
         words=ABOUT_WORDS,
@@ -285,10 +291,10 @@ def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
     few = [f"{r['proxy']} ({r['n_effective']:.1f})" for r in of_target(board) if r["proxy"] not in names]
     general = TEXT["general"].format(
         left_out=f"Too few effective hooks: {', '.join(few)}.\n\n" if few else "",
-        board=leaderboard_table(judged, "ce_rec"),
-        how_to_read=how_to_read(swd, settings),
+        board=shared.leaderboard_table(judged, "ce_rec"),
+        how_to_read=shared.how_to_read(swd, settings),
         min_difference=MIN_DIFFERENCE,
-        board_kl=leaderboard_table(judged, "kl"),
+        board_kl=shared.leaderboard_table(judged, "kl"),
     )
     return f"{text}{general}\n\n"
 
@@ -302,7 +308,7 @@ def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -
     every = [f"{proxy.name}: {signed(rows[proxy.name]['partial'])}" for proxy in PROXIES]
     pair = [BY_NAME["r2"], BY_NAME["swd_tok"]]
     return {
-        "leaderboard.png": leaderboard_figure(board, f"H2, that SWD does: {leaf}"),
+        "leaderboard.png": shared.leaderboard_figure(board, f"H2, that SWD does: {leaf}"),
         "swd_r2.png": saes_against(saes, pair, models, two, size=(4.5, 4.2)),
         "proxies.png": saes_against(saes, PROXIES, models, every),
     }
@@ -317,7 +323,7 @@ def redirect_to(script: str) -> None:
 
 def main() -> None:
     command = parse_args(__doc__, GRID)
-    if command.grid.saes:
+    if command.grid.saes:  # nothing to train and no grid to rank: the audit answers
         return redirect_to("audit")
     run_and_report(command, Experiment("expb", where=True), analyse)
 

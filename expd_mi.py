@@ -40,6 +40,7 @@ from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment, eval_batch
 from transport_geometry.saes.sae import SAE
+from transport_geometry.saes.sinks import SINK_FACTOR
 from transport_geometry.statistics import stats
 from transport_geometry.statistics.within_models import associations
 
@@ -327,7 +328,7 @@ def norms_figure(positions: list[dict], models: list[str]) -> Figure:
         for i, rows in enumerate(here.values()):
             x, y = ([row[column] for row in rows] for column in ("position", "norm"))
             axis.plot(x, y, color=colour, alpha=0.7, linewidth=1, marker=".", label=None if i else model)
-    axis.axhline(10, color="0.4", linewidth=0.8, linestyle="--", label="sink: above 10 medians")
+    axis.axhline(SINK_FACTOR, color="0.4", linewidth=0.8, linestyle="--", label="sink: above this")
     axis.set_xscale("symlog", base=2, linthresh=1)
     axis.set(xlim=(-0.2, None), yscale="log", xlabel="position (a line for each hook)")
     axis.set_ylabel("median ‖h‖, in medians over positions ≥ 1")

@@ -181,7 +181,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     board, swd = ranked(scores, found, settings, N_RESAMPLES)
     board = [row for row in board if row["proxy"] != row["target"]]  # KL is a target too
     added = p = np.nan
-    if control := swd.a_control:
+    if control := swd.order_control:
         x, base, y = (v[2] for v in (scores["plan_kl"], scores[control], values["ce_rec"]))
         added, p = stats.added_value(x, base, y, meta)
     beyond = []

@@ -43,7 +43,8 @@ from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import markdown, readable_count
 from transport_geometry.running.run import CPU
 from transport_geometry.saes.recipes import CHUNK, SAELensTraining, Statistics, Training
-from transport_geometry.saes.sae import TopKSAE, save_sae, sink_positions
+from transport_geometry.saes.sae import TopKSAE, save_sae
+from transport_geometry.saes.sinks import sink_positions
 from transport_geometry.saes.train import activation_chunks
 
 import numpy as np

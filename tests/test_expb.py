@@ -21,15 +21,15 @@ ALL_HOLD = Contest(
     here={},
     n_proxies=14,
     n_proxies_distinct=13,
-    a_control="c",
+    order_control="c",
     room=0.3,
     p_perfect=0.01,
     smallest_detectable=0.1,
     of_the_proxy=dict(
         diff_control=0.2, p_control=0.01, diff_r2=0.2, p_r2=0.01, diff_loho_control=0.1, p_loho=0.01
     ),
-    loho_control="c",
-    b_control="c",
+    size_control="c",
+    transfer_control="c",
     gamma_proxy=0.1,
     gamma_control=0.4,
     gamma_gain=0.3,

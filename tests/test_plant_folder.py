@@ -10,7 +10,7 @@ from helpers import ROOT, contents
 from transport_geometry.errors import UserError
 from transport_geometry.models import loading
 from transport_geometry.models.lm import Hook
-from transport_geometry.saes.sae import sink_positions
+from transport_geometry.saes.sinks import sink_positions
 
 import pytest
 import torch

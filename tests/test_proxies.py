@@ -10,7 +10,7 @@ from transport_geometry.measuring import evaluate as evaluation
 from transport_geometry.measuring.evaluate import activations, evaluate
 from transport_geometry.measuring.metrics import PROXIES, SIMILARITY, Sums, computed, index_bits
 from transport_geometry.models.lm import Hook
-from transport_geometry.saes import sae
+from transport_geometry.saes import sinks
 from transport_geometry.saes.basis_gate import near
 from transport_geometry.saes.sae import tied_init
 from transport_geometry.statistics.stats import document_weights
@@ -215,7 +215,7 @@ def test_sinks_are_position_zero_and_ten_medians():
     norms = torch.ones(2, 5)
     norms[1, 3] = 10.5
     norms[0, 4] = 9.5
-    assert sae.sink_positions(norms, 1.0).nonzero().tolist() == [[0, 0], [1, 0], [1, 3]]
+    assert sinks.sink_positions(norms, 1.0).nonzero().tolist() == [[0, 0], [1, 0], [1, 3]]
 
 
 def test_weights_are_the_same_as_repeating_sequences(hook):

@@ -671,7 +671,7 @@ def decide(data, n_resamples=100):
         n_resamples=n_resamples,
     )
     leaf, reason = expb.leaf_h2(swd)
-    verdict = plain({"leaf": leaf, "reason": reason, **swd.record(), **expb.rule(swd)})
+    verdict = plain({"leaf": leaf, "reason": reason, **swd.record(), **expb.what_the_rule_asked(swd)})
     assert json.loads(json.dumps(verdict, allow_nan=False)) == verdict
     return verdict
 

@@ -19,7 +19,8 @@ from transport_geometry.measuring.metrics import METRICS
 from transport_geometry.measuring.patch import Clean, Patch
 from transport_geometry.models.lm import Hook, Kept, kl_divergence, log_softmax, text_key
 from transport_geometry.progress import Progress, line
-from transport_geometry.saes.sae import SAE, TopKSAE, must_vary, sinks_of
+from transport_geometry.saes.sae import SAE, TopKSAE, must_vary
+from transport_geometry.saes.sinks import sinks_of
 
 import numpy as np
 import torch

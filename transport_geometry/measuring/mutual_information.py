@@ -20,7 +20,7 @@ from transport_geometry.errors import UserError
 from transport_geometry.measuring.dimension import participation_ratio
 from transport_geometry.models import text
 from transport_geometry.models.lm import Hook, text_config
-from transport_geometry.saes.sae import sinks_of
+from transport_geometry.saes.sinks import sinks_of
 
 import numpy as np
 import torch

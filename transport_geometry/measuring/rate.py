@@ -16,7 +16,8 @@ from transport_geometry.measuring.patch import Patch
 from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence
 from transport_geometry.records.condition import Condition
 from transport_geometry.running.grid import EvalSet
-from transport_geometry.saes.sae import TopKSAE, sinks_of
+from transport_geometry.saes.sae import TopKSAE
+from transport_geometry.saes.sinks import sinks_of
 
 import numpy as np
 import torch

@@ -26,6 +26,7 @@ from transport_geometry.records import store
 from transport_geometry.records.condition import KEY, Condition, hook_of
 from transport_geometry.records.store import RUN
 from transport_geometry.records.tables import Content, as_csv, as_npz, read_npz, read_table
+from transport_geometry.saes import sinks
 from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
@@ -389,7 +390,7 @@ ABOUT = """\
 ## Settings
 
 Evaluation: {sizes}, drawn across the held-out side from {behind}, which is what the intervals count; \
-positions 0..T-2; sink positions (dropped in `_nosink`): position 0 and norms above 10 medians, {n_sink} \
+positions 0..T-2; sink positions (dropped in `_nosink`): {sinks}, {n_sink} \
 of {n_tok} per hook.
 
 Evaluation text SHA-256 {text_sha256}{python}.
@@ -426,6 +427,7 @@ def about_the_run(rows: list[dict], settings: dict) -> list[str]:
     if column := settings.get("column"):
         notes.append(f"The text is column `{column}` of {settings['data']}.\n")
     text = ABOUT.format(
+        sinks=sinks.RULE,
         sizes=" and ".join(f"{n} sequences of {ctx} tokens" for n, ctx in sizes),
         behind=describe_units(settings),
         n_sink=", ".join(sorted({str(row["n_sink"]) for row in rows})),

@@ -2,6 +2,8 @@
 
 import re
 
+from transport_geometry.saes import sinks
+
 # the twenty to know before any other, in the order in which a reader meets them
 FIRST = {
     "hook": "the output of a transformer block: activations h of d_model dimensions, one a token",
@@ -17,7 +19,7 @@ FIRST = {
     "Euclidean control": "a plain error score without gradients and without sinks, which SWD has to beat",
     "SWD": "sensitivity-weighted distortion, the mean of (g·δ)², g the gradient of CE at the hook",
     "Fisher form": "δᵀGδ, G the output's Fisher information at the hook: twice the KL of a small error",
-    "sink": "position 0, and positions whose norm is above ten medians; they can own R²",
+    "sink": f"{sinks.RULE}; such a position can own R²",
     "sinks clean": "patched everywhere but at sinks",
     "kl_excess": "log of how many times the KL of a random error as long the SAE's error costs",
     "partial Spearman": "rank correlation among SAEs of one k",

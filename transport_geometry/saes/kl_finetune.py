@@ -22,7 +22,8 @@ from transport_geometry.records.tables import markdown, short, span
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import eval_batch
 from transport_geometry.saes.recipes import Statistics, Training, unit_norm_step
-from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec, sinks_of
+from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec
+from transport_geometry.saes.sinks import sinks_of
 from transport_geometry.statistics import stats
 
 import numpy as np

@@ -21,8 +21,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-SINK_FACTOR = 10  # a position whose norm exceeds this many medians is a sink, and so is position 0
-
 
 class SAE(torch.nn.Module):
     """Any SAE whose code is a function of single tokens, for raw activations."""
@@ -81,21 +79,6 @@ def tied_init(d: int, d_sae: int, k: int, seed: int, b_dec: Tensor) -> TopKSAE:
 
 
 # ------------------------------------------------------------------------------------------- activations
-def sink_positions(norms: Tensor, median: float) -> Tensor:
-    """[B,T] bool: position 0, and every position whose norm exceeds SINK_FACTOR times the median over
-    positions >= 1.
-    """
-    sinks = norms > SINK_FACTOR * median
-    sinks[:, 0] = True
-    return sinks
-
-
-def sinks_of(h: Tensor) -> Tensor:
-    """`sink_positions` [B,T] of h [B,T,d], by its own median norm."""
-    norms = torch.linalg.vector_norm(h, dim=-1)
-    return sink_positions(norms, norms[:, 1:].median().item())
-
-
 def must_vary(h: Tensor, about: str) -> None:
     """Raises Fault where the activations h [n,d] are all equal, up to float32's rounding."""
     if not (h - h.mean(0)).square().sum() > 1e-10 * h.square().sum():

@@ -22,7 +22,8 @@ from transport_geometry.progress import Progress, line
 from transport_geometry.records import store
 from transport_geometry.saes import recipes
 from transport_geometry.saes.recipes import RECIPES, Statistics, Training, token_flops
-from transport_geometry.saes.sae import CHECKPOINT, TrainingSpec, is_whole, save_sae, sink_positions
+from transport_geometry.saes.sae import CHECKPOINT, TrainingSpec, is_whole, save_sae
+from transport_geometry.saes.sinks import sink_positions
 
 import torch
 from torch import Tensor

@@ -1,5 +1,5 @@
-"""What experiments that rank proxies share: the board of all proxies, the verdict on H2, and how a board is
-shown.
+"""What experiments that rank proxies share: the board of all proxies, and what R^2 and the best Euclidean
+controls leave to SWD (`Contest`), of which expb.py makes its verdict.
 
 Arrays as in `stats`: scores {proxy: [W, C]}, larger = better; target [W, C]; magnitude [W, C], the distortion
 behind the target; C conditions under W weightings of the documents (`resampling.ALL`, ...). `meta` {column:
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS, as_score
 from transport_geometry.records.results import Measured
-from transport_geometry.reporting import console as console
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.stats import (
     ALL,
@@ -348,15 +347,15 @@ class Contest:
     n_proxies: int
     n_proxies_distinct: int
     # does it rank better? partial Spearman
-    a_control: str | None
+    order_control: str | None
     room: float  # between the control and 1
     p_perfect: float  # p that the target itself would have in the proxy's place
     smallest_detectable: float  # the gain that this grid shows in four of five cases
     of_the_proxy: dict  # its own columns of the board, OF_THE_PROXY
     # does it tell the size of dCE better? leave-one-hook-out error
-    loho_control: str | None
+    size_control: str | None
     # does it carry over across scale better? transfer gaps
-    b_control: str | None
+    transfer_control: str | None
     gamma_proxy: float
     gamma_control: float
     gamma_gain: float  # |gamma_control| - |gamma_proxy|
@@ -370,7 +369,8 @@ class Contest:
 
     def record(self) -> dict:
         """As verdict.json has it: flat."""
-        flat = dict(vars(self))
+        names = dict(order_control="a_control", size_control="loho_control", transfer_control="b_control")
+        flat = {names.get(name, name): value for name, value in vars(self).items()}
         return flat | flat.pop("of_the_proxy") | flat.pop("ceiling")
 
 
@@ -434,13 +434,13 @@ def contest(
         here=claims.in_verdict(rows, controls),
         n_proxies=len(pooled),
         n_proxies_distinct=sum(row["same_ranks_as"] == "" for row in pooled),
-        a_control=control,
+        order_control=control,
         room=room,
         p_perfect=p_perfect,
         smallest_detectable=detectable,
         of_the_proxy={key: mine[key] for key in OF_THE_PROXY},
-        loho_control=loho_control,
-        b_control=gap_control,
+        size_control=loho_control,
+        transfer_control=gap_control,
         gamma_proxy=float(gamma[0]),
         gamma_control=float(gamma_control[0]),
         gamma_gain=float(gain[0]),
@@ -491,13 +491,6 @@ def ranked(scores: Scores, found: Measured, settings: dict, n_resamples: int) ->
         n_resamples=n_resamples,
     )
     return rows, swd
-
-
-def leaf_added(added: float, p: float, least: float) -> str:
-    """Of a claim that a proxy adds to another (`stats.added_value`)."""
-    if np.isnan(added):
-        return "undecided"
-    return "supported" if added >= least and p < ALPHA else "rejected"
 
 
 # --------------------------------------------------------------------------------------- what a row says
