@@ -99,9 +99,10 @@ def picture() -> str:
     return f"""\
 ![R² up, patched cross-entropy down: published, and planted](outputs/reference/expp_planted/signature.png)
 
-*Published (k = 8, 10M tokens): the SAE of Pythia-410m against that of 70m, {number(theirs.delta_r2, 3)} in R² and \
-{number(theirs.delta_ce_rec, 3)} in CE_rec. Planted: a large norm at position 0, which changes no logit, moves both \
-the same way, by {spanned(twin, "delta_r2", 3)} and {spanned(twin, "delta_ce_rec", 3)}.*"""
+*Left, published by others (8 active latents, 10M training tokens): the SAE of Pythia-410m has an R² higher by \
+{number(theirs.delta_r2, 3)} than that of Pythia-70m, and patching it in is worse ({number(theirs.delta_ce_rec, 3)} in CE_rec). Right, planted \
+here: a huge activation at position 0, which changes no output of the model, does the same: R² \
+{spanned(twin, "delta_r2", 3)}, CE_rec {spanned(twin, "delta_ce_rec", 3)}.*"""
 
 
 PROXIES = "cosine nmse_tok gd_abs r2 r2_nosink swd_tok swd_sampled swd_seq".split()
@@ -128,8 +129,8 @@ def said_of_each() -> str:
     counted = ", ".join(f"{n} *{word}*" for word, n in saes["words"].items())
     least, most = saes["kl_ratio"]
     return (
-        f"Of the {sum(saes['words'].values())} SAEs: {counted}. Their errors cost {least:.1f} to {most:.1f} times the KL of "
-        "a random error as long."
+        f"Of the {sum(saes['words'].values())} SAEs: {counted}. Their errors change the output (in KL) {least:.1f} to {most:.1f} "
+        "times as much as random errors of the same length."
     )
 
 
@@ -183,8 +184,8 @@ def exp_b_sizes() -> str:
     return f"""\
 {answers("expb")}
 
-dCE at a hook that the fit has not seen is off by {off["r2"]} from R², by {off["cosine"]} from cosine, by \
-{off["swd_tok"]} from `swd_tok`. The verdict in general: *{v["leaf"]}* ({v["reason"]}). Here, with intervals over \
+Predicting dCE at a hook that the fit has not seen, R² is off by {off["r2"]}, cosine by {off["cosine"]}, `swd_tok` by \
+{off["swd_tok"]}. The verdict in general: *{v["leaf"]}* ({v["reason"]}). Here, with intervals over \
 documents:
 
 {scores(PROXIES)}"""
@@ -192,23 +193,23 @@ documents:
 
 def exp_a() -> str:
     short, v = verdict("expa"), verdict("expa-long")
-    gates = ", ".join(f"{name} {'open' if passed else 'shut'}" for name, passed in v["g0"].items())
+    gates = ", ".join(f"{name} {'met' if passed else 'not met'}" for name, passed in v["g0"].items())
     moved = max(abs(row[f"moved_{end}"]) for row in short["cells"] for end in ("small", "large"))
     return f"""\
 {answers("expa")}
 
-CE_rec still moves by up to {moved:.2f} between its last two budgets. With more tokens:
+There CE_rec changes by up to {moved:.2f} between the last two budgets, where the rule allows {short["thresholds"]["converged"]}. With more tokens:
 
 {answers("expa-long")}
 
-Gates of the tree: {gates}. {v["large"]} minus {v["small"]}, by tokens an SAE:
+Preconditions of the rule: {gates}. {v["large"]} minus {v["small"]}, by training tokens:
 
 {course()}
 
-The transfer gap of R² is {spanned(v, "gamma_r2", 3)} where the tree asks for {v["thresholds"]["gamma"]}. \
-`{v["control"]}`, a score that knows no sink, has {number(v["gamma_control_half_b"], 3)} where R² has \
-{number(v["gamma_r2_half_b"], 3)}, on the half of the documents it was not chosen on. Without sink positions ΔR² \
-is the same to {worst_sink():.3f}."""
+The transfer gap of R² is {spanned(v, "gamma_r2", 3)} where the rule asks for {v["thresholds"]["gamma"]}. \
+`{v["control"]}`, the best score without sinks (chosen on one half of the documents), has {number(v["gamma_control_half_b"], 3)} where R² has \
+{number(v["gamma_r2_half_b"], 3)}, on the other half. Leaving sink positions out changes ΔR² \
+by at most {max(worst_sink(), 0.0005):.4f}."""
 
 
 def deltas() -> dict[tuple[int, int], dict[str, Any]]:
@@ -241,7 +242,7 @@ def at_the_end(row: dict[str, Any]) -> str:
     )
     if r2 and ce:
         return "they agree" if r2 == ce else "they disagree"
-    return "only R² sees a difference" if r2 else "only CE_rec sees one" if ce else "neither sees one"
+    return "only R² shows a difference" if r2 else "only CE_rec shows one" if ce else "neither shows one"
 
 
 def exp_c() -> str:
@@ -250,16 +251,15 @@ def exp_c() -> str:
     form, variance = rungs["½δᵀGδ"], rungs["½Var_p(Δz)"]
     at = [row for row in v["calibration"] if row["alpha"] == 0.1]
     off = [abs(row["kl_slope"] - 1) for row in at]
-    r2 = [row["kl_r2"] for row in at]
     path = max(row["error"] for row in rows("expc_fisher", "path.csv") if row["nodes"] == 2)
     return f"""\
 {answers("expc_fisher")}
 
-How far the quadratic model holds: at 0.1 δ half of the form is the measured KL within {percent(max(off))} at every \
-hook, {np.median(off):.1%} in the median (R² {min(r2):.2f} to {max(r2):.2f} over SAEs and sequences). At δ itself KL \
-is {v["locality"]["1"]:.2f} times as large (median). Rank correlation with dCE given k is {form["rho"]:.2f} for the \
-form and {variance["rho"]:.2f} once the real logit change stands in place of Jδ (step \
-{spanned(variance, "step")}). Two gradients along the line from h to ĥ give dCE within {path:.1%}."""
+How far the second order holds: for errors scaled to a tenth, half of δᵀGδ is the measured KL within \
+{percent(max(off))} at every hook (median {np.median(off):.1%}). At δ itself KL is {v["locality"]["1"]:.2f} times as \
+large (median). Its rank correlation with dCE given k is {form["rho"]:.2f}; with the true change of the logits instead \
+of the linear one it is {variance["rho"]:.2f} (difference {spanned(variance, "step")}). The gradient at two points \
+between h and ĥ gives dCE within {path:.1%}."""
 
 
 def exp_d() -> str:
@@ -270,9 +270,9 @@ def exp_d() -> str:
     return f"""\
 {answers("expd_mi")}
 
-Pooled over models the same correlation is {number(h3["pooled"]["rho"])} (p = {p_of(h3["pooled"]["p"])}), which is \
-model size and not to be believed. Refused by the rules: {refused["canonical"]} of {of["canonical"]} counts of \
-canonical correlations, {refused["critics"]} of {of["critics"]} of trained critics."""
+Pooled over models the same correlation is {number(h3["pooled"]["rho"])} (p = {p_of(h3["pooled"]["p"])}); it reflects \
+model size, so disregard it. The rules rejected {refused["canonical"]} of {of["canonical"]} estimates by canonical \
+correlations and {refused["critics"]} of {of["critics"]} by trained critics."""
 
 
 def exp_e() -> str:
@@ -282,8 +282,8 @@ def exp_e() -> str:
     return f"""\
 {answers("expe_attention")}
 
-Of dCE, {share[0]} goes through the plans (the rest is left when they are frozen), and plans alone do \
-{share[1]}; {v["mediated"]["n"]} hooks."""
+Freezing the attention weights takes away {share[0]} of dCE, and changing nothing but them causes {share[1]} of it \
+({v["mediated"]["n"]} hooks)."""
 
 
 def exp_f() -> str:
@@ -299,7 +299,7 @@ def exp_f() -> str:
     return f"""\
 {answers("expf_rate")}
 
-At equal bits, the larger model's loss over the smaller one's: {said}. A short finish through the model is noticed \
+At equal bits, the larger model's loss over the smaller one's: {said}. Brief fine-tuning through the model is noticed \
 by {listed}."""
 
 
