@@ -7,8 +7,8 @@
 //   h . w  =  unit_h unit_w (q_h . q_w)  +  (unit_h q_h) . (unit_w e_w)  +  (unit_h e_h) . w.
 //
 // The first term is the product of the integers, which is computed exactly. By Cauchy-Schwarz the other two
-// are at most  |unit_h q_h| |unit_w e_w| + |unit_h e_h| |w|.  So four numbers per row give a bound for every
-// pair of rows: `Row` below.
+// are at most  |unit_h q_h| |unit_w e_w| + |unit_h e_h| |w|.  So four numbers per row (`Row` below) give a
+// bound for every pair of rows.
 //
 // Floating point. A sum of d products, in any order, is wrong by at most gamma_d |h| |w|, gamma_d being about
 // d eps (Higham 2002, (3.5)). This covers a float GEMM and the exact pre-activation, which is a float sum
@@ -36,7 +36,7 @@ namespace {
 
 template <class T> constexpr T INF = std::numeric_limits<T>::infinity();
 template <class T> constexpr T EPS = std::numeric_limits<T>::epsilon();
-// Norms and biases above this, and units below its inverse, are not bounded: products might over- or
+// No bound is given for norms and biases above this, or units below its inverse: a product might over- or
 // underflow.
 template <class T> const T LARGE = std::sqrt(std::numeric_limits<T>::max()) / 16;
 

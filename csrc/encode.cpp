@@ -131,7 +131,7 @@ template <class T> struct Candidates {
   T *lower, *upper;
   uint32_t* f;
   int64_t n = 0;
-  T floor = -INF<T>;      // at least k latents have a pre-activation that reaches it
+  T floor = -INF<T>;     // at least k latents have a pre-activation that reaches it
   bool give_up = false;  // there are too many of them, or their bounds are not to be relied on
 
   // `bound` are lower bounds of different latents.
@@ -152,105 +152,32 @@ template <class T> struct Candidates {
 };
 
 // Encodes up to max_tokens at a time by one screen, whose products are of type Sum: int32_t for the 8-bit
-// screen, T for the one in the tensors' own dtype. One object per thread, which owns all the memory that is
-// needed.
+// screen, T for the one in the tensors' own dtype. Every thread has its own, with the memory it needs.
 template <class T, class Sum> class Screen {
   using Entry = std::conditional_t<std::is_same_v<Sum, int32_t>, int8_t, T>;
   static constexpr bool IS_INT8 = std::is_same_v<Entry, int8_t>;
   static constexpr int64_t CHUNK = 64;  // latents appended at once
   const Problem<T>& problem;
   const int64_t width = std::min(problem.F, TILE_LATENTS);
-  // Latents are dealt out to groups in turn. The k-th largest of the groups' largest lower bounds is reached
-  // by k latents: a floor at a small price.
+  // A cheap floor: latent f belongs to group f % groups, and every group keeps its largest lower bound. These
+  // are lower bounds of different latents, so at least k latents reach the k-th largest of them.
   const int64_t groups =
       std::min(problem.F, std::max<int64_t>(256, (2 * problem.k + LANES - 1) / LANES * LANES));
-  const int64_t capacity;                             // candidates of a token
-  std::unique_ptr<Entry[]> x;                         // [max_tokens,d], the tokens' rows
-  std::unique_ptr<Sum[]> tile;                        // [max_tokens,width], products
-  std::unique_ptr<T[]> kept_lower, kept_upper;        // [max_tokens,capacity], of the candidates
-  std::unique_ptr<T[]> tile_lower, tile_upper;        // [width], of one token
-  std::unique_ptr<T[]> group_max;                     // [max_tokens,groups]
-  std::unique_ptr<uint32_t[]> kept_f;                 // [max_tokens,capacity]
+  const int64_t capacity;                        // candidates that a token can have
+  std::unique_ptr<Entry[]> x;                    // [max_tokens,d], the tokens' rows
+  std::unique_ptr<Sum[]> tile;                   // [max_tokens,width], their products with a tile's latents
+  std::unique_ptr<T[]> kept_lower, kept_upper;   // [max_tokens,capacity], bounds of the candidates
+  std::unique_ptr<T[]> tile_lower, tile_upper;   // [width], bounds of one token's row of the tile
+  std::unique_ptr<T[]> group_max;                // [max_tokens,groups]
+  std::unique_ptr<uint32_t[]> kept_f;            // [max_tokens,capacity], latents of the candidates
   std::unique_ptr<typename Bits<T>::U[]> scratch;
   std::vector<Row<T>> rows;
-  std::vector<Candidates<T>> candidates;
+  std::vector<Candidates<T>> candidates;  // of each token, in kept_lower, kept_upper and kept_f
   struct Place {
     uint32_t token, slot;
   };
-  std::vector<uint32_t> start;  // of each latent in `places`
-  std::vector<Place> places;    // where each latent is a candidate
-
-  void load_row(int64_t r, const T* h) {
-    const int64_t d = problem.d;
-    const T* scale = problem.latents.scale[0].data();
-    if constexpr (IS_INT8) {
-      rows[r] = round_to_8_bits(h, d, scale, x.get() + r * d);
-      rows[r].error_norm += (d + 16) * EPS<T> * rows[r].norm;  // gamma_d < d EPS, for the exact value
-    } else {
-      std::copy(h, h + d, x.get() + r * d);
-      const T norm = round_to_8_bits(h, d, scale, uninitialised<int8_t>(d).get()).norm;
-      rows[r] = {1, 0, (2 * d + 16) * EPS<T> * norm, norm};  // for the product and for the exact value
-    }
-    candidates[r] = {kept_lower.get() + r * capacity, kept_upper.get() + r * capacity,
-                     kept_f.get() + r * capacity};
-    std::fill_n(group_max.get() + r * groups, groups, -INF<T>);
-  }
-
-  // Adds what survives of the tile's latents to the candidates of token r.
-  void scan_tile(int64_t r, int64_t f0, int64_t cols) {
-    Candidates<T>& best = candidates[r];
-    bound_pre_activations(tile.get() + r * cols, cols, f0, problem.latents, problem.b, rows[r],
-                          tile_lower.get(), tile_upper.get());
-    for (int64_t c = 0, n; c < cols; c += n) {
-      const int64_t g = (f0 + c) % groups;
-      n = std::min(groups - g, cols - c);
-      max_into(group_max.get() + r * groups + g, tile_lower.get() + c, n);
-    }
-    // after tiles 1, 2, 4, 8 ...: later ones raise the floor less and less; 16 bits of it are enough
-    const int64_t tiles = f0 / width + 1;
-    if ((tiles & (tiles - 1)) == 0)
-      best.raise_floor(group_max.get() + r * groups, groups, problem.k, 16, scratch.get());
-    for (int64_t c = 0; c < cols && !best.give_up; c += CHUNK) {
-      if (best.n > capacity - 2 * CHUNK) {
-        best.drop_below_floor(problem.k, scratch.get());
-        best.give_up = best.n > std::min(capacity / 8 * 7, capacity - 2 * CHUNK) &&
-                       capacity < problem.F + 2 * CHUNK;
-      }
-      best.n += append_survivors(tile_lower.get() + c, tile_upper.get() + c, std::min(CHUNK, cols - c),
-                                 uint32_t(f0 + c), best.floor, best.lower + best.n, best.upper + best.n,
-                                 best.f + best.n);
-    }
-  }
-
-  // Puts the exact value in the place of the upper bound. A value outside its bounds means that the GEMM is
-  // not what the proof assumes; then nothing of this token is used.
-  void record_exact(const Place& place, T value) {
-    Candidates<T>& best = candidates[place.token];
-    best.give_up |= value < best.lower[place.slot] || value > best.upper[place.slot];
-    best.upper[place.slot] = value;
-  }
-
-  // Computes every candidate of every token, latent after latent, so that W_enc is read once for all tokens.
-  // `places` lists the candidates by latent (a counting sort).
-  void rescore(const std::vector<int64_t>& tokens) {
-    start.assign(problem.F + 2, 0);
-    for (const Candidates<T>& best : candidates)
-      for (int64_t i = 0; i < best.n; ++i) ++start[best.f[i] + 2];
-    std::partial_sum(start.begin(), start.end(), start.begin());
-    places.resize(start.back());
-    for (uint32_t r = 0; r < candidates.size(); ++r)
-      for (uint32_t i = 0; i < candidates[r].n; ++i) places[start[candidates[r].f[i] + 1]++] = {r, i};
-    const int64_t d = problem.d;
-    T x[2];
-    for (int64_t f = 0; f < problem.F; ++f)
-      for (uint32_t p = start[f]; p < start[f + 1]; p += 2) {
-        const Place &one = places[p], &two = places[std::min(p + 1, start[f + 1] - 1)];
-        pre_activations(problem.h + tokens[one.token] * d, problem.h + tokens[two.token] * d,
-                        problem.W + f * d, problem.b[f], d, x, x + 1);
-        record_exact(one, x[0]);
-        if (p + 1 < start[f + 1]) record_exact(two, x[1]);
-      }
-  }
+  std::vector<uint32_t> start;  // where the entries of a latent begin in `places`
+  std::vector<Place> places;    // for which token, and as which of its candidates, a latent is to be computed
 
  public:
   Screen(const Problem<T>& problem_, int64_t max_tokens, int64_t max_candidates)
@@ -294,6 +221,81 @@ template <class T, class Sum> class Screen {
                      problem.values + tokens[r] * problem.k, problem.indices + tokens[r] * problem.k);
     }
     return left;
+  }
+
+ private:
+  // Prepares token r: its row as the screen multiplies it, the sizes of the row, no candidates.
+  void load_row(int64_t r, const T* h) {
+    const int64_t d = problem.d;
+    const T* scale = problem.latents.scale[0].data();
+    if constexpr (IS_INT8) {
+      rows[r] = round_to_8_bits(h, d, scale, x.get() + r * d);
+      rows[r].error_norm += (d + 16) * EPS<T> * rows[r].norm;  // gamma_d < d EPS, for the exact value
+    } else {
+      std::copy(h, h + d, x.get() + r * d);
+      const T norm = round_to_8_bits(h, d, scale, uninitialised<int8_t>(d).get()).norm;
+      rows[r] = {1, 0, (2 * d + 16) * EPS<T> * norm, norm};  // for the product and for the exact value
+    }
+    candidates[r] = {kept_lower.get() + r * capacity, kept_upper.get() + r * capacity,
+                     kept_f.get() + r * capacity};
+    std::fill_n(group_max.get() + r * groups, groups, -INF<T>);
+  }
+
+  // Bounds the products of token r with the tile's latents and adds the survivors to its candidates.
+  void scan_tile(int64_t r, int64_t f0, int64_t cols) {
+    Candidates<T>& best = candidates[r];
+    bound_pre_activations(tile.get() + r * cols, cols, f0, problem.latents, problem.b, rows[r],
+                          tile_lower.get(), tile_upper.get());
+    for (int64_t c = 0, n; c < cols; c += n) {
+      const int64_t g = (f0 + c) % groups;
+      n = std::min(groups - g, cols - c);
+      max_into(group_max.get() + r * groups + g, tile_lower.get() + c, n);
+    }
+    // After tiles 1, 2, 4, 8 ... only: the floor rises ever more slowly. Its 16 highest bits are enough.
+    const int64_t tiles = f0 / width + 1;
+    if ((tiles & (tiles - 1)) == 0)
+      best.raise_floor(group_max.get() + r * groups, groups, problem.k, 16, scratch.get());
+    for (int64_t c = 0; c < cols && !best.give_up; c += CHUNK) {
+      if (best.n > capacity - 2 * CHUNK) {
+        // if an eighth or less becomes free, this would happen again and again; where all F fit it does not
+        best.drop_below_floor(problem.k, scratch.get());
+        best.give_up = best.n > std::min(capacity / 8 * 7, capacity - 2 * CHUNK) &&
+                       capacity < problem.F + 2 * CHUNK;
+      }
+      best.n += append_survivors(tile_lower.get() + c, tile_upper.get() + c, std::min(CHUNK, cols - c),
+                                 uint32_t(f0 + c), best.floor, best.lower + best.n, best.upper + best.n,
+                                 best.f + best.n);
+    }
+  }
+
+  // Puts the exact value in the place of the upper bound. A value outside its bounds means that the GEMM is
+  // not what the proof assumes; then nothing of this token is used.
+  void record_exact(const Place& place, T value) {
+    Candidates<T>& best = candidates[place.token];
+    best.give_up |= value < best.lower[place.slot] || value > best.upper[place.slot];
+    best.upper[place.slot] = value;
+  }
+
+  // Computes every candidate of every token, latent after latent, so that W_enc is read once for all tokens.
+  // `places` lists the candidates by latent (a counting sort).
+  void rescore(const std::vector<int64_t>& tokens) {
+    start.assign(problem.F + 2, 0);
+    for (const Candidates<T>& best : candidates)
+      for (int64_t i = 0; i < best.n; ++i) ++start[best.f[i] + 2];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    places.resize(start.back());
+    for (uint32_t r = 0; r < candidates.size(); ++r)
+      for (uint32_t i = 0; i < candidates[r].n; ++i) places[start[candidates[r].f[i] + 1]++] = {r, i};
+    const int64_t d = problem.d;
+    T x[2];
+    for (int64_t f = 0; f < problem.F; ++f)
+      for (uint32_t p = start[f]; p < start[f + 1]; p += 2) {
+        const Place &one = places[p], &two = places[std::min(p + 1, start[f + 1] - 1)];
+        pre_activations(problem.h + tokens[one.token] * d, problem.h + tokens[two.token] * d,
+                        problem.W + f * d, problem.b[f], d, x, x + 1);
+        record_exact(one, x[0]);
+        if (p + 1 < start[f + 1]) record_exact(two, x[1]);
+      }
   }
 };
 
