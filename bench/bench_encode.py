@@ -50,10 +50,10 @@ def measure(what: str, k: int, h: torch.Tensor, W: torch.Tensor, b: torch.Tensor
     )
     module = kernels._module
     assert module is not None
-    module.tokens_that_went_on()
+    module.fallback_tokens()
     kernels.topk_encode(h, W, b, k)
     gemm, by_gemm = seconds["gemm"], seconds["encode"] / seconds["gemm"]
-    rate, on = 2 * h.numel() * len(W) / gemm / 1e9, module.tokens_that_went_on()[0]
+    rate, on = 2 * h.numel() * len(W) / gemm / 1e9, module.fallback_tokens()[0]
     print(LINE.format(what=what, gemm=1e3 * gemm, rate=rate, k=k, by_gemm=by_gemm, on=on), flush=True)
 
 

@@ -425,10 +425,10 @@ PYBIND11_MODULE(_kernels, m) {
   m.attr("devices") = BUILD_DEVICES;
   m.attr("source") = BUILD_SOURCE;
   m.def("screen_first", &screen_first);
-  m.def("integers_price", &integers_price);
-  m.def("tokens_that_went_on", [] {
-    const auto [integers, own] = tokens_that_went_on();
+  m.def("int8_gemm_cost", &int8_gemm_cost);
+  m.def("fallback_tokens", [] {
+    const auto [integers, own] = fallback_tokens();
     return pybind11::make_tuple(integers, own);
   });
-  m.attr("WORTH") = WORTH;
+  m.attr("MAX_INT8_GEMM_COST") = MAX_INT8_GEMM_COST;
 }

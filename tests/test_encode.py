@@ -133,15 +133,15 @@ def test_a_latent_that_only_the_last_digits_decide():
 def test_the_bounds_hold_and_separate():
     """A screen whose bound is seen not to hold, or leaves too much, passes a token on: none here."""
     h, W, b = problem(500, 256, 4096)
-    exact = kernels._module.integers_price() < float("inf")
+    exact = kernels._module.int8_gemm_cost() < float("inf")
     for screen in ("own", "integers"):
         kernels._module.screen_first(screen)
-        kernels._module.tokens_that_went_on()
+        kernels._module.fallback_tokens()
         for tokens, bias in ((h, b), (h, 0 * b), (1e-6 * h, 300 * b)):
             torch.ops.tg.topk_encode(tokens, W, bias, 32)
-        assert kernels._module.tokens_that_went_on() == (0, 0)
+        assert kernels._module.fallback_tokens() == (0, 0)
     torch.ops.tg.topk_encode(h, W[:1].repeat(4096, 1), 0 * b, 32)  # equal latents no screen can separate
-    assert kernels._module.tokens_that_went_on() == (500 * exact, 500)
+    assert kernels._module.fallback_tokens() == (500 * exact, 500)
 
 
 @pytest.mark.parametrize("in_tokens", [False, True])
@@ -162,9 +162,9 @@ def test_what_8_bits_round_away_all_in_one_direction(in_tokens):
         order = exact.sum(1).argsort()
         h, W, b = ones.repeat(40, 1), exact[order], torch.zeros(F)
         W[::2] = W[::2] + 0.45 * (torch.arange(d) > 0)
-    kernels._module.tokens_that_went_on()
+    kernels._module.fallback_tokens()
     assert_same(h, W, b, 10)
-    assert kernels._module.tokens_that_went_on() == (0, 0)
+    assert kernels._module.fallback_tokens() == (0, 0)
 
 
 LIMITED = """
@@ -181,7 +181,7 @@ assert_same(*problem(), 24)
 @pytest.mark.slow
 def test_a_library_that_saturates_is_found_out():
     """oneDNN without 8-bit products adds pairs of them in 16 bits: nearly every sum is wrong."""
-    if kernels._module.integers_price() >= kernels._module.WORTH:
+    if kernels._module.int8_gemm_cost() >= kernels._module.MAX_INT8_GEMM_COST:
         pytest.skip("this CPU has no exact 8-bit products to be taken away")
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"

@@ -98,11 +98,14 @@ def describe() -> str:
         return f"kernels: NOT BUILT ({WHY_NOT}) - plain PyTorch, same numbers, slower; {version}"
     if _forced == "ref":
         return f"kernels: plain PyTorch, as KERNELS=ref or use('ref') asks, {version}"
-    if _source_hash() not in ("", _module.source):
+    screen = ""
+    if _source_hash() in ("", _module.source):
+        screen = f"; encode screens in {_first_screen(_module)}"
+    else:  # such a build may lack what _first_screen asks of it
         version += " - STALE: csrc has changed since the build, reinstall"
     if "cuda" not in DEVICES and (why := _note() or "built without nvcc" * torch.cuda.is_available()):
         version += f" - plain PyTorch on CUDA, same numbers, slower: {why}"
-    return f"kernels: C++ ({DEVICES}; encode screens in {_first_screen(_module)}), {version}"
+    return f"kernels: C++ ({DEVICES}{screen}), {version}"
 
 
 def in_short() -> str:
@@ -116,10 +119,10 @@ def in_short() -> str:
 
 def _first_screen(module: ModuleType) -> str:
     """What topk_encode tries first on this CPU, with what was measured (csrc/encode.cpp)."""
-    price = module.integers_price()
+    price = module.int8_gemm_cost()
     if math.isinf(price):
         return "float32 (8-bit products are not exact here)"
-    return f"{'8 bits' if price < module.WORTH else 'float32'}, {price:.2f} of a float32 GEMM"
+    return f"{'8 bits' if price < module.MAX_INT8_GEMM_COST else 'float32'}, {price:.2f} of a float32 GEMM"
 
 
 def _extension_serves(x: Tensor, k: int = 1) -> bool:
