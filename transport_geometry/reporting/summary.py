@@ -231,7 +231,7 @@ def of_script(script: str, run: Run, runs: Sequence[Run]) -> list[Run]:
     return [one for one in there if not differing(one, run)]
 
 
-def word(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
+def short_verdict(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
     """The run's verdict on the claim, and whether it may be interpreted."""
     first = comes_first(claim, run, runs)
     return leaf_of(claim, run) + (f"; {NOT_YET} before {first}" if first else "")
@@ -320,7 +320,7 @@ def verdicts(claim: Claim, runs: Sequence[Run], call: Callable[[Run], str]) -> s
         if run.missing:
             said.append(f"{code(run.name)}: no statement")
             continue
-        said.append(f"{call(run)}: {word(claim, run, runs)}")
+        said.append(f"{call(run)}: {short_verdict(claim, run, runs)}")
     return "; ".join(said) or f"not run: `python {claim.script}.py`"
 
 
