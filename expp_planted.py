@@ -53,7 +53,7 @@ TEXT = blocks("expp_planted")
 
 
 # ----------------------------------------------------------------------------------------- what is planted
-MODEL, LAYER, BLOCKS, CTX, SEQS = "stdlib-s", 3, 6, 256, 12
+MODEL, BLOCKS, LAYER, CTX, SEQS = "stdlib-s", range(6), 3, 256, 12
 NORM = 3700  # SST times 19 here, times 18 between the published models
 SINKS = [f"{kind}{NORM}" for kind in ("null", "visible", "relative")]
 NORMS = [462, 925, 1850, NORM]
@@ -104,7 +104,6 @@ def at_blocks(models: Sequence[str], blocks: Sequence[int]) -> str:
     return ",".join(f"{model}@{layer}" for model in models for layer in blocks)
 
 
-ALL = range(BLOCKS)
 ON_TEXT = "--expansion 4 --eval-seqs 16 --ctx 256"
 GEOMETRY = f"--k 6,32 --tokens 50k {ON_TEXT}"
 # Exp-A on the same twins and text, since H2 comes after it
@@ -117,10 +116,10 @@ PARTS = (
     Part("equal", "expa", with_plants(list(LEAVES["equal"]), "--k 16,32 --tokens 10k,90k,100k")),
     Part("gate", "expa", GATE),
     *(
-        Part(f"turned-{a:g}", "expb", f"--models {at_blocks(turned_twins(a), ALL)} {GEOMETRY}")
+        Part(f"turned-{a:g}", "expb", f"--models {at_blocks(turned_twins(a), BLOCKS)} {GEOMETRY}")
         for a in AMOUNTS
     ),
-    Part("few-hooks", "expb", f"--models {at_blocks(turned_twins(1)[:2], ALL[:2])} {GEOMETRY}"),
+    Part("few-hooks", "expb", f"--models {at_blocks(turned_twins(1)[:2], BLOCKS[:2])} {GEOMETRY}"),
 )
 SETTINGS = {"script": "expp_planted", "models": [MODEL], "parts": {p.name: p.command() for p in PARTS}}
 
@@ -286,7 +285,7 @@ def pointing(saes: list[dict], fed_excess: np.ndarray) -> tuple[float, float]:
     lo, hi = percentiles(fed_excess)
     right = []
     for row, a, b in zip(saes, lo, hi):
-        turn = sum(one.turn(row["layer"], BLOCKS) for one in plants(row["model"]))
+        turn = sum(one.turn(row["layer"], len(BLOCKS)) for one in plants(row["model"]))
         if abs(turn) >= MUCH_TURNED:
             right.append(np.sign(turn) * (int(a > LEAST_EXCESS) - int(b < -LEAST_EXCESS)))
     return (right.count(1) / len(right), right.count(-1) / len(right)) if right else (np.nan, np.nan)
