@@ -2,7 +2,7 @@
 
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,43 +281,55 @@ def signature(f: Evidence, sinks: Sequence[str]) -> "Figure":
     return figure
 
 
-def curves(x: Sequence[float], scores: Sequence[tuple[str, Sequence[float], str, str, float]]) -> "Figure":
-    """Scores (name, values, colour, marker, how far aside its marks are drawn) over x."""
+def curves(
+    x: Sequence[float],
+    values: Mapping[str, Sequence[float]],
+    looks: Mapping[str, tuple[str, str, float]],
+    title: str,
+    ticks: Sequence[str] = (),
+    **axes: Any,
+) -> "Figure":
+    """Scores {name: values} over x, named at their ends. looks {name: (colour, marker, how far aside its
+    marks are drawn)}; ticks: labels of x; axes: as Axes.set takes them.
+    """
     figure, axis = pyplot().subplots(figsize=(6, 3.4), layout="constrained")
-    for name, values, colour, marker, aside in scores:
-        names = [f"{name} at {at:g}: {value:.3f}" for at, value in zip(x, values)]
-        joined_points(axis, np.array(x) + aside, values, names, colour, marker=marker)
+    for name, (colour, marker, aside) in looks.items():
+        says = [f"{name} at {at:g}: {value:.3f}" for at, value in zip(x, values[name])]
+        joined_points(axis, np.array(x) + aside, values[name], says, colour, marker=marker)
+    if ticks:
+        axis.set_xticks(x, ticks)
+    axis.set(**axes)
+    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
+    label_ends(axis, [(values[name][-1], name, colour) for name, (colour, *_) in looks.items()])
     return figure
 
 
 def by_norm(rows: Sequence[dict]) -> "Figure":
     """rows: `norm_rows`."""
-    looks = (("r2", BLUE, "s"), ("r2_nosink", SKY, "^"), ("cosine", GREEN, "v"), ("ce_rec", ORANGE, "o"))
-    scores = [(name, [row[name] for row in rows], *look, 0.0) for name, *look in looks]
-    figure = curves([row["norm"] for row in rows], scores)
-    (axis,) = figure.axes
-    axis.set(xlabel="norm of the sink", ylabel="score")
-    axis.set_title("One position moves R² to where it says nothing", fontsize=10)
-    label_ends(axis, [(values[-1], name, colour) for name, values, colour, *_ in scores])
-    return figure
+    looks = {
+        "r2": (BLUE, "s", 0.0),
+        "r2_nosink": (SKY, "^", 0.0),
+        "cosine": (GREEN, "v", 0.0),
+        "ce_rec": (ORANGE, "o", 0.0),
+    }
+    values = {name: [row[name] for row in rows] for name in looks}
+    title = "One position moves R² to where it says nothing"
+    norms = [row["norm"] for row in rows]
+    return curves(norms, values, looks, title, xlabel="norm of the sink", ylabel="score")
 
 
 def power(f: Evidence, amounts: Sequence[float]) -> "Figure":
+    looks = {
+        "swd_tok": (ORANGE, "o", 0.0),
+        "r2": (BLUE, "s", -0.015),  # side by side, as these three come out alike
+        "nmse_tok": (SKY, "^", 0.0),
+        "cosine": (GREEN, "v", 0.015),
+    }
     parts = [f"turned-{amount:g}" for amount in amounts]
-    looks = (
-        ("swd_tok", ORANGE, "o", 0.0),
-        ("r2", BLUE, "s", -0.015),  # side by side, as three of them come out alike
-        ("nmse_tok", SKY, "^", 0.0),
-        ("cosine", GREEN, "v", 0.015),
-    )
-    scores = [(name, [f.partials[part][name] for part in parts], *look) for name, *look in looks]
-    figure = curves(amounts, scores)
-    (axis,) = figure.axes
-    words = [f.verdicts[part]["here"]["leaf"] for part in parts]
-    axis.set_xticks(amounts, [f"{amount:g}\n{word}" for amount, word in zip(amounts, words)])
-    axis.set(xlim=(-0.15, 1.05), xlabel="how far errors are turned, and the verdict on H2 here")
-    axis.set_ylabel("partial Spearman with CE_rec")
-    axis.set_title("H2 is true by construction, the more to the right", fontsize=10)
-    label_ends(axis, [(values[-1], name, colour) for name, values, colour, *_ in scores])
-    return figure
+    values = {name: [f.partials[part][name] for part in parts] for name in looks}
+    ticks = [f"{amount:g}\n{f.verdicts[part]['here']['leaf']}" for amount, part in zip(amounts, parts)]
+    labels = ("how far errors are turned, and the verdict on H2 here", "partial Spearman with CE_rec")
+    axes = dict(xlim=(-0.15, 1.05), xlabel=labels[0], ylabel=labels[1])
+    title = "H2 is true by construction, the more to the right"
+    return curves(amounts, values, looks, title, ticks, **axes)

@@ -33,7 +33,7 @@ class Findings:
 
 def write(out: pathlib.Path, settings: dict, found: Findings) -> None:
     """verdict.json, report.md, report.html, the figures and the tables, as one change."""
-    record = {"answer": vars(found.answer), "settings": settings}
+    record: dict[str, Any] = {"answer": vars(found.answer), "settings": settings}
     if "rows_sha256" not in found.verdict:
         record["rows_sha256"] = rows_hash(out)
     verdict = plain({**found.verdict, **record})
