@@ -129,7 +129,7 @@ def said_of_each() -> str:
     least, most = saes["kl_ratio"]
     return (
         f"Of the {sum(saes['words'].values())} SAEs: {counted}. Their errors cost {least:.1f} to {most:.1f} times the KL of "
-        "a random error as long."
+        "a random error of the same length."
     )
 
 

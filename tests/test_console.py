@@ -161,7 +161,7 @@ def test_an_answer_says_which_claim_a_number_is_about():
         here.startswith("Here, on these SAEs at equal k, the rank correlation of R²")
         and "[+0.85, +0.92]" in here
     )
-    assert "Of 40 pairs that clearly differ in CE_rec, R² orders 75% correctly and SWD 75%" in here
+    assert "Of 40 pairs that clearly differ in CE_rec, R² orders 75% rightly and SWD 75%" in here
     assert general.startswith("about other layers of a and b, not other models: On 9 hooks the rank")
     few = [one | {"n_effective": 2.5, "n_effective_r2": 2.5, "phi": 0.81} for one in BOARD]
     here_too, none = answer_b("rejected", few).found.split(" In general, ")

@@ -269,12 +269,12 @@ def table(board: list[dict], stratum: str = "pooled") -> str:
             minus = f"{signed(row['right_r2'])} {bounds(row['right_r2_lo'], row['right_r2_hi'])}"
             cells |= {
                 "pairs": f"{row['pairs']:.0f}",
-                "correct": share(row),
-                "correct, minus r2": minus,
+                "rightly": share(row),
+                "rightly, minus r2": minus,
             }
         for arm in ARMS.values() if stratum == "pooled" else ():
             if own := row_of(board, row["proxy"], arm):
-                cells[f"correct, {arm}"] = share(own)
+                cells[f"rightly, {arm}"] = share(own)
         shown.append(cells)
     return markdown(shown, list(shown[0]))
 
