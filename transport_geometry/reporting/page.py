@@ -1,8 +1,9 @@
-"""report.html: the report as one page that needs nothing but itself.
+"""report.html: the report as one page without other files.
 
-Its text is report.md's, by markdown-it; its figures are in it as SVG. A script of a few lines sorts tables by
-their columns; without it everything is there to read. Nothing is asked of a network, and the page forbids
-itself to (its Content-Security-Policy): names come from files of others. The same files give the same bytes.
+Its text is report.md's, by markdown-it; its figures are in it as SVG. A short script sorts tables by their
+columns; without it everything is still there to read. The page loads nothing from a network, and its
+Content-Security-Policy forbids it, because names in it come from other people's files. The same files give
+the same bytes.
 """
 
 import base64
