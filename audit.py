@@ -30,6 +30,7 @@ from transport_geometry.reporting.audit_report import (
     console,
     count_of,
     short_names,
+    title_of,
     words_counted,
 )
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, pyplot
@@ -117,7 +118,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     scores = {proxy.name: proxy.score(found.values[proxy.name]) for proxy in PROXIES}
     board, swd = ranked(scores, found, settings, N_RESAMPLES)
     where, pictures = of_folder(out)
-    report = [*audit_report(rows, two, settings), *of_proxies(board, swd, settings), where, ""]
+    report = [audit_report(rows, two, settings), *of_proxies(board, swd, settings), where, ""]
     report += ["## Null rows", "", markdown(label_last_block(found.nulls, settings), OF_A_NULL), ""]
     return Findings(
         answer=answer(rows, two, settings),
@@ -193,9 +194,7 @@ def picture(rows: list[dict], two: list[dict]) -> Figure:
     for (group, here), height in zip(panels.items(), heights):
         axis = figure.add_axes((0.08, (edge - height) / tall, 0.5, height / tall))
         panel(axis, here, inverted, names, height)
-        model, layer, ctx, bos = group
-        where = f"{model} block {layer}, {ctx} tokens{' after a BOS' if bos else ''}"
-        axis.set_title(where, fontsize=9, loc="left")
+        axis.set_title(title_of(group), fontsize=9, loc="left")
         edge -= height + between
     figure.text(0.02, 1 - 0.25 / tall, title(two), fontsize=11, weight="bold", va="center")
     handles = [

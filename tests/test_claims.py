@@ -359,4 +359,4 @@ def test_nothing_in_general_where_an_error_goes_from_layer_to_layer():
         assert np.isfinite([swd["p_r2"], swd["diff_r2_lo"]]).tolist() == [said, said]
         assert swd["diff_r2_here_lo"] > 0 and (r2["phi"] < 0.5) == said
         sentence = claims.none_in_general(board, list(MODELS))
-        assert (sentence == "") == said and ("what R² gets wrong at one layer" in sentence) == (not said)
+        assert (sentence == "") == said and ("the errors of R² at one layer" in sentence) == (not said)

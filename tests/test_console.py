@@ -138,7 +138,7 @@ def test_a_proxy_is_better_where_test_and_interval_say_so():
     assert said.endswith("+0.90 [+0.80, +0.95]; shown to do better: cosine.")
     assert "no other proxy is shown to do better" in leaderboard_report.what_r2_is_worth([BOARD[0], BOARD[4]])
     fewer = leaderboard_report.what_r2_is_worth([one | {"n_effective": 7.25} for one in BOARD])
-    assert fewer.startswith("On 9 hooks (which count as 7.2) the order")
+    assert fewer.startswith("On 9 hooks (which count as 7.2) the rank")
     few = [one | {"partial_lo": np.nan, "partial_hi": np.nan} for one in BOARD]
     assert leaderboard_report.what_r2_is_worth(few).endswith(
         "+0.90 (no interval); too few hooks to say of any proxy that it does better."
@@ -157,17 +157,22 @@ def test_an_answer_says_which_claim_a_number_is_about():
     """Here first, over documents; then in general, or why not, in one sentence."""
     found = answer_b("rejected", BOARD).found
     here, general = found.split(" In general, ")
-    assert here.startswith("Here, on these SAEs, the order that R² gives") and "[+0.85, +0.92]" in here
-    assert "Of 40 pairs clearly apart R² orders 75% rightly and SWD 75%" in here
-    assert general.startswith("about other layers of a and b, not other models: On 9 hooks the order")
+    assert (
+        here.startswith("Here, on these SAEs at equal k, the rank correlation of R²")
+        and "[+0.85, +0.92]" in here
+    )
+    assert "Of 40 pairs that clearly differ in CE_rec, R² orders 75% rightly and SWD 75%" in here
+    assert general.startswith("about other layers of a and b, not other models: On 9 hooks the rank")
     few = [one | {"n_effective": 2.5, "n_effective_r2": 2.5, "phi": 0.81} for one in BOARD]
     here_too, none = answer_b("rejected", few).found.split(" In general, ")
-    assert here_too == here and none.startswith("about other layers of a and b, not other models, nothing is")
+    assert here_too == here and none.startswith(
+        "about other layers of a and b, not other models, SWD and R² cannot be compared: "
+    )
     assert none.endswith("(correlation 0.81), so that 9 hooks count as 2.5, and 6 are needed.")
     alone = claims.none_in_general([one | {"n_clusters": 4} for one in few], ["a"])
     assert alone == (
-        "In general, about other layers of a, nothing is said of SWD against R²: there are 4 hooks, and 6 "
-        "are needed."
+        "In general, about other layers of a, SWD and R² cannot be compared: there are 4 hooks, and 6 are "
+        "needed."
     )
 
 

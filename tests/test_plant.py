@@ -8,9 +8,8 @@ import shutil
 import zygote
 from helpers import one_line, script, tiny_model
 from transport_geometry.errors import UserError
-from transport_geometry.measuring.dimension import participation_of
-from transport_geometry.measuring.evaluate import activations, evaluate
-from transport_geometry.measuring.gauges import gauge_suite
+from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.gauges import gauge_suite, spectra, stays
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import plant
 from transport_geometry.models.lm import Hook
@@ -240,7 +239,7 @@ def test_metrics_under_gauges():
     shift, rotation, length = (name for name in rows["r2"] if name not in ("metric", "as it is"))
 
     def stay(gauge: str) -> set[str]:
-        return {metric for metric, row in rows.items() if expp_planted.passes(row, gauge)}
+        return {metric for metric, row in rows.items() if stays(row, gauge)}
 
     everywhere = {"r2_ln", "kl", "ce_recon", "ce_rec", "swd_tok", "swd_seq", "gd_abs", "ce_orig"}
     assert everywhere <= stay(shift) & stay(rotation) & stay(length)
@@ -251,14 +250,9 @@ def test_metrics_under_gauges():
 
 
 def test_the_planted_spectrum_is_the_sinks(text_rows):
-    import expp_planted
-
-    def pr(name: str) -> tuple[float, float]:
-        shared = activations(Hook(load_model(name, CPU)[0], 3), text_rows, 4)
-        return tuple(participation_of(expp_planted.evaluated(shared, out)) for out in (False, True))
-
-    plain_pr, twin = pr("stdlib-s"), pr("stdlib-s+visible3700")
-    assert plain_pr[0] > 15 and twin[0] < 1.2 and twin[1] == pytest.approx(plain_pr[1], rel=1e-3)
+    plain, twin = spectra(["stdlib-s", "stdlib-s+visible3700"], 3, text_rows)
+    assert plain["pr"] > 15 and twin["pr"] < 1.2
+    assert twin["pr_nosink"] == pytest.approx(plain["pr_nosink"], rel=1e-3)
 
 
 @pytest.mark.slow

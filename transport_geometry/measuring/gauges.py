@@ -1,12 +1,14 @@
-"""One reconstruction written in other ways of writing the same hook: which metrics stay the same?
+"""The same function, another hook: what a planted sink does to the activations, and which metrics stay the
+same where one reconstruction is written in other ways.
 
 A metric that moves says something about how the hook is written, not only about the SAE. Shapes: B sequences,
 T positions, d = d_model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from transport_geometry.measuring.evaluate import evaluate
+from transport_geometry.measuring.dimension import participation_of
+from transport_geometry.measuring.evaluate import activations, evaluate
 from transport_geometry.measuring.metrics import METRICS, Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
@@ -14,6 +16,34 @@ from transport_geometry.models.plant import Gauge, regauge
 
 import numpy as np
 import torch
+
+
+def spectra(names: Sequence[str], layer: int, input_ids: torch.Tensor) -> list[dict]:
+    """What planted sinks do to a hook: a row for each model, the plain one first. pr: participation ratio of
+    the covariance, pr_nosink: without sink positions; sst_ratio: SST over the plain model's; logits: the
+    largest change of a logit. input_ids [B,T].
+    """
+    rows: list[dict] = []
+    for name in names:
+        model, _ = load_model(name, torch.device("cpu"))
+        shared = activations(Hook(model, layer), input_ids, 8)
+        with torch.no_grad():
+            logits = model(input_ids[:4], use_cache=False).logits
+        h = shared.h[:, :-1]  # the evaluated positions
+        sst = h.flatten(0, 1).double().var(0, correction=0).sum().item()
+        if not rows:
+            plain_logits, plain_sst = logits, sst
+        rows.append(
+            {
+                "model": name,
+                "layer": layer,
+                "pr": participation_of(h.flatten(0, 1)),
+                "pr_nosink": participation_of(h[~shared.sink]),
+                "sst_ratio": sst / plain_sst,
+                "logits": (logits - plain_logits).abs().max().item(),
+            }
+        )
+    return rows
 
 
 def gauges(d: int, ctx: int) -> dict[str, Gauge]:
@@ -54,6 +84,16 @@ def gauge_suite(name: str, layer: int, input_ids: torch.Tensor) -> list[dict]:
         moved = {how: values[metric] - before[metric] for how, values in found.items()}
         rows.append({"metric": metric, "as it is": before[metric]} | moved)
     return rows
+
+
+def gauges_of(rows: Sequence[dict]) -> list[str]:
+    """The names of the gauges in rows of `gauge_suite`."""
+    return [name for name in rows[0] if name not in ("metric", "as it is")]
+
+
+def stays(row: dict, gauge: str) -> bool:
+    """Is a metric the same in this gauge, to 1e-3 of its size?"""
+    return bool(abs(row[gauge]) <= 1e-3 * max(abs(row["as it is"]), 1e-2))
 
 
 def half(gauge: Gauge | None, ctx: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -44,13 +44,6 @@ def words_counted(rows: list[dict]) -> dict[str, int]:
     return {word: n for word in WORDS if (n := sum(row["word"] == word for row in rows))}
 
 
-def not_told(n: dict[str, int]) -> str:
-    """The pairs on which R² and CE_rec do not both speak, in words; nothing where there are none."""
-    open_ones, unjudged = n["claims"] + n["misses"] + n["neither"], n["undefined"]
-    text = f"; not told apart by one or both: {open_ones}" if open_ones else ""
-    return text + (f"; not to be judged: {unjudged}" if unjudged else "")
-
-
 def name_in_pair(row: dict, end: str, names: dict[str, str]) -> str:
     name = names[row[f"sae_{end}"]]
     return name if row["layer_a"] == row["layer_b"] else f"block {row[f'layer_{end}']} ({name})"
@@ -58,41 +51,42 @@ def name_in_pair(row: dict, end: str, names: dict[str, str]) -> str:
 
 def answer(rows: list[dict], found: list[dict], settings: dict) -> Answer:
     """rows: `audit_rows`; found: `pairs`."""
-    short = short_names([row["sae"] for row in rows], 40)
     where = dict(hooks=hooks_of(rows), behind=describe_units(settings).partition(",")[0])
     if len(rows) == 1:
         asked = TEXT["question of one"].format(**where)
         out = TEXT["answer of one"].format(**rows[0] | {"word": sentence_case(rows[0]["word"])})
     else:
         asked = TEXT["question"].format(saes=f"these {len(rows)} SAEs", **where)
-        said = ", ".join(f"{word}: {n}" for word, n in words_counted(rows).items())
-        out = f"{sentence_case(said)}. "
-        n = counted(found)
-        at_a_hook = sum(row["layer_a"] == row["layer_b"] for row in found)
-        if n["undefined"] == len(found):
-            out += (
-                TEXT["none judged"].format(pairs=count_of(len(found), "pair")) if found else TEXT["no pairs"]
-            )
-        else:
-            out += TEXT["answer of pairs"].format(
-                pairs=count_of(len(found), "pair"),
-                at_a_hook=at_a_hook,
-                between=len(found) - at_a_hook,
-                inverts=n["inverts"],
-                open=not_told(n),
-            )
-        if found and (worst := found[0])["kind"] == "inverts":
-            out += TEXT["furthest"].format(
-                a=name_in_pair(worst, "a", short),
-                b=name_in_pair(worst, "b", short),
-                r2=estimate(worst, "delta_r2", 3),
-                ce_rec=estimate(worst, "delta_ce_rec", 3),
-            )
-        out += "."
-    refused = len(settings.get("refused", {}))
-    out += f" {count_of(refused, 'other')} refused." if refused else ""
+        words = ", ".join(f"{word}: {n}" for word, n in words_counted(rows).items())
+        names = short_names([row["sae"] for row in rows], 40)
+        out = f"{sentence_case(words)}. {pairs_in_short(found, names)}."
+    if refused := len(settings.get("refused", {})):
+        out += f" {count_of(refused, 'other')} refused."
     by_chance = TEXT["by chance"].format(n=0.025 * len(found)) if found else ""
     return Answer(asked, out, TEXT["limits"].format(by_chance=by_chance))
+
+
+def pairs_in_short(found: list[dict], names: dict[str, str]) -> str:
+    """What R² does with the pairs, and the one that it inverts most; names {sae: as it is printed}."""
+    if not found:
+        return TEXT["no pairs"]
+    n, pairs = counted(found), count_of(len(found), "pair")
+    if n["undefined"] == len(found):
+        return TEXT["none judged"].format(pairs=pairs)
+    at_a_hook = sum(row["layer_a"] == row["layer_b"] for row in found)
+    between = len(found) - at_a_hook
+    text = TEXT["answer of pairs"].format(
+        pairs=pairs, at_a_hook=at_a_hook, between=between, inverts=n["inverts"]
+    )
+    if not_told := n["claims"] + n["misses"] + n["neither"]:
+        text += f"; not told apart by one or both: {not_told}"
+    if n["undefined"]:
+        text += f"; not to be judged: {n['undefined']}"
+    if (worst := found[0])["kind"] == "inverts":
+        a, b = (name_in_pair(worst, end, names) for end in "ab")
+        r2, ce_rec = (estimate(worst, f"delta_{name}", 3) for name in ("r2", "ce_rec"))
+        text += TEXT["furthest"].format(a=a, b=b, r2=r2, ce_rec=ce_rec)
+    return text
 
 
 # ------------------------------------------------------------------------------------------ what is printed
@@ -164,6 +158,7 @@ def in_order(rows: list[dict]) -> list[dict]:
 
 
 def title_of(group: tuple) -> str:
+    """Of HOOK_AND_TOKENS' values."""
     model, layer, ctx, bos = group
     return f"{model} block {layer}, {ctx} tokens{' after a BOS' if bos else ''}"
 
@@ -190,7 +185,7 @@ def console(rows: list[dict], found: list[dict], settings: dict) -> str:
             lines += hanging(f"{name_in_pair(row, 'a', names)} over {name_in_pair(row, 'b', names)}")
             lines.append(f"  R² {r2}, CE_rec {ce_rec}")
     odd = warnings([row | {"sae": names[row["sae"]]} for row in rows])
-    said = [*odd, *(f"refused: {sae}: {why}" for sae, why in refusals(settings))]
+    said = [*odd, *(f"refused: {sae}: {why}" for sae, why in sorted(settings.get("refused", {}).items()))]
     lines += [""] * bool(said)
     for line in said:
         lines += hanging(line)
@@ -202,36 +197,26 @@ def hanging(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def refusals(settings: dict) -> list[tuple[str, str]]:
-    """(SAE, why it is refused)."""
-    return sorted(settings.get("refused", {}).items())
-
-
 def trial_lines(saes: list[dict]) -> str:
     """The SAEs of a run that is too small for a leaderboard, as `console` shows those of an audit. saes: rows
     as `with_words` gives them.
     """
-    rows = [
-        row | {"sae": f"{row['sae']} {row['recipe']} {readable_count(row['tokens'])} s{row['seed']}"}
-        for row in saes
-    ]
-    groups = {
-        f"{model} block {layer}": here for (model, layer), here in grouped(rows, ["model", "layer"]).items()
-    }
-    names = sorted({row["sae"] for row in rows})
+    groups: dict[str, list[dict]] = {}
+    for row in saes:
+        name = f"{row['sae']} {row['recipe']} {readable_count(row['tokens'])} s{row['seed']}"
+        groups.setdefault(f"{row['model']} block {row['layer']}", []).append(row | {"sae": name})
+    names = sorted({row["sae"] for rows in groups.values() for row in rows})
     return "\n".join(sae_lines(groups, short_names(names, NAME_LETTERS)))
 
 
 # -------------------------------------------------------------------------------------- what is said of pairs
-
-
 def pair_sentence(found: list[dict]) -> str:
     """What R² says about the choice between two SAEs. found: `pairs`."""
     if not found:
         return TEXT["nothing to compare"]
     n = counted(found)
-    more = "; ".join(TEXT[f"pairs: {kind}"].format(**n) for kind in KINDS[2:] if n[kind])
-    return TEXT["all pairs"].format(pairs=count_of(len(found), "pair"), more=f"; {more}" * bool(more), **n)
+    more = "".join("; " + TEXT[f"pairs: {kind}"].format(**n) for kind in KINDS[2:] if n[kind])
+    return TEXT["all pairs"].format(pairs=count_of(len(found), "pair"), more=more, **n)
 
 
 def pair_lines(found: list[dict]) -> list[str]:
@@ -255,23 +240,19 @@ def pair_report(found: list[dict], settings: dict) -> list[str]:
         return text
     if lines := pair_lines(found):
         text += [*lines, ""]
-    named = [
-        row | {"at": f"block {row['layer_a']}" if row["layer_a"] == row["layer_b"] else "between blocks"}
-        for row in found
-    ]
-    groups = grouped(named, ["model", "k", "at"])
+    groups: dict[tuple, list[dict]] = {}
+    for row in found:
+        at = f"block {row['layer_a']}" if row["layer_a"] == row["layer_b"] else "between blocks"
+        groups.setdefault((row["model"], row["k"], at), []).append(row)
     if len(groups) > 1:
+        columns = ("model", "k", "at")
         table = [
-            dict(zip(("model", "k", "at"), group)) | {"pairs": len(rows)} | counted(rows)
+            dict(zip(columns, group), pairs=len(rows)) | counted(rows)
             for group, rows in sorted(groups.items())
         ]
-        text += [markdown(table, ["model", "k", "at", "pairs", *KINDS]), ""]
-    n = len(found)
-    return [
-        *text,
-        TEXT["about differences"].format(behind=describe_units(settings), n=n, by_chance=0.05 * n),
-        "",
-    ]
+        text += [markdown(table, [*columns, "pairs", *KINDS]), ""]
+    n, behind = len(found), describe_units(settings)
+    return [*text, TEXT["about differences"].format(behind=behind, n=n, by_chance=0.05 * n), ""]
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -316,29 +297,23 @@ def headline(rows: list[dict]) -> str:
     return markdown(lines, HEADLINE)
 
 
-def _without_sinks(row: dict) -> dict:
-    """Every R² of the row over the other positions, under the names of those over all."""
-    return {name: row[f"{name}_nosink"] for name in ("r2", *LIBRARIES)} | {"sae": f"{row['sae']}, no sinks"}
-
-
-def _contexts(rows: list[dict]) -> str:
-    """A paragraph where there are several."""
-    contexts = sorted({(row["ctx"], row["bos"]) for row in rows})
-    if len(contexts) < 2:
-        return ""
-    said = [f"{ctx} tokens{' after a BOS' if bos else ''}" for ctx, bos in contexts]
-    return f"\n{TEXT['other tokens'].format(contexts=', '.join(said))}\n"
-
-
-def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[str]:
-    """In Markdown lines: the answer, the picture, one line per SAE and what is said of it, the pairs. found:
+def audit_report(rows: list[dict], found: list[dict], settings: dict) -> str:
+    """In Markdown: the answer, the picture, one line per SAE and what is said of it, the pairs. found:
     `pairs`.
     """
     tables = [f"### {title}\n\n{headline(here)}\n" for title, here in by_hook(rows).items()]
-    if refused := refusals(settings):
-        tables.append("### Refused\n\n" + markdown([{"sae": sae, "why": why} for sae, why in refused]) + "\n")
+    if refused := sorted(settings.get("refused", {}).items()):
+        tables.append(f"### Refused\n\n{markdown([{'sae': sae, 'why': why} for sae, why in refused])}\n")
     by_r2 = sorted(rows, key=lambda row: (-row["r2"], row["sae"]))
-    text = TEXT["report"].format(
+    measures = ("r2", *LIBRARIES)
+    without_sinks = [
+        {name: row[f"{name}_nosink"] for name in measures} | {"sae": f"{row['sae']}, no sinks"}
+        for row in by_r2
+    ]
+    contexts = sorted({(row["ctx"], row["bos"]) for row in rows})
+    asked = ", ".join(f"{ctx} tokens{' after a BOS' if bos else ''}" for ctx, bos in contexts)
+    other_tokens = f"\n{TEXT['other tokens'].format(contexts=asked)}\n" if len(contexts) > 1 else ""
+    return TEXT["report"].format(
         answer=answer(rows, found, settings).markdown(),
         pairs="\n".join(pair_report(found, settings)),
         warnings="".join(f"- **{line}**\n" for line in warnings(rows)),
@@ -346,9 +321,8 @@ def audit_report(rows: list[dict], found: list[dict], settings: dict) -> list[st
         words=ABOUT_WORDS,
         about=TEXT["about columns"],
         says="".join(f"- {row['sae']}: **{row['word']}**. {row['says']} {row['read']}\n" for row in rows),
-        libraries=markdown(by_r2, ["sae", "r2", *LIBRARIES]),
-        libraries_nosink=markdown([_without_sinks(row) for row in by_r2], ["sae", "r2", *LIBRARIES]),
+        libraries=markdown(by_r2, ["sae", *measures]),
+        libraries_nosink=markdown(without_sinks, ["sae", *measures]),
         definitions="\n".join(f"{name}: {meaning}." for name, meaning in LIBRARIES.items()),
-        contexts=_contexts(rows),
+        contexts=other_tokens,
     )
-    return text.split("\n")

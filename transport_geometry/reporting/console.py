@@ -21,8 +21,8 @@ LABELS = ("Question", "Answer", "Limits")
 
 @dataclass(frozen=True)
 class Answer:
-    """question: what was asked; found: what came out, with its interval; limits: what that may not be taken
-    for. A sentence or two each, on one line, without Markdown.
+    """question: what was asked; found: what came out, with its interval; limits: what it does not show. A
+    sentence or two each, on one line, without Markdown.
     """
 
     question: str
@@ -114,8 +114,8 @@ def columns(rows: Sequence[Mapping[str, str]], codes: Sequence[str] = (), colour
 
 @contextlib.contextmanager
 def quiet_output(command: Any) -> Iterator[None]:
-    """What a run says on its way: to stderr under --json, which keeps stdout for the verdict; nowhere under
-    --quiet, but errors, which are said after it.
+    """Within, a run prints to stderr under --json, which keeps stdout for the verdict, and nothing under
+    --quiet. Errors are printed later, and always.
     """
     with contextlib.ExitStack() as stack:
         if command.quiet:

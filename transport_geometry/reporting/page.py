@@ -1,8 +1,9 @@
-"""report.html: the report as one page that needs nothing but itself.
+"""report.html: the report as one page without other files.
 
-Its text is report.md's, by markdown-it; its figures are in it as SVG. A script of a few lines sorts tables by
-their columns; without it everything is there to read. Nothing is asked of a network, and the page forbids
-itself to (its Content-Security-Policy): names come from files of others. The same files give the same bytes.
+Its text is report.md's, by markdown-it; its figures are in it as SVG. A short script sorts tables by their
+columns; without it everything is still there to read. The page loads nothing from a network, and its
+Content-Security-Policy forbids it, because names in it come from other people's files. The same files give
+the same bytes.
 """
 
 import base64
@@ -17,6 +18,7 @@ from typing import Any
 from transport_geometry.records.tables import Content
 from transport_geometry.reporting.figures import as_png, as_svg, close
 from transport_geometry.reporting.glossary import TERMS, with_glossary
+from transport_geometry.reporting.templates import text_of
 
 if typing.TYPE_CHECKING:
     from markdown_it.token import Token
@@ -25,87 +27,7 @@ if typing.TYPE_CHECKING:
 REPORT, PAGE = "report.md", "report.html"
 SENTENCE = 36  # letters in a cell
 
-STYLE = """\
-:root{color-scheme:light dark;--paper:#fff;--ink:#1b1b1b;--soft:#5c5c5c;--line:#d4d4d4;
---band:#f4f4f2;--focus:#0072b2}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#16181b;--ink:#e8e8e6;--soft:#a8a8a4;
---line:#3c4046;--band:#202327;--focus:#3f9fe0}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);
-font:1rem/1.5 system-ui,sans-serif;overflow-wrap:break-word}
-p,li,h1{max-width:48rem}
-p:has(svg){max-width:none}
-h1{font-size:1.6rem;line-height:1.25}
-h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid var(--line)}
-a{color:inherit}
-:focus-visible{outline:3px solid var(--focus);outline-offset:1px}
-code,pre{font:.85rem/1.4 ui-monospace,monospace}
-pre,.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:4px}
-pre{padding:.6rem;background:var(--band)}
-nav{margin:1rem 0}
-nav li{line-height:1.7}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;white-space:nowrap;
-border-bottom:1px solid var(--line)}
-th{background:var(--band)}
-th button{all:unset;cursor:pointer;font-weight:600}
-th button:focus-visible{outline:3px solid var(--focus)}
-th button::after{content:"\\2195";margin-left:.3em;color:var(--soft);font-weight:400}
-th[aria-sort=ascending] button::after{content:"\\2191";color:inherit}
-th[aria-sort=descending] button::after{content:"\\2193";color:inherit}
-td.prose{white-space:normal;min-width:16rem}
-td:first-child,th:first-child{position:sticky;left:0;background:var(--paper)}
-th:first-child{background:var(--band)}
-th[title] button{text-decoration:underline dotted}
-tbody tr:hover td{background:var(--band)}
-.scroll.picture{display:block;border:0}
-svg.figure{display:block;max-width:100%;height:auto}
-svg.figure text{fill:var(--ink)}
-@media (max-width:40rem){.scroll.picture{border:1px solid var(--line)}
-.picture svg{max-width:none;width:max(100%,40rem)}h1{font-size:1.35rem}
-td:first-child,th:first-child{white-space:normal;min-width:6rem;max-width:40vw}}
-@page{size:A4 landscape;margin:12mm}
-@media print{body{max-width:none;padding:0;font-size:9pt}nav{display:none}
-pre,.scroll{overflow:visible;border:0}pre{white-space:pre-wrap}
-table{width:100%;font-size:6.5pt}th,td{white-space:normal;padding:1pt 3pt}
-td.prose{min-width:0}td:first-child,th:first-child{position:static}
-th button{display:contents}th button::after{content:none!important}
-tr,svg{break-inside:avoid}h2,h3{break-after:avoid}}
-"""
-
-SCRIPT = """\
-"use strict";
-// tables: a head sorts by its column, numbers by their value (an interval by its first), what is missing last
-const missing = text => text === "" || text === "undefined";
-function number(text) {
-  const form = /^[^\\w+-]*([+-]?\\d[\\d,]*\\.?\\d*(?:e[+-]?\\d+)?)([kMB]?)(?!\\w)/i;
-  const found = text.replace(/\\u2212/g, "-").match(form);
-  const scale = {k: 1e3, m: 1e6, b: 1e9};
-  return found ? found[1].replace(/,/g, "") * (scale[found[2].toLowerCase()] || 1) : NaN;
-}
-function sort(table, column) {
-  const head = table.tHead.rows[0].cells[column], body = table.tBodies[0], rows = [...body.rows];
-  const text = row => row.cells[column].textContent.trim();
-  const there = rows.filter(row => !missing(text(row)));
-  const numeric = there.every(row => !Number.isNaN(number(text(row))));
-  const down = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-  const compare = numeric ? (a, b) => number(text(a)) - number(text(b))
-    : (a, b) => text(a).localeCompare(text(b), "en", {numeric: true});
-  there.sort((a, b) => down * compare(a, b));
-  body.append(...there, ...rows.filter(row => missing(text(row))));
-  for (const one of head.parentNode.cells) one.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", down > 0 ? "ascending" : "descending");
-}
-for (const table of document.querySelectorAll("table"))
-  [...table.tHead.rows[0].cells].forEach((head, column) => {
-    const name = head.textContent;
-    head.textContent = "";
-    const button = head.appendChild(document.createElement("button"));
-    Object.assign(button, {type: "button", textContent: name});
-    button.ariaLabel = name || "first column";
-    button.onclick = () => sort(table, column);
-  });
-"""
+STYLE, SCRIPT = (text_of(name) for name in ("page.css", "page.js"))
 
 
 def _hash(text: str) -> str:

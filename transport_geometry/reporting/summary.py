@@ -13,7 +13,7 @@ A *run* is a folder with a run.json, directly in the folder or one below; its na
 import json
 import pathlib
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from transport_geometry.records.store import RUN
 from transport_geometry.records.tables import readable_count
 from transport_geometry.reporting.console import Answer
 from transport_geometry.reporting.page import with_page
+from transport_geometry.reporting.templates import blocks
 
 from tqdm import tqdm
 
@@ -32,52 +33,29 @@ NOT_YET = "not to be interpreted"
 
 @dataclass(frozen=True)
 class Claim:
-    """label: as the summary calls it; words: what a verdict that says *supported* supports, or the question
-    that it answers; script: decides it; after: what has to be settled before it, on the same models and text;
-    H2 itself comes after Exp-A.
-    """
+    """A hypothesis, or a question, that one script decides."""
 
     label: str
-    words: str
+    words: str  # what a verdict that says *supported* supports, or the question that it answers
     script: str
-    after: str = ""
+    after: str  # what has to be settled before it, on the same models and text; H2 comes after Exp-A
 
 
+TEXT = blocks("summary")
 # in the order in which they may be interpreted, then what is in no order
-CLAIMS = (
-    Claim(
-        "H0",
-        "the cross-scale CE gap is an optimisation artefact: it goes to zero as the SAE token budget grows",
-        "expa",
-    ),
-    Claim("H1", "a residual magnitude gap stays after convergence", "expa"),
-    Claim(
-        "N",
-        "... and it is only how R² is normalised: a sink-free or deflated Euclidean score does not show it",
-        "expa",
-    ),
-    Claim("H2", "a sensitivity-weighted proxy (SWD, ...) predicts CE better than R²", "expb", after="Exp-A"),
-    Claim("H2′", "the pullback Fisher adds predictive value beyond SWD", "expc_fisher", after="H2"),
-    Claim(
-        "H3",
-        "MI-derived task-relevant dimension departs from geometric dimension (PR) exactly where the proxy "
-        "fails worst",
-        "expd_mi",
-        after="H2",
-    ),
-    Claim("planted control", "does the instrument find what was put there?", "expp_planted"),
-    Claim(
-        "attention plan",
-        "the divergence between attention rows before and after the patch predicts CE_rec beyond the best "
-        "Euclidean control",
-        "expe_attention",
-        after="H2",
-    ),
-    Claim(
-        "rate",
-        "at equal bits, is what the larger model's SAE loses over the smaller one's the same in R² as in CE?",
-        "expf_rate",
-    ),
+CLAIMS = tuple(
+    Claim(label, TEXT[f"claim: {label}"], script, after)
+    for label, script, after in (
+        ("H0", "expa", ""),
+        ("H1", "expa", ""),
+        ("N", "expa", ""),
+        ("H2", "expb", "Exp-A"),
+        ("H2′", "expc_fisher", "H2"),
+        ("H3", "expd_mi", "H2"),
+        ("planted control", "expp_planted", ""),
+        ("attention plan", "expe_attention", "H2"),
+        ("rate", "expf_rate", ""),
+    )
 )
 SCRIPTS = tuple(dict.fromkeys(claim.script for claim in CLAIMS))
 ORDER = " → ".join(claim.label for claim in CLAIMS[:6])
@@ -114,16 +92,13 @@ class Run:
 # ------------------------------------------------------------------------------------------- reading the runs
 def folders(root: pathlib.Path) -> Iterator[pathlib.Path]:
     """Those of runs, in the order of their names. Nothing below a run, and nothing hidden."""
+
+    def below(folder: pathlib.Path) -> list[pathlib.Path]:
+        with reading(folder):
+            return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
     for path in below(root):
-        if (path / RUN).exists():
-            yield path
-        else:
-            yield from (deeper for deeper in below(path) if (deeper / RUN).exists())
-
-
-def below(folder: pathlib.Path) -> list[pathlib.Path]:
-    with reading(folder):
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        yield from [path] if (path / RUN).exists() else (one for one in below(path) if (one / RUN).exists())
 
 
 def read(root: pathlib.Path) -> list[Run]:
@@ -134,10 +109,8 @@ def read(root: pathlib.Path) -> list[Run]:
         raise UserError(f"report {root}: a run's own folder; name the folder above it")
     if not root.is_dir():
         raise UserError(f"report {root}: no such folder")
-    runs = [
-        read_run(root, path)
-        for path in tqdm(list(folders(root)), desc="runs", leave=False, delay=2, disable=None)
-    ]
+    shown = tqdm(list(folders(root)), desc="runs", leave=False, delay=2, disable=None)
+    runs = [read_run(root, path) for path in shown]
     if all(run.missing for run in runs):
         there = "; ".join(f"{run.name}: {run.missing}" for run in runs)
         raise UserError(f"report {root}: no finished run in it" + (f" ({there})" if there else ""))
@@ -158,9 +131,9 @@ def read_run(root: pathlib.Path, folder: pathlib.Path) -> Run:
             run = replace(run, settings=facts["settings"])
             about(run, set())  # settings that cannot be said are not a run's
         if facts.get("coming") or facts.get("seconds") is None:
-            return replace(run, missing="unfinished: the same command goes on from there")
+            return replace(run, missing=TEXT["unfinished"])
         if not {"verdict.json", REPORT} <= files.keys():
-            return replace(run, missing=f"measured, no verdict yet: `python {run.script}.py --from` makes it")
+            return replace(run, missing=TEXT["no verdict"].format(script=run.script))
         for file in files:
             store.checked(record, file)
         verdict = read_verdict(folder / "verdict.json")
@@ -168,7 +141,7 @@ def read_run(root: pathlib.Path, folder: pathlib.Path) -> Run:
         return replace(run, missing=" ".join(str(why).replace(f"{folder}/", "").split()))
     tables = tuple(file for file in sorted(files) if file.endswith(".csv"))
     if "answer" not in verdict:
-        return replace(run, missing=f"of an earlier version: `python {run.script}.py --from` makes it anew")
+        return replace(run, missing=TEXT["earlier version"].format(script=run.script))
     return replace(run, verdict=verdict, tables=tables)
 
 
@@ -231,7 +204,7 @@ def of_script(script: str, run: Run, runs: Sequence[Run]) -> list[Run]:
     return [one for one in there if not differing(one, run)]
 
 
-def word(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
+def short_verdict(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
     """The run's verdict on the claim, and whether it may be interpreted."""
     first = comes_first(claim, run, runs)
     return leaf_of(claim, run) + (f"; {NOT_YET} before {first}" if first else "")
@@ -242,7 +215,11 @@ def order_line(claim: Claim, run: Run, runs: Sequence[Run]) -> str:
     if run.script == "expa":
         after = {one.script for one in CLAIMS if one.after}
         waiting = [one for one in runs if one.script in after and not (one.missing or differing(run, one))]
-        return f"It comes before {named(waiting)}." if waiting else "No run here comes after it."
+        return (
+            f"It comes before {', '.join(map(of_name, waiting))}."
+            if waiting
+            else "No run here comes after it."
+        )
     if not claim.after:
         return ""
     lines = []
@@ -291,81 +268,52 @@ def of_several_weights(runs: Sequence[Run]) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------ in Markdown
-def code(name: str) -> str:
-    """A name as it is, also in a table."""
-    return "`" + name.replace("|", "\\|") + "`"
-
-
 def of_name(run: Run) -> str:
-    return code(run.name)
+    """The run's name as it is, also in a table."""
+    return "`" + run.name.replace("|", "\\|") + "`"
 
 
-def named(runs: Sequence[Run]) -> str:
-    return ", ".join(map(of_name, runs))
+def link(run: Run, file: str = REPORT, text: str = "") -> str:
+    """To a run's file."""
+    return f"[{text or file}]({urllib.parse.quote(f'{run.name}/{file}')})"
 
 
-def link(run: Run, file: str) -> str:
-    return f"[{file}]({urllib.parse.quote(f'{run.name}/{file}')})"
-
-
-def linked(run: Run) -> str:
-    """The run's name, leading to its report."""
-    return f"[{code(run.name)}]({urllib.parse.quote(f'{run.name}/{REPORT}')})"
-
-
-def verdicts(claim: Claim, runs: Sequence[Run], call: Callable[[Run], str]) -> str:
-    """The word of each of the claim's runs, or that there is none. call: gives a run its name."""
+def verdicts(claim: Claim, runs: Sequence[Run], linked: bool = False) -> str:
+    """The verdict of each of the claim's runs, or that there is none. linked: names lead to the reports."""
     said = []
     for run in (run for run in runs if run.script == claim.script):
-        if run.missing:
-            said.append(f"{code(run.name)}: no statement")
-            continue
-        said.append(f"{call(run)}: {word(claim, run, runs)}")
+        name = link(run, text=of_name(run)) if linked and not run.missing else of_name(run)
+        said.append(f"{name}: {'no statement' if run.missing else short_verdict(claim, run, runs)}")
     return "; ".join(said) or f"not run: `python {claim.script}.py`"
 
 
 def headline(runs: Sequence[Run]) -> str:
     """How far it may be read."""
     readable: dict[str, list[str]] = {}  # {verdicts: claims of which these are}
-    shut: list[str] = []
+    not_yet: list[str] = []
     none: list[str] = []
     not_run: list[str] = []
     for claim in CLAIMS:
         here = [run for run in runs if run.script == claim.script]
         stated = [run for run in here if not run.missing]
         if any(not comes_first(claim, run, runs) for run in stated):
-            readable.setdefault(verdicts(claim, runs, of_name), []).append(claim.label)
+            readable.setdefault(verdicts(claim, runs), []).append(claim.label)
         else:
-            (shut if stated else none if here else not_run).append(claim.label)
+            (not_yet if stated else none if here else not_run).append(claim.label)
     none += [of_name(run) for run in runs if not run.script]
     parts = {
         "May be read": [f"{', '.join(labels)} ({said})" for said, labels in readable.items()],
-        "Not to be interpreted yet": shut,
+        "Not to be interpreted yet": not_yet,
         "No statement": none,
         "Not run": not_run,
     }
     return " ".join(f"{what}: {', '.join(said)}." for what, said in parts.items() if said)
 
 
-HEAD = """\
-# What the experiments in this folder say, in the order in which it may be read
-
-**{headline}**
-
-Read them in this order: {order}. Where a claim before it is not settled yet, a verdict says which. Each \
-statement is its run's own, copied from its verdict and linked to its tables; nothing is computed here, and \
-statements about different models, SAEs or texts do not add up.
-
-|    | claim or question | verdict, by folder |
-|----|-------------------|--------------------|
-{rows}
-"""
-
-
 def outline(runs: Sequence[Run]) -> str:
     """The report, in Markdown. runs: as `read` gives them."""
-    rows = [f"| {claim.label} | {claim.words} | {verdicts(claim, runs, linked)} |" for claim in CLAIMS]
-    parts = [HEAD.format(headline=headline(runs), order=ORDER, rows="\n".join(rows))]
+    rows = [f"| {claim.label} | {claim.words} | {verdicts(claim, runs, linked=True)} |" for claim in CLAIMS]
+    parts = [TEXT["report"].format(headline=headline(runs), order=ORDER, rows="\n".join(rows)) + "\n"]
     several = of_several_weights(runs)
     for script in dict.fromkeys(run.script for run in runs):
         here = [run for run in runs if run.script == script]
@@ -381,26 +329,26 @@ def section(script: str) -> str:
     if script == "audit":
         return "SAEs that exist, `audit.py`"
     if not labels:
-        return f"`{script}.py`, an experiment that this summary does not know"
+        return TEXT["unknown"].format(script=script)
     return f"{labels}: {TITLES[script]}, `{script}.py`" if script in TITLES else f"{labels}: `{script}.py`"
 
 
 def statement(run: Run, runs: Sequence[Run], several: set[str]) -> list[str]:
     """A run's lines of its section."""
     if run.missing:
-        return [f"- {code(run.name)}: **no statement** ({run.missing})"]
-    claim = next((one for one in reversed(CLAIMS) if one.script == run.script), Claim("", "", run.script))
+        return [f"- {of_name(run)}: **no statement** ({run.missing})"]
+    claim = next((one for one in reversed(CLAIMS) if one.script == run.script), Claim("", "", run.script, ""))
     first = comes_first(claim, run, runs) if claim.after else ""
     not_yet = f", *{NOT_YET} before {first}*" if first else ""
     links = " · ".join(link(run, file) for file in (REPORT, "verdict.json", *run.tables))
     limits = f"Limits: {run.answer.limits}"
     lines = [limits, order_line(claim, run, runs), f"About {about(run, several)}.", links]
-    return [f"- {code(run.name)}{not_yet}: {run.answer.found}", *(f"  - {line}" for line in lines if line)]
+    return [f"- {of_name(run)}{not_yet}: {run.answer.found}", *(f"  - {line}" for line in lines if line)]
 
 
 def in_short(runs: Sequence[Run]) -> list[str]:
     """The verdicts, for a terminal."""
-    said = [(claim.label, verdicts(claim, runs, of_name)) for claim in CLAIMS]
+    said = [(claim.label, verdicts(claim, runs)) for claim in CLAIMS]
     said += [("other", f"{run.name}: {run.missing or run.leaf}") for run in runs if run.script not in SCRIPTS]
     width = max(len(label) for label, _ in said)
     lines = [*(f"{label:<{width}}  {text}" for label, text in said), "---", headline(runs)]

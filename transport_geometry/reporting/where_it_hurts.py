@@ -14,6 +14,7 @@ from transport_geometry.records import store
 from transport_geometry.records.condition import Condition, hook_of
 from transport_geometry.records.tables import grouped, markdown, read_table, short
 from transport_geometry.reporting.figures import pyplot
+from transport_geometry.reporting.templates import blocks
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HARM, WORST = "harm.csv", "worst.csv"
+TEXT = blocks("where_it_hurts")
 N_WORST = 10
 BEFORE = 8  # tokens that are shown, up to the one whose next is lost
 
@@ -86,22 +88,6 @@ def of_folder(out: pathlib.Path) -> tuple[str, dict[str, "Figure"]]:
     return section(harm, worst), {"harm.png": plot(harm)}
 
 
-SECTION = """\
-## Where it hurts
-
-![dCE by position](harm.png)
-
-What the patch adds to cross-entropy (nats a token) by the position in the row, mean over the SAEs of a hook:
-
-{curves}
-
-The tokens that it costs most, each once, by the SAE that loses most there:
-
-{tokens}
-
-All SAEs: harm.csv, worst.csv."""
-
-
 def section(harm: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]]) -> str:
     """In Markdown. harm, worst: rows of harm.csv and worst.csv."""
     seen: set[tuple] = set()
@@ -124,7 +110,7 @@ def section(harm: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]]) -> 
     table = [{"hook": hook} | {name: short(y) for name, y in curve} for hook, curve in curves(harm).items()]
     columns = list(dict.fromkeys(name for row in table for name in row))
     filled = [dict.fromkeys(columns, "") | row for row in table]
-    return SECTION.format(curves=markdown(filled), tokens=markdown(tokens))
+    return TEXT["section"].format(curves=markdown(filled), tokens=markdown(tokens))
 
 
 def curves(harm: Sequence[dict[str, Any]]) -> dict[str, list[tuple[str, float]]]:

@@ -23,7 +23,7 @@ class Findings:
     """What an experiment makes of its rows."""
 
     answer: Answer
-    verdict: Mapping[str, Any]  # verdict.json, but for the answer, the settings and the rows' hash
+    verdict: Mapping[str, Any]  # verdict.json, but for the answer and the settings
     short_verdict: str  # the leaf, in a word
     report: str  # report.md; ![...](NAME.png) shows figures[NAME.png]
     figures: Mapping[str, "Figure"]
@@ -33,8 +33,10 @@ class Findings:
 
 def write(out: pathlib.Path, settings: dict, found: Findings) -> None:
     """verdict.json, report.md, report.html, the figures and the tables, as one change."""
-    record = {"answer": vars(found.answer), "settings": settings}
-    verdict = plain({**found.verdict, **record, "rows_sha256": rows_hash(out)})
+    record: dict[str, Any] = {"answer": vars(found.answer), "settings": settings}
+    if "rows_sha256" not in found.verdict:
+        record["rows_sha256"] = rows_hash(out)
+    verdict = plain({**found.verdict, **record})
     files = {**found.tables, "verdict.json": as_json(verdict), "report.md": found.report.encode()}
     store.put(out / store.RUN, with_page(out, files, found.figures))
 

@@ -67,7 +67,7 @@ import torch
 
 # bytes of SAEs evaluated together; the clean pass is computed once for each such lot
 SAES_AT_ONCE = 4 * 10**9
-TURNED_BY = 16  # rows that say which directions the model feels
+TURNED_BY = 16  # rows that say which directions change the logits
 CPU = torch.device("cpu")
 Table = list[dict]
 
@@ -450,8 +450,8 @@ def measure(
 
 
 def turned(share: Share, saes: dict[Condition, SAE], grid: Grid) -> dict[Condition, Reconstruction]:
-    """Those whose errors are to be turned, turned: by what the model feels on a few rows of the training
-    text.
+    """Those whose errors are to be turned, turned: which directions change the logits, a few rows of the
+    training text say.
     """
     turns = {one.condition: one.turn for one in share.candidates if one.turn}
     if not turns:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from transport_geometry.records.tables import bounds, estimate, markdown, percent, signed
 from transport_geometry.reporting.console import models_in_words, number
+from transport_geometry.reporting.templates import blocks
 from transport_geometry.statistics.stats import (
     ALL,
     ESTIMATE,
@@ -137,12 +138,9 @@ def share_right(score: np.ndarray, target: np.ndarray, pairs: SAEPairs, draws: S
 
 
 # ------------------------------------------------------------------------------------------- the word on H2
+TEXT = blocks("leaderboard")
 LEAVES = {
-    "beats-all": "SWD orders these SAEs better than R² and better than every Euclidean control",
-    "beats-r2-only": "SWD orders these SAEs better than R², but not better than every Euclidean control",
-    "worse": "SWD orders these SAEs worse than R²",
-    "not-shown": "SWD is not shown to order these SAEs better than R²",
-    "undecided": "Nothing is said of these SAEs",
+    leaf: TEXT[f"here: {leaf}"] for leaf in ("beats-all", "beats-r2-only", "worse", "not-shown", "undecided")
 }
 
 
@@ -200,42 +198,36 @@ def in_short(board: list[dict]) -> str:
     """The claim here, in two sentences."""
     r2, swd = row_of(board, R2), row_of(board, SWD)
     if not r2 or not np.isfinite(r2["partial"]):
-        return "Here, on these SAEs, there are too few of one k to be ordered."
-    text = (
-        "Here, on these SAEs, the order that R² gives those of one k correlates with what patching them in "
-        f"does to cross-entropy at {number(as_here(r2, 'partial'), 'partial')}"
-    )
+        return TEXT["here: nothing to order"]
+    text = TEXT["here: r2"].format(r2=number(as_here(r2, "partial"), "partial"))
     if swd:
-        text += f", that of SWD at {number(as_here(swd, 'partial'), 'partial')}"
-        text += f" (SWD minus R²: {number(r2, 'swd_here')})"
+        of_swd, minus = number(as_here(swd, "partial"), "partial"), number(r2, "swd_here")
+        text += TEXT["here: swd"].format(swd=of_swd, minus=minus)
     if r2["pairs"] > 0:
-        text += f". Of {r2['pairs']:.0f} pairs clearly apart R² orders {percent(r2['right'])} rightly"
+        text += TEXT["here: pairs"].format(n=f"{r2['pairs']:.0f}", r2=percent(r2["right"]))
         text += f" and SWD {percent(swd['right'])}" if swd else ""
-    by_arm = [(arm, row_of(board, R2, arm), row_of(board, SWD, arm)) for arm in ARMS.values()]
-    known = [(arm, a, b) for arm, a, b in by_arm if a and b and a["pairs"] > 0]
-    for arm, of_r2, of_swd in known:
-        text += f"; {arm}, {percent(of_r2['right'])} and {percent(of_swd['right'])}"
+    for arm in ARMS.values():
+        of_r2, of_swd_there = row_of(board, R2, arm), row_of(board, SWD, arm)
+        if of_r2 and of_swd_there and of_r2["pairs"] > 0:
+            text += f"; {arm}, {percent(of_r2['right'])} and {percent(of_swd_there['right'])}"
     return f"{text}."
 
 
 def none_in_general(board: list[dict], models: Sequence[str]) -> str:
     """Why nothing is said in general, in one sentence; empty where something is."""
     rows = [row for row in (row_of(board, R2), row_of(board, SWD)) if row]
-    if not rows:
+    least = min(rows, key=lambda row: row["n_effective"], default=None)
+    if least is None or least["n_effective"] >= MIN_CLUSTERS:
         return ""
-    least = min(rows, key=lambda row: row["n_effective"])
-    if least["n_effective"] >= MIN_CLUSTERS:
-        return ""
-    about = f"In general, about {layers_of(models)}, nothing is said of SWD against R²"
-    if (hooks := least["n_clusters"]) < MIN_CLUSTERS:
-        there = "there is 1 hook" if hooks == 1 else f"there are {hooks} hooks"
-        return f"{about}: {there}, and {MIN_CLUSTERS} are needed."
-    name = {R2: "R²", SWD: "SWD"}[least["proxy"]]
-    return (
-        f"{about}: what {name} gets wrong at one layer it gets wrong at the next (correlation "
-        f"{least['phi']:.2f}), so that {least['n_clusters']} hooks count as {least['n_effective']:.1f}, and "
-        f"{MIN_CLUSTERS} are needed."
-    )
+    hooks = least["n_clusters"]
+    if hooks < MIN_CLUSTERS:
+        why = "there is 1 hook" if hooks == 1 else f"there are {hooks} hooks"
+    else:
+        name, effective = {R2: "R²", SWD: "SWD"}[least["proxy"]], least["n_effective"]
+        why = TEXT["too few effective hooks"].format(
+            name=name, phi=least["phi"], hooks=hooks, effective=effective
+        )
+    return TEXT["none in general"].format(layers=layers_of(models), why=why, needed=MIN_CLUSTERS)
 
 
 def as_here(row: dict, name: str) -> dict:
@@ -274,12 +266,11 @@ def table(board: list[dict], stratum: str = "pooled") -> str:
             "swd_tok minus it": "" if row["proxy"] == SWD else estimate(row, "swd_here"),
         }
         if row["pairs"] > 0:
+            minus = f"{signed(row['right_r2'])} {bounds(row['right_r2_lo'], row['right_r2_hi'])}"
             cells |= {
                 "pairs": f"{row['pairs']:.0f}",
                 "rightly": share(row),
-                "rightly, minus r2": signed(row["right_r2"])
-                + " "
-                + bounds(row["right_r2_lo"], row["right_r2_hi"]),
+                "rightly, minus r2": minus,
             }
         for arm in ARMS.values() if stratum == "pooled" else ():
             if own := row_of(board, row["proxy"], arm):
@@ -288,16 +279,9 @@ def table(board: list[dict], stratum: str = "pooled") -> str:
     return markdown(shown, list(shown[0]))
 
 
-HOW_TO_READ = (
-    "These numbers are about these SAEs, on these layers of these models, and no others: their 95% intervals "
-    "resample {behind}{seeds}. **Partial Spearman** given k (and budget): the order of SAEs of one k. "
-    "**Rightly**: the share of pairs that a score orders as CE_rec does; pairs are SAEs of one model, k and "
-    "budget whose CE_rec differ by {margin:.2f} or more, with an interval that leaves 0 out. How often such "
-    "intervals cover: bench/RESULTS.md."
-)
-
-
 def how_to_read(settings: dict, behind: str) -> str:
     """Under the table. behind: what the intervals resample, as `results.describe_units` says it."""
     several = len(settings["seeds"]) > 1
-    return HOW_TO_READ.format(behind=behind, seeds=" and seeds" if several else "", margin=MARGIN)
+    return TEXT["how to read here"].format(
+        behind=behind, seeds=" and seeds" if several else "", margin=MARGIN
+    )
