@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from test_data import Letters, write_rows
+from test_data import Letters, write
 
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ TEXTS = [f"text number {i} of them " * (3 + i % 5) for i in range(300)]
 
 
 def test_every_row_begins_with_it(tmp_path):
-    data = write_rows(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
+    data = write(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
     plain = torch.cat(list(text.packed_rows(data, "train", Letters(), 9)))
     rows = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=50)))
     assert rows.shape[1] == 10 and (rows[:, 0] == 50).all() and (rows[:, 1:] != 50).all()
@@ -96,7 +96,7 @@ def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
     """As SAELens writes them: every row of 10 begins with it."""
     rng = random.Random(1)
     rows = [[30, *rng.choices(range(1, 30), k=9)] for _ in range(400)]
-    data = write_rows(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
+    data = write(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
 
     assert text.tokenised(data, "train")
     packed = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=30)))
@@ -149,9 +149,7 @@ def test_an_embedded_model_is_as_it_was():
 
 def test_rows_of_ids_stay_as_they_are_unless_asked_for(begun, tmp_path):
     rng = random.Random(2)
-    data = write_rows(
-        tmp_path / "ids.jsonl", [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)]
-    )
+    data = write(tmp_path / "ids.jsonl", [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)])
     for bos, token in (("auto", None), ("no", None), ("yes", 1)):
         _, eval_set, spec = planned(begun, bos, data)
         assert eval_set.bos == spec.bos == token
