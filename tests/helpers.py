@@ -7,10 +7,12 @@ import sys
 
 import zygote
 from transport_geometry.models import text
+from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import load_sae
 from transport_geometry.saes.train import train_missing
 
 import torch
+from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -62,6 +64,13 @@ def get_saes(model, tokenizer, specs, cache) -> list:
     """The SAEs of one model, trained or from the cache."""
     train_missing(model, tokenizer, specs, cache, text.find(specs[0].data))
     return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
+
+
+def quick_sae(h: torch.Tensor, sink: torch.Tensor, k: int = 8):
+    """An SAE of 256 latents, trained once over h [N,d]; sink [N]: tokens that its statistics leave out."""
+    training = Training(Statistics.of(h, sink), 256, k, 0, [len(h)])
+    training.feed(h, 0, tqdm(disable=True), "")
+    return training.finished()
 
 
 def small_grid(**more):

@@ -10,7 +10,7 @@ import re
 import shutil
 
 import zygote
-from helpers import ROOT, contents, script
+from helpers import ROOT, contents, quick_sae, script
 from hub import serve
 from transport_geometry.formats import sae_files
 from transport_geometry.formats.file_sae import fused
@@ -20,7 +20,6 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import packed_rows
 from transport_geometry.records.tables import read_table
 from transport_geometry.reporting.words import WORDS
-from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import save_sae, tied_init
 from transport_geometry.saes.train import activation_chunks
 
@@ -28,7 +27,6 @@ import pytest
 import torch
 from test_data import write
 from test_formats import write_dictionary, write_mlsae, write_openai
-from tqdm import tqdm
 
 MODEL, DATA = "EleutherAI/pythia-70m", "NeelNanda/pile-small-tokenized-2b"
 SAES = "EleutherAI/sae-pythia-70m-32k"
@@ -39,12 +37,6 @@ OF_TOPK, OF_BATCH = (
     f"org/bench/{kind}_pythia-70m/resid_post_layer_3/trainer_0" for kind in ("TopK", "BatchTopK")
 )
 MLSAE = "org/sae-pythia-70m-deduped-x64-k32-layers-3"
-
-
-def trained(h, sink):
-    training = Training(Statistics.of(h, sink), 256, 8, 0, [40_000])
-    training.feed(h, 0, tqdm(disable=True), "")
-    return training.finished()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +53,7 @@ def hub(tmp_path_factory):
     saes = {}
     for layer in (2, 3):
         h, sink = next(activation_chunks(Hook(model, layer), "stdlib", tokenizer, 128, 40_000, "keep"))
-        saes[layer] = trained(h, sink)
+        saes[layer] = quick_sae(h, sink)
         save_sae(models / f"{SAES}/layers.{layer}", saes[layer], {})
         (models / f"{SAES}/layers.{layer}/provenance.json").unlink()  # theirs have none
     sae = saes[3]
@@ -83,7 +75,7 @@ def hub(tmp_path_factory):
         edit(models / f"org/{name}/cfg.json", metadata=settings)
     write_saelens(models / "org/one-late", saes[2], MADE | {"layer": 4})
     x = (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5)
-    unit = trained(x, sink)
+    unit = quick_sae(x, sink)
     tensors = {"encoder.weight": unit.W_enc.data, "pre_encoder_bias": unit.b_dec.data}
     tensors |= {"decoder.weight": unit.W_dec.t().contiguous()}
     write_mlsae(models / MLSAE, tensors, n_inputs=64, n_latents=256, k=8)
@@ -113,12 +105,12 @@ def healed(hub):
     hub.requests.clear()
 
 
-def run(hub, out, sae, *more, models=f"{MODEL}@3", environment=None, name="audit.py", **how):
+def run(hub, out, sae, *more, models=f"{MODEL}@3", environment=None, name="audit.py", setup="", **how):
     """out: None, the default folder."""
     named = ["--models", models] if models else []
     named += ["--out", out] if out else []
     command = ["--sae", sae, *named, "--data", DATA, *SIZE, "--device", "cpu", *more]
-    return script(name, *command, environment=environment or hub.here, **how)
+    return script(name, *command, environment=environment or hub.here, setup=zygote.UNDRAWN + setup, **how)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +194,7 @@ def test_exp_c_and_exp_e_take_them_too_and_say_what_is_odd(hub, tmp_path):
     edit(tmp_path / "16/config.json", trainer={"lm_name": f"{MODEL}-deduped"})
     command = "--sae 16 --models stdlib-s --eval-seqs 4 --ctx 32 --device cpu --out out --fresh".split()
     for name in ("expc_fisher.py", "expe_attention.py", "audit.py"):
-        done = script(name, *command, environment=hub.here, folder=tmp_path)
+        done = script(name, *command, environment=hub.here, folder=tmp_path, setup=zygote.UNDRAWN)
     (row,) = read_table(tmp_path / "out/audit.csv")
     assert row["sae"] == "16" and row["trained_on"] == f"{MODEL}-deduped"
     assert f"16: its files say {MODEL}-deduped; measured on stdlib-s" in done.stdout

@@ -107,7 +107,7 @@ def whitened(x):
     return by_decoder_norm((x - mean) @ matrix) @ inverse + mean
 
 
-TOPK, RELU = truth(relu_top), truth(torch.relu)
+TOPK, RELU, RELU_OF_H = truth(relu_top), truth(torch.relu), truth(torch.relu, b_in=ZERO)
 
 
 # -------------------------------------------------------------------------- files as the libraries write them
@@ -231,10 +231,7 @@ BY_FORMAT = {
         "gated": (dict(architecture="gated", tensors=GATED_LENS), gated),
         "5 topk": (dict(**V5_TOPK, normalize_activations=False), TOPK),
         "5 topk, other name": (dict(**V5, activation_fn="topk", activation_fn_kwargs={"k": K}), TOPK),
-        "5 standard": (
-            dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False),
-            truth(torch.relu, b_in=ZERO),
-        ),
+        "5 standard": (dict(**V5, activation_fn_str="relu", apply_b_dec_to_input=False), RELU_OF_H),
     },
     ("sparsify", write_sparsify): {
         "topk": ({}, TOPK),
@@ -249,10 +246,7 @@ BY_FORMAT = {
         "BatchTopK, wrapped": (dict(name="BatchTopKSAE", tensors=WRAPPED), truth(above(1.5))),
         "BatchTopK mid-run": (dict(name="BatchTopKSAE", tensors=MID_RUN), scaled(truth(above(1.5)), 1 / 2.5)),
         "standard": (dict(name="AutoEncoder", tensors={**PLAIN, "bias": B_DEC}), RELU),
-        "AutoEncoderNew": (
-            dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}),
-            truth(torch.relu, b_in=ZERO),
-        ),
+        "new": (dict(name="AutoEncoderNew", tensors={**PLAIN, "decoder.bias": B_DEC}), RELU_OF_H),
         "gated": (dict(name="GatedAutoEncoder", tensors=GATED), gated),
         "JumpReLU": (dict(name="JumpReluAutoEncoder", tensors=JUMP), truth(jump, b_in=ZERO)),
         "Matryoshka": (dict(name="MatryoshkaBatchTopKSAE", tensors=MATRYOSHKA), truth(above(1.5))),
@@ -372,22 +366,19 @@ def test_names_of_hooks_and_models_become_ours_and_the_hubs(ours):
 
 
 def test_hooks_of_dictionary_learnings_submodules(tmp_path):
-    for number, (name, layer, io, hook) in enumerate(
-        (
-            ("resid_post_layer_4", 4, "out", ("resid_post", 4)),
-            ("resid_post_layer_4", 4, "in", ("resid_post", 3)),
-            ("resid_pre_layer_4", 4, "in", ("resid_post", 3)),
-            (None, 4, "in", ("resid_post", 3)),
-            ("resid_post_layer_0", 0, "in", ("resid_pre", 0)),
-            ("mlp_out_layer4", 4, "in", ("input of mlp_out", 4)),
-            ("mlp_out", 4, None, ("mlp_out", 4)),
-            ("resid_out", 4, None, ("resid_post", 4)),
-            ("resid_pre", 4, None, ("resid_post", 3)),
-        )
-    ):
-        folder = tmp_path / f"x{number}"
-        of = declared(write_dictionary(folder, buffer={"io": io}, submodule_name=name, layer=layer))
-        assert (of.site, of.layer) == hook, (name, io)
+    hooks = {
+        ("resid_post_layer_4", 4, "out"): ("resid_post", 4),
+        ("resid_post_layer_4", 4, "in"): ("resid_post", 3),
+        ("resid_pre_layer_4", 4, "in"): ("resid_post", 3),
+        (None, 4, "in"): ("resid_post", 3),
+        ("resid_post_layer_0", 0, "in"): ("resid_pre", 0),
+        ("mlp_out_layer4", 4, "in"): ("input of mlp_out", 4),
+        ("resid_out", 4, None): ("resid_post", 4),
+        ("resid_pre", 4, None): ("resid_post", 3),
+    }
+    for i, ((name, layer, io), hook) in enumerate(hooks.items()):
+        folder = write_dictionary(tmp_path / f"x{i}", buffer={"io": io}, submodule_name=name, layer=layer)
+        assert (declared(folder).site, declared(folder).layer) == hook, (name, io)
 
 
 def test_what_saelens_and_sparsify_declare(tmp_path):
@@ -482,12 +473,10 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "spec", ["/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", "{tmp}/nowhere*/x"]
-)
-def test_no_such_place_is_said_without_asking_the_hub(spec, tmp_path):
-    with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
-        sae_files.find(spec.format(tmp=tmp_path))
+def test_no_such_place_is_said_without_asking_the_hub(tmp_path):
+    for spec in ("/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", f"{tmp_path}/nowhere*/x"):
+        with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
+            sae_files.find(spec)
 
 
 def test_fingerprint_is_of_all_that_computes(tmp_path):
@@ -560,14 +549,13 @@ def test_bad_files_are_refused_in_one_line(write, how, word, tmp_path, capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
-def within(write, name, **others):
-    """Writes files with `field` inside the named values `name`."""
-    return lambda folder, **field: write(folder, **{name: {**others, **field}})
+def within(write, name, others, **more):
+    """Writes files with `field` inside the named values `name`, beside others."""
+    return lambda folder, **field: write(folder, **{**more, name: {**others, **field}})
 
 
 def lens_scaler(folder, **field):
-    how = {**SCALED, "beside": {SCALER: {"scaling_factor": 0.3, **field}}}
-    return write_lens(folder, **how)
+    return write_lens(folder, **{**SCALED, "beside": {SCALER: {"scaling_factor": 0.3, **field}}})
 
 
 def dictionary_checkpoint(folder, **field):
@@ -575,32 +563,28 @@ def dictionary_checkpoint(folder, **field):
     return write_dictionary(folder, name=None, tensors=tensors)
 
 
-def lens_5_within(folder, **field):
-    kwargs = {"center_writing_weights": False, **field}
-    return write_lens(folder, **V5_TOPK, model_from_pretrained_kwargs=kwargs)
-
-
-def openai_state(folder, **field):
-    state = OPENAI_TOPK["activation_state_dict"]
-    return write_openai(folder, activation="TopK", activation_state_dict={**state, **field})
-
-
+LENS_5_MODEL = within(
+    write_lens, "model_from_pretrained_kwargs", {"center_writing_weights": False}, **V5_TOPK
+)
+OPENAI_STATE = within(
+    write_openai, "activation_state_dict", {"k": K, "postact_fn": "ReLU"}, activation="TopK"
+)
 STRANGER = {  # format -> (what writes it with a field more, how the field is called in full)
     "saelens": [
         (write_lens, "{}"),
-        (within(write_lens, "metadata", sae_lens_version="6.1"), "metadata.{}"),
+        (within(write_lens, "metadata", {"sae_lens_version": "6.1"}), "metadata.{}"),
         (lambda folder, **field: write_lens(folder, **V5_TOPK, **field), "{}"),
-        (lens_5_within, "model_from_pretrained_kwargs.{}"),
+        (LENS_5_MODEL, "model_from_pretrained_kwargs.{}"),
         (lens_scaler, "activation_scaler.json.{}"),
     ],
     "sparsify": [(write_sparsify, "{}")],
     "dictionary_learning": [
         (write_dictionary, "trainer.{}"),
-        (within(write_dictionary, "buffer"), "buffer.{}"),
+        (within(write_dictionary, "buffer", {}), "buffer.{}"),
         (dictionary_checkpoint, "trainer.{}"),
     ],
     "gemma_scope": [(write_gemma_scope_2, "{}")],
-    "openai": [(write_openai, "{}"), (openai_state, "activation_state_dict.{}")],
+    "openai": [(write_openai, "{}"), (OPENAI_STATE, "activation_state_dict.{}")],
     "mlsae": [(write_mlsae, "{}")],
 }
 
@@ -673,18 +657,21 @@ WRONG = {  # values of the wrong type or range, by their place; the one line nam
         "metadata.model_from_pretrained_kwargs": [[1]],
         "metadata.exclude_special_tokens": [{"a": 1}],
         "metadata.seqpos_slice": ["x"],
+        "metadata.sae_lens_version": [["6"]],
         "metadata": [3],
         "d_sae": ["40", 1e30],
         "k": ["5", [5], 0, 1e30, 5.5],
         "architecture": [["topk"]],
         "activation_fn": [3],
         "apply_b_dec_to_input": ["no"],
+        "rescale_acts_by_decoder_norm": [3],
         "normalize_activations": [["none"]],
     },
     write_sparsify: {
         "k": ["5", 0, None],
         "activation": [["topk"]],
         "transcode": ["yes"],
+        "num_latents": ["40"],
         "d_in": ["12"],
         "expansion_factor": [[3]],
     },
@@ -692,6 +679,7 @@ WRONG = {  # values of the wrong type or range, by their place; the one line nam
         "trainer": [[1], "x"],
         "buffer": [3],
         "buffer.ctx_len": ["x"],
+        "buffer.remove_bos": ["x"],
         "trainer.dict_class": [[1]],
         "trainer.dict_size": ["40"],
         "trainer.submodule_name": [3],

@@ -2,11 +2,10 @@
 given to `evaluate` as they are.
 """
 
-import json
 import math
 
 import zygote
-from helpers import script, tiny_model
+from helpers import quick_sae, script, tiny_model
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import text
@@ -15,15 +14,13 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.records.results import load_results
 from transport_geometry.records.tables import read_table
 from transport_geometry.reporting.words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
-from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.train import activation_chunks
 from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
+from test_formats import write_lens
 
 LAYER, CTX, SEQS = 3, 64, 48
 
@@ -90,15 +87,13 @@ def write_affine(folder, W: torch.Tensor, mean: torch.Tensor) -> None:
     """h_hat = mean + W (h - mean) as a ReLU SAE in SAELens' format: each dimension has a latent for either
     sign. W [d,d], mean [d].
     """
-    folder.mkdir(parents=True)
     d = len(mean)
     both = torch.cat([torch.eye(d), -torch.eye(d)])
     tensors = dict(W_enc=both.t(), b_enc=torch.zeros(2 * d), W_dec=both @ W.t().float(), b_dec=mean)
     meta = dict(sae_lens_version="6.54.12", model_name="stdlib-s", context_size=CTX, prepend_bos=False)
     meta |= dict(hook_name=f"blocks.{LAYER}.hook_resid_post")
-    config = dict(architecture="standard", d_in=d, d_sae=2 * d, metadata=meta)
-    (folder / "cfg.json").write_text(json.dumps(config))
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "sae_weights.safetensors")
+    tensors = {name: t.contiguous() for name, t in tensors.items()}
+    write_lens(folder, "standard", tensors, d_in=d, d_sae=2 * d, k=None, metadata=meta)
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +103,13 @@ def hook():
     """
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     h, sink = next(activation_chunks(Hook(model, LAYER), "stdlib", tokenizer, 128, 40_000, "keep"))
-    training = Training(Statistics.of(h, sink), 256, 16, 0, [40_000])
-    training.feed(h, 0, tqdm(disable=True), "")
     rows = next(text.train_rows("stdlib", tokenizer, CTX, 64))
     uniforms = torch.rand(4, 64, CTX - 1, generator=torch.Generator().manual_seed(0))
     _, (_, *gradients) = Hook(model, LAYER).clean_pass(rows, Hook(model, LAYER).head(rows), uniforms)
     G = sum(torch.einsum("btd,bte->de", g, g).double() for g in gradients)
     centred = (h - h.mean(0)).double()
     sigma, of_g = centred.T @ centred / len(h), torch.linalg.eigh(G).eigenvectors
-    return model, training.finished(), h.mean(0), sigma, of_g
+    return model, quick_sae(h, sink, 16), h.mean(0), sigma, of_g
 
 
 def rotation(d: int, seed: int) -> torch.Tensor:
@@ -176,7 +169,7 @@ def test_the_pairs_of_a_run(audited):
     """Two errors planted so that R² orders them against CE_rec, and one of them with half of its own error;
     each row again from the sequences.
     """
-    out, printed = audited
+    out, _ = audited
     found = {
         frozenset(row[f"sae_{end}"].rpartition("/")[2] for end in "ab"): row
         for row in read_table(out / "pairs.csv")
@@ -195,12 +188,6 @@ def test_the_pairs_of_a_run(audited):
     draws_a, draws_b = (2 - (w @ sums["ce_recon"][at]) / (w @ sums["ce_orig"][at]) for at in (a, b))
     width = np.subtract(*np.percentile(draws_a - draws_b, [97.5, 2.5]))
     assert row["delta_ce_rec_hi"] - row["delta_ce_rec_lo"] == pytest.approx(width, rel=0.15)
-    inverted, n = sum(row["kind"] == "inverts" for row in found.values()), len(found)
-    first = f"Of {n} pairs of one k ({n} at one hook, 0 between layers) R² inverts {inverted}"
-    report = (out / "report.md").read_text()
-    assert first in " ".join(printed.split()) and first in report[:450]
-    assert "top8 over low32-larger" in printed and f" and inverts {inverted}" in report
-    assert f"{0.05 * n:g} would be expected" in report and f"{SEQS} sequences" in report
     for audit_row in read_table(out / "audit.csv"):
         assert audit_row["ce_rec_lo"] <= audit_row["ce_rec"] <= audit_row["ce_rec_hi"]
 
