@@ -26,7 +26,7 @@ from transport_geometry.saes.train import activation_chunks
 import pytest
 import torch
 from test_data import write
-from test_formats import write_dictionary, write_mlsae, write_openai
+from test_formats import write_dictionary
 
 MODEL, DATA = "EleutherAI/pythia-70m", "NeelNanda/pile-small-tokenized-2b"
 SAES = "EleutherAI/sae-pythia-70m-32k"
@@ -36,7 +36,6 @@ MADE = {"model": "pythia-70m", "layer": 3, "ctx": 128, "data": "the Pile"}
 OF_TOPK, OF_BATCH = (
     f"org/bench/{kind}_pythia-70m/resid_post_layer_3/trainer_0" for kind in ("TopK", "BatchTopK")
 )
-MLSAE = "org/sae-pythia-70m-deduped-x64-k32-layers-3"
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +73,6 @@ def hub(tmp_path_factory):
         write_saelens(models / f"org/{name}", sae, MADE)
         edit(models / f"org/{name}/cfg.json", metadata=settings)
     write_saelens(models / "org/one-late", saes[2], MADE | {"layer": 4})
-    x = (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-5)
-    unit = quick_sae(x, sink)
-    tensors = {"encoder.weight": unit.W_enc.data, "pre_encoder_bias": unit.b_dec.data}
-    tensors |= {"decoder.weight": unit.W_dec.t().contiguous()}
-    write_mlsae(models / MLSAE, tensors, n_inputs=64, n_latents=256, k=8)
-    theirs = {"encoder.weight": unit.W_enc.data, "decoder.weight": unit.W_dec.data.t()}
-    theirs |= {"pre_bias": unit.b_dec.data, "latent_bias": unit.b_enc.data, "activation": "TopK"}
-    write_openai(models / "org/openai", layer=3, activation_state_dict={"k": 8}, **theirs)
     save_sae(models / "org/wide/layers.3", tied_init(32, 512, 4, 0, torch.zeros(32)), {})
     with serve(folder) as server:
         server.here = server.environment(tmp_path_factory.mktemp("hf"))
@@ -151,13 +142,11 @@ def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
 
 
 def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
-    """The same weights as sparsify, dictionary_learning and SAELens write them; the others through their own
-    forward.
-    """
+    """As sparsify, dictionary_learning and SAELens write it; each on the tokens that its files say."""
     saes = [f"{SAES}/layers.3", "org/bench/TopK*", "org/bench/BatchTopK*", "org/lens", "org/lens-bos"]
-    done = run(hub, tmp_path / "out", ",".join([*saes, MLSAE, "org/openai"]))
+    done = run(hub, tmp_path / "out", ",".join(saes))
     rows = {row["sae"]: row for row in read_table(tmp_path / "out/audit.csv")}
-    assert len(rows) == 7 and "left out" not in done.stdout
+    assert len(rows) == 5 and "left out" not in done.stdout
     (one,) = read_table(audit[0] / "audit.csv")
     for name in (f"{SAES}/layers.3", OF_TOPK, "org/lens"):
         for column in ("r2", "r2_nosink", "ce_rec", "swd_tok", "fed_nosink", "l0", "r2_openai"):
@@ -173,11 +162,11 @@ def test_every_format_of_one_sae_gets_the_same_numbers(audit, hub, tmp_path):
     pairs = {(row["sae_a"], row["sae_b"]): row["kind"] for row in read_table(tmp_path / "out/pairs.csv")}
     # lens-bos was measured on other tokens, and the threshold SAE has another L0
     alike = set(rows) - {bos["sae"], OF_BATCH}
-    assert len(pairs) == 5 * 4 // 2 and {name for two in pairs for name in two} == alike
+    assert len(pairs) == 3 and {name for two in pairs for name in two} == alike
     same = {f"{SAES}/layers.3", "org/lens"}
     assert [kind for names, kind in pairs.items() if set(names) == same] == ["neither"]
     conditions = read_table(tmp_path / "out/conditions.csv")
-    assert {row["n_tok"] for row in conditions} == {8 * 63, 8 * 47} and len(conditions) == 7 + 8
+    assert {row["n_tok"] for row in conditions} == {8 * 63, 8 * 47} and len(conditions) == 5 + 8
 
 
 def test_an_edited_configuration_is_another_sae(hub, tmp_path):
@@ -287,7 +276,7 @@ def test_another_audit_goes_beside_the_first(hub, tmp_path):
 WRONG = {  # --sae -> what the hub does, what must be said
     "org/nope": (None, "no repository of the hub"),
     "org/bench": (dict(pattern="/api/models/org/bench*", status=401, code="GatedRepo"), "gated"),
-    "org/openai": (dict(pattern="/api/models/org/openai*", status=500), "500"),
+    "org/one-late": (dict(pattern="/api/models/org/one-late*", status=500), "500"),
     "org/lens": (dict(pattern="*/sae_weights.safetensors", after=1000), "org/lens"),
     "org/wide": (None, "reads 32 dimensions, and EleutherAI/pythia-70m has 64"),
     f"{SAES}/layers.5": (None, "no SAE at layers.5"),

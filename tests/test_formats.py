@@ -159,20 +159,20 @@ def write_dictionary(folder, name="AutoEncoderTopK", tensors=None, file="ae.pt",
     return folder
 
 
-def write_openai(folder, wrapped="", layer=1, **state):
+def write_openai(folder, wrapped="", **state):
     at = folder / "resid_post_mlp/autoencoders"
     at.mkdir(parents=True)
     own = {"pre_bias": B_DEC, "encoder.weight": W_ENC.t(), "latent_bias": B_ENC, "decoder.weight": W_DEC.t()}
     state = {**own, "stats_last_nonzero": torch.zeros(F), **state}
-    torch.save({wrapped + name: value for name, value in state.items()}, at / f"{layer}.pt")
+    torch.save({wrapped + name: value for name, value in state.items()}, at / "1.pt")
     return folder
 
 
-def write_mlsae(folder, tensors=None, **config):
+def write_mlsae(folder, **config):
     write_json(folder / "config.json", {"n_inputs": D, "n_latents": F, "k": K, **config})
-    own = {name: PLAIN[name] for name in ("encoder.weight", "decoder.weight")}
-    own |= {"pre_encoder_bias": B_DEC, "last_nonzero": torch.zeros(F)}
-    save_file(tensors or own, folder / "model.safetensors")
+    tensors = {name: PLAIN[name] for name in ("encoder.weight", "decoder.weight")}
+    tensors |= {"pre_encoder_bias": B_DEC, "last_nonzero": torch.zeros(F)}
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

@@ -585,7 +585,7 @@ BAD = {
     ),
     "NaN": (reweigh(lambda w: w[DENSE].__setitem__((1, 2), float("nan"))), f"{DENSE} holds"),
     "unknown family": (reconfigure(model_type="zzz", architectures=["Zzz"]), "zzz"),
-    "not text": (reconfigure(model_type="vit", architectures=["ViTModel"]), "ViT"),
+    "no decoder": (reconfigure(model_type="t5", architectures=["T5Model"]), "T5"),
     "bad value": (reconfigure(num_hidden_layers="four"), "num_hidden_layers"),
     "endless blocks": (reconfigure(num_hidden_layers=10**30), r"layers is 1e\+30: more than the 1024"),
     "endless experts": (reconfigure(text={"num_local_experts": 10**9}), r"num_local_experts is 1e\+09"),

@@ -226,7 +226,7 @@ def test_a_trained_error_turned_at_random_costs_what_a_random_one_does(hook):
         direction = torch.randn(x.shape, generator=noise)
         return x + direction * (error(x).norm(dim=1) / direction.norm(dim=1))[:, None]
 
-    reconstructions = {"drawn anew": anew} | {f"turned {seed}": turned(seed) for seed in range(10, 14)}
+    reconstructions = {"drawn anew": anew} | {f"turned {seed}": turned(seed) for seed in (10, 11)}
     results = evaluate(Hook(model, LAYER), input_ids, reconstructions, 16)
     weights = document_weights(SEQS, 1000, 0)
     for name, result in results.items():
