@@ -410,7 +410,7 @@ SCOPES = {  # -> site, layer, model, width
 }
 
 
-def test_gemma_scopes_paths():
+def test_gemma_scopes_paths_say_hook_model_and_width():
     for path, (site, layer, model, width) in SCOPES.items():
         of = gemma_scope.declares({}, f"google/gemma-scope-{path}", {})
         assert (of.site, of.layer, of.model, of.width) == (site, layer, f"google/{model}", width)

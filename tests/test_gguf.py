@@ -280,7 +280,7 @@ def test_a_bos_that_its_reader_loses_is_refused(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- the real models
 @pytest.mark.slow
 @pytest.mark.parametrize("name, bos", [("smollm2-135m", None), ("gemma3-270m", 2)])
-def test_the_packaged_models(name, bos, tmp_path):
+def test_the_packaged_models_predict_text_as_well_as_they_should(name, bos, tmp_path):
     """Their shapes are those that --dry-run believes, and they predict text as well as they should: Gemma
     without its BOS stands above 3.3 nats.
     """

@@ -100,7 +100,7 @@ def moved(h):
 
 # --------------------------------------------------------------------------------------------------- families
 @pytest.mark.parametrize("family", FAMILIES)
-def test_split_at_every_block(family, input_ids):
+def test_every_family_splits_exactly_at_every_block(family, input_ids):
     model = make(family)
     whole = model(input_ids, use_cache=False).logits
     weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3), dtype=whole.dtype)

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------ names
-def test_names(tmp_path, monkeypatch):
+def test_a_plant_is_read_out_of_a_models_name(tmp_path, monkeypatch):
     assert split("stdlib-s") == ("stdlib-s", "") and plants("stdlib-s") == ()
     assert plants("stdlib-s+null3700") == (Plant("null", 3700.0),)
     assert plants("a/b+turned1:-0.4") == (Plant("turned", 1.0, -0.4),)
@@ -208,7 +208,7 @@ def test_exp_a_against_twins(tmp_path):
         (["--plant", "nul900"], "null3700, visible3700"),
     ],
 )
-def test_refusals(arguments, says, tmp_path):
+def test_a_plant_that_cannot_be_is_one_line(arguments, says, tmp_path):
     assert says in one_line(script("expa.py", *arguments, "--out", tmp_path / "out", check=2))
     assert not (tmp_path / "out").exists()
 

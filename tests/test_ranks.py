@@ -57,7 +57,7 @@ def test_two_ranks_leave_the_bytes_of_one(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_exp_a_on_three_ranks(tmp_path):
+def test_three_ranks_leave_the_bytes_of_one(tmp_path):
     alone("expa.py", *SMALL_A, "--out", tmp_path / "one", "--cache", tmp_path / "a")
     three = torchrun(3, "expa.py", *SMALL_A, "--out", tmp_path / "three", "--cache", tmp_path / "b")
     process(*three, env=ONE_THREAD)
