@@ -5,7 +5,7 @@ import re
 
 import transport_geometry.audit as module
 import zygote
-from helpers import ROOT, quick_sae, script
+from helpers import ROOT, hooked_columns, quick_sae, script
 from transport_geometry.audit import audit
 from transport_geometry.errors import UserError
 from transport_geometry.formats.sae_files import find, read
@@ -54,42 +54,12 @@ def test_the_numbers_are_the_command_s(trained, tmp_path):
 def test_and_those_of_the_definitions(trained):
     """The model's own forward with its block's output replaced, losses in float64."""
     model, _, held, folder = trained
-    sae = read(find(str(folder))[0])
+    sae, block = read(find(str(folder))[0]), model.gpt_neox.layers[LAYER]
     found = audit(model, LAYER, folder, held.input_ids)
-
-    def log_probs(hook):
-        handle = model.gpt_neox.layers[LAYER].register_forward_hook(hook)
-        with torch.no_grad():
-            logits = model(held.input_ids).logits.double()
-        handle.remove()
-        return logits[:, :-1].log_softmax(-1)
-
-    seen = {}
-
-    def keep(block, given, out):
-        seen["h"] = out if isinstance(out, torch.Tensor) else out[0]
-
-    def replace(block, given, out):
-        h = seen["h"].clone()
-        h[:, :-1] = sae.reconstruct(h[:, :-1].flatten(0, 1))[2].view_as(h[:, :-1])
-        return h if isinstance(out, torch.Tensor) else (h, *out[1:])
-
-    clean, patched = log_probs(keep), log_probs(replace)
-    targets = held.input_ids[:, 1:, None]
-    ce, ce_hat = (-p.gather(2, targets).mean().item() for p in (clean, patched))
-    h = seen["h"][:, :-1].flatten(0, 1).double()
-    delta = sae.reconstruct(h.float())[2].double() - h
-    truth = {
-        "r2": 1 - (delta.square().sum() / (h - h.mean(0)).square().sum()).item(),
-        "ce_orig": ce,
-        "ce_recon": ce_hat,
-        "dce": ce_hat - ce,
-        "ce_rec": 2 - ce_hat / ce,
-        "kl": (clean.exp() * (clean - patched)).sum(-1).mean().item(),
-        "l0": 8,
-    }
-    for name, value in truth.items():
-        assert found[name] == pytest.approx(value, rel=2e-4), name
+    truth = hooked_columns(model, block, held.input_ids, lambda h: sae.reconstruct(h)[2])
+    truth |= {"dce": truth["ce_recon"] - truth["ce_orig"], "l0": 8}
+    for name in ("r2", "ce_orig", "ce_recon", "dce", "ce_rec", "kl", "cosine", "swd_tok", "l0"):
+        assert found[name] == pytest.approx(truth[name], rel=2e-4), name
         assert found[f"{name}_lo"] <= found[name] <= found[f"{name}_hi"]
 
 
