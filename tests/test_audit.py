@@ -96,18 +96,19 @@ def healed(hub):
     hub.requests.clear()
 
 
-def run(hub, out, sae, *more, models=f"{MODEL}@3", environment=None, name="audit.py", setup="", **how):
-    """out: None, the default folder."""
+def run(hub, out, sae, *more, models=f"{MODEL}@3", environment=None, name="audit.py", **how):
+    """out: None, the default folder. Nothing is drawn, unless setup="" says so."""
     named = ["--models", models] if models else []
     named += ["--out", out] if out else []
     command = ["--sae", sae, *named, "--data", DATA, *SIZE, "--device", "cpu", *more]
-    return script(name, *command, environment=environment or hub.here, setup=zygote.UNDRAWN + setup, **how)
+    how = {"setup": zygote.UNDRAWN, "environment": environment or hub.here} | how
+    return script(name, *command, **how)
 
 
 @pytest.fixture(scope="module")
 def audit(hub, tmp_path_factory):
     out = tmp_path_factory.mktemp("audit") / "out"
-    return out, run(hub, out, SAES)
+    return out, run(hub, out, SAES, setup="")
 
 
 def test_the_headline_command(audit, hub):
@@ -135,9 +136,9 @@ def test_the_headline_command(audit, hub):
 def test_running_again_measures_nothing_and_leaves_the_same_bytes(audit, hub):
     out, _ = audit
     before = contents(out)
-    run(hub, out, SAES)
+    run(hub, out, SAES, setup="")
     assert contents(out) == before
-    run(hub, out, SAES, "--from", out)
+    run(hub, out, SAES, "--from", out, setup="")
     assert contents(out) == before
 
 

@@ -247,15 +247,9 @@ def test_a_run_says_what_it_was_about(tmp_path):
     write(tmp_path / "tiny.gguf", bos=True)
     settings = {}
     for bos in ("auto", "no"):
-        places = (
-            "--models",
-            f"{tmp_path}/tiny.gguf@0",
-            "--out",
-            tmp_path / bos,
-            "--cache",
-            tmp_path / "cache",
-        )
-        script("expb.py", *places, "--bos", bos, *RUN, setup=zygote.UNDRAWN)
+        where = ("--out", tmp_path / bos, "--cache", tmp_path / "cache")
+        named = ("--models", f"{tmp_path}/tiny.gguf@0", "--bos", bos)
+        script("expb.py", *named, *where, *RUN, setup=zygote.UNDRAWN)
         settings[bos] = json.loads((tmp_path / bos / "run.json").read_text())["settings"]
     assert settings["auto"]["models"] == ["tiny.gguf"]
     assert settings["auto"]["stored_as"] == {"tiny.gguf": "4-bit weights (Q4_1)"}
