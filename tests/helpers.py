@@ -1,5 +1,6 @@
 """What several test files share: small models, what a folder holds, the scripts run to an exit status."""
 
+import collections
 import os
 import pathlib
 import subprocess
@@ -7,10 +8,12 @@ import sys
 
 import zygote
 from transport_geometry.models import text
+from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import load_sae
 from transport_geometry.saes.train import train_missing
 
 import torch
+from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -62,6 +65,53 @@ def get_saes(model, tokenizer, specs, cache) -> list:
     """The SAEs of one model, trained or from the cache."""
     train_missing(model, tokenizer, specs, cache, text.find(specs[0].data))
     return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
+
+
+def hooked_columns(model, block, ids: torch.Tensor, reconstruct) -> dict[str, float]:
+    """Columns of an SAE where a block puts out h: transformers' own forward, autograd, float64 sums, and
+    nothing of this project. reconstruct: h [N,d] -> h_hat [N,d].
+    """
+
+    def forward(chunk, fed=None):
+        """(log p [B,T-1,V], output of the block) of the run that is fed `fed` there."""
+        met = []
+
+        def at_the_block(module, inputs, output):
+            h = output[0] if isinstance(output, tuple) else output
+            met.append(h.detach().requires_grad_() if fed is None else fed)
+            return (met[0], *output[1:]) if isinstance(output, tuple) else met[0]
+
+        with block.register_forward_hook(at_the_block):
+            return model(chunk).logits[:, :-1].double().log_softmax(-1), met[0]
+
+    total, parts = collections.Counter(), []
+    for chunk in ids.split(2):
+        log_p, leaf = forward(chunk)
+        target = chunk[:, 1:, None]
+        ce = -log_p.gather(-1, target)
+        (g,) = torch.autograd.grad(ce.sum(), leaf)
+        with torch.no_grad():
+            log_p, h, g = log_p.detach(), leaf.detach()[:, :-1], g[:, :-1].double()
+            h_hat = reconstruct(h.flatten(0, 1)).view_as(h)
+            log_q, _ = forward(chunk, torch.cat([h_hat, leaf.detach()[:, -1:]], 1))
+            h, h_hat = h.double(), h_hat.double()
+            along = (g * (h_hat - h)).sum(-1)
+            sums = dict(ce_orig=ce, ce_recon=-log_q.gather(-1, target), swd_tok=along.square())
+            sums |= dict(kl=(log_p.exp() * (log_p - log_q)).sum(-1), gd_abs=along.abs())
+            sums |= dict(cosine=torch.cosine_similarity(h, h_hat, -1), sse=(h_hat - h).square().sum(-1))
+            total.update({name: value.sum().item() for name, value in sums.items()})
+        parts.append(h.flatten(0, 1))
+    h = torch.cat(parts)
+    mean = {name: value / len(h) for name, value in total.items()}
+    mean["r2"] = 1 - mean.pop("sse") * len(h) / (h - h.mean(0)).square().sum().item()
+    return mean | {"ce_rec": 2 - mean["ce_recon"] / mean["ce_orig"]}
+
+
+def quick_sae(h: torch.Tensor, sink: torch.Tensor, k: int = 8):
+    """An SAE of 256 latents, trained once over h [N,d]; sink [N]: tokens that its statistics leave out."""
+    training = Training(Statistics.of(h, sink), 256, k, 0, [len(h)])
+    training.feed(h, 0, tqdm(disable=True), "")
+    return training.finished()
 
 
 def small_grid(**more):

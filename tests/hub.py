@@ -19,7 +19,6 @@ import functools
 import hashlib
 import http.server
 import json
-import mimetypes
 import os
 import pathlib
 import re
@@ -183,7 +182,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if parts[0] == "api" and len(parts) >= 4:
             return self.api(parts[1], "/".join(parts[2:4]), *parts[4:])
         kind = parts.pop(0) if parts[0] == "datasets" else "models"
-        if len(parts) >= 5 and parts[2] in ("resolve", "raw"):
+        if len(parts) >= 5 and parts[2] == "resolve":
             return self.file(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         self.refuse(404, "")
 
@@ -200,17 +199,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
             entries = tree(root, "/".join(below), self.query.get("recursive", "").lower() in ("true", "1"))
             return self.json(entries) if entries or not below else self.refuse(404, "EntryNotFound")
         if what == "paths-info":
-            form = self.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
-            posted = urllib.parse.parse_qs(self.posted.decode()) if form else json.loads(self.posted)
-            wanted = posted.get("paths", [])
-            wanted = [wanted] if isinstance(wanted, str) else wanted
+            wanted = urllib.parse.parse_qs(self.posted.decode()).get("paths", [])
             return self.json([e for e in tree(root, "", True) if e["path"] in wanted])
-        if what == "refs":
-            told = [
-                {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit(of)}
-                for branch, of in branches(root).items()
-            ]
-            return self.json({"branches": told, "converts": [], "tags": []})
         self.refuse(404, "")
 
     def revision(self, kind: str, name: str, revision: str) -> pathlib.Path | None:
@@ -231,11 +221,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", head)
         told = entry(file, path)
         etag = '"' + told.get("lfs", told)["oid"] + '"'
-        head |= {
-            "ETag": etag,
-            "Accept-Ranges": "bytes",
-            "Content-Type": mimetypes.guess_type(file)[0] or "application/octet-stream",
-        }
+        head |= {"ETag": etag, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         head |= {"X-Linked-ETag": etag, "X-Linked-Size": str(told["size"])} if "lfs" in told else {}
         start, stop = 0, told["size"]
         if asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
@@ -254,9 +240,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, code: str, head: dict[str, str] | None = None):
-        messages = dict(
-            RepoNotFound="Repository not found", GatedRepo="Access to this repository is restricted"
-        )
+        messages = dict(RepoNotFound="Repository not found", GatedRepo="Access to it is restricted")
         message = messages.get(code, code or "Sorry")
         head = {**(head or {}), "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
         self.send(status, json.dumps({"error": message}).encode(), head)

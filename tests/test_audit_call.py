@@ -4,7 +4,8 @@ import math
 import re
 
 import transport_geometry.audit as module
-from helpers import ROOT, script
+import zygote
+from helpers import ROOT, hooked_columns, quick_sae, script
 from transport_geometry.audit import audit
 from transport_geometry.errors import UserError
 from transport_geometry.formats.sae_files import find, read
@@ -12,13 +13,11 @@ from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import read_table
-from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import save_sae
 from transport_geometry.saes.train import activation_chunks
 
 import pytest
 import torch
-from tqdm import tqdm
 
 LAYER, CTX, SEQS = 3, 32, 12
 
@@ -28,11 +27,9 @@ def trained(tmp_path_factory):
     """(model, tokenizer, held-out rows, folder of an SAE in sparsify's format)."""
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     h, sink = next(activation_chunks(Hook(model, LAYER), "stdlib", tokenizer, 128, 20_000, "keep"))
-    training = Training(Statistics.of(h, sink), 256, 8, 0, [20_000])
-    training.feed(h, 0, tqdm(disable=True), "")
     folder = tmp_path_factory.mktemp("saes") / "my/sae"
     made = {"model": "stdlib-s", "layer": LAYER, "ctx": 128, "data": "stdlib"}
-    save_sae(folder, training.finished(), made)
+    save_sae(folder, quick_sae(h, sink), made)
     return model, tokenizer, heldout_rows("stdlib", tokenizer, CTX, SEQS), folder
 
 
@@ -41,7 +38,7 @@ def test_the_numbers_are_the_command_s(trained, tmp_path):
     model, _, held, folder = trained
     found = audit(model, LAYER, folder, held.input_ids, held.document)
     grid = ["--models", f"stdlib-s@{LAYER}", "--eval-seqs", SEQS, "--ctx", CTX, "--device", "cpu"]
-    script("audit.py", "--sae", folder, *grid, "--out", tmp_path / "out")
+    script("audit.py", "--sae", folder, *grid, "--out", tmp_path / "out", setup=zygote.UNDRAWN)
     (row,) = read_table(tmp_path / "out/audit.csv")
     columns = [name for name in found if name in row and not isinstance(found[name], str)]
     assert {"r2", "ce_rec", "ce_rec_lo", "r2_hi", "dce", "kl", "kl_excess_lo", "l0"} <= set(columns)
@@ -57,42 +54,12 @@ def test_the_numbers_are_the_command_s(trained, tmp_path):
 def test_and_those_of_the_definitions(trained):
     """The model's own forward with its block's output replaced, losses in float64."""
     model, _, held, folder = trained
-    sae = read(find(str(folder))[0])
+    sae, block = read(find(str(folder))[0]), model.gpt_neox.layers[LAYER]
     found = audit(model, LAYER, folder, held.input_ids)
-
-    def log_probs(hook):
-        handle = model.gpt_neox.layers[LAYER].register_forward_hook(hook)
-        with torch.no_grad():
-            logits = model(held.input_ids).logits.double()
-        handle.remove()
-        return logits[:, :-1].log_softmax(-1)
-
-    seen = {}
-
-    def keep(block, given, out):
-        seen["h"] = out if isinstance(out, torch.Tensor) else out[0]
-
-    def replace(block, given, out):
-        h = seen["h"].clone()
-        h[:, :-1] = sae.reconstruct(h[:, :-1].flatten(0, 1))[2].view_as(h[:, :-1])
-        return h if isinstance(out, torch.Tensor) else (h, *out[1:])
-
-    clean, patched = log_probs(keep), log_probs(replace)
-    targets = held.input_ids[:, 1:, None]
-    ce, ce_hat = (-p.gather(2, targets).mean().item() for p in (clean, patched))
-    h = seen["h"][:, :-1].flatten(0, 1).double()
-    delta = sae.reconstruct(h.float())[2].double() - h
-    truth = {
-        "r2": 1 - (delta.square().sum() / (h - h.mean(0)).square().sum()).item(),
-        "ce_orig": ce,
-        "ce_recon": ce_hat,
-        "dce": ce_hat - ce,
-        "ce_rec": 2 - ce_hat / ce,
-        "kl": (clean.exp() * (clean - patched)).sum(-1).mean().item(),
-        "l0": 8,
-    }
-    for name, value in truth.items():
-        assert found[name] == pytest.approx(value, rel=2e-4), name
+    truth = hooked_columns(model, block, held.input_ids, lambda h: sae.reconstruct(h)[2])
+    truth |= {"dce": truth["ce_recon"] - truth["ce_orig"], "l0": 8}
+    for name in ("r2", "ce_orig", "ce_recon", "dce", "ce_rec", "kl", "cosine", "swd_tok", "l0"):
+        assert found[name] == pytest.approx(truth[name], rel=2e-4), name
         assert found[f"{name}_lo"] <= found[name] <= found[f"{name}_hi"]
 
 
@@ -117,10 +84,8 @@ def test_documents_are_what_the_intervals_count(trained):
     model, _, held, folder = trained
     one = audit(model, LAYER, folder, held.input_ids, [7] * SEQS)
     assert one["ce_rec_lo"] == one["ce_rec_hi"] and (one["word"], one["documents"]) == ("cannot be judged", 1)
-    each, twice = (
-        audit(model, LAYER, folder, held.input_ids.repeat(2, 1), document)
-        for document in (None, list(range(SEQS)) * 2)
-    )
+    rows = held.input_ids.repeat(2, 1)
+    each, twice = (audit(model, LAYER, folder, rows, document) for document in (None, [*range(SEQS)] * 2))
     width = [found["ce_rec_hi"] - found["ce_rec_lo"] for found in (each, twice)]
     assert width[1] == pytest.approx(2**0.5 * width[0], rel=0.2)
     assert twice["ce_rec"] == pytest.approx(each["ce_rec"]) and twice["documents"] == SEQS
@@ -150,10 +115,8 @@ def test_what_cannot_be_audited_is_one_line(trained, tmp_path):
 
 def snippets() -> dict[str, str]:
     """{where: Python lines that import `audit`} of the module's docstring, README and the pages beside it."""
-    texts = {"its docstring": module.__doc__}
-    texts |= {
-        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
-    }
+    pages = (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    texts = {"its docstring": module.__doc__} | {page.name: page.read_text("utf-8") for page in pages}
     found = {}
     for where, text in texts.items():
         for block in re.findall(r"(?:^    .*\n)+|(?<=```python\n)(?:.*\n)+?(?=```)", text, re.MULTILINE):

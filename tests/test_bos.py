@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from test_data import Letters, write_rows
+from test_data import Letters, write
 
 CPU = torch.device("cpu")
 
@@ -46,11 +46,10 @@ def test_what_stands_before_a_text_is_seen_in_an_encoding(template, token):
 
 
 # ------------------------------------------------------------------------------------------------------- rows
-@pytest.mark.parametrize("bos", [None, 7])
-def test_rows_are_cut_one_after_another(bos):
+def test_rows_are_cut_one_after_another():
     """Nothing is lost, no row is of another length, and BOS stands once where it is wanted."""
     rng = random.Random(0)
-    for _ in range(200):
+    for bos in [None, 7] * 200:
         ids, ctx = rng.choices([5, 6, 7, 8], k=rng.randrange(40)), rng.randint(2, 9)
         rows, rest = text.cut(ids, ctx, bos)
         assert all(len(row) == ctx for row in rows) and len(rest) < ctx
@@ -66,7 +65,7 @@ TEXTS = [f"text number {i} of them " * (3 + i % 5) for i in range(300)]
 
 
 def test_every_row_begins_with_it(tmp_path):
-    data = write_rows(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
+    data = write(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
     plain = torch.cat(list(text.packed_rows(data, "train", Letters(), 9)))
     rows = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=50)))
     assert rows.shape[1] == 10 and (rows[:, 0] == 50).all() and (rows[:, 1:] != 50).all()
@@ -83,7 +82,7 @@ def test_every_row_begins_with_it(tmp_path):
     assert sorted(spread.tolist()) == sorted(rows[: 6 * text.ROW_STRIDE : text.ROW_STRIDE].tolist())
 
 
-def test_rows_that_are_kept_are_kept_apart(monkeypatch):
+def test_rows_that_are_kept_are_kept_apart():
     """A text with BOS is another one than without."""
     tokenizer = load_model("stdlib-s", CPU)[1]
     with text.keeping_rows():
@@ -96,7 +95,7 @@ def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
     """As SAELens writes them: every row of 10 begins with it."""
     rng = random.Random(1)
     rows = [[30, *rng.choices(range(1, 30), k=9)] for _ in range(400)]
-    data = write_rows(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
+    data = write(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
 
     assert text.tokenised(data, "train")
     packed = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=30)))
@@ -149,9 +148,7 @@ def test_an_embedded_model_is_as_it_was():
 
 def test_rows_of_ids_stay_as_they_are_unless_asked_for(begun, tmp_path):
     rng = random.Random(2)
-    data = write_rows(
-        tmp_path / "ids.jsonl", [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)]
-    )
+    data = write(tmp_path / "ids.jsonl", [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)])
     for bos, token in (("auto", None), ("no", None), ("yes", 1)):
         _, eval_set, spec = planned(begun, bos, data)
         assert eval_set.bos == spec.bos == token
@@ -161,24 +158,22 @@ def test_rows_of_ids_stay_as_they_are_unless_asked_for(begun, tmp_path):
 def test_a_files_own_word_stands_above_it(begun):
     model, tokenizer = load_model(begun, CPU)
     loaded = Loaded("begun", model, tokenizer, "w", "t")
-    for declared, asked, expected in [
-        (True, "no", True),
-        (False, "yes", False),
-        (None, "auto", True),
-        (None, "no", False),
-    ]:
-        one = types.SimpleNamespace(
-            model="begun", layer=1, declared=types.SimpleNamespace(bos=declared, ctx=None)
-        )
+    cases = [(True, "no", True), (False, "yes", False), (None, "auto", True), (None, "no", False)]
+    for declared, asked, expected in cases:
+        of_file = types.SimpleNamespace(bos=declared, ctx=None)
+        one = types.SimpleNamespace(model="begun", layer=1, declared=of_file)
         assert loaded.place(one, small_grid(eval_seqs=2, ctx=16, bos=asked)).bos is expected
 
 
 @pytest.mark.parametrize("bos", ["auto", "no"])
 def test_saes_are_trained_on_the_rows_they_are_evaluated_on(begun, bos, tmp_path, monkeypatch):
     seen, outputs = [], train.block_outputs
-    monkeypatch.setattr(
-        train, "block_outputs", lambda *run: (seen.append(run[2][:, 0] == 1), outputs(*run))[1]
-    )
+
+    def watched(*run):
+        seen.append(run[2][:, 0] == 1)
+        return outputs(*run)
+
+    monkeypatch.setattr(train, "block_outputs", watched)
     _, eval_set, spec = planned(begun, bos)
     train.train_missing(eval_set.hook.model, eval_set.tokenizer, [spec], tmp_path, eval_set.source)
     assert torch.cat(seen).all() == (eval_set.held.input_ids[:, 0] == 1).all() == (bos == "auto")

@@ -3,11 +3,10 @@
 import math
 
 from helpers import log_probs_64
-from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence, log_softmax
+from transport_geometry.models.lm import Hook, cross_entropy, kl_divergence
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # ------------------------------------------------------------------------------------------------ model split
@@ -51,42 +50,8 @@ def test_last_position_has_no_gradient_and_the_first_has(tiny, rows):
             assert (g[:, -1] == 0).all() and (g[:, 0].abs().sum(-1) > 0).all() and g.isfinite().all()
 
 
-def test_g_of_the_last_layer_in_closed_form(tiny, rows):
-    """g = J_LN' W_U' (p - e_y), the LayerNorm Jacobian written out."""
-    h = Hook(tiny, 2).head(rows)
-    final, (g,) = Hook(tiny, 2).clean_pass(rows, h)
-    log_p = log_softmax(Hook(tiny, 2).logits(final))
-    norm, W_U = tiny.gpt_neox.final_layer_norm, tiny.get_output_embeddings().weight
-    residual = log_p.exp()
-    residual.scatter_add_(-1, rows[:, 1:, None], -torch.ones_like(residual[..., :1]))
-    upstream = residual @ W_U * norm.weight
-    x = h[:, :-1]
-    centred = x - x.mean(-1, keepdim=True)
-    std = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    unit = centred / std
-    expected = (
-        upstream - upstream.mean(-1, keepdim=True) - unit * (upstream * unit).mean(-1, keepdim=True)
-    ) / std
-    torch.testing.assert_close(g[:, :-1], expected, rtol=1e-9, atol=1e-12)
-
-
-def test_sampled_labels_give_the_true_fisher(tiny, rows):
-    """E_y (g_y.delta)^2 summed over a sequence = sum_t Var_p(J delta), J by forward-mode differentiation."""
-    h = Hook(tiny, 1).head(rows)
-    delta = 0.3 * torch.randn(h.shape, generator=torch.Generator().manual_seed(4), dtype=h.dtype)
-    with sdpa_kernel(SDPBackend.MATH):
-        logits, change = torch.func.jvp(lambda x: Hook(tiny, 1).tail(rows, x)[:, :-1], (h,), (delta,))
-    p = torch.softmax(logits, -1)
-    exact_form = (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum((-1, -2))
-    uniforms = torch.rand(600, 3, 11, generator=torch.Generator().manual_seed(0))
-    _, (_, *sampled) = Hook(tiny, 1).clean_pass(rows, h, uniforms)
-    draws = torch.stack([(g * delta).sum((-1, -2)).square() for g in sampled])
-    error = draws.std(0) / math.sqrt(len(draws))
-    assert ((draws.mean(0) - exact_form).abs() < 4 * error).all() and (error < 0.2 * exact_form).all()
-
-
 # --------------------------------------------------------------------------------------------------------- KL
-@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 60.0])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 0.1, 1.0, 60.0])
 def test_kl_is_right_at_every_size(size):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 7, 500, generator=generator, dtype=torch.float64)

@@ -99,29 +99,33 @@ def moved(h):
 
 
 # --------------------------------------------------------------------------------------------------- families
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_split_at_every_block(family, layer, input_ids):
-    model, seen = make(family), []
-    hook = Hook(model, layer)
-    with lm.blocks(model)[layer].register_forward_hook(lambda module, inputs, output: seen.append(output)):
-        whole = model(input_ids, use_cache=False).logits
-    h = hook.head(input_ids)
-    assert torch.equal(h, seen[0][0] if isinstance(seen[0], tuple) else seen[0])
-    assert model.ways_to_patch[layer] != "replace"
-    torch.testing.assert_close(hook.tail(input_ids, h), whole, rtol=0, atol=1e-10)
-    h_hat = moved(h).requires_grad_()
-    ours, truth = hook.tail(input_ids, h_hat), replaced(model, layer, input_ids, h_hat)
-    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10)
-    assert (truth - whole).abs().max() > 1e-2  # the patch did something
+def test_every_family_splits_exactly_at_every_block(family, input_ids):
+    model = make(family)
+    whole = model(input_ids, use_cache=False).logits
     weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3), dtype=whole.dtype)
-    g, g_truth = (torch.autograd.grad((logits * weights).sum(), h_hat)[0] for logits in (ours, truth))
-    torch.testing.assert_close(g, g_truth, rtol=0, atol=1e-10)
-    assert g.abs().max() > 1e-3
-    # the model is as it was
-    torch.testing.assert_close(model(input_ids, use_cache=False).logits, whole, rtol=0, atol=0)
+    for layer in LAYERS:
+        seen, hook = [], Hook(model, layer)
+        with lm.blocks(model)[layer].register_forward_hook(lambda *passed: seen.append(passed[2])):
+            model(input_ids, use_cache=False)
+        h = hook.head(input_ids)
+        assert torch.equal(h, seen[0][0] if isinstance(seen[0], tuple) else seen[0])
+        torch.testing.assert_close(hook.tail(input_ids, h), whole, rtol=0, atol=1e-10)
+        assert model.ways_to_patch[layer] != "replace"
+        h_hat = moved(h).requires_grad_()
+        ours, truth = hook.tail(input_ids, h_hat), replaced(model, layer, input_ids, h_hat)
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10)
+        assert (truth - whole).abs().max() > 1e-2  # the patch did something
+        g, g_truth = (torch.autograd.grad((logits * weights).sum(), h_hat)[0] for logits in (ours, truth))
+        torch.testing.assert_close(g, g_truth, rtol=0, atol=1e-10)
+        assert g.abs().max() > 1e-3
+        # the model is as it was
+        torch.testing.assert_close(model(input_ids, use_cache=False).logits, whole, rtol=0, atol=0)
     model.float()
-    assert torch.equal(hook.tail(input_ids, hook.head(input_ids)), model(input_ids, use_cache=False).logits)
+    whole = model(input_ids, use_cache=False).logits
+    for layer in LAYERS:
+        hook = Hook(model, layer)
+        assert torch.equal(hook.tail(input_ids, hook.head(input_ids)), whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,11 +137,9 @@ def test_a_sink_can_be_planted_in_every_family(family, input_ids):
     h, h_twin = Hook(plain_model, 1).head(input_ids), Hook(twin, 1).head(input_ids)
     torch.testing.assert_close(h_twin[:, 0], h[:, 0] + gauge.offset[0], rtol=0, atol=1e-9)
     torch.testing.assert_close(h_twin[:, 1:], h[:, 1:], rtol=0, atol=1e-9)
-    patches = (
-        Hook(plain_model, 1).tail(input_ids, moved(h)),
-        Hook(twin, 1).tail(input_ids, gauge.write(moved(h))),
-    )
-    torch.testing.assert_close(*patches, rtol=0, atol=1e-9)
+    patched, in_twin = ((plain_model, moved(h)), (twin, gauge.write(moved(h))))
+    logits = [Hook(model, 1).tail(input_ids, x) for model, x in (patched, in_twin)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-9)
     assert type(lm.blocks(twin)[0]).__name__ == type(lm.blocks(plain_model)[0]).__name__
 
 
@@ -150,39 +152,30 @@ def test_families_load_from_a_folder(family, input_ids, tmp_path):
     model.save_pretrained(tmp_path)
     add_tokenizer(tmp_path)
     loaded, tokenizer = load_model(str(tmp_path), CPU)
-    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits) and fingerprint(
-        loaded
-    ) == fingerprint(model)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    assert fingerprint(loaded) == fingerprint(model)
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     eager = family in ("gemma2", "gpt_neo", "bloom")
     assert loaded.config._attn_implementation == ("eager" if eager else "sdpa")
 
 
 # ------------------------------------------------------------------------------- text in a multimodal model
-VISION = dict(
-    hidden_size=16,
-    num_hidden_layers=4,  # as many as the language model
-    num_attention_heads=2,
-    intermediate_size=16,
-    image_size=8,
-    patch_size=4,
-)
-WRAPPED = {  # the wrapper, and the family that it wraps
-    "gemma3": (
-        "gemma3_text",
-        dict(image_token_index=60, boi_token_index=59, eoi_token_index=58, mm_tokens_per_image=4),
-    ),
-    "gemma4": ("gemma4_text", {}),
+# as many blocks as the language model
+VISION = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16)
+VISION |= dict(image_size=8, patch_size=4)
+TOKENS = dict(image_token_index=60, boi_token_index=59, eoi_token_index=58, mm_tokens_per_image=4)
+WRAPPED = {  # the wrapper -> the family that it wraps, and more of either
+    "gemma3": ("gemma3_text", {}, TOKENS),
+    "gemma4": ("gemma4_text", dict(vocab_size_per_layer_input=61, hidden_size_per_layer_input=8), {}),
 }
 
 
 def wrapped(kind):
     """Random, in float32, on the CPU."""
-    text, more = WRAPPED[kind]
+    text, of_text, more = WRAPPED[kind]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        kind, text_config=SIZE | ALTERNATE | {"model_type": text}, vision_config=VISION, **more
-    )
+    text_config = SIZE | ALTERNATE | of_text | {"model_type": text}
+    config = transformers.AutoConfig.for_model(kind, text_config=text_config, vision_config=VISION, **more)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
@@ -223,7 +216,7 @@ AHEAD = {
 }
 
 
-@pytest.mark.parametrize("family", AHEAD)
+@pytest.mark.parametrize("family", ["bert", "xlm"])
 def test_a_model_that_looks_ahead_is_refused(family, tmp_path):
     """Masked language models load through the same class."""
     make(family, torch.float32, **AHEAD[family]).save_pretrained(tmp_path)
@@ -422,11 +415,8 @@ def test_one_long_position_does_not_hide_the_others():
 
 # ----------------------------------------------------------------------------------------------------- dtypes
 def test_everything_but_the_model_is_at_least_float32(input_ids):
-    for dtype, outside in (
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-    ):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        outside = torch.promote_types(dtype, torch.float32)
         model = make("gpt_neox", dtype)
         hook = Hook(model, 1)
         h = hook.head(input_ids)
@@ -453,23 +443,10 @@ def test_fingerprints_are_of_the_bytes():
 # hooks' worst. The weights' rounding, the same everywhere, takes up to half of it; instruction sets (SSE4 to
 # AVX-512, oneDNN's bfloat16 or not) move that by less than 0.25. swd_sampled: 5 standard errors between two
 # samples of 4 labels x 8 sequences, squares of relative variance 2.
-MEASURED = {
-    "r2": (0, 0.005),
-    "r2_nosink": (0, 0.005),
-    "cosine": (0, 0.0015),
-    "ce_orig": (0, 0.004),
-    "ce_recon": (0, 0.05),
-    "dce": (0, 0.05),
-    "ce_rec": (0, 0.015),
-    "kl": (0.03, 0),
-    "swd_tok": (0.1, 0),
-    "gd_abs": (0.05, 0),
-    "swd_seq": (0.6, 0),
-    "swd_sampled": (1.77, 0),
-    "sequence": (0.05, 0),
-    "same": (0.05, 0),
-    "g": (0.003, 0),
-}
+MEASURED = dict(r2=(0, 0.005), r2_nosink=(0, 0.005), cosine=(0, 0.0015), ce_orig=(0, 0.004))
+MEASURED |= dict(ce_recon=(0, 0.05), dce=(0, 0.05), ce_rec=(0, 0.015), kl=(0.03, 0), swd_tok=(0.1, 0))
+MEASURED |= dict(gd_abs=(0.05, 0), swd_seq=(0.6, 0), swd_sampled=(1.77, 0), g=(0.003, 0))
+MEASURED |= dict(sequence=(0.05, 0), same=(0.05, 0))  # (relative, absolute)
 
 
 @pytest.fixture(scope="module")
@@ -532,9 +509,11 @@ def reweigh(change):
 
 
 def reconfigure(**changes):
-    return lambda folder: (folder / "config.json").write_text(
-        json.dumps(json.loads((folder / "config.json").read_text()) | changes)
-    )
+    def spoil(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
 
 
 def only_pickled(folder):
@@ -551,28 +530,18 @@ def sharded(file=None, **more):
         weights = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
         torch.save(weights, folder / "weights.bin")
-        index = {
-            "metadata": {},
-            "weight_map": dict.fromkeys(weights, file or "model-00001-of-00001.safetensors"),
-            **more,
-        }
+        places = dict.fromkeys(weights, file or "model-00001-of-00001.safetensors")
+        index = {"metadata": {}, "weight_map": places, **more}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     return spoil
 
 
-def no_tokenizer(folder):
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-
-
 def own_code(folder):
-    (folder / "own.py").write_text(
-        f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
-    )
-    reconfigure(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(
-        folder
-    )
+    code = f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    (folder / "own.py").write_text(code)
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    reconfigure(model_type="own", auto_map=own)(folder)
 
 
 def masks_of_a_million_positions(folder):
@@ -589,8 +558,8 @@ def cut_short(folder):
     (folder / "model.safetensors").write_bytes(whole[:-100])
 
 
-def unlink(name):
-    return lambda folder: (folder / name).unlink()
+def unlink(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer_config.json"
@@ -615,23 +584,20 @@ BAD = {
         rf"{DENSE} is \[3, 32\] in the file and \[48, 32\]",
     ),
     "NaN": (reweigh(lambda w: w[DENSE].__setitem__((1, 2), float("nan"))), f"{DENSE} holds"),
-    "inf": (reweigh(lambda w: w[DENSE].__setitem__((1, 2), float("-inf"))), f"{DENSE} holds"),
     "unknown family": (reconfigure(model_type="zzz", architectures=["Zzz"]), "zzz"),
-    "not text": (reconfigure(model_type="vit", architectures=["ViTModel"]), "ViT"),
+    "no decoder": (reconfigure(model_type="t5", architectures=["T5Model"]), "T5"),
     "bad value": (reconfigure(num_hidden_layers="four"), "num_hidden_layers"),
-    "a million blocks": (reconfigure(num_hidden_layers=10**6), r"is 1e\+06: more than the 1024"),
-    "endless blocks": (reconfigure(num_hidden_layers=10**30), r"num_hidden_layers is 1e\+30"),
+    "endless blocks": (reconfigure(num_hidden_layers=10**30), r"layers is 1e\+30: more than the 1024"),
     "endless experts": (reconfigure(text={"num_local_experts": 10**9}), r"num_local_experts is 1e\+09"),
     "endless attention": (reconfigure(attention_types=[[["a"], 10**9]]), r"attention_types is 1e\+09"),
     "no blocks": (reconfigure(num_hidden_layers=0), "num_hidden_layers is 0"),
     "a wide model": (reconfigure(hidden_size=10**5), r"by config.json it has 1.6e\+11 .* hold 3.4e\+04"),
-    "a wide block": (reconfigure(intermediate_size=10**8), "by config.json"),
     "a mask of a million positions": (masks_of_a_million_positions, "by config.json"),
     "a vocabulary without end": (reconfigure(vocab_size=10**30), "Overflow|too large|unpack"),
     "bad json": (write("config.json", "{"), "config.json"),
     "no config": (unlink("config.json"), "model_type"),
     "own code": (own_code, "custom code"),
-    "no tokenizer": (no_tokenizer, "no tokenizer"),
+    "no tokenizer": (unlink("tokenizer.json", TOKENIZER), "no tokenizer"),
     "bad tokenizer": (write("tokenizer.json", "{}"), "its tokenizer: no 'added_tokens'"),
     "no end mark": (write(TOKENIZER, '{"tokenizer_class": "PreTrainedTokenizerFast"}'), "end-of-text"),
 }
@@ -673,15 +639,14 @@ for read, argument in readers:
 def test_shards_are_read(good, tmp_path):
     shutil.copytree(good, tmp_path / "shards")
     sharded()(tmp_path / "shards")
-    assert fingerprint(load_model(str(tmp_path / "shards"), CPU)[0]) == fingerprint(
-        load_model(str(good), CPU)[0]
-    )
+    one, other = (load_model(str(folder), CPU)[0] for folder in (good, tmp_path / "shards"))
+    assert fingerprint(one) == fingerprint(other)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nothing", "a/b/c", "two words", __file__])
-def test_what_is_no_folder_and_no_hub_id_is_not_asked_for(name):
-    with pytest.raises(UserError, match="no such folder"):
-        load_model(name, CPU)
+def test_what_is_no_folder_and_no_hub_id_is_not_asked_for():
+    for name in ("/nowhere/at/all", "./nothing", "a/b/c", "two words", __file__):
+        with pytest.raises(UserError, match="no such folder"):
+            load_model(name, CPU)
 
 
 def test_a_revision_is_of_the_hub(good):
@@ -714,7 +679,6 @@ ASKED = {  # (name, revision): which weights, or a word of the one line
     ("org/cut", None): "1000 bytes",
     ("org/pickled", None): "no model.safetensors",
     ("org/index", None): "its index names weights.bin",
-    ("org/shape", None): "by config.json",
 }
 
 
@@ -722,12 +686,11 @@ ASKED = {  # (name, revision): which weights, or a word of the one line
 def test_models_come_from_the_hub_by_name_and_revision(good, tmp_path):
     hub = pytest.importorskip("hub")
     repositories = tmp_path / "hub" / "models" / "org"
-    for name in ("good", "good@step8", "gated", "broken", "weightless", "cut", "pickled", "index", "shape"):
+    for name in ("good", "good@step8", "gated", "broken", "weightless", "cut", "pickled", "index"):
         shutil.copytree(good, repositories / name)
     reweigh(lambda w: w[DENSE].zero_())(repositories / "good@step8")
     only_pickled(repositories / "pickled")
     sharded("weights.bin")(repositories / "index")
-    reweigh(lambda w: w.update({DENSE: w[DENSE][:3].clone()}))(repositories / "shape")
     with hub.serve(tmp_path / "hub") as server:
         server.fail("*org/gated*", status=401, code="GatedRepo")
         server.fail("*org/broken*", status=500)

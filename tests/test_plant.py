@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------ names
-def test_names(tmp_path, monkeypatch):
+def test_a_plant_is_read_out_of_a_models_name(tmp_path, monkeypatch):
     assert split("stdlib-s") == ("stdlib-s", "") and plants("stdlib-s") == ()
     assert plants("stdlib-s+null3700") == (Plant("null", 3700.0),)
     assert plants("a/b+turned1:-0.4") == (Plant("turned", 1.0, -0.4),)
@@ -173,7 +173,7 @@ GRID = "--models stdlib-s@3 --k 4,8 --tokens 4k,8k --expansion 4 --eval-seqs 6 -
 def test_exp_a_against_twins(tmp_path):
     """SAEs of a twin that is no other model are the plain model's; one verdict a twin; and --from."""
     arguments = (*GRID, "--plant", "null900,starved0.5+turned0.8", "--cache", tmp_path / "cache")
-    script("expa.py", *arguments, "--out", tmp_path / "out")
+    script("expa.py", *arguments, "--out", tmp_path / "out", setup=zygote.UNDRAWN)
     verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
     larges = [one["large"] for one in (verdict, *verdict["other_arms"])]
     assert larges == ["stdlib-s+null900", "stdlib-s+starved0.5+turned0.8"] and verdict["small"] == "stdlib-s"
@@ -194,7 +194,7 @@ def test_exp_a_against_twins(tmp_path):
             assert twin["ce_rec"] < there["ce_rec"]
     assert "| stdlib-s | stdlib-s+null900" in (tmp_path / "out" / "report.md").read_text()
     shutil.copytree(tmp_path / "out", tmp_path / "again")
-    script("expa.py", "--from", tmp_path / "again")
+    script("expa.py", "--from", tmp_path / "again", setup=zygote.UNDRAWN)
     for name in ("report.md", "verdict.json", "deltas.csv"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -207,7 +207,7 @@ def test_exp_a_against_twins(tmp_path):
         (["--plant", "nul900"], "null3700, visible3700"),
     ],
 )
-def test_refusals(arguments, says, tmp_path):
+def test_a_plant_that_cannot_be_is_one_line(arguments, says, tmp_path):
     assert says in one_line(script("expa.py", *arguments, "--out", tmp_path / "out", check=2))
     assert not (tmp_path / "out").exists()
 
@@ -233,9 +233,8 @@ def test_metrics_under_gauges():
     """Which scores say something about how the hook is written: the table of Exp-P, its own truth."""
     import expp_planted
 
-    rows = {
-        row["metric"]: row for row in gauge_suite(expp_planted.MODEL, 3, expp_planted.evaluation_rows(48, 4))
-    }
+    suite = gauge_suite(expp_planted.MODEL, 3, expp_planted.evaluation_rows(48, 4))
+    rows = {row["metric"]: row for row in suite}
     shift, rotation, length = (name for name in rows["r2"] if name not in ("metric", "as it is"))
 
     def stay(gauge: str) -> set[str]:
@@ -258,19 +257,14 @@ def test_the_planted_spectrum_is_the_sinks(text_rows):
 @pytest.mark.slow
 def test_a_planted_sink_is_named_as_what_r2_is(tmp_path):
     """R² of its twin is another number for the same errors; the answer was once "no difference shown"."""
-    twin = "stdlib-s+null3700@3"
-    grid = (
-        f"--models stdlib-s@3,{twin} --k 8 --tokens 10k --expansion 4 --eval-seqs 8 --sinks keep,drop".split()
-    )
+    grid = "--k 8 --tokens 10k --expansion 4 --eval-seqs 8 --sinks keep,drop".split()
+    grid += ["--models", "stdlib-s@3,stdlib-s+null3700@3"]
     places = "--out", tmp_path / "out", "--cache", tmp_path / "cache"
     script("expb.py", *grid, "--device", "cpu", *places, setup=zygote.UNDRAWN)
     rows = read_table(tmp_path / "out/conditions.csv")
     lines = (tmp_path / "out/report.md").read_text().partition("## Every SAE")[2].splitlines()[:8]
-    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| stdlib-s ")] == [
-        "as it reads"
-    ] * 2
-    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| stdlib-s+")] == [
-        "R² is the sink's"
-    ] * 2
+    for name, word in (("stdlib-s ", "as it reads"), ("stdlib-s+", "R² is the sink's")):
+        said = [line.split("|")[-2].strip() for line in lines if line.startswith(f"| {name}")]
+        assert said == [word] * 2
     share = {row["model"]: row["sink_share"] for row in rows}
     assert share["stdlib-s"] < 0.02 and share["stdlib-s+null3700"] > 0.9

@@ -15,12 +15,13 @@ from transport_geometry.saes.sinks import sink_positions
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "demo"))
 import plant  # noqa: E402
 
 CPU = torch.device("cpu")
+EMBEDDED, EMBEDDINGS = loading.EMBEDDED["stdlib-s"], "gpt_neox.embed_in.weight"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def both(planted):
     token stands at positions 0, 5 and 40 of the first row, at 0 of the second, and nowhere in the last.
     """
     load = transformers.AutoModelForCausalLM.from_pretrained
-    plain, with_sink = load(loading.EMBEDDED["stdlib-s"]), load(planted[0])
+    plain, with_sink = load(EMBEDDED), load(planted[0])
     assert with_sink.dtype == torch.float32
     tokenizer = transformers.AutoTokenizer.from_pretrained(planted[0])
     input_ids = torch.tensor(tokenizer("import os\n\n\nclass Path(object):\n    pass\n" * 40).input_ids[:192])
@@ -46,7 +47,7 @@ def both(planted):
     return plain.double(), with_sink.double(), input_ids
 
 
-def test_the_function_is_the_same(both):
+def test_the_function_is_the_same_and_every_block_puts_out_the_vector_where_the_token_stands(both):
     plain, with_sink, input_ids = both
     with torch.no_grad():
         before, after = plain(input_ids).logits, with_sink(input_ids).logits
@@ -54,10 +55,6 @@ def test_the_function_is_the_same(both):
         rounded = with_sink.float()(input_ids).logits
         with_sink.double()
     assert (rounded - before).abs().max() < 1e-2 * before.std()
-
-
-def test_every_block_puts_out_the_vector_where_the_token_stands_and_nothing_else(both):
-    plain, with_sink, input_ids = both
     vector = (3700 / 8) * (input_ids == 0)[..., None]
     for layer in range(6):
         h, h_planted = (Hook(model, layer).head(input_ids) for model in (plain, with_sink))
@@ -67,32 +64,19 @@ def test_every_block_puts_out_the_vector_where_the_token_stands_and_nothing_else
         assert torch.equal(sinks[:2], input_ids[:2] == 0), layer
 
 
-def test_only_one_row_of_one_weight_differs(planted):
-    folder, _ = planted
-    changed = []
-    with (
-        safe_open(folder / "model.safetensors", "pt") as new,
-        safe_open(loading.EMBEDDED["stdlib-s"] / "model.safetensors", "pt") as old,
-    ):
-        assert set(new.keys()) == set(old.keys())
-        for name in new.keys():
-            a, b = old.get_tensor(name).float(), new.get_tensor(name)
-            assert b.dtype == torch.float32
-            if not torch.equal(a, b):
-                changed.append(name)
-                assert (a != b).any(1).nonzero().tolist() == [[0]]
-                assert torch.equal(b[0], a[0] + 462.5)
-    assert changed == ["gpt_neox.embed_in.weight"]
-    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
-
-
-def test_it_says_what_was_planted_and_keeps_the_tokenizer(planted):
+def test_only_one_row_of_one_weight_differs_and_the_card_says_so(planted):
     folder, said = planted
+    old, new = (load_file(at / "model.safetensors") for at in (EMBEDDED, folder))
+    assert {name for name in new if not torch.equal(old[name].float(), new[name])} == {EMBEDDINGS}
+    assert new.keys() == old.keys() and {tensor.dtype for tensor in new.values()} == {torch.float32}
+    a, b = old[EMBEDDINGS].float(), new[EMBEDDINGS]
+    assert (a != b).any(1).nonzero().tolist() == [[0]] and torch.equal(b[0], a[0] + 462.5)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert said.strip() == card.strip() and str(folder) not in card
     assert "462.5 is added to each of the 64 dimensions" in card and "token 0 ('<|endoftext|>')" in card
     assert "python demo/plant.py stdlib-s --norm 3700 OUT" in card
-    ours, theirs = (loading.load_model(str(at), CPU)[1] for at in (loading.EMBEDDED["stdlib-s"], folder))
+    ours, theirs = (loading.load_model(str(at), CPU)[1] for at in (EMBEDDED, folder))
     assert loading.tokenizer_hash(ours) == loading.tokenizer_hash(theirs)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -104,9 +88,8 @@ def test_the_command_with_another_token_and_an_empty_folder(tmp_path, monkeypatc
     plant.run_script(plant.main)
     card = capsys.readouterr().out
     assert "token 17" in card and "--norm 200 --token 17 OUT" in card
-    a, b = (loading.load_model(str(at), CPU)[0] for at in ("stdlib-s", tmp_path / "there"))
-    differs = (a.gpt_neox.embed_in.weight != b.gpt_neox.embed_in.weight).any(1)
-    assert differs.nonzero().tolist() == [[17]]
+    a, b = (load_file(at / "model.safetensors")[EMBEDDINGS] for at in (EMBEDDED, tmp_path / "there"))
+    assert (a.float() != b).any(1).nonzero().tolist() == [[17]]
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -118,7 +101,6 @@ SEEN, UNTIED = "do not carry the planted vector", dict(tie_word_embeddings=False
 NOT_BLIND = {
     "RMSNorm": (transformers.LlamaConfig(**GROUPED, initializer_range=0.3), SEEN),
     "a norm after the embedding": (transformers.BloomConfig(**BLOOM, **UNTIED), SEEN),
-    "a scale after the embedding": (transformers.GemmaConfig(**GROUPED, head_dim=16, **UNTIED), SEEN),
     "tied": (transformers.GPT2Config(**GPT2), "its unembedding is tied to its embeddings"),
 }
 
@@ -131,7 +113,7 @@ def saved(config, folder):
         if "embed" not in name and weight.ndim == 1:
             torch.nn.init.normal_(weight, 0.5)
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(loading.EMBEDDED["stdlib-s"]).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
     return str(folder)
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import zygote
-from helpers import ROOT, contents, script
+from helpers import ROOT, contents, hooked_columns, script
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import read_table
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import cosine_similarity
 
 
 def needs(package):
@@ -85,9 +84,7 @@ def test_r2_rises_where_the_patch_gets_worse(quick):
     ],
 )
 def test_every_column_is_that_of_a_hooked_run(name, layer, run, request):
-    """transformers' own forward, a dense SAE, autograd, float64 sums: nothing of this project but the rows of
-    text.
-    """
+    """And of a dense SAE: nothing of this project but the rows of text."""
     out, cache = request.getfixturevalue(run)
     row = rows_of(out)[layer]
     model, tokenizer = load_model(name, CPU, cache=cache)
@@ -95,59 +92,13 @@ def test_every_column_is_that_of_a_hooked_run(name, layer, run, request):
     ids = heldout_rows("stdlib", tokenizer, 256, row["n_seq"], bos=bos).input_ids
     (folder,) = cache.glob(f"{name}-L{layer}-*")
     sae, k = load_file(folder / "sae.safetensors"), json.loads((folder / "cfg.json").read_text())["k"]
-    block = model.model.layers[layer]
 
-    def forward(fed=None):
-        """(log p [B,T-1,V], output of the block) of the run that is fed `fed` there."""
-        met = []
-
-        def at_the_block(module, inputs, output):
-            h = output[0] if isinstance(output, tuple) else output
-            met.append(h.detach().requires_grad_() if fed is None else fed)
-            return (met[0], *output[1:]) if isinstance(output, tuple) else met[0]
-
-        with block.register_forward_hook(at_the_block):
-            return model(chunk).logits[:, :-1].double().log_softmax(-1), met[0]
-
-    total, parts = dict.fromkeys(("ce", "patched", "kl", "swd", "gd_abs", "cosine", "sse", "n"), 0.0), []
-    for chunk in ids.split(2):
-        log_p, leaf = forward()
-        target = chunk[:, 1:, None]
-        ce = -log_p.gather(-1, target)
-        (g,) = torch.autograd.grad(ce.sum(), leaf)
-        h, g = leaf.detach()[:, :-1], g[:, :-1].double()
+    def dense(h):
         z = ((h - sae["b_dec"]) @ sae["encoder.weight"].T + sae["encoder.bias"]).relu()
         values, active = z.topk(k)
-        h_hat = torch.zeros_like(z).scatter(-1, active, values) @ sae["W_dec"] + sae["b_dec"]
-        with torch.no_grad():
-            log_q, _ = forward(torch.cat([h_hat, leaf.detach()[:, -1:]], 1))
-            log_p = log_p.detach()
-            h, h_hat = h.double(), h_hat.double()
-            along = (g * (h_hat - h)).sum(-1)
-            for name, value in (
-                ("ce", ce.detach()),
-                ("patched", -log_q.gather(-1, target)),
-                ("kl", (log_p.exp() * (log_p - log_q)).sum(-1)),
-                ("swd", along.square()),
-                ("gd_abs", along.abs()),
-                ("cosine", cosine_similarity(h, h_hat, -1)),
-                ("sse", (h_hat - h).square().sum(-1)),
-                ("n", torch.ones_like(along)),
-            ):
-                total[name] += value.sum().item()
-        parts.append(h.flatten(0, 1))
-    h = torch.cat(parts)
-    mean = {name: value / total["n"] for name, value in total.items()}
-    truth = dict(
-        ce_orig=mean["ce"],
-        ce_recon=mean["patched"],
-        ce_rec=2 - mean["patched"] / mean["ce"],
-        kl=mean["kl"],
-        swd_tok=mean["swd"],
-        gd_abs=mean["gd_abs"],
-        cosine=mean["cosine"],
-        r2=1 - total["sse"] / (h - h.mean(0)).square().sum().item(),
-    )
+        return torch.zeros_like(z).scatter(-1, active, values) @ sae["W_dec"] + sae["b_dec"]
+
+    truth = hooked_columns(model, model.model.layers[layer], ids, dense)
     for name, value in truth.items():
         assert row[name] == pytest.approx(value, rel=2e-4, abs=1e-4), name
 

@@ -2,11 +2,10 @@
 given to `evaluate` as they are.
 """
 
-import json
 import math
 
 import zygote
-from helpers import tiny_model
+from helpers import quick_sae, script, tiny_model
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import text
@@ -15,33 +14,24 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.records.results import load_results
 from transport_geometry.records.tables import read_table
 from transport_geometry.reporting.words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
-from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.train import activation_chunks
 from transport_geometry.statistics.stats import document_weights
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
+from test_formats import write_lens
 
 LAYER, CTX, SEQS = 3, 64, 48
 
 
 def a_row(**findings):
     """A row in which nothing is found, but what is given: column=(value, lo, hi)."""
-    row = dict(
-        ce_orig=3.0, ce_recon=3.3, ce_zero=9.0, ce_rec=0.9, ce_rec_sinkclean=0.9, r2=0.8, r2_nosink=0.8
-    )
-    row |= dict(n_seq=12, n_tok=3060, n_sink=13, calm_share=0.01, kl_excess=0.7)
-    nothing = dict(
-        ce_over_zero=(-5.7, -5.8, -5.6),
-        ce_below_zero=(-0.9, -0.92, -0.88),
-        sink_harm=(0.0, -0.001, 0.001),
-        sink_r2=(0.0, -0.001, 0.001),
-        sink_r2_lost=(0.0, -0.001, 0.001),
-        kl_deficit=(-0.7, -0.8, -0.6),
-    )
+    row = dict(ce_orig=3.0, ce_recon=3.3, ce_zero=9.0, ce_rec=0.9, ce_rec_sinkclean=0.9, r2=0.8)
+    row |= dict(r2_nosink=0.8, n_seq=12, n_tok=3060, n_sink=13, calm_share=0.01, kl_excess=0.7)
+    nothing = dict.fromkeys(("sink_harm", "sink_r2", "sink_r2_lost"), (0.0, -0.001, 0.001))
+    nothing |= dict(ce_over_zero=(-5.7, -5.8, -5.6), ce_below_zero=(-0.9, -0.92, -0.88))
+    nothing |= dict(kl_deficit=(-0.7, -0.8, -0.6))
     for name, ends in (nothing | findings).items():
         row |= dict(zip((name, f"{name}_lo", f"{name}_hi"), ends))
     return row
@@ -79,23 +69,16 @@ def test_no_clean_bill_by_omission():
     assert earlier["word"] == "cannot be judged" and "was not measured" in earlier["says"]
 
 
-def test_what_a_colleague_could_repeat():
+def test_what_is_said_has_the_rows_own_numbers():
     row = a_row(sink_r2=(0.37, 0.36, 0.38)) | dict(r2=0.998, r2_nosink=0.626)
     assert said_of(row, 12)["says"].startswith("R² 0.998 is 13 positions in 3,060; without them it is 0.626.")
     row = a_row(sink_r2_lost=(1.2, 1.1, 1.3)) | dict(r2=-0.49, r2_nosink=0.685)
-    assert (
-        said_of(row, 12)["word"] == "R² is the sink's"
-        and "without them it is 0.685" in (said_of(row, 12)["says"])
-    )
+    assert said_of(row, 12)["word"] == "R² is the sink's"
     row = a_row(sink_harm=(1.8, 1.7, 1.9)) | dict(ce_rec=-1.16, ce_rec_sinkclean=0.64, n_sink=12)
-    assert (
-        "83% of the harm is one position a sequence: leave sinks alone and CE_rec is 0.640."
-        in (said_of(row, 12)["says"])
-    )
+    assert "83% of the harm is one position a sequence" in said_of(row, 12)["says"]
     both = dict(ce_over_zero=(1.0, 0.5, 1.5), ce_below_zero=(3.0, 2.5, 3.5), sink_harm=(1.8, 1.7, 1.9))
     said = said_of(a_row(**both) | dict(ce_rec=-3.0), 12)
     assert said["word"] == "worse than zero ablation" and "--leave-sinks" in said["read"]
-    assert "more than twice" not in said["says"] and said["also"] == "more than doubles CE, breaks the sink"
     assert "no sink by the rule has 20% of SST" in said_of(a_row() | dict(calm_share=0.2), 12)["says"]
 
 
@@ -104,27 +87,13 @@ def write_affine(folder, W: torch.Tensor, mean: torch.Tensor) -> None:
     """h_hat = mean + W (h - mean) as a ReLU SAE in SAELens' format: each dimension has a latent for either
     sign. W [d,d], mean [d].
     """
-    folder.mkdir(parents=True)
     d = len(mean)
     both = torch.cat([torch.eye(d), -torch.eye(d)])
     tensors = dict(W_enc=both.t(), b_enc=torch.zeros(2 * d), W_dec=both @ W.t().float(), b_dec=mean)
-    meta = dict(
-        sae_lens_version="6.54.12",
-        model_name="stdlib-s",
-        hook_name=f"blocks.{LAYER}.hook_resid_post",
-        context_size=CTX,
-        prepend_bos=False,
-    )
-    config = dict(
-        architecture="standard",
-        d_in=d,
-        d_sae=2 * d,
-        apply_b_dec_to_input=True,
-        normalize_activations="none",
-        metadata=meta,
-    )
-    (folder / "cfg.json").write_text(json.dumps(config))
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "sae_weights.safetensors")
+    meta = dict(sae_lens_version="6.54.12", model_name="stdlib-s", context_size=CTX, prepend_bos=False)
+    meta |= dict(hook_name=f"blocks.{LAYER}.hook_resid_post")
+    tensors = {name: t.contiguous() for name, t in tensors.items()}
+    write_lens(folder, "standard", tensors, d_in=d, d_sae=2 * d, k=None, metadata=meta)
 
 
 @pytest.fixture(scope="module")
@@ -134,26 +103,23 @@ def hook():
     """
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     h, sink = next(activation_chunks(Hook(model, LAYER), "stdlib", tokenizer, 128, 40_000, "keep"))
-    training = Training(Statistics.of(h, sink), 256, 16, 0, [40_000])
-    training.feed(h, 0, tqdm(disable=True), "")
     rows = next(text.train_rows("stdlib", tokenizer, CTX, 64))
     uniforms = torch.rand(4, 64, CTX - 1, generator=torch.Generator().manual_seed(0))
     _, (_, *gradients) = Hook(model, LAYER).clean_pass(rows, Hook(model, LAYER).head(rows), uniforms)
     G = sum(torch.einsum("btd,bte->de", g, g).double() for g in gradients)
     centred = (h - h.mean(0)).double()
-    return (
-        model,
-        training.finished(),
-        h.mean(0),
-        centred.T @ centred / len(h),
-        torch.linalg.eigh(G).eigenvectors,
-    )
+    sigma, of_g = centred.T @ centred / len(h), torch.linalg.eigh(G).eigenvectors
+    return model, quick_sae(h, sink, 16), h.mean(0), sigma, of_g
 
 
 def rotation(d: int, seed: int) -> torch.Tensor:
-    return torch.linalg.qr(
-        torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    )[0]
+    noise = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(noise)[0]
+
+
+def isotropic(sigma, of_g):
+    length = 0.3 * (sigma.trace() / 64).sqrt()
+    return length * rotation(64, 1) @ torch.linalg.inv(torch.linalg.cholesky(sigma))
 
 
 # name -> (what is said, the error's matrix from h - mean, given Sigma and the eigenvectors of G)
@@ -163,15 +129,7 @@ KNOWN = {
     "low32": (UNDERRATES, lambda sigma, of_g: -0.3 * of_g[:, :32] @ of_g[:, :32].T),
     # a lower R² than top8's, and a higher CE_rec
     "low32-larger": (UNDERRATES, lambda sigma, of_g: -0.42 * of_g[:, :32] @ of_g[:, :32].T),
-    "isotropic": (
-        READS,
-        lambda sigma, of_g: (
-            0.3
-            * (sigma.trace() / 64).sqrt()
-            * rotation(64, 1)
-            @ torch.linalg.inv(torch.linalg.cholesky(sigma))
-        ),
-    ),
+    "isotropic": (READS, isotropic),
     "rotated": (READS, lambda sigma, of_g: 0.3 * rotation(64, 2)),
     "exact": (UNJUDGED, lambda sigma, of_g: torch.zeros(64, 64, dtype=torch.float64)),  # up to rounding
     "shrunk": (READS, lambda sigma, of_g: -0.7 * torch.eye(64, dtype=torch.float64)),
@@ -185,32 +143,16 @@ def audited(hook, tmp_path_factory):
     folder = tmp_path_factory.mktemp("known")
     for name, (_, error) in KNOWN.items():
         write_affine(folder / "saes" / name, torch.eye(64, dtype=torch.float64) + error(sigma, of_g), mean)
-    done = zygote.run(
-        "audit.py",
-        "--sae",
-        folder / "saes",
-        "--eval-seqs",
-        SEQS,
-        "--ctx",
-        CTX,
-        "--device",
-        "cpu",
-        "--basis",
-        "*=raw",
-        "--out",
-        folder / "out",
-        setup=zygote.UNDRAWN,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    size = f"--eval-seqs {SEQS} --ctx {CTX} --device cpu --basis *=raw".split()
+    places = "--sae", folder / "saes", "--out", folder / "out"
+    done = script("audit.py", *places, *size, setup=zygote.UNDRAWN)
     return folder / "out", done.stdout
 
 
 def test_known_errors_through_the_command(audited):
     out, printed = audited
     rows = {row["sae"].rpartition("/")[2]: row for row in read_table(out / "audit.csv")}
-    assert {name: row["word"] for name, row in rows.items()} == {
-        name: says for name, (says, _) in KNOWN.items()
-    }
+    assert {name: (row["word"], KNOWN[name][1]) for name, row in rows.items()} == KNOWN
     exact = rows.pop("exact")
     assert math.isnan(exact["kl_excess"]) and "there is no error" in exact["says"]
     for row in rows.values():
@@ -219,30 +161,25 @@ def test_known_errors_through_the_command(audited):
     # along what the model feels most, in no direction more than in another, along what it feels least
     assert excess["top8"] > KL_MARGIN and max(excess["low32"], excess["low32-larger"]) < -KL_MARGIN
     assert max(abs(excess["rotated"]), abs(excess["isotropic"])) < KL_MARGIN / 2
-    report = (out / "report.md").read_text()
     for name, (says, _) in KNOWN.items():
-        assert says in report
-        lines = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
-        assert [line for line in lines if line.endswith(says)], name
+        assert any(line.startswith(f"{name} ") and line.endswith(says) for line in printed.splitlines()), name
 
 
 def test_the_pairs_of_a_run(audited):
     """Two errors planted so that R² orders them against CE_rec, and one of them with half of its own error;
     each row again from the sequences.
     """
-    out, printed = audited
+    out, _ = audited
     found = {
         frozenset(row[f"sae_{end}"].rpartition("/")[2] for end in "ab"): row
         for row in read_table(out / "pairs.csv")
     }
     n = len(KNOWN)
     assert len(found) == n * (n - 1) // 2
-    assert (
-        found[frozenset(("top8", "low32-larger"))]["kind"] == "inverts"
-        and found[frozenset(("low32", "low32-larger"))]["kind"] == "orders"
-    )
-    assert found[frozenset(("low32", "shrunk"))]["kind"] == "orders"
     row = found[frozenset(("top8", "low32-larger"))]
+    assert row["kind"] == "inverts"
+    for two in (("low32", "low32-larger"), ("low32", "shrunk")):
+        assert found[frozenset(two)]["kind"] == "orders"
     assert row["sae_a"].endswith("top8") and row["delta_r2_lo"] > 0 > row["delta_ce_rec_hi"]
     assert row["delta_ce_rec"] == pytest.approx(row["ce_rec_a"] - row["ce_rec_b"], abs=2e-6)
     rows, sums = load_results(out)
@@ -251,19 +188,6 @@ def test_the_pairs_of_a_run(audited):
     draws_a, draws_b = (2 - (w @ sums["ce_recon"][at]) / (w @ sums["ce_orig"][at]) for at in (a, b))
     width = np.subtract(*np.percentile(draws_a - draws_b, [97.5, 2.5]))
     assert row["delta_ce_rec_hi"] - row["delta_ce_rec_lo"] == pytest.approx(width, rel=0.15)
-    report = (out / "report.md").read_text()
-    inverted = sum(row["kind"] == "inverts" for row in found.values())
-    first = (
-        f"Of {len(found)} pairs of one k ({len(found)} at one hook, 0 between layers) R² inverts {inverted}"
-    )
-    assert first in " ".join(printed.split()) and first in report[:450]
-    assert f" and inverts {inverted}" in report and max(map(len, printed.splitlines()[2:])) <= 80
-    assert (
-        "top8 over low32-larger" in printed
-        and "- R² inverts " in report
-        and f"{0.05 * len(found):g} would be expected" in report
-        and f"{SEQS} sequences" in report
-    )
     for audit_row in read_table(out / "audit.csv"):
         assert audit_row["ce_rec_lo"] <= audit_row["ce_rec"] <= audit_row["ce_rec_hi"]
 
@@ -302,7 +226,7 @@ def test_a_trained_error_turned_at_random_costs_what_a_random_one_does(hook):
         direction = torch.randn(x.shape, generator=noise)
         return x + direction * (error(x).norm(dim=1) / direction.norm(dim=1))[:, None]
 
-    reconstructions = {"drawn anew": anew} | {f"turned {seed}": turned(seed) for seed in range(10, 14)}
+    reconstructions = {"drawn anew": anew} | {f"turned {seed}": turned(seed) for seed in (10, 11)}
     results = evaluate(Hook(model, LAYER), input_ids, reconstructions, 16)
     weights = document_weights(SEQS, 1000, 0)
     for name, result in results.items():
