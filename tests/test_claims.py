@@ -41,6 +41,7 @@ def on_saes(by_hook, meta, rng, icc=0.9):
 
 
 def binomial_sd(p, n):
+    """Standard error of a share of n data sets."""
     return (p * (1 - p) / n) ** 0.5
 
 
@@ -78,16 +79,16 @@ def test_neighbours_are_in_the_order_of_depth_and_of_one_model():
     assert stats.dependence(shared[meta["model"] == "large"], one).phi < -0.8
 
 
-@pytest.mark.parametrize("sizes", [(12,), (6, 6, 6), (12, 5, 1)])
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
-def test_effective_hooks_are_the_variance_of_a_mean(sizes, phi):
-    covariance = scipy.linalg.block_diag(*(scipy.linalg.toeplitz(phi ** np.arange(n)) for n in sizes))
-    G = sum(sizes)
-    assert stats.effective_hooks(phi, sizes) == pytest.approx(1 / (covariance.sum() / G**2))
-    assert stats.effective_hooks(-0.5, sizes) == G  # never more than there are
+def test_effective_hooks_are_the_variance_of_a_mean(phi):
+    for sizes in ((12,), (12, 5, 1)):
+        covariance = scipy.linalg.block_diag(*(scipy.linalg.toeplitz(phi ** np.arange(n)) for n in sizes))
+        G = sum(sizes)
+        assert stats.effective_hooks(phi, sizes) == pytest.approx(1 / (covariance.sum() / G**2))
+        assert stats.effective_hooks(-0.5, sizes) == G  # never more than there are
 
 
-@pytest.mark.parametrize("models, layers, phi", [(1, 12, 0.0), (1, 12, 0.5), (1, 18, 0.8), (3, 6, 0.5)])
+@pytest.mark.parametrize("models, layers, phi", [(1, 18, 0.8), (3, 6, 0.5)])
 def test_phi_is_right_in_the_middle(models, layers, phi):
     """Half of 400 estimates lie above the truth, of several models more: the larger of two. The plain
     correlation of neighbours lies below it in 60% at least.

@@ -66,13 +66,6 @@ def test_kl_is_the_regret_of_keeping_the_plan(scores):
     close(EPS * change(s, s_hat)["kl"], energy(p, log_p) - energy(q, log_q))
 
 
-def test_jeffreys_is_both_directions_and_a_product(scores):
-    s, s_hat = scores
-    both = change(s, s_hat)["kl"] + change(s_hat, s)["kl"]
-    close(change(s, s_hat)["jeffreys"], both)
-    close(both, ((plan(s)[0] - plan(s_hat)[0]) * (s - s_hat)).sum(-1))
-
-
 def test_two_keys_in_closed_form():
     s, s_hat = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     s[..., 1, 0], s_hat[..., 1, 0] = 0.7, -1.1
@@ -109,29 +102,6 @@ def test_chain_rule_at_position_0(scores):
     # in the sink head nearly all of KL is about position 0, and it is known to 4 digits
     share = found["kl_first"][:, 0, 1:] / found["kl"][:, 0, 1:]
     assert ((share > 0) & (share <= 1 + 1e-6)).all()
-
-
-def test_second_order_is_kl_for_small_changes(scores):
-    """Off in proportion to the change."""
-    s, delta = scores
-    off = []
-    for alpha in (1e-2, 1e-3):
-        found = change(s, s + alpha * delta)
-        off.append((found["half_var"].sum() / found["kl"].sum() - 1).abs().item())
-    assert off[1] < 2e-3 and 0.05 < off[1] / off[0] < 0.2
-
-
-def test_a_shift_of_all_keys_leaves_the_plan_and_moves_cost_and_potential():
-    q, k, shift = draw(1, 1, T, 4, seed=3), draw(1, 1, T, 4, seed=4), draw(4, seed=5)
-    s, shifted = (q @ keys.transpose(2, 3) / EPS for keys in (k, k + shift))
-    found = change(s, shifted)
-    close(found["kl"], torch.zeros_like(found["kl"]))
-    close(found["jeffreys"], torch.zeros_like(found["kl"]))
-    potential, moved = (EPS * x.logsumexp(-1) for x in (s, shifted))
-    close(moved - potential, q @ shift)
-    cost, moved = ((plan(x)[0] * -EPS * x).sum(-1) for x in (s, shifted))
-    close(moved - cost, -q @ shift)
-    assert (q @ shift).abs().min() > 1e-2
 
 
 # ---------------------------------------------------------------- the four runs, on the model's own attention
@@ -198,7 +168,7 @@ def family(name):
     return model, hook, rows, h, h_hat
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral", "qwen3"])  # grouped queries, windows
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral"])  # grouped queries, windows
 def test_one_stack_is_four_runs_of_the_models_own(name):
     model, hook, rows, h, h_hat = family(name)
     seen = {}
@@ -312,7 +282,6 @@ def test_columns_are_means_over_blocks_heads_and_queries():
     "name, why",
     [
         ("gemma2", "soft-capped scores or attention sinks"),
-        ("gpt_neo", "cannot be exchanged or looked at"),
         ("bloom", "cannot be exchanged or looked at"),
     ],
 )

@@ -11,7 +11,6 @@ from transport_geometry.measuring.metrics import index_bits
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.condition import Condition
 from transport_geometry.saes.sae import TopKSAE, tied_init
-from transport_geometry.statistics.curves import k_star
 
 import numpy as np
 import pytest
@@ -211,18 +210,6 @@ def test_ratio_at_equal_bits():
     falling = x[:, ::-1], np.exp(-0.01 * x[:, ::-1])  # the order of the points is no matter
     assert rate.log_ratio((x, np.exp(-0.01 * x)), falling) == pytest.approx(0)
     assert np.isnan(rate.log_ratio((x, np.array([[1.0, -1, 1]])), (x, x)))  # a loss that is none
-
-
-def test_bits_star_rises_with_the_target_and_each_draw_has_its_own_bits():
-    rng = np.random.default_rng(0)
-    bits = np.cumsum(20 + 50 * rng.random((30, 4)), 1)
-    ce = np.sort(rng.random((30, 4)), 1)
-    alone = [k_star(bits[[row]], ce[[row]], 0.5)[0] for row in range(30)]
-    np.testing.assert_allclose(k_star(bits, ce, 0.5), alone)
-    stars = np.stack([k_star(bits, ce, target) for target in np.linspace(0, 1, 41)])
-    with np.errstate(invalid="ignore"):
-        assert (np.nan_to_num(np.diff(stars, axis=0), nan=0.0) >= 0).all()
-    assert (stars[0] == -np.inf).all() and (stars[-1] == np.inf).all()
 
 
 def test_front():
