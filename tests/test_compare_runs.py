@@ -190,8 +190,8 @@ def test_nothing_to_compare_is_one_line(tmp_path):
     for file, content in (
         ("report.md", b"nothing to compare"),
         ("conditions.csv", b""),
-        ("conditions.csv", b"k\n1\n"),
         ("verdict.json", b"garbage"),
+        ("conditions.csv", b"model,k\nm,1\n"),
         ("verdict.json", b'{"settings": 3}'),
     ):
         store.write(tmp_path / "b" / file, content)
