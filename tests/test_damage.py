@@ -86,7 +86,7 @@ def test_a_damaged_sae_is_set_aside_and_made_again(whole, tmp_path, name, harm):
     harm(victim / name)
     harmed = contents(victim)
     command = ["--models", "stdlib-s", "--sae", victim, *SIZE, "--out", tmp_path / "named"]
-    assert f"{victim / name}: " in script("expb.py", *command, check=2).stderr
+    assert f"{victim.name}: {name}" in script("expb.py", *command, check=2).stderr
     printed = expb(tmp_path).stdout
     aside = tmp_path / "cache" / f"{victim.name}.damaged"
     assert f"{victim / name}: " in printed and f"set aside as {aside.name}, trained again" in printed

@@ -66,7 +66,7 @@ def long_rows():
     return torch.randint(0, 301, (3, 20), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 1, 3)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (1, 1, 3)])
 def test_what_goes_on_from_another_hook_has_the_same_bits(model, long_rows, order):
     """h, what the unembedding is given and every gradient: in company or alone, in any order, so that an
     interrupted run that goes on is the run that was not.
