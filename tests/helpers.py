@@ -11,6 +11,7 @@ from transport_geometry.saes.sae import load_sae
 from transport_geometry.saes.train import train_missing
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -56,6 +57,21 @@ def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dty
 def log_probs_64(logits: torch.Tensor) -> torch.Tensor:
     """`lm.log_probs`, in the logits' own precision."""
     return torch.log_softmax(logits[:, :-1], -1)
+
+
+class Largest(TorchDispatchMode):
+    """most: elements of the largest tensor that an operation within makes, views of the weights aside."""
+
+    def __init__(self, weights=()):
+        super().__init__()
+        self.most, self.weights = 0, {w.untyped_storage().data_ptr() for w in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.weights:
+                self.most = max(self.most, one.untyped_storage().nbytes() // one.element_size())
+        return out
 
 
 def get_saes(model, tokenizer, specs, cache) -> list:

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import itertools
 
-from helpers import tiny_model
+from helpers import Largest, tiny_model
 from transport_geometry.measuring import evaluate as module
 from transport_geometry.measuring.evaluate import (
     ablated,
@@ -23,22 +23,6 @@ from transport_geometry.saes.sae import tied_init
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that a tensor has which an operation within makes, the weights' own views aside."""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.most, self.weights = 0, {w.untyped_storage().data_ptr() for w in weights}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.weights:
-                self.most = max(self.most, one.untyped_storage().nbytes() // one.element_size())
-        return out
 
 
 @contextlib.contextmanager

@@ -6,14 +6,11 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import types
 
-from helpers import PEAK, contents, get_saes, tiny_model
-from transport_geometry import ROOT, kernels
+from helpers import PEAK, contents, get_saes, process, tiny_model
+from transport_geometry import kernels
 from transport_geometry.errors import Fault, UserError
 from transport_geometry.models.lm import Hook
 from transport_geometry.saes import recipes
@@ -232,9 +229,8 @@ def test_peak_memory_of_training(recipe, d, F, n, dead):
     """What `check_memory` says, and 24 MB: less than a gradient of W_enc at d = 512 (34 MB), far less than
     tokens by latents at d = 8 (1 GB).
     """
-    command = [sys.executable, "-c", PEAK + TRAIN.format(recipe=recipe, d=d, F=F, n=n, dead=dead)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    code = PEAK + TRAIN.format(recipe=recipe, d=d, F=F, n=n, dead=dead)
+    done = process("-c", code, env={"OMP_NUM_THREADS": "1"})
     matrices = 6 * F * d + 4 * dead * d if recipe == "base" else 19 * F * d
     if d == 8:  # AuxK's code of d/2 and its copies, what there is one of a latent
         matrices += 24 * n * d // 2 + 40 * F

@@ -213,7 +213,7 @@ def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
     assert means.mean() == pytest.approx(y.mean(), rel=0.01)
 
 
-def test_seeds_counted_as_conditions_do_not_shrink_the_interval(independent_hooks):
+def test_seeds_counted_as_conditions_do_not_shrink_the_interval(few_patterns, independent_hooks):
     once, thrice = grid(), grid(seeds=3)
     scores, y, magnitude, *_ = study(control=1.0, meta=once, n_resamples=1000)
     scores = {p: scores[p] for p in ("r2", "cosine")}
@@ -245,7 +245,7 @@ def test_interval_covers_the_planted_correlation():
     assert abs(hits / n - 0.927) < 4 * binomial_sd(0.927, n)
 
 
-def test_a_model_with_two_hooks_has_no_interval(independent_hooks):
+def test_a_model_with_two_hooks_has_no_interval(few_patterns, independent_hooks):
     scores, y, magnitude, meta, models = study(n_resamples=50)
     for layers, known in (((0, 1), False), ((0, 1, 2), True)):
         keep = (meta["model"] != "large") | np.isin(meta["layer"], layers)
@@ -536,7 +536,7 @@ def test_leaderboard(few_patterns, independent_hooks):
     assert str(table) == str(board(data)) != str(board(data, seed=1))
 
 
-def test_the_control_is_chosen_on_half_a_and_judged_on_half_b():
+def test_the_control_is_chosen_on_half_a_and_judged_on_half_b(few_patterns):
     scores, y, _, meta, _ = data = study()
     scores["cosine"][stats.HALF_A] = y[stats.HALF_A]
     elsewhere = [stats.ALL, stats.HALF_B]
@@ -548,7 +548,7 @@ def test_the_control_is_chosen_on_half_a_and_judged_on_half_b():
     assert ln["diff_loho_control"] > 0 == cosine["diff_loho_control"] and ln["loho"] < 1e-6
 
 
-def test_resampled_scores_go_with_the_resampled_target():
+def test_resampled_scores_go_with_the_resampled_target(few_patterns):
     """Resamples that all repeat the estimate change nothing; those that turn r2 around show."""
     scores, y, magnitude, meta, models = study(n_resamples=200)
     still = {name: np.repeat(v[:1], 203, axis=0) for name, v in scores.items() if name in ("r2", "cosine")}
