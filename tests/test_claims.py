@@ -257,20 +257,9 @@ def test_clear_pairs_by_hand():
     assert len(claims.clear_pairs(ce[None].repeat(3, 0), meta).a) == 0  # no resamples
 
 
-def board_of(meta, scores, ce, models, **more):
-    return leaderboard.board(
-        scores,
-        ce,
-        1 - ce + 1.0,
-        meta,
-        models,
-        target_name="ce_rec",
-        controls=["cosine"],
-        loho_control="cosine",
-        n_documents=40,
-        n_resamples=200,
-        **more,
-    )
+def board_of(meta, scores, ce, models):
+    how = dict(target_name="ce_rec", controls=["cosine"], loho_control="cosine", n_documents=40)
+    return leaderboard.board(scores, ce, 1 - ce + 1.0, meta, models, n_resamples=200, **how)
 
 
 def two_arms(rng):
@@ -281,11 +270,8 @@ def two_arms(rng):
     y = 0.05 * np.log2(meta["k"]) + 0.1 * rng.permutation(8)[meta["layer"]] - (meta["layer"] % 3) * 0.01
     drop = meta["sae"] == "topk-x4-nosinks"
     within = 0.05 * np.log2(meta["k"])
-    scores = {
-        "r2": np.where(drop, y, 2 * within - y),
-        "cosine": np.where(drop, 2 * within - y, y),
-        "swd_tok": y,
-    }
+    turned = 2 * within - y
+    scores = {"r2": np.where(drop, y, turned), "cosine": np.where(drop, turned, y), "swd_tok": y}
     return meta, {name: weighted(v, rng, 1e-4) for name, v in scores.items()}, weighted(y, rng, 1e-4)
 
 
@@ -293,10 +279,8 @@ def test_here_says_on_which_arm_a_proxy_fails():
     meta, scores, ce = two_arms(np.random.default_rng(8))
     board = board_of(meta, scores, ce, ["a"])
     assert [row["stratum"] for row in board[::3]] == ["pooled", "sinks keep", "sinks drop", "a"]
-    right = {
-        name: [claims.row_of(board, name, arm)["right"] for arm in ("sinks keep", "sinks drop")]
-        for name in scores
-    }
+    arms = ("sinks keep", "sinks drop")
+    right = {name: [claims.row_of(board, name, arm)["right"] for arm in arms] for name in scores}
     assert right == {"r2": [0, 1], "cosine": [1, 0], "swd_tok": [1, 1]}
     swd, keep = claims.row_of(board, "swd_tok"), claims.row_of(board, "r2", "sinks keep")
     assert swd["partial"] == pytest.approx(1) and swd["partial_here_lo"] > 0.95
@@ -329,11 +313,8 @@ def test_one_hook_is_enough_here_and_none_too_few():
     """Four SAEs of one k at one hook: no test over hooks, and an order all the same."""
     rng, meta = np.random.default_rng(10), grid(("a",), layers=1, ks=(4,), seeds=5)
     y = np.arange(5.0)
-    scores = {
-        "swd_tok": weighted(y, rng, 0.01),
-        "r2": weighted(-y, rng, 0.01),
-        "cosine": weighted(y, rng, 0.01),
-    }
+    truth = {"swd_tok": y, "r2": -y, "cosine": y}
+    scores = {name: weighted(v, rng, 0.01) for name, v in truth.items()}
     board = board_of(meta, scores, weighted(y, rng, 0.01), ["a"])
     swd, r2 = (claims.row_of(board, name) for name in ("swd_tok", "r2"))
     assert swd["right"] == 1 and r2["right"] == 0 and r2["swd_here"] == pytest.approx(2)

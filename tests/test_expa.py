@@ -188,25 +188,12 @@ def test_every_cell_has_to_pass_a_gate():
     assert expa.gates([cell(alive_small=0.55, alive_large=0.5)])["alive"]  # equally few
 
 
+SHUT = dict.fromkeys(("alive", "converged", "precise"), False)
+H0_HOLDS = dict(g0=SHUT, equal=True, gap_before=True, h0=True)
+H1_HOLDS = dict(gamma_r2=0.1, gamma_r2_lo=0.05, gamma_r2_hi=0.15, same_sign=1.0, in_range=0.2, h1=True)
+N_HOLDS = dict(control="cosine", gamma_control_half_b=0.01, gamma_r2_half_b=0.1, normalised_away=True)
 EVERYTHING = expa.Evidence(
-    previous_budget=10,
-    improved=0.6,
-    cells=[cell()],
-    g0=dict.fromkeys(("alive", "converged", "precise"), False),
-    equal=True,
-    gap_before=True,
-    h0=True,
-    gamma_r2=0.1,
-    gamma_r2_lo=0.05,
-    gamma_r2_hi=0.15,
-    same_sign=1.0,
-    in_range=0.2,
-    h1=True,
-    control="cosine",
-    gamma_control_half_b=0.01,
-    gamma_r2_half_b=0.1,
-    normalised_away=True,
-    gamma_controls={},
+    previous_budget=10, improved=0.6, cells=[cell()], gamma_controls={}, **H0_HOLDS, **H1_HOLDS, **N_HOLDS
 )
 
 

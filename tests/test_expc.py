@@ -1,5 +1,7 @@
 """Exp-C's statistics and studies on planted truths; the forward-mode passes on an embedded model."""
 
+import itertools
+
 import expc_fisher
 from helpers import log_probs_64, tiny_model
 from transport_geometry.measuring import fisher, fisher_study
@@ -166,10 +168,8 @@ def test_added_value_enumerates_64_patterns():
         rank, least = scipy.stats.rankdata, lambda Z, v: v - Z @ np.linalg.lstsq(Z, v, rcond=None)[0]
         Z = np.column_stack([meta["k"] == 4, meta["k"] == 12, meta["k"] == 32, rank(base)]).astype(float)
         rx, ry = least(Z, rank(x)), least(Z, rank(y))
-        r = [
-            np.corrcoef(rx, least(Z, ry * np.repeat([1 - 2 * (bits >> g & 1) for g in range(6)], 3)))[0, 1]
-            for bits in range(64)
-        ]
+        signs = (np.repeat(pattern, 3) for pattern in itertools.product((1, -1), repeat=6))
+        r = [np.corrcoef(rx, least(Z, ry * sign))[0, 1] for sign in signs]
         added, p = stats.added_value(x, base, y, meta)
         assert added == pytest.approx(r[0]) and p == np.mean(np.abs(r) >= abs(r[0]) - 1e-9) and p >= 2 / 64
 
@@ -184,11 +184,8 @@ def test_added_value_is_found_and_not_invented(few_patterns):
     none = [stats.added_value(*conditions(rng, 0.0)) for _ in range(500)]
     assert np.mean([p < 0.05 for _, p in none]) < 0.07 + 4 * (0.07 * 0.93 / 500) ** 0.5
     assert expc_fisher.leaf_h2_prime(np.nan, np.nan) == "undecided"
-    gains = [
-        stats.out_of_hook_gain(*conditions(rng, own), n_resamples=50)[0]
-        for own in (1.0, 0.0)
-        for _ in range(20)
-    ]
+    data = [conditions(rng, own) for own in (1.0, 0.0) for _ in range(20)]
+    gains = [stats.out_of_hook_gain(*one, n_resamples=50)[0] for one in data]
     assert np.median(gains[:20]) > 0.3 > 0 > np.median(gains[20:]) - 0.02
 
 
@@ -201,12 +198,8 @@ def test_out_of_hook_gain_leaves_whole_hooks_out():
     hook, left = meta["model"] * 6 + meta["layer"], []
     for columns in ([base], [base, x]):
         Z = np.column_stack([*(meta["k"] == k for k in (4, 12, 32)), *columns]).astype(float)
-        left.append(
-            sum(
-                ((y - Z @ np.linalg.lstsq(Z[hook != h], y[hook != h], rcond=None)[0])[hook == h] ** 2).sum()
-                for h in range(18)
-            )
-        )
+        fits = (np.linalg.lstsq(Z[hook != h], y[hook != h], rcond=None)[0] for h in range(18))
+        left.append(sum(((y - Z @ fit)[hook == h] ** 2).sum() for h, fit in enumerate(fits)))
     share, lo, hi = stats.out_of_hook_gain(x, base, y, meta)
     assert share == pytest.approx(1 - left[1] / left[0]) and lo < share < hi
     by_heart = [

@@ -23,14 +23,11 @@ def dense_truth(model) -> tuple:
     delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
     delta[:, -1] = 0
     with sdpa_kernel(SDPBackend.MATH):
-        J = torch.stack(
-            [
-                torch.autograd.functional.jacobian(
-                    lambda x: Hook(model, LAYER).tail(rows[b : b + 1], x)[0, :-1], h[b : b + 1]
-                )[:, :, 0]
-                for b in range(len(rows))
-            ]
+        of_each = (
+            torch.autograd.functional.jacobian(lambda x: Hook(model, LAYER).tail(row, x)[0, :-1], at)
+            for row, at in zip(rows.split(1), h.split(1))
         )
+        J = torch.stack([jacobian[:, :, 0] for jacobian in of_each])
     p = log_probs_64(Hook(model, LAYER).tail(rows, h)).exp()
     return model, rows, h, delta, p, J
 

@@ -116,13 +116,9 @@ def hook():
     h = Hook(model, 1).head(rows)[:, :-1].flatten(0, 1)
     held = SimpleNamespace(input_ids=rows, document=np.array([0, 0, 1, 2, 3, 3, 4, 5]))
     one = Condition("tiny", 1, "topk", "base", 48, 5, 0, 10)
+    middle = SimpleNamespace(condition=one)
     eval_set = SimpleNamespace(
-        name="tiny",
-        hook=Hook(model, 1),
-        held=held,
-        d=16,
-        label="tiny L1",
-        middle=SimpleNamespace(condition=one),
+        name="tiny", hook=Hook(model, 1), held=held, d=16, label="tiny L1", middle=middle
     )
     saes = {one: tied_init(16, 48, 5, 0, h.mean(0)).requires_grad_(False)}
     return eval_set, saes, one, activations(Hook(model, 1), rows, 4)

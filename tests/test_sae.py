@@ -283,23 +283,10 @@ class Words:
 
 
 def spec(data, k, tokens, seed=0, d_sae=32, trunk=(), recipe="base", layer=1, sinks="keep") -> TrainingSpec:
-    of_stream = dict(
-        model="tiny", weights="w", tokenizer="t", dtype="float32", layer=layer, split="train", ctx=16
-    )
-    return TrainingSpec(
-        **of_stream,
-        data=str(data),
-        data_content="c",
-        tokens=tokens,
-        trunk=tuple(trunk),
-        d_sae=d_sae,
-        k=k,
-        seed=seed,
-        recipe=recipe,
-        sinks=sinks,
-        device="cpu",
-        version=1,
-    )
+    of_model = dict(model="tiny", weights="w", tokenizer="t", dtype="float32", layer=layer, ctx=16)
+    of_text = dict(data=str(data), data_content="c", split="train", tokens=tokens, trunk=tuple(trunk))
+    of_sae = dict(d_sae=d_sae, k=k, seed=seed, recipe=recipe, sinks=sinks, device="cpu", version=1)
+    return TrainingSpec(**of_model, **of_text, **of_sae)
 
 
 @pytest.fixture
@@ -326,6 +313,22 @@ def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
             assert sinks == "drop" or torch.cat(sink)[-1000 * first % 16 :: 16].all()
 
 
+ONE_STEP = {recipe: recipe.one_step for recipe in (Training, SAELensTraining)}
+
+
+def stopped_after(n, monkeypatch):
+    """Training is interrupted after n steps, of both recipes together."""
+    left = itertools.count(n, -1)
+    for recipe, one_step in ONE_STEP.items():
+
+        def breaking(self, h, one_step=one_step):
+            if next(left) == 0:
+                raise KeyboardInterrupt
+            return one_step(self, h)
+
+        monkeypatch.setattr(recipe, "one_step", breaking)
+
+
 def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch):
     """Stopped at several steps, inside branches too, in both recipes; every file the same, byte for byte."""
     model = tiny_model(dtype=torch.float32)
@@ -342,21 +345,11 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(text, tmp_path, monkeypatch
         ]
     specs += [spec(text, 2, 3000, layer=0), spec(text, 2, 3000, sinks="drop"), spec(text, 2, 900, layer=0)]
     get_saes(model, Words(), specs, tmp_path / "whole")
-    plain = {recipe: recipe.one_step for recipe in (Training, SAELensTraining)}
     for stop in (20, 14, 31, 3):
-        left = itertools.count(stop, -1)
-        for recipe, one_step in plain.items():
-
-            def breaking(self, h, one_step=one_step):
-                if next(left) == 0:
-                    raise KeyboardInterrupt
-                return one_step(self, h)
-
-            monkeypatch.setattr(recipe, "one_step", breaking)
+        stopped_after(stop, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             get_saes(model, Words(), specs, tmp_path / "broken")
-    for recipe, one_step in plain.items():
-        monkeypatch.setattr(recipe, "one_step", one_step)
+    stopped_after(10**6, monkeypatch)
     get_saes(model, Words(), specs, tmp_path / "broken")
     whole, broken = (contents(tmp_path / name) for name in ("whole", "broken"))
     assert whole == broken and len(whole) == 36
@@ -403,22 +396,14 @@ def test_what_a_finished_run_lacks_is_trained_again(text, tmp_path, monkeypatch)
     monkeypatch.setattr(recipes, "CHUNK", 1024)
     monkeypatch.setattr(trainer.time, "monotonic", itertools.count(step=100.0).__next__)
     monkeypatch.setattr(SAELensTraining, "pace", staticmethod(lambda tokens: (256, 1.0)))
-    specs = [
-        spec(text, 4, tokens, trunk=before, recipe="saelens")
-        for tokens, before in ((1200, []), (5000, [1200]))
-    ]
+    specs = [spec(text, 4, n, trunk=trunk, recipe="saelens") for n, trunk in ((1200, []), (5000, [1200]))]
     short, long = (one.folder(tmp_path) for one in specs)
     first = get_saes(model, Words(), specs, tmp_path)[0]
     (long / "sae.safetensors").unlink()
-    one_step, left = SAELensTraining.one_step, itertools.count(16, -1)
-    monkeypatch.setattr(
-        SAELensTraining,
-        "one_step",
-        lambda self, h: one_step(self, h) if next(left) else (_ for _ in ()).throw(KeyboardInterrupt),
-    )
+    stopped_after(16, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         get_saes(model, Words(), specs, tmp_path)
-    monkeypatch.setattr(SAELensTraining, "one_step", one_step)
+    stopped_after(10**6, monkeypatch)
     assert (long / "checkpoint.pt").exists()
     shutil.rmtree(short)
     assert torch.equal(get_saes(model, Words(), specs, tmp_path)[0].W_dec, first.W_dec)
