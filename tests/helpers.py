@@ -7,6 +7,7 @@ import sys
 
 import zygote
 from transport_geometry.models import text
+from transport_geometry.running.grid import Grid, plan
 from transport_geometry.saes.sae import load_sae
 from transport_geometry.saes.train import train_missing
 
@@ -80,34 +81,16 @@ def get_saes(model, tokenizer, specs, cache) -> list:
     return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
 
 
-def small_grid(**more):
+def small_grid(**more) -> Grid:
     """Of a command for one SAE of k = 8 and 50k tokens at block 3 of stdlib-s."""
-    from transport_geometry.running.grid import Grid
-
-    grid = dict(
-        models=(("stdlib-s", 3),),
-        k=(8,),
-        seeds=(0,),
-        tokens=(50_000,),
-        expansion=4,
-        recipes=("base",),
-        sinks=("keep",),
-        saes=(),
-        basis=(),
-        data="stdlib",
-        split="train",
-        revision=None,
-        dtype="float32",
-        leave_sinks=False,
-        save_tokens=False,
-    )
+    grid = dict(models=(("stdlib-s", 3),), k=(8,), seeds=(0,), tokens=(50_000,), expansion=4)
+    grid |= dict(recipes=("base",), sinks=("keep",), saes=(), basis=(), data="stdlib", split="train")
+    grid |= dict(revision=None, dtype="float32", leave_sinks=False, save_tokens=False)
     return Grid(**grid | more)
 
 
 def one_hook(eval_seqs: int, ctx: int):
     """The evaluation set of `small_grid`."""
-    from transport_geometry.running.grid import plan
-
     return plan(small_grid(eval_seqs=eval_seqs, ctx=ctx), torch.device("cpu"), "test")[1][0]
 
 
@@ -129,17 +112,10 @@ def script(name: str, *arguments, check: int = 0, **how) -> subprocess.Completed
     return done
 
 
-def process(
-    *command, check: int = 0, env: dict[str, str] | None = None, **how
-) -> subprocess.CompletedProcess:
+def process(*command, check: int = 0, env: dict | None = None, **how) -> subprocess.CompletedProcess:
     """Python in a process of its own, for what is read when it starts; env: beside the environment here."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-        **{"cwd": ROOT, **how},
-    )
+    how = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}, **how}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **how)
     assert done.returncode == check, done.stderr[-3000:]
     return done
 
@@ -152,18 +128,7 @@ def one_line(done: subprocess.CompletedProcess) -> str:
 
 
 def measured(code: str, *arguments) -> tuple[list[str], float]:
-    """(lines printed, peak memory in MB) of Python code in a process of its own.
-
-    Not a child of this one, whose own peak Linux would count in: sh is small.
-    """
-    code += "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    ran = subprocess.run(
-        ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=100,
-    )
-    assert ran.returncode == 0, ran.stderr
+    """(lines printed, peak memory in MB) of Python code in a process of its own."""
+    ran = process("-c", f"{PEAK}\n{code}\nprint(peak())", *arguments, timeout=100)
     *lines, peak = ran.stdout.splitlines()
-    return lines, int(peak) / (2**20 if sys.platform == "darwin" else 2**10)
+    return lines, int(peak) / 2**10

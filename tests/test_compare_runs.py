@@ -16,26 +16,18 @@ import pytest
 SD = {"r2": 0.02, "nmse": 0.02, "dce": 0.06, "gd_mean": 0.01, "kl": 0.03, "alive": 0.004, "ce_orig": 0.0}
 SCALE = {"r2": "log of 1 - x", "gd_mean": "plain", "alive": "plain"}
 PLACES = [(1000, k) for k in (4, 8, 32)]
-SPREADS = compare_runs.SeedSpreads(
-    columns={
-        name: compare_runs.Spread(
-            SCALE.get(name, "log"), dict.fromkeys(PLACES, sd), dict.fromkeys(PLACES, 76), together=1.5
-        )
-        for name, sd in SD.items()
-    },
-    said="planted",
-    models=["m0", "m1", "m2"],
-    beyond=0.02,
-)
+
+
+def spread(name, sd):
+    at = (dict.fromkeys(PLACES, number) for number in (sd, 76))
+    return compare_runs.Spread(SCALE.get(name, "log"), *at, together=1.5)
+
+
+COLUMNS = {name: spread(name, sd) for name, sd in SD.items()}
+SPREADS = compare_runs.SeedSpreads(COLUMNS, said="planted", models=["m0", "m1", "m2"], beyond=0.02)
 BASE = {"r2": 0.8, "nmse": 0.1, "dce": 0.3, "gd_mean": -0.02, "kl": 0.2, "alive": 0.9, "ce_orig": 3.0}
-SETTINGS = {
-    "script": "expb",
-    "seeds": [0],
-    "device": "cpu",
-    "text_sha256": "a" * 64,
-    "weights": {"m0": "w"},
-    "k": [4, 8, 32],
-}
+SETTINGS = {"script": "expb", "seeds": [0], "device": "cpu", "text_sha256": "a" * 64, "weights": {"m0": "w"}}
+SETTINGS |= {"k": [4, 8, 32]}
 SAE = {"sae": "topk", "recipe": "base", "d_sae": 64, "seed": 0, "tokens": 1000, "n_tok": 500}
 
 
