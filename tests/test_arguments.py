@@ -103,15 +103,9 @@ def test_a_closed_pipe_is_no_fault(main, status):
     program = f"import sys; from transport_geometry.errors import run_script; run_script({main})"
     reader, writer = os.pipe()
     os.close(reader)
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=buffered,
-    )
+    how = dict(cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""}, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, **how)
     os.close(writer)
     assert (done.returncode, done.stderr) == (status, "")
 

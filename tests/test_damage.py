@@ -157,10 +157,8 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
     verdict = tmp_path / "out/verdict.json"
     verdict.write_text(re.sub(r'("rows_sha256": ")[0-9a-f]{64}', r"\g<1>" + "0" * 64, verdict.read_text()))
-    assert (
-        "verdict.json is about other rows (SHA-256 000000000000"
-        in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
-    )
+    refused = expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+    assert "verdict.json is about other rows (SHA-256 000000000000" in refused
     verdict.unlink()
     expb(tmp_path, "--from", tmp_path / "out")
     assert (tmp_path / "out/verdict.json").read_bytes() == (whole / "out/verdict.json").read_bytes()
@@ -169,10 +167,8 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
 def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
     sums = read_npz(tmp_path / "out/sequences.npz")
-    store.put(
-        tmp_path / "out/run.json",
-        {"sequences.npz": as_npz({name: value[::-1] for name, value in sums.items()})},
-    )
+    turned = as_npz({name: value[::-1] for name, value in sums.items()})
+    store.put(tmp_path / "out/run.json", {"sequences.npz": turned})
     with pytest.raises(Damaged, match="other conditions"):
         load_results(tmp_path / "out")
 
@@ -229,13 +225,8 @@ def test_a_cache_that_goes_away_is_one_line(whole, tmp_path):
 @pytest.mark.slow
 def test_a_locale_without_our_letters(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "LC_ALL": "POSIX",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = dict(PATH="/usr/bin:/bin", PYTHONPATH=str(ROOT), LC_ALL="POSIX")
+    environment |= dict(PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     command = [sys.executable, str(ROOT / "expb.py"), "--from", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and b"---" in done.stdout, done.stderr.decode(errors="replace")[-2000:]

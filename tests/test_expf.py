@@ -1,6 +1,7 @@
 """Exp-F: its rule on planted truths, its losses on reconstructions that are known, and the script itself."""
 
 import dataclasses
+import itertools
 import shutil
 
 import expf_rate
@@ -49,11 +50,8 @@ def planted(of_r2: np.ndarray, of_ce: np.ndarray, seed: int = 0):
     large = model == "l"
     factors = dict.fromkeys(expf_rate.NAMES, np.ones(depths)) | {"1-r2": of_r2, "1-ce_rec": of_ce}
     losses = {name: level * bits**-0.5 * np.where(large, of[depth], 1.0) for name, of in factors.items()}
-    hooks = {
-        (m, str(i)): {n: (model == m) & (depth == i) & (k == n) for n in ks}
-        for m in "sl"
-        for i in range(depths)
-    }
+    at = itertools.product("sl", range(depths))
+    hooks = {(m, str(i)): {n: (model == m) & (depth == i) & (k == n) for n in ks} for m, i in at}
     lines = rate_curves.RateCurves(["s", "l"], hooks, np.ones((23, len(k))))
     tiled = {name: np.tile(v, (23, 1)) for name, v in losses.items()}
     return lines, rate_curves.Coded("0.5σ", np.tile(bits, (23, 1)), tiled)

@@ -103,9 +103,8 @@ def test_everything_against_dense_float64(hook):
     random = torch.stack([torch.randn(T - 1, d, generator=generator) for generator in generators]).double()
     random *= delta.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True)
     log_p, log_q = torch.log_softmax(logits, -1), patched(h_hat)
-    log_q_clean, log_q_random = (
-        patched(torch.where(sink[..., None], h, other)) for other in (h_hat, h + random)
-    )
+    lost = (torch.where(sink[..., None], h, other) for other in (h_hat, h + random))
+    log_q_clean, log_q_random = map(patched, lost)
     recon, sinkclean = ce_of(log_q), ce_of(log_q_clean)
     kl_calm, kl_random = (
         (log_p.exp() * (log_p - q)).sum(-1)[[0, 1, 4, 5]].sum() for q in (log_q_clean, log_q_random)
