@@ -63,13 +63,10 @@ def said(of_r2, of_ce) -> tuple[str, dict]:
     return expf_rate.leaf_f(of["1-r2"]["apart"]), of
 
 
-def test_one_model_twice_has_ratio_1():
-    leaf, of = said(np.ones(6), np.ones(6))
+def test_every_leaf():
+    leaf, of = said(np.ones(6), np.ones(6))  # one model twice
     assert leaf == "same"
     assert all(loss["ratio"]["factor"] == 1 == loss["apart"]["factor"] for loss in of.values())
-
-
-def test_every_leaf():
     spread = np.array([1, 1.02, 0.98, 1.05, 0.95, 1.0])
     leaf, of = said(1.5 * spread, spread)
     assert leaf == "differs" and of["1-r2"]["apart"]["factor"] == pytest.approx(1.5)

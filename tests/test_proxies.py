@@ -8,7 +8,7 @@ from helpers import tiny_model
 from transport_geometry.errors import Fault
 from transport_geometry.measuring import evaluate as evaluation
 from transport_geometry.measuring.evaluate import activations, evaluate
-from transport_geometry.measuring.metrics import PROXIES, SIMILARITY, Sums, computed, index_bits
+from transport_geometry.measuring.metrics import PROXIES, SIMILARITY, Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.saes import sae
 from transport_geometry.saes.basis_gate import near
@@ -170,17 +170,6 @@ def test_weights_are_the_same_as_repeating_sequences(hook):
     b = computed(Sums({q: v[None][:, index] for q, v in sums.items()}, np.ones((1, 6)), 16))
     for name in a:
         assert a[name] == pytest.approx(b[name], rel=1e-12), name
-
-
-def test_index_bits_of_independent_latents_are_their_entropy():
-    rng = np.random.default_rng(0)
-    rate = np.array([0.5, 0.1, 0.01, 0.0])
-    n_seq, per_seq = 10_000, 50  # 0.01 is nine standard errors (delta method)
-    fired = np.stack([rng.binomial(n_seq // 2 * per_seq, rate) for _ in range(2)]).astype(float)
-    entropy = -sum(p * math.log2(p) + (1 - p) * math.log2(1 - p) for p in rate if p)
-    assert index_bits(fired, np.full(2, n_seq // 2 * per_seq)) == pytest.approx(entropy, rel=0.01)
-    assert np.isfinite(index_bits(np.array([[2.0, 0], [1, 0]]), np.array([4, 2])))
-    assert np.isnan(index_bits(np.array([[2.0, 0], [0, 0]]), np.array([4, 0])))
 
 
 def test_scores_of_every_proxy_are_larger_where_less_is_lost():

@@ -34,6 +34,7 @@ def test_indices_cost_their_entropy():
     halves = np.stack([fired[::2].sum(0), fired[1::2].sum(0)])
     assert bits == pytest.approx(index_bits(halves, np.array([n_tok[::2].sum(), n_tok[1::2].sum()])))
     assert np.isnan(rate.index_lengths(fired[:1], n_tok[:1])).all()  # no other half
+    assert np.isnan(index_bits(np.array([[2.0, 0], [0, 0]]), np.array([4, 0])))
 
 
 def drawn(rng, p_of, n: int, n_doc: int = 10):
