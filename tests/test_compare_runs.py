@@ -88,7 +88,9 @@ def test_a_millionth_is_another_processor_and_a_thousandth_another_sae(word):
 def test_saes_trained_anew_are_reproduced(word):
     outcome = word(saes(2), settings={"device": "mps"})
     assert outcome.word == "reproduced" and "verdict rejected" in outcome.summary
-    assert "settings: other device" in "\n".join(outcome.lines)
+    text = "\n".join(outcome.lines)
+    assert "of 324 numbers (normal: 0.9), in" in text and "(between seeds 1.1, allowed 5)" in text
+    assert "settings: other device" in text
     assert {word(saes(seed)).word for seed in range(3, 13)} == {"reproduced"}
     many = [row | {"seed": seed} for seed in range(4) for row in saes(20 + seed)]
     outcome = word(many, settings={"seeds": [0, 1, 2, 3]})  # compared by cell

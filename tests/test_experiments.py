@@ -202,6 +202,7 @@ def test_what_exp_a_leaves_behind(run_a):
         assert row["n_seeds"] == 3 and (row["small"], row["large"]) == ("stdlib-s", "stdlib-m")
     verdict = json.loads((out / "verdict.json").read_text())
     assert (verdict["leaf"], verdict["budget"], len(verdict["cells"])) == ("undertrained", 10_000, 3)
+    assert verdict["thresholds"]["margin"] == 0.02
     assert "H0/H1: undertrained" in printed and "H0/H1: undertrained" in (out / "report.md").read_text()
 
 

@@ -613,6 +613,9 @@ def better_with(**change):
     return lambda seed: study(seed, **GOOD | change)
 
 
+out_of_range = better_with(shift=6.0)
+
+
 def as_good(seed):
     """As controls that leave too little."""
     return study(seed, swd=0.1, control=0.1)
@@ -646,17 +649,25 @@ def every_claim_holds(v):
     return v["a_holds"] and v["b_holds"] and v["b_judged"] and v["diff_loho_control"] > 0 and halved and whole
 
 
+def transfers_no_better(v):
+    return v["a_holds"] and v["b_judged"] and not v["b_holds"] and v["diff_loho_control"] > 0
+
+
+def could_be_better(v):
+    return v["room"] >= max(0.1, v["smallest_detectable"]) and v["p_perfect"] < 0.05
+
+
 @pytest.mark.parametrize(
     "make, leaf, why, holds",
     [
         (better_with(), "supported", "", every_claim_holds),
-        (better_with(shift=0.0), "rejected", "not shown to transfer better", lambda v: not v["b_holds"]),
+        (better_with(shift=0.0), "rejected", "not shown to transfer better", transfers_no_better),
         (noisy_r2, "beats-r2-only", "", lambda v: not v["a_holds"] and v["p_r2"] < 0.05),
         (as_good, CANNOT, "margin", lambda v: v["room"] < 0.1),
         (as_wrong, CANNOT, "four of five", lambda v: 0.1 <= v["room"] < v["smallest_detectable"]),
-        (wrong_alike, "rejected", "", lambda v: v["room"] >= max(0.1, v["smallest_detectable"])),
-        (better_with(shift=6.0), "not-transferable", "", lambda v: v["in_range_control"] < 0.5),
-        (of_one_model, "undecided", "transfer across scale undefined", lambda v: v["gamma_proxy"] is None),
+        (wrong_alike, "rejected", "", could_be_better),
+        (out_of_range, "not-transferable", "", lambda v: v["a_holds"] and v["in_range_control"] < 0.5),
+        (of_one_model, "undecided", "scale undefined", lambda v: v["a_holds"] and v["gamma_proxy"] is None),
     ],
 )
 def test_planted_studies_reach_their_leaf(few_patterns, independent_hooks, make, leaf, why, holds):
