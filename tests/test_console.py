@@ -39,8 +39,14 @@ PICTURES = {
 }
 SLOW = ("expc_fisher", "expd_mi", "expe_attention", "expf_rate", "expp_planted")
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PICTURES]
-# words and widths, which do not depend on how many resamples there are
-FEW = f"{zygote.UNDRAWN}\nimport expa, expb\nexpa.N_RESAMPLES = expb.N_RESAMPLES = 60\n"
+# words and widths, which do not depend on how many resamples and patterns there are
+FEW = f"""{zygote.UNDRAWN}
+import expa, expb
+from transport_geometry.statistics import hook_tests
+expa.N_RESAMPLES = expb.N_RESAMPLES = 60
+drawn = hook_tests.sign_patterns
+hook_tests.sign_patterns = lambda G, n_draws=401, seed=0: drawn(G, 401, seed)
+"""
 THREE = Answer("Is it so?", "It is.", "Not more than that.")
 
 
