@@ -92,16 +92,16 @@ def share(verdicts: list[dict], leaf: str) -> float:
 
 # ------------------------------------------------------------------------------------------------- the tree
 def test_no_gap_at_all_is_h0():
-    found = verdicts(100)
+    found = verdicts(60)
     assert share(found, "H0") > 0.9
     assert share(found, "H1") == share(found, "H0+H1") == share(found, "N") == 0
 
 
 def test_a_gap_that_never_was_cannot_go():
-    found = verdicts(60, before=0.0)
+    found = verdicts(40, before=0.0)
     assert share(found, "undecided") > 0.9
     assert all(v["equal"] for v in found if "there never was a gap" in v["reason"])
-    assert share(verdicts(60, before=0.0, gap=0.06), "H1") > 0.85  # what does not go may still be there
+    assert share(verdicts(40, before=0.0, gap=0.06), "H1") > 0.85  # what does not go may still be there
 
 
 def test_patches_that_improve_ce_decide_nothing():
@@ -155,9 +155,9 @@ def test_a_gap_is_found():
 
 
 def test_a_gap_of_normalisation_is_called_that():
-    found = verdicts(60, gap=0.06, control_gap=0.0, delta=0.05)
+    found = verdicts(40, gap=0.06, control_gap=0.0, delta=0.05)
     assert share(found, "N") > 0.9 and {v["control"] for v in found} <= set(expa.SINK_FREE)
-    assert share(verdicts(60, gap=0.06, control_gap=0.055, delta=0.05), "N") < 0.1
+    assert share(verdicts(40, gap=0.06, control_gap=0.055, delta=0.05), "N") < 0.1
 
 
 def test_gates_stop_what_is_not_trained():
