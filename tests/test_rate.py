@@ -11,6 +11,7 @@ from transport_geometry.measuring.metrics import index_bits
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.condition import Condition
 from transport_geometry.saes.sae import TopKSAE, tied_init
+from transport_geometry.statistics.curves import k_star
 
 import numpy as np
 import pytest
@@ -207,6 +208,13 @@ def test_ratio_at_equal_bits():
     falling = x[:, ::-1], np.exp(-0.01 * x[:, ::-1])  # the order of the points is no matter
     assert rate.log_ratio((x, np.exp(-0.01 * x)), falling) == pytest.approx(0)
     assert np.isnan(rate.log_ratio((x, np.array([[1.0, -1, 1]])), (x, x)))  # a loss that is none
+
+
+def test_bits_star_of_each_draw_is_of_its_own_bits():
+    rng = np.random.default_rng(0)
+    bits, ce = np.cumsum(20 + 50 * rng.random((30, 4)), 1), np.sort(rng.random((30, 4)), 1)
+    alone = [k_star(bits[[row]], ce[[row]], 0.5)[0] for row in range(30)]
+    np.testing.assert_allclose(k_star(bits, ce, 0.5), alone)
 
 
 def test_front():

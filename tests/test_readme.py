@@ -21,7 +21,9 @@ import expd_mi
 from helpers import script
 from transport_geometry.errors import Fault, UserError, run_script
 from transport_geometry.formats import __main__ as sae_commands
+from transport_geometry.models import plant
 from transport_geometry.models.gguf_models import PACKAGED
+from transport_geometry.reporting import summary
 
 import pytest
 import yaml
@@ -292,6 +294,14 @@ def test_the_macs_workflow_runs_what_the_pages_and_ci_run():
     by_hand = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert install in by_hand and quick in by_hand and built.split("'")[1] in by_hand
     assert f"    {check}\n" in PAGES["docs/gpus.md"]
+
+
+def test_plants_and_leaves_named_in_the_pages_are_those_of_the_code():
+    plants = r"`\+?((?:null|visible|relative|starved|turned)[\d.]+)`"
+    for name in re.findall(plants, PAGES["docs/running.md"]):
+        assert plant.plants(f"stdlib-s+{name}")
+    said = re.search(r"until its leaf is ([^,]+, .*?) or (\w+),", PAGES["docs/statistics.md"])
+    assert {*said[1].split(", "), said[2]} == set(summary.ADJUDICATED)
 
 
 # -------------------------------------------------------------------------------------------------- citation
