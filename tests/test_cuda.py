@@ -416,37 +416,18 @@ def test_refusals(gpu):
 
 # ------------------------------------------------------------------- does the emulator see what is not there?
 SOURCE = (ROOT / "csrc/ops_cuda.cu").read_text()
+SHUFFLE = "for (int step = 16; step > 0; step /= 2) sum +="
 FAULTS = {  # what is there, what is put in its place, what must be said
     "a barrier less": ("      __syncthreads();\n      if (there) add(", "      if (there) add(", "race"),
     "an addition without a lock": ("atomicAdd(count, 1)", "(*count)++", "race"),
     "a bound that is one too far": ("if (f < F) {", "if (f <= F) {", "outside of every tensor"),
-    "a shared slot that nobody fills": (
-        "if (threadIdx.x % 32 == 0) warp[s]",
-        "if (threadIdx.x == 0) warp[s]",
-        "before it is written",
-    ),
+    "a shared slot that nobody fills": ("x % 32 == 0) warp[s]", "x == 0) warp[s]", "before it is written"),
     "a launch on another stream": ("how.stream = stream;", "how.stream = nullptr;", "another stream"),
-    "a shuffle of half a warp": (
-        "for (int step = 16; step > 0; step /= 2) sum +=",
-        "if (threadIdx.x % 32 < 16) for (int step = 16; step > 0; step /= 2) sum +=",
-        "stuck",
-    ),
-    "an index followed unchecked": (
-        "inside = uint64_t(f) < uint64_t(F)",
-        "inside = f < F",
-        "outside of every tensor",
-    ),
-    "a row that two blocks write": (
-        "store(h_hat + n * d + i, decode_at",
-        "store(h_hat + i, decode_at",
-        "race",
-    ),
+    "a shuffle of half a warp": (SHUFFLE, f"if (threadIdx.x % 32 < 16) {SHUFFLE}", "stuck"),
+    "an index followed unchecked": ("= uint64_t(f) < uint64_t(F)", "= f < F", "outside of every tensor"),
+    "a row that two blocks write": ("h_hat + n * d + i, decode_at", "h_hat + i, decode_at", "race"),
     "a bound without the weights that are lost": ("up(rest + (d + 9)", "up((d + 9)", "encode"),
-    "a bound without the token that is lost": (
-        ": float2{up(kept), up(rest)}",
-        ": float2{up(kept), 0}",
-        "encode",
-    ),
+    "a bound without the lost token": (": float2{up(kept), up(rest)}", ": float2{up(kept), 0}", "encode"),
     "a bound without the rounding of sums": ("0x1p-21 * kept", "0x1p-24 * kept", "encode"),
 }
 

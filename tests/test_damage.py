@@ -2,7 +2,6 @@
 one line.
 """
 
-import itertools
 import json
 import os
 import pathlib
@@ -71,27 +70,23 @@ def half_of(path: pathlib.Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def to_folder(path: pathlib.Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 @pytest.mark.parametrize(
     "name, harm",
     [
         ("sae.safetensors", weight),
-        ("sae.safetensors", half_of),
         ("cfg.json", other_k),
         ("cfg.json", pathlib.Path.unlink),
         ("provenance.json", lambda path: flip(path, 0.5)),
-        ("provenance.json", lambda path: path.write_bytes(b"")),
     ],
 )
 def test_a_damaged_sae_is_set_aside_and_made_again(whole, tmp_path, name, harm):
+    """By name it is refused."""
     shutil.copytree(whole / "cache", tmp_path / "cache")
     victim = sorted((tmp_path / "cache").iterdir())[0]
     harm(victim / name)
     harmed = contents(victim)
+    command = ["--models", "stdlib-s", "--sae", victim, *SIZE, "--out", tmp_path / "named"]
+    assert f"{victim.name}: {name}" in script("expb.py", *command, check=2).stderr
     printed = expb(tmp_path).stdout
     aside = tmp_path / "cache" / f"{victim.name}.damaged"
     assert f"{victim / name}: " in printed and f"set aside as {aside.name}, trained again" in printed
@@ -100,15 +95,7 @@ def test_a_damaged_sae_is_set_aside_and_made_again(whole, tmp_path, name, harm):
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda path: flip(path, 0.6),
-        lambda path: flip(path, 0.05),
-        lambda path: path.write_bytes(b""),
-        to_folder,
-    ],
-)
+@pytest.mark.parametrize("harm", [lambda path: flip(path, 0.6), lambda path: path.write_bytes(b"")])
 def test_a_damaged_checkpoint_is_set_aside_and_training_starts_anew(whole, half, tmp_path, harm):
     shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     checkpoint = next(tmp_path.rglob("checkpoint.pt"))
@@ -116,7 +103,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_starts_anew(whole, half,
     printed = expb(tmp_path).stdout
     aside = next(tmp_path.rglob("checkpoint*damaged*"))
     assert f"{checkpoint}: " in printed and f"set aside as {aside.name}; training starts anew" in printed
-    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    aside.unlink()
     assert contents(tmp_path) == contents(whole)
 
 
@@ -150,11 +137,10 @@ def edit(path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "name, harm",
     [
-        *itertools.product(
-            ["conditions.csv", "sequences.npz", "tokens.npz", "run.json"],
-            [lambda path: flip(path, 0.7), half_of, to_folder],
-        ),
         ("conditions.csv", edit),
+        ("sequences.npz", lambda path: flip(path, 0.7)),
+        ("tokens.npz", half_of),
+        ("run.json", lambda path: (path.unlink(), path.mkdir())),
     ],
 )
 def test_damaged_or_edited_results_are_one_line(whole, tmp_path, name, harm):
@@ -171,33 +157,18 @@ def test_a_verdict_about_other_rows_is_not_written_over(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
     verdict = tmp_path / "out/verdict.json"
     verdict.write_text(re.sub(r'("rows_sha256": ")[0-9a-f]{64}', r"\g<1>" + "0" * 64, verdict.read_text()))
-    assert (
-        "verdict.json is about other rows (SHA-256 000000000000"
-        in expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
-    )
+    refused = expb(tmp_path, "--from", tmp_path / "out", check=2).stderr
+    assert "verdict.json is about other rows (SHA-256 000000000000" in refused
     verdict.unlink()
     expb(tmp_path, "--from", tmp_path / "out")
     assert (tmp_path / "out/verdict.json").read_bytes() == (whole / "out/verdict.json").read_bytes()
 
 
-def test_a_damaged_sae_is_not_evaluated_by_name_either(whole, tmp_path):
-    shutil.copytree(whole / "cache", tmp_path / "cache")
-    victim = sorted((tmp_path / "cache").iterdir())[0]
-    for name, harm in (("sae.safetensors", weight), ("cfg.json", other_k)):
-        harm(victim / name)
-        command = ["--models", "stdlib-s", "--sae", victim, *SIZE, "--out", tmp_path / "out"]
-        assert f"{name}: not as it was written" in script("expb.py", *command, check=2).stderr
-        shutil.rmtree(victim)
-        shutil.copytree(whole / "cache" / victim.name, victim)
-
-
 def test_rows_and_sums_are_of_the_same_conditions(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
     sums = read_npz(tmp_path / "out/sequences.npz")
-    store.put(
-        tmp_path / "out/run.json",
-        {"sequences.npz": as_npz({name: value[::-1] for name, value in sums.items()})},
-    )
+    turned = as_npz({name: value[::-1] for name, value in sums.items()})
+    store.put(tmp_path / "out/run.json", {"sequences.npz": turned})
     with pytest.raises(Damaged, match="other conditions"):
         load_results(tmp_path / "out")
 
@@ -254,13 +225,8 @@ def test_a_cache_that_goes_away_is_one_line(whole, tmp_path):
 @pytest.mark.slow
 def test_a_locale_without_our_letters(whole, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "LC_ALL": "POSIX",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = dict(PATH="/usr/bin:/bin", PYTHONPATH=str(ROOT), LC_ALL="POSIX")
+    environment |= dict(PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     command = [sys.executable, str(ROOT / "expb.py"), "--from", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and b"---" in done.stdout, done.stderr.decode(errors="replace")[-2000:]

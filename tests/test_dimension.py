@@ -28,14 +28,7 @@ def sums_of(x: np.ndarray, block: np.ndarray) -> Moments:
 def test_pr_of_known_spectra():
     pr = dimension.participation_ratio
     assert pr(np.ones(7)) == pytest.approx(7) and pr(5 * np.eye(1, 7)[0]) == pytest.approx(1)
-    assert (
-        pr(np.r_[1000.0, np.ones(63)]) == pytest.approx(1063**2 / 1_000_063) == pytest.approx(1.13, abs=1e-3)
-    )
-    # one position in 256 of norm 1000, the rest of variance 330 over 512 directions: SST 4221
-    sink = 1000**2 / 256 * (1 - 1 / 256)
-    assert sink + 330 == pytest.approx(4221, abs=1) and pr(np.r_[sink, np.full(512, 330 / 512)]) == (
-        pytest.approx(1.177, abs=1e-3)
-    )
+    assert pr(np.r_[1000.0, np.ones(63)]) == pytest.approx(1063**2 / 1_000_063)
     assert np.isnan(pr(np.zeros(3)))
 
 
@@ -56,13 +49,8 @@ def test_pairs_within_a_document_are_no_pairs():
         x = rng.standard_normal((40, 32))[document] + rng.standard_normal((2000, 32))
         sums = sums_of(x, document)
         by_position = dimension.pr_corrected(sums_of(x, np.arange(2000)), np.ones(2000))
-        found.append(
-            (
-                dimension.counts(sums, np.ones(40))["pr"],
-                by_position,
-                dimension.pr_corrected(sums, np.ones(40)),
-            )
-        )
+        ones = np.ones(40)
+        found.append((dimension.counts(sums, ones)["pr"], by_position, dimension.pr_corrected(sums, ones)))
     plain, by_position, corrected = np.mean(found, 0)
     assert plain < by_position < 28 and corrected == pytest.approx(32, rel=0.05)
 
@@ -140,9 +128,8 @@ def test_a_planted_sink_collapses_pr_and_not_what_is_without_sinks():
         assert planted_out[name] == pytest.approx(plain_out[name], rel=1e-4), name
     # G is a mean over positions, so that Sigma^1/2 G Sigma^1/2 over all of them collapses with Sigma: what H3
     # reads does not
-    assert planted["dim_fisher"] < 1.01 and planted["log_ratio"] == pytest.approx(
-        plain["log_ratio"], abs=0.25
-    )
+    assert planted["dim_fisher"] < 1.01
+    assert planted["log_ratio"] == pytest.approx(plain["log_ratio"], abs=0.25)
     assert planted["log_ratio_lo"] < planted["log_ratio"] < planted["log_ratio_hi"]
 
 
@@ -182,18 +169,10 @@ def test_the_snr_dimension_of_four_spectra(rho, dim):
     assert row["mi"] == pytest.approx(-0.5 * np.log(1 - np.square(rho)).sum(), rel=0.05)
 
 
-def test_canonical_correlations_find_sixteen_of_64_and_refuse_independent_pairs():
-    document = np.arange(8192) // 64
-    x, y = gaussian_pairs((2**-0.5,) * 16, 64, 8192)  # 5.55 nats
-    found = dimension.canonical_rows(x, y, document, (0.0,))
-    assert found[0]["dimension"] == pytest.approx(16, rel=0.1)
-    assert found[0]["mi"] == pytest.approx(8 * np.log(2), rel=0.1)
-    rows = dimension.canonical_rows(*gaussian_pairs((), 64, 8192), document, (0.0, 0.5, 1.0, 2.0))
+def test_independent_pairs_are_refused_and_what_is_fitted_is_not_held_out():
+    """20 channels each, 200 positions to fit: 1 nat there and none beyond."""
+    pairs = gaussian_pairs((), 64, 8192)
+    rows = dimension.canonical_rows(*pairs, np.arange(8192) // 64, (0.0, 0.5, 1.0, 2.0))
     assert mutual_information.refusals([row | {"mi_se": 0.0} for row in rows], None) == ["null"] * 4
-
-
-def test_what_is_fitted_is_not_held_out():
-    """20 channels each, independent, 200 positions to fit: 1 nat there and none beyond."""
-    x, y = gaussian_pairs((), 20, 400)
-    (row,) = dimension.canonical_rows(x, y, np.arange(400), (0.0,))
+    (row,) = dimension.canonical_rows(*gaussian_pairs((), 20, 400), np.arange(400), (0.0,))
     assert row["mi_fit"] > 0.8 and row["mi"] < 0.15 and row["mi_null"] < 0.15

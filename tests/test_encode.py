@@ -3,9 +3,8 @@ is the definition.
 """
 
 import os
-import subprocess
-import sys
 
+from helpers import process
 from transport_geometry import ROOT, kernels
 
 import pytest
@@ -183,6 +182,6 @@ def test_a_library_that_saturates_is_found_out():
     """oneDNN without 8-bit products adds pairs of them in 16 bits: nearly every sum is wrong."""
     if kernels._module.int8_gemm_cost() >= kernels._module.MAX_INT8_GEMM_COST:
         pytest.skip("this CPU has no exact 8-bit products to be taken away")
-    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    subprocess.run([sys.executable, "-c", LIMITED], env=env, check=True, cwd=ROOT)
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    env = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": path}
+    process("-c", LIMITED, env=env)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import itertools
 
-from helpers import tiny_model
+from helpers import Largest, tiny_model
 from transport_geometry.measuring import evaluate as module
 from transport_geometry.measuring.evaluate import (
     ablated,
@@ -23,22 +23,6 @@ from transport_geometry.saes.sae import tied_init
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that a tensor has which an operation within makes, the weights' own views aside."""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.most, self.weights = 0, {w.untyped_storage().data_ptr() for w in weights}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.weights:
-                self.most = max(self.most, one.untyped_storage().nbytes() // one.element_size())
-        return out
 
 
 @contextlib.contextmanager
@@ -66,7 +50,7 @@ def long_rows():
     return torch.randint(0, 301, (3, 20), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 1, 3)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (1, 1, 3)])
 def test_what_goes_on_from_another_hook_has_the_same_bits(model, long_rows, order):
     """h, what the unembedding is given and every gradient: in company or alone, in any order, so that an
     interrupted run that goes on is the run that was not.
@@ -171,13 +155,13 @@ def test_clean_sinks_after_the_last_block(model, long_rows):
 
 # ------------------------------------------------------------------------------------------------- memory
 def test_evaluation_holds_a_tile_of_the_vocabulary():
-    """12 x 64 tokens in one batch, 12 SAEs, V = 20,000: nothing is larger than two runs' logits of one tile,
-    128 positions, where [N,V] would be three times that. An experiment that asks for all has it.
+    """12 x 64 tokens in one batch, V = 20,000: nothing is larger than two runs' logits of one tile, 128
+    positions, where [N,V] would be three times that. An experiment that asks for all has it.
     """
     model = tiny_model(d=16, layers=2, vocab=20_000, dtype=torch.float32)
     rows = torch.randint(0, 20_000, (12, 64), generator=torch.Generator().manual_seed(8))
     hook = Hook(model, 0)
-    saes = saes_of(hook, rows, 12)
+    saes = saes_of(hook, rows, 4)
     hook.unembeds(rows)  # looked at once
 
     def most(terms=None):

@@ -22,7 +22,7 @@ from transport_geometry.statistics import over_hooks
 import numpy as np
 import pytest
 import torch
-from test_models import add_tokenizer, make
+from test_models import make
 
 B, H, T = 2, 3, 7
 EPS = 0.6  # 1 / scaling
@@ -66,33 +66,20 @@ def test_kl_is_the_regret_of_keeping_the_plan(scores):
     close(EPS * change(s, s_hat)["kl"], energy(p, log_p) - energy(q, log_q))
 
 
-def test_jeffreys_is_both_directions_and_a_product(scores):
-    s, s_hat = scores
-    both = change(s, s_hat)["kl"] + change(s_hat, s)["kl"]
-    close(change(s, s_hat)["jeffreys"], both)
-    close(both, ((plan(s)[0] - plan(s_hat)[0]) * (s - s_hat)).sum(-1))
-
-
 def test_two_keys_in_closed_form():
     s, s_hat = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     s[..., 1, 0], s_hat[..., 1, 0] = 0.7, -1.1
     p, q = 1 / (1 + math.exp(-0.7)), 1 / (1 + math.exp(1.1))
     kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    def entropy(p):
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
     found = {name: v[0, 0, 1].item() for name, v in change(s, s_hat).items()}
-    assert found == pytest.approx(
-        dict(
-            kl=kl,
-            jeffreys=(p - q) * (0.7 + 1.1),
-            half_var=p * (1 - p) * 1.8**2 / 2,
-            kl_first=kl,  # the other key has nothing to split
-            first=p,
-            first_hat=q,
-            entropy=entropy,
-            entropy_hat=-q * math.log(q) - (1 - q) * math.log(1 - q),
-        ),
-        abs=1e-12,
-    )
+    # kl_first: the other key has nothing to split
+    truth = dict(kl=kl, kl_first=kl, jeffreys=(p - q) * (0.7 + 1.1), half_var=p * (1 - p) * 1.8**2 / 2)
+    truth |= dict(first=p, first_hat=q, entropy=entropy(p), entropy_hat=entropy(q))
+    assert found == pytest.approx(truth, abs=1e-12)
 
 
 def test_chain_rule_at_position_0(scores):
@@ -101,37 +88,16 @@ def test_chain_rule_at_position_0(scores):
     s[:, 0, :, 0] += 30
     s_hat[:, 0, :, 0] += 29
     found = change(s, s_hat)
-    rest, rest_hat = (torch.log_softmax(x[..., 1:, 1:].masked_fill(
-        torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1), -math.inf), -1) for x in (s, s_hat))  # fmt: skip
+    hidden = torch.ones(T - 1, T - 1, dtype=torch.bool).triu(1)
+    rest, rest_hat = (
+        torch.log_softmax(x[..., 1:, 1:].masked_fill(hidden, -math.inf), -1) for x in (s, s_hat)
+    )
     of_rest = (rest.exp() * (rest - rest_hat)).nan_to_num(0).sum(-1)
     whole = found["kl_first"][..., 1:] + plan(s)[0][..., 1:, 1:].sum(-1) * of_rest
     close(whole, found["kl"][..., 1:])
     # in the sink head nearly all of KL is about position 0, and it is known to 4 digits
     share = found["kl_first"][:, 0, 1:] / found["kl"][:, 0, 1:]
     assert ((share > 0) & (share <= 1 + 1e-6)).all()
-
-
-def test_second_order_is_kl_for_small_changes(scores):
-    """Off in proportion to the change."""
-    s, delta = scores
-    off = []
-    for alpha in (1e-2, 1e-3):
-        found = change(s, s + alpha * delta)
-        off.append((found["half_var"].sum() / found["kl"].sum() - 1).abs().item())
-    assert off[1] < 2e-3 and 0.05 < off[1] / off[0] < 0.2
-
-
-def test_a_shift_of_all_keys_leaves_the_plan_and_moves_cost_and_potential():
-    q, k, shift = draw(1, 1, T, 4, seed=3), draw(1, 1, T, 4, seed=4), draw(4, seed=5)
-    s, shifted = (q @ keys.transpose(2, 3) / EPS for keys in (k, k + shift))
-    found = change(s, shifted)
-    close(found["kl"], torch.zeros_like(found["kl"]))
-    close(found["jeffreys"], torch.zeros_like(found["kl"]))
-    potential, moved = (EPS * x.logsumexp(-1) for x in (s, shifted))
-    close(moved - potential, q @ shift)
-    cost, moved = ((plan(x)[0] * -EPS * x).sum(-1) for x in (s, shifted))
-    close(moved - cost, -q @ shift)
-    assert (q @ shift).abs().min() > 1e-2
 
 
 # ---------------------------------------------------------------- the four runs, on the model's own attention
@@ -148,12 +114,8 @@ class Eager:
     def values(self, attention, x):
         """v [B,H,T,e] of what the attention is fed, [B,T,d]."""
         if hasattr(attention, "query_key_value"):
-            return (
-                attention.query_key_value(x)
-                .unflatten(-1, (-1, 3 * attention.head_size))
-                .chunk(3, -1)[2]
-                .transpose(1, 2)
-            )
+            of_heads = attention.query_key_value(x).unflatten(-1, (-1, 3 * attention.head_size))
+            return of_heads.chunk(3, -1)[2].transpose(1, 2)
         v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         return v.repeat_interleave(attention.num_key_value_groups, 1)
 
@@ -198,7 +160,7 @@ def family(name):
     return model, hook, rows, h, h_hat
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral", "qwen3"])  # grouped queries, windows
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral"])  # grouped queries, windows
 def test_one_stack_is_four_runs_of_the_models_own(name):
     model, hook, rows, h, h_hat = family(name)
     seen = {}
@@ -227,11 +189,8 @@ def test_one_stack_is_four_runs_of_the_models_own(name):
         of_plan = torch.einsum("bhts,bhse->bhte", b - a, v[block])
         of_value = torch.einsum("bhts,bhse->bhte", b, v_hat[block] - v[block])
         close(a @ v[block] + of_plan + of_value, b @ v_hat[block], atol=1e-12)
-        for ours, truth in (
-            (found.plan_sq, of_plan),
-            (found.value_sq, of_value),
-            (found.out_sq, a @ v[block]),
-        ):
+        parts = {"plan_sq": of_plan, "value_sq": of_value, "out_sq": a @ v[block]}
+        for ours, truth in ((getattr(found, name), part) for name, part in parts.items()):
             torch.testing.assert_close(ours.double(), truth.square().sum(-1), rtol=1e-5, atol=1e-6)
         for part in (found.kl, found.jeffreys, found.half_var, found.plan_sq):
             assert (part[..., 0] == 0).all() and part[..., 1:].min() > 0  # query 0 has one key
@@ -274,10 +233,8 @@ def test_columns_are_means_over_blocks_heads_and_queries():
     rows = torch.randint(0, 41, (4, 12), generator=torch.Generator().manual_seed(5))
     hook, error = Hook(model, 0), 0.5 * draw(44, 16, seed=7).float()
     result = evaluate(hook, rows, {"x": lambda h, mean: h + error}, 4, terms=expe_attention.terms)["x"]
-    values = computed(
-        Sums({q: v[None] for q, v in result.sums.items()}, np.ones((1, 4)), 16), expe_attention.OWN
-    )
-    values = {name: float(v[0, 0]) for name, v in values.items()}
+    sums = Sums({q: v[None] for q, v in result.sums.items()}, np.ones((1, 4)), 16)
+    values = {name: float(v[0, 0]) for name, v in computed(sums, expe_attention.OWN).items()}
     model = model.double()
     h = Hook(model, 0).head(rows)
     h_hat = h.clone()
@@ -303,19 +260,11 @@ def test_columns_are_means_over_blocks_heads_and_queries():
         mediated=1 - (frozen - ce(log_p)) / dce,
         plan_only=(plan_only - ce(log_p)) / dce,
     )
-    assert {name: values[name] for name in truth} == pytest.approx(
-        {name: float(x) for name, x in truth.items()}, rel=1e-3
-    )
+    truth = {name: float(x) for name, x in truth.items()}
+    assert {name: values[name] for name in truth} == pytest.approx(truth, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name, why",
-    [
-        ("gemma2", "soft-capped scores or attention sinks"),
-        ("gpt_neo", "cannot be exchanged or looked at"),
-        ("bloom", "cannot be exchanged or looked at"),
-    ],
-)
+@pytest.mark.parametrize("name, why", [("gemma2", "soft-capped scores"), ("bloom", "cannot be exchanged")])
 def test_a_family_whose_attention_cannot_be_read_says_so(name, why):
     model = make(name)
     with pytest.raises(UserError, match=why):
@@ -334,13 +283,9 @@ def test_every_block_after_the_hook_must_attend():
 
 @pytest.mark.slow
 def test_refused_before_anything_is_trained(tmp_path):
-    make("gemma2", torch.float32, vocab_size=2048).save_pretrained(tmp_path / "gemma")
-    add_tokenizer(tmp_path / "gemma")
     folders = ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
-    grid = ["--k", "2", "--tokens", "1k", "--eval-seqs", "2", "--ctx", "8", *folders]
-    refused = script("expe_attention.py", "--models", f"{tmp_path / 'gemma'}@1", *grid, check=2)
-    assert "soft-capped" in one_line(refused)
-    last = script("expe_attention.py", "--models", "stdlib-s@5", *grid, check=2)
+    grid = ["--models", "stdlib-s@5", "--k", "2", "--tokens", "1k", "--eval-seqs", "2", "--ctx", "8"]
+    last = script("expe_attention.py", *grid, *folders, check=2)
     assert "no attention follows" in one_line(last)
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
@@ -349,11 +294,10 @@ def test_refused_before_anything_is_trained(tmp_path):
 def small(tmp_path_factory):
     """Three hooks, one of them the last block's."""
     folder = tmp_path_factory.mktemp("expe")
-    grid = (
-        "--models stdlib-s@3,stdlib-s@4,stdlib-s@5 --k 2,8 --tokens 3k --eval-seqs 4 --ctx 32 --expansion 2"
-    )
-    where = ["--out", folder / "out", "--cache", folder / "cache", "--device", "cpu"]
-    script("expe_attention.py", *grid.split(), *where)
+    hooks = "--models stdlib-s@3,stdlib-s@4,stdlib-s@5 --k 2,8 --tokens 3k"
+    size = "--eval-seqs 4 --ctx 32 --expansion 2 --device cpu"
+    where = ["--out", folder / "out", "--cache", folder / "cache"]
+    script("expe_attention.py", *f"{hooks} {size}".split(), *where)
     return folder / "out"
 
 
@@ -384,12 +328,8 @@ def test_the_last_block_stands_in_no_comparison(small):
 def test_the_map_and_the_columns_are_one_measurement(small):
     """Mean over blocks and heads of depth.csv = plan_kl of the middle SAE; a block and head in it once."""
     depth = [row for row in table(small / "depth.csv") if row["layer"] != "5"]
-    assert [(row["layer"], row["block"], row["head"]) for row in depth] == [
-        (layer, block, head)
-        for layer, blocks in (("3", "45"), ("4", "5"))
-        for block in blocks
-        for head in "01"
-    ]
+    found = " ".join(row["layer"] + row["block"] + row["head"] for row in depth)
+    assert found == "340 341 350 351 450 451"
     assert [row["kl"] for row in table(small / "depth.csv") if row["layer"] == "5"] == ["undefined"]
     for row in table(small / "conditions.csv"):
         of_hook = [float(r["kl"]) for r in depth if (r["layer"], r["k"]) == (row["layer"], row["k"])]
@@ -463,11 +403,9 @@ def test_the_map_by_hand():
 
 def test_shares_are_ratios_of_a_hooks_sums():
     meta = planted(models=("s",), layers=(0, 1), ks=(4, 8))
-    values = dict(
-        dce=np.array([[2.0, 1.0, 4.0, 4.0]]),
-        dce_frozen=np.array([[1.0, 0.5, 4.0, 2.0]]),
-        dce_plan_only=np.array([[0.3, 0.0, 0.0, 8.0]]),
-    )
+    dce, frozen, plan_only = [[2.0, 1, 4, 4]], [[1.0, 0.5, 4, 2]], [[0.3, 0, 0, 8]]
+    columns = dict(dce=dce, dce_frozen=frozen, dce_plan_only=plan_only)
+    values = {name: np.array(column) for name, column in columns.items()}
     rows, _ = expe_attention.shares(SimpleNamespace(values=values, meta=meta))
     assert [row["mediated"] for row in rows] == pytest.approx([0.5, 0.25])
     assert [row["plan_only"] for row in rows] == pytest.approx([0.1, 1.0])

@@ -68,19 +68,13 @@ def test_what_a_run_leaves_behind(run):
         if r["sae"] == "null-mean":
             assert abs(r["r2"]) < 1e-5 and r["ce_recon"] == r["ce_mean"]
         if r["recipe"] == "base":
-            assert (
-                r["k"] >= r["l0"] > 0
-                and 0 < r["alive"] <= 1
-                and r["bits"] == pytest.approx(r["bits_idx"] + 8 * r["l0"], rel=1e-4)
-            )
-            assert r["dce"] == pytest.approx(r["ce_recon"] - r["ce_orig"], abs=1e-4) and r[
-                "ce_rec"
-            ] == pytest.approx(2 - r["ce_recon"] / r["ce_orig"], abs=1e-4)
-    assert (
-        by_name["stdlib-s", 3, "topk-x4", 8]["r2"]
-        > by_name["stdlib-s", 3, "topk-x4", 2]["r2"]
-        > by_name["stdlib-s", 3, "null-mean", 0]["r2"]
-    )
+            assert r["k"] >= r["l0"] > 0 and 0 < r["alive"] <= 1
+            assert r["bits"] == pytest.approx(r["bits_idx"] + 8 * r["l0"], rel=1e-4)
+            assert r["dce"] == pytest.approx(r["ce_recon"] - r["ce_orig"], abs=1e-4)
+            assert r["ce_rec"] == pytest.approx(2 - r["ce_recon"] / r["ce_orig"], abs=1e-4)
+    saes = (("topk-x4", 8), ("topk-x4", 2), ("null-mean", 0))
+    more, less, none = (by_name["stdlib-s", 3, *sae]["r2"] for sae in saes)
+    assert more > less > none
     verdict = json.loads((out / "verdict.json").read_text())
     assert verdict["leaf"] == "undecided" and verdict["settings"]["k"] == [2, 4, 8]
     assert "verdict: H2: undecided" in printed and "Exp-A comes first" in printed
@@ -113,13 +107,6 @@ def test_another_experiments_verdict_lying_about_changes_nothing(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_result(run, tmp_path):
-    expb(*SMALL, *folders(tmp_path), when=(tmp_path / "cache", "*/sae.safetensors", 4), check=-9)
-    expb(*SMALL, *folders(tmp_path))
-    assert contents(tmp_path / "out") == contents(run[0])
-
-
-@pytest.mark.slow
 def test_plain_pytorch_and_another_thread_count_are_no_other_run(run, tmp_path):
     environment = {"KERNELS": "ref", "OMP_NUM_THREADS": "1" if torch.get_num_threads() > 1 else "2"}
     process("expb.py", *SMALL, *folders(tmp_path), env=environment)
@@ -134,15 +121,16 @@ def test_plain_pytorch_and_another_thread_count_are_no_other_run(run, tmp_path):
         (["--k", "0"], "--k 0"),
         (["--k", "8,5000"], "--k 5000"),
         (["--expansion", "1000000000"], "--expansion 1000000000"),
-        (["--k", "x"], "whole numbers"),
+        (["--recipe", "gao"], "base, saelens"),
+        (["--sinks", "no"], "keep, drop"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--tokens", "1k,0"], "positive"),
         (["--models", "stdlib-s@6"], "layers 0 to 5"),
         (["--models", "no-such-model"], "stdlib-s"),
-        (["--data", "no-such-data"], "stdlib"),
         (["--data", "{tmp}/empty.txt"], "empty"),
         (["--eval-seqs", "1000000"], "gives"),
         (["--device", "cuda"], "--device cuda"),
         (["--device", "mps"], "--device mps"),
-        (["--tokens", "many"], "many"),
         (["--ctx", "4096"], "--ctx"),
         (["--from", "{tmp}"], "no finished run"),
         (["--frobnicate"], "--help"),
@@ -150,8 +138,6 @@ def test_plain_pytorch_and_another_thread_count_are_no_other_run(run, tmp_path):
         (["--models", "stdlib-s,stdlib-s@3"], "twice"),
         (["--k", "3"], "other settings"),
         (["--out", ""], "empty path"),
-        (["--cache", ""], "empty path"),
-        (["--verdict", "{tmp}/empty.txt"], "--help"),
         (["--seeds", "1", "--cache", "{tmp}/empty.txt", "--out", "{tmp}/new"], "--cache"),
         (["--seeds", "1", "--cache", "/proc/none", "--out", "{tmp}/new"], "--cache"),
     ],
@@ -168,11 +154,6 @@ def test_bad_arguments_get_one_line_and_status_2(run, tmp_path, arguments, words
     done = expb(*grid, "--out", tmp_path / "out", "--cache", run[1], *arguments, check=2)
     assert words in one_line(done)
     assert contents(tmp_path / "out") == before
-
-
-def test_dry_run_writes_nothing(tmp_path):
-    done = expb(*SMALL, "--dry-run", *folders(tmp_path))
-    assert "tflops" in done.stdout and "stdlib-m@3" in done.stdout and not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------- Exp-A
@@ -208,11 +189,7 @@ def test_what_exp_a_leaves_behind(run_a):
         "sequences.npz verdict.json"
     )
     rows, deltas = read_table(out / "conditions.csv"), read_table(out / "deltas.csv")
-    assert ",".join(deltas[0]).startswith(
-        "small,large,depth,recipe,sinks,k,tokens,n_seeds,delta_r2,delta_r2_lo,delta_r2_hi,delta_r2_nosink,delta_r2_nosink_lo,delta_r2_nosink_hi,delta_r2_defl1,"
-        "delta_r2_defl1_lo,delta_r2_defl1_hi,delta_cosine,delta_cosine_lo,delta_cosine_hi,delta_ce_rec,delta_ce_rec_lo,delta_ce_rec_hi,delta_dce,delta_dce_lo,"
-        "delta_dce_hi,delta_frac_zero,delta_frac_zero_lo,delta_frac_zero_hi,mismatch,mismatch_lo,mismatch_hi,mismatch_published,ratio,ratio_lo,ratio_hi"
-    )
+    assert list(deltas[0]) == list(read_table(ROOT / "outputs/reference/expa/deltas.csv")[0])
     assert len(rows) == 2 * (3 * 2 * 3 + 4) and len(deltas) == 3 * 2
     for row in deltas:
         cell = [r for r in rows if (r["k"], r["tokens"]) == (row["k"], row["tokens"])]
@@ -224,12 +201,8 @@ def test_what_exp_a_leaves_behind(run_a):
             assert row[f"delta_{metric}_lo"] < row[f"delta_{metric}"] < row[f"delta_{metric}_hi"]
         assert row["n_seeds"] == 3 and (row["small"], row["large"]) == ("stdlib-s", "stdlib-m")
     verdict = json.loads((out / "verdict.json").read_text())
-    assert (
-        verdict["leaf"] == "undertrained"
-        and verdict["thresholds"]["margin"] == 0.02
-        and verdict["budget"] == 10_000
-        and len(verdict["cells"]) == 3
-    )
+    assert (verdict["leaf"], verdict["budget"], len(verdict["cells"])) == ("undertrained", 10_000, 3)
+    assert verdict["thresholds"]["margin"] == 0.02
     assert "H0/H1: undertrained" in printed and "H0/H1: undertrained" in (out / "report.md").read_text()
 
 
@@ -256,42 +229,15 @@ def test_exp_a_again_without_a_model_and_in_both_recipes(run_a, tmp_path):
     arms = "--recipe base,saelens --sinks keep,drop --k 2,8 --tokens 3k,9k".split()
     expa(*SMALL_A, *arms, "--out", tmp_path / "arms", "--cache", run_a[1])
     deltas = read_table(tmp_path / "arms" / "deltas.csv")
-    assert {(r["recipe"], r["sinks"]) for r in deltas} == {
-        (a, b) for a in ("base", "saelens") for b in ("keep", "drop")
-    } and len(deltas) == 4 * 4
+    assert len({(r["recipe"], r["sinks"]) for r in deltas}) == 4 and len(deltas) == 4 * 4
     verdict = json.loads((tmp_path / "arms" / "verdict.json").read_text())
     assert (verdict["recipe"], verdict["sinks"]) == ("base", "keep") and len(verdict["other_arms"]) == 3
-    assert "Trainer and sinks as confounds" in (tmp_path / "arms" / "report.md").read_text()
     r2 = {
         (r["sae"], r["recipe"], r["seed"]): r["r2"]
         for r in read_table(tmp_path / "arms" / "conditions.csv")
         if r["k"] == 8 and r["tokens"] == 9000 and r["model"] == "stdlib-m"
     }
     assert len(r2) == len(set(r2.values())) == 4 * 3
-
-
-@pytest.mark.slow
-def test_a_pair_of_hooks_of_equal_depth_is_the_comparison_of_their_models(run_a, tmp_path):
-    """The default, written as a pair: every number is the same, and so is the verdict."""
-    command = [*SMALL_A[2:], "--pairs", "stdlib-s@3:stdlib-m@3", "--cache", run_a[1]]
-    done = expa(*command, "--out", tmp_path)
-    assert "gap: block 3 of stdlib-m minus block 3 of stdlib-s, 95%" in done.stdout
-    ours, theirs = (read_table(folder / "deltas.csv") for folder in (tmp_path, run_a[0]))
-    assert {(row.pop("small"), row.pop("large"), row.pop("depth")) for row in ours} == {
-        ("stdlib-s@3", "stdlib-m@3", "paired")
-    }
-    for row in theirs:
-        del row["small"], row["large"], row["depth"]
-    assert ours == theirs
-    verdicts = [json.loads((folder / "verdict.json").read_text()) for folder in (tmp_path, run_a[0])]
-    assert verdicts[0]["settings"].pop("pairs") == [["stdlib-s@3", "stdlib-m@3"]]
-    for verdict in verdicts:
-        for rows in (verdict["cells"], verdict["kstar"], verdict["power_law"]):
-            for row in rows:
-                row.pop("depth"), row.pop("model", None)
-        for name in ("small", "large", "depths", "answer"):
-            del verdict[name]
-    assert verdicts[0] == verdicts[1]
 
 
 @pytest.mark.slow
@@ -304,13 +250,9 @@ def test_layers_of_one_model_are_compared_pair_by_pair(tmp_path):
     found = [(row["small"], row["large"]) for row in read_table(out / "deltas.csv")]
     assert found == [("stdlib-s@1", "stdlib-s@3")] * 4 + [("stdlib-s@4", "stdlib-s@1")] * 4
     verdict = json.loads((out / "verdict.json").read_text())
-    assert [(one["small"], one["large"]) for one in (verdict, *verdict["other_arms"])] == [
-        found[0],
-        found[-1],
-    ]
-    said = " ".join(done.stdout.split())
-    assert "Between block 1 and block 3 of stdlib-s" in said and "block 3 minus block 1 of stdlib-s" in said
-    assert "Other pairs: block 1 minus block 4 of stdlib-s, " in said
+    judged = [(one["small"], one["large"]) for one in (verdict, *verdict["other_arms"])]
+    assert judged == [found[0], found[-1]]
+    assert "block 3 minus block 1 of stdlib-s" in " ".join(done.stdout.split())
     before = contents(out)
     expa("--from", out)
     assert contents(out) == before
@@ -329,12 +271,8 @@ def test_the_grid_follows_from_the_pairs():
     two = (("a", 10), ("a", 11)), {"pairs": [["a@10", "a@11"]]}
     assert grid("--models", "a", "--pairs", "10:11") == grid("--pairs", "a@10:a@11") == two
     assert grid("--models", "a@3,a@5", "--pairs", "10:11") == two
-    hooks, own = grid(
-        "--preset",
-        "phase2",
-        "--pairs",
-        f"{common.SMALL}@2:{common.LARGE}@9,{common.LARGE}@9:{common.LARGE}@3",
-    )
+    pairs = f"{common.SMALL}@2:{common.LARGE}@9,{common.LARGE}@9:{common.LARGE}@3"
+    hooks, own = grid("--preset", "phase2", "--pairs", pairs)
     assert hooks == ((common.SMALL, 2), (common.LARGE, 9), (common.LARGE, 3)) and len(own["pairs"]) == 2
     assert grid("--models", "a") == ((("a", None),), {}) and grid("--from", "x", "--pairs", "1:2")[1] == {}
 
@@ -345,12 +283,8 @@ def test_the_grid_follows_from_the_pairs():
         ([], "10:11", "layers of which model? --models NAME"),
         (["--models", "stdlib-s,stdlib-m"], "1:3", "layers of which model?"),
         (["--models", "stdlib-s"], "stdlib-s@1:stdlib-m@3", "stdlib-m is not among --models"),
-        (["--models", "stdlib-s"], "1", "two different hooks"),
-        (["--models", "stdlib-s"], "1:3:4", "two different hooks"),
         (["--models", "stdlib-s"], "3:03", "two different hooks"),
         (["--models", "stdlib-s"], "1:3,1:3", "the same pair twice"),
-        ([], "stdlib-s@1:stdlib-m", "two hooks, please"),
-        ([], "", "two hooks, please"),
         ([], "1:x", "two hooks, please"),
         (["--models", "stdlib-s"], "1:6", "layers 0 to 5"),
     ],
@@ -374,27 +308,11 @@ def test_a_folder_of_another_script_or_half_a_run_is_refused(run_a, run, tmp_pat
 
 
 @pytest.mark.slow
-def test_published_grids_are_priced_without_network(tmp_path):
+def test_published_grids_are_priced_without_network_and_nothing_is_written(tmp_path):
     for name in ("phase2", "fast2", "fast3"):
         done = expa("--preset", name, "--dry-run", *folders(tmp_path))  # offline, see zygote
-        for word in ("EleutherAI/pythia-410m@12", "TFLOP", "memory_gb", "M2 Max", "time", "32x"):
-            assert word in done.stdout, word
+        assert "EleutherAI/pythia-410m@12" in done.stdout and "TFLOP" in done.stdout
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--recipe", "gao"], "base, saelens"),
-        (["--sinks", "no"], "keep, drop"),
-        (["--seeds", "-1"], "--seeds"),
-        (["--tokens", "1k,0"], "positive"),
-        (["--k", "8,9999"], "--k 9999"),
-    ],
-)
-def test_exp_a_says_what_is_wrong_with_an_argument(tmp_path, arguments, words):
-    done = expa(*SMALL_A, *arguments, *folders(tmp_path), check=2)
-    assert words in one_line(done) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -411,25 +329,20 @@ def test_a_grid_of_next_to_nothing_says_undefined_where_it_is(tmp_path, name, si
     """One SAE of a model, two sequences, or nothing but a sink to predict from: it runs, nothing is nan or
     infinite in words, and nothing warns.
     """
+
+    def check(done, out, where):
+        written = {path.name: path.read_text() for path in out.iterdir() if path.suffix in (".md", ".csv")}
+        for file, text in {**written, "stdout": done.stdout}.items():
+            assert not re.search(r"(?<![\w-])[+-]?(nan|inf|NaN|Infinity|None)(?!\w)", text), file
+        assert "undefined" in written[where] and "Warning" not in done.stderr
+
     models = "stdlib-s,stdlib-m" if name == "expa" else "stdlib-s"
     grid = ["--models", models, "--k", "2", "--tokens", "1k", *size]
-    done = script(f"{name}.py", *grid, *folders(tmp_path))
-    written = {
-        path.name: path.read_text()
-        for path in (tmp_path / "out").iterdir()
-        if path.suffix in (".md", ".csv", ".json")
-    }
-    for file, text in {**written, "stdout": done.stdout}.items():
-        assert not re.search(r"(?<![\w-])[+-]?(nan|inf|NaN|Infinity|None)(?!\w)", text), file
-    assert "undefined" in written["report.md"] and "Warning" not in done.stderr
+    check(script(f"{name}.py", *grid, *folders(tmp_path)), tmp_path / "out", "report.md")
     if name == "expb":
         (sae,) = (tmp_path / "cache").iterdir()
-        done = script("audit.py", "--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit")
-        said = [
-            done.stdout,
-            *((tmp_path / "audit" / file).read_text() for file in ("report.md", "leaderboard.csv")),
-        ]
-        assert "undefined" in said[-1] and not re.search(r"\b(nan|inf)\b", "".join(said))
+        audit = ["--sae", sae, *size, "--basis", "raw", "--out", tmp_path / "audit"]
+        check(script("audit.py", *audit), tmp_path / "audit", "leaderboard.csv")
 
 
 # --------------------------------------------------------------------------------------------- who knows whom
@@ -445,7 +358,8 @@ def imports(path: pathlib.Path) -> set[str]:
     return found
 
 
-def test_no_experiment_imports_another_and_the_package_none_of_them():
+def test_the_package_imports_no_experiment_has_no_cycle_and_two_bases():
+    """kernels can be read, and taken elsewhere, without the rest; statistics know of no model."""
     scripts = {path.stem: path for path in ROOT.glob("*.py") if path.stem != "setup"}
     assert {"common", "expa", "expb", "expc_fisher"} <= scripts.keys()
     experiments = scripts.keys() - {"common"}
@@ -453,10 +367,6 @@ def test_no_experiment_imports_another_and_the_package_none_of_them():
         assert not imports(path) & (experiments - {name}), path
     for path in (ROOT / "transport_geometry").rglob("*.py"):
         assert not imports(path) & scripts.keys(), path
-
-
-def test_the_package_has_no_cycle_and_its_two_bases_know_nothing_of_it():
-    """kernels can be read, and taken elsewhere, without the rest; statistics know of no model."""
     modules = {
         path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
         for path in (ROOT / "transport_geometry").rglob("*.py")
@@ -465,9 +375,8 @@ def test_the_package_has_no_cycle_and_its_two_bases_know_nothing_of_it():
     wanted = {name: imports(path) & modules.keys() for name, path in modules.items()}
     assert wanted["transport_geometry.kernels"] == set() and len(wanted["transport_geometry.running.run"]) > 5
     below = "transport_geometry.statistics."
-    assert all(one.startswith(below) for one in wanted[f"{below}stats"]) and wanted[f"{below}intervals"] <= {
-        f"{below}resampling"
-    }
+    assert all(one.startswith(below) for one in wanted[f"{below}stats"])
+    assert wanted[f"{below}intervals"] <= {f"{below}resampling"}
     graphlib.TopologicalSorter(wanted).prepare()  # raises CycleError, which names the cycle
 
 
@@ -522,15 +431,7 @@ def test_exp_c_whole_killed_and_without_a_model(tmp_path):
             assert row["fisher_seq"] == row["fisher_same"] == 0
         elif row["recipe"] == "base":
             assert row["locality_0.1"] == pytest.approx(1, abs=0.25) and row["fisher_seq"] > 0
-    assert {(r["model"], r["layer"]) for r in read_table(tmp_path / "out" / "geometry.csv")} == {
-        ("stdlib-s", 3),
-        ("stdlib-m", 2),
-    }
-    board = read_table(tmp_path / "out" / "leaderboard.csv")
-    assert {"fisher_seq", "fisher_tok", "fisher_same", "half_var", "swd_tok", "r2"} <= {
-        r["proxy"] for r in board
-    }
-    assert (
-        "H2': undecided" in done.stdout
-        and json.loads((tmp_path / "out" / "verdict.json").read_text())["leaf"] == "undecided"
-    )
+    geometry, board = (read_table(tmp_path / f"out/{name}.csv") for name in ("geometry", "leaderboard"))
+    assert {(r["model"], r["layer"]) for r in geometry} == {("stdlib-s", 3), ("stdlib-m", 2)}
+    proxies = {"fisher_seq", "fisher_tok", "fisher_same", "half_var", "swd_tok", "r2"}
+    assert proxies <= {row["proxy"] for row in board} and "H2': undecided" in done.stdout

@@ -23,14 +23,11 @@ def dense_truth(model) -> tuple:
     delta = 0.3 * torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(4))
     delta[:, -1] = 0
     with sdpa_kernel(SDPBackend.MATH):
-        J = torch.stack(
-            [
-                torch.autograd.functional.jacobian(
-                    lambda x: Hook(model, LAYER).tail(rows[b : b + 1], x)[0, :-1], h[b : b + 1]
-                )[:, :, 0]
-                for b in range(len(rows))
-            ]
+        of_each = (
+            torch.autograd.functional.jacobian(lambda x: Hook(model, LAYER).tail(row, x)[0, :-1], at)
+            for row, at in zip(rows.split(1), h.split(1))
         )
+        J = torch.stack([jacobian[:, :, 0] for jacobian in of_each])
     p = log_probs_64(Hook(model, LAYER).tail(rows, h)).exp()
     return model, rows, h, delta, p, J
 
@@ -86,26 +83,8 @@ def test_two_backward_passes_give_what_forward_mode_gives(truth):
         twice = fisher.push_forward_twice(f, h, delta)
     u = fisher.push_forward(Hook(model, LAYER), rows, h, delta)
     torch.testing.assert_close(u, twice, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(
-        u, (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)).detach() / 2e-5, rtol=1e-6, atol=1e-8
-    )
-    torch.testing.assert_close(
-        fisher.push_forward(Hook(model.float(), LAYER), rows, h.float(), delta.float()),
-        u.float(),
-        rtol=1e-3,
-        atol=1e-4,
-    )
-    model.double()
-
-
-def test_the_all_ones_direction_is_null(truth):
-    """GPT-NeoX reads the residual stream through LayerNorms only: adding a constant to h changes nothing."""
-    model, rows, h, delta, p, J = truth
-    ones = torch.randn(h.shape[:2], dtype=h.dtype)[..., None].expand(h.shape).contiguous()
-    assert (
-        fisher.sequence_form(Hook(model, LAYER), rows, h, ones, p).abs().max() < 1e-20
-        and fisher.same_form(Hook(model, LAYER), rows, h, ones, p).abs().max() < 1e-20
-    )
+    numeric = (f(h + 1e-5 * delta) - f(h - 1e-5 * delta)).detach() / 2e-5
+    torch.testing.assert_close(u, numeric, rtol=1e-6, atol=1e-8)
 
 
 def test_variance_does_not_see_a_shift_of_all_logits_and_the_uncentred_form_does():
@@ -123,27 +102,6 @@ def test_variance_does_not_see_a_shift_of_all_logits_and_the_uncentred_form_does
     )
     uncentred = fisher.subsampled_form(p, u + 10, everything, importance=False, centred=False)
     torch.testing.assert_close(uncentred, fisher.variance(p, u) + (p * (u + 10)).sum(-1) ** 2)
-
-
-def test_subsampled_rows_are_unbiased_from_p_and_miss_the_mass_when_uniform():
-    """A peaked p over 2,000 tokens, 32 rows: what is drawn uniformly hardly ever meets it."""
-    generator = torch.Generator().manual_seed(1)
-    quantiles = torch.special.ndtri((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)
-    p = torch.softmax(6 * quantiles, -1)  # the same whatever the random stream
-    u = torch.randn(2000, generator=generator, dtype=torch.float64)
-    exact = fisher.variance(p, u).item()
-    P, U = p.expand(4000, -1), u.expand(4000, -1)
-    from_p = fisher.subsampled_form(
-        P,
-        U,
-        torch.multinomial(p, 4000 * 32, replacement=True, generator=generator).view(4000, 32),
-        True,
-        True,
-    )
-    uniform = fisher.subsampled_form(P, U, torch.randint(2000, (4000, 32), generator=generator), False, True)
-    assert abs(from_p.mean().item() - exact) < 4 * from_p.std().item() / 4000**0.5
-    # over u: 0.01 to 0.05, 4.5 to 17
-    assert uniform.median() < 0.2 * exact and uniform.std() > 2 * from_p.std()
 
 
 def test_sampled_labels_are_unbiased_and_their_intervals_cover(truth):
@@ -201,9 +159,5 @@ def test_forms_on_other_families(family):
     assert J.shape == (2, 5, 17, 6, 8)
     exact = 1e-5 if family in ("llama", "qwen2", "gemma2") else 1e-10  # their norms compute in float32
     for form, which in ((fisher.sequence_form, "sequence"), (fisher.same_form, "same")):
-        torch.testing.assert_close(
-            form(Hook(model, LAYER), rows, h, delta, p),
-            dense(p, J, delta, which)[:, :5],
-            rtol=exact,
-            atol=exact * 1e-2,
-        )
+        found, truth = form(Hook(model, LAYER), rows, h, delta, p), dense(p, J, delta, which)[:, :5]
+        torch.testing.assert_close(found, truth, rtol=exact, atol=exact * 1e-2)

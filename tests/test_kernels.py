@@ -3,12 +3,9 @@
 No recorded output.
 """
 
-import subprocess
-import sys
-
 import emulate
-from helpers import PEAK
-from transport_geometry import ROOT, kernels
+from helpers import PEAK, Largest, process
+from transport_geometry import kernels
 from transport_geometry.kernels import (
     STATS,
     Adam,
@@ -25,7 +22,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 EXT = pytest.param(
     "ext", marks=pytest.mark.skipif(not kernels.BUILT, reason=f"extension not built: {kernels.WHY_NOT}")
@@ -220,14 +216,13 @@ def test_distortion_statistics(device, path, scale):
     delta = y - x
     terms = torch.stack([grad * delta, delta**2, y**2, x * y, x**2], 1)
     truth, size = terms.sum(2), terms.abs().sum(2)
-    error, rounding = (stats.double() - truth).abs(), 2.0**-24 * truth.abs()
+    error = (stats.double() - truth).abs()
     # a term is delta (rounded, in its square twice), a product and d sums, here and in the truth: in float64,
     # or in float32 on a GPU's plain path; then comes the last rounding, to float32
     wide = 2.0**-24 if (path, device) == ("ref", "cuda") else 2.0**-53
-    allowed = rounding + 2 * (d + 3) * wide * size
-    assert stats.shape == (N, len(STATS)) and (error <= allowed).all(), dict(
-        zip(STATS, (error / allowed).amax(0).tolist())
-    )
+    allowed = 2.0**-24 * truth.abs() + 2 * (d + 3) * wide * size
+    worst = dict(zip(STATS, (error / allowed).amax(0).tolist()))
+    assert stats.shape == (N, len(STATS)) and (error <= allowed).all(), worst
     if device == "cpu":
         assert torch.equal(kept, h_hat)
 
@@ -239,24 +234,21 @@ def test_reconstruction_error_is_within_rounding(device, path, N, d, F, k):
     h, W, b, W_dec, b_dec, _ = made(N, d, F, k, dtype=torch.float32)
     values, indices = by_definition(h, W, b, k)
     kernels.use(path)
-    delta, dots, square = (
-        x.cpu()
-        for x in reconstruction_error(*(x.to(device) for x in (values.float(), indices, W_dec, b_dec, h)))
-    )
+    operands = (x.to(device) for x in (values.float(), indices, W_dec, b_dec, h))
+    delta, dots, square = (x.cpu() for x in reconstruction_error(*operands))
     Z = dense_code(values.float(), indices, F)
     h_hat, bound = product(Z, W_dec, b_dec)
     assert_within("delta", delta, h_hat - h.double(), bound + gamma(1) * (h_hat.abs() + h.abs() + bound))
     assert_within("dots", dots, *(x.gather(1, indices) for x in product(delta, W_dec.T)))
-    assert_within(
-        "square", square, delta.double().square().sum(1), gamma(d + 1) * delta.double().square().sum(1)
-    )
+    exact = delta.double().square().sum(1)
+    assert_within("square", square, exact, gamma(d + 1) * exact)
 
 
 # ------------------------------------------------------------------------------------------------- optimiser
 @PATHS
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("N,d,F,k", [(37, 137, 300, 7), (200, 64, 1025, 32), (3, 5, 64, 2)])
+@pytest.mark.parametrize("N,d,F,k", [(37, 137, 300, 7), (200, 64, 1025, 32)])
 def test_adam_is_torchs(path, unit, dtype, N, d, F, k):
     """Ten steps with gradients of a code and more rows; latents without an entry move by their moments. In
     float32 its distance from float64 is less than twice that of PyTorch's own; without unit both are near
@@ -327,10 +319,8 @@ def test_gradients_equal_the_dense_autoencoder(path, N, d, F, k):
         return torch.autograd.grad(loss, leaves)
 
     kernels.use(path)
-    for name, a, want in zip(
-        ("h", "W_enc", "b_enc", "W_dec", "b_dec"), loss_and_grads(False), loss_and_grads(True)
-    ):
-        torch.testing.assert_close(a, want, rtol=1e-10, atol=1e-12, msg=lambda m: f"{name}: {m}")
+    for a, want in zip(loss_and_grads(False), loss_and_grads(True)):
+        torch.testing.assert_close(a, want, rtol=1e-10, atol=1e-12)
 
 
 @PATHS
@@ -351,18 +341,17 @@ def test_opcheck(device):
     def leaf(x):
         return x.detach().clone().requires_grad_()
 
-    torch.library.opcheck(torch.ops.tg.topk_encode, (leaf(h), leaf(W), leaf(b), 4))
-    torch.library.opcheck(torch.ops.tg.sparse_decode, (leaf(values), indices, leaf(W_dec), leaf(b_dec)))
-    torch.library.opcheck(
-        torch.ops.tg.gradient_weighted_distortion, (values, indices, W_dec, b_dec, h, g, True)
-    )
-    torch.library.opcheck(torch.ops.tg.gather_dot, (g, W_dec, indices))
-    torch.library.opcheck(torch.ops.tg.scatter_rows, (values, indices, g, 30))
+    opcheck, tg = torch.library.opcheck, torch.ops.tg
+    opcheck(tg.topk_encode, (leaf(h), leaf(W), leaf(b), 4))
+    opcheck(tg.sparse_decode, (leaf(values), indices, leaf(W_dec), leaf(b_dec)))
+    opcheck(tg.gradient_weighted_distortion, (values, indices, W_dec, b_dec, h, g, True))
+    opcheck(tg.gather_dot, (g, W_dec, indices))
+    opcheck(tg.scatter_rows, (values, indices, g, 30))
     if device == "cpu":
-        torch.library.opcheck(torch.ops.tg.reconstruction_error, (values, indices, W_dec, b_dec, h))
+        opcheck(tg.reconstruction_error, (values, indices, W_dec, b_dec, h))
         more, m, v = (torch.tensor([3, 7]), h[:2]), torch.zeros_like(W), torch.ones_like(W)
         adam = Adam(1e-3, 2, 1e-8).numbers()
-        torch.library.opcheck(torch.ops.tg.adam_rows_, (W_dec, m, v, values, indices, g, *more, *adam, True))
+        opcheck(tg.adam_rows_, (W_dec, m, v, values, indices, g, *more, *adam, True))
 
 
 # ------------------------------------------------------------------------------------- memory, bad arguments
@@ -389,9 +378,7 @@ def test_no_array_of_tokens_by_latents():
     """A step on 4096 tokens x 65536 latents (1 GB if dense, 128 MB if only a thread's tokens were) may add 48
     MB to that of 256 tokens.
     """
-    command = [sys.executable, "-c", PEAK + STEP]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    extra = int(done.stdout) / 1024
+    extra = int(process("-c", PEAK + STEP).stdout) / 1024
     assert extra < 48, f"{extra:.0f} MB"
 
 
@@ -403,91 +390,60 @@ def test_largest_tensor_any_operator_makes(path, monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 1 << 16)
     N, F, d, k, limit = 1024, 1024, 8, 4, 1 << 16
 
-    class Largest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for x in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(x, torch.Tensor):
-                    Largest.seen = max(Largest.seen, x.numel())
-            return result
-
     h, W, b, W_dec, b_dec, g = (x.requires_grad_() for x in made(N, d, F, k, dtype=torch.float32))
     kernels.use(path)
-    with Largest():
+    with Largest() as seen:
         values, indices = topk_encode(h, W, b, k)
         sparse_decode(values, indices, W_dec, b_dec).pow(2).sum().backward()
         gradient_weighted_distortion(values.detach(), indices, W_dec, b_dec, h, g, True)
-    assert N * d <= Largest.seen <= limit < N * F
+    assert N * d <= seen.most <= limit < N * F
 
 
 @PATHS
 def test_bad_arguments(path):
     h, W, b, W_dec, b_dec, g = made(4, 3, 8, 2, dtype=torch.float32)
     kernels.use(path)
-    for k in (0, -1, 9, True, 2.0):
-        with pytest.raises(ValueError, match="k="):
-            topk_encode(h, W, b, k)
-    for bad in (
-        (h[0], W, b),
-        (h, W[:, :2], b),
-        (h, W, b[:3]),
-        (h.double(), W, b),
-        (h.int(), W.int(), b.int()),
-        (h, W.to("meta"), b),
-    ):
-        with pytest.raises(ValueError, match="topk_encode"):
-            topk_encode(*bad, 2)
     values, indices = topk_encode(h, W, b, 2)
-    for bad in (
-        (values, indices.int(), W_dec, b_dec),
-        (values[:3], indices, W_dec, b_dec),
-        (values, indices, W_dec, b_dec[:2]),
-    ):
-        with pytest.raises(ValueError, match="sparse_decode"):
-            sparse_decode(*bad)
-    with pytest.raises(ValueError, match="g is"):
-        gradient_weighted_distortion(values, indices, W_dec, b_dec, h, g[:2])
-    with pytest.raises(ValueError, match="h is"):
-        reconstruction_error(values, indices, W_dec, b_dec, h[:2])
-    with pytest.raises(ValueError, match="indices is"):
-        gather_dot(h, W, indices.int())
+    code = values, indices, W_dec, b_dec
     m, adam = torch.zeros_like(W_dec), Adam(1e-3, 1, 1e-8)
-    for wrong, bad in (
-        ("v is", ((m, m[:2]), values, indices, g)),
-        ("indices is", ((m, m), values[:3], indices, g)),
-        ("x is", ((m, m), values, indices, g[:, :2])),
-        ("more is", ((m, m), values, indices, g, (torch.tensor([1]), g))),
+    for wrong, operator, operands in (
+        *(("k=", topk_encode, (h, W, b, k)) for k in (0, -1, 9, True, 2.0)),
+        ("topk_encode", topk_encode, (h[0], W, b, 2)),
+        ("topk_encode", topk_encode, (h, W[:, :2], b, 2)),
+        ("topk_encode", topk_encode, (h, W, b[:3], 2)),
+        ("topk_encode", topk_encode, (h.double(), W, b, 2)),
+        ("topk_encode", topk_encode, (h.int(), W.int(), b.int(), 2)),
+        ("topk_encode", topk_encode, (h, W.to("meta"), b, 2)),
+        ("sparse_decode", sparse_decode, (values, indices.int(), W_dec, b_dec)),
+        ("sparse_decode", sparse_decode, (values[:3], indices, W_dec, b_dec)),
+        ("sparse_decode", sparse_decode, (values, indices, W_dec, b_dec[:2])),
+        ("g is", gradient_weighted_distortion, (*code, h, g[:2])),
+        ("h is", reconstruction_error, (*code, h[:2])),
+        ("indices is", gather_dot, (h, W, indices.int())),
+        ("v is", adam_rows, (W_dec, (m, m[:2]), adam, values, indices, g)),
+        ("indices is", adam_rows, (W_dec, (m, m), adam, values[:3], indices, g)),
+        ("x is", adam_rows, (W_dec, (m, m), adam, values, indices, g[:, :2])),
+        ("more is", adam_rows, (W_dec, (m, m), adam, values, indices, g, (torch.tensor([1]), g))),
     ):
-        moments, *rest = bad
         with pytest.raises(ValueError, match=wrong):
-            adam_rows(W_dec, moments, adam, *rest)
+            operator(*operands)
     for outside in (8, -1, 2**62):
         wrong = indices.clone()
         wrong[2, 1] = outside
-        with pytest.raises((RuntimeError, IndexError)):
-            sparse_decode(values, wrong, W_dec, b_dec)
-        with pytest.raises((RuntimeError, IndexError)):
-            gradient_weighted_distortion(values, wrong, W_dec, b_dec, h, g)
-        with pytest.raises((RuntimeError, IndexError)):
-            kernels._call("scatter_rows", g, values, wrong, g, 8)
-        with pytest.raises((RuntimeError, IndexError)):
-            adam_rows(W_dec, (m, m.clone()), adam, values, wrong, g)
+        for follow in (
+            lambda: sparse_decode(values, wrong, W_dec, b_dec),
+            lambda: gradient_weighted_distortion(values, wrong, W_dec, b_dec, h, g),
+            lambda: kernels._call("scatter_rows", g, values, wrong, g, 8),
+            lambda: adam_rows(W_dec, (m, m.clone()), adam, values, wrong, g),
+        ):
+            with pytest.raises((RuntimeError, IndexError)):
+                follow()
 
 
-def test_every_other_dtype_runs_plain_pytorch_and_the_line_says_what_runs():
+def test_every_other_dtype_runs_plain_pytorch():
     h, W, b, W_dec, b_dec, _ = made(10, 6, 20, 3, dtype=torch.bfloat16)
     values, indices = topk_encode(h.requires_grad_(), W, b, 3)
     sparse_decode(values, indices, W_dec, b_dec).sum().backward()
     assert h.grad.dtype == torch.bfloat16
-    kernels.use("ref")
-    assert "plain PyTorch" in kernels.describe()
-    assert kernels.in_short().startswith("fast kernels: off, plain PyTorch")
-    kernels.use(None)
-    assert ("C++" in kernels.describe()) == kernels.BUILT
-    assert kernels.in_short().startswith(
-        "fast kernels: on" if kernels.BUILT else "fast kernels: off, NOT BUILT"
-    )
     with pytest.raises(ValueError):
         kernels.use("fast")

@@ -1,6 +1,6 @@
 """A finish lowers what it is told to, through the model, and its two arms differ in nothing else."""
 
-from helpers import log_probs_64, one_hook, tiny_model
+from helpers import get_saes, log_probs_64, one_hook, tiny_model
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import PROXIES
 from transport_geometry.models import text
@@ -157,13 +157,8 @@ def test_undecided_with_few_hooks_or_where_ce_does_not_move():
 # ----------------------------------------------------------------------------------------- an embedded model
 @pytest.mark.slow
 def test_the_study_of_a_hook(tmp_path):
-    from transport_geometry.saes.sae import load_sae
-    from transport_geometry.saes.train import train_missing
-
     eval_set, cpu = one_hook(eval_seqs=12, ctx=128), torch.device("cpu")
-    spec = eval_set.middle.origin
-    train_missing(eval_set.hook.model, eval_set.tokenizer, [spec], tmp_path, eval_set.source)
-    sae = load_sae(spec.folder(tmp_path), cpu)
+    (sae,) = get_saes(eval_set.hook.model, eval_set.tokenizer, [eval_set.middle.origin], tmp_path)
     rows = kl_finetune.study(eval_set, sae, cpu)
     start, control, through = rows
     assert [row["arm"] for row in rows] == list(kl_finetune.ARMS) and list(start) == kl_finetune.COLUMNS

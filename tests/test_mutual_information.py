@@ -48,7 +48,7 @@ def test_infonce_is_bounded_by_log_b_and_the_others_are_not():
 
 
 # ------------------------------------------------------------------------------------------------ the critics
-@pytest.mark.parametrize("rho", [(0.9, 0.5), (0.9, 0.7, 0.5, 0.3), (0.8,) * 4, (0.95,) * 2 + (0.6,) * 6])
+@pytest.mark.parametrize("rho", [(0.9, 0.7, 0.5, 0.3), (0.95,) * 2 + (0.6,) * 6])
 def test_the_separable_critic_counts_snr(rho):
     """The PR of a trained critic's embeddings is that of SNR^2, to a tenth."""
     row = mutual_information.critic_row(split(rho), 0.0, "infonce", mutual_information.SCHEDULES["separable"])
@@ -75,19 +75,16 @@ def test_the_hybrid_critic_is_a_network_of_pairs():
             torch.testing.assert_close(critic(x, y)[i, j], score[0])
 
 
-def test_the_hybrid_critic_learns_and_keeps_its_best_start():
-    pairs = split((0.9, 0.9), 1024)
-    rows = [mutual_information.critic_row(pairs, 0.0, "infonce", Schedule("hybrid", 30, n)) for n in (1, 2)]
-    assert rows[1]["mi"] > 0.3 and rows[1]["mi_fit"] >= rows[0]["mi_fit"]
+def test_the_same_twice_nobody_elses_random_numbers_and_the_best_of_two_starts():
+    before, pairs = torch.get_rng_state(), split((0.9, 0.9), 1024)
 
+    def row(kind, noise, starts):
+        return mutual_information.critic_row(pairs, noise, "infonce", Schedule(kind, 30, starts))
 
-def test_the_same_twice_and_nobody_elses_random_numbers():
-    before = torch.get_rng_state()
-    rows = [
-        mutual_information.critic_row(split((0.9,), 1024), 0.5, "nwj", Schedule("separable", 30, 1))
-        for _ in range(2)
-    ]
-    assert rows[0] == rows[1] and torch.equal(torch.get_rng_state(), before)
+    assert row("separable", 0.5, 1) == row("separable", 0.5, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    one, two = (row("hybrid", 0.0, starts) for starts in (1, 2))
+    assert two["mi"] > 0.3 and two["mi_fit"] >= one["mi_fit"]  # the best start is kept
 
 
 def test_a_batch_has_one_position_of_a_sequence():
@@ -111,10 +108,8 @@ def test_too_few_sequences_are_refused():
 
 
 # -------------------------------------------------------------------------------------------- what is refused
-def rung(mi=2.0, dimension=5.0, mi_fit=2.2, mi_se=0.02, mi_null=0.0, mi_null_se=0.02):
-    return dict(
-        mi=mi, dimension=dimension, mi_fit=mi_fit, mi_se=mi_se, mi_null=mi_null, mi_null_se=mi_null_se
-    )
+def rung(**change):
+    return dict(mi=2.0, dimension=5.0, mi_fit=2.2, mi_se=0.02, mi_null=0.0, mi_null_se=0.02) | change
 
 
 @pytest.mark.parametrize(
@@ -135,10 +130,8 @@ def rung(mi=2.0, dimension=5.0, mi_fit=2.2, mi_se=0.02, mi_null=0.0, mi_null_se=
 )
 def test_rules_of_refusal(rows, said):
     assert mutual_information.refusals(rows, math.log(mutual_information.BATCH)) == said
-
-
-def test_saturation_needs_a_ceiling():
-    assert mutual_information.refusals([rung(mi=9.0, mi_fit=9.0), rung(mi=6.0, mi_fit=6.0)], None) == ["", ""]
+    if said[0] == "saturation":
+        assert mutual_information.refusals(rows, None) == ["", "", ""]  # it needs a ceiling
 
 
 def test_raw_logits_are_refused():

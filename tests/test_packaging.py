@@ -1,6 +1,5 @@
 """What pyproject.toml, setup.py, constraints.txt and the package must agree on; builds that fail; a wheel."""
 
-import importlib
 import os
 import pathlib
 import platform
@@ -13,6 +12,7 @@ import sysconfig
 import tomllib
 import venv
 
+import common
 from transport_geometry import PACKAGE, errors, kernels
 
 import pytest
@@ -37,9 +37,8 @@ def pins(file: str) -> dict[str, str]:
 
 def requirements(*extras: str) -> list[Requirement]:
     """The dependencies, and those of extras."""
-    return list(
-        map(Requirement, sum((PROJECT["optional-dependencies"][e] for e in extras), PROJECT["dependencies"]))
-    )
+    wanted = sum((PROJECT["optional-dependencies"][extra] for extra in extras), PROJECT["dependencies"])
+    return [Requirement(text) for text in wanted]
 
 
 def run(*command, **kwargs) -> str:
@@ -60,15 +59,13 @@ def setup():
 
 
 # ---------------------------------------------------------------------------------------- what is declared
-def test_the_hash_of_csrc_is_the_one_kernels_compares(setup):
-    flags = setup["given"]["ext_modules"][0].extra_compile_args["cxx"]
+def test_the_extension_knows_its_source_and_is_built_with_our_pybind11(setup):
+    """The hash of csrc is the one that `kernels` compares; torch's pybind11 refuses TORCH_TARGET_VERSION."""
+    extension = setup["given"]["ext_modules"][0]
+    flags = extension.extra_compile_args["cxx"]
     assert f'-DBUILD_SOURCE="{kernels._source_hash()}"' in flags
     assert not any("fast-math" in flag or "march" in flag for flag in flags)
-
-
-def test_pybind11_is_found_before_the_one_that_torch_brings(setup):
-    """Torch's refuses TORCH_TARGET_VERSION."""
-    ours, *others = setup["given"]["ext_modules"][0].include_dirs
+    ours, *others = extension.include_dirs
     assert (pathlib.Path(ours) / "pybind11/pybind11.h").is_file() and torch.__path__[0] not in ours and others
 
 
@@ -83,10 +80,8 @@ def test_every_requirement_is_pinned_within_its_range():
 def test_the_build_is_against_the_pinned_torch(setup):
     pinned, requires = pins("constraints.txt"), PYPROJECT["build-system"]["requires"]
     assert f'"torch=={pinned["torch"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
-    assert (
-        not any(text.startswith("torch") for text in requires)
-        and f"pybind11=={pinned['pybind11']}" in requires
-    )
+    assert not any(text.startswith("torch") for text in requires)
+    assert f"pybind11=={pinned['pybind11']}" in requires
     assert setup["given"]["setup_requires"] == []  # torch is here: nothing is fetched for the build
 
 
@@ -122,15 +117,12 @@ def copy(tmp_path):
 
 def test_without_the_extension_it_runs_and_gives_the_reason(copy):
     package = copy / "transport_geometry"
-    (package / "_kernels.py").write_text(
-        "raise ImportError('libtorch_cuda.so: cannot open shared object file', name='libtorch_cuda')\n"
-    )
+    (package / "_kernels.py").write_text("raise ImportError('libtorch_cuda.so: cannot open', name='torch')\n")
     broken = said_in(copy)
     assert "[[0], [0]]" in broken and "NOT BUILT" in broken and "libtorch_cuda.so" in broken
     # a file that is not there would be looked for in the editable install
-    (package / "_kernels.py").write_text(
-        "raise ModuleNotFoundError('no _kernels', name='transport_geometry._kernels')\n"
-    )
+    absent = "raise ModuleNotFoundError('no _kernels', name='transport_geometry._kernels')\n"
+    (package / "_kernels.py").write_text(absent)
     (package / "_kernels_not_built.txt").write_text("the C++ kernels do not build: no compiler\n")
     assert "NOT BUILT (the C++ kernels do not build: no compiler)" in said_in(copy)
 
@@ -193,18 +185,14 @@ def test_what_a_build_cannot_build_it_leaves_out_and_says_why(tmp_path, nvcc, so
     (home / "nvcc").chmod(0o755)
     code = BUILD.format(nvcc="yes" if nvcc else "", home=tmp_path / "cuda")
     environment = {name: value for name, value in ALONE.items() if name != "REQUIRE_KERNELS"}
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=environment | {"TORCH_CUDA_ARCH_LIST": "9.0"},
-    )
+    environment["TORCH_CUDA_ARCH_LIST"] = "9.0"
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     folder = tmp_path / "built/transport_geometry"
     note = (folder / "_kernels_not_built.txt").read_text()
     assert bool(list(folder.glob("_kernels*.so"))) == built
-    assert says in note and len(note) < 1200 and note.strip() in ran.stderr
+    assert says in note and note.strip() in ran.stderr
     assert ("the CUDA kernels do not build" in note) == bool(nvcc)
     assert ("the C++ kernels do not build" in note) == (not built)
 
@@ -231,7 +219,6 @@ def test_a_torchvision_for_another_torch_is_named():
 
 # ------------------------------------------------------------------------------------------------- at start
 def test_help_says_what_is_taken_where_a_flag_is_not_typed(capsys):
-    common = importlib.import_module("common")
     with pytest.raises(SystemExit):
         common.parse_args("", {"models": "a,b,c,d,e", "k": "4,12", "expansion": 4}, ["--help"])
     said = " ".join(capsys.readouterr().out.split())

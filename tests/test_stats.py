@@ -8,7 +8,7 @@ import json
 
 import expb
 from transport_geometry.records.tables import plain
-from transport_geometry.statistics import claims, hook_tests, leaderboard, stats
+from transport_geometry.statistics import hook_tests, leaderboard, stats
 
 import numpy as np
 import pytest
@@ -81,19 +81,9 @@ def by_hook(v, meta):
 
 def board(data, n_resamples=200, seed=0):
     scores, y, magnitude, meta, models = data
-    return leaderboard.board(
-        scores,
-        y,
-        magnitude,
-        meta,
-        models,
-        target_name="ce_rec",
-        controls=CONTROLS,
-        loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS),
-        n_documents=20,
-        n_resamples=n_resamples,
-        seed=seed,
-    )
+    how = dict(controls=CONTROLS, loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS))
+    how |= dict(target_name="ce_rec", n_documents=20, n_resamples=n_resamples, seed=seed)
+    return leaderboard.board(scores, y, magnitude, meta, models, **how)
 
 
 @pytest.fixture
@@ -163,21 +153,11 @@ def test_partial_spearman_is_the_correlation_of_rank_residuals(budgets):
     assert stats.partial_spearman(x, y, meta) == pytest.approx(expected, abs=1e-12)
 
 
-def test_partial_spearman_forgets_k():
-    meta, rng = grid(), np.random.default_rng(2)
-    y = 10 * np.log2(meta["k"]) + rng.normal(size=54)
-    assert stats.partial_spearman(np.exp(y / 10), y, meta) == pytest.approx(1)
-    assert stats.partial_spearman(-(y**3), y, meta) == pytest.approx(-1)
-    knows_k = [10 * np.log2(meta["k"]) + rng.normal(size=54) for _ in range(300)]
-    # at least 8/9: three values of k, and no order within
-    assert min(spearman(x, y) for x in knows_k) > 0.8
-    assert abs(np.mean([stats.partial_spearman(x, y, meta) for x in knows_k])) < 0.05
-    assert np.isnan(stats.partial_spearman(np.log2(meta["k"]), y, meta))  # nothing left given k
-
-
 def test_undefined():
     one_each = grid(models=("small",), layers=(3,))  # as many k as conditions
     assert np.isnan(stats.partial_spearman(np.arange(3.0), np.arange(3.0), one_each))
+    full = grid()
+    assert np.isnan(stats.partial_spearman(np.log2(full["k"]), curve(full, np.random.default_rng(2)), full))
     assert np.isnan(pearson([1.0, 2.0], [1.0, 2.0]))
     # constant, though not after rounding
     assert np.isnan(pearson(np.full(7, 0.1), np.arange(7.0) ** 1.5))
@@ -196,7 +176,7 @@ def test_weighted_ranks_are_the_ranks_of_the_repeated_sample(pairs):
 
 
 # ---------------------------------------------------------------------------------------------- bootstrap
-def test_weights_draw_whole_hooks_within_each_model():
+def test_weights_draw_whole_hooks_within_each_model_and_whole_depths():
     meta = grid(seeds=2)
     w = stats.bootstrap_weights(meta, 500, seed=0)
     assert (w[: stats.N_FIXED] == 1).all()
@@ -204,22 +184,12 @@ def test_weights_draw_whole_hooks_within_each_model():
         inside = w[stats.RESAMPLES, meta["model"] == model].reshape(500, 6, 6)  # draw, hook, k and seed
         assert (inside == inside[:, :, :1]).all() and np.allclose(inside[:, :, 0].sum(1), 6)
         assert set(np.unique(np.rint(inside * 5 / 6))) >= {0, 1, 2}  # 5 of the 6 are drawn
-    assert (w == stats.bootstrap_weights(meta, 500, seed=0)).all()
     assert (w != stats.bootstrap_weights(meta, 500, seed=1)).any()
-
-
-def test_depths_are_drawn_whole():
-    meta = grid(seeds=2)
-    w = stats.depth_weights(meta, list(MODELS), 500, seed=0)
-    assert (
-        w.shape == (503, 6)
-        and (w[: stats.N_FIXED] == 1).all()
-        and np.allclose(w.sum(1), 6)
-        and w[stats.RESAMPLES].min() == 0
-    )
-    # of two, no variance
+    by_depth = stats.depth_weights(meta, list(MODELS), 500, seed=0)
+    assert by_depth.shape == (503, 6) and (by_depth[: stats.N_FIXED] == 1).all()
+    assert np.allclose(by_depth.sum(1), 6) and by_depth[stats.RESAMPLES].min() == 0
+    # of two depths, no variance
     assert np.isnan(stats.depth_weights(grid(layers=(1, 3)), list(MODELS), 9, seed=0)[3:]).all()
-    assert stats.depth_weights(meta, ["small"], 9, seed=0).shape == (12, 0)
 
 
 def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
@@ -233,7 +203,7 @@ def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
     assert means.mean() == pytest.approx(y.mean(), rel=0.01)
 
 
-def test_seeds_counted_as_conditions_do_not_shrink_the_interval(independent_hooks):
+def test_seeds_counted_as_conditions_do_not_shrink_the_interval(few_patterns, independent_hooks):
     once, thrice = grid(), grid(seeds=3)
     scores, y, magnitude, *_ = study(control=1.0, meta=once, n_resamples=1000)
     scores = {p: scores[p] for p in ("r2", "cosine")}
@@ -247,20 +217,6 @@ def test_seeds_counted_as_conditions_do_not_shrink_the_interval(independent_hook
         width.append([row[f"{name}_hi"] - row[f"{name}_lo"] for name in intervals])
         loho.append([row[c] for c in ("loho", "loho_bias", "diff_loho_control", "p_loho", "p_control")])
     assert np.allclose(*width, rtol=0.05) and np.allclose(*loho)
-
-
-def test_more_k_at_the_same_hooks_do_not_shrink_the_interval():
-    """What the proxy has beyond k is one number per hook, so 12 k know as much as 3. Over cells: half the
-    width.
-    """
-    rng, width = np.random.default_rng(3), []
-    hooks = rng.normal(size=(2, 18))
-    for ks in (2.0 ** np.arange(3), 2.0 ** np.arange(12)):
-        meta = grid(ks=tuple(ks))
-        x, y = (np.log2(meta["k"]) + 0.3 * np.repeat(h, len(ks)) for h in (hooks[0], hooks.sum(0)))
-        lo, hi = stats.interval(stats.partial_draws(x[None], y[None], meta, 1000)[3:], fisher=True)
-        width.append(hi - lo)
-    assert width[1] == pytest.approx(width[0], rel=0.1)
 
 
 def test_interval_covers_the_planted_correlation():
@@ -279,7 +235,7 @@ def test_interval_covers_the_planted_correlation():
     assert abs(hits / n - 0.927) < 4 * binomial_sd(0.927, n)
 
 
-def test_a_model_with_two_hooks_has_no_interval(independent_hooks):
+def test_a_model_with_two_hooks_has_no_interval(few_patterns, independent_hooks):
     scores, y, magnitude, meta, models = study(n_resamples=50)
     for layers, known in (((0, 1), False), ((0, 1, 2), True)):
         keep = (meta["model"] != "large") | np.isin(meta["layer"], layers)
@@ -387,28 +343,23 @@ def test_tests_keep_their_size_where_a_hook_is_one_draw(few_patterns, seeds, n):
     assert (np.mean(np.array(found) < 0.05, axis=0) < 0.07 + 4 * binomial_sd(0.07, n)).all()
 
 
-def test_swap_test_finds_a_planted_difference(few_patterns):
-    """One proxy clearly better, 18 hooks: in 90% of 60 data sets, and never for the worse one."""
-    rng, meta = np.random.default_rng(9), grid()
-    found = []
-    for i in range(60):
-        y = curve(meta, rng, 1.0)
-        diff, p = stats.swap_test(y + noise(meta, rng, 0.1), y + noise(meta, rng, 1.5), y, meta, seed=i)
-        found.append((p < 0.05) * np.sign(diff))
-    assert np.mean(found) > 0.9 - 5 * binomial_sd(0.9, 60) and min(found) >= 0
-
-
 # ----------------------------------------------------------------------------------------- leave one hook out
+def by_polyfit(x, magnitude, hooks):
+    """The errors by a plain loop over hooks that are left out."""
+    log, errors = np.log10(magnitude), np.empty(len(x))
+    for hook in np.unique(hooks):
+        out = hooks == hook
+        errors[out] = np.polyval(np.polyfit(x[~out], log[~out], 2), x[out]) - log[out]
+    return errors
+
+
 def test_loho_errors_are_a_plain_loop_with_polyfit():
     rng = np.random.default_rng(10)
     # the last: hooks of unequal size
     for meta in (grid(), SIX, part(grid(seeds=2), rng.permutation(108)[:80])):
         y = curve(meta, rng)
         x, magnitude = y + noise(meta, rng, 0.3), size(y)
-        hooks, log, expected = hooks_of(meta), np.log10(magnitude), np.empty(len(y))
-        for hook in np.unique(hooks):
-            out = hooks == hook
-            expected[out] = np.polyval(np.polyfit(x[~out], log[~out], 2), x[out]) - log[out]
+        expected = by_polyfit(x, magnitude, hooks_of(meta))
         assert np.allclose(stats.loho_errors(x, magnitude, meta), expected, atol=1e-9)
         # no unit of its own
         assert np.allclose(stats.loho_errors(1e6 * x + 1e7, magnitude, meta), expected, atol=1e-7)
@@ -439,14 +390,9 @@ def test_loho_columns_by_hand(independent_hooks):
     rng = np.random.default_rng(13)
     y, magnitude = y[:3], magnitude[:3]
     scores = {p: np.stack([s[0], *(v + rng.normal(0, 0.2, 54) for v in s[1:3])]) for p, s in scores.items()}
-    hooks = hooks_of(meta)
 
     def errors(name, row):
-        e, log, x = np.empty(54), np.log10(magnitude[row]), scores[name][row]
-        for hook in np.unique(hooks):
-            out = hooks == hook
-            e[out] = np.polyval(np.polyfit(x[~out], log[~out], 2), x[out]) - log[out]
-        return e
+        return by_polyfit(scores[name][row], magnitude[row], hooks_of(meta))
 
     best = min(CONTROLS, key=lambda c: (errors(c, 1) ** 2).mean())
     assert leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS) == best
@@ -562,10 +508,7 @@ def test_leaderboard(few_patterns, independent_hooks):
         ):
             assert row[key] == pytest.approx(value, nan_ok=True)
             assert np.isnan(value) or row[key + "_lo"] <= row[key + "_hi"]
-    assert {name for name, stratum in rows if rows[name, stratum]["same_ranks_as"]} == {
-        "inverse_nmse",
-        "swd_again",
-    }
+    assert {name for name, at in rows if rows[name, at]["same_ranks_as"]} == {"inverse_nmse", "swd_again"}
     for stratum in ("pooled", *models):
         inverse, again, flat = (rows[name, stratum] for name in ("inverse_nmse", "swd_again", "flat"))
         assert (inverse["same_ranks_as"], inverse["diff_r2"], inverse["p_r2"]) == ("r2", 0, 1)
@@ -575,19 +518,12 @@ def test_leaderboard(few_patterns, independent_hooks):
         assert np.isnan([flat[name] for name in undefined]).all()
     swd, r2 = rows["swd_tok", "pooled"], rows["r2", "pooled"]
     assert swd["diff_r2"] == pytest.approx(swd["partial"] - r2["partial"])
-    assert swd["diff_r2_lo"] <= swd["diff_r2_hi"] and swd["gamma_lo"] < swd["gamma_hi"]
+    assert swd["gamma_lo"] < swd["gamma_hi"] and np.isnan(rows["swd_tok", "small"]["gamma"])
     assert (r2["diff_r2"], r2["diff_r2_lo"], r2["diff_r2_hi"], r2["p_r2"]) == (0, 0, 0, 1)
-
-    best = max(CONTROLS, key=lambda c: stats.partial_spearman(scores[c][1], y[1], meta))  # on half A
-    assert leaderboard.best_control(scores, y, meta, CONTROLS) == best
-    assert rows[best, "pooled"]["diff_control"] == 0 and rows[best, "pooled"]["p_control"] == 1
-    on_b = [stats.partial_spearman(scores[p][2], y[2], meta) for p in ("swd_tok", best)]
-    assert swd["diff_control"] == pytest.approx(on_b[0] - on_b[1])
-    assert np.isnan(rows["swd_tok", "small"]["gamma"])
     assert str(table) == str(board(data)) != str(board(data, seed=1))
 
 
-def test_the_control_is_chosen_on_half_a_and_judged_on_half_b():
+def test_the_control_is_chosen_on_half_a_and_judged_on_half_b(few_patterns):
     scores, y, _, meta, _ = data = study()
     scores["cosine"][stats.HALF_A] = y[stats.HALF_A]
     elsewhere = [stats.ALL, stats.HALF_B]
@@ -599,25 +535,16 @@ def test_the_control_is_chosen_on_half_a_and_judged_on_half_b():
     assert ln["diff_loho_control"] > 0 == cosine["diff_loho_control"] and ln["loho"] < 1e-6
 
 
-def test_draw_r_uses_sequence_resample_r():
-    """Resamples that all repeat the estimate change nothing against none at all; those that turn r2 around
-    show.
-    """
+def test_resampled_scores_go_with_the_resampled_target(few_patterns):
+    """Resamples that all repeat the estimate change nothing; those that turn r2 around show."""
     scores, y, magnitude, meta, models = study(n_resamples=200)
-    scores = {p: scores[p] for p in ("r2", "cosine")}
-
-    def run(scores, y):
-        row = board((scores, y, magnitude, meta, models))[0]
-        return {name: v for name, v in row.items() if name not in claims.COLUMNS}
-
-    def like_first(v, W):
-        return np.r_[v[:3], np.repeat(v[:1], W - 3, axis=0)]
-
-    none, still = (run({p: like_first(s, W) for p, s in scores.items()}, like_first(y, W)) for W in (3, 203))
-    assert none == still
-    turned = scores | {"r2": np.r_[scores["r2"][:3], y[3:103], -y[103:]]}
-    row = run(turned, y)
-    assert row["partial"] == still["partial"] and row["partial_lo"] < -0.999 and row["partial_hi"] > 0.999
+    still = {name: np.repeat(v[:1], 203, axis=0) for name, v in scores.items() if name in ("r2", "cosine")}
+    once = np.repeat(y[:1], 203, axis=0)
+    for turned, row in (
+        (False, board((still, once, magnitude, meta, models))[0]),
+        (True, board((still | {"r2": np.r_[y[:103], -y[103:]]}, y, magnitude, meta, models))[0]),
+    ):
+        assert (row["partial_lo"] < -0.999 and row["partial_hi"] > 0.999) == turned
 
 
 def test_noise_ceiling():
@@ -660,16 +587,9 @@ CANNOT = expb.CANNOT
 
 def decide(data, n_resamples=100):
     scores, y, magnitude, meta, models = data
-    swd = leaderboard.contest(
-        board(data, n_resamples),
-        scores,
-        y,
-        meta,
-        models,
-        controls=CONTROLS,
-        loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS),
-        n_resamples=n_resamples,
-    )
+    how = dict(controls=CONTROLS, loho_control=leaderboard.best_by_loho(scores, magnitude, meta, CONTROLS))
+    table = board(data, n_resamples)
+    swd = leaderboard.contest(table, scores, y, meta, models, n_resamples=n_resamples, **how)
     leaf, reason = expb.leaf_h2(swd)
     verdict = plain({"leaf": leaf, "reason": reason, **swd.record(), **expb.what_the_rule_asked(swd)})
     assert json.loads(json.dumps(verdict, allow_nan=False)) == verdict
@@ -693,24 +613,21 @@ def better_with(**change):
     return lambda seed: study(seed, **GOOD | change)
 
 
-def sized_by_a_control(seed):
-    scores, y, _, meta, models = study(seed, **GOOD)
-    return scores, y, size(scores["r2_ln"]), meta, models
+out_of_range = better_with(shift=6.0)
 
 
-def no_quadratic(seed):
-    scores, *rest = study(seed, **GOOD)
-    return scores | {"swd_tok": np.exp(6 * scores["swd_tok"])}, *rest
+def as_good(seed):
+    """As controls that leave too little."""
+    return study(seed, swd=0.1, control=0.1)
 
 
-def nothing_lost(seed):
-    scores, y, magnitude, meta, models = study(seed, **GOOD)
-    return scores, y, np.where(np.arange(54) == 5, -0.01, magnitude), meta, models
+def as_wrong(seed):
+    """As the controls, each in its own way."""
+    return study(seed, sd=0.25, swd=0.4, control=0.4)
 
 
-def controls_without_a_size(seed):
-    scores, *rest = study(seed, sd=0.25, swd=0.15, control=0.15)
-    return {p: s if p == "swd_tok" else np.exp(6 * s) for p, s in scores.items()}, *rest
+def of_one_model(seed):
+    return study(seed, sd=0.25, swd=0.01, meta=grid(models=("small",), layers=range(12)))
 
 
 def noisy_r2(seed):
@@ -726,66 +643,31 @@ def wrong_alike(seed):
     return {p: scores["r2"] + noise(meta, rng, 0.05) for p in scores}, y, magnitude, meta, models
 
 
-def proxy_out_of_range(seed):
-    scores, y, _, meta, models = study(seed, **GOOD)
-    # and the target with it, so that it still ranks best
-    far = 4.0 * (meta["model"] == "large") - 4.0 * (meta["model"] == "small")
-    return scores | {"swd_tok": scores["swd_tok"] + far}, y + far, size(y + far), meta, models
-
-
 def every_claim_holds(v):
     halved = abs(v["gamma_proxy"]) <= 0.5 * abs(v["gamma_control"]) and v["gamma_gain_lo"] > 0
     whole = v["n_clusters"] == 18 and v["n_cells"] == v["n_conditions"] == 54
     return v["a_holds"] and v["b_holds"] and v["b_judged"] and v["diff_loho_control"] > 0 and halved and whole
 
 
+def transfers_no_better(v):
+    return v["a_holds"] and v["b_judged"] and not v["b_holds"] and v["diff_loho_control"] > 0
+
+
+def could_be_better(v):
+    return v["room"] >= max(0.1, v["smallest_detectable"]) and v["p_perfect"] < 0.05
+
+
 @pytest.mark.parametrize(
     "make, leaf, why, holds",
     [
         (better_with(), "supported", "", every_claim_holds),
-        (
-            better_with(shift=0.0),
-            "rejected",
-            "not shown to transfer better",
-            lambda v: v["a_holds"] and v["b_judged"] and not v["b_holds"] and v["diff_loho_control"] > 0,
-        ),
-        (sized_by_a_control, "undecided", "disagree: it ranks better", lambda v: v["a_holds"]),
-        (no_quadratic, "undecided", "disagree: it ranks better", lambda v: v["a_holds"]),
-        (
-            nothing_lost,
-            "undecided",
-            "undefined",
-            lambda v: v["loho"] is v["p_loho"] is v["loho_control"] is None,
-        ),
-        (controls_without_a_size, "undecided", "predicts the size", lambda v: v["p_loho"] < 0.05),
+        (better_with(shift=0.0), "rejected", "not shown to transfer better", transfers_no_better),
         (noisy_r2, "beats-r2-only", "", lambda v: not v["a_holds"] and v["p_r2"] < 0.05),
-        # SWD is as good as controls that leave too little; as wrong, each in its own way; as wrong, alike
-        (lambda seed: study(seed, swd=0.1, control=0.1), CANNOT, "margin", lambda v: v["room"] < 0.1),
-        (
-            lambda seed: study(seed, sd=0.25, swd=0.4, control=0.4),
-            CANNOT,
-            "four of five",
-            lambda v: 0.1 <= v["room"] < v["smallest_detectable"],
-        ),
-        (
-            wrong_alike,
-            "rejected",
-            "",
-            lambda v: v["room"] >= max(0.1, v["smallest_detectable"]) and v["p_perfect"] < 0.05,
-        ),
-        (
-            better_with(shift=6.0),
-            "not-transferable",
-            "",
-            lambda v: v["a_holds"] and v["in_range_control"] < 0.5,
-        ),
-        (proxy_out_of_range, "not-transferable", "", lambda v: v["a_holds"] and v["in_range_proxy"] < 0.5),
-        (
-            lambda seed: study(seed, sd=0.25, swd=0.01, meta=grid(models=("small",), layers=range(12))),
-            "undecided",
-            "transfer across scale undefined",
-            lambda v: v["a_holds"] and v["gamma_proxy"] is None,
-        ),
+        (as_good, CANNOT, "margin", lambda v: v["room"] < 0.1),
+        (as_wrong, CANNOT, "four of five", lambda v: 0.1 <= v["room"] < v["smallest_detectable"]),
+        (wrong_alike, "rejected", "", could_be_better),
+        (out_of_range, "not-transferable", "", lambda v: v["a_holds"] and v["in_range_control"] < 0.5),
+        (of_one_model, "undecided", "scale undefined", lambda v: v["a_holds"] and v["gamma_proxy"] is None),
     ],
 )
 def test_planted_studies_reach_their_leaf(few_patterns, independent_hooks, make, leaf, why, holds):
@@ -793,33 +675,10 @@ def test_planted_studies_reach_their_leaf(few_patterns, independent_hooks, make,
     assert said == leaf and all(why in v["reason"] and holds(v) for v in verdicts)
 
 
-def test_worse_is_rejected_where_better_was_possible(few_patterns, independent_hooks):
-    """Where it was not, the leaf says so, and the reason that it ranks worse."""
-    for control, word, low, high in ((0.05, CANNOT, 0.0, 0.1), (0.25, "rejected", 0.1, 0.6)):
-        leaf, verdicts = leaves(
-            lambda seed, control=control: study(seed, sd=0.25, swd=2.0, control=control), 6
-        )
-        assert leaf == word and not any(v["a_holds_vs_r2"] for v in verdicts)
-        worse = [v for v in verdicts if "ranks worse" in v["reason"]]
-        assert len(worse) >= 4 and all(v["diff_control"] < 0 and v["p_control"] < 0.05 for v in worse)
-        assert low < np.median([v["room"] for v in worse]) < high
-
-
-def test_a_grid_too_small_for_the_room_says_so(independent_hooks):
-    """Six hooks, a control that leaves more than the margin: not even the target itself would have p < .05,
-    by hand.
-    """
-    said = []
-    for seed in range(12):
-        scores, y, _, meta, _ = data = study(seed, meta=SIX, swd=0.2, control=0.2, sd=0.5)
-        v = decide(data)
-        assert v["p_perfect"] == stats.swap_test(y[2], scores[v["a_control"]][2], y[2], meta)[1]
-        if v["leaf"] == CANNOT:
-            said.append(v["room"] >= 0.1)
-            assert v["room"] < 0.1 or (v["p_perfect"] >= 0.05 and "for the target itself" in v["reason"])
-        elif v["leaf"] == "rejected" and "worse" not in v["reason"]:
-            assert v["room"] >= 0.1 and v["p_perfect"] < 0.05
-    assert any(said)
+def test_p_perfect_is_that_of_the_target_itself_on_half_b():
+    scores, y, _, meta, _ = data = study(meta=SIX, swd=0.2, control=0.2, sd=0.5)
+    found = decide(data)
+    assert found["p_perfect"] == stats.swap_test(y[2], scores[found["a_control"]][2], y[2], meta)[1]
 
 
 def test_undecided_with_five_hooks_or_a_constant_proxy(few_patterns, independent_hooks):

@@ -23,14 +23,8 @@ import time
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = (
-    (os, "replace"),
-    (os, "fsync"),
-    (pathlib.Path, "unlink"),
-    (pathlib.Path, "rename"),
-    (pathlib.Path, "mkdir"),
-    (pathlib.Path, "rmdir"),
-)
+STEPS = [(os, "replace"), (os, "fsync")]
+STEPS += [(pathlib.Path, name) for name in ("unlink", "rename", "mkdir", "rmdir")]
 # no network, and a cache that nothing is ever in
 EMPTY = os.path.join(tempfile.gettempdir(), "transport-geometry-offline")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": EMPTY}
@@ -74,18 +68,9 @@ def run(
     """
     server, files = _server(environment)
     out, err = files / "out", files / "err"
-    command = dict(
-        script=script,
-        arguments=[*map(str, arguments)],
-        out=str(out),
-        err=str(err),
-        kill=kill,
-        when=when and [str(when[0]), *when[1:]],
-        after=after,
-        setup=setup,
-        folder=str(folder),
-    )
-    server.stdin.write(json.dumps(command) + "\n")
+    command = dict(script=script, arguments=arguments, out=out, err=err, setup=setup, folder=folder)
+    command |= dict(kill=kill, when=when, after=after)
+    server.stdin.write(json.dumps(command, default=str) + "\n")
     server.stdin.flush()
     status = int(server.stdout.readline())
     said = (path.read_bytes().decode(errors="replace") for path in (out, err))
@@ -98,14 +83,9 @@ _running: dict = {}  # environment -> (server, its folder)
 def _server(environment: dict[str, str]) -> tuple[subprocess.Popen, pathlib.Path]:
     key = frozenset(environment.items())
     if key not in _running:
-        server = subprocess.Popen(
-            [sys.executable, __file__],
-            cwd=ROOT,
-            env={**environment, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        path = {**environment, "PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=path, **pipes)
         _running[key] = server, tempfile.TemporaryDirectory()
     server, folder = _running[key]
     return server, pathlib.Path(folder.name)
@@ -183,7 +163,7 @@ def child(command: dict, main, run_script) -> int:
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(command["folder"])
-    sys.argv = [command["script"], *command["arguments"]]
+    sys.argv = [command["script"], *map(str, command["arguments"])]
     exec(command["setup"], {})
     left = iter(range(command["kill"] or 0))
     if command["kill"] is not None:
