@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -105,14 +106,18 @@ def short_names(names: Sequence[str], most: int) -> dict[str, str]:
     >>> list(short_names(["org/a/layers.3", "org/b/layers.3"], 20).values())
     ['a', 'b']
     >>> list(short_names(["topk-of-width-32768", "topk-of-length-32768"], 12).values())
-    ['topk-…-32768', 'topk…8768 #2']
+    ['width-32768', 'length-32768']
     """
     paths = [name.split("/") for name in names]
     first = len(os.path.commonprefix([path[:-1] for path in paths]))
     last = len(os.path.commonprefix([path[:first:-1] for path in paths])) if len(set(names)) > 1 else 0
+    rests = ["/".join(path[first : len(path) - last]) for path in paths]
+    if len(set(rests)) > 1 and max(map(len, rests)) > most:  # nor what their names begin with alike
+        begin = len(re.sub(r"[^-_.]*$", "", os.path.commonprefix(rests)))
+        rests = [rest[begin:] for rest in rests]
     out: dict[str, str] = {}
-    for name, path in zip(names, paths):
-        rest, ending = "/".join(path[first : len(path) - last]), ""
+    for name, rest in zip(names, rests):
+        ending = ""
         for number in itertools.count(2):
             room = most - len(ending)
             front = room // 2 - 1
