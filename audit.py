@@ -19,7 +19,7 @@ from typing import Any
 
 from common import parse_args, run_script
 from transport_geometry.errors import UserError
-from transport_geometry.formats.names import hub_name
+from transport_geometry.formats.hook_names import hub_name
 from transport_geometry.measuring.metrics import PROXIES
 from transport_geometry.measuring.r2_by_library import LIBRARIES
 from transport_geometry.records.results import about_the_run, label_last_block, load_measurements
@@ -35,9 +35,9 @@ from transport_geometry.reporting.audit_report import (
 )
 from transport_geometry.reporting.figures import BLUE, GREEN, ORANGE, PURPLE, pyplot
 from transport_geometry.reporting.leaderboard_report import how_to_read, leaderboard_table
+from transport_geometry.reporting.sae_words import COLUMNS as WORD_COLUMNS
+from transport_geometry.reporting.sae_words import WORDS, with_words
 from transport_geometry.reporting.where_it_hurts import of_folder
-from transport_geometry.reporting.words import COLUMNS as WORD_COLUMNS
-from transport_geometry.reporting.words import WORDS, with_words
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, ranked
@@ -49,7 +49,7 @@ from transport_geometry.statistics.sae_pairs import (
     pairs,
     residuals,
 )
-from transport_geometry.statistics.stats import MIN_HOOKS
+from transport_geometry.statistics.stats import MIN_HOOKS_OF_A_MODEL
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -157,8 +157,12 @@ FEW_HOOKS = "{hooks}, and {needed} are needed to compare proxies: leaderboard.cs
 def of_proxies(board: list[dict], swd: Contest, settings: dict) -> list[str]:
     """The leaderboard over these SAEs, in Markdown lines: which proxy would have told?"""
     text = ["## Which proxy would have told?", ""]
-    if swd.n_clusters < MIN_HOOKS:
-        return [*text, FEW_HOOKS.format(hooks=count_of(swd.n_clusters, "hook"), needed=MIN_HOOKS), ""]
+    if swd.n_clusters < MIN_HOOKS_OF_A_MODEL:
+        return [
+            *text,
+            FEW_HOOKS.format(hooks=count_of(swd.n_clusters, "hook"), needed=MIN_HOOKS_OF_A_MODEL),
+            "",
+        ]
     return [*text, leaderboard_table(board, "ce_rec"), "", how_to_read(swd, settings), ""]
 
 

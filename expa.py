@@ -29,13 +29,13 @@ from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
 from transport_geometry.records.results import about_the_run, load_measurements, of_one_processor, subset
 from transport_geometry.records.tables import as_csv, percent, readable_count
-from transport_geometry.reporting import delta_report, learning_report, published
+from transport_geometry.reporting import expa_learning, expa_report, published
 from transport_geometry.reporting.console import Answer, as_sentence, number
-from transport_geometry.reporting.delta_report import PAIRED, in_words
+from transport_geometry.reporting.expa_report import PAIRED, in_words
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import sae_name
-from transport_geometry.running.pairs import FLAGS, compared, with_pairs
+from transport_geometry.running.pairs_flag import FLAGS, compared, with_pairs
 from transport_geometry.running.run import Experiment
 from transport_geometry.saes.recipes import RECIPES
 from transport_geometry.statistics import curves, deltas, stats
@@ -291,24 +291,24 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     said = answer(first, shown, verdicts[1:])
     correlation = deltas.seed_correlation(conditions.of(pairs[0] if pairs else settings["models"]))
     parts = [
-        learning_report.k_star_section(stars, first.small, first.large),
-        learning_report.learning_section(found.saes, settings),
-        learning_report.law_section(laws),
+        expa_learning.k_star_section(stars, first.small, first.large),
+        expa_learning.learning_section(found.saes, settings),
+        expa_learning.law_section(laws),
         published.section(rows, found.saes, stars, settings["hooks"]),
         "\n".join(about_the_run(found.saes, settings)),
     ]
-    figures = learning_report.figures(found.saes, settings)
+    figures = expa_learning.figures(found.saes, settings)
     if shown:
-        figures["deltas.png"] = delta_report.delta_figure(shown, first.difference, LEAVES[first.leaf])
-        figures["mismatch.png"] = delta_report.mismatch_figure(shown)
+        figures["deltas.png"] = expa_report.delta_figure(shown, first.difference, LEAVES[first.leaf])
+        figures["mismatch.png"] = expa_report.mismatch_figure(shown)
     verdict = records[0] | dict(other_arms=records[1:], kstar=[star.row() for star in stars], power_law=laws)
     return Findings(
         answer=said,
         verdict=verdict,
         short_verdict=f"H0/H1: {first.leaf}",
-        report=delta_report.report(said, records, rows, correlation, left_out, parts, figures),
+        report=expa_report.report(said, records, rows, correlation, left_out, parts, figures),
         figures=figures,
-        table=functools.partial(delta_report.in_short, shown, first.difference),
+        table=functools.partial(expa_report.in_short, shown, first.difference),
         tables={"deltas.csv": as_csv(rows, deltas.COLUMNS)},
     )
 

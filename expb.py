@@ -37,13 +37,13 @@ from transport_geometry.reporting import where_it_hurts
 from transport_geometry.reporting.audit_report import trial_lines
 from transport_geometry.reporting.console import Answer, as_sentence, number
 from transport_geometry.reporting.figures import saes_against
+from transport_geometry.reporting.sae_words import ABOUT_WORDS, OF_A_ROW, WORDS, with_words
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, WORDS, with_words
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, of_target, ranked
-from transport_geometry.statistics.stats import ALPHA, MIN_CLUSTERS, MIN_HOOKS, MIN_IN_RANGE
+from transport_geometry.statistics.stats import ALPHA, MIN_EFFECTIVE_HOOKS, MIN_HOOKS_OF_A_MODEL, MIN_IN_RANGE
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -83,12 +83,12 @@ def leaf_h2(swd: Contest) -> tuple[str, str]:
     size = size_gain > 0 and own["p_loho"] < ALPHA
 
     # is there enough to judge?
-    if swd.n_clusters < MIN_CLUSTERS:
-        return "undecided", f"{swd.n_clusters} hooks, {MIN_CLUSTERS} needed"
-    if swd.n_effective < MIN_CLUSTERS:
+    if swd.n_clusters < MIN_EFFECTIVE_HOOKS:
+        return "undecided", f"{swd.n_clusters} hooks, {MIN_EFFECTIVE_HOOKS} needed"
+    if swd.n_effective < MIN_EFFECTIVE_HOOKS:
         return "undecided", (
             f"neighbouring hooks share their errors, so that {swd.n_clusters} say as much as "
-            f"{swd.n_effective:.1f} independent ones, {MIN_CLUSTERS} needed"
+            f"{swd.n_effective:.1f} independent ones, {MIN_EFFECTIVE_HOOKS} needed"
         )
     if np.isnan(own["p_control"]):
         return "undecided", "the difference to the best control is undefined"
@@ -181,7 +181,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     said = answer(leaf, reason, swd, board, settings)
 
     def table(colour: bool) -> str:
-        few = swd.n_clusters < MIN_HOOKS  # nothing to rank proxies by: the SAEs themselves
+        few = swd.n_clusters < MIN_HOOKS_OF_A_MODEL  # nothing to rank proxies by: the SAEs themselves
         return trial_lines(saes) if few else shared.board_in_short(board, colour)
 
     return Findings(
@@ -209,8 +209,8 @@ def what_the_rule_asked(swd: Contest) -> dict:
         b_judged=transfer_judged(swd),
         b_holds=transfer_holds(swd),
         alpha=ALPHA,
-        min_clusters=MIN_CLUSTERS,
-        min_hooks=MIN_HOOKS,
+        min_clusters=MIN_EFFECTIVE_HOOKS,
+        min_hooks=MIN_HOOKS_OF_A_MODEL,
         min_difference=MIN_DIFFERENCE,
         max_gamma_ratio=MAX_GAMMA_RATIO,
         min_in_range=MIN_IN_RANGE,
@@ -284,7 +284,7 @@ def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
     """The leaderboard over hooks, of the proxies that have hooks enough."""
     none = claims.none_in_general(board, settings["models"])
     text = f"## In general: {claims.layers_of(settings['models'])}\n\n" + (f"{none}\n\n" if none else "")
-    judged = [row for row in board if row["n_effective"] >= MIN_CLUSTERS]
+    judged = [row for row in board if row["n_effective"] >= MIN_EFFECTIVE_HOOKS]
     names = {row["proxy"] for row in of_target(judged)}
     if len(names) < 2:
         return text

@@ -34,8 +34,8 @@ from transport_geometry.reporting.figures import (
     pyplot,
     saes_against,
 )
+from transport_geometry.reporting.sae_words import ABOUT_WORDS, OF_A_ROW, with_words
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.reporting.words import ABOUT_WORDS, OF_A_ROW, with_words
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment, eval_batch

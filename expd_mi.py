@@ -93,8 +93,12 @@ MIN_RHO = 0.5  # what the research log's tree asks of H3
 def leaf_h3(found: dict) -> tuple[str, str]:
     """The pre-registered rule of H3: (leaf, why). found: of `associations`."""
     within, depths, nosink = found["within"], found["depths"], found["nosink"]
-    if (n := found["n_hooks"]) < stats.MIN_CLUSTERS:
-        return "undecided", f"{n} hooks in models with {stats.MIN_HOOKS} or more, {stats.MIN_CLUSTERS} needed"
+    least = stats.MIN_HOOKS_OF_A_MODEL
+    if (n := found["n_hooks"]) < stats.MIN_EFFECTIVE_HOOKS:
+        return (
+            "undecided",
+            f"{n} hooks in models with {least} or more, {stats.MIN_EFFECTIVE_HOOKS} needed",
+        )
     if not np.isfinite([within["rho"], within["p"], nosink["rho"]]).all():
         return "undecided", "a dimension or a residual is undefined"
     if not within["least_p"] < stats.ALPHA:
@@ -165,8 +169,8 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         thresholds=dict(
             min_rho=MIN_RHO,
             alpha=stats.ALPHA,
-            min_hooks=stats.MIN_CLUSTERS,
-            of_a_model=stats.MIN_HOOKS,
+            min_hooks=stats.MIN_EFFECTIVE_HOOKS,
+            of_a_model=stats.MIN_HOOKS_OF_A_MODEL,
             min_mi=mi.MIN_MI,
             n_se=mi.N_SE,
             from_ceiling=mi.FROM_CEILING,

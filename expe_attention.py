@@ -208,7 +208,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         **means,
         "breaks": attention_map.where_plans_change(rows, values, meta, settings["models"], N_RESAMPLES),
         "left_out": settings["last_blocks"],
-        "thresholds": dict(min_added=MIN_ADDED, alpha=stats.ALPHA, min_clusters=stats.MIN_CLUSTERS),
+        "thresholds": dict(min_added=MIN_ADDED, alpha=stats.ALPHA, min_clusters=stats.MIN_EFFECTIVE_HOOKS),
     }
     after_h2 = leaderboard_report.TEXT["after h2"].format(claim="the attention plan")
     said = Answer(

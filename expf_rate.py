@@ -23,7 +23,6 @@ from common import parse_args, run_script
 from transport_geometry.errors import UserError
 from transport_geometry.measuring import prequential_probe, rate
 from transport_geometry.measuring.metrics import Metric, mean
-from transport_geometry.models import text
 from transport_geometry.records import store
 from transport_geometry.records.condition import Condition, hook_of
 from transport_geometry.records.results import (
@@ -34,7 +33,7 @@ from transport_geometry.records.results import (
     load_measurements,
 )
 from transport_geometry.records.tables import as_csv, markdown, read_table
-from transport_geometry.reporting import rate_report
+from transport_geometry.reporting import expf_report
 from transport_geometry.reporting.console import Answer
 from transport_geometry.reporting.leaderboard_report import scope
 from transport_geometry.reporting.templates import blocks
@@ -54,6 +53,7 @@ from transport_geometry.statistics.rate_curves import (
     quantised,
     reached,
 )
+from transport_geometry.text import heldout
 
 import numpy as np
 import scipy
@@ -102,7 +102,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device, *, command: Command
         saes[one.condition] = loaded.to(device)
     ctx = eval_set.held.input_ids.shape[1]
     source, tokenizer, split = eval_set.source, eval_set.tokenizer, command.grid.split
-    rows = text.train_rows(source.data, tokenizer, ctx, TRAINING_ROWS, split, bos=eval_set.bos)
+    rows = heldout.train_rows(source.data, tokenizer, ctx, TRAINING_ROWS, split, bos=eval_set.bos)
     return rate.study(eval_set, saes, next(rows), STEPS, eval_batch(eval_set.hook, ctx), device) | {
         "finish.csv": kl_finetune.study(eval_set, sae, device),
         "observer.csv": prequential_probe.study(eval_set, sae, device),
@@ -122,7 +122,7 @@ def leaf_f(apart: dict[str, float]) -> str:
     the geometric mean over pairs, and signs flipped over pairs give p < .05. `same`: the 90% Student interval
     over pairs lies inside that factor. Else, and below 6 pairs, `undecided`.
     """
-    if apart["pairs"] < stats.MIN_CLUSTERS:
+    if apart["pairs"] < stats.MIN_EFFECTIVE_HOOKS:
         return "undecided"
     if max(apart["factor"], 1 / apart["factor"]) >= FACTOR and apart["p"] < stats.ALPHA:
         return "differs"
@@ -143,7 +143,7 @@ def over_pairs(logs: np.ndarray) -> dict[str, float]:
         reach = scipy.stats.t.ppf((1 + level) / 2, G - 1) * half if G > 1 else np.nan
         out |= dict(zip(ends, map(float, np.exp(np.array([-reach, reach])) * out["factor"])))
     p = np.nan
-    if G >= stats.MIN_CLUSTERS:
+    if G >= stats.MIN_EFFECTIVE_HOOKS:
         p = stats.p_value(stats.sign_patterns(G) @ logs / max(np.abs(logs).sum(), 1e-300))
     return out | {"p": p}
 
@@ -222,7 +222,11 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         "softmax": tables["softmax.csv"],
         "finish": kl_finetune.moves(tables["finish.csv"]),
         "thresholds": dict(
-            factor=FACTOR, alpha=stats.ALPHA, min_pairs=stats.MIN_CLUSTERS, step=STEP, code="ideal length"
+            factor=FACTOR,
+            alpha=stats.ALPHA,
+            min_pairs=stats.MIN_EFFECTIVE_HOOKS,
+            step=STEP,
+            code="ideal length",
         ),
         "quantised_sha256": store.sha256(store.checked(record, QUANTISED)),
     }
@@ -233,12 +237,12 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         short_verdict=leaf,
         report=report(found, rates, ratios, verdict, said, tables, settings),
         figures={
-            "rate.png": rate_report.rate_figure(lines, codes, tables["spectra.csv"], settings["hooks"], CODE),
-            "ratios.png": rate_report.ratio_figure(ratios, by_loss, CODE, [small, large], FACTOR),
-            "front.png": rate_report.front_figure(rates, settings["models"], settings["k"]),
-            "directions.png": rate_report.direction_figure(tables["directions.csv"], settings["models"]),
+            "rate.png": expf_report.rate_figure(lines, codes, tables["spectra.csv"], settings["hooks"], CODE),
+            "ratios.png": expf_report.ratio_figure(ratios, by_loss, CODE, [small, large], FACTOR),
+            "front.png": expf_report.front_figure(rates, settings["models"], settings["k"]),
+            "directions.png": expf_report.direction_figure(tables["directions.csv"], settings["models"]),
         },
-        table=lambda colour: rate_report.equal_bits_in_short(by_loss, small, large, colour),
+        table=lambda colour: expf_report.equal_bits_in_short(by_loss, small, large, colour),
         tables={
             "rates.csv": as_csv(rates, list(rates[0])),
             "ratios.csv": as_csv(ratios, "depth code at_equal of ratio lo hi".split()),
@@ -247,15 +251,15 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
 
 
 def answer(leaf: str, by_loss: dict[str, dict], settings: dict) -> Answer:
-    apart, least = by_loss[R2]["apart"], stats.MIN_CLUSTERS
+    apart, least = by_loss[R2]["apart"], stats.MIN_EFFECTIVE_HOOKS
     models = {"small": settings["models"][0], "large": settings["models"][-1]}
     numbers = TEXT["no numbers"]
     if apart["pairs"]:
         text = TEXT["numbers"].format(
             **models,
-            r2=rate_report.factor(by_loss[R2]["ratio"]),
-            ce=rate_report.factor(by_loss[CE]["ratio"]),
-            apart=rate_report.factor(apart),
+            r2=expf_report.factor(by_loss[R2]["ratio"]),
+            ce=expf_report.factor(by_loss[CE]["ratio"]),
+            apart=expf_report.factor(apart),
             pairs=apart["pairs"],
             few=f"; {least} needed" if apart["pairs"] < least else "",
             p="" if np.isnan(apart["p"]) else f", p = {apart['p']:.3f}",
@@ -283,17 +287,17 @@ def report(
         each = "{model} {sequence:.1e} (sequence), {same:.1e} (same position)"
         distances = "; ".join(each.format(**row) for row in closed)
         softmax = TEXT["softmax"].format(positions=closed[0]["positions"], text=distances)
-    under_each, over_bound = rate_report.code_tables(rates, CODE)
+    under_each, over_bound = expf_report.code_tables(rates, CODE)
     return TEXT["report"].format(
         answer=said.markdown(),
-        equal_bits=rate_report.equal_bits(ratios, verdict["by_loss"], CODE),
+        equal_bits=expf_report.equal_bits(ratios, verdict["by_loss"], CODE),
         small=small,
         large=large,
         step=f"{STEP:g}",
         documents=" or ".join(map(str, settings["documents"])),
         seeds=" and seeds" if len(settings["seeds"]) > 1 else "",
-        by_code="; ".join(f"{code} {rate_report.factor(of)}" for code, of in verdict["by_code"].items()),
-        equal_output=rate_report.equal_output(ratios, CODE),
+        by_code="; ".join(f"{code} {expf_report.factor(of)}" for code, of in verdict["by_code"].items()),
+        equal_output=expf_report.equal_output(ratios, CODE),
         reached=markdown(verdict["reached"]),
         rates=under_each,
         training=f"{TRAINING_ROWS * settings['ctx']:,}",
@@ -301,7 +305,7 @@ def report(
         bound=over_bound,
         on_front=sum(row["front"] for row in rates if row["code"] == "8 bits"),
         n_saes=len(found.saes),
-        directions=rate_report.direction_table(tables["directions.csv"]),
+        directions=expf_report.direction_table(tables["directions.csv"]),
         softmax=softmax,
         finish=kl_finetune.section(tables["finish.csv"]),
         observer=prequential_probe.section(tables["observer.csv"]),
@@ -323,7 +327,7 @@ def of_saved_rows(out: pathlib.Path, settings: dict) -> str:
         script=settings["script"],
         large=settings["models"][-1],
         small=settings["models"][0],
-        equal_bits=rate_report.equal_bits(ratios, by_geometry(ratios, "8 bits"), "8 bits"),
+        equal_bits=expf_report.equal_bits(ratios, by_geometry(ratios, "8 bits"), "8 bits"),
         reached=markdown(reached(lines, codes)),
         on_front=len(rates) - len(beaten),
         n_saes=len(rates),

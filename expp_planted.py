@@ -28,23 +28,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import GRID_FLAGS, check_output, dest, parser_of, run_script
-from transport_geometry import ranks
+from transport_geometry import torchrun
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.gauges import gauge_suite, gauges_of, spectra, stays
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.plant import plants, split
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.records import store
 from transport_geometry.records.results import check_data, load_measurements, open_output
 from transport_geometry.records.tables import as_csv, estimate, markdown, percent, read_table
-from transport_geometry.reporting import planted_report as tables
+from transport_geometry.reporting import expp_report as tables
 from transport_geometry.reporting import summary
 from transport_geometry.reporting.console import Answer, coloured, print_result, quiet_output
-from transport_geometry.reporting.planted_report import Evidence
+from transport_geometry.reporting.expp_report import Evidence
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, write
 from transport_geometry.statistics import claims
 from transport_geometry.statistics.stats import RESAMPLES, percentiles
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import torch
@@ -381,7 +381,7 @@ def main() -> None:
     if args.dry_run:
         print("\n".join(part.command() for part in PARTS))
         return
-    if ranks.WORLD > 1:
+    if torchrun.WORLD > 1:
         raise UserError("one process, please: it runs several commands after one another")
     out = args.finished or args.out
     with quiet_output(args):

@@ -12,9 +12,9 @@ from common import run_script
 from transport_geometry import kernels
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.train import activation_chunks
+from transport_geometry.text.heldout import heldout_rows
 
 import torch
 from tqdm import tqdm

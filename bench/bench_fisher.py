@@ -9,9 +9,9 @@ from common import run_script
 from transport_geometry.measuring import fisher
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.running.cost import PYTHIA, shape_of
 from transport_geometry.running.run import CPU, eval_batch
+from transport_geometry.text.heldout import heldout_rows
 
 import torch
 

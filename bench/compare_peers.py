@@ -39,13 +39,13 @@ from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import markdown, readable_count
 from transport_geometry.running.run import CPU
 from transport_geometry.saes.recipes import CHUNK, SAELensTraining, Statistics, Training
 from transport_geometry.saes.sae import TopKSAE, save_sae
 from transport_geometry.saes.sinks import sink_positions
 from transport_geometry.saes.train import activation_chunks
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import torch

@@ -25,13 +25,13 @@ import bench
 from common import run_script
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
-from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
 from transport_geometry.records.tables import markdown
 from transport_geometry.running.run import CPU, eval_batch
 from transport_geometry.saes.sae import load_sae
 from transport_geometry.statistics import stats
+from transport_geometry.text import heldout
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def package_documents(tokenizer: Any, ctx: int) -> Iterator[list[int]]:
         if path.stat().st_size > 4000
     ]
     for path in np.random.default_rng(0).permutation(np.array(paths, dtype=object)):
-        ids = text.as_ids(path.read_text(errors="replace"), tokenizer, "packages")
+        ids = heldout.as_ids(path.read_text(errors="replace"), tokenizer, "packages")
         if len(ids) >= ctx:
             yield ids
 

@@ -231,7 +231,7 @@ def tested(y: np.ndarray, a: np.ndarray, b: np.ndarray, meta: Meta) -> Tested:
 def p_blocks(y: np.ndarray, a: np.ndarray, b: np.ndarray, meta: Meta, n_effective: float) -> float:
     """Swap test in blocks of neighbours, as long as leaves no more blocks than effective hooks."""
     hooks, layers = meta["hook"].max() + 1, int(meta["layers"])
-    if n_effective < stats.MIN_CLUSTERS:
+    if n_effective < stats.MIN_EFFECTIVE_HOOKS:
         return np.nan
     length = int(np.ceil(hooks / n_effective - 1e-9))
     blocks = meta["model"] * layers + meta["layer"] // length

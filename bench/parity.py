@@ -16,16 +16,16 @@ from collections.abc import Callable
 import bench
 import peers
 from common import parse_count, run_script
-from transport_geometry.formats import sae_files
-from transport_geometry.formats.file_sae import fused
+from transport_geometry.formats import find_and_read
+from transport_geometry.formats.computed_sae import fused
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import markdown
 from transport_geometry.running.run import CPU
 from transport_geometry.saes.train import activation_chunks
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ def compared(
 ) -> tuple[dict, float]:
     """(row of the table, clean CE) of one SAE on input_ids x [B,T]."""
     held = hook.head(x)[:, :-1].flatten(0, 1)
-    (file,) = sae_files.find(str(path))
-    sae = fused(sae_files.read(file))
+    (file,) = find_and_read.find(str(path))
+    sae = fused(find_and_read.read(file))
     with torch.no_grad():
         expected, got = theirs(held), sae.reconstruct(held)[2]
     reconstructions = {"theirs": lambda h, mean: theirs(h).detach(), "ours": sae}

@@ -41,10 +41,10 @@ from transport_geometry.measuring.evaluate import activations, evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import EMBEDDED, load_model
-from transport_geometry.models.text import stdlib_documents
 from transport_geometry.records import store
 from transport_geometry.records.tables import as_json, markdown, readable_count
 from transport_geometry.running.run import CPU
+from transport_geometry.text.heldout import stdlib_documents
 
 import numpy as np
 import torch

@@ -24,7 +24,7 @@ from typing import Any
 from transport_geometry.errors import Fault, UserError, run_script
 from transport_geometry.models.lm import blocks, cross_entropy, log_probs, text_config
 from transport_geometry.models.loading import fingerprint, load_model, readable_names, tokenizer_hash
-from transport_geometry.models.text import heldout_rows
+from transport_geometry.text.heldout import heldout_rows
 
 import torch
 

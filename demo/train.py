@@ -18,8 +18,8 @@ import pathlib
 import platform
 
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import stdlib_documents
 from transport_geometry.records import store
+from transport_geometry.text.heldout import stdlib_documents
 
 import numpy as np
 import torch

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from common import DEFAULTS, PRESETS  # noqa: E402
 from transport_geometry.measuring import metrics, r2_by_library  # noqa: E402
 from transport_geometry.records.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
-from transport_geometry.reporting import glossary, leaderboard_report, published, summary, words  # noqa: E402
+from transport_geometry.reporting import glossary, leaderboard_report, published, sae_words, summary  # noqa: E402  # noqa: E402
 from transport_geometry.statistics import claims, stats  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -374,7 +374,7 @@ def tree_of_h2() -> str:
     expb = importlib.import_module("expb")
     controls = ", ".join(f"`{name}`" for name in metrics.EUCLIDEAN_CONTROLS)
     lines = [
-        ["effective hooks", f"{stats.MIN_CLUSTERS} or more"],
+        ["effective hooks", f"{stats.MIN_EFFECTIVE_HOOKS} or more"],
         ["partial Spearman given k, SWD minus the best control", f"{expb.MIN_DIFFERENCE:.2f} or more, and "
          f"p < {stats.ALPHA}"],
         ["error of log10 dCE at a hook left out", "smaller than the best control's"],
@@ -387,13 +387,13 @@ def tree_of_h2() -> str:
 
 def rule_of_the_words() -> str:
     lines = [
-        [f"*{one.word}*", f"{words.NAMED[one.column]} above {one.margin:.2f}", one.read]
-        for one in words.FINDINGS
+        [f"*{one.word}*", f"{sae_words.NAMED[one.column]} above {one.margin:.2f}", one.read]
+        for one in sae_words.FINDINGS
     ]
     lines.append(
-        [f"*{words.AS_IT_READS}*", "none of these, and each shown not to be", "R² may be read as it is"]
+        [f"*{sae_words.AS_IT_READS}*", "none of these, and each shown not to be", "R² may be read as it is"]
     )
-    lines.append([f"*{words.UNJUDGED}*", "else", "the reason says what is missing"])
+    lines.append([f"*{sae_words.UNJUDGED}*", "else", "the reason says what is missing"])
     return table(["word", "95% interval over documents of", "what to do"], lines)
 
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import zygote
-from transport_geometry.models import text
 from transport_geometry.running.grid import Grid, plan
 from transport_geometry.saes.recipes import Statistics, Training
 from transport_geometry.saes.sae import load_sae
 from transport_geometry.saes.train import train_missing
+from transport_geometry.text import heldout
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,7 +80,7 @@ class Largest(TorchDispatchMode):
 
 def get_saes(model, tokenizer, specs, cache) -> list:
     """The SAEs of one model, trained or from the cache."""
-    train_missing(model, tokenizer, specs, cache, text.find(specs[0].data))
+    train_missing(model, tokenizer, specs, cache, heldout.find(specs[0].data))
     return [load_sae(spec.folder(cache), torch.device("cpu")) for spec in specs]
 
 

@@ -14,10 +14,9 @@ import re
 import types
 
 import expc_fisher
-from transport_geometry.formats import sae_files
-from transport_geometry.formats.format import Declared
+from transport_geometry.formats import find_and_read
+from transport_geometry.formats.contract import Declared
 from transport_geometry.measuring.evaluate import evaluate
-from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.progress import Progress
 from transport_geometry.records.condition import Condition
@@ -27,6 +26,7 @@ from transport_geometry.running.run import Experiment
 from transport_geometry.saes.external_saes import ExternalSAE
 from transport_geometry.saes.recipes import TRAIN_VERSION
 from transport_geometry.saes.sae import TrainingSpec
+from transport_geometry.text import heldout
 
 import numpy as np
 import torch
@@ -212,7 +212,7 @@ def one_hook(
     both = [(recipe, k) for recipe in ("base", "saelens") for k in (2, 4)]
     specs = [TrainingSpec(**names, **size, recipe=recipe, k=k) for recipe, k in both]
     candidates = [Candidate(Condition("tiny", 1, "x", one.recipe, 128, one.k, 0, 1280), one) for one in specs]
-    eval_set = tiny_eval_set(candidates, tokenizer, text.find(str(document)), model)
+    eval_set = tiny_eval_set(candidates, tokenizer, heldout.find(str(document)), model)
     share = run.Share(eval_set, candidates, with_nulls=True)
     cache, training = folder / device.type, run.training_shares([share])
     with contextlib.closing(Progress(1.0)) as bar:
@@ -230,7 +230,7 @@ def patched_sums(model, device: torch.device) -> dict[str, np.ndarray]:
 
 def tiny_eval_set(candidates, tokenizer=None, source=None, model=None) -> EvalSet:
     nulls = null_conditions("tiny", 1, "", candidates[0])
-    held = text.HeldOut(tiny_rows(), np.arange(len(tiny_rows())), "")
+    held = heldout.HeldOut(tiny_rows(), np.arange(len(tiny_rows())), "")
     return EvalSet("tiny", Hook(model or tiny_model(), 1), tokenizer, source, held, tuple(candidates), nulls)
 
 
@@ -253,7 +253,7 @@ def files(folder: pathlib.Path, device: torch.device) -> list[dict]:
         config["metadata"] = {"sae_lens_version": "6.0.0"}
         (folder / kind / "cfg.json").write_text(json.dumps(config))
         save_file(common_tensors | tensors, folder / kind / "sae_weights.safetensors")
-        for file in sae_files.find(str(folder / kind)):
+        for file in find_and_read.find(str(folder / kind)):
             size = dict(fingerprint="", d_sae=64, k=4, typical_k=4, mean=random(32))
             declared = Declared("saelens", basis="centred")
             of_file = ExternalSAE(file, declared, **size, fvu_as_said=0.5, fvu_otherwise=0.6)

@@ -10,10 +10,11 @@ import common
 from helpers import ROOT, one_line, script
 from transport_geometry.errors import UserError
 from transport_geometry.formats import __main__ as sae_commands
-from transport_geometry.formats import sae_files
-from transport_geometry.models import loading, sources, text
+from transport_geometry.formats import find_and_read
+from transport_geometry.models import loading
 from transport_geometry.records import tables
 from transport_geometry.saes import recipes
+from transport_geometry.text import heldout, sources
 
 import huggingface_hub
 import pytest
@@ -151,8 +152,8 @@ def test_a_path_that_is_not_here_is_said_before_the_hub_is_asked(monkeypatch, ca
     said = "no file or folder here of this name; asking the hub\n"
     for name, ask in (
         ("my/model", lambda: loading.load_model("my/model", torch.device("cpu"))),
-        ("my/sae/layer", lambda: sae_files.find("my/sae/layer")),
-        ("my/text", lambda: text.find("my/text")),
+        ("my/sae/layer", lambda: find_and_read.find("my/sae/layer")),
+        ("my/text", lambda: heldout.find("my/text")),
     ):
         with pytest.raises((Asked, UserError)):
             ask()
@@ -166,5 +167,5 @@ def test_what_can_be_no_hub_id_is_refused_without_asking(name, monkeypatch, caps
     with pytest.raises(UserError, match=f"--models {name}: no such folder"):
         loading.load_model(name, torch.device("cpu"))
     with pytest.raises(UserError, match=f"--data {name}: no such file or folder"):
-        text.find(name)
+        heldout.find(name)
     assert not capsys.readouterr().out

@@ -12,16 +12,16 @@ import shutil
 import zygote
 from helpers import ROOT, contents, quick_sae, script
 from hub import serve
-from transport_geometry.formats import sae_files
-from transport_geometry.formats.file_sae import fused
+from transport_geometry.formats import find_and_read
+from transport_geometry.formats.computed_sae import fused
 from transport_geometry.formats.saelens import write_saelens
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import packed_rows
 from transport_geometry.records.tables import read_table
-from transport_geometry.reporting.words import WORDS
+from transport_geometry.reporting.sae_words import WORDS
 from transport_geometry.saes.sae import save_sae, tied_init
 from transport_geometry.saes.train import activation_chunks
+from transport_geometry.text.heldout import packed_rows
 
 import pytest
 import torch
@@ -325,10 +325,10 @@ def test_the_two_commands_of_formats(hub, tmp_path):
     shutil.copytree(hub.folder / f"models/{SAES}/layers.3", tmp_path / "both/layers.3")
     of_both = run("list", "both").stdout
     assert "both/layers.3" in of_both and "both/model" not in of_both
-    (file,) = sae_files.find(str(hub.folder / f"models/{SAES}/layers.3"))
-    save_sae(tmp_path / "mine", fused(sae_files.read(file)), MADE | {"model": "stdlib-s", "ctx": 64})
+    (file,) = find_and_read.find(str(hub.folder / f"models/{SAES}/layers.3"))
+    save_sae(tmp_path / "mine", fused(find_and_read.read(file)), MADE | {"model": "stdlib-s", "ctx": 64})
     assert "load_from_disk" in run("export", "mine", "there").stdout
-    assert sae_files.describe(sae_files.find(str(tmp_path / "there"))[0]).model == "stdlib-s"
+    assert find_and_read.describe(find_and_read.find(str(tmp_path / "there"))[0]).model == "stdlib-s"
     twice = run("export", "mine", "there", check=2)
     assert "holds cfg.json and sae_weights.safetensors already" in twice.stderr
     assert "not an SAE trained here" in run("export", tmp_path / "there", "again", check=2).stderr

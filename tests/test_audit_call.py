@@ -8,13 +8,13 @@ import zygote
 from helpers import ROOT, hooked_columns, quick_sae, script
 from transport_geometry.audit import audit
 from transport_geometry.errors import UserError
-from transport_geometry.formats.sae_files import find, read
+from transport_geometry.formats.find_and_read import find, read
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import read_table
 from transport_geometry.saes.sae import save_sae
 from transport_geometry.saes.train import activation_chunks
+from transport_geometry.text.heldout import heldout_rows
 
 import pytest
 import torch

@@ -6,11 +6,12 @@ import shutil
 import types
 
 from helpers import small_grid
-from transport_geometry.models import loading, text
+from transport_geometry.models import loading
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.model_files import bos_of
 from transport_geometry.running.grid import Loaded, plan
 from transport_geometry.saes import train
+from transport_geometry.text import heldout
 
 import pytest
 import tokenizers
@@ -51,7 +52,7 @@ def test_rows_are_cut_one_after_another():
     rng = random.Random(0)
     for bos in [None, 7] * 200:
         ids, ctx = rng.choices([5, 6, 7, 8], k=rng.randrange(40)), rng.randint(2, 9)
-        rows, rest = text.cut(ids, ctx, bos)
+        rows, rest = heldout.cut(ids, ctx, bos)
         assert all(len(row) == ctx for row in rows) and len(rest) < ctx
         again: list[int] = []
         for row in rows:
@@ -66,28 +67,28 @@ TEXTS = [f"text number {i} of them " * (3 + i % 5) for i in range(300)]
 
 def test_every_row_begins_with_it(tmp_path):
     data = write(tmp_path / "t.jsonl", [{"text": one} for one in TEXTS])
-    plain = torch.cat(list(text.packed_rows(data, "train", Letters(), 9)))
-    rows = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=50)))
+    plain = torch.cat(list(heldout.packed_rows(data, "train", Letters(), 9)))
+    rows = torch.stack(list(heldout.packed_rows(data, "train", Letters(), 10, bos=50)))
     assert rows.shape[1] == 10 and (rows[:, 0] == 50).all() and (rows[:, 1:] != 50).all()
     assert torch.equal(rows[:, 1:].flatten(), plain)
-    batch = next(text.train_rows(data, Letters(), 10, 4, bos=50))
+    batch = next(heldout.train_rows(data, Letters(), 10, 4, bos=50))
     assert torch.equal(batch, rows[:4])
     plain_held, held = (
-        text.heldout_rows(data, Letters(), 9, 20),
-        text.heldout_rows(data, Letters(), 10, 20, bos=50),
+        heldout.heldout_rows(data, Letters(), 9, 20),
+        heldout.heldout_rows(data, Letters(), 10, 20, bos=50),
     )
     assert (held.input_ids[:, 0] == 50).all() and torch.equal(held.input_ids[:, 1:], plain_held.input_ids)
     assert held.sha256 == plain_held.sha256 and (held.document == plain_held.document).all()
-    spread = text.spread_rows(data, Letters(), 10, 6, bos=50)
-    assert sorted(spread.tolist()) == sorted(rows[: 6 * text.ROW_STRIDE : text.ROW_STRIDE].tolist())
+    spread = heldout.spread_rows(data, Letters(), 10, 6, bos=50)
+    assert sorted(spread.tolist()) == sorted(rows[: 6 * heldout.ROW_STRIDE : heldout.ROW_STRIDE].tolist())
 
 
 def test_rows_that_are_kept_are_kept_apart():
     """A text with BOS is another one than without."""
     tokenizer = load_model("stdlib-s", CPU)[1]
-    with text.keeping_rows():
+    with heldout.keeping_rows():
         for bos in (None, 3, None, 3):
-            row = next(text.train_rows("stdlib", tokenizer, 16, 1, bos=bos))[0]
+            row = next(heldout.train_rows("stdlib", tokenizer, 16, 1, bos=bos))[0]
             assert (row[0] == 3) == (bos == 3)
 
 
@@ -97,9 +98,9 @@ def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
     rows = [[30, *rng.choices(range(1, 30), k=9)] for _ in range(400)]
     data = write(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
 
-    assert text.tokenised(data, "train")
-    packed = torch.stack(list(text.packed_rows(data, "train", Letters(), 10, bos=30)))
-    held = text.heldout_rows(data, Letters(), 10, 12, bos=30).input_ids
+    assert heldout.tokenised(data, "train")
+    packed = torch.stack(list(heldout.packed_rows(data, "train", Letters(), 10, bos=30)))
+    held = heldout.heldout_rows(data, Letters(), 10, 12, bos=30).input_ids
     for found in (packed, held):
         assert (found[:, 0] == 30).all() and (found[:, 1] != 30).all()
     assert set(map(tuple, packed.tolist())) <= set(map(tuple, rows))  # each its own row again

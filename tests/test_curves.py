@@ -2,7 +2,7 @@
 
 import itertools
 
-from transport_geometry.reporting.learning_report import k_star_section, law_section
+from transport_geometry.reporting.expa_learning import k_star_section, law_section
 from transport_geometry.statistics.curves import Curves, KStar, k_star, k_stars, laws, power_law
 from transport_geometry.statistics.hook_pair import Conditions
 

@@ -18,11 +18,11 @@ from unittest import mock
 from helpers import ROOT, contents, small_grid, tiny_model
 from hub import commit, serve
 from transport_geometry.errors import UserError
-from transport_geometry.models import sources, text
 from transport_geometry.records import store
 from transport_geometry.running.grid import plan
 from transport_geometry.saes import recipes, train
 from transport_geometry.saes.sae import TrainingSpec
+from transport_geometry.text import heldout, sources
 
 import numpy as np
 import pytest
@@ -123,7 +123,7 @@ def elsewhere(function, *args):
 
 
 def packed(data: str, side: str, ctx: int, split: str = "train") -> list[int]:
-    return [i for row in text.packed_rows(data, side, Letters(), ctx, split=split) for i in row.tolist()]
+    return [i for row in heldout.packed_rows(data, side, Letters(), ctx, split=split) for i in row.tolist()]
 
 
 def read(data: str) -> tuple[list, list, str | None]:
@@ -143,7 +143,7 @@ def spec(data: str, tokens: int, **more) -> TrainingSpec:
 
 
 def trained(model, specs: list[TrainingSpec], cache: pathlib.Path) -> None:
-    train.train_missing(model, Letters(), specs, cache, text.find(specs[0].data))
+    train.train_missing(model, Letters(), specs, cache, heldout.find(specs[0].data))
 
 
 def trained_on(data: str, cache: pathlib.Path) -> None:
@@ -153,7 +153,7 @@ def trained_on(data: str, cache: pathlib.Path) -> None:
 
 # ------------------------------------------------------------------------------------------- what is streamed
 def expected(rows: list, side: str, ctx: int) -> list[int]:
-    mine = [row for row in rows if text.in_heldout(row) == (side == "heldout")]
+    mine = [row for row in rows if heldout.in_heldout(row) == (side == "heldout")]
     whole = [i for row in mine for i in ([*Letters()(row).input_ids, 0] if isinstance(row, str) else row)]
     return whole[: len(whole) // ctx * ctx]
 
@@ -176,7 +176,7 @@ def test_local_files_give_the_same(tmp_path, name):
 
 def test_sides_share_no_document_however_often_it_is_repeated(tmp_path):
     data = write(tmp_path / "echo.jsonl", [{"text": TEXTS[i % 100 * (i % 3)]} for i in range(300)])
-    seen, held = (list(text.documents(data, side)) for side in ("train", "heldout"))
+    seen, held = (list(heldout.documents(data, side)) for side in ("train", "heldout"))
     assert not set(seen) & set(held) and len(seen) + len(held) == 300 and 0 < len(held) < 100
 
 
@@ -196,20 +196,20 @@ def test_rows_are_drawn_across_the_held_out_side_a_few_of_each_document(tmp_path
     def spelled(ids):
         return " ".join(map(str, ids))
 
-    held = [spelled(Letters()(t).input_ids) for t in texts if text.in_heldout(t)]
+    held = [spelled(Letters()(t).input_ids) for t in texts if heldout.in_heldout(t)]
     n = len(held)
-    found = text.heldout_rows(path, Letters(), 16, n)
+    found = heldout.heldout_rows(path, Letters(), 16, n)
     rows = [spelled(row) for row in found.input_ids[:, :15].tolist()]
     origins = [next(i for i, whole in enumerate(held) if row in whole) for row in rows]
     # one of each, not the first few documents
     assert sorted(origins) == list(range(n)) and len(set(found.document)) == n
-    more = text.heldout_rows(path, Letters(), 16, 3 * n)
+    more = heldout.heldout_rows(path, Letters(), 16, 3 * n)
     assert (np.bincount(more.document) == 3).all()
     assert len(set(map(tuple, more.input_ids.tolist()))) == 3 * n
-    other = text.heldout_rows(path, Letters(), 16, n, seed=1)
+    other = heldout.heldout_rows(path, Letters(), 16, n, seed=1)
     assert set(map(tuple, other.input_ids.tolist())) != set(map(tuple, found.input_ids.tolist()))
     with pytest.raises(UserError, match=f"gives {4 * n} sequences of 16 tokens, at most 4 of a document"):
-        text.heldout_rows(path, Letters(), 16, 10**4)
+        heldout.heldout_rows(path, Letters(), 16, 10**4)
 
 
 def test_a_document_is_drawn_in_proportion_to_its_length(monkeypatch):
@@ -219,15 +219,15 @@ def test_a_document_is_drawn_in_proportion_to_its_length(monkeypatch):
     for seed in range(300):
         documents = [long, *short]
         rng.shuffle(documents)
-        monkeypatch.setattr(text, "documents", lambda *args, documents=documents: iter(documents))
-        first += text.drawn("stdlib", "train", seed, 1, 16)[0] == long
+        monkeypatch.setattr(heldout, "documents", lambda *args, documents=documents: iter(documents))
+        first += heldout.drawn("stdlib", "train", seed, 1, 16)[0] == long
     share = len(long) / (len(long) + sum(map(len, short)))
     assert abs(first / 300 - share) < 4 * (share * (1 - share) / 300) ** 0.5
 
 
 def test_short_documents_are_joined_and_count_as_one(tmp_path):
     write(tmp_path / "t.jsonl", [{"text": t} for t in essays(900, 2)])
-    found = text.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 32, 10)
+    found = heldout.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 32, 10)
     # an end of text in each
     assert (found.document == np.arange(10)).all() and (found.input_ids == 0).any(1).all()
 
@@ -249,9 +249,9 @@ def test_a_text_of_few_documents_is_cut_and_held_out_by_piece(tmp_path, name):
     assert sources.is_cut(str(path)) and joined == whole and len(pieces) > 25
     assert path.suffix != ".txt" or all(8000 <= len(piece) <= 9000 for piece in pieces[:-1])
     assert name != "one.txt" or all(piece.endswith("\n") for piece in pieces[:-1])
-    sides = [list(text.documents(str(path), side)) for side in ("train", "heldout")]
+    sides = [list(heldout.documents(str(path), side)) for side in ("train", "heldout")]
     assert len(sides[0]) > len(sides[1]) > 0 and len(sides[0]) + len(sides[1]) == len(pieces)
-    found = text.heldout_rows(str(path), Letters(), 64, 2 * len(sides[1]))
+    found = heldout.heldout_rows(str(path), Letters(), 64, 2 * len(sides[1]))
     assert len(set(found.document)) == len(sides[1])
 
 
@@ -264,23 +264,23 @@ def test_near_duplicates_stand_on_one_side():
         words = one.split()
         words[rng.randrange(100)] = "changed"  # J = (93 - 8) / (93 + 8) = .84 and more
         other = " ".join(words).replace(" ", "\n  ").upper()
-        apart += text.in_heldout(one) != text.in_heldout(other)
-        by_hash += text.one_in_ten(one) != text.one_in_ten(other)
+        apart += heldout.in_heldout(one) != heldout.in_heldout(other)
+        by_hash += heldout.one_in_ten(one) != heldout.one_in_ten(other)
     assert apart / n < 0.18 * 0.16 + 4 * (0.03 / n) ** 0.5 and by_hash / n > 0.12
 
 
 def test_held_out_files_of_the_standard_library_are_a_tenth_and_not_in_the_training_text():
-    train, held = (dict(text.stdlib_documents(split)) for split in ("train", "heldout"))
+    train, held = (dict(heldout.stdlib_documents(split)) for split in ("train", "heldout"))
     assert not train.keys() & held.keys() and 0.05 < len(held) / (len(train) + len(held)) < 0.2
     assert "argparse.py" in train | held and "pydoc_data/topics/assert" in train | held
     assert not any("/test" in name or "idlelib" in name or "site-packages" in name for name in train | held)
     seen: set[int] = set()
     for document in train.values():
-        seen.update(text.windows(document).tolist())
+        seen.update(heldout.windows(document).tolist())
     for name, document in held.items():
-        hashes = text.windows(document).tolist()
-        assert sum(one in seen for one in hashes) <= text.MAX_OVERLAP * len(hashes), name
-    moved = [name for name in train if text.one_in_ten(name)]
+        hashes = heldout.windows(document).tolist()
+        assert sum(one in seen for one in hashes) <= heldout.MAX_OVERLAP * len(hashes), name
+    moved = [name for name in train if heldout.one_in_ten(name)]
     # of every Python from 3.11 to 3.14
     assert {"cProfile.py", "encodings/gb2312.py", "encodings/gbk.py"} <= set(moved) and len(moved) < len(held)
 
@@ -337,7 +337,7 @@ def test_every_row_that_comes_makes_the_count_begin_anew_and_the_commit_is_asked
     documents, waited, error = elsewhere(read, "org/text-jsonl")
     assert error is None and documents == TEXTS and waited == 2 * list(sources.PAUSES)
     hub.fail("*", times=14, status=500)
-    assert elsewhere(text.find, "org/text-jsonl").name == "org/text-jsonl"
+    assert elsewhere(heldout.find, "org/text-jsonl").name == "org/text-jsonl"
 
 
 @pytest.mark.parametrize(
@@ -364,32 +364,32 @@ def test_a_hub_data_set_is_held_to_its_commit(hub):
     folder = hub.folder / "datasets/org/moving"
     write(folder / "train.jsonl", TEXT_ROWS[:40])
     write(folder.with_name("moving@v1") / "train.jsonl", TEXT_ROWS[50:60])
-    first, old = (elsewhere(text.find, name) for name in ("org/moving", "org/moving@v1"))
-    assert first == text.Source(f"org/moving@{commit(folder)}", "org/moving", commit(folder))
+    first, old = (elsewhere(heldout.find, name) for name in ("org/moving", "org/moving@v1"))
+    assert first == heldout.Source(f"org/moving@{commit(folder)}", "org/moving", commit(folder))
     assert old.content == commit(folder.with_name("moving@v1"))
     assert elsewhere(read, first.data)[0] == TEXTS[:40]
     assert elsewhere(read, old.data)[0] == elsewhere(read, "org/moving@v1")[0] == TEXTS[50:60]
     write(folder / "train.jsonl", TEXT_ROWS[5:45])
-    second = elsewhere(text.find, "org/moving")
+    second = elsewhere(heldout.find, "org/moving")
     assert second.content == commit(folder) != first.content
     assert elsewhere(read, second.data)[0] == TEXTS[5:45]
     with pytest.raises(UserError, match="--data org/moving@v2: "):
-        elsewhere(text.find, "org/moving@v2")
+        elsewhere(heldout.find, "org/moving@v2")
     for name in ("@v1", f"{ROOT}@v1"):  # a local path would be known by its time stamps only
         with pytest.raises(UserError, match=f"--data {name}: only hub data sets have revisions"):
-            text.find(name)
+            heldout.find(name)
 
 
 def test_a_local_text_is_known_by_what_is_in_it(tmp_path):
     write(tmp_path / "a/t.jsonl", TEXT_ROWS)
     write(tmp_path / "b/texts/t.jsonl", TEXT_ROWS)
     paths = [str(tmp_path / "a/t.jsonl"), str(tmp_path / "b/texts")]
-    one, two = map(text.find, paths)
+    one, two = map(heldout.find, paths)
     assert (one.name, two.name, one.content == two.content) == ("t.jsonl", "texts", True)
     write(tmp_path / "b/texts/u.jsonl", [{"text": "more"}])
     (tmp_path / "a/t.jsonl").write_text((tmp_path / "a/t.jsonl").read_text().replace("0 and", "1 and", 1))
-    assert len({one.content, *(text.find(path).content for path in paths)}) == 3
-    assert text.find("stdlib") == text.find("stdlib") and text.find("stdlib").data == "stdlib"
+    assert len({one.content, *(heldout.find(path).content for path in paths)}) == 3
+    assert heldout.find("stdlib") == heldout.find("stdlib") and heldout.find("stdlib").data == "stdlib"
 
 
 def test_token_ids_of_another_model_are_refused(tmp_path):
@@ -448,7 +448,7 @@ def test_a_damaged_file_is_one_line_and_nothing_beside_it(name, tmp_path, capfd)
         content = SPOILT[name](path.read_bytes())
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        text.heldout_rows(str(path), Letters(), 64, 10**6)
+        heldout.heldout_rows(str(path), Letters(), 64, 10**6)
     line = str(caught.value)
     assert line.startswith(f"--data {path}: ") and "\n" not in line and len(line) < len(str(path)) + 300
     assert "BatchSize" not in line and word in line
@@ -459,7 +459,7 @@ def test_only_hub_data_sets_have_splits(hub, tmp_path):
     write(tmp_path / "t.jsonl", TEXT_ROWS)
     for data in ("stdlib", str(tmp_path)):
         with pytest.raises(UserError, match="--split test"):
-            next(text.documents(data, "train", "test"))
+            next(heldout.documents(data, "train", "test"))
     with pytest.raises(UserError, match="dev.*train"):
         elsewhere(packed, "org/text-jsonl", "train", 16, "dev")
 
@@ -470,13 +470,13 @@ CODE = [{"hexsha": f"{i:040x}", "content": t, "stars": i} for i, t in enumerate(
 
 def refused(data: str, **chosen: str) -> str:
     with pytest.raises(UserError) as caught:
-        list(sources.documents(text.find(data, **chosen).data))
+        list(sources.documents(heldout.find(data, **chosen).data))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def given(data: str, **chosen: str) -> list:
-    return list(sources.whole_documents(text.find(data, **chosen).data))
+    return list(sources.whole_documents(heldout.find(data, **chosen).data))
 
 
 def test_of_several_columns_of_strings_one_is_to_be_named(tmp_path):
@@ -487,11 +487,11 @@ def test_of_several_columns_of_strings_one_is_to_be_named(tmp_path):
     ids = write(tmp_path / "ids.jsonl", [{"input_ids": [1, 2], "text": t} for t in TEXTS])
     assert refused(ids).endswith("--column input_ids or text")
     assert "neither text, token ids nor chats" in refused(path, column="stars")
-    assert text.find(path, column="content").content != text.find(path, column="hexsha").content
+    assert heldout.find(path, column="content").content != heldout.find(path, column="hexsha").content
     (tmp_path / "t.txt").write_text("text " * 9000)
     assert "no columns" in refused(str(tmp_path / "t.txt"), column="text")
     with pytest.raises(UserError, match="stdlib has no columns"):
-        text.find("stdlib", column="text")
+        heldout.find("stdlib", column="text")
 
 
 def test_the_only_column_of_strings_is_read_and_named(tmp_path, capsys):
@@ -536,19 +536,19 @@ def chat(text: str, first: str = "user") -> list[dict]:
 
 def test_chats_go_through_the_template(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"prompt": t, "prompt_id": "x", "messages": chat(t)} for t in TEXTS])
-    documents = list(text.documents(path, "train"))
+    documents = list(heldout.documents(path, "train"))
     assert documents == [c for c in map(json.dumps, map(chat, TEXTS)) if c in documents]
-    assert 0 < len(list(text.documents(path, "heldout"))) < 60 and len(documents) > 240
+    assert 0 < len(list(heldout.documents(path, "heldout"))) < 60 and len(documents) > 240
     told = Talker()("".join(f"<{one['role']}>{one['content']}" for one in json.loads(documents[0])), False)
-    assert text.as_ids(documents[0], Talker(), path) == told.input_ids  # no BOS: rows get theirs
-    held = text.heldout_rows(path, Talker(), 16, 9, bos=39)
+    assert heldout.as_ids(documents[0], Talker(), path) == told.input_ids  # no BOS: rows get theirs
+    held = heldout.heldout_rows(path, Talker(), 16, 9, bos=39)
     assert (held.input_ids[:, 0] == 39).all() and (held.input_ids[:, 1:] != 39).all()
     with pytest.raises(UserError, match="rows are chats, and the tokenizer has no chat template") as caught:
-        text.heldout_rows(path, Letters(), 16, 9)
+        heldout.heldout_rows(path, Letters(), 16, 9)
     assert "\n" not in str(caught.value)
     write(tmp_path / "t.jsonl", [{"messages": chat(t, "system")} for t in TEXTS])
     with pytest.raises(UserError, match="chat template: roles must alternate"):
-        text.heldout_rows(path, Talker(), 16, 9)
+        heldout.heldout_rows(path, Talker(), 16, 9)
     write(tmp_path / "t.jsonl", [{"messages": chat(t)} for t in TEXTS[:9]])
     assert not sources.is_cut(path) and all(isinstance(one, sources.Chat) for one in sources.documents(path))
 
@@ -568,8 +568,8 @@ def test_runs_of_one_id_put_no_documents_on_one_side():
     rng = random.Random(0)
     ids = [[rng.randrange(1, 40) for _ in range(20)] for _ in range(1000)]
     for padding in (0, 7):
-        assert 70 < sum(text.in_heldout([padding] * 12 + one + [padding] * 12) for one in ids) < 130
-    assert len(text.windows([0] * 30)) and (text.windows(ids[0]) != 0).all()
+        assert 70 < sum(heldout.in_heldout([padding] * 12 + one + [padding] * 12) for one in ids) < 130
+    assert len(heldout.windows([0] * 30)) and (heldout.windows(ids[0]) != 0).all()
 
 
 def saved(folder: pathlib.Path):
@@ -588,10 +588,10 @@ def test_a_saved_folder_holds_what_was_saved_whatever_was_computed_there(tmp_pat
     for data in (tmp_path / "all/saved", tmp_path / "all"):
         assert given(str(data)) == TEXTS[:130]
         assert "2 files are not read: " in capsys.readouterr().out
-    before = text.find(str(tmp_path / "all"))
+    before = heldout.find(str(tmp_path / "all"))
     for path in (tmp_path / "all/saved").glob("cache-*"):
         path.unlink()
-    assert text.find(str(tmp_path / "all")).content == before.content
+    assert heldout.find(str(tmp_path / "all")).content == before.content
 
 
 def test_what_map_left_is_no_data_without_the_saved_folders_list_either(tmp_path, capsys):
@@ -681,7 +681,7 @@ def test_files_of_several_kinds_are_all_read(tmp_path, capsys):
 
 
 def found(data: str, config: str | None):
-    source = text.find(data, config=config)
+    source = heldout.find(data, config=config)
     return source, list(sources.documents(source.data))
 
 
@@ -698,7 +698,7 @@ def test_a_configuration_of_a_hub_data_set_is_chosen(hub, tmp_path):
             elsewhere(found, "org/several", name)
         assert "en" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="only hub data sets have configurations"):
-        text.find(str(tmp_path), config="en")
+        heldout.find(str(tmp_path), config="en")
 
 
 def planned(**more) -> dict:
@@ -776,8 +776,8 @@ def test_another_way_of_reading_is_another_text_to_train_on(tmp_path, monkeypatc
     """The cache would serve an SAE of documents that are no longer read so. The standard library's stay."""
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {i} of some words"}) + "\n" for i in range(120)))
-    stdlib, before = text.find("stdlib"), text.find(str(path))
-    monkeypatch.setattr(text, "READING_VERSION", text.READING_VERSION + 1)
-    after = text.find(str(path))
+    stdlib, before = heldout.find("stdlib"), heldout.find(str(path))
+    monkeypatch.setattr(heldout, "READING_VERSION", heldout.READING_VERSION + 1)
+    after = heldout.find(str(path))
     assert after.content == before.content and stdlib.for_training == stdlib.content
-    assert after.for_training == f"{before.content} read {text.READING_VERSION}" != before.content
+    assert after.for_training == f"{before.content} read {heldout.READING_VERSION}" != before.content

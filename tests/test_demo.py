@@ -4,7 +4,8 @@ import re
 import sys
 
 from helpers import ROOT
-from transport_geometry.models import lm, loading, text
+from transport_geometry.models import lm, loading
+from transport_geometry.text import heldout
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_held_out_loss_falls_with_scale():
     losses = []
     for name in demo.WIDTHS:
         model, tokenizer = loading.load_model(name, torch.device("cpu"))
-        rows = torch.stack(list(text.packed_rows("stdlib", "heldout", tokenizer, 256))[::8])
+        rows = torch.stack(list(heldout.packed_rows("stdlib", "heldout", tokenizer, 256))[::8])
         with torch.no_grad():
             losses.append(lm.cross_entropy(lm.log_probs(model(rows).logits), rows).mean(1).double())
     for small, large in zip(losses, losses[1:]):

@@ -15,11 +15,12 @@ from transport_geometry.measuring.evaluate import (
     evaluate,
     keeping_clean_runs,
 )
-from transport_geometry.models import lm, text
+from transport_geometry.models import lm
 from transport_geometry.models.lm import Hook, keeping_heads
 from transport_geometry.models.loading import load_model
 from transport_geometry.progress import Progress
 from transport_geometry.saes.sae import tied_init
+from transport_geometry.text import heldout
 
 import pytest
 import torch
@@ -106,15 +107,15 @@ def test_rows_that_are_kept_are_the_rows(tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"number {i} of some short texts " * 9)
 
     def first(n):
-        rows = text.train_rows(str(tmp_path), Letters(), 8, 1)
+        rows = heldout.train_rows(str(tmp_path), Letters(), 8, 1)
         return torch.cat(list(itertools.islice(rows, n)))
 
     truth = first(60)
-    with text.keeping_rows():
+    with heldout.keeping_rows():
         for n in (7, 3, 31, 60, 60):
             assert torch.equal(first(n), truth[:n])
-    with text.keeping_rows():  # two that overtake each other, and one that comes after
-        one, other = (text.train_rows(str(tmp_path), Letters(), 8, 1) for _ in range(2))
+    with heldout.keeping_rows():  # two that overtake each other, and one that comes after
+        one, other = (heldout.train_rows(str(tmp_path), Letters(), 8, 1) for _ in range(2))
         for rows, n in ((one, 5), (other, 6), (one, 2)):
             list(itertools.islice(rows, n))
         assert torch.equal(first(60), truth)

@@ -9,7 +9,7 @@ from typing import Any
 
 import expa
 from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
-from transport_geometry.reporting.delta_report import PAIRED
+from transport_geometry.reporting.expa_report import PAIRED
 from transport_geometry.statistics import deltas, stats
 from transport_geometry.statistics.hook_pair import Conditions, ModelPair, mismatch
 

@@ -9,11 +9,11 @@ from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
-from transport_geometry.reporting.words import KL_MARGIN
+from transport_geometry.reporting.sae_words import KL_MARGIN
 from transport_geometry.saes.sae import tied_init
 from transport_geometry.statistics import hook_tests, stats
 from transport_geometry.statistics.stats import document_weights
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import pytest

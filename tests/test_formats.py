@@ -10,9 +10,17 @@ import zipfile
 
 from helpers import measured, tiny_model
 from transport_geometry.errors import UserError
-from transport_geometry.formats import file_sae, gemma_scope, names, sae_fields, sae_files, saelens, weights
-from transport_geometry.formats.file_sae import FileSAE, fused
-from transport_geometry.formats.format import Declared
+from transport_geometry.formats import (
+    computed_sae,
+    find_and_read,
+    gemma_scope,
+    hook_names,
+    known_fields,
+    saelens,
+    weights,
+)
+from transport_geometry.formats.computed_sae import FileSAE, fused
+from transport_geometry.formats.contract import Declared
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.measuring.r2_by_library import definitions
@@ -279,22 +287,22 @@ def written(case, tmp_path):
 
 
 def the_file(folder):
-    (file,) = sae_files.find(str(folder))
+    (file,) = find_and_read.find(str(folder))
     return file
 
 
 def the_sae(folder, ignore=()):
-    return sae_files.read(the_file(folder), ignore)
+    return find_and_read.read(the_file(folder), ignore)
 
 
 def declared(folder):
-    return sae_files.describe(the_file(folder))
+    return find_and_read.describe(the_file(folder))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_format_is_its_formula(case, tmp_path):
     file, dense = the_file(written(case, tmp_path)), CASES[case][2]
-    sae = sae_files.read(file)
+    sae = find_and_read.read(file)
     values, indices, h_hat = sae.reconstruct(H)
     expected = dense(H.double())
     assert (h_hat - expected).norm() / expected.norm() < 1e-6
@@ -302,14 +310,14 @@ def test_a_format_is_its_formula(case, tmp_path):
     assert values.shape == indices.shape and (values != 0).any(1).float().mean() > 0.5
     for row, index in zip(values, indices):  # a code names a latent once
         assert len(index[row != 0].unique()) == (row != 0).sum()
-    of = sae_files.describe(file)
+    of = find_and_read.describe(file)
     assert (of.format, of.site, of.layer) == (case.split()[0], "resid_post", 1)
     # what the fused kernels compute is the same
     assert (fused(sae).reconstruct(H)[2] - h_hat).norm() < 1e-5 * h_hat.norm()
 
 
 def test_every_format_has_its_cases():
-    assert {name for name, _ in BY_FORMAT} == set(sae_files.FORMATS) == set(STRANGER)
+    assert {name for name, _ in BY_FORMAT} == set(find_and_read.FORMATS) == set(STRANGER)
 
 
 def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
@@ -323,7 +331,7 @@ def test_centred_sae_sees_and_gives_back_the_mean(tmp_path):
 
 # --------------------------------------------------------------------------------------- what the files say
 NAMES = {
-    names.hook_of_lens: {
+    hook_names.hook_of_lens: {
         "blocks.3.hook_resid_post": ("resid_post", 3),
         "blocks.3.hook_resid_pre": ("resid_post", 2),
         "blocks.0.hook_resid_pre": ("resid_pre", 0),
@@ -333,7 +341,7 @@ NAMES = {
         "model.layers.3.mlp": ("mlp", 3),
         "": (None, None),
     },
-    names.hook_of_path: {
+    hook_names.hook_of_path: {
         "org/x/layers.3/seed0": ("resid_post", 3),
         "layers.5/run/layers.3": ("resid_post", 3),
         "org/x/layers.3.mlp": ("mlp", 3),
@@ -346,7 +354,7 @@ NAMES = {
         "x/blocks.4.hook_resid_pre": ("resid_post", 3),
         "org/multilayers.x/run12": (None, None),
     },
-    names.hub_name: {
+    hook_names.hub_name: {
         "gpt2-small": "gpt2",
         "gpt2-medium": "gpt2-medium",
         "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
@@ -457,7 +465,7 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
     write_dictionary(tmp_path / "run/resid_post_layer_1/trainer_0")
 
     def labels(spec):
-        found = sae_files.find(str(tmp_path / "run" / spec))
+        found = find_and_read.find(str(tmp_path / "run" / spec))
         return [file.label.removeprefix(f"{tmp_path.name}/").removeprefix("run/") for file in found]
 
     sparsify = ["layers.1", "layers.2", "layers.2.mlp"]
@@ -476,14 +484,14 @@ def test_a_folder_of_many_and_a_pattern(tmp_path):
 def test_no_such_place_is_said_without_asking_the_hub(tmp_path):
     for spec in ("/nowhere/at/all", "./nowhere", "nowhere", "demo/nowhere/here", f"{tmp_path}/nowhere*/x"):
         with pytest.raises(UserError, match=r"--sae .*(no such file|no SAE)"):
-            sae_files.find(spec)
+            find_and_read.find(spec)
 
 
 def test_fingerprint_is_of_all_that_computes(tmp_path):
     norm = {"normalize_activations": "layer_norm"}
     ways = ({}, {}, {"k": 4}, norm, {"apply_b_dec_to_input": False})
     saes = [the_sae(write_lens(tmp_path / str(i), **how)) for i, how in enumerate(ways)]
-    prints = [file_sae.sae_fingerprint(sae) for sae in saes]
+    prints = [computed_sae.sae_fingerprint(sae) for sae in saes]
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
@@ -596,12 +604,12 @@ def test_an_unknown_field_is_refused_by_name_and_let_pass_by_a_flag(write, calle
         file = the_file(write(tmp_path / str(number) / "layers.1", turned_round=value))
         for ignore in ((), ["other"]):
             with pytest.raises(UserError) as caught:
-                sae_files.read(file, ignore)
+                find_and_read.read(file, ignore)
             line = str(caught.value)
             assert line.startswith(f"--sae {file.label}: ") and "\n" not in line and len(line) < 400
             assert f"{name} (" in line and "--ignore-field" in line
         for typed in (name, "turned_round"):
-            sae = sae_files.read(file, ["other", typed])
+            sae = find_and_read.read(file, ["other", typed])
             assert sae.fields.ignored == (name,) and torch.isfinite(sae.reconstruct(H)[2]).all()
     for number, nothing in enumerate((None, False, "none", "", [], {})):
         folder = write(tmp_path / f"nothing{number}" / "layers.1", turned_round=nothing)
@@ -617,14 +625,14 @@ def test_an_unknown_tensor_is_refused_by_name(write, tmp_path):
     tensors = {**weights.read_tensors(path), "b_more": torch.zeros(F)}
     (torch.save if path.suffix == ".pt" else save_file)(tensors, path)
     with pytest.raises(UserError, match=r"b_more \(a tensor \[40\]\)"):
-        sae_files.read(file)
-    assert sae_files.read(file, ["b_more"]).fields.ignored == ("b_more",)
+        find_and_read.read(file)
+    assert find_and_read.read(file, ["b_more"]).fields.ignored == ("b_more",)
 
 
 def test_fields_of_training_are_named_and_not_refused(tmp_path):
     lens = the_sae(write_lens(tmp_path / "a", dtype="float32", matryoshka_widths=[1, 2]))
     of_metadata = ("metadata.l0", "metadata.num_dead_features")
-    assert lens.fields == sae_fields.Fields(("d_in", "dtype", "matryoshka_widths", *of_metadata))
+    assert lens.fields == known_fields.Fields(("d_in", "dtype", "matryoshka_widths", *of_metadata))
     trained = the_sae(write_dictionary(tmp_path / "b", lr=0.1, steps=9, buffer={"out_batch_size": 8}))
     assert trained.fields.unused == ("buffer.out_batch_size", "trainer.lr", "trainer.steps")
 
@@ -697,10 +705,10 @@ WRONG_TOGETHER = [
 
 
 def one_line_names(folder, word):
-    (file,) = sae_files.find(str(folder))
+    (file,) = find_and_read.find(str(folder))
     with pytest.raises(UserError) as caught:
-        sae_files.describe(file)
-        sae_files.read(file)
+        find_and_read.describe(file)
+        find_and_read.read(file)
     line = str(caught.value)
     assert line.startswith(f"--sae {file.label}: ") and word in line, line
     assert "\n" not in line and len(line) < 400 and "Error" not in line
@@ -725,8 +733,8 @@ def test_a_value_of_the_wrong_type_is_one_line_that_names_it(write, tmp_path):
 def test_whole_numbers_may_be_written_as_floats(tmp_path):
     metadata = {"sae_lens_version": "6.1", "context_size": 32.0}
     file = the_file(write_lens(tmp_path / "x", k=5.0, d_sae=40.0, metadata=metadata))
-    k = sae_files.read(file).k
-    assert sae_files.describe(file).ctx == 32 and k == 5 and isinstance(k, int)
+    k = find_and_read.read(file).k
+    assert find_and_read.describe(file).ctx == 32 and k == 5 and isinstance(k, int)
 
 
 # ------------------------------------------------------------------------------------------------- attacks
@@ -757,9 +765,9 @@ def replaced(config, path, value):
 def survives(folder):
     """Everything that is found is described and read, or refused in one line."""
     try:
-        for file in sae_files.find(str(folder)):
-            sae_files.describe(file)
-            sae_files.read(file).reconstruct(H)
+        for file in find_and_read.find(str(folder)):
+            find_and_read.describe(file)
+            find_and_read.read(file).reconstruct(H)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 600, error
 
@@ -849,7 +857,7 @@ def test_a_small_file_is_no_large_one(how, word, tmp_path):
     folder = enlarged(tmp_path / "resid_post_layer_1", how)
     assert (folder / "ae.pt").stat().st_size < 4e6
     code = """import sys
-from transport_geometry.formats import sae_files
+from transport_geometry.formats import find_and_read
 try: sae_files.read(sae_files.find(sys.argv[1])[0])
 except sae_files.UserError as error: print(error)"""
     lines, peak = measured(code, folder)

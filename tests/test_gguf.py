@@ -16,9 +16,9 @@ from transport_geometry.models.gguf_models import PACKAGED, Package
 from transport_geometry.models.lm import cross_entropy, log_probs
 from transport_geometry.models.loading import fingerprint, load_model, model_hash
 from transport_geometry.models.model_files import bos_of
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.records import store
 from transport_geometry.records.tables import read_table
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import pytest

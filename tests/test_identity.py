@@ -14,8 +14,8 @@ import zygote
 from helpers import ROOT, contents, process
 from transport_geometry import FIXED_CODE
 from transport_geometry.models.loading import readable_names
-from transport_geometry.models.text import in_heldout
 from transport_geometry.records.tables import read_table
+from transport_geometry.text.heldout import in_heldout
 
 import numpy as np
 import pytest

@@ -3,11 +3,11 @@
 from helpers import get_saes, log_probs_64, one_hook, tiny_model
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import PROXIES
-from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import as_csv, read_table
 from transport_geometry.saes import kl_finetune
 from transport_geometry.saes.sae import tied_init
+from transport_geometry.text import heldout
 
 import numpy as np
 import pytest
@@ -170,6 +170,6 @@ def test_the_study_of_a_hook(tmp_path):
     found = evaluate(eval_set.hook, eval_set.held.input_ids, {"sae": sae}, 4)["sae"].sums
     assert start["kl"] == pytest.approx(found["kl"].sum() / found["n"].sum())
     # what it is finished on is not what it is evaluated on
-    taken = text.spread_rows("stdlib", eval_set.tokenizer, 128, 58)
+    taken = heldout.spread_rows("stdlib", eval_set.tokenizer, 128, 58)
     assert len(torch.unique(taken, dim=0)) == 58
     assert not (taken[:, None] == eval_set.held.input_ids).all(-1).any()

@@ -20,9 +20,9 @@ from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import lm, loading, plant
 from transport_geometry.models.lm import Hook, log_softmax
 from transport_geometry.models.loading import fingerprint, load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.running.cost import block_size, shape_of
 from transport_geometry.saes.sae import tied_init
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import pytest

@@ -4,9 +4,9 @@ Needs the extra: pip install -e '.[test,parity]' -c constraints.txt
 
 import dataclasses
 
-from transport_geometry.formats import sae_fields, sae_files, saelens, sparsify
-from transport_geometry.formats.file_sae import fused
-from transport_geometry.formats.names import hook_of_lens, hub_name
+from transport_geometry.formats import find_and_read, known_fields, saelens, sparsify
+from transport_geometry.formats.computed_sae import fused
+from transport_geometry.formats.hook_names import hook_of_lens, hub_name
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import EMBEDDED, load_model
 from transport_geometry.saes.recipes import SAELensTraining, Statistics
@@ -153,11 +153,11 @@ def written(tmp_path_factory):
 def test_a_file_gives_the_forward_that_its_library_gives(name, written):
     saes, h = written
     folder, theirs = saes[name]
-    (file,) = sae_files.find(str(folder))
-    values, _, h_hat = fused(sae_files.read(file)).reconstruct(h)
+    (file,) = find_and_read.find(str(folder))
+    values, _, h_hat = fused(find_and_read.read(file)).reconstruct(h)
     expected = theirs(h)
     assert ((h_hat - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
-    assert (values > 0).any() and sae_files.describe(file).layer == 3
+    assert (values > 0).any() and find_and_read.describe(file).layer == 3
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_every_field_of_saelens_own_configurations_is_known_or_says_nothing(name
     more = {"matryoshka_widths": [8, F]} if name.startswith("matryoshka") else {}
     one = training(d_in=D, d_sae=F, **more)
     for config in (one.to_dict(), one.get_inference_sae_cfg_dict()):
-        assert not sae_fields.check(saelens.VERSION_6, config, {}, ()).ignored
+        assert not known_fields.check(saelens.VERSION_6, config, {}, ()).ignored
 
 
 def test_every_field_of_sparsifys_configuration_is_known():
@@ -230,8 +230,8 @@ def test_gemma_scope_is_what_saelens_makes_of_it(write, load, tmp_path, monkeypa
     config = lens_loaders.handle_config_defaulting(said | {"d_in": H.shape[1], "d_sae": WIDE})
     theirs = JumpReLUSAE(JumpReLUSAEConfig.from_dict(config))
     theirs.load_state_dict(state)
-    expected, of = theirs(H).detach(), sae_files.describe(file)
-    h_hat = sae_files.read(file).reconstruct(H)[2]
+    expected, of = theirs(H).detach(), find_and_read.describe(file)
+    h_hat = find_and_read.read(file).reconstruct(H)[2]
     assert (h_hat - expected).norm() < 1e-5 * expected.norm()
     hook = hook_of_lens(theirs.cfg.metadata.hook_name)
     assert (of.site, of.layer, of.bos, of.ctx) == (*hook, True, theirs.cfg.metadata.context_size)

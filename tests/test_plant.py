@@ -15,9 +15,9 @@ from transport_geometry.models import plant
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model, model_hash, readable_names
 from transport_geometry.models.plant import Gauge, Plant, TurnedSAE, plants, regauge, sensitivity_basis, split
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import read_table
 from transport_geometry.saes.sae import tied_init
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import pytest

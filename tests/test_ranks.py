@@ -11,7 +11,7 @@ import time
 
 import zygote
 from helpers import ROOT, SMALL, contents, process, script
-from transport_geometry import ranks
+from transport_geometry import torchrun
 from transport_geometry.errors import UserError
 from transport_geometry.records.results import COLUMNS, Measurements, add_results, gather, load_results
 
@@ -32,7 +32,7 @@ def alone(name: str, *arguments):
     return script(name, *arguments, *CPU, environment=zygote.OFFLINE | ONE_THREAD)
 
 
-def torchrun(n: int, *command) -> list[str]:
+def under_torchrun(n: int, *command) -> list[str]:
     meeting = "--rdzv-backend c10d --rdzv-endpoint localhost:0".split()
     return ["-m", "torch.distributed.run", "--nproc-per-node", str(n), *meeting, *map(str, command), *CPU]
 
@@ -50,7 +50,7 @@ def one(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_ranks_leave_the_bytes_of_one(one, tmp_path):
-    done = process(*torchrun(2, "expb.py", *SMALL, *folders(tmp_path)), env=ONE_THREAD)
+    done = process(*under_torchrun(2, "expb.py", *SMALL, *folders(tmp_path)), env=ONE_THREAD)
     assert contents(tmp_path / "out") == contents(one)
     assert done.stdout.count("kernels: ") == done.stdout.count("report: ") == 1  # one rank speaks
     assert json.loads((tmp_path / "out/run.json").read_text())["ranks"] == 2
@@ -59,7 +59,7 @@ def test_two_ranks_leave_the_bytes_of_one(one, tmp_path):
 @pytest.mark.slow
 def test_three_ranks_leave_the_bytes_of_one(tmp_path):
     alone("expa.py", *SMALL_A, "--out", tmp_path / "one", "--cache", tmp_path / "a")
-    three = torchrun(3, "expa.py", *SMALL_A, "--out", tmp_path / "three", "--cache", tmp_path / "b")
+    three = under_torchrun(3, "expa.py", *SMALL_A, "--out", tmp_path / "three", "--cache", tmp_path / "b")
     process(*three, env=ONE_THREAD)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert len({tuple(sorted(p.name for p in (tmp_path / cache).iterdir())) for cache in "ab"}) == 1
@@ -69,7 +69,7 @@ def test_three_ranks_leave_the_bytes_of_one(tmp_path):
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="finds the rank's process under /proc")
 def test_a_rank_that_dies_is_named_and_another_number_of_ranks_goes_on(one, tmp_path):
     command = [*SMALL, "--save-tokens", *folders(tmp_path)]
-    program = [sys.executable, *torchrun(2, "expb.py", *command)]
+    program = [sys.executable, *under_torchrun(2, "expb.py", *command)]
     streams = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     both = subprocess.Popen(program, cwd=ROOT, env={**os.environ, **ONE_THREAD}, **streams)
     part = tmp_path / "out/.rank1/conditions.csv"
@@ -99,19 +99,19 @@ def test_a_fault_says_which_rank(tmp_path):
 
 
 def test_two_ranks_on_mps_are_refused(monkeypatch):
-    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(torchrun, "WORLD", 2)
     with pytest.raises(UserError, match="MPS serves one process"):
-        ranks.join(torch.device("mps"))
+        torchrun.join(torch.device("mps"))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shares_are_all_of_it_once_and_about_equal_in_weight(world, monkeypatch):
-    monkeypatch.setattr(ranks, "WORLD", world)
+    monkeypatch.setattr(torchrun, "WORLD", world)
     for weights in ([3, 1, 1, 5, 2, 2, 1, 4, 1, 1, 3], [9, 1, 2, 3], []):
         parts = []
         for rank in range(world):
-            monkeypatch.setattr(ranks, "RANK", rank)
-            parts.append(ranks.share(list(range(len(weights))), weights))
+            monkeypatch.setattr(torchrun, "RANK", rank)
+            parts.append(torchrun.share(list(range(len(weights))), weights))
         assert sum(parts, []) == list(range(len(weights)))
         most = max(sum(weights[i] for i in part) for part in parts)
         assert most <= sum(weights) / world + max(weights, default=0)
@@ -119,7 +119,7 @@ def test_shares_are_all_of_it_once_and_about_equal_in_weight(world, monkeypatch)
 
 
 UNMET = """
-from transport_geometry import ranks
+from transport_geometry import torchrun
 ranks.RANK, ranks.WORLD = {rank}, 2
 ranks.join = ranks.wait = ranks.leave = lambda *a: None
 """

@@ -9,8 +9,8 @@ import shutil
 import zygote
 from helpers import ROOT, contents, hooked_columns, script
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.records.tables import read_table
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import pytest

@@ -8,14 +8,14 @@ import zygote
 from helpers import quick_sae, script, tiny_model
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import Sums, computed
-from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
 from transport_geometry.records.results import load_results
 from transport_geometry.records.tables import read_table
-from transport_geometry.reporting.words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
+from transport_geometry.reporting.sae_words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
 from transport_geometry.saes.train import activation_chunks
 from transport_geometry.statistics.stats import document_weights
+from transport_geometry.text import heldout
 
 import numpy as np
 import pytest
@@ -103,7 +103,7 @@ def hook():
     """
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
     h, sink = next(activation_chunks(Hook(model, LAYER), "stdlib", tokenizer, 128, 40_000, "keep"))
-    rows = next(text.train_rows("stdlib", tokenizer, CTX, 64))
+    rows = next(heldout.train_rows("stdlib", tokenizer, CTX, 64))
     uniforms = torch.rand(4, 64, CTX - 1, generator=torch.Generator().manual_seed(0))
     _, (_, *gradients) = Hook(model, LAYER).clean_pass(rows, Hook(model, LAYER).head(rows), uniforms)
     G = sum(torch.einsum("btd,bte->de", g, g).double() for g in gradients)
@@ -212,7 +212,7 @@ def test_a_trained_error_turned_at_random_costs_what_a_random_one_does(hook):
     """
     model, sae, mean, *_ = hook
     tokenizer = load_model("stdlib-s", torch.device("cpu"))[1]
-    input_ids = text.heldout_rows("stdlib", tokenizer, CTX, SEQS).input_ids
+    input_ids = heldout.heldout_rows("stdlib", tokenizer, CTX, SEQS).input_ids
     noise = torch.Generator().manual_seed(3)
 
     def error(x):

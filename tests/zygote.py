@@ -111,7 +111,7 @@ def serve() -> None:
 
     import common
     from transport_geometry.formats import __main__ as sae_commands
-    from transport_geometry.models import text
+    from transport_geometry.text import heldout
 
     import datasets  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
@@ -121,7 +121,7 @@ def serve() -> None:
     # what a model's first loading would import
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM  # noqa: F401
 
-    text.stdlib_sides()  # the embedded text is read once, too
+    heldout.stdlib_sides()  # the embedded text is read once, too
     mains = {
         **{path.name: importlib.import_module(path.stem).main for path in ROOT.glob("exp*.py")},
         "formats.py": sae_commands.main,  # python -m transport_geometry.formats

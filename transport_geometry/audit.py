@@ -3,7 +3,7 @@
     import torch
     from transport_geometry.audit import audit
     from transport_geometry.models.loading import load_model
-    from transport_geometry.models.text import heldout_rows
+    from transport_geometry.text.heldout import heldout_rows
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))  # or a transformers model of yours
     held = heldout_rows("stdlib", tokenizer, 64, 16)  # or token ids [S,T] of yours
     print(audit(model, 3, "my/sae", held.input_ids, held.document))
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats import sae_files
-from transport_geometry.formats.file_sae import fused
+from transport_geometry.formats import find_and_read
+from transport_geometry.formats.computed_sae import fused
 from transport_geometry.measuring.evaluate import Reconstruction, activations, evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook, fused_attention_errs, text_config
@@ -25,7 +25,7 @@ from transport_geometry.models.loading import pick_layer
 from transport_geometry.records.tables import bounds, markdown
 from transport_geometry.reporting.audit_report import number
 from transport_geometry.reporting.console import sentence_case
-from transport_geometry.reporting.words import with_words
+from transport_geometry.reporting.sae_words import with_words
 from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
 from transport_geometry.statistics.stats import ALL, RESAMPLES, document_weights, percentiles
@@ -123,14 +123,14 @@ def _reconstruction(
 ) -> Reconstruction:
     """What `evaluate` takes. Raises UserError."""
     if isinstance(sae, (str, os.PathLike)):
-        files = sae_files.find(str(sae))
+        files = find_and_read.find(str(sae))
         if len(files) > 1:
             raise UserError(f"{sae}: {len(files)} SAEs, of which one is to be named: {files[0].label}, ...")
-        read = sae_files.read(files[0], ignore_fields).to(hook.device)
+        read = find_and_read.read(files[0], ignore_fields).to(hook.device)
         near = basis_gate.near(hook, tokens[:4])
         if read.W_enc.shape[1] != near[hook.layer].shape[1]:
             raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
-        said = basis or sae_files.describe(files[0]).basis
+        said = basis or find_and_read.describe(files[0]).basis
         if not basis:
             basis_gate.check_basis(read, said, files[0].label, hook.layer, near)
         read.centred = said == "centred"

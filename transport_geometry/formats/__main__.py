@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from transport_geometry.errors import UserError, one_line, run_script
-from transport_geometry.formats import sae_files
+from transport_geometry.formats import find_and_read
 from transport_geometry.formats.saelens import write_saelens
 from transport_geometry.records import store
 from transport_geometry.records.tables import markdown
@@ -26,13 +26,13 @@ COLUMNS = (*"sae format site layer model ctx bos basis width".split(), "why not"
 def listed(spec: str) -> str:
     """A table of the SAEs of a folder or repository: what their files say, or why they cannot be read."""
     rows = []
-    for file in sae_files.find(spec):
+    for file in find_and_read.find(spec):
         row: dict[str, Any] = {"sae": file.label, "format": file.format}
         try:
-            row |= vars(sae_files.describe(file))
+            row |= vars(find_and_read.describe(file))
             with one_line(f"--sae {file.label}"):
-                config, beside = sae_files.read_config(file), sae_files.read_beside(file)
-                sae_files.check_fields(sae_files.FORMATS[file.format], config, beside, {}, ())
+                config, beside = find_and_read.read_config(file), find_and_read.read_beside(file)
+                find_and_read.check_fields(find_and_read.FORMATS[file.format], config, beside, {}, ())
         except UserError as error:
             row["why not"] = str(error).rpartition(": ")[2]
         rows.append({column: "" if row.get(column) is None else row[column] for column in COLUMNS})

@@ -4,9 +4,9 @@ import os
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.format import Declared, Format, Named, field, rescaled
-from transport_geometry.formats.names import hook_of, hook_of_path
-from transport_geometry.formats.sae_fields import inside, known
+from transport_geometry.formats.contract import Declared, Format, Named, field, rescaled
+from transport_geometry.formats.hook_names import hook_of, hook_of_path
+from transport_geometry.formats.known_fields import inside, known
 
 import torch
 

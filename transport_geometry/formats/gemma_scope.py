@@ -5,9 +5,9 @@ import re
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.format import Declared, Format, Named, check_scaling, field
-from transport_geometry.formats.names import hub_name
-from transport_geometry.formats.sae_fields import known
+from transport_geometry.formats.contract import Declared, Format, Named, check_scaling, field
+from transport_geometry.formats.hook_names import hub_name
+from transport_geometry.formats.known_fields import known
 
 FIELDS = known(
     read="architecture model_name hf_hook_point_in hf_hook_point_out type width",

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from transport_geometry.formats.format import Declared, Format, Named, field
-from transport_geometry.formats.sae_fields import known
+from transport_geometry.formats.contract import Declared, Format, Named, field
+from transport_geometry.formats.known_fields import known
 
 import torch
 

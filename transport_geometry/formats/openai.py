@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.format import Declared, Format, Named, field
-from transport_geometry.formats.sae_fields import inside, known
+from transport_geometry.formats.contract import Declared, Format, Named, field
+from transport_geometry.formats.known_fields import inside, known
 
 import torch
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.format import Declared, Format, Named, field
-from transport_geometry.formats.names import hook_of_path
-from transport_geometry.formats.sae_fields import known
+from transport_geometry.formats.contract import Declared, Format, Named, field
+from transport_geometry.formats.hook_names import hook_of_path
+from transport_geometry.formats.known_fields import known
 from transport_geometry.records import store
 
 FIELDS = known(

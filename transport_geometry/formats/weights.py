@@ -8,7 +8,7 @@ import zipfile
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.format import Named
+from transport_geometry.formats.contract import Named
 
 import numpy as np
 import torch

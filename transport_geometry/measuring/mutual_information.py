@@ -18,9 +18,9 @@ from typing import Any
 
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.dimension import participation_ratio
-from transport_geometry.models import text
 from transport_geometry.models.lm import Hook, text_config
 from transport_geometry.saes.sinks import sinks_of
+from transport_geometry.text import heldout
 
 import numpy as np
 import torch
@@ -274,7 +274,7 @@ def rows_of(
     """
 
     def some(side: str, n: int) -> Tensor:
-        rows = text.packed_rows(data, side, tokenizer, ctx, split, first)
+        rows = heldout.packed_rows(data, side, tokenizer, ctx, split, first)
         found = list(itertools.islice(rows, 0, n * ROW_STRIDE, ROW_STRIDE))
         return torch.stack(found) if found else torch.zeros(0, ctx, dtype=torch.int64)
 

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry.models import text
 from transport_geometry.models.lm import Hook, cross_entropy, text_config
 from transport_geometry.records.tables import markdown, span
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import eval_batch
 from transport_geometry.saes.sae import SAE, TrainingSpec
 from transport_geometry.statistics import stats
+from transport_geometry.text import heldout
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
     batch, V = eval_batch(hook, ctx), text_config(hook.model).vocab_size
     n = max(1, MAX_PAIRS // (ctx - 1))
     split = origin.split if isinstance(origin, TrainingSpec) else "train"
-    rows = text.spread_rows(eval_set.source.data, eval_set.tokenizer, ctx, n, split, eval_set.bos)
+    rows = heldout.spread_rows(eval_set.source.data, eval_set.tokenizer, ctx, n, split, eval_set.bos)
     x, y = pairs(hook, rows, sae, batch)
     held_x, held_y = pairs(hook, held.input_ids, sae, batch)
     bar = tqdm(INPUTS, desc=f"observer {eval_set.label}", delay=2, leave=False, disable=None)

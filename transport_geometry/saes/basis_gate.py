@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.file_sae import FileSAE
+from transport_geometry.formats.computed_sae import FileSAE
 from transport_geometry.models.lm import Hook, text_config
 from transport_geometry.saes.sae import must_vary
 from transport_geometry.saes.sinks import sink_positions

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transport_geometry import ranks
+from transport_geometry import torchrun
 from transport_geometry.errors import UserError
-from transport_geometry.formats import sae_files
-from transport_geometry.formats.file_sae import fused, sae_fingerprint
-from transport_geometry.formats.format import Declared
-from transport_geometry.formats.names import hub_name
-from transport_geometry.formats.sae_fields import Fields
-from transport_geometry.formats.sae_files import SaeFile
+from transport_geometry.formats import find_and_read
+from transport_geometry.formats.computed_sae import fused, sae_fingerprint
+from transport_geometry.formats.contract import Declared
+from transport_geometry.formats.find_and_read import SaeFile
+from transport_geometry.formats.hook_names import hub_name
+from transport_geometry.formats.known_fields import Fields
 from transport_geometry.models.lm import Hook
 from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
@@ -70,7 +70,7 @@ class ExternalSAE:
 
     def load(self) -> SAE:
         """On the CPU."""
-        sae = sae_files.read(self.file, self.fields.ignored)
+        sae = find_and_read.read(self.file, self.fields.ignored)
         sae.centred = self.declared.basis == "centred"
         return fused(sae)
 
@@ -91,12 +91,12 @@ def choose(
     taken, left, refused, files = [], [], [], []
     for spec in specs:
         try:
-            files += sae_files.find(spec)
+            files += find_and_read.find(spec)
         except UserError as why:
             refused.append(refused_for(spec, why))
     for file in tqdm(named_apart(files), desc="what SAE files say", leave=False, disable=None):
         try:
-            declared = sae_files.describe(file)
+            declared = find_and_read.describe(file)
             model = model_of(file, declared, asked)
             layer, why_not = layer_of(file, declared, model, asked)
         except UserError as why:
@@ -107,7 +107,7 @@ def choose(
         else:
             taken.append(Chosen(file, declared, model, layer))
     if left:
-        ranks.say(f"left out: {', '.join(left)}")
+        torchrun.say(f"left out: {', '.join(left)}")
     if not taken and not refused:
         raise UserError(
             f"--sae {','.join(specs)}: none of its {len(left)} SAEs reads a hook that --models asks for: "
@@ -173,7 +173,7 @@ def say(refused: Sequence[Refused], any_left: bool = True) -> None:
         more = "" if len(refused) == 1 else f"; and {len(refused) - 1} more, all that were asked for"
         raise UserError(first + more)
     for one in refused:
-        ranks.say(f"refused: {one.label}: {one.why}")
+        torchrun.say(f"refused: {one.label}: {one.why}")
 
 
 def model_of(file: SaeFile, declared: Declared, asked: dict[str, set[int | None]]) -> str:
@@ -242,7 +242,7 @@ def checked(
 ) -> ExternalSAE:
     """One of them. near: see `basis_gate.near`. Raises UserError."""
     label, h = one.file.label, near[layer]
-    sae = sae_files.read(one.file, ignore).to(device)
+    sae = find_and_read.read(one.file, ignore).to(device)
     F, d = sae.W_enc.shape
     if d != h.shape[1]:
         raise UserError(f"--sae {label}: reads {d} dimensions, and {name} has {h.shape[1]}")

@@ -16,7 +16,6 @@ from typing import Any
 from transport_geometry.errors import Fault
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.metrics import DISTORTION, IDENTITY, PROXIES, SIGNED, Sums, computed
-from transport_geometry.models import text
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import markdown, short, span
 from transport_geometry.running.grid import EvalSet
@@ -25,6 +24,7 @@ from transport_geometry.saes.recipes import Statistics, Training, unit_norm_step
 from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec
 from transport_geometry.saes.sinks import sinks_of
 from transport_geometry.statistics import stats
+from transport_geometry.text import heldout
 
 import numpy as np
 import scipy
@@ -126,7 +126,7 @@ def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:
     condition, ctx = middle.condition, held.input_ids.shape[1]
     steps, sequences, rate = pace(condition.tokens, condition.d_sae, ctx)
     split, data = middle.origin.split, eval_set.source.data
-    rows = text.spread_rows(data, eval_set.tokenizer, ctx, steps * sequences, split, eval_set.bos)
+    rows = heldout.spread_rows(data, eval_set.tokenizer, ctx, steps * sequences, split, eval_set.bos)
     arms: dict[str, SAE] = {START: sae}
     for kind in (MSE, KL):
         arms[kind] = finish(hook, rows.split(sequences), sae, kind, rate)
@@ -168,7 +168,7 @@ def moves(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
         p = float(scipy.stats.binomtest(up, up + down).pvalue) if known else np.nan
         lo, hi = stats.interval((weights @ change / weights.sum(1))[stats.RESAMPLES])
         row: dict[str, Any] = {"metric": name, "up": up, "down": down, "change": float(change.mean())}
-        shown = len(hooks) >= stats.MIN_CLUSTERS and p < stats.ALPHA
+        shown = len(hooks) >= stats.MIN_EFFECTIVE_HOOKS and p < stats.ALPHA
         out.append(row | {"lo": lo, "hi": hi, "p": p, "shown": shown})
     target = out[0]
     for row in out:
@@ -250,8 +250,10 @@ def answer(found: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
         f"A finish through the model changes KL by {through} ({control} for an MSE finish of as many steps), "
         f"and its CE_rec is the higher one at {target['up']} of {hooks} hooks"
     )
-    if hooks < stats.MIN_CLUSTERS:
-        return f"{moved}: undecided what a proxy makes of it, with fewer than {stats.MIN_CLUSTERS} hooks."
+    if hooks < stats.MIN_EFFECTIVE_HOOKS:
+        return (
+            f"{moved}: undecided what a proxy makes of it, with fewer than {stats.MIN_EFFECTIVE_HOOKS} hooks."
+        )
     if not target["shown"]:
         p = short(target["p"])
         return f"{moved} (p = {p}): not shown to move, so no proxy can be said to notice or to miss it."

@@ -16,7 +16,6 @@ from typing import Any
 
 from transport_geometry.errors import Damaged, Fault, UserError, reading
 from transport_geometry.machine import processor
-from transport_geometry.models import text
 from transport_geometry.models.lm import OVERHEAD, Hook, block_outputs, block_size, text_config
 from transport_geometry.progress import Progress, line
 from transport_geometry.records import store
@@ -24,6 +23,7 @@ from transport_geometry.saes import recipes
 from transport_geometry.saes.recipes import RECIPES, Statistics, Training, token_flops
 from transport_geometry.saes.sae import CHECKPOINT, TrainingSpec, is_whole, save_sae
 from transport_geometry.saes.sinks import sink_positions
+from transport_geometry.text import heldout
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ def activation_chunks(
     """(h [n,d], sink [n]) of one hook on the training text, n = CHUNK until `tokens` are given out. `first`
     chunks are skipped, without the model where possible.
     """
-    rows = text.train_rows(data, tokenizer, ctx, rows_at_once(ctx))
+    rows = heldout.train_rows(data, tokenizer, ctx, rows_at_once(ctx))
     for _, h, sink in stream_chunks(hook.model, [Stream(hook.layer, sinks, tokens, first)], rows):
         yield h, sink
 
@@ -167,7 +167,7 @@ def train_missing(
     tokenizer: Any,
     specs: Sequence[TrainingSpec],
     cache: pathlib.Path,
-    source: text.Source,
+    source: heldout.Source,
     bar: Progress | None = None,
 ) -> None:
     """Train the SAEs of one language model that the cache lacks, together, from one pass of the model over
@@ -365,7 +365,7 @@ def sae_flops(model: Any, run: BudgetRun) -> float:
 
 
 def train_runs(
-    model: Any, tokenizer: Any, runs: Sequence[BudgetRun], source: text.Source, bar: Progress
+    model: Any, tokenizer: Any, runs: Sequence[BudgetRun], source: heldout.Source, bar: Progress
 ) -> None:
     """Train them to the end, in one pass of the model over the text."""
     of_text, device = runs[0].spec, next(model.parameters()).device
@@ -397,13 +397,13 @@ def train_runs(
             run.checkpoint()
 
     how = rows_at_once(of_text.ctx), of_text.split, text_repeats, of_text.bos
-    rows = text.train_rows(source.data, tokenizer, of_text.ctx, *how)
+    rows = heldout.train_rows(source.data, tokenizer, of_text.ctx, *how)
     saved_at, cost = time.monotonic(), 0.0
     known: dict[tuple[int, str, int], Statistics] = {}  # of the first n tokens of a stream
     try:
         for stream, h, sink in stream_chunks(model, streams, rows, after_batch):
             number, about = stream.number - 1, f"{of_text.model} L{stream.layer}"
-            if text.stamp(source.data) != source.stamp:
+            if heldout.stamp(source.data) != source.stamp:
                 raise Fault(
                     f"--data {source.data} was changed while SAEs were trained on it: they are not kept; run "
                     "again"

@@ -16,7 +16,7 @@ from transport_geometry.reporting.templates import blocks
 from transport_geometry.statistics.stats import (
     ALL,
     ESTIMATE,
-    MIN_CLUSTERS,
+    MIN_EFFECTIVE_HOOKS,
     N_FIXED,
     RESAMPLES,
     SeedDraws,
@@ -217,17 +217,17 @@ def none_in_general(board: list[dict], models: Sequence[str]) -> str:
     """Why nothing is said in general, in one sentence; empty where something is."""
     rows = [row for row in (row_of(board, R2), row_of(board, SWD)) if row]
     least = min(rows, key=lambda row: row["n_effective"], default=None)
-    if least is None or least["n_effective"] >= MIN_CLUSTERS:
+    if least is None or least["n_effective"] >= MIN_EFFECTIVE_HOOKS:
         return ""
     hooks = least["n_clusters"]
-    if hooks < MIN_CLUSTERS:
+    if hooks < MIN_EFFECTIVE_HOOKS:
         why = "there is 1 hook" if hooks == 1 else f"there are {hooks} hooks"
     else:
         name, effective = {R2: "R²", SWD: "SWD"}[least["proxy"]], least["n_effective"]
         why = TEXT["too few effective hooks"].format(
             name=name, phi=least["phi"], hooks=hooks, effective=effective
         )
-    return TEXT["none in general"].format(layers=layers_of(models), why=why, needed=MIN_CLUSTERS)
+    return TEXT["none in general"].format(layers=layers_of(models), why=why, needed=MIN_EFFECTIVE_HOOKS)
 
 
 def as_here(row: dict, name: str) -> dict:

@@ -11,7 +11,7 @@ from transport_geometry.statistics.resampling import cluster_ids, mean_by_hook
 import numpy as np
 import scipy
 
-MIN_CLUSTERS = 6  # hooks: below, the 2^G patterns of a test over them cannot reach p < .05 two-sided
+MIN_EFFECTIVE_HOOKS = 6  # hooks: below, the 2^G patterns of a test over them cannot reach p < .05 two-sided
 PHIS = np.r_[np.arange(-0.9, 0.95, 0.05), 0.95, 0.98, 0.99]  # that `median_correlations` knows
 N_SERIES = 4000  # simulated for each
 
@@ -27,9 +27,9 @@ class Dependence:
     @property
     def stretch(self) -> float:
         """The factor by which intervals and null distributions over hooks are too narrow; nan below
-        MIN_CLUSTERS effective hooks, where no claim in general is made.
+        MIN_EFFECTIVE_HOOKS effective hooks, where no claim in general is made.
         """
-        if self.n_effective < MIN_CLUSTERS:
+        if self.n_effective < MIN_EFFECTIVE_HOOKS:
             return np.nan
         return float((self.n_hooks / self.n_effective) ** 0.5)
 

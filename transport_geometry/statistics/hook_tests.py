@@ -10,7 +10,7 @@ from transport_geometry.statistics.correlations import (
     rank_residual,
     weighted_design,
 )
-from transport_geometry.statistics.hook_dependence import MIN_CLUSTERS
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
 from transport_geometry.statistics.intervals import ALPHA, interval
 from transport_geometry.statistics.resampling import RESAMPLES, bootstrap_weights, cluster_ids
 
@@ -80,7 +80,7 @@ def swap_tests(
         return diff, p
     G, Z = int(ids.max()) + 1, k_dummies(meta)
     observed = np.zeros((1, len(ids)), bool)
-    swapped = sign_patterns(G, seed=seed)[:, ids] < 0 if G >= MIN_CLUSTERS else observed
+    swapped = sign_patterns(G, seed=seed)[:, ids] < 0 if G >= MIN_EFFECTIVE_HOOKS else observed
     residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
     unit_y = rank_residual(np.atleast_2d(y), weighted_design(np.ones((1, len(ids))), Z))[0]
 
@@ -96,7 +96,7 @@ def swap_tests(
         ranks_a = _doubled_ranks(values)
         stat = with_y(np.where(swapped, ranks_b, ranks_a)) - with_y(np.where(swapped, ranks_a, ranks_b))
         diff[i] = stat[0]
-        if np.isfinite(stat[0]) and G >= MIN_CLUSTERS and np.isfinite(stretches[i]):
+        if np.isfinite(stat[0]) and G >= MIN_EFFECTIVE_HOOKS and np.isfinite(stretches[i]):
             p[i] = p_value(stat, cr1_correction(G) * stretches[i])
     return diff, p
 
@@ -165,7 +165,7 @@ def flip_test(d: np.ndarray, seed: int = 0, stretch: float = 1.0) -> float:
     """p that the mean of d [G], a difference of errors in each hook, is 0: signs flipped, two-sided, with
     `cr1_correction`. nan below 6 hooks, or where one is undefined. stretch: as of `swap_tests`.
     """
-    if len(d) < MIN_CLUSTERS or not np.isfinite(d).all() or np.isnan(stretch):
+    if len(d) < MIN_EFFECTIVE_HOOKS or not np.isfinite(d).all() or np.isnan(stretch):
         return np.nan
     stat = sign_patterns(len(d), seed=seed) @ d / max(np.abs(d).sum(), 1e-300)
     return p_value(stat, cr1_correction(len(d)) * stretch)
@@ -185,7 +185,11 @@ def added_value(x: np.ndarray, base: np.ndarray, y: np.ndarray, meta: dict) -> t
     Z = np.column_stack([k_dummies(meta), base])
     residual = np.eye(len(Z)) - Z @ np.linalg.pinv(Z)
     rx, ry = residual @ x, residual @ y
-    if ids.max() + 1 < MIN_CLUSTERS or min(rx @ rx, ry @ ry) < 1e-9 or len(Z) - np.linalg.matrix_rank(Z) < 2:
+    if (
+        ids.max() + 1 < MIN_EFFECTIVE_HOOKS
+        or min(rx @ rx, ry @ ry) < 1e-9
+        or len(Z) - np.linalg.matrix_rank(Z) < 2
+    ):
         return np.nan, np.nan
     e = (sign_patterns(ids.max() + 1)[:, ids] * ry) @ residual
     r = e @ rx / np.sqrt((e * e).sum(1) * (rx @ rx))
@@ -203,7 +207,7 @@ def out_of_hook_gain(
     larger, G = np.column_stack([smaller, x]), int(ids.max()) + 1
     rest = [larger[ids != hook] for hook in range(G)]
     q = larger.shape[1]
-    if G < MIN_CLUSTERS or any(len(z) <= q or np.linalg.matrix_rank(z) < q for z in rest):
+    if G < MIN_EFFECTIVE_HOOKS or any(len(z) <= q or np.linalg.matrix_rank(z) < q for z in rest):
         return np.nan, np.nan, np.nan
     squares = [np.bincount(ids, _left_out_errors(z, y, ids) ** 2) for z in (smaller, larger)]
     w = np.vstack([np.ones(G), np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), n_resamples)])

@@ -18,7 +18,7 @@ from transport_geometry.statistics.stats import (
     ESTIMATE,
     HALF_A,
     HALF_B,
-    MIN_CLUSTERS,
+    MIN_EFFECTIVE_HOOKS,
     RESAMPLES,
     Dependence,
     bootstrap_weights,
@@ -132,7 +132,7 @@ def board(
     """One row per proxy in each stratum: all conditions pooled, then each arm of --sinks where there are two,
     then each model alone.
 
-    Intervals and p are about hooks in general, and nan where fewer than MIN_CLUSTERS of them are effective;
+    Intervals and p are about hooks in general, and nan where fewer than MIN_EFFECTIVE_HOOKS are effective;
     those of `claims.COLUMNS` are about these SAEs, and resample documents (and seeds) alone.
 
     Intervals: bootstrap over hooks (of gamma: over depths), nested with the shared resamples of the
@@ -456,7 +456,7 @@ def contest(
 
 def judged_in_general(row: dict) -> bool:
     """Are there hooks enough, of a row of the board, for a comparison with R² in general?"""
-    return row["n_effective_r2"] >= MIN_CLUSTERS
+    return row["n_effective_r2"] >= MIN_EFFECTIVE_HOOKS
 
 
 def ranked(scores: Scores, found: Measured, settings: dict, n_resamples: int) -> tuple[list[dict], Contest]:

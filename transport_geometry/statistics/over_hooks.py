@@ -26,7 +26,7 @@ def side_of_zero(found: dict[str, float], above: str, below: str) -> str:
 def resampled(hooks: dict[str, np.ndarray], W: int, n_resamples: int) -> tuple[np.ndarray, np.ndarray]:
     """(weights [3 + R, G] of the hooks, [3 + R] which weighting of the documents goes with each)."""
     weights = stats.bootstrap_weights(hooks, n_resamples, 0)
-    if len(weights[0]) < stats.MIN_CLUSTERS:
+    if len(weights[0]) < stats.MIN_EFFECTIVE_HOOKS:
         weights[stats.RESAMPLES] = np.nan
     return weights, stats.resample_index(W, n_resamples) if W > 1 else np.zeros(len(weights), int)
 

@@ -13,7 +13,7 @@ RESAMPLES = slice(N_FIXED, None)  # bootstrap resamples, shared by all condition
 ESTIMATE = 0  # of R draws of a statistic; bootstrap draws, too, have their resamples at RESAMPLES
 
 HOOK = ("model", "layer")
-MIN_HOOKS = 3  # of a model: fewer do not say how much its hooks differ
+MIN_HOOKS_OF_A_MODEL = 3  # of a model: fewer do not say how much its hooks differ
 
 
 def document_weights(n_documents: int, n_resamples: int, seed: int) -> np.ndarray:
@@ -63,7 +63,11 @@ def rao_wu_weights(rng: np.random.Generator, n: int, n_resamples: int, least: in
 
 
 def bootstrap_weights(
-    meta: dict, n_resamples: int, seed: int, clusters: tuple[str, ...] = HOOK, least: int = MIN_HOOKS
+    meta: dict,
+    n_resamples: int,
+    seed: int,
+    clusters: tuple[str, ...] = HOOK,
+    least: int = MIN_HOOKS_OF_A_MODEL,
 ) -> np.ndarray:
     """[3 + n_resamples, C] weights of the conditions: ones, then the clusters of each model resampled
     (`rao_wu_weights`).
@@ -89,7 +93,7 @@ def depth_weights(meta: dict, models: list[str], n_resamples: int, seed: int) ->
     hooks and is drawn whole: drawing hooks model by model would leave most of them without a partner.
     """
     D = len(shared_depths(meta, models))
-    resamples = rao_wu_weights(np.random.default_rng(seed), D, n_resamples, MIN_HOOKS)
+    resamples = rao_wu_weights(np.random.default_rng(seed), D, n_resamples, MIN_HOOKS_OF_A_MODEL)
     return np.vstack([np.ones((N_FIXED, D)), resamples])
 
 

@@ -9,8 +9,8 @@ import math
 
 from transport_geometry.statistics.stats import (
     ALPHA,
-    MIN_CLUSTERS,
-    MIN_HOOKS,
+    MIN_EFFECTIVE_HOOKS,
+    MIN_HOOKS_OF_A_MODEL,
     RESAMPLES,
     bootstrap_weights,
     interval,
@@ -102,7 +102,7 @@ def given_layer(x: np.ndarray, y: np.ndarray, model: np.ndarray, layer: np.ndarr
 
 def associations(hooks: list[dict], n_resamples: int) -> dict:
     """Of rows of hooks, each with model, layer, depth, residual, log_ratio, log_ratio_nosink and energy: how
-    the residual goes with the others. Only models with MIN_HOOKS hooks count.
+    the residual goes with the others. Only models with MIN_HOOKS_OF_A_MODEL hooks count.
 
     within: with log_ratio, hooks trade places within their models; rho_lo, rho_hi: its interval, hooks
     resampled; depths: whole depths trade places; nosink, nosink_depths: the same with log_ratio_nosink;
@@ -113,13 +113,13 @@ def associations(hooks: list[dict], n_resamples: int) -> dict:
     all models share, unrelated ones, `within` rejects in 24 of 100 and `depths` in 4.
     """
     count = collections.Counter(row["model"] for row in hooks)
-    used = [row for row in hooks if count[row["model"]] >= MIN_HOOKS]
+    used = [row for row in hooks if count[row["model"]] >= MIN_HOOKS_OF_A_MODEL]
     names = "model", "layer", "depth", "residual", "log_ratio", "log_ratio_nosink", "energy"
     model, layer, depth, residual, ratio, nosink, energy = (
         np.array([row[name] for row in used]) for name in names
     )
     everywhere, of_hooks, of_depths, of_all = np.zeros(len(used)), None, None, None
-    if len(used) >= MIN_CLUSTERS:
+    if len(used) >= MIN_EFFECTIVE_HOOKS:
         of_hooks, of_depths = arrangements(model), depth_arrangements(model, depth)
         of_all = arrangements(everywhere)
     within = association(ratio, residual, model, of_hooks)

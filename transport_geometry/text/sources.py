@@ -18,7 +18,7 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from transport_geometry import ranks
+from transport_geometry import torchrun
 from transport_geometry.errors import UserError, brief, reason
 from transport_geometry.models.loading import asking_hub
 
@@ -53,7 +53,7 @@ Document = str | list[int]
 @functools.cache
 def say_once(line: str) -> None:
     """Print a line the first time it is given."""
-    ranks.say(line)
+    torchrun.say(line)
 
 
 # ------------------------------------------------------------------------------------------------- documents

@@ -16,6 +16,7 @@ from transport_geometry.records.tables import (
 )
 from transport_geometry.reporting.console import ORANGE as COLOUR_OF_FLIPS
 from transport_geometry.reporting.console import Answer, columns
+from transport_geometry.reporting.expa_learning import budget_axis
 from transport_geometry.reporting.figures import (
     BLUE,
     GREEN,
@@ -26,7 +27,6 @@ from transport_geometry.reporting.figures import (
     points,
     pyplot,
 )
-from transport_geometry.reporting.learning_report import budget_axis
 from transport_geometry.reporting.templates import blocks
 
 import numpy as np

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from transport_geometry.errors import UserError, one_line
-from transport_geometry.models import sources
 from transport_geometry.models.loading import readable_names, tokenizer_hash
 from transport_geometry.models.model_files import bos_of
-from transport_geometry.models.sources import Chat, Data, Document, commit_of, local_files
+from transport_geometry.text import sources
+from transport_geometry.text.sources import Chat, Data, Document, commit_of, local_files
 
 import numpy as np
 import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 from transport_geometry import kernels
 from transport_geometry.errors import UserError
-from transport_geometry.formats.sae_fields import Fields
+from transport_geometry.formats.known_fields import Fields
 from transport_geometry.models.loading import fingerprint
 from transport_geometry.saes.sae import SAE, TopKSAE
 

@@ -16,15 +16,15 @@ from transport_geometry.errors import UserError, one_line, printable
 from transport_geometry.formats import (
     dictionary_learning,
     gemma_scope,
+    known_fields,
     mlsae,
     openai,
-    sae_fields,
     saelens,
     sparsify,
     weights,
 )
-from transport_geometry.formats.file_sae import FileSAE, check_args
-from transport_geometry.formats.format import Declared, Format, Named, field
+from transport_geometry.formats.computed_sae import FileSAE, check_args
+from transport_geometry.formats.contract import Declared, Format, Named, field
 from transport_geometry.models.loading import asking_hub
 from transport_geometry.records import store
 
@@ -193,7 +193,7 @@ def read(file: SaeFile, ignore: Sequence[str] = ()) -> FileSAE:
         args = of.computes(tensors, config, beside)
         for level in (tensors, *tensors.values()):
             if isinstance(level, weights.Watched):
-                sae_fields.check_all_taken(of.known(config), level, level.taken, ignore)
+                known_fields.check_all_taken(of.known(config), level, level.taken, ignore)
         for name, value in args.items():
             if isinstance(value, torch.Tensor):
                 args[name] = value.float().contiguous()
@@ -205,10 +205,10 @@ def read(file: SaeFile, ignore: Sequence[str] = ()) -> FileSAE:
 
 def check_fields(
     of: Format, config: Named, beside: Named, tensors: Named, ignore: Sequence[str]
-) -> sae_fields.Fields:
+) -> known_fields.Fields:
     """Raises UserError for a field that is not known; see `sae_fields`."""
     others = {name: content for name, content in beside.items() if name != store.PROVENANCE}
-    return sae_fields.check(of.known(config), {**config, **others}, tensors, ignore)
+    return known_fields.check(of.known(config), {**config, **others}, tensors, ignore)
 
 
 def read_config(file: SaeFile) -> Named:

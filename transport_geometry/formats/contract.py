@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.sae_fields import Known
+from transport_geometry.formats.known_fields import Known
 
 import torch
 
