@@ -1,1 +1,1 @@
-"""SAE files of other libraries, one module per format; `sae_files` finds and reads all of them."""
+"""SAE files of other libraries: read without guessing, and written. One module a library."""

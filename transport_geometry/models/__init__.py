@@ -1,1 +1,1 @@
-"""Language models and text: load them, split a model at a hook, and make rows of tokens."""
+"""Language models: found, loaded, split at a hook, and twins with something planted in them."""
