@@ -77,7 +77,7 @@ def test_what_a_run_leaves_behind(run):
     assert more > less > none
     verdict = json.loads((out / "verdict.json").read_text())
     assert verdict["leaf"] == "undecided" and verdict["settings"]["k"] == [2, 4, 8]
-    assert "verdict: H2: undecided" in printed and "Exp-A comes first" in printed
+    assert "verdict: H2: undecided" in printed and "(H2) stays open until Exp-A" in printed
     report = (out / "report.md").read_text()
     assert verdict["settings"]["text_sha256"] in report and sys.version.split()[0] in report
 

@@ -299,7 +299,7 @@ def text(tmp_path):
 def test_the_stream_gives_every_token_once_in_order(text, monkeypatch):
     model = tiny_model(dtype=torch.float32)
     monkeypatch.setattr(recipes, "CHUNK", 1000)
-    rows = next(trainer.text.train_rows(str(text), Words(), 16, 512))
+    rows = next(trainer.heldout.train_rows(str(text), Words(), 16, 512))
     expected = Hook(model, 1).head(rows).flatten(0, 1)
     calm = torch.ones(len(expected), dtype=torch.bool)
     calm[::16] = False
