@@ -6,7 +6,7 @@
 
 Question: which SAE does least harm when its reconstruction is patched in, and does R^2 say so? Grid: the SAEs
 of --sae, on the same held-out tokens. Each SAE gets a word from what was measured of it (see
-`reporting/words.py`): whether a sink owns its R^2 or its harm, and how much its error costs beside a
+`reporting/sae_words.py`): whether a sink owns its R^2 or its harm, and how much its error costs beside a
 random one as long. Each pair of SAEs of one model, k, context and BOS, at one hook or at two, is ordered,
 inverted (R^2 and CE_rec both differ, in opposite directions) or not told apart, by paired 95% intervals over
 documents. An SAE that cannot be read, or does not read what its files say, is refused with the reason, and

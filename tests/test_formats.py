@@ -858,8 +858,8 @@ def test_a_small_file_is_no_large_one(how, word, tmp_path):
     assert (folder / "ae.pt").stat().st_size < 4e6
     code = """import sys
 from transport_geometry.formats import find_and_read
-try: sae_files.read(sae_files.find(sys.argv[1])[0])
-except sae_files.UserError as error: print(error)"""
+try: find_and_read.read(find_and_read.find(sys.argv[1])[0])
+except find_and_read.UserError as error: print(error)"""
     lines, peak = measured(code, folder)
     assert len(lines) == 1 and word in lines[0] and peak < 600  # the imports take 220
 

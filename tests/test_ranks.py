@@ -120,8 +120,8 @@ def test_shares_are_all_of_it_once_and_about_equal_in_weight(world, monkeypatch)
 
 UNMET = """
 from transport_geometry import torchrun
-ranks.RANK, ranks.WORLD = {rank}, 2
-ranks.join = ranks.wait = ranks.leave = lambda *a: None
+torchrun.RANK, torchrun.WORLD = {rank}, 2
+torchrun.join = torchrun.wait = torchrun.leave = lambda *a: None
 """
 
 

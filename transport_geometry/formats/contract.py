@@ -32,7 +32,7 @@ class Declared:
 
 @dataclass(frozen=True)
 class Format:
-    """One format of SAE files. `sae_files.FORMATS` lists them all.
+    """One format of SAE files. `find_and_read.FORMATS` lists them all.
 
     declares(configuration, path, beside): what the files say, without reading the weights. path: the SAE's
     folder or file, which may name the hook. beside: {name: content} of the files of `beside` that are there.
