@@ -41,6 +41,7 @@ from transport_geometry.reporting.where_it_hurts import of_folder
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, ranked
+from transport_geometry.statistics.resampling import MIN_HOOKS_OF_A_MODEL
 from transport_geometry.statistics.sae_pairs import (
     HOOK_AND_TOKENS,
     PAIRS,
@@ -49,7 +50,6 @@ from transport_geometry.statistics.sae_pairs import (
     pairs,
     residuals,
 )
-from transport_geometry.statistics.stats import MIN_HOOKS_OF_A_MODEL
 
 import numpy as np
 from matplotlib.axes import Axes

@@ -38,8 +38,10 @@ from transport_geometry.running.grid import sae_name
 from transport_geometry.running.pairs_flag import FLAGS, compared, with_pairs
 from transport_geometry.running.run import Experiment
 from transport_geometry.saes.recipes import RECIPES
-from transport_geometry.statistics import curves, deltas, stats
+from transport_geometry.statistics import curves, deltas
 from transport_geometry.statistics.hook_pair import Conditions, ModelPair
+from transport_geometry.statistics.resampling import ALL, HALF_A, HALF_B
+from transport_geometry.statistics.transfer import MIN_IN_RANGE
 
 import numpy as np
 
@@ -70,7 +72,7 @@ class Thresholds:
     margin: float = 0.02  # H0: 90% interval of Delta CE_rec inside +- this, for every k
     gamma: float = 0.03  # H1: |transfer gap of R^2| at least, and its 95% interval without 0
     same_sign: float = 0.75  # H1: of the k have its sign
-    in_range: float = stats.MIN_IN_RANGE  # a gap that is mostly outside the fitted range is not judged
+    in_range: float = MIN_IN_RANGE  # a gap that is mostly outside the fitted range is not judged
     normalisation: float = 0.5  # N: a sink-free Euclidean score has less than this share of R^2's gap
 
 
@@ -171,7 +173,7 @@ def adjudicate(conditions: Conditions, recipe: str, sinks: str) -> Verdict:
     cells = deltas.tree_cells(pair, last, earlier[-1])
     found = Evidence(
         previous_budget=int(earlier[-1]),
-        improved=float(np.mean(pair.values["ce_rec"][stats.ALL][pair.mask(tokens=last)] > 1)),
+        improved=float(np.mean(pair.values["ce_rec"][ALL][pair.mask(tokens=last)] > 1)),
         cells=cells,
         g0=gates(cells),
         **equality(pair, cells, earlier),
@@ -209,7 +211,7 @@ def equality(pair: ModelPair, cells: list[dict], earlier: np.ndarray) -> dict[st
 
 def transfer(pair: ModelPair, cells: list[dict], last: int) -> dict[str, Any]:
     """H1: does one value of R^2 mean different CE_rec in the two models? The transfer gap Gamma of R^2
-    (`stats.transfer_gap`: isotonic fits over all budgets, judged at B*), in units of CE_rec, its Student
+    (`transfer.transfer_gap`: isotonic fits over all budgets, judged at B*), in units of CE_rec, its Student
     interval over seeds and documents, and its sign in every cell.
     """
     t = THRESHOLDS
@@ -228,11 +230,11 @@ def normalisation(pair: ModelPair, last: int) -> dict[str, Any]:
     against R^2 on the odd ones: what chose it does not judge it.
     """
     judged = pair.mask(tokens=last)
-    gaps = {score: pair.transfer_gap(score, judged, stats.HALF_A) for score in SINK_FREE}
+    gaps = {score: pair.transfer_gap(score, judged, HALF_A) for score in SINK_FREE}
     sizes = {score: abs(gap) for score, (gap, in_range) in gaps.items() if in_range >= THRESHOLDS.in_range}
     control = min(sizes, key=lambda score: sizes[score]) if sizes else None
-    of_control = pair.transfer_gap(control, judged, stats.HALF_B)[0] if control else np.nan
-    of_r2 = pair.transfer_gap("r2", judged, stats.HALF_B)[0]
+    of_control = pair.transfer_gap(control, judged, HALF_B)[0] if control else np.nan
+    of_r2 = pair.transfer_gap("r2", judged, HALF_B)[0]
     return dict(
         control=control,
         gamma_control_half_b=of_control,

@@ -42,8 +42,11 @@ from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
 from transport_geometry.statistics import claims
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.intervals import ALPHA
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, of_target, ranked
-from transport_geometry.statistics.stats import ALPHA, MIN_EFFECTIVE_HOOKS, MIN_HOOKS_OF_A_MODEL, MIN_IN_RANGE
+from transport_geometry.statistics.resampling import MIN_HOOKS_OF_A_MODEL
+from transport_geometry.statistics.transfer import MIN_IN_RANGE
 
 import numpy as np
 from matplotlib.figure import Figure

@@ -40,8 +40,11 @@ from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment, eval_batch
 from transport_geometry.saes.sae import SAE
-from transport_geometry.statistics import stats
+from transport_geometry.statistics.correlations import partial_draws
+from transport_geometry.statistics.hook_tests import added_value, out_of_hook_gain
+from transport_geometry.statistics.intervals import ALPHA, interval
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, of_target, ranked
+from transport_geometry.statistics.resampling import N_FIXED, RESAMPLES
 
 import numpy as np
 import torch
@@ -130,10 +133,10 @@ MIN_ADDED = 0.2  # partial Spearman of the Fisher form with CE_rec, given SWD an
 
 
 def leaf_h2_prime(added: float, p: float) -> str:
-    """The pre-registered rule of H2'. added, p: of `stats.added_value`, nan below 6 hooks."""
+    """The pre-registered rule of H2'. added, p: of `hook_tests.added_value`, nan below 6 hooks."""
     if np.isnan(added):
         return "undecided"
-    return "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
+    return "supported" if added >= MIN_ADDED and p < ALPHA else "rejected"
 
 
 # ------------------------------------------------------------- what is shown beside: ladder and calibration
@@ -151,12 +154,12 @@ def ladder(values: dict, meta: dict) -> list[dict]:
     """Partial Spearman with dCE given k of every rung between |delta|^2 and dCE, and what each step up gains,
     with the leaderboard's intervals.
     """
-    rows, below = [], np.full(stats.N_FIXED + N_RESAMPLES, np.nan)
+    rows, below = [], np.full(N_FIXED + N_RESAMPLES, np.nan)
     for metric, sign, adds in RUNGS:
         rho = np.ones_like(below)
         if metric != "dce":
-            rho = stats.partial_draws(DISTORTION(values[metric]), -values["dce"], meta, N_RESAMPLES)
-        step, (lo, hi) = rho - below, stats.interval((rho - below)[stats.RESAMPLES])
+            rho = partial_draws(DISTORTION(values[metric]), -values["dce"], meta, N_RESAMPLES)
+        step, (lo, hi) = rho - below, interval((rho - below)[RESAMPLES])
         row = {"rung": sign, "what joins": adds, "rho": float(rho[0]), "step": float(step[0])}
         rows.append(row | {"step_lo": lo, "step_hi": hi})
         below = rho
@@ -204,7 +207,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     scores = {proxy.name: proxy.score(values[proxy.name]) for proxy in (*PROXIES, *FISHER)}
     board, contest = ranked(scores, found, settings, N_RESAMPLES)
     of_all = scores["fisher_seq"][0], scores["swd_tok"][0], values["ce_rec"][0], meta
-    (added, p), gain = stats.added_value(*of_all), stats.out_of_hook_gain(*of_all)
+    (added, p), gain = added_value(*of_all), out_of_hook_gain(*of_all)
     rungs = ladder(values, meta)
     shown = [row for row in rungs[1:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
     saes = with_words(found.saes, values, min(settings["documents"]))
@@ -220,7 +223,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         locality={f"{a:g}": float(np.median(values[f"locality_{a:g}"][0])) for a in ALPHAS},
         calibration=calibration(found.sums, meta),
         radius=[vars(Condition.of(row)) | {"radius": row["radius"]} for row in saes],
-        thresholds=dict(min_added=MIN_ADDED, alpha=stats.ALPHA, radius=MAX_KL_ERROR),
+        thresholds=dict(min_added=MIN_ADDED, alpha=ALPHA, radius=MAX_KL_ERROR),
     )
     said = answer(verdict, settings)
     names = "geometry", "estimators", "path"

@@ -41,7 +41,10 @@ from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment, eval_batch
 from transport_geometry.saes.sae import SAE
 from transport_geometry.saes.sinks import SINK_FACTOR
-from transport_geometry.statistics import stats
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.hook_tests import loho_errors
+from transport_geometry.statistics.intervals import ALPHA
+from transport_geometry.statistics.resampling import MIN_HOOKS_OF_A_MODEL, cluster_ids, mean_by_hook
 from transport_geometry.statistics.within_models import associations
 
 import numpy as np
@@ -93,25 +96,25 @@ MIN_RHO = 0.5  # what the research log's tree asks of H3
 def leaf_h3(found: dict) -> tuple[str, str]:
     """The pre-registered rule of H3: (leaf, why). found: of `associations`."""
     within, depths, nosink = found["within"], found["depths"], found["nosink"]
-    least = stats.MIN_HOOKS_OF_A_MODEL
-    if (n := found["n_hooks"]) < stats.MIN_EFFECTIVE_HOOKS:
+    least = MIN_HOOKS_OF_A_MODEL
+    if (n := found["n_hooks"]) < MIN_EFFECTIVE_HOOKS:
         return (
             "undecided",
-            f"{n} hooks in models with {least} or more, {stats.MIN_EFFECTIVE_HOOKS} needed",
+            f"{n} hooks in models with {least} or more, {MIN_EFFECTIVE_HOOKS} needed",
         )
     if not np.isfinite([within["rho"], within["p"], nosink["rho"]]).all():
         return "undecided", "a dimension or a residual is undefined"
-    if not within["least_p"] < stats.ALPHA:
-        return "undecided", f"no order of so few hooks has p < {stats.ALPHA}"
-    if within["rho"] <= -MIN_RHO and within["p"] < stats.ALPHA:
+    if not within["least_p"] < ALPHA:
+        return "undecided", f"no order of so few hooks has p < {ALPHA}"
+    if within["rho"] <= -MIN_RHO and within["p"] < ALPHA:
         return "rejected", "the opposite: R² predicts too little where the dimensions differ most"
-    if not (within["rho"] >= MIN_RHO and within["p"] < stats.ALPHA):
+    if not (within["rho"] >= MIN_RHO and within["p"] < ALPHA):
         return "rejected", "not shown among the hooks of a model"
     if not nosink["rho"] >= MIN_RHO:
         return "rejected", "not without sinks and deflation"
-    if depths["least_p"] >= stats.ALPHA:
-        return "undecided", f"no order of so few depths has p < {stats.ALPHA}"
-    if depths["p"] >= stats.ALPHA:  # nan where the models differ in their depths
+    if depths["least_p"] >= ALPHA:
+        return "undecided", f"no order of so few depths has p < {ALPHA}"
+    if depths["p"] >= ALPHA:  # nan where the models differ in their depths
         return "rejected", "no more than what depth alone could do"
     return "supported", "among the hooks of a model, over whole depths, and without sinks"
 
@@ -121,11 +124,11 @@ def residuals(values: dict, meta: dict) -> dict[tuple[str, int], float]:
     """{hook: log10 dCE predicted from R^2, a quadratic fitted on all other hooks, minus measured, mean over
     its SAEs}: above 0 R^2 says that they cost more than they do.
     """
-    errors = stats.loho_errors(BY_NAME["r2"].score(values["r2"][0]), values["dce"][0], meta)
-    ids = stats.cluster_ids(meta)
+    errors = loho_errors(BY_NAME["r2"].score(values["r2"][0]), values["dce"][0], meta)
+    ids = cluster_ids(meta)
     _, first = np.unique(ids, return_index=True)
     hooks = [(str(meta["model"][i]), int(meta["layer"][i])) for i in first]
-    return dict(zip(hooks, stats.mean_by_hook(errors, ids).tolist()))
+    return dict(zip(hooks, mean_by_hook(errors, ids).tolist()))
 
 
 def hook_rows(geometry: list[dict], residual: dict, meta: dict) -> list[dict]:
@@ -168,9 +171,9 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         },
         thresholds=dict(
             min_rho=MIN_RHO,
-            alpha=stats.ALPHA,
-            min_hooks=stats.MIN_EFFECTIVE_HOOKS,
-            of_a_model=stats.MIN_HOOKS_OF_A_MODEL,
+            alpha=ALPHA,
+            min_hooks=MIN_EFFECTIVE_HOOKS,
+            of_a_model=MIN_HOOKS_OF_A_MODEL,
             min_mi=mi.MIN_MI,
             n_se=mi.N_SE,
             from_ceiling=mi.FROM_CEILING,

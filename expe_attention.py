@@ -52,7 +52,10 @@ from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment
-from transport_geometry.statistics import claims, stats
+from transport_geometry.statistics import claims
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.hook_tests import added_value, out_of_hook_gain
+from transport_geometry.statistics.intervals import ALPHA
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, of_target, ranked
 from transport_geometry.statistics.over_hooks import mean_over_hooks
 
@@ -157,11 +160,11 @@ MIN_ADDED = 0.2  # partial Spearman of the plan distortion with CE_rec given k a
 
 def leaf_p(added: float, p: float) -> str:
     """The pre-registered rule of P. The control is chosen on half A of the documents; added and p
-    (`stats.added_value`) are of half B.
+    (`hook_tests.added_value`) are of half B.
     """
     if np.isnan(added):
         return "undecided"
-    return "supported" if added >= MIN_ADDED and p < stats.ALPHA else "rejected"
+    return "supported" if added >= MIN_ADDED and p < ALPHA else "rejected"
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
@@ -183,12 +186,12 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     added = p = np.nan
     if control := swd.order_control:
         x, base, y = (v[2] for v in (scores["plan_kl"], scores[control], values["ce_rec"]))
-        added, p = stats.added_value(x, base, y, meta)
+        added, p = added_value(x, base, y, meta)
     beyond = []
     for name in BEYOND:
         all_documents = (scores["plan_kl"][0], scores[name][0], values["ce_rec"][0], meta)
-        more = dict(zip(("added", "p"), stats.added_value(*all_documents)))
-        more |= dict(zip(("gain", "gain_lo", "gain_hi"), stats.out_of_hook_gain(*all_documents)))
+        more = dict(zip(("added", "p"), added_value(*all_documents)))
+        more |= dict(zip(("gain", "gain_lo", "gain_hi"), out_of_hook_gain(*all_documents)))
         beyond.append({"beyond": name} | more)
     depth, of_hooks = (read_table(store.checked(out / store.RUN, name)) for name in TABLES)
     rows = attention_map.by_block(depth, of_hooks)
@@ -208,7 +211,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         **means,
         "breaks": attention_map.where_plans_change(rows, values, meta, settings["models"], N_RESAMPLES),
         "left_out": settings["last_blocks"],
-        "thresholds": dict(min_added=MIN_ADDED, alpha=stats.ALPHA, min_clusters=stats.MIN_EFFECTIVE_HOOKS),
+        "thresholds": dict(min_added=MIN_ADDED, alpha=ALPHA, min_clusters=MIN_EFFECTIVE_HOOKS),
     }
     after_h2 = leaderboard_report.TEXT["after h2"].format(claim="the attention plan")
     said = Answer(
@@ -304,7 +307,7 @@ def report(
         answer=said.markdown(),
         leaf=verdict["leaf"],
         min_added=MIN_ADDED,
-        alpha=stats.ALPHA,
+        alpha=ALPHA,
         n_clusters=swd.n_clusters,
         left_out=f" {left_out}" if settings["last_blocks"] else "",
         **changes,

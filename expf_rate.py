@@ -42,7 +42,9 @@ from transport_geometry.running.grid import Command, EvalSet
 from transport_geometry.running.run import Experiment, eval_batch, load
 from transport_geometry.saes import kl_finetune
 from transport_geometry.saes.sae import SAE, TopKSAE
-from transport_geometry.statistics import stats
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.hook_tests import p_value, sign_patterns
+from transport_geometry.statistics.intervals import ALPHA, interval
 from transport_geometry.statistics.rate_curves import (
     CE,
     QUANTISED,
@@ -53,6 +55,7 @@ from transport_geometry.statistics.rate_curves import (
     quantised,
     reached,
 )
+from transport_geometry.statistics.resampling import RESAMPLES
 from transport_geometry.text import heldout
 
 import numpy as np
@@ -122,9 +125,9 @@ def leaf_f(apart: dict[str, float]) -> str:
     the geometric mean over pairs, and signs flipped over pairs give p < .05. `same`: the 90% Student interval
     over pairs lies inside that factor. Else, and below 6 pairs, `undecided`.
     """
-    if apart["pairs"] < stats.MIN_EFFECTIVE_HOOKS:
+    if apart["pairs"] < MIN_EFFECTIVE_HOOKS:
         return "undecided"
-    if max(apart["factor"], 1 / apart["factor"]) >= FACTOR and apart["p"] < stats.ALPHA:
+    if max(apart["factor"], 1 / apart["factor"]) >= FACTOR and apart["p"] < ALPHA:
         return "differs"
     if apart["lo90"] > 1 / FACTOR and apart["hi90"] < FACTOR:
         return "same"
@@ -143,8 +146,8 @@ def over_pairs(logs: np.ndarray) -> dict[str, float]:
         reach = scipy.stats.t.ppf((1 + level) / 2, G - 1) * half if G > 1 else np.nan
         out |= dict(zip(ends, map(float, np.exp(np.array([-reach, reach])) * out["factor"])))
     p = np.nan
-    if G >= stats.MIN_EFFECTIVE_HOOKS:
-        p = stats.p_value(stats.sign_patterns(G) @ logs / max(np.abs(logs).sum(), 1e-300))
+    if G >= MIN_EFFECTIVE_HOOKS:
+        p = p_value(sign_patterns(G) @ logs / max(np.abs(logs).sum(), 1e-300))
     return out | {"p": p}
 
 
@@ -159,7 +162,7 @@ def ratio_rows(lines: RateCurves, codes: list[Coded]) -> list[dict]:
             for of in ("bits", *NAMES):
                 for depth in lines.shared_depths() if at != of else []:
                     draws = lines.log_ratio(code, at, of, depth)
-                    ratio, lo, hi = map(float, np.exp([draws[0], *stats.interval(draws[stats.RESAMPLES])]))
+                    ratio, lo, hi = map(float, np.exp([draws[0], *interval(draws[RESAMPLES])]))
                     row = {"depth": depth, "code": code.name, "at_equal": at, "of": of}
                     rows.append(row | {"ratio": ratio, "lo": lo, "hi": hi})
     return rows
@@ -223,8 +226,8 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         "finish": kl_finetune.moves(tables["finish.csv"]),
         "thresholds": dict(
             factor=FACTOR,
-            alpha=stats.ALPHA,
-            min_pairs=stats.MIN_EFFECTIVE_HOOKS,
+            alpha=ALPHA,
+            min_pairs=MIN_EFFECTIVE_HOOKS,
             step=STEP,
             code="ideal length",
         ),
@@ -251,7 +254,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
 
 
 def answer(leaf: str, by_loss: dict[str, dict], settings: dict) -> Answer:
-    apart, least = by_loss[R2]["apart"], stats.MIN_EFFECTIVE_HOOKS
+    apart, least = by_loss[R2]["apart"], MIN_EFFECTIVE_HOOKS
     models = {"small": settings["models"][0], "large": settings["models"][-1]}
     numbers = TEXT["no numbers"]
     if apart["pairs"]:

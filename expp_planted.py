@@ -43,7 +43,8 @@ from transport_geometry.reporting.expp_report import Evidence
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, write
 from transport_geometry.statistics import claims
-from transport_geometry.statistics.stats import RESAMPLES, percentiles
+from transport_geometry.statistics.intervals import percentiles
+from transport_geometry.statistics.resampling import RESAMPLES
 from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np

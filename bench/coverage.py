@@ -30,7 +30,8 @@ from transport_geometry.models.loading import load_model
 from transport_geometry.records.tables import markdown
 from transport_geometry.running.run import CPU, eval_batch
 from transport_geometry.saes.sae import load_sae
-from transport_geometry.statistics import stats
+from transport_geometry.statistics import resampling
+from transport_geometry.statistics.resampling import document_weights
 from transport_geometry.text import heldout
 
 import numpy as np
@@ -102,7 +103,7 @@ def measured(folders: list[pathlib.Path], n: int, ctx: int) -> tuple[Pool, dict]
 # --------------------------------------------------------------------------------------- ways of taking rows
 def weights_of(n: int, rng: np.random.Generator) -> np.ndarray:
     """[W,n] of a bootstrap over n units."""
-    return stats.document_weights(n, RESAMPLES, int(rng.integers(2**31)))[stats.RESAMPLES]
+    return document_weights(n, RESAMPLES, int(rng.integers(2**31)))[resampling.RESAMPLES]
 
 
 def by_document(n: int, places: np.ndarray) -> Take:

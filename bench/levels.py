@@ -21,7 +21,31 @@ from transport_geometry.measuring.metrics import BY_NAME, EUCLIDEAN_CONTROLS, Su
 from transport_geometry.records.results import load_results, meta_of
 from transport_geometry.records.store import RUN, load
 from transport_geometry.records.tables import markdown
-from transport_geometry.statistics import claims, hook_tests, stats
+from transport_geometry.statistics import claims, hook_tests, resampling
+from transport_geometry.statistics.correlations import (
+    correlation,
+    k_dummies,
+    partial_draws,
+    partial_spearman,
+    rank_residual,
+    weighted_design,
+)
+from transport_geometry.statistics.hook_dependence import (
+    MIN_EFFECTIVE_HOOKS,
+    autoregressive,
+    dependence,
+    effective_hooks,
+    proxy_errors,
+)
+from transport_geometry.statistics.hook_tests import added_value, flip_test, loho_errors, swap_test
+from transport_geometry.statistics.intervals import (
+    ALPHA,
+    document_interval,
+    interval,
+    percentiles,
+    stretched_interval,
+)
+from transport_geometry.statistics.resampling import document_weights, mean_by_hook, seed_draws
 
 import numpy as np
 
@@ -52,7 +76,7 @@ def draw(meta: Meta, icc: float, shared: float = 0.0) -> np.ndarray:
     own = rng.standard_normal(len(meta["k"]))
     by_model, by_hook = one_each(meta["model"]), rng.standard_normal(meta["hook"].max() + 1)
     layers, models = int(meta["layers"]), int(meta["model"].max()) + 1
-    by_hook = stats.autoregressive(by_hook, float(meta["phi"]), (layers,) * models)[meta["hook"]]
+    by_hook = autoregressive(by_hook, float(meta["phi"]), (layers,) * models)[meta["hook"]]
     return shared**0.5 * by_model + (1 - shared) ** 0.5 * (icc**0.5 * by_hook + (1 - icc) ** 0.5 * own)
 
 
@@ -73,20 +97,20 @@ def pair(
 def p_swap(
     y: np.ndarray, a: np.ndarray, b: np.ndarray, meta: Meta, clusters: np.ndarray | None = None
 ) -> float:
-    return stats.swap_test(a, b, y, meta, clusters=clusters)[1]
+    return swap_test(a, b, y, meta, clusters=clusters)[1]
 
 
 def p_loho(y: np.ndarray, a: np.ndarray, b: np.ndarray, meta: Meta) -> float:
     """As the leaderboard has it: squared errors of log10 dCE, averaged within a hook."""
-    e = [np.bincount(meta["hook"], stats.loho_errors(x, 10 ** (-0.3 * y), meta) ** 2) for x in (a, b)]
-    return stats.flip_test((e[0] - e[1]) * len(e[0]) / len(y))
+    e = [np.bincount(meta["hook"], loho_errors(x, 10 ** (-0.3 * y), meta) ** 2) for x in (a, b)]
+    return flip_test((e[0] - e[1]) * len(e[0]) / len(y))
 
 
 def p_added(meta: Meta, icc: float, shared: float = 0.0) -> float:
     """C2' where the Fisher form is SWD plus noise: whatever it shares with the target, SWD has."""
     y = target(meta)
     swd = y + NOISE * draw(meta, icc, shared)
-    return stats.added_value(swd + NOISE * draw(meta, icc, shared), swd, y, meta)[1]
+    return added_value(swd + NOISE * draw(meta, icc, shared), swd, y, meta)[1]
 
 
 def percent(rate: float, n: int) -> str:
@@ -96,7 +120,7 @@ def percent(rate: float, n: int) -> str:
 
 def share(p: Sequence[float]) -> str:
     """How many of these p are below .05."""
-    return percent(float(np.mean(np.array(p) < stats.ALPHA)), len(p))
+    return percent(float(np.mean(np.array(p) < ALPHA)), len(p))
 
 
 # ------------------------------------------------------------------------------------------------- the tables
@@ -148,7 +172,7 @@ def partial(meta: Meta, sd: float, n: int, icc: float = 0.9) -> float:
     found = []
     for _ in range(n):
         y = target(meta)
-        found.append(stats.partial_spearman(y + sd * draw(meta, icc), y, meta))
+        found.append(partial_spearman(y + sd * draw(meta, icc), y, meta))
     return float(np.mean(found))
 
 
@@ -168,9 +192,9 @@ def power(n: int) -> None:
                 data = []
                 for _ in range(max(n // 2, 1)):
                     y, a, b = pair(meta, 0.9, c, noise=(better, worse))
-                    data.append(stats.swap_test(a, b, y, meta))
+                    data.append(swap_test(a, b, y, meta))
                 differences, p = np.array(data).T
-                found.append((differences.mean(), np.mean((p < stats.ALPHA) & (differences > 0))))
+                found.append((differences.mean(), np.mean((p < ALPHA) & (differences > 0))))
                 row[f"+{gain:g}"] = f"{100 * found[-1][1]:.0f} ({differences.mean():.2f})"
             gains, powers = zip(*found)
             row["80% at"] = f"{np.interp(0.8, powers, gains):.2f}" if powers[-1] >= 0.8 else "not reached"
@@ -184,15 +208,15 @@ def coverage(n: int) -> None:
     for icc in (0, 0.5, 0.9):
         many = grid(3, 2000, 3)
         y = target(many)
-        truth = stats.partial_spearman(y + NOISE * draw(many, icc), y, many)
+        truth = partial_spearman(y + NOISE * draw(many, icc), y, many)
         row: dict = {"ICC": icc}
         for name, shape in GRIDS.items():
             meta, hits, bias = grid(*shape), 0, 0.0
             for i in range(n):
                 y = target(meta)
                 x = y + NOISE * draw(meta, icc)
-                draws = stats.partial_draws(x[None], y[None], meta, RESAMPLES, seed=i)
-                lo, hi = stats.interval(draws[stats.RESAMPLES], fisher=True)
+                draws = partial_draws(x[None], y[None], meta, RESAMPLES, seed=i)
+                lo, hi = interval(draws[resampling.RESAMPLES], fisher=True)
                 hits += lo <= truth <= hi
                 bias += (draws[0] - truth) / n
             row |= {f"{name}, covered": percent(hits / n, n), f"{name}, bias": f"{bias:+.3f}"}
@@ -216,14 +240,14 @@ class Tested:
 
 
 def tested(y: np.ndarray, a: np.ndarray, b: np.ndarray, meta: Meta) -> Tested:
-    errors = [stats.loho_errors(x, 10 ** (-0.3 * y), meta) for x in (a, b)]
-    d = np.subtract(*(stats.mean_by_hook(e**2, meta["hook"]) for e in errors))
-    order = [stats.dependence(stats.proxy_errors(x, y, meta), meta) for x in (a, b)]
-    size = [stats.dependence(e, meta) for e in errors]
+    errors = [loho_errors(x, 10 ** (-0.3 * y), meta) for x in (a, b)]
+    d = np.subtract(*(mean_by_hook(e**2, meta["hook"]) for e in errors))
+    order = [dependence(proxy_errors(x, y, meta), meta) for x in (a, b)]
+    size = [dependence(e, meta) for e in errors]
     by_order, by_size = (np.max([one.stretch for one in both]) for both in (order, size))
     return Tested(
-        (p_swap(y, a, b, meta), stats.flip_test(d)),
-        (stats.swap_test(a, b, y, meta, stretch=by_order)[1], stats.flip_test(d, stretch=by_size)),
+        (p_swap(y, a, b, meta), flip_test(d)),
+        (swap_test(a, b, y, meta, stretch=by_order)[1], flip_test(d, stretch=by_size)),
         p_blocks(y, a, b, meta, min(one.n_effective for one in order)),
     )
 
@@ -231,7 +255,7 @@ def tested(y: np.ndarray, a: np.ndarray, b: np.ndarray, meta: Meta) -> Tested:
 def p_blocks(y: np.ndarray, a: np.ndarray, b: np.ndarray, meta: Meta, n_effective: float) -> float:
     """Swap test in blocks of neighbours, as long as leaves no more blocks than effective hooks."""
     hooks, layers = meta["hook"].max() + 1, int(meta["layers"])
-    if n_effective < stats.MIN_EFFECTIVE_HOOKS:
+    if n_effective < MIN_EFFECTIVE_HOOKS:
         return np.nan
     length = int(np.ceil(hooks / n_effective - 1e-9))
     blocks = meta["model"] * layers + meta["layer"] // length
@@ -253,7 +277,7 @@ def level_along_depth(n: int) -> None:
         free, ours = (np.array([getattr(t, of) for t in found]) for of in ("as_independent", "stretched"))
         in_blocks = np.array([t.blocks for t in found])
         row: dict = {"hooks": name, "φ": phi}
-        row["effective"] = f"{stats.effective_hooks(phi, (shape[1],) * shape[0]):.1f}"
+        row["effective"] = f"{effective_hooks(phi, (shape[1],) * shape[0]):.1f}"
         for i, test in enumerate(("swap", "loho")):
             row[f"{test}, hooks independent"] = share(free[:, i])
             labels = (f"{test}: no verdict", f"{test}: p < .05", f"{test}: given a verdict")
@@ -278,18 +302,18 @@ def coverage_along_depth(n: int) -> None:
     for (name, shape), phi in itertools.product(ALONG.items(), PHIS):
         meta, many = grid(*shape, phi), grid(shape[0], 4000, 3, phi)
         y, a, b = pair(many, 0.9, 0.8, noise=BETTER)
-        truth = np.array([stats.partial_spearman(x, y, many) for x in (a, b)])
+        truth = np.array([partial_spearman(x, y, many) for x in (a, b)])
         hits: list[list[float]] = []
         for i in range(n):
             y, a, b = pair(meta, 0.9, 0.8, noise=BETTER)
-            hooks = [stats.dependence(stats.proxy_errors(x, y, meta), meta) for x in (a, b)]
-            draws = [stats.partial_draws(x[None], y[None], meta, RESAMPLES, seed=i) for x in (a, b)]
+            hooks = [dependence(proxy_errors(x, y, meta), meta) for x in (a, b)]
+            draws = [partial_draws(x[None], y[None], meta, RESAMPLES, seed=i) for x in (a, b)]
             wide = [one.stretch for one in hooks]
             ends = [
-                stats.interval(draws[1][stats.RESAMPLES], fisher=True),
-                stats.stretched_interval(draws[1][0], draws[1][stats.RESAMPLES], wide[1], fisher=True),
-                stats.stretched_interval(
-                    (draws[0] - draws[1])[0], (draws[0] - draws[1])[stats.RESAMPLES], np.max(wide)
+                interval(draws[1][resampling.RESAMPLES], fisher=True),
+                stretched_interval(draws[1][0], draws[1][resampling.RESAMPLES], wide[1], fisher=True),
+                stretched_interval(
+                    (draws[0] - draws[1])[0], (draws[0] - draws[1])[resampling.RESAMPLES], np.max(wide)
                 ),
             ]
             true = (truth[1], truth[1], truth[0] - truth[1])
@@ -311,10 +335,10 @@ def here_draws(values: np.ndarray, y: np.ndarray, meta: Meta) -> dict[str, tuple
     """{statistic: (draws, sources, ranked)} of proxies values [2, W, C] and the target y [W, C], as `claims`
     forms them.
     """
-    draws = stats.seed_draws(meta, len(y))
-    design = stats.weighted_design(draws.weights, stats.k_dummies(meta))
-    units = [stats.rank_residual(v[draws.documents], design) for v in (y, *values)]
-    partial = [stats.correlation(u, units[0]) for u in units[1:]]
+    draws = seed_draws(meta, len(y))
+    design = weighted_design(draws.weights, k_dummies(meta))
+    units = [rank_residual(v[draws.documents], design) for v in (y, *values)]
+    partial = [correlation(u, units[0]) for u in units[1:]]
     pairs = claims.clear_pairs(y, meta)
     found = {
         "partial": (partial[0], draws.sources, y.shape[1]),
@@ -338,8 +362,8 @@ def covered_here(
         values, y, true_values, true_y, meta, documents = draw_data()
         truth = true_statistics(true_values, true_y, claims.clear_pairs(y, meta), meta)
         for name, (draws, sources, ranked) in here_draws(values, y, meta).items():
-            lo, hi = stats.document_interval(draws, sources, documents, ranked)
-            plain = stats.percentiles(draws[sources["documents"]])
+            lo, hi = document_interval(draws, sources, documents, ranked)
+            plain = percentiles(draws[sources["documents"]])
             t = truth[name]
             hits.setdefault(name, []).append(
                 [lo - 1e-9 <= t <= hi + 1e-9, plain[0] - 1e-9 <= t <= plain[1] + 1e-9]
@@ -352,7 +376,7 @@ def true_statistics(
     values: np.ndarray, y: np.ndarray, pairs: claims.SAEPairs, meta: Meta
 ) -> dict[str, float]:
     """Of what documents without end would give: values [2, C], y [C]."""
-    partial = [stats.partial_spearman(v, y, meta) for v in values]
+    partial = [partial_spearman(v, y, meta) for v in values]
     agree = [np.sign(pairs.difference(v)) == np.sign(pairs.difference(y)) for v in values]
     right = [float(a.mean()) if len(a) else np.nan for a in agree]
     return {
@@ -385,7 +409,7 @@ def here_of_documents(n: int) -> None:
             own = rng.standard_normal((DOCUMENTS, *cells.shape))
             own = (1 - alike) ** 0.5 * own + alike**0.5 * own[:, :1]
             documents = saes + noise * DOCUMENTS**0.5 * own
-            weights = stats.document_weights(DOCUMENTS, RESAMPLES, int(rng.integers(2**31)))
+            weights = document_weights(DOCUMENTS, RESAMPLES, int(rng.integers(2**31)))
             means = np.tensordot(weights / weights.sum(1, keepdims=True), documents, 1).transpose(1, 0, 2)
             # MARGIN is of CE_rec, which has about a tenth of this spread
             return means[1:] / 10, means[0] / 10, saes[1:] / 10, saes[0] / 10, meta, DOCUMENTS

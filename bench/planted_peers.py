@@ -24,6 +24,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import operator
 import os
 import pathlib
 import subprocess
@@ -97,6 +98,9 @@ class Task:
     """What all are given."""
 
     folder: str  # of the language model
+    blocks: str  # their name in it, as "gpt_neox.layers"
+    layer: int
+    token: int  # that begins texts
     train: list[str]  # passages
     held: list[str]
     tokens: int
@@ -107,6 +111,7 @@ class Task:
     d_sae: int
     k: int
     seed: int
+    out: str = ""  # folder where the library saves the SAE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,30 +140,29 @@ def saelens(task: Task, prepend_bos: bool = True, exclude_special_tokens: bool =
     """Its runner on text: it tokenises, puts the beginning-of-sequence token between passages, and, by
     default, at the front of every row.
     """
-    lens = load_lens("AutoModelForCausalLM", task.folder, "cpu", hook_names=[f"gpt_neox.layers.{LAYER}"])
+    lens = load_lens("AutoModelForCausalLM", task.folder, "cpu", hook_names=[f"{task.blocks}.{task.layer}"])
     data = Dataset.from_dict({"text": task.train})
-    with tempfile.TemporaryDirectory() as folder:
-        config = LanguageModelSAERunnerConfig(
-            sae=TopKTrainingSAEConfig(d_in=task.d, d_sae=task.d_sae, k=task.k),
-            model_name=task.folder,
-            model_class_name="AutoModelForCausalLM",
-            hook_name=f"gpt_neox.layers.{LAYER}",
-            dataset_path="passages",
-            is_dataset_tokenized=False,
-            streaming=False,
-            context_size=task.ctx,
-            training_tokens=task.tokens,
-            train_batch_size_tokens=task.step,
-            prepend_bos=prepend_bos,
-            exclude_special_tokens=exclude_special_tokens,
-            logger=LoggingConfig(log_to_wandb=False),
-            checkpoint_path=None,
-            output_path=folder,
-            verbose=False,
-        )
-        torch.manual_seed(task.seed)  # it reads no seed of its configuration
-        LanguageModelSAETrainingRunner(config, override_dataset=data, override_model=lens).run()
-        sae = SAE.load_from_disk(folder).requires_grad_(False)
+    config = LanguageModelSAERunnerConfig(
+        sae=TopKTrainingSAEConfig(d_in=task.d, d_sae=task.d_sae, k=task.k),
+        model_name=task.folder,
+        model_class_name="AutoModelForCausalLM",
+        hook_name=f"{task.blocks}.{task.layer}",
+        dataset_path="passages",
+        is_dataset_tokenized=False,
+        streaming=False,
+        context_size=task.ctx,
+        training_tokens=task.tokens,
+        train_batch_size_tokens=task.step,
+        prepend_bos=prepend_bos,
+        exclude_special_tokens=exclude_special_tokens,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=task.out,
+        verbose=False,
+    )
+    torch.manual_seed(task.seed)  # it reads no seed of its configuration
+    LanguageModelSAETrainingRunner(config, override_dataset=data, override_model=lens).run()
+    sae = SAE.load_from_disk(task.out).requires_grad_(False)
 
     def rows(texts: list[str], n: int) -> ActivationsStore:
         store = ActivationsStore.from_sae(
@@ -182,7 +186,7 @@ def saelens(task: Task, prepend_bos: bool = True, exclude_special_tokens: bool =
         for name in ("explained_variance", "ce_loss_score"):
             scores[f"{name}, {where}"] = found[name]
     seen = rows(task.train, task.tokens // task.ctx)
-    used = (seen != TOKEN) if exclude_special_tokens else torch.ones_like(seen, dtype=torch.bool)
+    used = (seen != task.token) if exclude_special_tokens else torch.ones_like(seen, dtype=torch.bool)
     return Trained(lambda h: sae.decode(sae.encode(h)), scores, seen, used, rows(task.held, task.seqs))
 
 
@@ -202,46 +206,45 @@ def sparsify(
         )
         input_ids = torch.stack([data[i]["input_ids"] for i in range(n)])
         if first:
-            input_ids = torch.cat([torch.full((n, 1), TOKEN), input_ids[:, :-1]], 1)
+            input_ids = torch.cat([torch.full((n, 1), task.token), input_ids[:, :-1]], 1)
         return input_ids
 
     seen, held = rows(task.train, task.tokens // task.ctx), rows(task.held, task.seqs)
     logged: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            SparseCoderConfig(num_latents=task.d_sae, k=task.k),
-            batch_size=a_step,
-            lr_warmup_steps=len(seen) // a_step // 20,  # read by adam only
-            **optimiser,
-            layers=[LAYER],
-            init_seeds=[task.seed],
-            exclude_tokens=[TOKEN] if exclude else [],
-            save_every=10**9,
-            save_dir=folder,
-            log_to_wandb=False,
-        )
-        order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(task.seed))
-        trainer = SparsifyTrainer(config, [{"input_ids": row} for row in seen[order]], model)
-        (name,) = trainer.saes
-        # what it logs of every step
-        trainer.saes[name].register_forward_hook(lambda sae, inputs, out: logged.append(out.fvu.item()))
-        trainer.fit()
-        torch.set_float32_matmul_precision("highest")  # fit() lowers it for the whole process
-        sae = SparseCoder.load_from_disk(f"{folder}/unnamed/{name}").requires_grad_(False)
-    h = torch.cat([block_output(model, part) for part in held.split(BATCH)])
-    kept = h[held != TOKEN] if exclude else h.flatten(0, 1)
+    config = TrainConfig(
+        SparseCoderConfig(num_latents=task.d_sae, k=task.k),
+        batch_size=a_step,
+        lr_warmup_steps=len(seen) // a_step // 20,  # read by adam only
+        **optimiser,
+        layers=[task.layer],
+        init_seeds=[task.seed],
+        exclude_tokens=[task.token] if exclude else [],
+        save_every=10**9,
+        save_dir=task.out,
+        log_to_wandb=False,
+    )
+    order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(task.seed))
+    trainer = SparsifyTrainer(config, [{"input_ids": row} for row in seen[order]], model)
+    (name,) = trainer.saes
+    # what it logs of every step
+    trainer.saes[name].register_forward_hook(lambda sae, inputs, out: logged.append(out.fvu.item()))
+    trainer.fit()
+    torch.set_float32_matmul_precision("highest")  # fit() lowers it for the whole process
+    sae = SparseCoder.load_from_disk(f"{task.out}/unnamed/{name}").requires_grad_(False)
+    h = torch.cat([block_output(model, part, task.layer) for part in held.split(BATCH)])
+    kept = h[held != task.token] if exclude else h.flatten(0, 1)
     scores = {
         "fvu, as logged (mean of the last tenth of the steps)": np.mean(logged[-len(logged) // 10 :]),
         "fvu of held-out rows": sae(kept).fvu.item(),
     }
-    used = (seen != TOKEN) if exclude else torch.ones_like(seen, dtype=torch.bool)
+    used = (seen != task.token) if exclude else torch.ones_like(seen, dtype=torch.bool)
     return Trained(lambda x: sae(x).sae_out, scores, seen, used, held)
 
 
 @torch.no_grad()
-def block_output(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+def block_output(model: Any, input_ids: torch.Tensor, layer: int) -> torch.Tensor:
     """h [B,T,d] of a model without its unembedding."""
-    return model(input_ids, output_hidden_states=True).hidden_states[LAYER + 1]
+    return model(input_ids, output_hidden_states=True).hidden_states[layer + 1]
 
 
 def dictionary_learning(task: Task, first: bool = False, remove_bos: bool = False) -> Trained:
@@ -250,7 +253,7 @@ def dictionary_learning(task: Task, first: bool = False, remove_bos: bool = Fals
     would have it.
     """
     model = LanguageModel(task.folder, device_map="cpu", dispatch=True)
-    front = model.tokenizer.decode([TOKEN]) if first else ""
+    front = model.tokenizer.decode([task.token]) if first else ""
 
     def buffer(texts: list[str], rows: int, step: int, endless: bool) -> ActivationBuffer:
         def stream() -> Iterator[str]:
@@ -262,7 +265,7 @@ def dictionary_learning(task: Task, first: bool = False, remove_bos: bool = Fals
         return ActivationBuffer(
             stream(),
             model,
-            model.gpt_neox.layers[LAYER],
+            operator.attrgetter(task.blocks)(model)[task.layer],
             d_submodule=task.d,
             n_ctxs=rows,
             ctx_len=task.ctx,
@@ -277,28 +280,27 @@ def dictionary_learning(task: Task, first: bool = False, remove_bos: bool = Fals
     steps = task.tokens // task.step
     order = np.random.default_rng(task.seed).permutation(len(task.train))
     torch.manual_seed(task.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        config = dict(
-            trainer=TopKTrainer,
-            activation_dim=task.d,
-            dict_size=task.d_sae,
-            k=task.k,
-            steps=steps,
-            layer=LAYER,
-            lm_name=task.folder,
-            warmup_steps=steps // 20,
-            seed=task.seed,
-            device="cpu",
-        )
-        shuffled = [task.train[i] for i in order]
-        trainSAE(
-            buffer(shuffled, min(200, task.tokens // task.ctx), task.step, True),
-            [config],
-            steps,
-            save_dir=folder,
-            device="cpu",
-        )
-        sae = AutoEncoderTopK.from_pretrained(f"{folder}/trainer_0/ae.pt").requires_grad_(False)
+    config = dict(
+        trainer=TopKTrainer,
+        activation_dim=task.d,
+        dict_size=task.d_sae,
+        k=task.k,
+        steps=steps,
+        layer=task.layer,
+        lm_name=task.folder,
+        warmup_steps=steps // 20,
+        seed=task.seed,
+        device="cpu",
+    )
+    shuffled = [task.train[i] for i in order]
+    trainSAE(
+        buffer(shuffled, min(200, task.tokens // task.ctx), task.step, True),
+        [config],
+        steps,
+        save_dir=task.out,
+        device="cpu",
+    )
+    sae = AutoEncoderTopK.from_pretrained(f"{task.out}/trainer_0/ae.pt").requires_grad_(False)
     held = buffer(task.held, task.seqs // 2, BATCH * task.ctx, True)
     found = dictionary_learning_evaluate(
         sae, held, max_len=task.ctx, batch_size=BATCH, n_batches=task.seqs // BATCH
@@ -338,8 +340,8 @@ Numbers = dict[str, float]
 
 def one(train: Callable[..., Trained], task: Task, settings: dict, hook: Hook) -> dict[str, Numbers]:
     """Of one SAE: `theirs` and `ours`, and `stood`, where the token was and what it did to the rows."""
-    with peers.quiet():
-        made = train(task, **settings)
+    with peers.quiet(), tempfile.TemporaryDirectory() as folder:
+        made = train(dataclasses.replace(task, out=folder), **settings)
     shared = activations(hook, made.held, BATCH)
     of_sae = {"sae": lambda h, mean: made.forward(h)}
     found = evaluate(hook, made.held, of_sae, BATCH, shared=shared)["sae"].sums
@@ -443,6 +445,9 @@ def main() -> None:
     d = load_model(MODEL, CPU)[0].config.hidden_size
     task = Task(
         folder="",
+        blocks="gpt_neox.layers",
+        layer=LAYER,
+        token=TOKEN,
         train=passages("train"),
         held=passages("heldout"),
         tokens=args.tokens,

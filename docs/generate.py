@@ -24,8 +24,11 @@ sys.path.insert(0, str(ROOT))
 from common import DEFAULTS, PRESETS  # noqa: E402
 from transport_geometry.measuring import metrics, r2_by_library  # noqa: E402
 from transport_geometry.records.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
-from transport_geometry.reporting import glossary, leaderboard_report, published, sae_words, summary  # noqa: E402  # noqa: E402
-from transport_geometry.statistics import claims, stats  # noqa: E402
+from transport_geometry.reporting import glossary, leaderboard_report, published, sae_words, summary  # noqa: E402
+from transport_geometry.statistics import claims  # noqa: E402
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS  # noqa: E402
+from transport_geometry.statistics.intervals import ALPHA  # noqa: E402
+from transport_geometry.statistics.transfer import MIN_IN_RANGE  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -374,12 +377,12 @@ def tree_of_h2() -> str:
     expb = importlib.import_module("expb")
     controls = ", ".join(f"`{name}`" for name in metrics.EUCLIDEAN_CONTROLS)
     lines = [
-        ["effective hooks", f"{stats.MIN_EFFECTIVE_HOOKS} or more"],
+        ["effective hooks", f"{MIN_EFFECTIVE_HOOKS} or more"],
         ["partial Spearman given k, SWD minus the best control", f"{expb.MIN_DIFFERENCE:.2f} or more, and "
-         f"p < {stats.ALPHA}"],
+         f"p < {ALPHA}"],
         ["error of log10 dCE at a hook left out", "smaller than the best control's"],
         ["transfer gap", f"at most {expb.MAX_GAMMA_RATIO:g} of the smallest one of a control, the 95% "
-         f"interval of what is gained above 0, {percent(stats.MIN_IN_RANGE)} of the larger model's values in range"],
+         f"interval of what is gained above 0, {percent(MIN_IN_RANGE)} of the larger model's values in range"],
         ["the controls", controls],
     ]  # fmt: skip
     return table(["H2 is *supported* by", "asked for"], lines)

@@ -12,6 +12,7 @@ import zygote
 from helpers import ROOT, script
 from transport_geometry.records import compare_runs
 from transport_geometry.records.tables import read_table
+from transport_geometry.statistics import sae_pairs
 
 import pytest
 
@@ -192,6 +193,27 @@ def test_planted_peers():
     assert changes[passages, "frac_variance_explained"] > 0.3
     assert abs(changes[f"{rows}, exclude_tokens", "fvu of held-out rows"]) < 1e-3
     assert abs(changes["its defaults: nowhere", "frac_variance_explained"]) < 1e-3
+
+
+@needs_peers
+@pytest.mark.slow
+def test_peers_real(tmp_path):
+    """On a model without a sink; a second start trains nothing."""
+    small = "--model stdlib-s --layers 1,3 --tokens 8k --seqs 8 --ctx 64 --k 4 --out".split()
+    said = bench("peers_real", *small, tmp_path)
+    saes, pairs = tables(said)
+    assert [(row["library"], row["block"]) for row in saes] == [
+        (library, layer) for library in ("SAELens", "sparsify", "dictionary_learning") for layer in "13"
+    ]
+    for row in saes:
+        low, high = map(float, row["R²"].split(" to "))
+        # sparsify's is of its last steps of training
+        assert row["library"] == "sparsify" or low - 0.1 < float(row["its own score"].split()[0]) < high + 0.1
+        assert row["the audit"] and float(row["CE_rec"].split()[0]) < 1
+    assert [row["R² says, as the audit sees it"] in sae_pairs.KINDS for row in pairs] == [True] * 3
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "saes").rglob("*") if path.is_file()}
+    assert bench("peers_real", *small, tmp_path) == said
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
 
 
 @pytest.mark.slow

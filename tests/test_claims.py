@@ -4,7 +4,17 @@ simulated coverage.
 
 import itertools
 
-from transport_geometry.statistics import claims, hook_tests, leaderboard, stats
+from transport_geometry.statistics import claims, hook_tests, leaderboard
+from transport_geometry.statistics.hook_dependence import (
+    Dependence,
+    dependence,
+    effective_hooks,
+    neighbour_correlation,
+    proxy_errors,
+)
+from transport_geometry.statistics.hook_tests import flip_test, swap_test
+from transport_geometry.statistics.intervals import document_interval, stretched_interval, without_noise
+from transport_geometry.statistics.resampling import cluster_ids, seed_draws
 
 import numpy as np
 import pytest
@@ -33,7 +43,7 @@ def along_depth(rng, phi, n, layers, models=1):
 
 def on_saes(by_hook, meta, rng, icc=0.9):
     """[C]: what the SAEs of a hook share, by_hook [G], and a rest of their own."""
-    ids = stats.cluster_ids(meta)
+    ids = cluster_ids(meta)
     order = np.unique(ids, return_index=True)[1]
     place = np.empty(len(order), int)
     place[np.lexsort((meta["layer"][order], meta["model"][order]))] = np.arange(len(order))
@@ -49,16 +59,16 @@ def binomial_sd(p, n):
 def test_neighbour_correlation_by_hand():
     """Two models of three hooks: means 2 and 0 taken off, four neighbours, six squares."""
     e = np.array([1.0, 2, 3, 1, 0, -1])
-    assert stats.neighbour_correlation(e, (3, 3)) == pytest.approx((0 + 0 + 0 + 0) / 4)
+    assert neighbour_correlation(e, (3, 3)) == pytest.approx((0 + 0 + 0 + 0) / 4)
     e = np.array([1.0, 1, -2, 3, -3, 0])
-    assert stats.neighbour_correlation(e, (3, 3)) == pytest.approx(((1 - 2 - 9 + 0) / 4) / (24 / 6))
+    assert neighbour_correlation(e, (3, 3)) == pytest.approx(((1 - 2 - 9 + 0) / 4) / (24 / 6))
     held_fixed = e + [5, 5, 5, 0, 0, 0]
-    assert stats.neighbour_correlation(held_fixed, (3, 3)) == pytest.approx(-2.5 / 4)
+    assert neighbour_correlation(held_fixed, (3, 3)) == pytest.approx(-2.5 / 4)
     # about one mean, 1.5: what a model shares is left in
     e = np.array([2.0, 3, 2, 1, 0, 1])
-    assert stats.neighbour_correlation(e, (3, 3), one_mean=True) == pytest.approx((1.5 * 2) / 4 / (5.5 / 6))
-    assert np.isnan(stats.neighbour_correlation(np.ones(6), (3, 3)))
-    assert np.isnan(stats.neighbour_correlation(np.arange(3.0), (1, 1, 1)))  # no neighbours
+    assert neighbour_correlation(e, (3, 3), one_mean=True) == pytest.approx((1.5 * 2) / 4 / (5.5 / 6))
+    assert np.isnan(neighbour_correlation(np.ones(6), (3, 3)))
+    assert np.isnan(neighbour_correlation(np.arange(3.0), (1, 1, 1)))  # no neighbours
 
 
 def test_neighbours_are_in_the_order_of_depth_and_of_one_model():
@@ -67,15 +77,15 @@ def test_neighbours_are_in_the_order_of_depth_and_of_one_model():
     """
     meta, rng = grid(), np.random.default_rng(0)
     errors = on_saes(np.tile([1.0, -1], 12), meta, rng, icc=1)
-    assert stats.dependence(errors, meta).phi < -0.8
+    assert dependence(errors, meta).phi < -0.8
     mixed = rng.permutation(len(errors))
-    shuffled = stats.dependence(errors[mixed], {name: v[mixed] for name, v in meta.items()})
-    assert shuffled == stats.dependence(errors, meta) and shuffled.n_hooks == shuffled.n_effective == 24
+    shuffled = dependence(errors[mixed], {name: v[mixed] for name, v in meta.items()})
+    assert shuffled == dependence(errors, meta) and shuffled.n_hooks == shuffled.n_effective == 24
     # a number for each model, and what alternates: as alike as neighbours can be, about one mean
     shared = on_saes(np.repeat([2.0, -2], 12) + np.tile([0.5, -0.5], 12), meta, rng, icc=1)
-    assert stats.dependence(shared, meta).phi > 0.9
+    assert dependence(shared, meta).phi > 0.9
     one = {name: v[meta["model"] == "large"] for name, v in meta.items()}
-    assert stats.dependence(shared[meta["model"] == "large"], one).phi < -0.8
+    assert dependence(shared[meta["model"] == "large"], one).phi < -0.8
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
@@ -83,8 +93,8 @@ def test_effective_hooks_are_the_variance_of_a_mean(phi):
     for sizes in ((12,), (12, 5, 1)):
         covariance = scipy.linalg.block_diag(*(scipy.linalg.toeplitz(phi ** np.arange(n)) for n in sizes))
         G = sum(sizes)
-        assert stats.effective_hooks(phi, sizes) == pytest.approx(1 / (covariance.sum() / G**2))
-        assert stats.effective_hooks(-0.5, sizes) == G  # never more than there are
+        assert effective_hooks(phi, sizes) == pytest.approx(1 / (covariance.sum() / G**2))
+        assert effective_hooks(-0.5, sizes) == G  # never more than there are
 
 
 @pytest.mark.parametrize("models, layers, phi", [(1, 18, 0.8), (3, 6, 0.5)])
@@ -94,22 +104,22 @@ def test_phi_is_right_in_the_middle(models, layers, phi):
     """
     meta, rng = grid(tuple("abc"[:models]), layers), np.random.default_rng(1)
     series = along_depth(rng, phi, 400, layers, models)
-    raw = stats.neighbour_correlation(series, (layers,) * models)
-    found = [stats.dependence(on_saes(e, meta, rng, icc=1), meta).phi for e in series]
+    raw = neighbour_correlation(series, (layers,) * models)
+    found = [dependence(on_saes(e, meta, rng, icc=1), meta).phi for e in series]
     above, most = np.mean(np.array(found) > phi), 4 * binomial_sd(0.5, 400)
     assert -most < above - 0.5 < most + 0.25 * (models > 1)
     assert np.mean(raw < phi) > 0.6
 
 
 def test_stretch():
-    assert stats.Dependence(0.0, 12, 12.0).stretch == 1
-    assert stats.Dependence(0.3, 12, 6.75).stretch == pytest.approx((12 / 6.75) ** 0.5)
-    assert np.isnan(stats.Dependence(0.5, 12, 5.9).stretch)
+    assert Dependence(0.0, 12, 12.0).stretch == 1
+    assert Dependence(0.3, 12, 6.75).stretch == pytest.approx((12 / 6.75) ** 0.5)
+    assert np.isnan(Dependence(0.5, 12, 5.9).stretch)
     draws = np.linspace(-1, 3, 4001)
-    assert stats.stretched_interval(0.0, draws, 2.0) == pytest.approx((-1.8, 5.8))
-    lo, hi = stats.stretched_interval(np.tanh(0.5), np.tanh(draws), 2.0, fisher=True)
+    assert stretched_interval(0.0, draws, 2.0) == pytest.approx((-1.8, 5.8))
+    lo, hi = stretched_interval(np.tanh(0.5), np.tanh(draws), 2.0, fisher=True)
     assert (np.arctanh(lo), np.arctanh(hi)) == pytest.approx((0.5 + 2 * (-0.9 - 0.5), 0.5 + 2 * (2.9 - 0.5)))
-    assert np.isnan(stats.stretched_interval(0.0, draws, np.nan)).all()
+    assert np.isnan(stretched_interval(0.0, draws, np.nan)).all()
 
 
 def test_a_stretched_test_says_less():
@@ -120,11 +130,11 @@ def test_a_stretched_test_says_less():
     signs = itertools.product((1, -1), repeat=6)
     sizes = [abs(np.dot(s, d)) for s in signs]
     by_hand = np.mean([i == 0 or size * 1.5 * (6 / 5) ** 0.5 >= 21 - 1e-9 for i, size in enumerate(sizes)])
-    assert stats.flip_test(d, stretch=1.5) == by_hand > stats.flip_test(d) == 2 / 64
-    assert np.isnan(stats.flip_test(d, stretch=np.nan))
+    assert flip_test(d, stretch=1.5) == by_hand > flip_test(d) == 2 / 64
+    assert np.isnan(flip_test(d, stretch=np.nan))
     rng, meta = np.random.default_rng(2), grid(("a",))
     a, b, y = rng.normal(size=(3, 36))
-    free, wide, none = (stats.swap_test(a, b, y, meta, stretch=s) for s in (1.0, 3.0, np.nan))
+    free, wide, none = (swap_test(a, b, y, meta, stretch=s) for s in (1.0, 3.0, np.nan))
     assert free[0] == wide[0] == none[0] and free[1] < wide[1] and np.isnan(none[1])
 
 
@@ -140,9 +150,9 @@ def test_level_where_neighbours_share_their_errors(monkeypatch):
         y, shared, a, b = (on_saes(e, meta, rng) for e in along_depth(rng, 0.9, 4, 12, 2))
         y = y + np.log2(meta["k"])
         a, b = (y + 0.5 * (0.8**0.5 * shared + 0.2**0.5 * own) for own in (a, b))
-        hooks = [stats.dependence(stats.proxy_errors(x, y, meta), meta) for x in (a, b)]
+        hooks = [dependence(proxy_errors(x, y, meta), meta) for x in (a, b)]
         stretch = np.max([one.stretch for one in hooks])
-        p.append([stats.swap_test(a, b, y, meta, seed=i, stretch=s)[1] for s in (1.0, stretch)])
+        p.append([swap_test(a, b, y, meta, seed=i, stretch=s)[1] for s in (1.0, stretch)])
     free, judged = np.array(p).T
     assert np.mean(free < 0.05) > 0.15
     assert np.mean(judged < 0.05) < 0.07 + 4 * binomial_sd(0.07, n) and np.isnan(judged).mean() > 0.4
@@ -151,16 +161,16 @@ def test_level_where_neighbours_share_their_errors(monkeypatch):
 def test_proxy_errors_are_what_k_and_the_target_leave():
     meta, rng = grid(("a",)), np.random.default_rng(4)
     y = np.log2(meta["k"]) + rng.normal(size=36)
-    assert np.abs(stats.proxy_errors(np.exp(y), y, meta)).max() < 1e-9  # the same ranks
+    assert np.abs(proxy_errors(np.exp(y), y, meta)).max() < 1e-9  # the same ranks
     x = y + rng.normal(size=36)
-    e = stats.proxy_errors(x, y, meta)
+    e = proxy_errors(x, y, meta)
     Z = np.column_stack([meta["k"] == 4, meta["k"] == 12, meta["k"] == 32, scipy.stats.rankdata(y)])
-    assert np.abs(Z.T @ e).max() < 1e-7 and np.isnan(stats.proxy_errors(x * np.inf, y, meta)).all()
+    assert np.abs(Z.T @ e).max() < 1e-7 and np.isnan(proxy_errors(x * np.inf, y, meta)).all()
 
 
 # ----------------------------------------------------------------------------------- intervals over documents
 def sources_of(n):
-    """As `stats.seed_draws` gives them for one model of one seed and n resamples."""
+    """As `resampling.seed_draws` gives them for one model of one seed and n resamples."""
     return {"a": np.array([1]), "documents": np.arange(2, 2 + n)}
 
 
@@ -184,7 +194,7 @@ def test_document_interval_covers_where_percentiles_do_not():
         weights = np.vstack([np.ones((2, D)), rng.multinomial(D, np.full(D, 1 / D), 200)]) / D
         means = np.einsum("rd,dpc->prc", weights, documents)
         draws, true = spearman(*means), spearman(*truth)
-        lo, hi = stats.document_interval(draws, sources_of(200), D, n_ranked=36)
+        lo, hi = document_interval(draws, sources_of(200), D, n_ranked=36)
         plain = np.quantile(draws[2:], [0.025, 0.975])
         hits.append([lo <= true <= hi, plain[0] <= true <= plain[1]])
     ours, plain = np.mean(hits, axis=0)
@@ -196,11 +206,11 @@ def test_without_noise_is_the_correlation_behind_it():
     own attenuation, .8 / 1.5 and .8 / 2.
     """
     draws = np.full(50, 0.8 / 2)
-    assert stats.without_noise(0.8 / 1.5, draws) == pytest.approx(0.8)
-    assert stats.without_noise(-0.8 / 1.5, -draws) == pytest.approx(-0.8)
-    assert stats.without_noise(0.97, np.full(50, 0.93)) == 1  # no further
+    assert without_noise(0.8 / 1.5, draws) == pytest.approx(0.8)
+    assert without_noise(-0.8 / 1.5, -draws) == pytest.approx(-0.8)
+    assert without_noise(0.97, np.full(50, 0.93)) == 1  # no further
     wide = np.linspace(-0.5, 0.9, 50)
-    assert stats.without_noise(0.3, wide) == 0.3 and stats.without_noise(0.5, np.full(50, 0.2)) == 0.5
+    assert without_noise(0.3, wide) == 0.3 and without_noise(0.5, np.full(50, 0.2)) == 0.5
 
 
 def test_document_interval_of_a_mean_is_students():
@@ -209,16 +219,16 @@ def test_document_interval_of_a_mean_is_students():
     x = rng.normal(size=8)
     draws = np.r_[x.mean(), np.nan, x[rng.integers(8, size=(20_000, 8))].mean(1)]
     expected = scipy.stats.t.interval(0.95, 7, x.mean(), scipy.stats.sem(x))
-    assert stats.document_interval(draws, sources_of(20_000), 8) == pytest.approx(expected, abs=0.02)
-    assert np.isnan(stats.document_interval(draws, sources_of(20_000), 1)).all()
+    assert document_interval(draws, sources_of(20_000), 8) == pytest.approx(expected, abs=0.02)
+    assert np.isnan(document_interval(draws, sources_of(20_000), 1)).all()
 
 
 def test_document_interval_of_a_correlation_reaches_one():
     """Six SAEs in perfect order: an interval that ended at tanh of something would never hold the truth."""
     draws = np.r_[1.0, np.nan, np.ones(150), np.full(50, 0.8)]
-    lo, hi = stats.document_interval(draws, sources_of(200), 30, n_ranked=6)
+    lo, hi = document_interval(draws, sources_of(200), 30, n_ranked=6)
     assert hi == 1 and 0.7 < lo <= 0.8
-    assert stats.document_interval(-draws, sources_of(200), 30, n_ranked=6) == pytest.approx((-1, -lo))
+    assert document_interval(-draws, sources_of(200), 30, n_ranked=6) == pytest.approx((-1, -lo))
 
 
 def test_document_interval_takes_in_seeds():
@@ -227,10 +237,10 @@ def test_document_interval_takes_in_seeds():
     """
     meta = grid(("a",), layers=1, ks=(4,), seeds=3)
     values = np.array([1.0, 2.0, 6.0])
-    found = stats.seed_draws(meta, 3 + 50)
+    found = seed_draws(meta, 3 + 50)
     draws = (found.weights @ values) / found.weights.sum(1)
     expected = scipy.stats.t.interval(0.95, 2, 3.0, scipy.stats.sem(values))
-    got = stats.document_interval(draws, found.sources, 50)
+    got = document_interval(draws, found.sources, 50)
     assert got == pytest.approx([3 + (end - 3) * (50 / 49) ** 0.5 for end in expected])
 
 

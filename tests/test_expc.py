@@ -11,8 +11,10 @@ from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
 from transport_geometry.reporting.sae_words import KL_MARGIN
 from transport_geometry.saes.sae import tied_init
-from transport_geometry.statistics import hook_tests, stats
-from transport_geometry.statistics.stats import document_weights
+from transport_geometry.statistics import hook_tests
+from transport_geometry.statistics.correlations import partial_spearman
+from transport_geometry.statistics.hook_tests import added_value, out_of_hook_gain
+from transport_geometry.statistics.resampling import document_weights
 from transport_geometry.text.heldout import heldout_rows
 
 import numpy as np
@@ -170,7 +172,7 @@ def test_added_value_enumerates_64_patterns():
         rx, ry = least(Z, rank(x)), least(Z, rank(y))
         signs = (np.repeat(pattern, 3) for pattern in itertools.product((1, -1), repeat=6))
         r = [np.corrcoef(rx, least(Z, ry * sign))[0, 1] for sign in signs]
-        added, p = stats.added_value(x, base, y, meta)
+        added, p = added_value(x, base, y, meta)
         assert added == pytest.approx(r[0]) and p == np.mean(np.abs(r) >= abs(r[0]) - 1e-9) and p >= 2 / 64
 
 
@@ -179,13 +181,13 @@ def test_added_value_is_found_and_not_invented(few_patterns):
     hooks it is 18%.
     """
     rng = np.random.default_rng(0)
-    leaves = [expc_fisher.leaf_h2_prime(*stats.added_value(*conditions(rng, 1.0))) for _ in range(60)]
+    leaves = [expc_fisher.leaf_h2_prime(*added_value(*conditions(rng, 1.0))) for _ in range(60)]
     assert np.mean([leaf == "supported" for leaf in leaves]) > 0.9 - 5 * (0.9 * 0.1 / 60) ** 0.5
-    none = [stats.added_value(*conditions(rng, 0.0)) for _ in range(500)]
+    none = [added_value(*conditions(rng, 0.0)) for _ in range(500)]
     assert np.mean([p < 0.05 for _, p in none]) < 0.07 + 4 * (0.07 * 0.93 / 500) ** 0.5
     assert expc_fisher.leaf_h2_prime(np.nan, np.nan) == "undecided"
     data = [conditions(rng, own) for own in (1.0, 0.0) for _ in range(20)]
-    gains = [stats.out_of_hook_gain(*one, n_resamples=50)[0] for one in data]
+    gains = [out_of_hook_gain(*one, n_resamples=50)[0] for one in data]
     assert np.median(gains[:20]) > 0.3 > 0 > np.median(gains[20:]) - 0.02
 
 
@@ -200,10 +202,10 @@ def test_out_of_hook_gain_leaves_whole_hooks_out():
         Z = np.column_stack([*(meta["k"] == k for k in (4, 12, 32)), *columns]).astype(float)
         fits = (np.linalg.lstsq(Z[hook != h], y[hook != h], rcond=None)[0] for h in range(18))
         left.append(sum(((y - Z @ fit)[hook == h] ** 2).sum() for h, fit in enumerate(fits)))
-    share, lo, hi = stats.out_of_hook_gain(x, base, y, meta)
+    share, lo, hi = out_of_hook_gain(x, base, y, meta)
     assert share == pytest.approx(1 - left[1] / left[0]) and lo < share < hi
     by_heart = [
-        stats.out_of_hook_gain(rng.standard_normal(18)[hook], *conditions(rng, 0.0)[1:], n_resamples=50)[0]
+        out_of_hook_gain(rng.standard_normal(18)[hook], *conditions(rng, 0.0)[1:], n_resamples=50)[0]
         for _ in range(40)
     ]
     assert np.mean(by_heart) < 0
@@ -211,7 +213,7 @@ def test_out_of_hook_gain_leaves_whole_hooks_out():
 
 def test_added_value_is_undefined_where_nothing_is_left():
     def undefined(*data):
-        return np.isnan(stats.added_value(*data)).all() and np.isnan(stats.out_of_hook_gain(*data)).all()
+        return np.isnan(added_value(*data)).all() and np.isnan(out_of_hook_gain(*data)).all()
 
     assert undefined(*conditions(np.random.default_rng(0), 1.0, models=1, layers=5))  # below 6 hooks
     assert undefined(*conditions(np.random.default_rng(0), 1.0, models=1, layers=1, ks=range(1, 19)))
@@ -219,8 +221,8 @@ def test_added_value_is_undefined_where_nothing_is_left():
     meta["k"] = np.arange(6)  # one condition per k
     assert undefined(x, base, y, meta)
     x, base, y, meta = conditions(np.random.default_rng(0), 1.0)
-    assert np.isnan(stats.added_value(np.r_[np.nan, x[1:]], base, y, meta)).all()
-    assert np.isnan(stats.added_value(base, base, y, meta)).all()
+    assert np.isnan(added_value(np.r_[np.nan, x[1:]], base, y, meta)).all()
+    assert np.isnan(added_value(base, base, y, meta)).all()
 
 
 def test_the_ladder_says_at_which_step_the_order_is_lost():
@@ -235,7 +237,7 @@ def test_the_ladder_says_at_which_step_the_order_is_lost():
     of = {name: np.exp(dce + noise(0.01 if name == "kl" else 0.6)) for name in names} | {"dce": np.exp(dce)}
     rungs = expc_fisher.ladder({name: np.tile(v, (3, 1)) for name, v in of.items()}, meta)
     rho = [row["rho"] for row in rungs]
-    assert rho == pytest.approx([stats.partial_spearman(of[name], of["dce"], meta) for name in names])
+    assert rho == pytest.approx([partial_spearman(of[name], of["dce"], meta) for name in names])
     assert [row["step"] for row in rungs[1:]] == pytest.approx(np.diff(rho)) and rho[-1] == 1
     shown = [row["rung"] for row in rungs[:-1] if row["step_lo"] > 0 or row["step_hi"] < 0]
     assert shown == ["KL"] and "softmax" in rungs[3]["what joins"]

@@ -6,7 +6,8 @@ import json
 import expd_mi
 from helpers import contents, one_line, script
 from transport_geometry.records.tables import read_table
-from transport_geometry.statistics import stats, within_models
+from transport_geometry.statistics import within_models
+from transport_geometry.statistics.intervals import ALPHA
 from transport_geometry.statistics.within_models import association, associations, depth_arrangements
 
 import numpy as np
@@ -80,11 +81,11 @@ def test_level_power_and_who_is_fooled_by_a_models_effect(few_patterns):
     for i in range(400):
         effect = np.repeat(rng.standard_normal(3), 6)
         x, noise = rng.standard_normal((2, 18))
-        invented.append(associated(x + 3 * effect, noise + 3 * effect)["p"] < stats.ALPHA)
+        invented.append(associated(x + 3 * effect, noise + 3 * effect)["p"] < ALPHA)
         if i < 60:
-            fooled.append(associated(x + 3 * effect, noise + 3 * effect, np.zeros(18))["p"] < stats.ALPHA)
+            fooled.append(associated(x + 3 * effect, noise + 3 * effect, np.zeros(18))["p"] < ALPHA)
             said = associated(x + 3 * effect, 0.85 * x + (1 - 0.85**2) ** 0.5 * noise - 3 * effect)
-            found.append(said["rho"] >= expd_mi.MIN_RHO and said["p"] < stats.ALPHA)
+            found.append(said["rho"] >= expd_mi.MIN_RHO and said["p"] < ALPHA)
     assert np.mean(invented) < 0.07 + 4 * (0.07 * 0.93 / 400) ** 0.5
     assert np.mean(fooled) > 0.5 and np.mean(found) > 0.8
 
@@ -99,8 +100,8 @@ def test_what_depth_alone_does_is_seen_by_whole_depths_only(few_patterns):
     for _ in range(200):
         profile, other = rng.standard_normal((2, 6))
         x, y = (v[LAYER] + 0.2 * rng.standard_normal(18) for v in (profile, other))
-        by_hook.append(associated(x, y)["p"] < stats.ALPHA)
-        by_depth.append(association(x, y, MODEL, orders)["p"] < stats.ALPHA)
+        by_hook.append(associated(x, y)["p"] < ALPHA)
+        by_depth.append(association(x, y, MODEL, orders)["p"] < ALPHA)
     assert np.mean(by_hook) > 0.15 and np.mean(by_depth) < 0.07 + 4 * (0.07 * 0.93 / 200) ** 0.5
 
 

@@ -13,7 +13,7 @@ from transport_geometry.models.lm import Hook
 from transport_geometry.saes import sinks
 from transport_geometry.saes.basis_gate import near
 from transport_geometry.saes.sae import tied_init
-from transport_geometry.statistics.stats import document_weights
+from transport_geometry.statistics.resampling import document_weights
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""stats.py and leaderboard.py against ground truth: hand cases, scipy, planted effects, simulated error
-rates.
+"""Estimators, tests and the leaderboard against ground truth: hand cases, scipy, planted effects, simulated
+error rates.
 """
 
 import collections
@@ -8,7 +8,37 @@ import json
 
 import expb
 from transport_geometry.records.tables import plain
-from transport_geometry.statistics import hook_tests, leaderboard, stats
+from transport_geometry.statistics import hook_tests, leaderboard
+from transport_geometry.statistics.correlations import (
+    correlation,
+    k_dummies,
+    noise_ceiling,
+    partial_spearman,
+    unit_residual,
+    weighted_design,
+    weighted_ranks,
+)
+from transport_geometry.statistics.hook_dependence import Dependence
+from transport_geometry.statistics.hook_tests import (
+    flip_test,
+    loho_errors,
+    smallest_detectable,
+    swap_test,
+    swap_tests,
+)
+from transport_geometry.statistics.intervals import interval
+from transport_geometry.statistics.resampling import (
+    ALL,
+    HALF_A,
+    HALF_B,
+    N_FIXED,
+    RESAMPLES,
+    bootstrap_weights,
+    cluster_ids,
+    depth_weights,
+    shared_depths,
+)
+from transport_geometry.statistics.transfer import isotonic_predict, transfer_gap
 
 import numpy as np
 import pytest
@@ -91,8 +121,8 @@ def independent_hooks(monkeypatch):
     """Nothing is taken off for neighbours: for tests of what is said once there are hooks enough."""
 
     def all_of_them(errors, meta):
-        hooks = len(np.unique(stats.cluster_ids(meta)))
-        return stats.Dependence(0.0, hooks, float(hooks))
+        hooks = len(np.unique(cluster_ids(meta)))
+        return Dependence(0.0, hooks, float(hooks))
 
     monkeypatch.setattr(leaderboard, "dependence", all_of_them)
 
@@ -114,11 +144,11 @@ def binomial_sd(p, n):
 # ---------------------------------------------------------------------------------------------- correlations
 def correlate(x, y, ranked):
     """Of x and y [C] as they are, or of their ranks: the parts that the leaderboard's columns are made of."""
-    design = stats.weighted_design(np.ones((1, len(x))), np.ones((len(x), 1)))
+    design = weighted_design(np.ones((1, len(x))), np.ones((len(x), 1)))
     x, y = (np.atleast_2d(np.asarray(v, float)) for v in (x, y))
     if ranked:
-        x, y = (stats.weighted_ranks(v, design.weights) for v in (x, y))
-    return stats.correlation(stats.unit_residual(x, design), stats.unit_residual(y, design))[0]
+        x, y = (weighted_ranks(v, design.weights) for v in (x, y))
+    return correlation(unit_residual(x, design), unit_residual(y, design))[0]
 
 
 def pearson(x, y):
@@ -150,14 +180,14 @@ def test_partial_spearman_is_the_correlation_of_rank_residuals(budgets):
         ranks - Z @ np.linalg.lstsq(Z, ranks, rcond=None)[0] for ranks in map(scipy.stats.rankdata, (x, y))
     )
     expected = np.corrcoef(*residuals)[0, 1]
-    assert stats.partial_spearman(x, y, meta) == pytest.approx(expected, abs=1e-12)
+    assert partial_spearman(x, y, meta) == pytest.approx(expected, abs=1e-12)
 
 
 def test_undefined():
     one_each = grid(models=("small",), layers=(3,))  # as many k as conditions
-    assert np.isnan(stats.partial_spearman(np.arange(3.0), np.arange(3.0), one_each))
+    assert np.isnan(partial_spearman(np.arange(3.0), np.arange(3.0), one_each))
     full = grid()
-    assert np.isnan(stats.partial_spearman(np.log2(full["k"]), curve(full, np.random.default_rng(2)), full))
+    assert np.isnan(partial_spearman(np.log2(full["k"]), curve(full, np.random.default_rng(2)), full))
     assert np.isnan(pearson([1.0, 2.0], [1.0, 2.0]))
     # constant, though not after rounding
     assert np.isnan(pearson(np.full(7, 0.1), np.arange(7.0) ** 1.5))
@@ -170,7 +200,7 @@ def test_undefined():
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=10))
 def test_weighted_ranks_are_the_ranks_of_the_repeated_sample(pairs):
     x, times = np.array(pairs).T
-    ranks = stats.weighted_ranks(x[None].astype(float), times[None].astype(float))[0]
+    ranks = weighted_ranks(x[None].astype(float), times[None].astype(float))[0]
     repeated = scipy.stats.rankdata(np.repeat(x, times)) - 0.5
     assert np.allclose(np.repeat(ranks, times), repeated)
 
@@ -178,18 +208,18 @@ def test_weighted_ranks_are_the_ranks_of_the_repeated_sample(pairs):
 # ---------------------------------------------------------------------------------------------- bootstrap
 def test_weights_draw_whole_hooks_within_each_model_and_whole_depths():
     meta = grid(seeds=2)
-    w = stats.bootstrap_weights(meta, 500, seed=0)
-    assert (w[: stats.N_FIXED] == 1).all()
+    w = bootstrap_weights(meta, 500, seed=0)
+    assert (w[:N_FIXED] == 1).all()
     for model in MODELS:
-        inside = w[stats.RESAMPLES, meta["model"] == model].reshape(500, 6, 6)  # draw, hook, k and seed
+        inside = w[RESAMPLES, meta["model"] == model].reshape(500, 6, 6)  # draw, hook, k and seed
         assert (inside == inside[:, :, :1]).all() and np.allclose(inside[:, :, 0].sum(1), 6)
         assert set(np.unique(np.rint(inside * 5 / 6))) >= {0, 1, 2}  # 5 of the 6 are drawn
-    assert (w != stats.bootstrap_weights(meta, 500, seed=1)).any()
-    by_depth = stats.depth_weights(meta, list(MODELS), 500, seed=0)
-    assert by_depth.shape == (503, 6) and (by_depth[: stats.N_FIXED] == 1).all()
-    assert np.allclose(by_depth.sum(1), 6) and by_depth[stats.RESAMPLES].min() == 0
+    assert (w != bootstrap_weights(meta, 500, seed=1)).any()
+    by_depth = depth_weights(meta, list(MODELS), 500, seed=0)
+    assert by_depth.shape == (503, 6) and (by_depth[:N_FIXED] == 1).all()
+    assert np.allclose(by_depth.sum(1), 6) and by_depth[RESAMPLES].min() == 0
     # of two depths, no variance
-    assert np.isnan(stats.depth_weights(grid(layers=(1, 3)), list(MODELS), 9, seed=0)[3:]).all()
+    assert np.isnan(depth_weights(grid(layers=(1, 3)), list(MODELS), 9, seed=0)[3:]).all()
 
 
 def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
@@ -197,7 +227,7 @@ def test_rao_wu_variance_of_a_mean_is_s2_over_n_with_three_hooks():
     meta = grid(models=("small", "large"), layers=(1, 3, 5), ks=(4, 12))
     hooks = np.array([0.0, 1.0, 5.0, 2.0, 2.5, 7.0])
     y = np.repeat(hooks, 2) + np.tile([-0.5, 0.5], 6)
-    means = stats.bootstrap_weights(meta, 40_000, seed=0)[3:] @ y / 12
+    means = bootstrap_weights(meta, 40_000, seed=0)[3:] @ y / 12
     expected = (hooks[3:].var(ddof=1) / 3 + hooks[:3].var(ddof=1) / 3) / 4
     assert means.var() == pytest.approx(expected, rel=0.03)  # drawing 3 of 3 would give 2/3 of it
     assert means.mean() == pytest.approx(y.mean(), rel=0.01)
@@ -225,12 +255,12 @@ def test_interval_covers_the_planted_correlation():
     the count.
     """
     meta, rng, hits, n = grid(), np.random.default_rng(0), 0, 500
-    design = stats.weighted_design(stats.bootstrap_weights(meta, 400, seed=0), stats.k_dummies(meta))
+    design = weighted_design(bootstrap_weights(meta, 400, seed=0), k_dummies(meta))
     for _ in range(n):
         y = noise(meta, rng)[None]
         x = 0.8 * y + 0.6 * noise(meta, rng)
-        draws = stats.correlation(stats.unit_residual(x, design), stats.unit_residual(y, design))
-        lo, hi = stats.interval(draws[3:], fisher=True)
+        draws = correlation(unit_residual(x, design), unit_residual(y, design))
+        lo, hi = interval(draws[3:], fisher=True)
         hits += lo < 0.8 < hi
     assert abs(hits / n - 0.927) < 4 * binomial_sd(0.927, n)
 
@@ -287,9 +317,9 @@ def test_swap_test_enumerates_64_patterns():
         traded = [(np.where(s, rb, ra), np.where(s, ra, rb)) for s in swaps]
         values = [difference(rank(v), rank(w), y) for v, w in traded]
         once = [difference(v, w, y) for v, w in traded]
-        diff, p = stats.swap_test(a, b, y, SIX)
+        diff, p = swap_test(a, b, y, SIX)
         assert diff == pytest.approx(values[0])
-        assert diff == pytest.approx(stats.partial_spearman(a, y, SIX) - stats.partial_spearman(b, y, SIX))
+        assert diff == pytest.approx(partial_spearman(a, y, SIX) - partial_spearman(b, y, SIX))
         assert p == share_as_extreme(values) >= 2 / 64
         stale.append(p != share_as_extreme(once))
     assert any(stale)
@@ -299,31 +329,31 @@ def test_swap_test_enumerates_64_patterns():
 def test_identical_proxies_differ_by_exactly_nothing(layers):
     meta, rng = grid(models=("small", "large"), layers=layers), np.random.default_rng(4)
     a, y = rng.normal(size=(2, len(meta["k"])))
-    assert stats.swap_test(a, a, y, meta) == (0.0, 1.0)
-    assert stats.swap_test(np.exp(a), a, y, meta) == (0.0, 1.0)  # the same ranks
-    diff, p = stats.swap_tests(np.stack([y, np.r_[np.nan, a[1:]], a]), a, y, meta)
-    assert (diff[0], p[0]) == stats.swap_test(y, a, y, meta) and (diff[2], p[2]) == (0, 1)
+    assert swap_test(a, a, y, meta) == (0.0, 1.0)
+    assert swap_test(np.exp(a), a, y, meta) == (0.0, 1.0)  # the same ranks
+    diff, p = swap_tests(np.stack([y, np.r_[np.nan, a[1:]], a]), a, y, meta)
+    assert (diff[0], p[0]) == swap_test(y, a, y, meta) and (diff[2], p[2]) == (0, 1)
     assert np.isnan([diff[1], p[1]]).all()
-    assert np.isnan(stats.swap_tests(np.stack([y, a]), np.r_[np.inf, a[1:]], y, meta)).all()
-    assert 0 < stats.swap_test(y, -y, y, meta)[1] < 0.05  # the two ends: only all swapped is as far apart
-    assert stats.flip_test(np.zeros(len(layers) * 2)) == 1
+    assert np.isnan(swap_tests(np.stack([y, a]), np.r_[np.inf, a[1:]], y, meta)).all()
+    assert 0 < swap_test(y, -y, y, meta)[1] < 0.05  # the two ends: only all swapped is as far apart
+    assert flip_test(np.zeros(len(layers) * 2)) == 1
 
 
 def test_tests_need_six_hooks():
     """Cells and seeds do not replace them."""
     meta, rng = grid(models=("small",), layers=range(5), seeds=3), np.random.default_rng(5)
-    diff, p = stats.swap_test(*rng.normal(size=(3, 45)), meta)
-    assert not np.isnan(diff) and np.isnan(p) and np.isnan(stats.flip_test(np.arange(5.0)))
-    assert not np.isnan(stats.swap_test(*rng.normal(size=(3, 45)), meta, clusters=np.arange(45))[1])
+    diff, p = swap_test(*rng.normal(size=(3, 45)), meta)
+    assert not np.isnan(diff) and np.isnan(p) and np.isnan(flip_test(np.arange(5.0)))
+    assert not np.isnan(swap_test(*rng.normal(size=(3, 45)), meta, clusters=np.arange(45))[1])
 
 
 def test_flip_test_enumerates_64_patterns():
     rng = np.random.default_rng(6)
     for d in (*rng.normal(0.5, 1, (5, 6)), np.arange(1.0, 7.0), np.array([1.0, 1, 1, -1, -1, 0])):
         sums = [sum(-v if flipped else v for v, flipped in zip(d, bits)) for bits in patterns(6)]
-        assert stats.flip_test(d) == share_as_extreme(sums)
-    assert stats.flip_test(np.arange(1.0, 7.0)) == 2 / 64  # 21; the next is 19, stretched 20.8
-    assert np.isnan(stats.flip_test(np.array([1.0, 2, 3, 4, 5, np.nan])))
+        assert flip_test(d) == share_as_extreme(sums)
+    assert flip_test(np.arange(1.0, 7.0)) == 2 / 64  # 21; the next is 19, stretched 20.8
+    assert np.isnan(flip_test(np.array([1.0, 2, 3, 4, 5, np.nan])))
 
 
 @pytest.mark.slow
@@ -337,9 +367,9 @@ def test_tests_keep_their_size_where_a_hook_is_one_draw(few_patterns, seeds, n):
     for i in range(n):
         y, shared = curve(meta, rng, 1.0), noise(meta, rng, 0.4)
         a, b = (y + shared + noise(meta, rng, 0.4) for _ in range(2))
-        errors = [by_hook(stats.loho_errors(x, size(y), meta) ** 2, meta) for x in (a, b)]
-        by_size = stats.flip_test(errors[0] - errors[1], seed=i)
-        found.append([stats.swap_test(a, b, y, meta, seed=i)[1], by_size])
+        errors = [by_hook(loho_errors(x, size(y), meta) ** 2, meta) for x in (a, b)]
+        by_size = flip_test(errors[0] - errors[1], seed=i)
+        found.append([swap_test(a, b, y, meta, seed=i)[1], by_size])
     assert (np.mean(np.array(found) < 0.05, axis=0) < 0.07 + 4 * binomial_sd(0.07, n)).all()
 
 
@@ -360,26 +390,26 @@ def test_loho_errors_are_a_plain_loop_with_polyfit():
         y = curve(meta, rng)
         x, magnitude = y + noise(meta, rng, 0.3), size(y)
         expected = by_polyfit(x, magnitude, hooks_of(meta))
-        assert np.allclose(stats.loho_errors(x, magnitude, meta), expected, atol=1e-9)
+        assert np.allclose(loho_errors(x, magnitude, meta), expected, atol=1e-9)
         # no unit of its own
-        assert np.allclose(stats.loho_errors(1e6 * x + 1e7, magnitude, meta), expected, atol=1e-7)
+        assert np.allclose(loho_errors(1e6 * x + 1e7, magnitude, meta), expected, atol=1e-7)
     y = noise(meta, rng)
     # a quadratic is told exactly
-    assert np.abs(stats.loho_errors(y, 10 ** (1 - y + 0.2 * y**2), meta)).max() < 1e-9
+    assert np.abs(loho_errors(y, 10 ** (1 - y + 0.2 * y**2), meta)).max() < 1e-9
 
 
 def test_loho_is_undefined():
     meta, rng = grid(), np.random.default_rng(12)
     y = curve(meta, rng)
-    assert not np.isnan(stats.loho_errors(y, size(y), meta)).any()
+    assert not np.isnan(loho_errors(y, size(y), meta)).any()
     for wrong in (0.0, -0.1, np.nan, np.inf):  # a patch that loses nothing, or helps, has no logarithm
-        assert np.isnan(stats.loho_errors(y, np.r_[wrong, size(y)[1:]], meta)).all()
+        assert np.isnan(loho_errors(y, np.r_[wrong, size(y)[1:]], meta)).all()
     for wrong in (np.nan, -np.inf):
-        assert np.isnan(stats.loho_errors(np.r_[wrong, y[1:]], size(y), meta)).all()
-    assert np.isnan(stats.loho_errors(np.zeros(54), size(y), meta)).all()
-    assert np.isnan(stats.loho_errors(meta["k"] == 4, size(y), meta)).all()  # two values make no quadratic
+        assert np.isnan(loho_errors(np.r_[wrong, y[1:]], size(y), meta)).all()
+    assert np.isnan(loho_errors(np.zeros(54), size(y), meta)).all()
+    assert np.isnan(loho_errors(meta["k"] == 4, size(y), meta)).all()  # two values make no quadratic
     two = part(meta, (meta["model"] == "small") & (meta["layer"] < 2) & (meta["k"] < 32))
-    assert np.isnan(stats.loho_errors(y[:4], size(y[:4]), two)).all()
+    assert np.isnan(loho_errors(y[:4], size(y[:4]), two)).all()
 
 
 def test_loho_columns_by_hand(independent_hooks):
@@ -421,7 +451,7 @@ def test_isotonic_fit_is_scipys(points):
     """Ties in x pooled beforehand, points of weight 0 left out, linear in between, clamped outside."""
     x, y, w = np.array(points, float).T
     new = np.linspace(-1, 7, 17)
-    fit = stats.isotonic_predict(x[None], y[None], w[None], new[None])[0]
+    fit = isotonic_predict(x[None], y[None], w[None], new[None])[0]
     if not w.any():
         assert np.isnan(fit).all()
         return
@@ -435,22 +465,22 @@ def test_gamma_is_zero_on_one_curve_and_the_shift_otherwise():
     meta, models = grid(layers=(3, 5), ks=(8, 16, 32, 64, 128, 256)), list(MODELS)
     x = np.log2(meta["k"]) + 0.0
     for shift in (0.0, 0.07, -0.07):  # the larger model's y beats what its x says by `shift`
-        gamma, inside = stats.transfer_gap(x, 0.1 * x + shift * (meta["model"] == "large"), meta, models)
+        gamma, inside = transfer_gap(x, 0.1 * x + shift * (meta["model"] == "large"), meta, models)
         assert gamma[0] == pytest.approx(shift, abs=1e-12) and inside[0] == 1
         # depths may have curves of their own: each is compared with itself
         y = 0.1 * x + 0.5 * (meta["depth"] == 5) + shift * (meta["model"] == "large")
-        assert stats.transfer_gap(x, y, meta, models)[0][0] == pytest.approx(shift, abs=1e-12)
+        assert transfer_gap(x, y, meta, models)[0][0] == pytest.approx(shift, abs=1e-12)
     # shifting x of the larger model by two steps of k: 2 of 6 leave the range; y is 0.2 worse than x says
     shifted = x + 2 * (meta["model"] == "large")
-    gamma, inside = stats.transfer_gap(shifted, 0.1 * x, meta, models)
+    gamma, inside = transfer_gap(shifted, 0.1 * x, meta, models)
     assert inside[0] == pytest.approx(4 / 6)
     # k = 128, 256 clamp to the top of the fit, and so in reverse
     clamped = np.mean([0.2, 0.2, 0.2, 0.2, 0.1, 0.0])
     assert gamma[0] == pytest.approx(-clamped, abs=1e-12)
-    assert stats.transfer_gap(x + 9 * (meta["model"] == "large"), x, meta, models)[1][0] == 0
-    assert np.isnan(stats.transfer_gap(x, x, meta, ["small"])[0][0])
+    assert transfer_gap(x + 9 * (meta["model"] == "large"), x, meta, models)[1][0] == 0
+    assert np.isnan(transfer_gap(x, x, meta, ["small"])[0][0])
     other = meta | {"depth": np.array([f"{m}{d}" for m, d in zip(meta["model"], meta["depth"])])}
-    assert np.isnan(stats.transfer_gap(x, x, other, models)[0][0])  # no depth in common
+    assert np.isnan(transfer_gap(x, x, other, models)[0][0])  # no depth in common
 
 
 def test_gamma_interval_covers_a_planted_shift():
@@ -459,14 +489,12 @@ def test_gamma_interval_covers_a_planted_shift():
     the count.
     """
     meta, rng, hits, n, width = grid(), np.random.default_rng(10), 0, 200, []
-    depths = stats.depth_weights(meta, list(MODELS), 400, seed=0)
+    depths = depth_weights(meta, list(MODELS), 400, seed=0)
     for _ in range(n):
         x = 0.1 * np.log2(meta["k"]) + noise(meta, rng, 0.02)
         y = x + noise(meta, rng, 0.02) + 0.1 * (meta["model"] == "large")
-        gamma = stats.transfer_gap(
-            np.tile(x, (403, 1)), np.tile(y, (403, 1)), meta, list(MODELS), depths=depths
-        )[0]
-        lo, hi = stats.interval(gamma[3:])
+        gamma = transfer_gap(np.tile(x, (403, 1)), np.tile(y, (403, 1)), meta, list(MODELS), depths=depths)[0]
+        lo, hi = interval(gamma[3:])
         hits, width = hits + (lo < 0.1 < hi), [*width, hi - lo]
     assert abs(hits / n - 0.888) < 4 * binomial_sd(0.888, n)
     assert np.mean(width) < 0.1
@@ -483,8 +511,8 @@ def test_gamma_weighs_depths():
     x = np.log2(meta["k"]) + 0.0
     x, y = (np.tile(v, (3, 1)) for v in (x, y))
     depths = np.array([[2.0, 1], [2, 0], [1, 1]])
-    gamma, _ = stats.transfer_gap(x, y, meta, list(MODELS), depths=depths)
-    assert stats.shared_depths(meta, list(MODELS)) == [1, 5] and gamma == pytest.approx([0.2, 0.1, 0.25])
+    gamma, _ = transfer_gap(x, y, meta, list(MODELS), depths=depths)
+    assert shared_depths(meta, list(MODELS)) == [1, 5] and gamma == pytest.approx([0.2, 0.1, 0.25])
 
 
 # ---------------------------------------------------------------------------------------------- leaderboard
@@ -504,7 +532,7 @@ def test_leaderboard(few_patterns, independent_hooks):
         for key, value in (
             ("pearson", pearson(x, t)),
             ("spearman", spearman(x, t)),
-            ("partial", stats.partial_spearman(x, t, here)),
+            ("partial", partial_spearman(x, t, here)),
         ):
             assert row[key] == pytest.approx(value, nan_ok=True)
             assert np.isnan(value) or row[key + "_lo"] <= row[key + "_hi"]
@@ -525,12 +553,12 @@ def test_leaderboard(few_patterns, independent_hooks):
 
 def test_the_control_is_chosen_on_half_a_and_judged_on_half_b(few_patterns):
     scores, y, _, meta, _ = data = study()
-    scores["cosine"][stats.HALF_A] = y[stats.HALF_A]
-    elsewhere = [stats.ALL, stats.HALF_B]
+    scores["cosine"][HALF_A] = y[HALF_A]
+    elsewhere = [ALL, HALF_B]
     scores["r2_ln"][elsewhere] = y[elsewhere]  # best there: not to be picked
     table = board(data)
     ln, cosine = table[list(scores).index("r2_ln")], table[list(scores).index("cosine")]
-    assert ln["diff_control"] == pytest.approx(1 - stats.partial_spearman(scores["cosine"][2], y[2], meta))
+    assert ln["diff_control"] == pytest.approx(1 - partial_spearman(scores["cosine"][2], y[2], meta))
     assert ln["diff_control"] > 0 == cosine["diff_control"]
     assert ln["diff_loho_control"] > 0 == cosine["diff_loho_control"] and ln["loho"] < 1e-6
 
@@ -550,10 +578,10 @@ def test_resampled_scores_go_with_the_resampled_target(few_patterns):
 def test_noise_ceiling():
     meta, rng = grid(), np.random.default_rng(7)
     truth = curve(meta, rng, 1.0)
-    exact = stats.noise_ceiling(np.stack([truth] * 3), meta)
+    exact = noise_ceiling(np.stack([truth] * 3), meta)
     assert all(exact[key] == pytest.approx(1) for key in ("split_half", "reliability", "rho_max"))
     truth = curve(meta, rng, 1.0, icc=0)
-    noisy = stats.noise_ceiling(truth + rng.normal(0, 0.5, (3, 54)), meta)
+    noisy = noise_ceiling(truth + rng.normal(0, 0.5, (3, 54)), meta)
     r = noisy["split_half"]
     # of 54 conditions less 3 values of k, with signal 1 and noise 1/4: Fisher's z is 1/sqrt(n - 3) off
     assert abs(np.arctanh(r) - np.arctanh(1 / 1.25)) < 4 / (54 - 2 - 3) ** 0.5
@@ -573,7 +601,7 @@ def test_smallest_detectable_shrinks_with_more_hooks_and_not_with_more_saes():
             control = leaderboard.best_control(scores, y, meta, CONTROLS)
             x, base, y = (np.repeat(v[2], repeats) for v in (scores["swd_tok"], scores[control], y))
             many = {key: np.repeat(v, repeats) for key, v in meta.items()}
-            found.append(stats.smallest_detectable(x, base, y, many, n_resamples=500))
+            found.append(smallest_detectable(x, base, y, many, n_resamples=500))
         return np.mean(found)
 
     few = mean()
@@ -678,7 +706,7 @@ def test_planted_studies_reach_their_leaf(few_patterns, independent_hooks, make,
 def test_p_perfect_is_that_of_the_target_itself_on_half_b():
     scores, y, _, meta, _ = data = study(meta=SIX, swd=0.2, control=0.2, sd=0.5)
     found = decide(data)
-    assert found["p_perfect"] == stats.swap_test(y[2], scores[found["a_control"]][2], y[2], meta)[1]
+    assert found["p_perfect"] == swap_test(y[2], scores[found["a_control"]][2], y[2], meta)[1]
 
 
 def test_undecided_with_five_hooks_or_a_constant_proxy(few_patterns, independent_hooks):

@@ -14,7 +14,7 @@ from transport_geometry.records.results import load_results
 from transport_geometry.records.tables import read_table
 from transport_geometry.reporting.sae_words import FINDINGS, KL_MARGIN, SINK_MARGIN, said_of
 from transport_geometry.saes.train import activation_chunks
-from transport_geometry.statistics.stats import document_weights
+from transport_geometry.statistics.resampling import document_weights
 from transport_geometry.text import heldout
 
 import numpy as np

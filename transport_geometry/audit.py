@@ -28,7 +28,8 @@ from transport_geometry.reporting.console import sentence_case
 from transport_geometry.reporting.sae_words import with_words
 from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
-from transport_geometry.statistics.stats import ALL, RESAMPLES, document_weights, percentiles
+from transport_geometry.statistics.intervals import percentiles
+from transport_geometry.statistics.resampling import ALL, RESAMPLES, document_weights
 
 import numpy as np
 import torch

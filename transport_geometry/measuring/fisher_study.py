@@ -10,7 +10,7 @@ from transport_geometry.measuring import fisher
 from transport_geometry.measuring.evaluate import DRAWS, Activations, activations
 from transport_geometry.models.lm import Hook, cross_entropy
 from transport_geometry.saes.sae import SAE
-from transport_geometry.statistics import stats
+from transport_geometry.statistics.intervals import interval
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def geometry(hook: Hook, input_ids: Tensor, batch: int, document: np.ndarray) ->
         shapes = [sums.shape(w) for w in (np.ones(blocks), *weights)]
         row = dict(sinks=sinks, d=shared.h.shape[-1])
         for name, value in shapes[0].items():
-            lo, hi = stats.interval(np.array([shape[name] for shape in shapes[1:]]))
+            lo, hi = interval(np.array([shape[name] for shape in shapes[1:]]))
             row |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
         out.append(row)
     return out

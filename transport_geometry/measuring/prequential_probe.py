@@ -20,7 +20,8 @@ from transport_geometry.records.tables import markdown, span
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import eval_batch
 from transport_geometry.saes.sae import SAE, TrainingSpec
-from transport_geometry.statistics import stats
+from transport_geometry.statistics.intervals import interval
+from transport_geometry.statistics.resampling import RESAMPLES, document_weights
 from transport_geometry.text import heldout
 
 import numpy as np
@@ -133,9 +134,9 @@ def patched_dce(hook: Hook, input_ids: Tensor, sae: SAE, batch: int) -> np.ndarr
 def mean_of_documents(bits: np.ndarray, document: np.ndarray) -> tuple[float, float, float]:
     """(mean, lo, hi) of bits [S*(T-1)] over tokens, documents [S] resampled."""
     by_row = bits.reshape(len(document), -1)
-    weights = stats.document_weights(int(document.max()) + 1, N_RESAMPLES, seed=0)[:, document]
+    weights = document_weights(int(document.max()) + 1, N_RESAMPLES, seed=0)[:, document]
     draws = weights @ by_row.mean(1) / weights.sum(1)
-    return float(draws[0]), *stats.interval(draws[stats.RESAMPLES])
+    return float(draws[0]), *interval(draws[RESAMPLES])
 
 
 def study(eval_set: EvalSet, sae: SAE, device: torch.device) -> list[dict]:

@@ -27,7 +27,7 @@ from transport_geometry.records.condition import KEY, Condition, hook_of
 from transport_geometry.records.store import RUN
 from transport_geometry.records.tables import Content, as_csv, as_npz, read_npz, read_table
 from transport_geometry.saes import sinks
-from transport_geometry.statistics.stats import document_weights
+from transport_geometry.statistics.resampling import document_weights
 
 import numpy as np
 import torch

@@ -9,8 +9,9 @@ from transport_geometry.records.condition import hook_of
 from transport_geometry.records.tables import estimate, grouped, markdown, readable_count
 from transport_geometry.reporting.figures import decade_ticks, label_ends, model_colours, pyplot
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.statistics import stats
+from transport_geometry.statistics import intervals
 from transport_geometry.statistics.curves import MIN_BUDGETS, KStar
+from transport_geometry.statistics.resampling import ESTIMATE, RESAMPLES
 
 import numpy as np
 
@@ -46,10 +47,8 @@ def k_star_section(stars: Sequence[KStar], small: str, large: str) -> str:
             known = np.isfinite(below) & np.isfinite(star.draws)
             with np.errstate(invalid="ignore"):
                 ratio = np.where(known, star.draws / below, np.nan)
-            if known[stats.ESTIMATE]:
-                tax = (
-                    f"{two_digits(ratio[stats.ESTIMATE])} {interval(*stats.interval(ratio[stats.RESAMPLES]))}"
-                )
+            if known[ESTIMATE]:
+                tax = f"{two_digits(ratio[ESTIMATE])} {interval(*intervals.interval(ratio[RESAMPLES]))}"
         row = {name: getattr(star, name) for name in ("model", "depth", "recipe", "sinks")}
         row |= {"tokens": readable_count(star.tokens), "CE_rec": star.target}
         rows.append(row | {"k*": two_digits(value), "95%": interval(lo, hi), "tax": tax})

@@ -11,6 +11,7 @@ from transport_geometry.reporting.console import models_in_words
 from transport_geometry.reporting.figures import BLUE, ORANGE, intervals, pyplot
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.statistics import claims
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
 from transport_geometry.statistics.leaderboard import (
     R2,
     Contest,
@@ -18,7 +19,7 @@ from transport_geometry.statistics.leaderboard import (
     judged_in_general,
     of_target,
 )
-from transport_geometry.statistics.stats import MIN_EFFECTIVE_HOOKS, MIN_HOOKS_OF_A_MODEL
+from transport_geometry.statistics.resampling import MIN_HOOKS_OF_A_MODEL
 
 import numpy as np
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from transport_geometry.records.tables import span
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.statistics.stats import ALL, RESAMPLES, interval
+from transport_geometry.statistics.intervals import interval
+from transport_geometry.statistics.resampling import ALL, RESAMPLES
 
 import numpy as np
 

@@ -23,7 +23,9 @@ from transport_geometry.running.run import eval_batch
 from transport_geometry.saes.recipes import Statistics, Training, unit_norm_step
 from transport_geometry.saes.sae import SAE, TopKSAE, TrainingSpec
 from transport_geometry.saes.sinks import sinks_of
-from transport_geometry.statistics import stats
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.intervals import ALPHA, interval
+from transport_geometry.statistics.resampling import RESAMPLES, bootstrap_weights
 from transport_geometry.text import heldout
 
 import numpy as np
@@ -157,7 +159,7 @@ def moves(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
     by_hook = {(row["model"], row["layer"], row["arm"]): row for row in rows}
     hooks = sorted({(row["model"], row["layer"]) for row in rows})
     meta = {"model": np.array([m for m, _ in hooks]), "layer": np.array([layer for _, layer in hooks])}
-    weights = stats.bootstrap_weights(meta, N_RESAMPLES, seed=0)
+    weights = bootstrap_weights(meta, N_RESAMPLES, seed=0)
     out: list[dict[str, Any]] = []
     for name, score in (*SHOWN, *((proxy.name, proxy.score) for proxy in PROXIES)):
         after = np.array([[by_hook[*hook, arm][name] for hook in hooks] for arm in (MSE, KL)], float)
@@ -166,9 +168,9 @@ def moves(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
         up, down = int((change > 0).sum()), int((change < 0).sum())
         known = up + down and np.isfinite(change).all()
         p = float(scipy.stats.binomtest(up, up + down).pvalue) if known else np.nan
-        lo, hi = stats.interval((weights @ change / weights.sum(1))[stats.RESAMPLES])
+        lo, hi = interval((weights @ change / weights.sum(1))[RESAMPLES])
         row: dict[str, Any] = {"metric": name, "up": up, "down": down, "change": float(change.mean())}
-        shown = len(hooks) >= stats.MIN_EFFECTIVE_HOOKS and p < stats.ALPHA
+        shown = len(hooks) >= MIN_EFFECTIVE_HOOKS and p < ALPHA
         out.append(row | {"lo": lo, "hi": hi, "p": p, "shown": shown})
     target = out[0]
     for row in out:
@@ -250,10 +252,8 @@ def answer(found: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
         f"A finish through the model changes KL by {through} ({control} for an MSE finish of as many steps), "
         f"and its CE_rec is the higher one at {target['up']} of {hooks} hooks"
     )
-    if hooks < stats.MIN_EFFECTIVE_HOOKS:
-        return (
-            f"{moved}: undecided what a proxy makes of it, with fewer than {stats.MIN_EFFECTIVE_HOOKS} hooks."
-        )
+    if hooks < MIN_EFFECTIVE_HOOKS:
+        return f"{moved}: undecided what a proxy makes of it, with fewer than {MIN_EFFECTIVE_HOOKS} hooks."
     if not target["shown"]:
         p = short(target["p"])
         return f"{moved} (p = {p}): not shown to move, so no proxy can be said to notice or to miss it."

@@ -13,21 +13,10 @@ from dataclasses import asdict, dataclass
 from transport_geometry.records.tables import bounds, estimate, markdown, percent, signed
 from transport_geometry.reporting.console import models_in_words, number
 from transport_geometry.reporting.templates import blocks
-from transport_geometry.statistics.stats import (
-    ALL,
-    ESTIMATE,
-    MIN_EFFECTIVE_HOOKS,
-    N_FIXED,
-    RESAMPLES,
-    SeedDraws,
-    correlation,
-    document_interval,
-    k_dummies,
-    percentiles,
-    rank_residual,
-    seed_draws,
-    weighted_design,
-)
+from transport_geometry.statistics.correlations import correlation, k_dummies, rank_residual, weighted_design
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.intervals import document_interval, percentiles
+from transport_geometry.statistics.resampling import ALL, ESTIMATE, N_FIXED, RESAMPLES, SeedDraws, seed_draws
 
 import numpy as np
 

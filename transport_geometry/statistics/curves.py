@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from transport_geometry.statistics.hook_pair import Conditions, mean_over
-from transport_geometry.statistics.stats import ESTIMATE, RESAMPLES, bootstrap_weights, interval
+from transport_geometry.statistics.intervals import interval
+from transport_geometry.statistics.resampling import ESTIMATE, RESAMPLES, bootstrap_weights
 
 import numpy as np
 

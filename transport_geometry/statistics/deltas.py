@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from transport_geometry.records.tables import grouped
-from transport_geometry.statistics import stats
 from transport_geometry.statistics.hook_pair import Conditions, ModelPair, mismatch
+from transport_geometry.statistics.resampling import ALL
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def seed_correlation(conditions: Conditions) -> float:
     pairing be justified? nan with fewer than three pairs.
     """
     names = ["model", "depth", "recipe", "sae", "k", "tokens"]
-    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][stats.ALL]]
+    columns = [*(conditions.meta[name] for name in names), conditions.values["ce_rec"][ALL]]
     cells = grouped([dict(zip([*names, "ce"], row)) for row in zip(*columns)], names)
     pairs: list[tuple[float, float]] = []
     for (model, *cell), here in cells.items():  # conditions come sorted by seed

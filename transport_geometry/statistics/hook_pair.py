@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transport_geometry.measuring.metrics import as_score
-from transport_geometry.statistics import stats
-from transport_geometry.statistics.stats import ALL, ESTIMATE
+from transport_geometry.statistics import intervals, transfer
+from transport_geometry.statistics.intervals import percentiles, spread, t_interval
+from transport_geometry.statistics.resampling import ALL, ESTIMATE, SeedDraws, seed_draws
 
 import numpy as np
 
@@ -66,8 +67,8 @@ class ModelPair(Conditions):
     """The conditions of a smaller and a larger model. Delta: larger minus smaller."""
 
     @functools.cached_property
-    def draws(self) -> stats.SeedDraws:
-        return stats.seed_draws(self.meta, len(self.values["ce_rec"]))
+    def draws(self) -> SeedDraws:
+        return seed_draws(self.meta, len(self.values["ce_rec"]))
 
     @property
     def sources(self) -> dict[str, np.ndarray]:
@@ -94,31 +95,31 @@ class ModelPair(Conditions):
         return [self.values[metric][ALL, mask][np.argsort(self.meta["seed"][mask])] for mask in masks]
 
     def interval(self, draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-        """Student interval of a statistic [R] over seeds and documents (`stats.t_interval`)."""
-        return stats.t_interval(draws, self.sources, self.n_doc, level)
+        """Student interval of a statistic [R] over seeds and documents (`intervals.t_interval`)."""
+        return t_interval(draws, self.sources, self.n_doc, level)
 
     def ratio_interval(self, numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float, float]:
-        """(ratio, lo, hi) of two statistics [R] (`stats.ratio_interval`, Fieller)."""
-        return stats.ratio_interval(numerator, denominator, self.sources, self.n_doc)
+        """(ratio, lo, hi) of two statistics [R] (`intervals.ratio_interval`, Fieller)."""
+        return intervals.ratio_interval(numerator, denominator, self.sources, self.n_doc)
 
     def seed_variance(self, draws: np.ndarray) -> float:
-        """The part of a statistic's variance that comes from seeds (`stats.spread`)."""
+        """The part of a statistic's variance that comes from seeds (`intervals.spread`)."""
         of_seeds = {model: self.sources[model] for model in self.models}
-        return float(stats.spread(draws[None], of_seeds, self.n_doc)[0][0, 0])
+        return float(spread(draws[None], of_seeds, self.n_doc)[0][0, 0])
 
     def transfer_gap(self, score: str, judged: np.ndarray, documents: int = ALL) -> tuple[float, float]:
-        """(Gamma, in_range) of a score (`stats.transfer_gap`), judged on the conditions of a mask [C].
+        """(Gamma, in_range) of a score (`transfer.transfer_gap`), judged on the conditions of a mask [C].
         documents: ALL, HALF_A or HALF_B.
         """
         x, ce = as_score(score, self.values[score])[documents], self.values["ce_rec"][documents]
-        gamma, in_range = stats.transfer_gap(x, ce, self.meta, self.models, judged=judged)
+        gamma, in_range = transfer.transfer_gap(x, ce, self.meta, self.models, judged=judged)
         return float(gamma[0]), float(in_range[0])
 
     def transfer_gap_draws(self, score: str, judged: np.ndarray) -> tuple[np.ndarray, float]:
         """(Gamma [R], in_range) of a score, judged on the conditions of a mask [C]."""
         rows, w = self.draws.documents, self.draws.weights
         x, ce = as_score(score, self.values[score])[rows], self.values["ce_rec"][rows]
-        gamma, in_range = stats.transfer_gap(x, ce, self.meta, self.models, w, judged=judged)
+        gamma, in_range = transfer.transfer_gap(x, ce, self.meta, self.models, w, judged=judged)
         return gamma, float(in_range[ESTIMATE])
 
 
@@ -138,5 +139,5 @@ def mismatch(
         return rate, np.nan, np.nan
     rng = np.random.default_rng(0)
     w = [rng.multinomial(n - 1, np.full(n, 1 / n), n_resamples) / (n - 1) for n in apart.shape]
-    lo, hi = stats.percentiles(np.einsum("rl,ls,rs->r", w[0], apart, w[1]))
+    lo, hi = percentiles(np.einsum("rl,ls,rs->r", w[0], apart, w[1]))
     return (rate, float(lo), float(hi)) if lo < hi else (rate, np.nan, np.nan)

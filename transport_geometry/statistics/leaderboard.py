@@ -12,39 +12,43 @@ from dataclasses import dataclass
 from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS, as_score
 from transport_geometry.records.results import Measured
 from transport_geometry.statistics import claims
-from transport_geometry.statistics.stats import (
-    ALL,
-    ALPHA,
-    ESTIMATE,
-    HALF_A,
-    HALF_B,
-    MIN_EFFECTIVE_HOOKS,
-    RESAMPLES,
-    Dependence,
-    bootstrap_weights,
-    cluster_ids,
+from transport_geometry.statistics.correlations import (
     correlation,
-    dependence,
-    depth_weights,
-    flip_test,
-    interval,
     k_dummies,
-    loho_errors,
-    mean_by_hook,
     noise_ceiling,
     partial_spearman,
-    proxy_errors,
     rank_residual,
-    resample_index,
-    smallest_detectable,
-    stretched_interval,
-    swap_test,
-    swap_tests,
-    transfer_gap,
     unit_residual,
     weighted_design,
     weighted_ranks,
 )
+from transport_geometry.statistics.hook_dependence import (
+    MIN_EFFECTIVE_HOOKS,
+    Dependence,
+    dependence,
+    proxy_errors,
+)
+from transport_geometry.statistics.hook_tests import (
+    flip_test,
+    loho_errors,
+    smallest_detectable,
+    swap_test,
+    swap_tests,
+)
+from transport_geometry.statistics.intervals import ALPHA, interval, stretched_interval
+from transport_geometry.statistics.resampling import (
+    ALL,
+    ESTIMATE,
+    HALF_A,
+    HALF_B,
+    RESAMPLES,
+    bootstrap_weights,
+    cluster_ids,
+    depth_weights,
+    mean_by_hook,
+    resample_index,
+)
+from transport_geometry.statistics.transfer import transfer_gap
 
 import numpy as np
 
@@ -363,7 +367,7 @@ class Contest:
     gamma_gain_hi: float
     in_range_proxy: float
     in_range_control: float
-    ceiling: dict  # `stats.noise_ceiling` of the target
+    ceiling: dict  # `correlations.noise_ceiling` of the target
     n_resamples: int
     seed: int
 

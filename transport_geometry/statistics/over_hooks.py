@@ -5,14 +5,23 @@ Shapes: W weightings of the documents (0 all, 1 and 2 halves, then resamples), C
 interval (nan) below 6 hooks, or 3 of a model.
 """
 
-from transport_geometry.statistics import stats
+from transport_geometry.statistics.correlations import correlation, unit_residual, weighted_design
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.intervals import interval
+from transport_geometry.statistics.resampling import (
+    RESAMPLES,
+    bootstrap_weights,
+    depth_weights,
+    resample_index,
+    shared_depths,
+)
 
 import numpy as np
 
 
 def with_interval(draws: np.ndarray, n: int, fisher: bool = False) -> dict[str, float]:
     """Of draws [3 + R]: the estimate thrice, then resamples. n: what they resample."""
-    lo, hi = stats.interval(draws[stats.RESAMPLES], fisher)
+    lo, hi = interval(draws[RESAMPLES], fisher)
     return {"value": float(draws[0]), "lo": lo, "hi": hi, "n": n}
 
 
@@ -25,10 +34,10 @@ def side_of_zero(found: dict[str, float], above: str, below: str) -> str:
 
 def resampled(hooks: dict[str, np.ndarray], W: int, n_resamples: int) -> tuple[np.ndarray, np.ndarray]:
     """(weights [3 + R, G] of the hooks, [3 + R] which weighting of the documents goes with each)."""
-    weights = stats.bootstrap_weights(hooks, n_resamples, 0)
-    if len(weights[0]) < stats.MIN_EFFECTIVE_HOOKS:
-        weights[stats.RESAMPLES] = np.nan
-    return weights, stats.resample_index(W, n_resamples) if W > 1 else np.zeros(len(weights), int)
+    weights = bootstrap_weights(hooks, n_resamples, 0)
+    if len(weights[0]) < MIN_EFFECTIVE_HOOKS:
+        weights[RESAMPLES] = np.nan
+    return weights, resample_index(W, n_resamples) if W > 1 else np.zeros(len(weights), int)
 
 
 def mean_over_hooks(v: np.ndarray, hooks: dict[str, np.ndarray], n_resamples: int) -> dict[str, float]:
@@ -45,8 +54,8 @@ def correlation_within_models(
     """Pearson's, of x [G] and y [W,G], each less its model's mean."""
     weights, which = resampled(hooks, len(y), n_resamples)
     models = (hooks["model"][:, None] == np.unique(hooks["model"])).astype(float)
-    design = stats.weighted_design(weights, models)
-    r = stats.correlation(stats.unit_residual(x[None], design), stats.unit_residual(y[which], design))
+    design = weighted_design(weights, models)
+    r = correlation(unit_residual(x[None], design), unit_residual(y[which], design))
     return with_interval(r, len(x), fisher=True)
 
 
@@ -55,7 +64,7 @@ def larger_minus_smaller(y: np.ndarray, meta: dict, models: list[str], n_resampl
     then over depths. Depths are resampled, as pairs of hooks.
     """
     gaps, kept = [], []
-    for i, depth in enumerate(stats.shared_depths(meta, models)):
+    for i, depth in enumerate(shared_depths(meta, models)):
         small, large = ((meta["depth"] == depth) & (meta["model"] == m) for m in (models[0], models[-1]))
         of_k = [
             y[:, large & (meta["k"] == k)].mean(1) - y[:, small & (meta["k"] == k)].mean(1)
@@ -66,6 +75,6 @@ def larger_minus_smaller(y: np.ndarray, meta: dict, models: list[str], n_resampl
             kept.append(i)
     if not gaps:
         return with_interval(np.full(3 + n_resamples, np.nan), 0)
-    weights = stats.depth_weights(meta, models, n_resamples, 0)[:, kept]
-    by_depth = np.transpose(gaps)[stats.resample_index(len(y), n_resamples)]
+    weights = depth_weights(meta, models, n_resamples, 0)[:, kept]
+    by_depth = np.transpose(gaps)[resample_index(len(y), n_resamples)]
     return with_interval((weights * by_depth).sum(1) / weights.sum(1), len(gaps))

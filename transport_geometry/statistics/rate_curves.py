@@ -16,8 +16,9 @@ from transport_geometry.records.condition import Condition
 from transport_geometry.records.results import Measured, load_results
 from transport_geometry.records.tables import read_table
 from transport_geometry.running.grid import sae_name
-from transport_geometry.statistics import curves, stats
+from transport_geometry.statistics import curves
 from transport_geometry.statistics.hook_pair import mean_over
+from transport_geometry.statistics.resampling import bootstrap_weights, document_weights
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def quantised(out: pathlib.Path, found: Measured, losses: Sequence[Metric], n_re
     rows, sums = load_results(out)
     documents = sums["document"][[row["recipe"] != "null" for row in rows]]  # [C,S]
     n_doc = int(sums["document"].max()) + 1
-    weights = stats.document_weights(n_doc, n_resamples, seed=0)
+    weights = document_weights(n_doc, n_resamples, seed=0)
     clean = {
         q: np.stack([np.bincount(of, v, n_doc) for of, v in zip(documents, found.sums[q])]) for q in OF_H
     }
@@ -95,7 +96,7 @@ class RateCurves:
         weights = np.ones_like(found.values["dce"])
         if len(settings["seeds"]) > 1:
             units = ("model", "seed")
-            weights = stats.bootstrap_weights(meta, n_resamples, 0, clusters=units, least=2)
+            weights = bootstrap_weights(meta, n_resamples, 0, clusters=units, least=2)
         return cls(settings["models"], hooks, weights)
 
     def along_k(self, values: np.ndarray, hook: tuple[str, str]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Pairs of SAEs that a user would choose between: what R² says of each pair, as CE_rec sees it.
 
-C SAEs, W weightings of the documents (`stats.ALL`, ...). Both SAEs of a pair stand under the same resamples.
+C SAEs, W weightings of the documents (`resampling.ALL`, ...). Both SAEs of a pair stand under the same
+resamples.
 """
 
 import itertools
@@ -8,7 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from transport_geometry.statistics.stats import ALL, N_FIXED, RESAMPLES, isotonic_predict, percentiles
+from transport_geometry.statistics.intervals import percentiles
+from transport_geometry.statistics.resampling import ALL, N_FIXED, RESAMPLES
+from transport_geometry.statistics.transfer import isotonic_predict
 
 import numpy as np
 

@@ -7,16 +7,11 @@ import collections
 import itertools
 import math
 
-from transport_geometry.statistics.stats import (
-    ALPHA,
-    MIN_EFFECTIVE_HOOKS,
-    MIN_HOOKS_OF_A_MODEL,
-    RESAMPLES,
-    bootstrap_weights,
-    interval,
-    p_value,
-    weighted_ranks,
-)
+from transport_geometry.statistics.correlations import weighted_ranks
+from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.hook_tests import p_value
+from transport_geometry.statistics.intervals import ALPHA, interval
+from transport_geometry.statistics.resampling import MIN_HOOKS_OF_A_MODEL, RESAMPLES, bootstrap_weights
 
 import numpy as np
 
