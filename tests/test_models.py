@@ -13,6 +13,7 @@ import sys
 
 from helpers import ROOT, measured
 from transport_geometry.errors import UserError
+from transport_geometry.flops import block_size
 from transport_geometry.measuring.attention_plan import check_readable
 from transport_geometry.measuring.evaluate import ablated, evaluate
 from transport_geometry.measuring.fisher import same_form, sequence_form
@@ -20,7 +21,7 @@ from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models import lm, loading, plant
 from transport_geometry.models.lm import Hook, log_softmax
 from transport_geometry.models.loading import fingerprint, load_model
-from transport_geometry.running.cost import block_size, shape_of
+from transport_geometry.running.cost import shape_of
 from transport_geometry.saes.sae import tied_init
 from transport_geometry.text.heldout import heldout_rows
 

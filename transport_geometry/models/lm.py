@@ -20,9 +20,6 @@ import torch
 # terms of a dot product: M1 and M2 read past the operands of longer ones (pytorch #195163), and the
 # unembedding's backward has one term per token of the vocabulary
 MPS_LONGEST_DOT = 32_767
-# what a token costs in a block, or in the training of an SAE, besides multiplications: the time of so many
-# (measured on a CPU)
-OVERHEAD = 2**17
 KEPT_BYTES = 2**30  # of activations that `keeping_heads` keeps, and as many of gradients
 
 
@@ -53,12 +50,6 @@ def blocks(model: Any) -> list[torch.nn.Module]:
             if isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential)) and len(child) == n:
                 return list(child)
     raise UserError(f"{type(model).__name__}: no list of transformer blocks found")
-
-
-def block_size(model: Any) -> int:
-    """Parameters of one block."""
-    parts = blocks(model)
-    return sum(p.numel() for part in parts for p in part.parameters()) // len(parts)
 
 
 # ------------------------------------------------------------------------------------------ the hook

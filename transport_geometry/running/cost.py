@@ -4,18 +4,19 @@ import functools
 import time
 from typing import Any
 
+from transport_geometry import flops
 from transport_geometry.errors import one_line
 from transport_geometry.measuring.evaluate import DRAWS, PATCHED_RUNS
 from transport_geometry.models import plant
 from transport_geometry.models.gguf_models import PACKAGED
-from transport_geometry.models.lm import block_size, pick_device, text_config
+from transport_geometry.models.lm import pick_device, text_config
 from transport_geometry.models.loading import EMBEDDED, SHORT_NAMES, pick_layer
 from transport_geometry.models.model_files import read_config
 from transport_geometry.records.condition import NULLS
 from transport_geometry.records.tables import markdown, readable_count
 from transport_geometry.running.grid import Command, Grid
 from transport_geometry.saes import external_saes
-from transport_geometry.saes.recipes import CHUNK, RECIPES, token_flops, trunk
+from transport_geometry.saes.recipes import CHUNK, RECIPES, trunk
 from transport_geometry.saes.train import MEMORY, held_bytes, in_passes, memory_of
 
 import torch
@@ -58,19 +59,6 @@ def shape_of(name: str, revision: str | None) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def evaluation_flops(model: Any, layer: int, passes: float, codes: int, overhead: int = 0) -> float:
-    """Of a token in a hook's evaluation: the head; the clean run, and through the blocks after the hook one
-    backward pass for each set of labels, through the unembedding one for all, which the losses meet again;
-    `passes` through the tail; the encoders of `codes` latents. overhead: multiplications as long as what a
-    block costs besides them.
-    """
-    config = text_config(model)
-    d, vocab = config.hidden_size, config.vocab_size
-    block, after = block_size(model) + overhead, config.num_hidden_layers - 1 - layer
-    runs_of_blocks = layer + 1 + after * (2 + DRAWS + passes)
-    return 2 * (block * runs_of_blocks + vocab * d * (3 + passes) + d * codes)
-
-
 def cost(
     name: str,
     layer: int | None,
@@ -92,11 +80,12 @@ def cost(
     else:
         saes = len(grid.recipes) * len(grid.tokens) * runs(grid)
         trained = trained_tokens(grid)
-        training = 2 * longest * head * block_size(model) + trained * token_flops(d, d_sae, overhead=0)
+        training = longest * flops.of_blocks(model, head, overhead=0)
+        training += trained * flops.of_training(d, d_sae, overhead=0)
         codes = (saes + len(NULLS)) * d_sae
         held = held_at(d, grid)
     passes = (PATCHED_RUNS + more_passes) * (saes + len(NULLS))
-    evaluation = n_tok * evaluation_flops(model, layer, passes, codes)
+    evaluation = n_tok * flops.of_evaluation(model, layer, passes, 1 + DRAWS, codes, overhead=0)
     return dict(
         hook=f"{name}@{layer}",
         saes=saes,

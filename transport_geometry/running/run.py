@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from transport_geometry import kernels, torchrun
+from transport_geometry import flops, kernels, torchrun
 from transport_geometry.errors import Fault
 from transport_geometry.measuring.evaluate import (
+    DRAWS,
     PATCHED_RUNS,
     Activations,
     Reconstruction,
@@ -28,9 +29,7 @@ from transport_geometry.measuring.metrics import METRICS, Metric, Sums, code_met
 from transport_geometry.measuring.r2_by_library import r2_by_library
 from transport_geometry.models import plant
 from transport_geometry.models.lm import (
-    OVERHEAD,
     Hook,
-    block_size,
     check_parity,
     keeping_heads,
     pick_device,
@@ -55,10 +54,9 @@ from transport_geometry.records.results import (
 )
 from transport_geometry.records.store import RUN
 from transport_geometry.reporting.where_it_hurts import HARM, WORST, by_position, worst_tokens
-from transport_geometry.running.cost import dry_run, evaluation_flops
+from transport_geometry.running.cost import dry_run
 from transport_geometry.running.grid import Candidate, Command, EvalSet, Grid, plan
 from transport_geometry.saes.external_saes import ExternalSAE
-from transport_geometry.saes.recipes import token_flops
 from transport_geometry.saes.sae import SAE, WEIGHTS, TrainingSpec, load_sae, tied_init
 from transport_geometry.saes.train import runs_of, train_missing, training_flops
 from transport_geometry.text import heldout
@@ -258,7 +256,7 @@ def training_shares(missing: list[Share]) -> list[TrainingShare]:
             key = (number, spec.sinks, spec.recipe, spec.k, spec.seed)
             families.setdefault(key, []).append(spec)
     work = [
-        sum(spec.tokens * token_flops(missing[number].eval_set.d, spec.d_sae) for spec in specs)
+        sum(spec.tokens * flops.of_training(missing[number].eval_set.d, spec.d_sae) for spec in specs)
         for (number, *_), specs in families.items()
     ]
     of_text: dict[tuple, tuple[dict[int, EvalSet], list[TrainingSpec]]] = {}
@@ -280,11 +278,11 @@ def train(
     bar: Progress,
 ) -> None:
     """Train those of the SAEs that the cache has not. works: the FLOPs of each share."""
-    for share, flops in zip(training, works):
+    for share, work in zip(training, works):
         first = share.eval_sets[0]
         for eval_set in share.eval_sets:
             check_device_matches_cpu(eval_set, device)
-        bar.phase(f"training {share.label}", flops, flops)
+        bar.phase(f"training {share.label}", work, work)
         model = first.hook.to(device).model
         train_missing(model, first.tokenizer, share.specs, cache, first.source, bar)
         bar.end()
@@ -304,7 +302,7 @@ def shares(missing: list[Share]) -> list[Share]:
     for share in missing:
         items += [(share.eval_set, one) for one in share.candidates]
         items += [(share.eval_set, None)] if share.with_nulls else []
-    work = [tail_work(eval_set.hook) * (len(NULLS) if one is None else 1) for eval_set, one in items]
+    work = [flops.of_tail(eval_set.hook) * (len(NULLS) if one is None else 1) for eval_set, one in items]
     out: list[Share] = []
     filled = 0
     for eval_set, one in torchrun.share(items, work):
@@ -330,21 +328,14 @@ def descending(shares: list[Share]) -> list[Share]:
     )
 
 
-def tail_work(hook: Hook) -> float:
-    """What a token costs from the hook on, in multiplications."""
-    config = text_config(hook.model)
-    after = config.num_hidden_layers - 1 - hook.layer
-    return after * (block_size(hook.model) + OVERHEAD) + config.vocab_size * (config.hidden_size + 64)
-
-
 def evaluation_work(share: Share, experiment: Experiment) -> tuple[float, float]:
     """(FLOPs, sequences of all reconstructions) of a share."""
     hook, n = share.eval_set.hook, share.eval_set.held.input_ids.numel()
     n_saes = len(share.candidates) + len(NULLS) * share.with_nulls
     codes = [one.condition.d_sae for one in share.candidates]
     passes = (PATCHED_RUNS + experiment.more_passes) * n_saes + experiment.study_passes * share.with_nulls
-    flops = n * evaluation_flops(hook.model, hook.layer, passes, sum(codes), OVERHEAD)
-    return flops, n_saes * len(share.eval_set.held.input_ids)
+    work = n * flops.of_evaluation(hook.model, hook.layer, passes, 1 + DRAWS, sum(codes))
+    return work, n_saes * len(share.eval_set.held.input_ids)
 
 
 def eval_batch(hook: Hook, ctx: int, vocabulary: bool = True) -> int:

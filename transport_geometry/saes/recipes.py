@@ -9,9 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transport_geometry import kernels
+from transport_geometry import flops, kernels
 from transport_geometry.errors import Fault
-from transport_geometry.models.lm import OVERHEAD
 from transport_geometry.progress import Progress
 from transport_geometry.saes.sae import TopKSAE, must_vary, tied_init
 
@@ -24,11 +23,6 @@ CHUNK = 250_000  # tokens shuffled together
 # than gathering d/2 rows a token
 DENSE = 2
 TRAIN_VERSION = 4  # bump when training mathematics changes: older cached SAEs are then left alone
-
-
-def token_flops(d: int, d_sae: int, overhead: int = OVERHEAD) -> float:
-    """FLOPs of training an SAE on one token: the encode, and the sparse rest."""
-    return 5 * d * d_sae + 2 * overhead
 
 
 @torch.no_grad()
@@ -171,7 +165,7 @@ class Training:
                     if (i + 1) % 100 == 0 or i + 1 == n:
                         if not math.isfinite(loss.item()):
                             raise Fault(f"{what}: the loss is not finite at step {self.step}")
-                        bar.update(self.batch * ((i % 100) + 1) * token_flops(*self.sae.W_dec.T.shape))
+                        bar.update(self.batch * ((i % 100) + 1) * flops.of_training(*self.sae.W_dec.T.shape))
                         bar.set_postfix_str(f"{what} loss {loss.item():.3f}", refresh=False)
             done += n
         return runs + (self.branch_off() if self.step == self.steps else [])

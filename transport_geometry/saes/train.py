@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transport_geometry import flops
 from transport_geometry.errors import Damaged, Fault, UserError, reading
 from transport_geometry.machine import processor
-from transport_geometry.models.lm import OVERHEAD, Hook, block_outputs, block_size, text_config
+from transport_geometry.models.lm import Hook, block_outputs, text_config
 from transport_geometry.progress import Progress, line
 from transport_geometry.records import store
 from transport_geometry.saes import recipes
-from transport_geometry.saes.recipes import RECIPES, Statistics, Training, token_flops
+from transport_geometry.saes.recipes import RECIPES, Statistics, Training
 from transport_geometry.saes.sae import CHECKPOINT, TrainingSpec, is_whole, save_sae
 from transport_geometry.saes.sinks import sink_positions
 from transport_geometry.text import heldout
@@ -350,7 +351,7 @@ def passes(model: Any, runs: Sequence[BudgetRun]) -> list[list[BudgetRun]]:
 
 def pass_flops(model: Any, runs: Sequence[BudgetRun]) -> float:
     """Of one position in a pass: the blocks up to the last hook."""
-    return 2 * (block_size(model) + OVERHEAD) * (1 + max(run.spec.layer for run in runs))
+    return flops.of_blocks(model, 1 + max(run.spec.layer for run in runs))
 
 
 def training_flops(model: Any, runs: Sequence[BudgetRun]) -> float:
@@ -361,7 +362,7 @@ def training_flops(model: Any, runs: Sequence[BudgetRun]) -> float:
 
 def sae_flops(model: Any, run: BudgetRun) -> float:
     tokens = run.spec.tokens + RECIPES[run.spec.recipe].DECAY * sum(run.spec.trunk)
-    return tokens * token_flops(text_config(model).hidden_size, run.spec.d_sae)
+    return tokens * flops.of_training(text_config(model).hidden_size, run.spec.d_sae)
 
 
 def train_runs(
