@@ -32,8 +32,8 @@ from transport_geometry.records.results import (
     load_measurements,
 )
 from transport_geometry.records.tables import as_csv, markdown, readable_count, signed
+from transport_geometry.reporting import claims_report, where_it_hurts
 from transport_geometry.reporting import leaderboard_report as shared
-from transport_geometry.reporting import where_it_hurts
 from transport_geometry.reporting.audit_report import trial_lines
 from transport_geometry.reporting.console import Answer, as_sentence, number
 from transport_geometry.reporting.figures import saes_against
@@ -41,7 +41,6 @@ from transport_geometry.reporting.sae_words import ABOUT_WORDS, OF_A_ROW, WORDS,
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.run import Experiment
-from transport_geometry.statistics import claims
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
 from transport_geometry.statistics.intervals import ALPHA
 from transport_geometry.statistics.leaderboard import LEADERBOARD, Contest, of_target, ranked
@@ -228,7 +227,7 @@ def counted(saes: list[dict]) -> dict:
 
 
 def answer(leaf: str, reason: str, swd: Contest, board: list[dict], settings: dict) -> Answer:
-    general = claims.none_in_general(board, settings["models"])
+    general = claims_report.none_in_general(board, settings["models"])
     if not general:
         text = TEXT[leaf].format(
             diff_r2=number(swd.of_the_proxy, "diff_r2"),
@@ -237,10 +236,10 @@ def answer(leaf: str, reason: str, swd: Contest, board: list[dict], settings: di
             room="nothing" if np.isnan(swd.room) else f"{swd.room:.2f}",
             reason=reason,
         )
-        layers = claims.layers_of(settings["models"])
+        layers = claims_report.layers_of(settings["models"])
         general = f"In general, about {layers}: {shared.what_r2_is_worth(board)} {as_sentence(text)}"
     limits = TEXT["limits"].format(exp_a=shared.TEXT["after exp-a"], scope=shared.scope(settings))
-    return Answer(TEXT["question"], f"{claims.in_short(board)} {general}", limits)
+    return Answer(TEXT["question"], f"{claims_report.in_short(board)} {general}", limits)
 
 
 # ------------------------------------------------------------------------------------------- report, figures
@@ -270,9 +269,9 @@ def report(
         answer=said.markdown(),
         leaf=leaf,
         reason=reason,
-        here=f"{here['leaf']}. {claims.LEAVES[here['leaf']]} ({here['reason']}).",
-        table_here=claims.table(board),
-        how_to_read_here=claims.how_to_read(settings, describe_units(settings)),
+        here=f"{here['leaf']}. {claims_report.OF_LEAF[here['leaf']]} ({here['reason']}).",
+        table_here=claims_report.table(board),
+        how_to_read_here=claims_report.how_to_read(settings, describe_units(settings)),
         within=shared.within(board, settings["models"]),
         general=general_section(swd, board, settings),
         saes=markdown(shown, [*OF_AN_SAE, *OF_A_ROW]),
@@ -285,8 +284,10 @@ def report(
 
 def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
     """The leaderboard over hooks, of the proxies that have hooks enough."""
-    none = claims.none_in_general(board, settings["models"])
-    text = f"## In general: {claims.layers_of(settings['models'])}\n\n" + (f"{none}\n\n" if none else "")
+    none = claims_report.none_in_general(board, settings["models"])
+    text = f"## In general: {claims_report.layers_of(settings['models'])}\n\n" + (
+        f"{none}\n\n" if none else ""
+    )
     judged = [row for row in board if row["n_effective"] >= MIN_EFFECTIVE_HOOKS]
     names = {row["proxy"] for row in of_target(judged)}
     if len(names) < 2:
@@ -305,7 +306,7 @@ def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
 def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -> dict[str, Figure]:
     rows = {row["proxy"]: row for row in of_target(board)}
     two = [
-        f"{name}: rank correlation at one k {claims.estimate_here(rows[proxy], 'partial')}"
+        f"{name}: rank correlation at one k {claims_report.estimate_here(rows[proxy], 'partial')}"
         for name, proxy in (("R²", "r2"), ("SWD", "swd_tok"))
     ]
     every = [f"{proxy.name}: {signed(rows[proxy.name]['partial'])}" for proxy in PROXIES]

@@ -45,14 +45,13 @@ from transport_geometry.records.tables import (
     signed,
     span,
 )
-from transport_geometry.reporting import leaderboard_report
+from transport_geometry.reporting import claims_report, leaderboard_report
 from transport_geometry.reporting.console import Answer
 from transport_geometry.reporting.figures import joined_points, model_colours, pyplot, saes_against
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import EvalSet
 from transport_geometry.running.run import Experiment
-from transport_geometry.statistics import claims
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
 from transport_geometry.statistics.hook_tests import added_value, out_of_hook_gain
 from transport_geometry.statistics.intervals import ALPHA
@@ -220,7 +219,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         TEXT["limits"].format(after_h2=after_h2, scope=leaderboard_report.scope(settings)),
     )
     pair = [
-        f"{one['proxy']}: rank correlation at one k {claims.estimate_here(one, 'partial')}"
+        f"{one['proxy']}: rank correlation at one k {claims_report.estimate_here(one, 'partial')}"
         for one in (of_r2, of_plan)
     ]
     return Findings(

@@ -36,13 +36,12 @@ from transport_geometry.models.plant import plants, split
 from transport_geometry.records import store
 from transport_geometry.records.results import check_data, load_measurements, open_output
 from transport_geometry.records.tables import as_csv, estimate, markdown, percent, read_table
+from transport_geometry.reporting import claims_report, summary
 from transport_geometry.reporting import expp_report as tables
-from transport_geometry.reporting import summary
 from transport_geometry.reporting.console import Answer, coloured, print_result, quiet_output
 from transport_geometry.reporting.expp_report import Evidence
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, write
-from transport_geometry.statistics import claims
 from transport_geometry.statistics.intervals import percentiles
 from transport_geometry.statistics.resampling import RESAMPLES
 from transport_geometry.text.heldout import heldout_rows
@@ -310,7 +309,11 @@ def word_rows(f: Evidence) -> list[dict]:
             reached.setdefault(("H2 here", verdict["here"]["leaf"]), []).append(part.name)
             reached.setdefault(("H2 in general", verdict["leaf"]), []).append(part.name)
     rows = []
-    for about, words in (("H0/H1", OF_THE_TREE), ("H2 here", claims.LEAVES), ("H2 in general", OF_H2)):
+    for about, words in (
+        ("H0/H1", OF_THE_TREE),
+        ("H2 here", claims_report.OF_LEAF),
+        ("H2 in general", OF_H2),
+    ):
         for word in words:
             parts = dict.fromkeys(reached.get((about, word), ["not reached here"]))
             rows.append({"": about, "word": word, "reached by": ", ".join(parts)})

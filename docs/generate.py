@@ -24,8 +24,14 @@ sys.path.insert(0, str(ROOT))
 from common import DEFAULTS, PRESETS  # noqa: E402
 from transport_geometry.measuring import metrics, r2_by_library  # noqa: E402
 from transport_geometry.records.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
-from transport_geometry.reporting import glossary, leaderboard_report, published, sae_words, summary  # noqa: E402
-from transport_geometry.statistics import claims  # noqa: E402
+from transport_geometry.reporting import (  # noqa: E402
+    claims_report,
+    glossary,
+    leaderboard_report,
+    published,
+    sae_words,
+    summary,
+)
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS  # noqa: E402
 from transport_geometry.statistics.intervals import ALPHA  # noqa: E402
 from transport_geometry.statistics.transfer import MIN_IN_RANGE  # noqa: E402
@@ -117,8 +123,8 @@ def scores(names: list[str]) -> str:
     lines = [
         [
             f"`{name}`",
-            spanned(claims.as_here(ranked[name], "partial"), "partial"),
-            "0" if name == "r2" else spanned(claims.as_here(ranked[name], "diff_r2"), "diff_r2"),
+            spanned(claims_report.as_here(ranked[name], "partial"), "partial"),
+            "0" if name == "r2" else spanned(claims_report.as_here(ranked[name], "diff_r2"), "diff_r2"),
             percent(10 ** ranked[name]["loho"] - 1),
         ]
         for name in names

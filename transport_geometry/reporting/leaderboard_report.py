@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from transport_geometry.measuring.metrics import BY_NAME, CONTROL, SENSITIVE
 from transport_geometry.records.results import describe_units
 from transport_geometry.records.tables import UNDEFINED, estimate, markdown, percent, short, signed
-from transport_geometry.reporting import console
+from transport_geometry.reporting import claims_report, console
 from transport_geometry.reporting.console import models_in_words
 from transport_geometry.reporting.figures import BLUE, ORANGE, intervals, pyplot
 from transport_geometry.reporting.templates import blocks
@@ -114,8 +114,8 @@ def board_in_short(board: list[dict], colour: bool = False) -> str:
     for row in rows:
         cells = {
             "proxy": row["proxy"],
-            "ρ here": claims.estimate_here(row, "partial"),
-            "minus R²": "" if row["proxy"] == R2 else claims.estimate_here(row, "diff_r2"),
+            "ρ here": claims_report.estimate_here(row, "partial"),
+            "minus R²": "" if row["proxy"] == R2 else claims_report.estimate_here(row, "diff_r2"),
             "pairs": percent(row["right"]) if row["pairs"] > 0 else "none",
         }
         if general:
@@ -151,7 +151,7 @@ def leaderboard_figure(board: list[dict], subtitle: str) -> "Figure":
         lo,
         hi,
         looks=[LOOKS.get(one, LOOKS["other"]) for one in family],
-        says=[claims.estimate_here(row, "diff_r2") for row in rows],
+        says=[claims_report.estimate_here(row, "diff_r2") for row in rows],
         furthest=FURTHEST,
     )
     axis.set_xlabel(
@@ -175,4 +175,6 @@ def within(board: list[dict], models: Sequence[str]) -> str:
     """The claim here once more for each arm of --sinks, and for each model where there are several."""
     strata = {name: name for name in claims.ARMS.values() if claims.row_of(board, "r2", name)}
     strata |= {name: f"within {name}" for name in models if len(models) > 1}
-    return "".join(f"### Here, {title}\n\n{claims.table(board, name)}\n\n" for name, title in strata.items())
+    return "".join(
+        f"### Here, {title}\n\n{claims_report.table(board, name)}\n\n" for name, title in strata.items()
+    )
