@@ -6,6 +6,8 @@ import shutil
 import types
 
 from helpers import small_grid
+from transport_geometry.formats import find_and_read
+from transport_geometry.formats.__main__ import export
 from transport_geometry.models import loading
 from transport_geometry.models.loading import load_model
 from transport_geometry.models.model_files import bos_of
@@ -164,6 +166,35 @@ def test_a_files_own_word_stands_above_it(begun):
         of_file = types.SimpleNamespace(bos=declared, ctx=None)
         one = types.SimpleNamespace(model="begun", layer=1, declared=of_file)
         assert loaded.place(one, small_grid(eval_seqs=2, ctx=16, bos=asked)).bos is expected
+
+
+@pytest.mark.parametrize(
+    "bos, ids, said", [("auto", False, True), ("no", False, False), ("yes", True, True), ("auto", True, None)]
+)
+def test_an_sae_trained_here_says_what_its_rows_began_with(begun, bos, ids, said, tmp_path, capsys):
+    """Else an audit of it would read rows that it has not seen, as Gemma's without BOS. Of rows that came as
+    token ids nothing is known. What is exported for SAELens says the same. Where --bos says otherwise, it is
+    told that the files stand.
+    """
+    rng, data = random.Random(2), "stdlib"
+    if ids:
+        rows = [{"tokens": rng.choices(range(5, 99), k=40)} for _ in range(300)]
+        data = write(tmp_path / "ids.jsonl", rows)
+    _, eval_set, spec = planned(begun, bos, data)
+    train.train_missing(eval_set.hook.model, eval_set.tokenizer, [spec], tmp_path / "saes", eval_set.source)
+    folder = spec.folder(tmp_path / "saes")
+    (file,) = find_and_read.find(str(folder))
+    assert find_and_read.describe(file).bos is said
+    for asked in ("yes", "no"):
+        grid = small_grid(eval_seqs=2, ctx=16, models=((begun, 3),), bos=asked, saes=(str(folder),))
+        _, (eval_set,) = plan(grid, CPU, "test")
+        begins = asked == "yes" if said is None else said
+        assert bool((eval_set.held.input_ids[:, 0] == 1).all()) == begins
+        told = f"--bos {asked}: not for 1 of 1 SAEs" in capsys.readouterr().out
+        assert told == (begins != (asked == "yes"))
+    export(str(folder), str(tmp_path / "lens"))
+    (file,) = find_and_read.find(str(tmp_path / "lens"))
+    assert find_and_read.describe(file).bos is bool(said)
 
 
 @pytest.mark.parametrize("bos", ["auto", "no"])

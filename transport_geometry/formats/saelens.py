@@ -191,7 +191,7 @@ def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: Named) -> None:
         model_name=made["model"],
         hook_name=module or f"blocks.{made['layer']}.hook_resid_post",
         context_size=made["ctx"],
-        prepend_bos=False,
+        prepend_bos="bos" in made,
         dataset_path=made["data"],
         model_class_name="AutoModelForCausalLM" if module else "HookedTransformer",
     )

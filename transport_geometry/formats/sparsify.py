@@ -28,9 +28,18 @@ def declares(config: Named, path: str, beside: Named) -> Declared:
         layer=layer,
         model=field(made, "model", str),
         ctx=field(made, "ctx", int),
-        bos=False if made else None,
+        bos=began(made),
         width=width,
     )
+
+
+def began(made: Named) -> bool | None:
+    """Did the rows of an SAE trained here begin with BOS? None where nothing is known: of another's SAE, and
+    of rows that came as token ids and had none put before them.
+    """
+    if not made or "bos" not in made and made.get("as_ids"):
+        return None
+    return "bos" in made
 
 
 def computes(t: Named, config: Named, beside: Named) -> dict[str, Any]:

@@ -190,6 +190,11 @@ def plan(
             continue
         models[name] = Loaded(called[name], model, tokenizer, model_hash(model), tokenizer_hash(tokenizer))
     place_of = {one.file.label: models[one.model].place(one, grid) for one in chosen}
+    if otherwise := [at for at, place in place_of.items() if grid.bos == ("no" if place.bos else "yes")]:
+        torchrun.say(
+            f"--bos {grid.bos}: not for {len(otherwise)} of {len(place_of)} SAEs, whose files say otherwise: "
+            + ", ".join(otherwise[:3])
+        )
     places = list(dict.fromkeys(place_of.values()))
     if not grid.saes:
         begins = {name: rows_begin(loaded, source, grid) for name, loaded in models.items()}
@@ -347,6 +352,7 @@ def trained_here(
     own_name = readable_names([trained_on])[trained_on]
     turn = sum(one.turn(hook.layer, text_config(hook.model).num_hidden_layers) for one in planted)
     had = {tokens: plant.planted_budget(planted, tokens) for tokens in grid.tokens}
+    as_ids = heldout.tokenised(source.data, grid.split) or None
     out = []
     arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
     for sinks, recipe, tokens, k, seed in arms:
@@ -370,6 +376,7 @@ def trained_here(
             recipe=recipe,
             sinks=sinks,
             bos=loaded.first_token if place.bos else None,
+            as_ids=as_ids,
             instructions=any_x86(device),
         )
         called = sae_name(grid.expansion, sinks)

@@ -139,7 +139,7 @@ class TrainingSpec:
     tokenizer: str  # hash
     dtype: str
     layer: int
-    data: str  # the name of its text, which determines nothing
+    data: str  # the name of its text, which determines nothing, as `as_ids`
     data_content: str  # hash or commit
     split: str
     ctx: int
@@ -152,7 +152,8 @@ class TrainingSpec:
     seed: int
     recipe: str
     sinks: str
-    bos: int | None = None  # the token at the beginning of rows, if any
+    bos: int | None = None  # the token that was put at the beginning of rows, if any
+    as_ids: bool | None = None  # True for rows that came as token ids, begun by whatever they begin with
     instructions: str | None = None  # `any x86-64` where the bytes are the same on every one
 
     def facts(self) -> dict[str, Any]:
@@ -161,8 +162,8 @@ class TrainingSpec:
         return {name: value for name, value in facts.items() if value is not None}
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the SAE: not the name of its text."""
-        return {name: value for name, value in self.facts().items() if name != "data"}
+        """All that determines the SAE: not the name of its text, nor what `data_content` covers."""
+        return {name: value for name, value in self.facts().items() if name not in ("data", "as_ids")}
 
     def folder(self, cache: pathlib.Path) -> pathlib.Path:
         """A readable name with a short hash of everything that determines it."""
