@@ -1,6 +1,9 @@
 """The embedded models: what their folders promise, and a training run that survives an interruption."""
 
+import json
+import os
 import re
+import subprocess
 import sys
 
 from helpers import ROOT
@@ -93,3 +96,25 @@ def test_the_rate_ends_at_zero_and_shares_its_trunk():
         and rates[80] == pytest.approx(0.5)
     )
     assert 0 < rates[-1] < 0.03 and all(demo.learning_rate(step, 200) == rates[step] for step in range(60))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_says_what_is_saved_in_it(tmp_path):
+    """Its cells as a script print what is saved in the file, but for what another processor moves."""
+    cells = json.loads((ROOT / "demo/audit.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    saved = "".join(
+        "".join(output["text"]) for cell in cells for output in cell.get("outputs", []) if "text" in output
+    )
+    (tmp_path / "notebook.py").write_text("\n".join(code))
+    environment = os.environ | {"MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "notebook.py"], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "R² inverts (higher" in done.stdout and "R² is the sink's" in done.stdout
+    pattern = r"^\| (r2|r2_nosink|ce_rec) +\| +(-?[\d.]+)"
+    here, there = (re.findall(pattern, text, re.MULTILINE) for text in (done.stdout, saved))
+    assert len(here) == 3 == len(there)
+    for (name, value), (same, other) in zip(here, there):
+        assert name == same and float(value) == pytest.approx(float(other), abs=0.03)

@@ -8,6 +8,7 @@ from transport_geometry.reporting.audit_report import (
     pair_report,
     pair_sentence,
     short_names,
+    warnings,
 )
 from transport_geometry.statistics import sae_pairs
 from transport_geometry.statistics.sae_pairs import (
@@ -241,3 +242,12 @@ def test_the_residual_is_from_the_curve_of_the_others():
     assert np.isnan(value[[0, 4]]).all()  # nobody beyond them
     assert (lo[1:4] < value[1:4]).all() and (value[1:4] < hi[1:4]).all() and lo[2] > 0
     assert np.isnan(residuals(*planted(r2[:3], ce_rec[:3], noise=0.004))).all() and sae_pairs.CURVE_OF == 3
+
+
+@pytest.mark.parametrize(
+    "r2, nosink, doubted", [(-0.7, -0.2, 1), (-0.7, 0.7, 0), (0.9, -0.2, 0), (-1, np.nan, 1)]
+)
+def test_a_sink_that_is_left_out_does_not_look_like_another_layer(r2, nosink, doubted):
+    """R² below 0 by the sink alone: the SAE's word says so, and nothing else is wrong with it."""
+    row = dict(sae="a", trained_on="m", model="m", r2=r2, r2_nosink=nosink, unseen=[])
+    assert len([line for line in warnings([row]) if "the wrong model" in line]) == doubted
