@@ -15,6 +15,7 @@ the others go on.
 
 import math
 import pathlib
+import typing
 from typing import Any
 
 from common import parse_args, run_script
@@ -52,8 +53,10 @@ from transport_geometry.statistics.sae_pairs import (
 )
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if typing.TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # of the evaluation; what is trained elsewhere is --sae's
 GRID = dict(models="", k="1", tokens="1", expansion=1, eval_seqs=32, ctx=256)
@@ -183,7 +186,7 @@ NAME_HEIGHT = 0.16  # inches, of a name
 NAME_LETTERS = 34
 
 
-def picture(rows: list[dict], two: list[dict]) -> Figure:
+def picture(rows: list[dict], two: list[dict]) -> "Figure":
     """R² against CE_rec, a panel for each hook, context and BOS: every SAE named at the right, coloured by
     its word, with both intervals; a line joins the two of a pair that R² inverts.
     """
@@ -220,7 +223,7 @@ def title(two: list[dict]) -> str:
     return f"R² inverts {n['inverts']} of {count_of(len(two), 'pair')} of one k"
 
 
-def panel(axis: Axes, rows: list[dict], inverted: list[dict], names: dict[str, str], height: float) -> None:
+def panel(axis: "Axes", rows: list[dict], inverted: list[dict], names: dict[str, str], height: float) -> None:
     """One hook. height: of the axes, in inches. SAEs worse than the mean are named and not drawn, where there
     are others: they would press these together.
     """

@@ -22,6 +22,7 @@ import importlib
 import math
 import pathlib
 import sys
+import typing
 
 from common import parse_args, run_script
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
@@ -48,7 +49,6 @@ from transport_geometry.statistics.resampling import MIN_HOOKS_OF_A_MODEL
 from transport_geometry.statistics.transfer import MIN_IN_RANGE
 
 import numpy as np
-from matplotlib.figure import Figure
 
 # 3 models x 6 layers = 18 hooks: hooks, not k and not seeds, are what the tests and the bootstrap count
 GRID = dict(
@@ -59,6 +59,9 @@ GRID = dict(
     eval_seqs=32,
     ctx=256,
 )
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 N_RESAMPLES = 2000
 TEXT = blocks("expb")  # words of reporting/reports/expb.md; each leaf below is a block there
 
@@ -303,7 +306,7 @@ def general_section(swd: Contest, board: list[dict], settings: dict) -> str:
     return f"{text}{general}\n\n"
 
 
-def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -> dict[str, Figure]:
+def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -> dict[str, "Figure"]:
     rows = {row["proxy"]: row for row in of_target(board)}
     two = [
         f"{name}: rank correlation at one k {claims_report.estimate_here(rows[proxy], 'partial')}"

@@ -23,6 +23,7 @@ import collections
 import functools
 import math
 import pathlib
+import typing
 
 from common import parse_args, run_script
 from transport_geometry.measuring import mutual_information as mi
@@ -49,7 +50,6 @@ from transport_geometry.statistics.within_models import associations
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 # every block of the three models: H3 counts hooks within models, and two k span the curve that R^2 is
 # calibrated by
@@ -61,6 +61,9 @@ GRID = dict(
     eval_seqs=20,
     ctx=256,
 )
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 FLAGS = {
     "--critic": dict(
         default="separable",
@@ -277,7 +280,7 @@ def hook_in_words(row: dict) -> dict:
     return row | words
 
 
-def h3_figure(hooks: list[dict], found: dict, models: list[str]) -> Figure:
+def h3_figure(hooks: list[dict], found: dict, models: list[str]) -> "Figure":
     """Left as they are, right with each model's mean taken out of both."""
     figure, axes = pyplot().subplots(1, 2, figsize=(9.5, 4), layout="constrained")
     for axis, centred in zip(axes, (False, True)):
@@ -310,7 +313,7 @@ CURVES: dict[str, dict] = {  # column: how the canyon draws it
 }
 
 
-def canyon_figure(hooks: list[dict], models: list[str]) -> Figure:
+def canyon_figure(hooks: list[dict], models: list[str]) -> "Figure":
     shape = dict(figsize=(3.3 * len(models) + 1, 4), layout="constrained", squeeze=False, sharey=True)
     figure, axes = pyplot().subplots(1, len(models), **shape)
     for axis, model in zip(axes[0], models):
@@ -328,7 +331,7 @@ def canyon_figure(hooks: list[dict], models: list[str]) -> Figure:
     return figure
 
 
-def norms_figure(positions: list[dict], models: list[str]) -> Figure:
+def norms_figure(positions: list[dict], models: list[str]) -> "Figure":
     figure, axis = pyplot().subplots(figsize=(6.5, 3.8), layout="constrained")
     for model, colour in model_colours(models).items():
         here = grouped([row for row in positions if row["model"] == model], ("layer",))

@@ -16,6 +16,7 @@ change.
 """
 
 import pathlib
+import typing
 from collections.abc import Callable
 
 from common import parse_args, run_script
@@ -60,7 +61,6 @@ from transport_geometry.statistics.over_hooks import mean_over_hooks
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 # every hook that attention follows: 15, since hooks, not k, are what the tests and the bootstrap count
 GRID = dict(
@@ -71,6 +71,9 @@ GRID = dict(
     eval_seqs=16,
     ctx=256,
 )
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 N_RESAMPLES = 2000
 TEXT = blocks("expe_attention")
 
@@ -326,7 +329,7 @@ def report(
     )
 
 
-def mediation_figure(rows: list[dict], models: list[str]) -> Figure:
+def mediation_figure(rows: list[dict], models: list[str]) -> "Figure":
     """Shares of dCE by the hook's layer, a colour for each model."""
     figure, axes = pyplot().subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
     titles = {"mediated": "taken away by clean plans", "plan_only": "caused by patched plans alone"}

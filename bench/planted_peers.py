@@ -252,7 +252,8 @@ def dictionary_learning(task: Task, first: bool = False, remove_bos: bool = Fals
     `first`: passages that begin with the token, as tokenizers that add it by themselves (Llama's, Gemma's)
     would have it.
     """
-    model = LanguageModel(task.folder, device_map="cpu", dispatch=True)
+    # the last: nnsight 0.3 would take every Llama's rotary embedding for Llama 3's
+    model = LanguageModel(task.folder, device_map="cpu", dispatch=True, patch_llama_scan=False)
     front = model.tokenizer.decode([task.token]) if first else ""
 
     def buffer(texts: list[str], rows: int, step: int, endless: bool) -> ActivationBuffer:
