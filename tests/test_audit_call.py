@@ -2,15 +2,18 @@
 
 import math
 import re
+import shutil
 
 import transport_geometry.audit as module
 import zygote
 from helpers import ROOT, hooked_columns, quick_sae, script
 from transport_geometry.audit import audit
 from transport_geometry.errors import UserError
+from transport_geometry.formats.__main__ import export
 from transport_geometry.formats.find_and_read import find, read
 from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model
+from transport_geometry.records import store
 from transport_geometry.records.tables import read_table
 from transport_geometry.saes.sae import save_sae
 from transport_geometry.saes.train import activation_chunks
@@ -61,6 +64,26 @@ def test_and_those_of_the_definitions(trained):
     for name in ("r2", "ce_orig", "ce_recon", "dce", "ce_rec", "kl", "cosine", "swd_tok", "l0"):
         assert found[name] == pytest.approx(truth[name], rel=2e-4), name
         assert found[f"{name}_lo"] <= found[name] <= found[f"{name}_hi"]
+
+
+def test_rows_that_the_files_speak_against(trained, tmp_path, recwarn):
+    """Rows without the BOS that an SAE was trained with, or longer: measured as asked, and said."""
+    model, _, held, folder = trained
+    begun, with_bos = held.input_ids.clone(), tmp_path / "with-bos"
+    begun[:, 0] = 0
+    export(str(folder), str(tmp_path / "lens"))
+    shutil.copytree(folder, with_bos)
+    store.put(with_bos / store.PROVENANCE, {}, ctx=CTX, bos=0)
+    for given, rows, told in (
+        (with_bos, held.input_ids, ["begin with a BOS"]),
+        (with_bos, begun, []),
+        (with_bos, begun.repeat(1, 2), [f"trained on {CTX} positions"]),
+        (tmp_path / "lens", held.input_ids, []),
+    ):
+        recwarn.clear()
+        audit(model, LAYER, given, rows)
+        found = [str(one.message) for one in recwarn.list if one.category is UserWarning]
+        assert len(found) == len(told) and all(words in said for words, said in zip(told, found))
 
 
 def test_whatever_reconstructs_can_be_given(trained):

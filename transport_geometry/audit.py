@@ -12,6 +12,7 @@ Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,7 +83,8 @@ def audit(
     in eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw`
     or `centred`, goes on regardless), an SAE of this package, or any function h [N,d] -> h_hat [N,d]
     (SAELens' SAEs are such). ignore_fields: of an SAE's files, that are not known and let pass. tokens
-    [S,T], int64: as they are, a BOS only where they hold one. document [S], 0..D-1: of which document each
+    [S,T], int64: as they are, a BOS only where they hold one (a UserWarning where the SAE's files say that it
+    was trained on other rows). document [S], 0..D-1: of which document each
     row is, each its own by default; of one document there is no interval. Raises UserError, Fault.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.dtype != torch.int64:
@@ -131,7 +133,12 @@ def _reconstruction(
         near = basis_gate.near(hook, tokens[:4])
         if read.W_enc.shape[1] != near[hook.layer].shape[1]:
             raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
-        said = basis or find_and_read.describe(files[0]).basis
+        declared = find_and_read.describe(files[0])
+        said = basis or declared.basis
+        if declared.bos and len(tokens[:, 0].unique()) > 1:
+            warnings.warn(f"{sae}: its files say that rows begin with a BOS; these do not", stacklevel=3)
+        if declared.ctx and tokens.shape[1] > declared.ctx:
+            warnings.warn(f"{sae}: trained on {declared.ctx} positions, these rows have more", stacklevel=3)
         if not basis:
             basis_gate.check_basis(read, said, files[0].label, hook.layer, near)
         read.centred = said == "centred"
