@@ -144,7 +144,7 @@ def run_parts(out: pathlib.Path, args: Any) -> None:
 def evaluation_rows(ctx: int, n: int) -> torch.Tensor:
     """input_ids [n,ctx], those of the parts: twins have their model's tokenizer."""
     _, tokenizer = load_model(MODEL, torch.device("cpu"))
-    return heldout_rows("stdlib", tokenizer, ctx, n).input_ids
+    return heldout_rows("stdlib", tokenizer, ctx=ctx, n=n).input_ids
 
 
 def measure(out: pathlib.Path, args: Any) -> None:

@@ -32,7 +32,7 @@ def trained(name: str, expansion: int, k: int, N: int, tokens: int) -> tuple[tor
     training = Training(Statistics.of(h, sink), expansion * h.shape[1], k, 0, [tokens])
     training.feed(h, 0, tqdm(total=tokens, desc=f"k={k}", leave=False), "")
     sae = training.finished()
-    ids = heldout_rows("stdlib", tokenizer, CTX, -(-N // CTX)).input_ids
+    ids = heldout_rows("stdlib", tokenizer, ctx=CTX, n=-(-N // CTX)).input_ids
     return hook.head(ids).flatten(0, 1)[:N] - sae.b_dec, sae.W_enc, sae.b_enc
 
 

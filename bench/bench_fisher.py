@@ -28,7 +28,7 @@ def hook_and_text(name: str, ctx: int) -> tuple[Hook, torch.Tensor]:
         return hook, torch.randint(model.config.vocab_size, (2, ctx), generator=generator)
     model, tokenizer = load_model(name, CPU)
     hook = Hook(model, model.config.num_hidden_layers // 2)
-    return hook, heldout_rows("stdlib", tokenizer, ctx, eval_batch(hook, ctx)).input_ids
+    return hook, heldout_rows("stdlib", tokenizer, ctx=ctx, n=eval_batch(hook, ctx)).input_ids
 
 
 def main() -> None:

@@ -498,7 +498,7 @@ def loaded(model: str, tokens: int, ctx: int, seqs: int) -> tuple[Data, Any]:
     hook = Hook(language_model, LAYER)
     chunks = activation_chunks(hook, "stdlib", tokenizer, ctx, tokens, "keep")
     h, sink = (torch.cat(parts) for parts in zip(*chunks))
-    input_ids = heldout_rows("stdlib", tokenizer, ctx, seqs).input_ids
+    input_ids = heldout_rows("stdlib", tokenizer, ctx=ctx, n=seqs).input_ids
     held = torch.cat([hook.head(part) for part in input_ids.split(BATCH)])[:, :-1]
     norms = held.norm(dim=-1)
     held_sink = sink_positions(norms, norms[:, 1:].median().item()).flatten()

@@ -74,7 +74,7 @@ def main() -> None:
     hook = Hook(model, LAYER)
     chunks = activation_chunks(hook, "stdlib", tokenizer, args.ctx, args.tokens, "keep")
     h = torch.cat([h for h, _ in chunks])
-    x = heldout_rows("stdlib", tokenizer, args.ctx, args.seqs).input_ids
+    x = heldout_rows("stdlib", tokenizer, ctx=args.ctx, n=args.seqs).input_ids
     rows, clean = [], float("nan")
     with tempfile.TemporaryDirectory() as folder:
         everything = peers.everything(pathlib.Path(folder), h, args.width, args.k)

@@ -86,7 +86,7 @@ def looked_at(model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def text_with(token: int, tokenizer: Any, ctx: int) -> torch.Tensor:
     """input_ids [ROWS,ctx] of held-out text, the token at the first and at the middle position."""
-    input_ids = heldout_rows("stdlib", tokenizer, ctx, ROWS, bos=token).input_ids
+    input_ids = heldout_rows("stdlib", tokenizer, ctx=ctx, n=ROWS, bos=token).input_ids
     input_ids[:, ctx // 2] = token
     return input_ids
 

@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saes") / "my/sae"
     made = {"model": "stdlib-s", "layer": LAYER, "ctx": 128, "data": "stdlib"}
     save_sae(folder, quick_sae(h, sink), made)
-    return model, tokenizer, heldout_rows("stdlib", tokenizer, CTX, SEQS), folder
+    return model, tokenizer, heldout_rows("stdlib", tokenizer, ctx=CTX, n=SEQS), folder
 
 
 @pytest.mark.slow

@@ -76,8 +76,8 @@ def test_every_row_begins_with_it(tmp_path):
     batch = next(heldout.train_rows(data, Letters(), 10, 4, bos=50))
     assert torch.equal(batch, rows[:4])
     plain_held, held = (
-        heldout.heldout_rows(data, Letters(), 9, 20),
-        heldout.heldout_rows(data, Letters(), 10, 20, bos=50),
+        heldout.heldout_rows(data, Letters(), ctx=9, n=20),
+        heldout.heldout_rows(data, Letters(), ctx=10, n=20, bos=50),
     )
     assert (held.input_ids[:, 0] == 50).all() and torch.equal(held.input_ids[:, 1:], plain_held.input_ids)
     assert held.sha256 == plain_held.sha256 and (held.document == plain_held.document).all()
@@ -102,7 +102,7 @@ def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
 
     assert heldout.tokenised(data, "train")
     packed = torch.stack(list(heldout.packed_rows(data, "train", Letters(), 10, bos=30)))
-    held = heldout.heldout_rows(data, Letters(), 10, 12, bos=30).input_ids
+    held = heldout.heldout_rows(data, Letters(), ctx=10, n=12, bos=30).input_ids
     for found in (packed, held):
         assert (found[:, 0] == 30).all() and (found[:, 1] != 30).all()
     assert set(map(tuple, packed.tolist())) <= set(map(tuple, rows))  # each its own row again

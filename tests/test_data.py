@@ -198,18 +198,18 @@ def test_rows_are_drawn_across_the_held_out_side_a_few_of_each_document(tmp_path
 
     held = [spelled(Letters()(t).input_ids) for t in texts if heldout.in_heldout(t)]
     n = len(held)
-    found = heldout.heldout_rows(path, Letters(), 16, n)
+    found = heldout.heldout_rows(path, Letters(), ctx=16, n=n)
     rows = [spelled(row) for row in found.input_ids[:, :15].tolist()]
     origins = [next(i for i, whole in enumerate(held) if row in whole) for row in rows]
     # one of each, not the first few documents
     assert sorted(origins) == list(range(n)) and len(set(found.document)) == n
-    more = heldout.heldout_rows(path, Letters(), 16, 3 * n)
+    more = heldout.heldout_rows(path, Letters(), ctx=16, n=3 * n)
     assert (np.bincount(more.document) == 3).all()
     assert len(set(map(tuple, more.input_ids.tolist()))) == 3 * n
-    other = heldout.heldout_rows(path, Letters(), 16, n, seed=1)
+    other = heldout.heldout_rows(path, Letters(), ctx=16, n=n, seed=1)
     assert set(map(tuple, other.input_ids.tolist())) != set(map(tuple, found.input_ids.tolist()))
     with pytest.raises(UserError, match=f"gives {4 * n} sequences of 16 tokens, at most 4 of a document"):
-        heldout.heldout_rows(path, Letters(), 16, 10**4)
+        heldout.heldout_rows(path, Letters(), ctx=16, n=10**4)
 
 
 def test_a_document_is_drawn_in_proportion_to_its_length(monkeypatch):
@@ -227,7 +227,7 @@ def test_a_document_is_drawn_in_proportion_to_its_length(monkeypatch):
 
 def test_short_documents_are_joined_and_count_as_one(tmp_path):
     write(tmp_path / "t.jsonl", [{"text": t} for t in essays(900, 2)])
-    found = heldout.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), 32, 10)
+    found = heldout.heldout_rows(str(tmp_path / "t.jsonl"), Letters(), ctx=32, n=10)
     # an end of text in each
     assert (found.document == np.arange(10)).all() and (found.input_ids == 0).any(1).all()
 
@@ -251,7 +251,7 @@ def test_a_text_of_few_documents_is_cut_and_held_out_by_piece(tmp_path, name):
     assert name != "one.txt" or all(piece.endswith("\n") for piece in pieces[:-1])
     sides = [list(heldout.documents(str(path), side)) for side in ("train", "heldout")]
     assert len(sides[0]) > len(sides[1]) > 0 and len(sides[0]) + len(sides[1]) == len(pieces)
-    found = heldout.heldout_rows(str(path), Letters(), 64, 2 * len(sides[1]))
+    found = heldout.heldout_rows(str(path), Letters(), ctx=64, n=2 * len(sides[1]))
     assert len(set(found.document)) == len(sides[1])
 
 
@@ -448,7 +448,7 @@ def test_a_damaged_file_is_one_line_and_nothing_beside_it(name, tmp_path, capfd)
         content = SPOILT[name](path.read_bytes())
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        heldout.heldout_rows(str(path), Letters(), 64, 10**6)
+        heldout.heldout_rows(str(path), Letters(), ctx=64, n=10**6)
     line = str(caught.value)
     assert line.startswith(f"--data {path}: ") and "\n" not in line and len(line) < len(str(path)) + 300
     assert "BatchSize" not in line and word in line
@@ -541,14 +541,14 @@ def test_chats_go_through_the_template(tmp_path):
     assert 0 < len(list(heldout.documents(path, "heldout"))) < 60 and len(documents) > 240
     told = Talker()("".join(f"<{one['role']}>{one['content']}" for one in json.loads(documents[0])), False)
     assert heldout.as_ids(documents[0], Talker(), path) == told.input_ids  # no BOS: rows get theirs
-    held = heldout.heldout_rows(path, Talker(), 16, 9, bos=39)
+    held = heldout.heldout_rows(path, Talker(), ctx=16, n=9, bos=39)
     assert (held.input_ids[:, 0] == 39).all() and (held.input_ids[:, 1:] != 39).all()
     with pytest.raises(UserError, match="rows are chats, and the tokenizer has no chat template") as caught:
-        heldout.heldout_rows(path, Letters(), 16, 9)
+        heldout.heldout_rows(path, Letters(), ctx=16, n=9)
     assert "\n" not in str(caught.value)
     write(tmp_path / "t.jsonl", [{"messages": chat(t, "system")} for t in TEXTS])
     with pytest.raises(UserError, match="chat template: roles must alternate"):
-        heldout.heldout_rows(path, Talker(), 16, 9)
+        heldout.heldout_rows(path, Talker(), ctx=16, n=9)
     write(tmp_path / "t.jsonl", [{"messages": chat(t)} for t in TEXTS[:9]])
     assert not sources.is_cut(path) and all(isinstance(one, sources.Chat) for one in sources.documents(path))
 

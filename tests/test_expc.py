@@ -25,7 +25,7 @@ import torch
 
 def test_forward_mode_in_float32_is_that_in_float64_on_an_embedded_model():
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))
-    x = heldout_rows("stdlib", tokenizer, 64, 2).input_ids
+    x = heldout_rows("stdlib", tokenizer, ctx=64, n=2).input_ids
     h = Hook(model, 3).head(x)
     delta = 0.5 * h.std() * torch.randn(h.shape, generator=torch.Generator().manual_seed(0))
     single = fisher.push_forward(Hook(model, 3), x, h, delta)

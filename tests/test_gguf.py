@@ -290,6 +290,6 @@ def test_the_packaged_models_predict_text_as_well_as_they_should(name, bos, tmp_
     ids = tokenizer("The capital of France is Paris, and the capital of Germany is").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model(torch.tensor([ids])).logits[0, -1].argmax()) == " Berlin"
-        rows = heldout_rows("stdlib", tokenizer, 256, 4, bos=bos).input_ids
+        rows = heldout_rows("stdlib", tokenizer, ctx=256, n=4, bos=bos).input_ids
         ce = cross_entropy(log_probs(model(rows).logits), rows).mean()
     assert 1.8 < ce < 2.8, ce

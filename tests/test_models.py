@@ -456,7 +456,7 @@ def both_dtypes():
     tokens.
     """
     single, tokenizer = load_model("stdlib-s", CPU)
-    input_ids, layer = heldout_rows("stdlib", tokenizer, 64, 8).input_ids, 3
+    input_ids, layer = heldout_rows("stdlib", tokenizer, ctx=64, n=8).input_ids, 3
     h = Hook(single, layer).head(input_ids).flatten(0, 1)
     sae = tied_init(h.shape[1], 8 * h.shape[1], 16, 0, h.mean(0))
     optimiser = torch.optim.Adam(sae.parameters(), lr=1e-3)

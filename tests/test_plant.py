@@ -57,7 +57,7 @@ def test_amounts_that_mean_nothing_are_refused(name):
 @pytest.fixture(scope="module")
 def text_rows():
     _, tokenizer = load_model("stdlib-s", CPU)
-    return heldout_rows("stdlib", tokenizer, 64, 4).input_ids
+    return heldout_rows("stdlib", tokenizer, ctx=64, n=4).input_ids
 
 
 @pytest.mark.parametrize("kind", plant.SINKS)

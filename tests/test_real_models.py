@@ -89,7 +89,7 @@ def test_every_column_is_that_of_a_hooked_run(name, layer, run, request):
     row = rows_of(out)[layer]
     model, tokenizer = load_model(name, CPU, cache=cache)
     bos = json.loads((out / "run.json").read_text())["settings"].get("bos", {}).get(name)
-    ids = heldout_rows("stdlib", tokenizer, 256, row["n_seq"], bos=bos).input_ids
+    ids = heldout_rows("stdlib", tokenizer, ctx=256, n=row["n_seq"], bos=bos).input_ids
     (folder,) = cache.glob(f"{name}-L{layer}-*")
     sae, k = load_file(folder / "sae.safetensors"), json.loads((folder / "cfg.json").read_text())["k"]
 

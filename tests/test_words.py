@@ -212,7 +212,7 @@ def test_a_trained_error_turned_at_random_costs_what_a_random_one_does(hook):
     """
     model, sae, mean, *_ = hook
     tokenizer = load_model("stdlib-s", torch.device("cpu"))[1]
-    input_ids = heldout.heldout_rows("stdlib", tokenizer, CTX, SEQS).input_ids
+    input_ids = heldout.heldout_rows("stdlib", tokenizer, ctx=CTX, n=SEQS).input_ids
     noise = torch.Generator().manual_seed(3)
 
     def error(x):

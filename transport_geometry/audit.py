@@ -5,7 +5,7 @@
     from transport_geometry.models.loading import load_model
     from transport_geometry.text.heldout import heldout_rows
     model, tokenizer = load_model("stdlib-s", torch.device("cpu"))  # or a transformers model of yours
-    held = heldout_rows("stdlib", tokenizer, 64, 16)  # or token ids [S,T] of yours
+    held = heldout_rows("stdlib", tokenizer, ctx=64, n=16)  # or token ids [S,T] of yours
     print(audit(model, 3, "my/sae", held.input_ids, held.document))
 
 Shapes: S evaluation sequences, T positions of which T-1 are evaluated, N = S (T-1) tokens, d = d_model.

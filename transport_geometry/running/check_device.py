@@ -222,7 +222,7 @@ def trained(device: torch.device) -> dict[str, Tensor]:
 def embedded() -> tuple[Any, Tensor]:
     """(stdlib-s, rows of held-out text [ROWS,CTX])."""
     small, tokenizer = load_model("stdlib-s", CPU)
-    return small, heldout_rows("stdlib", tokenizer, CTX, ROWS).input_ids
+    return small, heldout_rows("stdlib", tokenizer, ctx=CTX, n=ROWS).input_ids
 
 
 def model(device: torch.device) -> dict[str, float]:

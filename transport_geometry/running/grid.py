@@ -288,7 +288,9 @@ def evaluation_rows(loaded: Loaded, place: Place, source: heldout.Source, grid: 
     if place.ctx > longest:
         raise UserError(f"--ctx {place.ctx}: {place.model} takes {longest} tokens at most")
     first = loaded.first_token if place.bos else None
-    held = heldout.heldout_rows(source.data, loaded.tokenizer, place.ctx, grid.eval_seqs, grid.split, first)
+    held = heldout.heldout_rows(
+        source.data, loaded.tokenizer, ctx=place.ctx, n=grid.eval_seqs, split=grid.split, bos=first
+    )
     if held.input_ids.max() >= config.vocab_size:
         raise UserError(
             f"--models {place.model}: its tokenizer gives the id {held.input_ids.max()}, and it has "

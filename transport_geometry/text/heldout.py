@@ -365,7 +365,14 @@ class HeldOut:
 
 
 def heldout_rows(
-    data: str, tokenizer: Any, ctx: int, n: int, split: str = "train", bos: int | None = None, seed: int = 0
+    data: str,
+    tokenizer: Any,
+    *,
+    ctx: int,
+    n: int,
+    split: str = "train",
+    bos: int | None = None,
+    seed: int = 0,
 ) -> HeldOut:
     """n evaluation rows drawn by a seed from the held-out side, at most PER_DOCUMENT of one document.
 
