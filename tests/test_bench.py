@@ -198,7 +198,7 @@ def test_planted_peers():
 @needs_peers
 @pytest.mark.slow
 def test_peers_real(tmp_path):
-    """On a model without a sink; a second start trains nothing."""
+    """On a model without a sink."""
     small = "--model stdlib-s --layers 1,3 --tokens 8k --seqs 8 --ctx 64 --k 4 --out".split()
     said = bench("peers_real", *small, tmp_path)
     saes, pairs = tables(said)
@@ -211,9 +211,6 @@ def test_peers_real(tmp_path):
         assert row["library"] == "sparsify" or low - 0.1 < float(row["its own score"].split()[0]) < high + 0.1
         assert row["the audit"] and float(row["CE_rec"].split()[0]) < 1
     assert [row["R² says, as the audit sees it"] in sae_pairs.KINDS for row in pairs] == [True] * 3
-    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "saes").rglob("*") if path.is_file()}
-    assert bench("peers_real", *small, tmp_path) == said
-    assert {path: path.stat().st_mtime_ns for path in trained} == trained
 
 
 @pytest.mark.slow
