@@ -88,7 +88,7 @@ def audit_rows(saes: list[dict], values: dict[str, np.ndarray], settings: dict) 
         rows.append(
             row
             | {name: declared[name] for name in ("format", "basis", "ctx", "bos", "unseen")}
-            | {"ignored": declared.get("ignored", [])}
+            | {name: declared.get(name, []) for name in ("ignored", "differs")}
             | {
                 "trained_on": hub_name(declared["model"]) if declared["model"] else "not said",
                 "k": row["k"] or "none",

@@ -125,7 +125,9 @@ def check(eval_sets: list[EvalSet]) -> None:
 
 # passes through the tail: of `terms` two in forward mode, about three each, and two patches; of `study` 9
 # backward passes of all the text and some 140 of one batch
-EXPERIMENT = Experiment("expc_fisher", terms, OWN, study, more_passes=8, study_passes=34, check=check)
+EXPERIMENT = Experiment(
+    "expc_fisher", terms, OWN, study, more_passes=8, study_passes=34, check=check, study_patches=True
+)
 
 
 # ------------------------------------------------------------------------ the rule, fixed before any result

@@ -351,7 +351,9 @@ def mediation_figure(rows: list[dict], models: list[str]) -> "Figure":
 def main() -> None:
     command = parse_args(__doc__, GRID)
     # more_passes: the four runs of `terms`, in plain attention
-    experiment = Experiment("expe_attention", terms, OWN, attention_map.study, more_passes=6, check=check)
+    experiment = Experiment(
+        "expe_attention", terms, OWN, attention_map.study, more_passes=6, check=check, study_patches=True
+    )
     run_and_report(command, experiment, analyse)
 
 

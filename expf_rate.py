@@ -353,9 +353,8 @@ def main() -> None:
             print(of_saved_rows(*finished_run(command.finished, script)))
             return
     # more_passes: those of the quantised codes through the tail, for every SAE
-    experiment = Experiment(
-        "expf_rate", None, OWN, functools.partial(study, command=command), more_passes=len(STEPS)
-    )
+    of_hooks = functools.partial(study, command=command)
+    experiment = Experiment("expf_rate", None, OWN, of_hooks, more_passes=len(STEPS), study_patches=True)
     run_and_report(command, experiment, analyse)
 
 

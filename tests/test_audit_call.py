@@ -116,14 +116,20 @@ def test_documents_are_what_the_intervals_count(trained):
 
 def test_what_cannot_be_audited_is_one_line(trained, tmp_path):
     model, _, held, folder = trained
-    ids = held.input_ids
+    ids, unnamed = held.input_ids, tmp_path / "unnamed"
+    shutil.copytree(folder, unnamed)
+    (unnamed / store.PROVENANCE).unlink()
     for how, says in (
         (dict(tokens=ids[0]), "int64"),
         (dict(tokens=ids.float()), "int64"),
         (dict(document=[0]), "document has 1"),
         (dict(layer=99), "99"),
         (dict(sae=tmp_path / "nothing"), "no such file"),
-        (dict(layer=4), "refused"),  # another block than it was trained on: the one before explains more
+        (dict(layer=4), "resid_post of block 3, not resid_post of block 4"),
+        (
+            dict(sae=unnamed, layer=4),
+            "refused",
+        ),  # where the files do not say it: the one before explains more
         (dict(sae=lambda h: h, basis="raw"), "basis"),
     ):
         with pytest.raises(UserError, match=says):

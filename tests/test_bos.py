@@ -158,14 +158,20 @@ def test_rows_of_ids_stay_as_they_are_unless_asked_for(begun, tmp_path):
         assert (eval_set.held.input_ids[:, 0] == 1).any() == (token == 1)
 
 
-def test_a_files_own_word_stands_above_it(begun):
+def test_a_files_own_word_stands_above_it(begun, tmp_path):
+    """Where it says nothing, rows that come as token ids stay as they are, as in training."""
     model, tokenizer = load_model(begun, CPU)
     loaded = Loaded("begun", model, tokenizer, "w", "t")
+    rows = [{"tokens": list(range(5, 45))} for _ in range(9)]
+    text, ids = heldout.find("stdlib"), heldout.find(write(tmp_path / "ids.jsonl", rows))
     cases = [(True, "no", True), (False, "yes", False), (None, "auto", True), (None, "no", False)]
     for declared, asked, expected in cases:
         of_file = types.SimpleNamespace(bos=declared, ctx=None)
         one = types.SimpleNamespace(model="begun", layer=1, declared=of_file)
-        assert loaded.place(one, small_grid(eval_seqs=2, ctx=16, bos=asked)).bos is expected
+        for source in (text, ids):
+            grid = small_grid(eval_seqs=2, ctx=16, bos=asked, data=source.data)
+            as_they_are = source is ids and declared is None
+            assert loaded.place(one, grid, source).bos is (expected and not as_they_are)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +198,32 @@ def test_an_sae_trained_here_says_what_its_rows_began_with(begun, bos, ids, said
         assert bool((eval_set.held.input_ids[:, 0] == 1).all()) == begins
         told = f"--bos {asked}: not for 1 of 1 SAEs" in capsys.readouterr().out
         assert told == (begins != (asked == "yes"))
+    grid = small_grid(eval_seqs=2, ctx=32, models=((begun, 3),), saes=(str(folder),))
+    assert plan(grid, CPU, "test")[1][0].held.input_ids.shape[1] == 16
+    assert "--ctx 32: not for 1 of 1 SAEs" in capsys.readouterr().out
     export(str(folder), str(tmp_path / "lens"))
     (file,) = find_and_read.find(str(tmp_path / "lens"))
-    assert find_and_read.describe(file).bos is bool(said)
+    assert find_and_read.describe(file).bos is said
+
+
+def test_another_chat_template_makes_other_rows_of_chats(begun, tmp_path):
+    """So neither an SAE nor a results folder is taken for that of the other; of text it changes nothing."""
+    rng, chats = random.Random(0), []
+    for _ in range(200):
+        said = [" ".join(rng.choices("abcdefgh", k=9)) for _ in range(20)]
+        chats.append({"messages": [{"role": "user", "content": words} for words in said]})
+    data = write(tmp_path / "chats.jsonl", chats)
+    template = "{% for m in messages %}{{ m.content }}%s{% endfor %}"
+    found = {}
+    for between in ("; ", ": "):
+        (tmp_path / between).mkdir()
+        folder = shutil.copytree(begun, tmp_path / between / "m")
+        (folder / "chat_template.jinja").write_text(template.replace("%s", between, 1))
+        for of in (data, "stdlib"):
+            settings, _, spec = planned(str(folder), "no", of)
+            found[between, of] = settings["tokenizers"], spec.folder(tmp_path)
+    assert found["; ", data] != found[": ", data] and found["; ", data][1] != found[": ", data][1]
+    assert found["; ", "stdlib"] == found[": ", "stdlib"]
 
 
 @pytest.mark.parametrize("bos", ["auto", "no"])

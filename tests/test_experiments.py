@@ -358,6 +358,18 @@ def imports(path: pathlib.Path) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("name", ["expc_fisher", "expe_attention", "expf_rate"])
+@pytest.mark.parametrize(
+    "model, more, flag",
+    [("stdlib-s@3", ["--leave-sinks"], "--leave-sinks"), ("stdlib-s+turned1@3", [], "+turned")],
+)
+def test_no_table_is_partly_without_a_flag(name, model, more, flag, tmp_path):
+    """What is measured once a hook knows neither, while the rows of SAEs would."""
+    size = "--k 4 --tokens 2k --expansion 4 --eval-seqs 4 --ctx 32".split()
+    said = script(f"{name}.py", "--models", model, *size, *more, "--out", tmp_path / "out", check=2)
+    assert f"{flag}: not for {name}.py" in said.stderr and not (tmp_path / "out").exists()
+
+
 def test_the_package_imports_no_experiment_has_no_cycle_and_two_bases():
     """kernels can be read, and taken elsewhere, without the rest; statistics know of no model."""
     scripts = {path.stem: path for path in ROOT.glob("*.py") if path.stem != "setup"}

@@ -14,6 +14,7 @@ import zygote
 from helpers import ROOT, contents, process
 from transport_geometry import FIXED_CODE
 from transport_geometry.models.loading import readable_names
+from transport_geometry.records import store
 from transport_geometry.records.tables import read_table
 from transport_geometry.text.heldout import in_heldout
 
@@ -28,12 +29,12 @@ def script(name, *arguments, check=0):
     return helpers.script(name, *arguments, check=check, setup=zygote.UNDRAWN).stderr
 
 
-def documents(seed: int, side: str, n: int) -> list[str]:
+def documents(seed: int, side: str, n: int, words: int = 60) -> list[str]:
     """Made-up documents of one side."""
     rng, found = random.Random(seed), []
     while len(found) < n:
-        words = ["".join(rng.choices("etaoinshr", k=rng.randint(2, 6))) for _ in range(60)]
-        text = f"def {words[0]}(self):\n    return " + " ".join(words)
+        made = ["".join(rng.choices("etaoinshr", k=rng.randint(2, 6))) for _ in range(words)]
+        text = f"def {made[0]}(self):\n    return " + " ".join(made)
         found += [text] * (in_heldout(text) == (side == "heldout"))
     return found
 
@@ -134,6 +135,41 @@ def test_another_tokenizer_configuration_or_dtype_is_another_sae(tmp_path, model
     assert len(saes(cache)) == 3
     script("expb.py", *command, "--dtype", "bfloat16", "--out", tmp_path / "bfloat16")
     assert len(saes(cache)) == 4
+    # an audit of all of them on the model as it is now says which were trained on another
+    rows = ["--eval-seqs", 4, "--ctx", 64, "--out", tmp_path / "audit"]
+    script("audit.py", "--models", model, "--sae", f"{cache}/*", *rows)
+    run = json.loads((tmp_path / "audit/run.json").read_text())["settings"]
+    assert not run.get("refused")
+    differs = [of.get("differs") for of in run["saes"].values()]
+    assert sorted(map(str, differs)) == sorted(["None", "['tokenizer']", "['weights']", "['dtype']"])
+    report = (tmp_path / "audit/report.md").read_text()
+    assert report.count("trained on another language model than it is measured on") == 3
+
+
+@pytest.mark.slow
+def test_the_intervals_of_an_sae_are_its_own(tmp_path):
+    """Beside another that is read on rows of other documents, they stay what they are alone."""
+    data, cache = write(tmp_path / "d.jsonl", train=1), tmp_path / "cache"
+    with data.open(
+        "a"
+    ) as file:  # each gives four rows of 256 tokens, before a second of a short one is taken
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents(2, "heldout", 4, words=500))
+    for ctx in (16, 256):
+        grid = "--models stdlib-s --k 4 --tokens 2k --expansion 4 --eval-seqs 4 --ctx".split()
+        script("expb.py", *grid, ctx, "--data", data, "--cache", cache, "--out", tmp_path / str(ctx))
+    how = ["--models", "stdlib-s", "--data", data, "--eval-seqs", 20, "--ctx", 256]
+    (short,) = [one for one in saes(cache) if store.load(cache / one / store.PROVENANCE)["ctx"] == 16]
+    rows = []
+    for name, which in (("both", "*"), ("alone", short)):
+        script("audit.py", *how, "--sae", f"{cache}/{which}", "--out", tmp_path / name)
+        table = read_table(tmp_path / name / "audit.csv")
+        rows += [row for row in table if short in row["sae"]]
+    settings = json.loads((tmp_path / "both/run.json").read_text())["settings"]
+    assert len(set(settings["documents"])) == 2
+    both, alone = (
+        {k: v for k, v in row.items() if k.startswith(("r2", "ce_rec_l", "ce_rec_h"))} for row in rows
+    )
+    assert both == pytest.approx(alone, nan_ok=True)
 
 
 @pytest.mark.slow

@@ -135,8 +135,16 @@ def _reconstruction(
             raise UserError(f"{sae}: reads {read.W_enc.shape[1]} dimensions, of {near[hook.layer].shape[1]}")
         declared = find_and_read.describe(files[0])
         said = basis or declared.basis
-        if declared.bos and len(tokens[:, 0].unique()) > 1:
-            warnings.warn(f"{sae}: its files say that rows begin with a BOS; these do not", stacklevel=3)
+        if declared.site not in (None, "resid_post") or declared.layer not in (None, hook.layer):
+            of_block = "" if declared.layer is None else f" of block {declared.layer}"
+            here = f"resid_post of block {hook.layer}"
+            raise UserError(f"{sae}: its files say {declared.site or 'resid_post'}{of_block}, not {here}")
+        begun = len(tokens) > 1 and len(tokens[:, 0].unique()) == 1
+        if declared.bos is not None and declared.bos != begun:
+            theirs, these = ("", " not") if declared.bos else ("do not ", "")
+            warnings.warn(
+                f"{sae}: its files say that rows {theirs}begin with a BOS; these do{these}", stacklevel=3
+            )
         if declared.ctx and tokens.shape[1] > declared.ctx:
             warnings.warn(f"{sae}: trained on {declared.ctx} positions, these rows have more", stacklevel=3)
         if not basis:

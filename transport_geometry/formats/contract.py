@@ -28,6 +28,8 @@ class Declared:
     basis: str = "raw"  # of its activations; or `centred`: TransformerLens' processed weights
     width: int | None = None  # F
     unseen: tuple[str, ...] = ()  # settings that kept some positions out of training
+    # of an SAE trained here: hashes of the model's `weights` and of its `tokenizer`, `dtype`, the `bos` token
+    model_facts: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transport_geometry.errors import UserError
 from transport_geometry.formats.contract import Declared, Format, Named, check_scaling, field, rescaled
 from transport_geometry.formats.hook_names import hook_of_lens
 from transport_geometry.formats.known_fields import inside, known
+from transport_geometry.formats.sparsify import began
 from transport_geometry.models.loading import block_name
 from transport_geometry.records import store
 from transport_geometry.records.tables import as_json
@@ -191,10 +192,11 @@ def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: Named) -> None:
         model_name=made["model"],
         hook_name=module or f"blocks.{made['layer']}.hook_resid_post",
         context_size=made["ctx"],
-        prepend_bos="bos" in made,
         dataset_path=made["data"],
         model_class_name="AutoModelForCausalLM" if module else "HookedTransformer",
     )
+    if (begins := began(made)) is not None:
+        metadata["prepend_bos"] = begins
     config = dict(
         architecture="topk",
         d_in=d,

@@ -15,6 +15,9 @@ FIELDS = known(
 )
 
 
+OF_THE_MODEL = ("weights", "tokenizer", "dtype", "bos")  # of provenance.json
+
+
 def declares(config: Named, path: str, beside: Named) -> Declared:
     """The hook is the folder's name; SAEs trained here say theirs in provenance.json."""
     made = beside.get(store.PROVENANCE, {})
@@ -30,6 +33,8 @@ def declares(config: Named, path: str, beside: Named) -> Declared:
         ctx=field(made, "ctx", int),
         bos=began(made),
         width=width,
+        unseen=("sinks",) if made.get("sinks") == "drop" else (),
+        model_facts=tuple((name, made[name]) for name in OF_THE_MODEL if name in made),
     )
 
 

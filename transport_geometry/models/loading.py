@@ -181,13 +181,14 @@ def model_hash(model: Any) -> str:
     return short_hash(json.dumps(config, sort_keys=True, default=str) + fingerprint(model))
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Short hash of a tokenizer's rules and special tokens."""
+def tokenizer_hash(tokenizer: Any, of_chats: bool = False) -> str:
+    """Short hash of a tokenizer's rules and special tokens; of_chats: of its chat template, too."""
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         rules = backend.to_str()
     else:
         rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    return short_hash(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}")
+    template = f" {tokenizer.chat_template}" if of_chats else ""
+    return short_hash(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}{template}")
 
 
 def readable_names(names: Sequence[str]) -> dict[str, str]:

@@ -304,17 +304,17 @@ def gather(out: pathlib.Path, settings: dict) -> None:
 def load_measurements(
     out: pathlib.Path, settings: dict, n_resamples: int, own: Sequence[Metric] = ()
 ) -> Measured:
-    """A finished folder under `n_resamples` resamples of the documents. All conditions share them: where
-    models have different tokenizers, document i is still the same. own: an experiment's metrics.
+    """A finished folder under `n_resamples` resamples of the documents. Conditions of as many documents share
+    them: where models have different tokenizers, document i is still the same. own: an experiment's metrics.
     """
     rows, sums = load_results(out)
     d, document = sums.pop("d"), sums.pop("document")
-    by_document = document_weights(int(document.max()) + 1, n_resamples, seed=0)
     # of sequences: one where all models share a tokenizer
     patterns, which = np.unique(document, axis=0, return_inverse=True)
     values: dict[str, np.ndarray] = {}
     for i, pattern in enumerate(patterns):
-        mine, weights = np.flatnonzero(which.ravel() == i), by_document[:, pattern]
+        mine = np.flatnonzero(which.ravel() == i)
+        weights = document_weights(int(pattern.max()) + 1, n_resamples, seed=0)[:, pattern]
         part = Sums({q: v[mine] for q, v in sums.items()}, weights, d[mine])
         for name, value in computed(part, (*METRICS, *own)).items():
             values.setdefault(name, np.empty((len(weights), len(rows))))[:, mine] = value

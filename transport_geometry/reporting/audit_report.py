@@ -276,6 +276,8 @@ def warnings(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["trained_on"] not in ("not said", row["model"]):
             text.append(TEXT["other model"].format(**row))
+        if row.get("differs"):
+            text.append(TEXT["differs"].format(sae=row["sae"], what=", ".join(row["differs"])))
         if row["r2"] < 0 and not row["r2_nosink"] >= 0:  # else it is a sink's, which its word says
             text.append(TEXT["negative"].format(**row))
         if row["unseen"]:

@@ -6,8 +6,8 @@ import itertools
 import math
 import pathlib
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transport_geometry import ANY_X86, torchrun
@@ -154,11 +154,11 @@ class Loaded:
         """Do rows of text begin with BOS, by --bos? By itself as the tokenizer encodes a text."""
         return asked == "yes" or (asked == "auto" and bos_of(self.tokenizer) is not None)
 
-    def place(self, chosen: Chosen, grid: Grid) -> Place:
+    def place(self, chosen: Chosen, grid: Grid, source: heldout.Source) -> Place:
         """No longer than the SAE was trained on. Its file's word on BOS stands above --bos."""
         bos = chosen.declared.bos
         if bos is None:
-            bos = self.begins(grid.bos)
+            bos = rows_begin(self, source, grid)
         return Place(chosen.model, chosen.layer, min(grid.ctx, chosen.declared.ctx or grid.ctx), bos)
 
 
@@ -188,13 +188,16 @@ def plan(
             refused += [external_saes.refusal(one, why) for one in chosen if one.model == name]
             chosen = [one for one in chosen if one.model != name]
             continue
-        models[name] = Loaded(called[name], model, tokenizer, model_hash(model), tokenizer_hash(tokenizer))
-    place_of = {one.file.label: models[one.model].place(one, grid) for one in chosen}
-    if otherwise := [at for at, place in place_of.items() if grid.bos == ("no" if place.bos else "yes")]:
-        torchrun.say(
-            f"--bos {grid.bos}: not for {len(otherwise)} of {len(place_of)} SAEs, whose files say otherwise: "
-            + ", ".join(otherwise[:3])
-        )
+        rules = tokenizer_hash(tokenizer, heldout.chats(source.data, grid.split))
+        models[name] = Loaded(called[name], model, tokenizer, model_hash(model), rules)
+    place_of = {one.file.label: models[one.model].place(one, grid, source) for one in chosen}
+    for flag, otherwise in (
+        (f"--bos {grid.bos}", [at for at, on in place_of.items() if grid.bos == ("no" if on.bos else "yes")]),
+        (f"--ctx {grid.ctx}", [at for at, on in place_of.items() if on.ctx < grid.ctx]),
+    ):
+        if otherwise:
+            these = f"{len(otherwise)} of {len(place_of)} SAEs"
+            torchrun.say(f"{flag}: not for {these}, whose files say otherwise: {', '.join(otherwise[:3])}")
     places = list(dict.fromkeys(place_of.values()))
     if not grid.saes:
         begins = {name: rows_begin(loaded, source, grid) for name, loaded in models.items()}
@@ -328,6 +331,13 @@ def from_files(
     found, refused = external_saes.check(
         chosen, hook, loaded.called, held.input_ids[:4], place.ctx, place.bos, believed, grid.ignore_fields
     )
+    here: dict[str, Any] = {
+        "weights": loaded.weights,
+        "tokenizer": loaded.tokenizer_hash,
+        "dtype": grid.dtype,
+    }
+    here |= {"bos": loaded.first_token} if place.bos else {}
+    found = [replace(one, differs=differences(dict(one.declared.model_facts), here)) for one in found]
     candidates = [
         Candidate(
             Condition(loaded.called, hook.layer, one.file.label, one.file.format, one.d_sae, one.k, 0, 0), one
@@ -335,6 +345,19 @@ def from_files(
         for one in found
     ]
     return candidates, refused
+
+
+def differences(trained_on: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an SAE trained here was trained on otherwise than it is measured. Weights are hashed in their
+    dtype, so that another dtype alone is named as that.
+
+    >>> differences({"weights": "a", "dtype": "float32", "bos": 0}, {"weights": "b", "dtype": "float32"})
+    ('weights',)
+    >>> differences({"weights": "a", "dtype": "float32"}, {"weights": "b", "dtype": "bfloat16"})
+    ('dtype',)
+    """
+    other = [name for name, value in trained_on.items() if here.get(name, value) != value]
+    return tuple(name for name in other if name != "weights" or "dtype" not in other)
 
 
 def trained_here(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from transport_geometry import flops, kernels, torchrun
-from transport_geometry.errors import Fault
+from transport_geometry.errors import Fault, UserError
 from transport_geometry.measuring.evaluate import (
     DRAWS,
     PATCHED_RUNS,
@@ -84,6 +84,8 @@ class Experiment:
     study_passes: int = 0  # and its study a hook, in passes of the evaluation text
     # raises UserError for hooks that it cannot measure, before anything is trained or written
     check: Callable[[list[EvalSet]], None] | None = None
+    # does its study patch SAEs? It knows neither --leave-sinks nor what `+turned` makes of an SAE
+    study_patches: bool = False
     where: bool = False  # are the positions and tokens kept that a patch harms?
     # its folder where no other was asked for: a run with other settings is left there, and this one goes
     # beside it
@@ -141,6 +143,10 @@ def run(command: Command, experiment: Experiment) -> tuple[pathlib.Path, dict] |
     settings |= {"rows": ROW_VERSION, **command.own}
     if experiment.check:
         experiment.check(eval_sets)
+    turns = any(one.turn for eval_set in eval_sets for one in eval_set.candidates)
+    if experiment.study_patches and (grid.leave_sinks or turns):
+        what = "--leave-sinks" if grid.leave_sinks else "+turned"
+        raise UserError(f"{what}: not for {experiment.name}.py, whose tables would be partly without it")
     if command.out == experiment.default_out and not command.fresh:
         command = replace(command, out=next_free_folder(command.out, settings))
         if command.out != experiment.default_out:

@@ -61,11 +61,14 @@ class ExternalSAE:
     fvu_as_said: float  # unexplained variance there, read as its files say; nan where --basis says
     fvu_otherwise: float  # the least of other readings
     fields: Fields = Fields()  # of its files, that nothing is computed with
+    differs: tuple[str, ...] = ()  # what of the language model is another than it was trained on
 
     def in_settings(self) -> dict[str, Any]:
         """What a results folder keeps of it, so that a run is not continued with another one of its name."""
         declared = dataclasses.asdict(self.declared)
+        del declared["model_facts"]
         own = {"unseen": list(self.declared.unseen), "fingerprint": self.fingerprint}
+        own |= {"differs": list(self.differs)} if self.differs else {}
         return declared | own | {name: list(of) for name, of in vars(self.fields).items() if of}
 
     def load(self) -> SAE:

@@ -286,6 +286,11 @@ def tokenised(data: str, split: str) -> bool:
     return not isinstance(next(documents(data, "train", split), ""), str)
 
 
+def chats(data: str, split: str) -> bool:
+    """Whether the documents are chats, which the tokenizer's template makes text of."""
+    return isinstance(next(documents(data, "train", split), ""), Chat)
+
+
 KEPT_TOKENS = 2**23  # of a text, by `keeping_rows`
 _kept: dict[tuple, list[torch.Tensor]] | None = None
 
@@ -310,7 +315,7 @@ def one_pass(
     if _kept is None:
         yield from packed_rows(data, "train", tokenizer, ctx, split, bos)
         return
-    known = _kept.setdefault((data, tokenizer_hash(tokenizer), ctx, split, bos), [])
+    known = _kept.setdefault((data, tokenizer_hash(tokenizer, of_chats=True), ctx, split, bos), [])
     from_memory = list(known)
     yield from from_memory
     rows = packed_rows(data, "train", tokenizer, ctx, split, bos)
