@@ -150,20 +150,18 @@ def test_another_tokenizer_configuration_or_dtype_is_another_sae(tmp_path, model
 def test_the_intervals_of_an_sae_are_its_own(tmp_path):
     """Beside another that is read on rows of other documents, they stay what they are alone."""
     data, cache = write(tmp_path / "d.jsonl", train=1), tmp_path / "cache"
-    with data.open(
-        "a"
-    ) as file:  # each gives four rows of 256 tokens, before a second of a short one is taken
+    with data.open("a") as file:  # each gives up to four rows of 256 tokens, and others none by themselves
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents(2, "heldout", 4, words=500))
     for ctx in (16, 256):
         grid = "--models stdlib-s --k 4 --tokens 2k --expansion 4 --eval-seqs 4 --ctx".split()
         script("expb.py", *grid, ctx, "--data", data, "--cache", cache, "--out", tmp_path / str(ctx))
     how = ["--models", "stdlib-s", "--data", data, "--eval-seqs", 20, "--ctx", 256]
-    (short,) = [one for one in saes(cache) if store.load(cache / one / store.PROVENANCE)["ctx"] == 16]
+    (long,) = [one for one in saes(cache) if store.load(cache / one / store.PROVENANCE)["ctx"] == 256]
     rows = []
-    for name, which in (("both", "*"), ("alone", short)):
+    for name, which in (("both", "*"), ("alone", long)):
         script("audit.py", *how, "--sae", f"{cache}/{which}", "--out", tmp_path / name)
         table = read_table(tmp_path / name / "audit.csv")
-        rows += [row for row in table if short in row["sae"]]
+        rows += [row for row in table if long in row["sae"]]
     settings = json.loads((tmp_path / "both/run.json").read_text())["settings"]
     assert len(set(settings["documents"])) == 2
     both, alone = (
