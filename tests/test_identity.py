@@ -16,10 +16,13 @@ from transport_geometry import FIXED_CODE
 from transport_geometry.models.loading import readable_names
 from transport_geometry.records import store
 from transport_geometry.records.tables import read_table
+from transport_geometry.saes import external_saes
+from transport_geometry.saes.sae import save_sae, tied_init
 from transport_geometry.text.heldout import in_heldout
 
 import numpy as np
 import pytest
+import torch
 
 SIZE = "--eval-seqs 6 --ctx 64".split()
 GRID = ["--k", "4", "--tokens", "10k", *SIZE]
@@ -208,6 +211,15 @@ def test_results_do_not_say_where_things_lie(tmp_path, model):
     (tmp_path / "a").rename(tmp_path / "b")
     run("expb.py", "b", "out")
     assert len(saes(tmp_path / "cache")) == 1 and (tmp_path / "out/conditions.csv").read_bytes() == before
+
+
+def test_an_sae_trained_here_finds_its_folder_among_several_models(tmp_path, model):
+    """Its file names the folder as results do, and --models as it was typed."""
+    folder = tmp_path / "saes/layers.3"
+    sae = tied_init(64, 256, 4, 0, torch.zeros(64))
+    save_sae(folder, sae, {"model": "model", "layer": 3, "ctx": 32, "data": "stdlib"})
+    taken, refused = external_saes.choose([str(folder)], [(str(model), 3), ("stdlib-m", 3)])
+    assert [(one.model, one.layer) for one in taken] == [(str(model), 3)] and not refused
 
 
 def test_nor_do_they_where_an_sae_says_so_itself(tmp_path, model):

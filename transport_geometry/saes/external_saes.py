@@ -21,6 +21,7 @@ from transport_geometry.formats.find_and_read import SaeFile
 from transport_geometry.formats.hook_names import hub_name
 from transport_geometry.formats.known_fields import Fields
 from transport_geometry.models.lm import Hook
+from transport_geometry.models.loading import readable_names
 from transport_geometry.saes import basis_gate
 from transport_geometry.saes.sae import SAE
 
@@ -184,7 +185,9 @@ def model_of(file: SaeFile, declared: Declared, asked: dict[str, set[int | None]
         return next(iter(asked))
     if declared.model is None:
         raise UserError(f"--sae {file.label}: its files name no model; name one with --models")
-    return hub_name(declared.model)
+    # an SAE trained here names a folder as results do
+    called = [name for name, short in readable_names(list(asked)).items() if short == declared.model]
+    return called[0] if called else hub_name(declared.model)
 
 
 def layer_of(
