@@ -187,7 +187,7 @@ def tokenizer_hash(tokenizer: Any, of_chats: bool = False) -> str:
         rules = backend.to_str()
     else:
         rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    template = f" {tokenizer.chat_template}" if of_chats else ""
+    template = f" {getattr(tokenizer, 'chat_template', None)}" if of_chats else ""
     return short_hash(f"{tokenizer.eos_token_id} {tokenizer.bos_token_id} {rules}{template}")
 
 
