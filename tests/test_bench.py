@@ -199,7 +199,7 @@ def test_planted_peers():
 @pytest.mark.slow
 def test_peers_real(tmp_path):
     """On a model without a sink."""
-    small = "--model stdlib-s --layers 1,3 --tokens 8k --seqs 8 --ctx 64 --k 4 --out".split()
+    small = "--model stdlib-s --layers 1,3 --tokens 5k --seqs 8 --ctx 64 --k 4 --out".split()
     said = bench("peers_real", *small, tmp_path)
     saes, pairs = tables(said)
     assert [(row["library"], row["block"]) for row in saes] == [

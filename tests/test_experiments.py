@@ -358,10 +358,13 @@ def imports(path: pathlib.Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["expc_fisher", "expe_attention", "expf_rate"])
 @pytest.mark.parametrize(
-    "model, more, flag",
-    [("stdlib-s@3", ["--leave-sinks"], "--leave-sinks"), ("stdlib-s+turned1@3", [], "+turned")],
+    "name, model, more, flag",
+    [
+        ("expc_fisher", "stdlib-s@3", ["--leave-sinks"], "--leave-sinks"),
+        ("expe_attention", "stdlib-s@3", ["--leave-sinks"], "--leave-sinks"),
+        ("expf_rate", "stdlib-s+turned1@3", [], "+turned"),
+    ],
 )
 def test_no_table_is_partly_without_a_flag(name, model, more, flag, tmp_path):
     """What is measured once a hook knows neither, while the rows of SAEs would."""
