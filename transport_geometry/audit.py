@@ -139,8 +139,8 @@ def _reconstruction(
             of_block = "" if declared.layer is None else f" of block {declared.layer}"
             here = f"resid_post of block {hook.layer}"
             raise UserError(f"{sae}: its files say {declared.site or 'resid_post'}{of_block}, not {here}")
-        begun = len(tokens) > 1 and len(tokens[:, 0].unique()) == 1
-        if declared.bos is not None and declared.bos != begun:
+        begun = len(tokens[:, 0].unique()) == 1
+        if len(tokens) > 1 and declared.bos not in (None, begun):
             theirs, these = ("", " not") if declared.bos else ("do not ", "")
             warnings.warn(
                 f"{sae}: its files say that rows {theirs}begin with a BOS; these do{these}", stacklevel=3
