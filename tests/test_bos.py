@@ -100,7 +100,7 @@ def test_rows_of_ids_that_have_it_do_not_get_a_second(tmp_path):
     rows = [[30, *rng.choices(range(1, 30), k=9)] for _ in range(400)]
     data = write(tmp_path / "ids.jsonl", [{"input_ids": row} for row in rows])
 
-    assert heldout.tokenised(data, "train")
+    assert heldout.kind_of(data, "train") == "ids"
     packed = torch.stack(list(heldout.packed_rows(data, "train", Letters(), 10, bos=30)))
     held = heldout.heldout_rows(data, Letters(), ctx=10, n=12, bos=30).input_ids
     for found in (packed, held):
@@ -163,15 +163,16 @@ def test_a_files_own_word_stands_above_it(begun, tmp_path):
     model, tokenizer = load_model(begun, CPU)
     loaded = Loaded("begun", model, tokenizer, "w", "t")
     rows = [{"tokens": list(range(5, 45))} for _ in range(9)]
-    text, ids = heldout.find("stdlib"), heldout.find(write(tmp_path / "ids.jsonl", rows))
+    ids = write(tmp_path / "ids.jsonl", rows)
     cases = [(True, "no", True), (False, "yes", False), (None, "auto", True), (None, "no", False)]
     for declared, asked, expected in cases:
         of_file = types.SimpleNamespace(bos=declared, ctx=None)
         one = types.SimpleNamespace(model="begun", layer=1, declared=of_file)
-        for source in (text, ids):
-            grid = small_grid(eval_seqs=2, ctx=16, bos=asked, data=source.data)
-            as_they_are = source is ids and declared is None
-            assert loaded.place(one, grid, source).bos is (expected and not as_they_are)
+        for data, kind in (("stdlib", "text"), (ids, "ids")):
+            assert heldout.kind_of(data, "train") == kind
+            grid = small_grid(eval_seqs=2, ctx=16, bos=asked, data=data)
+            as_they_are = kind == "ids" and declared is None
+            assert loaded.place(one, grid, kind).bos is (expected and not as_they_are)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ KINDS = {
 }
 
 
+def began(made: Named) -> bool | None:
+    """Did the rows of an SAE trained here begin with BOS? None where nothing is known: of another's SAE, and
+    of rows that came as token ids and had none put before them.
+    """
+    if not made or "bos" not in made and made.get("as_ids"):
+        return None
+    return "bos" in made
+
+
 def field(config: Named, name: str, kind: type, default: Any = None) -> Any:
     """config[name], or the default where it is null or missing. Raises UserError where it is of another kind.
 

@@ -6,10 +6,9 @@ import re
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.contract import Declared, Format, Named, check_scaling, field, rescaled
+from transport_geometry.formats.contract import Declared, Format, Named, began, check_scaling, field, rescaled
 from transport_geometry.formats.hook_names import hook_of_lens
 from transport_geometry.formats.known_fields import inside, known
-from transport_geometry.formats.sparsify import began
 from transport_geometry.models.loading import block_name
 from transport_geometry.records import store
 from transport_geometry.records.tables import as_json

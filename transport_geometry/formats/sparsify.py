@@ -3,7 +3,7 @@
 from typing import Any
 
 from transport_geometry.errors import UserError
-from transport_geometry.formats.contract import Declared, Format, Named, field
+from transport_geometry.formats.contract import Declared, Format, Named, began, field
 from transport_geometry.formats.hook_names import hook_of_path
 from transport_geometry.formats.known_fields import known
 from transport_geometry.records import store
@@ -36,15 +36,6 @@ def declares(config: Named, path: str, beside: Named) -> Declared:
         unseen=("sinks",) if made.get("sinks") == "drop" else (),
         model_facts=tuple((name, made[name]) for name in OF_THE_MODEL if name in made),
     )
-
-
-def began(made: Named) -> bool | None:
-    """Did the rows of an SAE trained here begin with BOS? None where nothing is known: of another's SAE, and
-    of rows that came as token ids and had none put before them.
-    """
-    if not made or "bos" not in made and made.get("as_ids"):
-        return None
-    return "bos" in made
 
 
 def computes(t: Named, config: Named, beside: Named) -> dict[str, Any]:

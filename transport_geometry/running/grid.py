@@ -154,11 +154,11 @@ class Loaded:
         """Do rows of text begin with BOS, by --bos? By itself as the tokenizer encodes a text."""
         return asked == "yes" or (asked == "auto" and bos_of(self.tokenizer) is not None)
 
-    def place(self, chosen: Chosen, grid: Grid, source: heldout.Source) -> Place:
+    def place(self, chosen: Chosen, grid: Grid, kind: str) -> Place:
         """No longer than the SAE was trained on. Its file's word on BOS stands above --bos."""
         bos = chosen.declared.bos
         if bos is None:
-            bos = rows_begin(self, source, grid)
+            bos = rows_begin(self, grid, kind)
         return Place(chosen.model, chosen.layer, min(grid.ctx, chosen.declared.ctx or grid.ctx), bos)
 
 
@@ -176,6 +176,7 @@ def plan(
     """
     chosen, refused = external_saes.choose(grid.saes, grid.models, grid.basis) if grid.saes else ([], [])
     source = heldout.find(grid.data, grid.column, grid.config)
+    kind = heldout.kind_of(source.data, grid.split)
     names = list(dict.fromkeys([one.model for one in chosen] or [name for name, _ in grid.models]))
     called, models = readable_names(names), {}
     for name in names:
@@ -188,9 +189,9 @@ def plan(
             refused += [external_saes.refusal(one, why) for one in chosen if one.model == name]
             chosen = [one for one in chosen if one.model != name]
             continue
-        rules = tokenizer_hash(tokenizer, heldout.chats(source.data, grid.split))
+        rules = tokenizer_hash(tokenizer, of_chats=kind == "chats")
         models[name] = Loaded(called[name], model, tokenizer, model_hash(model), rules)
-    place_of = {one.file.label: models[one.model].place(one, grid, source) for one in chosen}
+    place_of = {one.file.label: models[one.model].place(one, grid, kind) for one in chosen}
     for flag, otherwise in (
         (f"--bos {grid.bos}", [at for at, on in place_of.items() if grid.bos == ("no" if on.bos else "yes")]),
         (f"--ctx {grid.ctx}", [at for at, on in place_of.items() if on.ctx < grid.ctx]),
@@ -200,7 +201,7 @@ def plan(
             torchrun.say(f"{flag}: not for {these}, whose files say otherwise: {', '.join(otherwise[:3])}")
     places = list(dict.fromkeys(place_of.values()))
     if not grid.saes:
-        begins = {name: rows_begin(loaded, source, grid) for name, loaded in models.items()}
+        begins = {name: rows_begin(loaded, grid, kind) for name, loaded in models.items()}
         places = [Place(name, layer, grid.ctx, begins[name]) for name, layer in grid.models]
     rows: dict[tuple, heldout.HeldOut] = {}
     eval_sets = []
@@ -225,7 +226,7 @@ def plan(
             if not candidates:
                 continue
         else:
-            candidates = trained_here(place, hook, loaded, source, grid, device)
+            candidates = trained_here(place, hook, loaded, source, kind, grid, device)
         several = sum((other.model, other.layer) == (place.model, place.layer) for other in places) > 1
         # SAEs of one place that want other contexts have null rows of their own
         suffix = f"-{'bos-' if place.bos else ''}ctx{place.ctx}" if several else ""
@@ -269,10 +270,11 @@ def check_ignored(grid: Grid, eval_sets: Sequence[EvalSet]) -> None:
             raise UserError(f"--ignore-field {typed}: no SAE here is refused for such a field")
 
 
-def rows_begin(loaded: Loaded, source: heldout.Source, grid: Grid) -> bool:
-    """Do a model's rows begin with BOS? Those that come as token ids stay as they are unless asked for."""
-    begins = loaded.begins(grid.bos)
-    return begins and (grid.bos == "yes" or not heldout.tokenised(source.data, grid.split))
+def rows_begin(loaded: Loaded, grid: Grid, kind: str) -> bool:
+    """Do a model's rows begin with BOS? Those that come as token ids stay as they are unless asked for. kind:
+    of the documents, `heldout.kind_of`.
+    """
+    return loaded.begins(grid.bos) and (grid.bos == "yes" or kind != "ids")
 
 
 def check_plant(name: str, hook: Hook, from_files: bool) -> None:
@@ -361,7 +363,13 @@ def differences(trained_on: Mapping[str, Any], here: Mapping[str, Any]) -> tuple
 
 
 def trained_here(
-    place: Place, hook: Hook, loaded: Loaded, source: heldout.Source, grid: Grid, device: torch.device
+    place: Place,
+    hook: Hook,
+    loaded: Loaded,
+    source: heldout.Source,
+    kind: str,
+    grid: Grid,
+    device: torch.device,
 ) -> list[Candidate]:
     """The SAEs that the grid asks for at one hook. Raises UserError."""
     name = place.model
@@ -377,7 +385,6 @@ def trained_here(
     own_name = readable_names([trained_on])[trained_on]
     turn = sum(one.turn(hook.layer, text_config(hook.model).num_hidden_layers) for one in planted)
     had = {tokens: plant.planted_budget(planted, tokens) for tokens in grid.tokens}
-    as_ids = heldout.tokenised(source.data, grid.split) or None
     out = []
     arms = itertools.product(grid.sinks, grid.recipes, grid.tokens, grid.k, grid.seeds)
     for sinks, recipe, tokens, k, seed in arms:
@@ -401,7 +408,7 @@ def trained_here(
             recipe=recipe,
             sinks=sinks,
             bos=loaded.first_token if place.bos else None,
-            as_ids=as_ids,
+            as_ids=kind == "ids" or None,
             instructions=any_x86(device),
         )
         called = sae_name(grid.expansion, sinks)

@@ -281,14 +281,14 @@ def packed_rows(
         yield from map(torch.tensor, rows)
 
 
-def tokenised(data: str, split: str) -> bool:
-    """Whether the documents are token ids."""
-    return not isinstance(next(documents(data, "train", split), ""), str)
-
-
-def chats(data: str, split: str) -> bool:
-    """Whether the documents are chats, which the tokenizer's template makes text of."""
-    return isinstance(next(documents(data, "train", split), ""), Chat)
+def kind_of(data: str, split: str) -> str:
+    """What the documents are, by the first: token `ids`, `chats`, of which the tokenizer's template makes
+    text, or `text`.
+    """
+    first = next(documents(data, "train", split), "")
+    if isinstance(first, Chat):
+        return "chats"
+    return "text" if isinstance(first, str) else "ids"
 
 
 KEPT_TOKENS = 2**23  # of a text, by `keeping_rows`
