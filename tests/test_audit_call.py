@@ -77,6 +77,8 @@ def test_rows_that_the_files_speak_against(trained, tmp_path, recwarn):
     for given, rows, told in (
         (with_bos, held.input_ids, ["begin with a BOS"]),
         (with_bos, begun, []),
+        (with_bos, begun[:1], []),  # one row says nothing of it
+        (folder, begun, ["rows do not begin with a BOS; these do"]),
         (with_bos, begun.repeat(1, 2), [f"trained on {CTX} positions"]),
         (tmp_path / "lens", held.input_ids, []),
     ):
@@ -126,10 +128,8 @@ def test_what_cannot_be_audited_is_one_line(trained, tmp_path):
         (dict(layer=99), "99"),
         (dict(sae=tmp_path / "nothing"), "no such file"),
         (dict(layer=4), "resid_post of block 3, not resid_post of block 4"),
-        (
-            dict(sae=unnamed, layer=4),
-            "refused",
-        ),  # where the files do not say it: the one before explains more
+        # where the files do not say it, the block before explains more
+        (dict(sae=unnamed, layer=4), "refused"),
         (dict(sae=lambda h: h, basis="raw"), "basis"),
     ):
         with pytest.raises(UserError, match=says):

@@ -251,3 +251,9 @@ def test_a_sink_that_is_left_out_does_not_look_like_another_layer(r2, nosink, do
     """R² below 0 by the sink alone: the SAE's word says so, and nothing else is wrong with it."""
     row = dict(sae="a", trained_on="m", model="m", r2=r2, r2_nosink=nosink, unseen=[])
     assert len([line for line in warnings([row]) if "the wrong model" in line]) == doubted
+
+
+def test_what_is_not_patched_is_not_said_to_be():
+    """An SAE that was trained without sinks is patched there too, but for --leave-sinks."""
+    row = dict(sae="a", trained_on="m", model="m", r2=0.9, r2_nosink=0.9, unseen=["sinks"])
+    assert "is patched there too" in warnings([row])[0] and warnings([row], leave_sinks=True) == []

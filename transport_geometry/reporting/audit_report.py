@@ -189,7 +189,8 @@ def console(rows: list[dict], found: list[dict], settings: dict) -> str:
             r2, ce_rec = (estimate(row, f"delta_{metric}", 3) for metric in ("r2", "ce_rec"))
             lines += hanging(f"{name_in_pair(row, 'a', names)} over {name_in_pair(row, 'b', names)}")
             lines.append(f"  R² {r2}, CE_rec {ce_rec}")
-    odd = warnings([row | {"sae": names[row["sae"]]} for row in rows])
+    leave_sinks = settings.get("leave_sinks", False)
+    odd = warnings([row | {"sae": names[row["sae"]]} for row in rows], leave_sinks)
     said = [*odd, *(f"refused: {sae}: {why}" for sae, why in sorted(settings.get("refused", {}).items()))]
     lines += [""] * bool(said)
     for line in said:
@@ -270,8 +271,8 @@ HEADLINE = [
 ]
 
 
-def warnings(rows: list[dict]) -> list[str]:
-    """What makes a row's numbers other than they seem."""
+def warnings(rows: list[dict], leave_sinks: bool = False) -> list[str]:
+    """What makes a row's numbers other than they seem. leave_sinks: were sinks not patched?"""
     text = []
     for row in rows:
         if row["trained_on"] not in ("not said", row["model"]):
@@ -280,7 +281,7 @@ def warnings(rows: list[dict]) -> list[str]:
             text.append(TEXT["differs"].format(sae=row["sae"], what=", ".join(row["differs"])))
         if row["r2"] < 0 and not row["r2_nosink"] >= 0:  # else it is a sink's, which its word says
             text.append(TEXT["negative"].format(**row))
-        if row["unseen"]:
+        if row["unseen"] and not leave_sinks:
             text.append(TEXT["unseen"].format(sae=row["sae"], positions=", ".join(row["unseen"])))
         if row.get("ignored"):
             text.append(TEXT["ignored"].format(sae=row["sae"], fields=", ".join(row["ignored"])))
@@ -323,7 +324,7 @@ def audit_report(rows: list[dict], found: list[dict], settings: dict) -> str:
     return TEXT["report"].format(
         answer=answer(rows, found, settings).markdown(),
         pairs="\n".join(pair_report(found, settings)),
-        warnings="".join(f"- **{line}**\n" for line in warnings(rows)),
+        warnings="".join(f"- **{line}**\n" for line in warnings(rows, settings.get("leave_sinks", False))),
         one_by_one="\n".join(tables),
         words=ABOUT_WORDS,
         about=TEXT["about columns"],
