@@ -16,7 +16,6 @@ Prints Markdown tables: (1) the score that each library reports, and what the au
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -26,7 +25,17 @@ from collections.abc import Callable
 import bench
 import peers
 from common import parse_count, run_script
-from planted_peers import SPARSIFY_ROWS, Task, Trained, dictionary_learning, passages, saelens, sparsify
+from planted_peers import (
+    SPARSIFY_ROWS,
+    Task,
+    Trained,
+    dictionary_learning,
+    saelens,
+    sparsify,
+    task_of,
+    versions,
+)
+from transport_geometry.errors import UserError
 from transport_geometry.machine import processor
 from transport_geometry.measuring.r2_by_library import LIBRARIES
 from transport_geometry.models.gguf_models import is_gguf, unpacked
@@ -69,38 +78,24 @@ From block {first} to block {last}: the library's own score, and what the patche
 """
 
 
-def trained(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict[str, float]]:
-    """{library/layer: its own scores}. The SAEs lie in --out; what an earlier run made is kept."""
-    model, tokenizer = load_model(str(folder), CPU)
-    (names,) = [name for name, part in model.named_modules() if list(part.children()) == blocks(model)]
-    d = text_config(model).hidden_size
-    task = Task(
-        folder=str(folder),
-        blocks=names,
-        layer=0,
-        token=tokenizer.bos_token_id or tokenizer.eos_token_id,
-        train=passages("train"),
-        held=passages("heldout"),
-        tokens=args.tokens,
-        ctx=args.ctx,
-        step=args.ctx,
-        seqs=args.seqs,
-        d=d,
-        d_sae=args.expansion * d,
-        k=args.k,
-        seed=0,
-    )
+def trained(args: argparse.Namespace, task: Task) -> dict[str, dict[str, float]]:
+    """{library/layer: its own scores}. The SAEs lie in --out; what an earlier run made is kept. Raises
+    UserError where that run asked for something else.
+    """
+    asked = {name: getattr(args, name) for name in ("model", "tokens", "k", "expansion", "ctx", "seqs")}
     kept = args.out / "scores.json"
-    scores = json.loads(kept.read_text()) if kept.exists() else {}
+    saved = json.loads(kept.read_text()) if kept.exists() else {"asked": asked, "scores": {}}
+    if saved["asked"] != asked:
+        raise UserError(f"--out {args.out} holds SAEs of another run: {saved['asked']}")
     for layer in tqdm(args.layers, desc="layers"):
         for library, (train, *_) in REPORTED.items():
             out = f"{library}/{layer}"
-            if out not in scores:
+            if out not in saved["scores"]:
                 with peers.quiet():
                     made = train(dataclasses.replace(task, layer=layer, out=str(args.out / "saes" / out)))
-                scores[out] = {name: float(value) for name, value in made.scores.items()}
-                store.write(kept, as_json(scores))
-    return scores
+                saved["scores"][out] = {name: float(value) for name, value in made.scores.items()}
+                store.write(kept, as_json(saved))
+    return saved["scores"]
 
 
 def audit(args: argparse.Namespace, folder: pathlib.Path) -> pathlib.Path:
@@ -170,17 +165,21 @@ def main() -> None:
     disable_progress_bars()
     lens_logger.setLevel("ERROR")
     args.out.mkdir(parents=True, exist_ok=True)
-    folder = unpacked(args.model, args.out) if is_gguf(args.model) else EMBEDDED[args.model]
-    scores = trained(args, folder.resolve())
-    found = report(args, scores, audit(args, folder.resolve()))
-    libraries = ("torch", "transformers", "sae-lens", "eai-sparsify", "dictionary-learning", "nnsight")
+    folder = (unpacked(args.model, args.out) if is_gguf(args.model) else EMBEDDED[args.model]).resolve()
+    model, tokenizer = load_model(str(folder), CPU)
+    (names,) = [name for name, part in model.named_modules() if list(part.children()) == blocks(model)]
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    width = text_config(model).hidden_size
+    task = task_of(args, width, folder=str(folder), blocks=names, layer=args.layers[0], token=token)
+    scores = trained(args, task)
+    found = report(args, scores, audit(args, folder))
     print(
         HEAD.format(
-            versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries),
+            versions=versions(),
             processor=f"{processor()}, {torch.get_num_threads()} threads",
             model=args.model,
             layers=", ".join(map(str, args.layers)),
-            d_sae=args.expansion * text_config(load_model(str(folder), CPU)[0]).hidden_size,
+            d_sae=task.d_sae,
             k=args.k,
             tokens=readable_count(args.tokens),
             ctx=args.ctx,

@@ -135,6 +135,28 @@ def passages(side: str) -> list[str]:
     return [pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))]
 
 
+def task_of(args: argparse.Namespace, d: int, **of_model: Any) -> Task:
+    """What the flags ask of everyone, on a model of width d. of_model: folder, blocks, layer, token."""
+    return Task(
+        **of_model,
+        train=passages("train"),
+        held=passages("heldout"),
+        tokens=args.tokens,
+        ctx=args.ctx,
+        step=args.ctx,
+        seqs=args.seqs,
+        d=d,
+        d_sae=args.expansion * d,
+        k=args.k,
+        seed=0,
+    )
+
+
+def versions() -> str:
+    libraries = ("torch", "transformers", "sae-lens", "eai-sparsify", "dictionary-learning", "nnsight")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+
+
 # ---------------------------------------------------------------------------------------------- the libraries
 def saelens(task: Task, prepend_bos: bool = True, exclude_special_tokens: bool = False) -> Trained:
     """Its runner on text: it tokenises, puts the beginning-of-sequence token between passages, and, by
@@ -444,31 +466,15 @@ def main() -> None:
     disable_progress_bars()
     lens_logger.setLevel("ERROR")
     d = load_model(MODEL, CPU)[0].config.hidden_size
-    task = Task(
-        folder="",
-        blocks="gpt_neox.layers",
-        layer=LAYER,
-        token=TOKEN,
-        train=passages("train"),
-        held=passages("heldout"),
-        tokens=args.tokens,
-        ctx=args.ctx,
-        step=args.ctx,
-        seqs=args.seqs,
-        d=d,
-        d_sae=args.expansion * d,
-        k=args.k,
-        seed=0,
-    )
+    task = task_of(args, d, folder="", blocks="gpt_neox.layers", layer=LAYER, token=TOKEN)
     runs: dict[tuple[Feed, str], list[dict[str, Numbers]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         folders = {"plain": str(EMBEDDED[MODEL]), "planted": planted_folder(args.norm, folder)}
         for feed, model, numbers in every_run(args, task, folders):
             runs.setdefault((feed, model), []).append(numbers)
-    libraries = ("torch", "transformers", "sae-lens", "eai-sparsify", "dictionary-learning", "nnsight")
     print(
         HEAD.format(
-            versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries),
+            versions=versions(),
             model=MODEL,
             layer=LAYER,
             d_sae=task.d_sae,
