@@ -37,7 +37,7 @@ from transport_geometry.reporting import claims_report, where_it_hurts
 from transport_geometry.reporting import leaderboard_report as shared
 from transport_geometry.reporting.audit_report import trial_lines
 from transport_geometry.reporting.console import Answer, as_sentence, number
-from transport_geometry.reporting.figures import saes_against
+from transport_geometry.reporting.figures import along_depth, saes_against
 from transport_geometry.reporting.sae_words import ABOUT_WORDS, OF_A_ROW, WORDS, with_words
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
@@ -318,6 +318,7 @@ def figures(saes: list[dict], board: list[dict], leaf: str, models: list[str]) -
         "leaderboard.png": shared.leaderboard_figure(board, f"H2, that SWD does: {leaf}"),
         "swd_r2.png": saes_against(saes, pair, models, two, size=(4.5, 4.2)),
         "proxies.png": saes_against(saes, PROXIES, models, every),
+        "layers.png": along_depth(saes, models),
     }
 
 

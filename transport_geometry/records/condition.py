@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+NO_SINKS = "-nosinks"  # ends the name of an SAE that was trained here with --sinks drop
+
 
 def hook_of(row: Mapping[str, Any]) -> str:
     """model@layer of a row, as settings and reports call its hook."""

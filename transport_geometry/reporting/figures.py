@@ -5,12 +5,14 @@ matplotlib is imported where something is drawn, not before: it is slow, and a r
 """
 
 import io
+import itertools
 import re
 import types
 import typing
 from collections.abc import Sequence
 
 from transport_geometry.measuring.metrics import DISTORTION, SIGNED, SIMILARITY, Metric
+from transport_geometry.records.condition import NO_SINKS
 
 import numpy as np
 
@@ -78,15 +80,16 @@ def decade_ticks(axis: typing.Any, ends: Sequence[float], fontsize: float = 8) -
     axis.set_ticks([], minor=True)
 
 
-def points_legend(models: Sequence[str]) -> dict[str, typing.Any]:
-    """For Figure.legend: what the points of SAEs are, colour = model, size = k."""
+def points_legend(models: Sequence[str], both_arms: bool = False) -> dict[str, typing.Any]:
+    """For Figure.legend: what the points of SAEs are, colour = model, size = k, shape = arm of --sinks."""
     line = pyplot().Line2D
     points = [
         line([], [], linestyle="", marker="o", color=colour, label=model)
         for model, colour in model_colours(models).items()
     ]
-    size = line([], [], linestyle="", label="larger points: larger k")
-    return dict(handles=[*points, size], fontsize=8, frameon=False)
+    words = ["larger: larger k", *["diamonds: trained without sinks"] * both_arms]
+    points += [line([], [], linestyle="", label=text) for text in words]
+    return dict(handles=points, fontsize=8, frameon=False)
 
 
 def label_ends(axis: "Axes", lines: Sequence[tuple[float, str, typing.Any]], fontsize: float = 8) -> None:
@@ -145,15 +148,24 @@ def joined_points(
 def points_by_model(
     axis: "Axes", rows: Sequence[dict], x: np.ndarray, y: np.ndarray, models: Sequence[str]
 ) -> None:
-    """SAEs: colour = model, size = k. rows: of conditions.csv; x, y [n]: where each is drawn."""
+    """SAEs: colour = model, size = k, diamonds = trained without sinks. rows: of conditions.csv; x, y [n]:
+    where each is drawn.
+    """
+    x, y = np.asarray(x), np.asarray(y)
     names = np.array([f"{sae_name(row)}: {a:.4g}, {b:.4g}" for row, a, b in zip(rows, x, y)])
-    of_model, of_k = (np.array([row[name] or 0 for row in rows]) for name in ("model", "k"))
-    for model, colour in model_colours(models).items():
-        for k in np.unique(of_k[of_model == model]):  # of one size: a page then draws one shape many times
-            here = (of_model == model) & (of_k == k)
-            points(
-                axis, np.asarray(x)[here], np.asarray(y)[here], names[here], s=12 + 2.5 * k, color=[colour]
-            )
+    looks = [(row["model"], row["k"] or 0, dropped(row)) for row in rows]
+    colours, largest = model_colours(models), max([1, *(k for _, k, _ in looks)])
+    # of one look: a page then draws one shape many times
+    for look in sorted(set(looks), key=lambda look: (list(models).index(look[0]), *look[1:])):
+        here = np.array([one == look for one in looks])
+        model, k, without = look
+        style = dict(s=12 + 80 * k / largest, color=[colours[model]], marker="D" if without else "o")
+        points(axis, x[here], y[here], names[here], **style)
+
+
+def dropped(row: dict) -> bool:
+    """Is this SAE one that was trained here without sinks?"""
+    return str(row["sae"]).endswith(NO_SINKS)
 
 
 def sae_name(row: dict) -> str:
@@ -245,7 +257,46 @@ def saes_against(
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     figure.supylabel("CE_rec", fontsize=10)
-    figure.legend(**points_legend(models), loc="outside lower center", ncols=len(models) + 1)
+    both_arms = len({dropped(row) for row in rows}) == 2
+    legend = points_legend(models, both_arms)
+    figure.legend(**legend, loc="outside lower center", ncols=len(models) + 1 + both_arms)
+    return figure
+
+
+# column, its name, and how it is drawn: R² larger, since it lies under the next where there is no sink
+ALONG_DEPTH: tuple[tuple[str, str, typing.Any, dict[str, typing.Any]], ...] = (
+    ("r2", "R²", BLUE, dict(marker="o", s=70)),
+    ("r2_nosink", "R² without sinks", SKY, dict(marker="s")),
+    ("ce_rec", "CE_rec", ORANGE, dict(marker="D")),
+)
+
+
+def along_depth(rows: Sequence[dict], models: Sequence[str]) -> "Figure":
+    """R², R² without sinks and CE_rec of SAEs by layer, at the middle k and the most tokens, means over
+    seeds: a row of panels for each model, a column for each recipe and arm of --sinks.
+    """
+    ks = sorted({row["k"] for row in rows})
+    k, most = ks[len(ks) // 2], max(row["tokens"] for row in rows)
+    rows = [row for row in rows if (row["k"], row["tokens"]) == (k, most)]
+    kinds = list(dict.fromkeys((row["recipe"], row["sae"]) for row in rows))
+    shape = dict(figsize=(4.5 * len(kinds), 2.8 * len(models)), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(len(models), len(kinds), **shape)
+    for axis, (model, kind) in zip(axes.flat, itertools.product(models, kinds)):
+        here = [row for row in rows if (row["model"], row["recipe"], row["sae"]) == (model, *kind)]
+        layers = sorted({row["layer"] for row in here})
+        for name, _, colour, style in ALONG_DEPTH:
+            y = [np.mean([row[name] for row in here if row["layer"] == layer]) for layer in layers]
+            says = [f"{model}@{layer} k {k}: {name} {value:.4g}" for layer, value in zip(layers, y)]
+            joined_points(axis, layers, y, says, colour, **style)
+        axis.set_title(", ".join([model, *kind, f"k {k}"]), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    legend = [
+        pyplot().Line2D([], [], color=colour, marker=style["marker"], label=label)
+        for _, label, colour, style in ALONG_DEPTH
+    ]
+    figure.supxlabel("layer", fontsize=9)
+    figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), fontsize=8, frameon=False)
     return figure
 
 

@@ -24,7 +24,7 @@ from transport_geometry.models.loading import (
     tokenizer_hash,
 )
 from transport_geometry.models.model_files import bos_of
-from transport_geometry.records.condition import NULLS, Condition
+from transport_geometry.records.condition import NO_SINKS, NULLS, Condition
 from transport_geometry.saes import external_saes
 from transport_geometry.saes.external_saes import Chosen, ExternalSAE, Refused
 from transport_geometry.saes.recipes import TRAIN_VERSION, trunk
@@ -164,7 +164,7 @@ class Loaded:
 
 def sae_name(expansion: int, sinks: str) -> str:
     """How an SAE trained here is called within its hook and recipe."""
-    return f"topk-x{expansion}" + ("-nosinks" if sinks == "drop" else "")
+    return f"topk-x{expansion}" + (NO_SINKS if sinks == "drop" else "")
 
 
 def plan(
