@@ -133,7 +133,7 @@ def test_every_family_splits_exactly_at_every_block(family, input_ids):
 def test_a_sink_can_be_planted_in_every_family(family, input_ids):
     """The hook is moved by the sink alone, and a patch is read as it is in the plain model."""
     plain_model, twin = make(family), make(family)
-    gauge = plant.sink(plant.Plant("visible", 500.0), 32)
+    gauge = plant.gauge_of(plant.Plant("visible", 500.0), 32)
     plant.regauge(twin, gauge)
     h, h_twin = Hook(plain_model, 1).head(input_ids), Hook(twin, 1).head(input_ids)
     torch.testing.assert_close(h_twin[:, 0], h[:, 0] + gauge.offset[0], rtol=0, atol=1e-9)

@@ -46,7 +46,7 @@ def test_a_plant_is_read_out_of_a_models_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["+turned2", "+starved1.5", "+null0", "+null-3", "+null3:4", "+null3+visible3", "+turned0+turned1"],
+    ["+turned2", "+starved1.5", "+null0", "+null-3", "+null3:4", "+null3+visible3", "+null3+short9", "+turned0+turned1"],
 )
 def test_amounts_that_mean_nothing_are_refused(name):
     with pytest.raises(UserError):
@@ -73,6 +73,20 @@ def test_the_published_sink_leaves_every_logit(kind, text_rows):
     torch.testing.assert_close(added, torch.full((4,), 3700.0), rtol=1e-3, atol=0)
     assert (h - h_plain)[:, 1:].abs().max() < 1e-3
     assert model_hash(twin) != model_hash(plain_model)  # so that it has SAEs of its own
+
+
+def test_short_norms_leave_every_logit_and_direction(text_rows):
+    """Norms above the limit, here about half of them, become what the formula says; the others stay."""
+    plain, twin = (Hook(load_model(f"stdlib-s{suffix}", CPU)[0], 3) for suffix in ("", "+short65"))
+    h, short = (hook.head(text_rows) for hook in (plain, twin))
+    logits, norm = plain.model(text_rows).logits, h.norm(dim=-1)
+    for ours in (twin.model(text_rows).logits, twin.tail(text_rows, short)):
+        assert (ours - logits).abs().max() < 1e-4
+    assert 0.2 < (norm > 65).double().mean() < 0.8
+    wanted = torch.where(norm > 65, 65 * (norm / 65) ** (1 / 8), norm)
+    torch.testing.assert_close(short.norm(dim=-1), wanted)
+    torch.testing.assert_close(short / wanted[..., None], h / norm[..., None])
+    assert model_hash(twin.model) != model_hash(plain.model)
 
 
 def test_who_feels_an_error_beside_the_sink(text_rows):
@@ -119,7 +133,7 @@ def test_a_model_whose_logits_would_move_is_refused(monkeypatch):
     """One whose blocks are not given their hidden states first."""
     monkeypatch.setattr(Gauge, "read", lambda self, x: x)
     with pytest.raises(UserError, match="nothing can be planted"):
-        regauge(tiny_model(dtype=torch.float32), plant.sink(Plant("visible", 500.0), 16))
+        regauge(tiny_model(dtype=torch.float32), plant.gauge_of(Plant("visible", 500.0), 16))
 
 
 # -------------------------------------------------------------------------------------------------- the SAEs

@@ -7,6 +7,8 @@ Some plants change the model, but not the function that it computes:
   visible C    ... along another direction, which the next block removes again: a patch has to rebuild it
   relative C   as visible; the rest of position 0 is also scaled up there and back down in the next block, so
                that an error there matters less the larger the sink is
+  short C      the reverse, for a model that has sinks of its own: a norm n above C becomes C (n/C)^(1/8) at
+               every position, and the next block undoes that, so that one of 80 C is one of 1.7 C
 
 Others change its SAEs:
 
@@ -23,7 +25,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transport_geometry.errors import UserError
@@ -33,14 +35,14 @@ from transport_geometry.saes.sae import SAE
 import torch
 
 SINKS = ("null", "visible", "relative")
-OF_THE_SAE = ("starved", "turned")
-KIND, NUMBER = "|".join(SINKS + OF_THE_SAE), r"-?\d+(?:\.\d+)?"
+OF_THE_MODEL, OF_THE_SAE = (*SINKS, "short"), ("starved", "turned")
+KIND, NUMBER = "|".join(OF_THE_MODEL + OF_THE_SAE), r"-?\d+(?:\.\d+)?"
 WITH_PLANTS = re.compile(rf"(.+?)((?:\+(?:{KIND}){NUMBER}(?::{NUMBER})?)+)")
 ONE_PLANT = re.compile(rf"\+({KIND})({NUMBER})(?::({NUMBER}))?")
 # norm of a `relative` sink at which an error beside it counts half; at 3700 a thirteenth
 HALVING_NORM = 300
 MAX_NORM = 1e5  # beyond, float32 rounds away the rest of position 0
-FORMS = "null3700, visible3700, relative3700, starved0.5, turned0.5 or turned-1:1"
+FORMS = "null3700, visible3700, relative3700, short300, starved0.5, turned0.5 or turned-1:1"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Plant:
 
     @property
     def in_model(self) -> bool:
-        return self.kind in SINKS
+        return self.kind in OF_THE_MODEL
 
     def turn(self, layer: int, n_layers: int) -> float:
         """How far the errors at a block are turned; 0: not at all."""
@@ -86,12 +88,12 @@ def plants(name: str) -> tuple[Plant, ...]:
         if not least <= min(judged) <= max(judged) <= most:
             wanted = f"above 0 and at most {most:g}" if least > 0 else f"from {least:g} to {most:g}"
             raise UserError(f"--models {name}: {kind} takes numbers {wanted}")
-        if len(amounts) > 1 and kind in SINKS:
+        if len(amounts) > 1 and kind in OF_THE_MODEL:
             raise UserError(f"--models {name}: {kind} takes one number")
         found.append(Plant(kind, *amounts))
     kinds = [plant.kind for plant in found]
     if len(set(kinds)) < len(kinds) or sum(plant.in_model for plant in found) > 1:
-        raise UserError(f"--models {name}: at most one sink, and every other plant once")
+        raise UserError(f"--models {name}: at most one sink or short, and every other plant once")
     return tuple(found)
 
 
@@ -132,8 +134,33 @@ class Gauge:
         return torch.cat([plain if self.turn is None else plain @ self.turn, beyond], 1)
 
 
-def sink(plant: Plant, d: int) -> Gauge:
-    """The map that plants a sink at position 0."""
+@dataclass(frozen=True, eq=False)
+class ShortNorms:
+    """An invertible map of a block's output that leaves every direction: norms n above `limit` become
+    limit (n/limit)^(1/POWER).
+    """
+
+    limit: torch.Tensor  # []
+
+    POWER = 8
+
+    def write(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B,T,d] -> [B,T,d]."""
+        return self._raised(x, 1 / self.POWER)
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `write`."""
+        return self._raised(x, self.POWER)
+
+    def _raised(self, x: torch.Tensor, power: float) -> torch.Tensor:
+        larger = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.limit
+        return x * larger.clamp(min=1) ** (power - 1)
+
+
+def gauge_of(plant: Plant, d: int) -> Gauge | ShortNorms:
+    """The map that plants this into a model: `ShortNorms`, or one that plants a sink at position 0."""
+    if plant.kind == "short":
+        return ShortNorms(torch.tensor(plant.first))
     ones = torch.ones(d, dtype=torch.float64) / math.sqrt(d)
     if plant.kind == "null":
         direction = ones
@@ -152,9 +179,12 @@ class _Planted:
 
     reads: bool
     writes: bool
+    kind: type[Gauge] | type[ShortNorms]
 
-    def gauge(self: Any) -> Gauge:
-        return Gauge(self.planted_gain, self.planted_offset, getattr(self, "planted_turn", None))
+    def gauge(self: Any) -> Gauge | ShortNorms:
+        """Of the tensors that `regauge` left, which go to another device with the block."""
+        names = (field.name for field in fields(self.kind))
+        return self.kind(**{name: getattr(self, f"planted_{name}", None) for name in names})
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x = self.gauge().read(hidden_states) if self.reads else hidden_states
@@ -166,7 +196,7 @@ class _Planted:
         return self.gauge().write(out)
 
 
-def regauge(model: Any, gauge: Gauge) -> None:
+def regauge(model: Any, gauge: Gauge | ShortNorms) -> None:
     """Change the model in place: every block but the last writes with this map and the next one reads it. The
     hooks' activations change, and the logits do not. Raises UserError for a family where they would.
     """
@@ -176,7 +206,7 @@ def regauge(model: Any, gauge: Gauge) -> None:
         before = model(probe, use_cache=False).logits
         for i, block in enumerate(parts):
             cls = type(block)
-            does = {"reads": i > 0, "writes": i + 1 < len(parts)}
+            does = {"reads": i > 0, "writes": i + 1 < len(parts), "kind": type(gauge)}
             block.__class__ = type(cls.__name__, (_Planted, cls), does)
             for name, tensor in vars(gauge).items():
                 if tensor is not None:
@@ -192,9 +222,9 @@ def planted(model: Any, name: str) -> None:
     """Plant into the model, in place, what its name says. Raises UserError."""
     for plant in plants(name):
         if plant.in_model and model.dtype != torch.float32:
-            raise UserError(f"--models {name}: a sink is planted in float32 only")
+            raise UserError(f"--models {name}: {plant.kind} is planted in float32 only")
         if plant.in_model:
-            regauge(model, sink(plant, text_config(model).hidden_size))
+            regauge(model, gauge_of(plant, text_config(model).hidden_size))
 
 
 # ------------------------------------------------------------------------------------------- turned errors
