@@ -117,8 +117,9 @@ GRID_FLAGS: tuple[tuple[str, dict], ...] = (
         dict(
             metavar="PLANT,...",
             help="beside the last model, its twins with a known truth planted: a sink of that norm "
-            "(null3700, visible3700, relative3700), SAEs on half the tokens (starved0.5), errors turned "
-            "towards directions that change the logits (turned0.5); joined by +",
+            "(null3700, visible3700, relative3700), none (short300: larger norms compressed), SAEs on half "
+            "the tokens (starved0.5), errors turned towards directions that change the logits (turned0.5); "
+            "joined by +",
         ),
     ),
     ("--revision", dict(help="of the models, where they come from the hub: a branch, tag or commit (main)")),

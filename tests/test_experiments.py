@@ -53,8 +53,8 @@ def run(tmp_path_factory):
 def test_what_a_run_leaves_behind(run):
     out, cache, printed = run
     assert " ".join(sorted(p.name for p in out.iterdir())) == (
-        "conditions.csv harm.csv harm.png layers.png leaderboard.csv leaderboard.png proxies.png report.html report.md "
-        "run.json sequences.npz swd_r2.png verdict.json worst.csv"
+        "conditions.csv harm.csv harm.png layers.png leaderboard.csv leaderboard.png proxies.png report.html "
+        "report.md run.json sequences.npz swd_r2.png verdict.json worst.csv"
     )
     rows = read_table(out / "conditions.csv")
     assert len(rows) == 3 * (3 + 4) and ",".join(rows[0]).startswith(

@@ -46,7 +46,16 @@ def test_a_plant_is_read_out_of_a_models_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["+turned2", "+starved1.5", "+null0", "+null-3", "+null3:4", "+null3+visible3", "+null3+short9", "+turned0+turned1"],
+    [
+        "+turned2",
+        "+starved1.5",
+        "+null0",
+        "+null-3",
+        "+null3:4",
+        "+null3+visible3",
+        "+null3+short9",
+        "+turned0+turned1",
+    ],
 )
 def test_amounts_that_mean_nothing_are_refused(name):
     with pytest.raises(UserError):

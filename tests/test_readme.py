@@ -297,7 +297,7 @@ def test_the_macs_workflow_runs_what_the_pages_and_ci_run():
 
 
 def test_plants_and_leaves_named_in_the_pages_are_those_of_the_code():
-    plants = r"`\+?((?:null|visible|relative|starved|turned)[\d.]+)`"
+    plants = r"`\+?((?:null|visible|relative|short|starved|turned)[\d.]+)`"
     for name in re.findall(plants, PAGES["docs/running.md"]):
         assert plant.plants(f"stdlib-s+{name}")
     said = re.search(r"until its leaf is ([^,]+, .*?) or (\w+),", PAGES["docs/statistics.md"])
