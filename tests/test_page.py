@@ -202,6 +202,29 @@ def test_every_mark_lies_where_its_numbers_are_and_says_whose_they_are():
     assert svg([*ROWS, ROWS[0] | {"r2": np.nan}]).count("<title>") == len(ROWS)  # it has no place
 
 
+def test_an_sae_trained_without_sinks_has_another_mark():
+    """One shape, defined once, for each look: colour, size and arm."""
+    shapes = [text.count("<path id=") for text in (svg(), svg([*ROWS, ROWS[0] | {"sae": "topk-x4-nosinks"}]))]
+    assert shapes[1] == shapes[0] + 1
+
+
+def test_scores_are_drawn_along_depth():
+    """Of the middle k and the most tokens, seeds averaged, the arms of --sinks side by side."""
+    rows = [
+        ROWS[0] | {"layer": layer, "k": k, "seed": seed, "sae": sae, "tokens": tokens, "r2_nosink": 0.5}
+        | {"r2": layer + seed / 10 + (k + len(sae)) * 100 + tokens, "recipe": "base"}
+        for layer in (7, 2, 5) for k in (4, 8, 16) for seed in (0, 1)
+        for sae in ("topk-x4", "topk-x4-nosinks") for tokens in (1000, 2000)
+    ]  # fmt: skip
+    figure = figures.along_depth(rows, ["s"])
+    for axis, sae in zip(figure.axes, ("topk-x4", "topk-x4-nosinks"), strict=True):
+        assert axis.get_title() == f"s, base, {sae}, k 8"
+        x, y = axis.lines[0].get_data()
+        assert list(x) == [2, 5, 7] and np.allclose(y, x + 0.05 + (8 + len(sae)) * 100 + 2000)
+        assert {tuple(line.get_ydata()) for line in axis.lines[1:]} == {(0.5,) * 3, (ROWS[0]["ce_rec"],) * 3}
+    figures.close(figure)
+
+
 def test_no_digit_of_a_figures_text_is_lost():
     figure, axis = figures.pyplot().subplots()
     axis.set_title("CE_rec -0.09876")
