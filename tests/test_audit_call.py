@@ -88,6 +88,17 @@ def test_rows_that_the_files_speak_against(trained, tmp_path, recwarn):
         assert len(found) == len(told) and all(words in said for words, said in zip(told, found))
 
 
+@pytest.mark.parametrize("other", ["weights", "dtype"])
+def test_an_sae_of_another_model(trained, tmp_path, other):
+    """Trained here on another model of the same shape: measured as asked, and said."""
+    model, _, held, folder = trained
+    theirs = tmp_path / "theirs"
+    shutil.copytree(folder, theirs)
+    store.put(theirs / store.PROVENANCE, {}, **{other: "another"})
+    with pytest.warns(UserWarning, match=rf"differs from this one \({other}\)"):
+        audit(model, LAYER, theirs, held.input_ids)
+
+
 def test_whatever_reconstructs_can_be_given(trained):
     """An SAE in memory, and a function: that of the same SAE, one that loses nothing, and the mean."""
     model, _, held, folder = trained

@@ -19,10 +19,11 @@ from typing import Any
 from transport_geometry.errors import UserError
 from transport_geometry.formats import find_and_read
 from transport_geometry.formats.computed_sae import fused
+from transport_geometry.formats.contract import differences
 from transport_geometry.measuring.evaluate import Reconstruction, activations, evaluate
 from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook, fused_attention_errs, text_config
-from transport_geometry.models.loading import pick_layer
+from transport_geometry.models.loading import model_hash, pick_layer
 from transport_geometry.records.tables import bounds, markdown
 from transport_geometry.reporting.audit_report import number
 from transport_geometry.reporting.console import sentence_case
@@ -83,9 +84,11 @@ def audit(
     in eval mode. sae: a path or hub id of one SAE, whose basis is checked as its files say (`basis`, `raw`
     or `centred`, goes on regardless), an SAE of this package, or any function h [N,d] -> h_hat [N,d]
     (SAELens' SAEs are such). ignore_fields: of an SAE's files, that are not known and let pass. tokens
-    [S,T], int64: as they are, a BOS only where they hold one (a UserWarning where the SAE's files say that it
-    was trained on other rows). document [S], 0..D-1: of which document each
-    row is, each its own by default; of one document there is no interval. Raises UserError, Fault.
+    [S,T], int64: as they are, a BOS only where they hold one. document [S], 0..D-1: of which document each
+    row is, each its own by default; of one document there is no interval.
+
+    Warns where the SAE's files say that it was trained on other rows or on another model than these. Raises
+    UserError, Fault.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2 or tokens.dtype != torch.int64:
         raise UserError(
@@ -147,6 +150,12 @@ def _reconstruction(
             )
         if declared.ctx and tokens.shape[1] > declared.ctx:
             warnings.warn(f"{sae}: trained on {declared.ctx} positions, these rows have more", stacklevel=3)
+        made = dict(declared.model_facts)
+        this = {"dtype": str(hook.model.dtype).removeprefix("torch.")}
+        this |= {"weights": model_hash(hook.model)} if "weights" in made else {}
+        if other := differences(made, this):
+            which = ", ".join(other)
+            warnings.warn(f"{sae}: the model it was trained on differs from this one ({which})", stacklevel=3)
         if not basis:
             basis_gate.check_basis(read, said, files[0].label, hook.layer, near)
         read.centred = said == "centred"

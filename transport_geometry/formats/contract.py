@@ -76,6 +76,19 @@ def began(made: Named) -> bool | None:
     return "bos" in made
 
 
+def differences(trained_on: Named, here: Named) -> tuple[str, ...]:
+    """What an SAE trained here was trained on otherwise than it is measured. Weights are hashed in their
+    dtype, so that another dtype alone is named as that.
+
+    >>> differences({"weights": "a", "dtype": "float32", "bos": 0}, {"weights": "b", "dtype": "float32"})
+    ('weights',)
+    >>> differences({"weights": "a", "dtype": "float32"}, {"weights": "b", "dtype": "bfloat16"})
+    ('dtype',)
+    """
+    other = [name for name, value in trained_on.items() if here.get(name, value) != value]
+    return tuple(name for name in other if name != "weights" or "dtype" not in other)
+
+
 def field(config: Named, name: str, kind: type, default: Any = None) -> Any:
     """config[name], or the default where it is null or missing. Raises UserError where it is of another kind.
 

@@ -6,12 +6,13 @@ import itertools
 import math
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transport_geometry import ANY_X86, torchrun
 from transport_geometry.errors import UserError
+from transport_geometry.formats.contract import differences
 from transport_geometry.formats.known_fields import is_called
 from transport_geometry.models import plant
 from transport_geometry.models.lm import Hook, cross_entropy, log_softmax, text_config
@@ -347,19 +348,6 @@ def from_files(
         for one in found
     ]
     return candidates, refused
-
-
-def differences(trained_on: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an SAE trained here was trained on otherwise than it is measured. Weights are hashed in their
-    dtype, so that another dtype alone is named as that.
-
-    >>> differences({"weights": "a", "dtype": "float32", "bos": 0}, {"weights": "b", "dtype": "float32"})
-    ('weights',)
-    >>> differences({"weights": "a", "dtype": "float32"}, {"weights": "b", "dtype": "bfloat16"})
-    ('dtype',)
-    """
-    other = [name for name, value in trained_on.items() if here.get(name, value) != value]
-    return tuple(name for name in other if name != "weights" or "dtype" not in other)
 
 
 def trained_here(
