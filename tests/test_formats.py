@@ -995,5 +995,7 @@ def test_an_exported_sae_reads_back_as_itself(tmp_path):
     assert declared(tmp_path / "out") == Declared(
         "saelens", site="resid_post", layer=1, model="stdlib-s", ctx=64, bos=False, basis="raw", width=F
     )
+    saelens.write_saelens(tmp_path / "without", sae, {**MADE, "sinks": "drop"})
+    assert declared(tmp_path / "without").unseen == ("sinks",)
     with pytest.raises(UserError, match="holds cfg.json and sae_weights.safetensors already"):
         saelens.write_saelens(tmp_path / "out", sae, MADE)

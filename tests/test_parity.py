@@ -180,11 +180,13 @@ def test_every_field_of_sparsifys_configuration_is_known():
 def test_an_exported_sae_computes_the_same_in_saelens(tmp_path):
     h = activations(4)
     sae = SAELensTraining(statistics(h), F, K, 0, [len(h)]).finished()
-    saelens.write_saelens(tmp_path, sae, {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib"})
+    made = {"model": "stdlib-s", "layer": 3, "ctx": 64, "data": "stdlib", "sinks": "drop"}
+    saelens.write_saelens(tmp_path, sae, made)
     theirs = LensSAE.load_from_disk(tmp_path)
     expected = theirs.decode(theirs.encode(h)).detach()
     assert (sae.reconstruct(h)[2] - expected).norm() / expected.norm() < 1e-6
     assert theirs.cfg.metadata.hook_name == "gpt_neox.layers.3" and theirs.cfg.architecture() == "topk"
+    assert theirs.cfg.metadata.sinks == "drop"
 
 
 def test_an_exported_sae_drives_saelens_store(tmp_path):

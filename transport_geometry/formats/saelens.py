@@ -28,7 +28,8 @@ COMPUTES = (
 )
 SAYS = (
     "sae_lens_version hook_name hook_point model_name context_size prepend_bos exclude_special_tokens "
-    "seqpos_slice model_from_pretrained_kwargs.center_writing_weights"
+    "seqpos_slice model_from_pretrained_kwargs.center_writing_weights "
+    "sinks"  # our own, of `write_saelens`
 )
 TRAINING = (
     "d_in dtype device decoder_init_norm use_sparse_activations aux_loss_coefficient topk_threshold_lr "
@@ -87,6 +88,8 @@ def declares(config: Named, path: str, beside: Named) -> Declared:
         value = field(meta, name, list, False)
         if value is True or value and any(part is not None for part in value):
             unseen.append(name)
+    if field(meta, "sinks", str) == "drop":
+        unseen.append("sinks")
     return Declared(
         "saelens",
         site=site,
@@ -196,6 +199,8 @@ def write_saelens(folder: pathlib.Path, sae: TopKSAE, made: Named) -> None:
     )
     if (begins := began(made)) is not None:
         metadata["prepend_bos"] = begins
+    if made.get("sinks") == "drop":  # SAELens has no word for it, and keeps those that it does not know
+        metadata["sinks"] = "drop"
     config = dict(
         architecture="topk",
         d_in=d,
