@@ -323,7 +323,7 @@ def figures(saes: list[dict], sums: dict, board: list[dict], leaf: str, models: 
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL per token, measured at h + αδ")
     calibrated.suptitle("KL predicted by the Fisher form, and KL measured (line: equal)", fontsize=10)
-    calibrated.legend(**points_legend(models), loc="outside lower center", ncols=4)
+    calibrated.legend(**points_legend(models, saes), loc="outside lower center", ncols=4)
 
     proxies = BY_NAME["r2"], BY_NAME["swd_tok"], FISHER[0]
     rows = {row["proxy"]: row for row in of_target(board)}

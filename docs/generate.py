@@ -21,8 +21,10 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import expb  # noqa: E402
 from common import DEFAULTS, PRESETS  # noqa: E402
 from transport_geometry.measuring import metrics, r2_by_library  # noqa: E402
+from transport_geometry.records.results import load_measurements  # noqa: E402
 from transport_geometry.records.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
 from transport_geometry.reporting import (  # noqa: E402
     claims_report,
@@ -32,8 +34,11 @@ from transport_geometry.reporting import (  # noqa: E402
     sae_words,
     summary,
 )
+from transport_geometry.reporting.figures import dropped  # noqa: E402
+from transport_geometry.statistics import claims  # noqa: E402
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS  # noqa: E402
-from transport_geometry.statistics.intervals import ALPHA  # noqa: E402
+from transport_geometry.statistics.intervals import ALPHA, interval  # noqa: E402
+from transport_geometry.statistics.resampling import ALL, RESAMPLES  # noqa: E402
 from transport_geometry.statistics.transfer import MIN_IN_RANGE  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -64,8 +69,7 @@ def rows(folder: str, name: str) -> list[dict[str, Any]]:
 
 def board(folder: str) -> dict[str, dict[str, Any]]:
     """{proxy: its row for CE_rec over all conditions}."""
-    found = rows(folder, "leaderboard.csv")
-    return {r["proxy"]: r for r in found if r["target"] == "ce_rec" and r["stratum"] == "pooled"}
+    return of_stratum(folder, "pooled")
 
 
 # --------------------------------------------------------------------------------------- as pages print them
@@ -100,13 +104,63 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ README.md
+REAL = "expb-smollm2"
+
+
 def picture() -> str:
+    """Exp-B's pictures of a real model, and what they show."""
+    before, after = flipped(32)
+    of_arm = {without: {} for without in (False, True)}
+    for row in rows(REAL, "conditions.csv"):
+        if row["k"] == before["k"] and row["recipe"] != "null":
+            of_arm[dropped(row)][row["layer"]] = row["ce_rec"]
+    ruined = [layer for layer, ce_rec in of_arm[True].items() if ce_rec < of_arm[False][layer] - 0.5]
+    where = f"blocks {min(ruined)} to {max(ruined)}"
+    of = board(REAL)
+    pairs = f"{of['r2']['pairs']:.0f}"
+    right = {name: percent(row["right"]) for name, row in of.items()}
+    said = verdict(REAL)["saes"]["words"]
+    return f"""\
+![R², R² without sinks and CE_rec by layer](outputs/reference/{REAL}/layers.png)
+
+*SmolLM2-135M, SAEs of {before["k"]} active latents, {readable_count(before["tokens"])} training tokens each. Left: trained on every position. Block 11 gives one position of each text \
+more than 100 times the median norm (an attention sink). From block 10 to block 11 R² rises from {before["r2"]:.3f} to {after["r2"]:.3f}, and CE_rec, 2 − patched CE / clean CE, falls from \
+{before["ce_rec"]:.3f} to {after["ce_rec"]:.3f} (by {-after["change"]:.3f} [{-after["change_hi"]:.3f}, {-after["change_lo"]:.3f}]). Right, on another scale: trained without sinks. In \
+{where} these SAEs ruin the sink and with it the model's prediction; R² without sinks does not show it.*
+
+![R² and SWD against CE_rec](outputs/reference/{REAL}/swd_r2.png)
+
+*Each mark is one of {sum(said.values())} SAEs; diamonds were trained without sinks. Of {pairs} pairs of one k that clearly differ in CE_rec, R² orders {right["r2"]} as CE_rec does. \
+Two other scores order {right["swd_tok"]} and {right["r2_defl1"]}: SWD, the mean of (gradient · error)², and R² without the first principal direction, which needs no gradient. \
+The audit accepts R² for {said.get(sae_words.AS_IT_READS, 0)} of these SAEs.*"""
+
+
+def flipped(k: int) -> list[dict[str, Any]]:
+    """The rows of SmolLM2's blocks 10 and 11, trained on every position; the second with the difference of
+    CE_rec, `change`, and its interval over documents.
+    """
+    settings = runs()[REAL].settings
+    found = load_measurements(REFERENCE / REAL, settings, expb.N_RESAMPLES)
+    at = [
+        next(
+            i
+            for i, row in enumerate(found.saes)
+            if (row["layer"], row["k"]) == (layer, k) and not dropped(row)
+        )
+        for layer in (10, 11)
+    ]
+    change = np.diff(found.values["ce_rec"][:, at])[:, 0]
+    lo, hi = interval(change[RESAMPLES])
+    return [found.saes[at[0]], found.saes[at[1]] | {"change": change[ALL], "change_lo": lo, "change_hi": hi}]
+
+
+def planted_picture() -> str:
     """The planted run's picture of what was published and what was planted, and what it shows."""
     twins = [row for row in rows("expp_planted/sinks", "deltas.csv") if row["sinks"] == "keep"]
     twin = max((row for row in twins if row["large"] == "stdlib-s+null3700"), key=lambda row: row["tokens"])
     theirs = published.DELTAS[published.S, published.L, 8, 10**7]
     return f"""\
-![R² up, patched cross-entropy down: published, and planted](outputs/reference/expp_planted/signature.png)
+![R² up, patched cross-entropy down: published, and planted](../outputs/reference/expp_planted/signature.png)
 
 *Left, published by others (8 active latents, 10M training tokens): the SAE of Pythia-410m has an R² higher by \
 {number(theirs.delta_r2, 3)} than that of Pythia-70m, and patching it in is worse ({number(theirs.delta_ce_rec, 3)} in CE_rec). Right, planted \
@@ -114,12 +168,12 @@ here: a huge activation at position 0, which changes no output of the model, doe
 {spanned(twin, "delta_r2", 3)}, CE_rec {spanned(twin, "delta_ce_rec", 3)}.*"""
 
 
-PROXIES = "cosine nmse_tok gd_abs r2 r2_nosink swd_tok swd_sampled swd_seq".split()
-AT_FIRST = "cosine gd_abs r2 swd_tok".split()  # of them, in README.md
+PROXIES = "cosine nmse_tok gd_abs r2 r2_nosink r2_defl1 swd_tok swd_sampled swd_seq".split()
+AT_FIRST = "nmse_tok cosine gd_abs r2 swd_tok".split()  # of them, in README.md
 
 
-def scores(names: list[str]) -> str:
-    ranked = board("expb")
+def scores(names: list[str], folder: str = "expb") -> str:
+    ranked = board(folder)
     lines = [
         [
             f"`{name}`",
@@ -158,26 +212,63 @@ def exp_b() -> str:
 
 
 def ladder() -> str:
-    """The claims of the outline in the order in which they may be interpreted, and what came of each."""
-    lines, every = [], list(runs().values())
+    """The claims in the order in which they may be interpreted, and what came of each: on the embedded
+    models, on a real one, and where it was planted.
+    """
+    head = ["", "claim", "decided by", "embedded models", "SmolLM2-135M", "where it was planted"]
+    lines = []
     for claim in summary.CLAIMS:
-        if claim.script == "expa":
-            budget = readable_count(verdict("expa-long")["budget"])
-            first, then = (summary.leaf_of(claim, runs()[folder]) for folder in ("expa", "expa-long"))
-            said = f"*{first}*; at {budget} tokens *{then}*"
-            if summary.comes_first(claim, runs()["expa-long"], every):
-                said = "comes after H0 and H1"
-        elif claim.script == "expp_planted":
-            checks = verdict(claim.script)["checks"]
-            said = f"*{sum(check['found'] for check in checks)} of {len(checks)} found*"
-        else:
-            run = runs()[claim.script]
-            first = summary.comes_first(claim, run, every)
-            said = f"*{summary.leaf_of(claim, run)}*" + f"; not to be interpreted before {first}" * bool(
-                first
-            )
-        lines.append([claim.label, claim.words, f"`{claim.script}.py`", said])
-    return table(["", "claim", "decided by", "reference run"], lines)
+        if claim.script == "expp_planted":
+            continue
+        folders = ("expa", "expa-long") if claim.script == "expa" else (claim.script,)
+        embedded = came_of(claim, *folders)
+        real = came_of(claim, f"{claim.script}-smollm2")
+        lines.append([claim.label, claim.words, f"`{claim.script}.py`", embedded, real, planted(claim.label)])
+    return table(head, lines)
+
+
+def came_of(claim: summary.Claim, *folders: str) -> str:
+    """The verdict of the first of the folders, then of the others at their budgets."""
+    every, said = list(runs().values()), []
+    for folder in folders:
+        if (run := runs().get(folder)) is None:
+            return "not run"
+        leaf, first = summary.leaf_of(claim, run), summary.comes_first(claim, run, every)
+        if claim.label == "N" and first:
+            return f"comes after {first}"
+        at = f"at {readable_count(run.verdict['budget'])} tokens " if said else ""
+        if here := run.verdict.get("here"):
+            at = f"on these SAEs {HERE[here['leaf']]}; in general "
+        said.append(f"{at}*{leaf}*" + f", not to be interpreted before {first}" * bool(first))
+    return "; ".join(said)
+
+
+HERE = {
+    "beats-all": "better than R² and every Euclidean control",
+    "beats-r2-only": "better than R²",
+    "worse": "worse than R²",
+    "not-shown": "not shown to be better than R²",
+    "undecided": "undecided",
+}
+# what Exp-P plants for a claim: (planted, how its `must` begins); of the others nothing is planted
+PLANTED = {
+    "H0": ("starved0.1:50000", "Exp-A"),
+    "H1": ("turned0.6", "Exp-A"),
+    "N": ("null900", "Exp-A"),
+    "H2": ("errors turned", "H2 here"),
+}
+
+
+def planted(label: str) -> str:
+    """What came out where this claim is true by construction."""
+    if label not in PLANTED:
+        return "not planted"
+    name, begins = PLANTED[label]
+    (check,) = (
+        check for check in verdict("expp_planted")["checks"]
+        if check["planted"] == name and check["must"].startswith(begins)
+    )  # fmt: skip
+    return f"{'found' if check['found'] else 'not found'}: *{check['says'].split(';')[0]}*"
 
 
 # ---------------------------------------------------------------------------------------- docs/experiments.md
@@ -198,6 +289,36 @@ Predicting dCE at a hook that the fit has not seen, R² is off by {off["r2"]}, c
 documents:
 
 {scores(PROXIES)}"""
+
+
+def exp_b_real() -> str:
+    """On the SAEs of a real model, the better scores first; and what is said of each SAE."""
+    ranked = board(REAL)
+    said = "; ".join(f"{n} *{word}*" for word, n in verdict(REAL)["saes"]["words"].items())
+    names = sorted(PROXIES, key=lambda name: -ranked[name]["partial"])
+    return f"{answers(REAL)}\n\n{scores(names, REAL)}\n\nOf its SAEs: {said}."
+
+
+def short_norms() -> str:
+    """A real model and its twin whose sinks are short: what R² and CE_rec of their SAEs are."""
+    found = load_measurements(REFERENCE / "expb-short", runs()["expb-short"].settings, expb.N_RESAMPLES)
+    at = {(row["model"], row["layer"], row["k"]): i for i, row in enumerate(found.saes)}
+    assert len(at) == len(found.saes)
+    lines = []
+    for (model, layer, k), i in at.items():
+        if "+" in model:
+            continue
+        pair = [i, at[f"{model}+short300", layer, k]]
+        change = np.diff(found.values["ce_rec"][:, pair])[:, 0]
+        lo, hi = interval(change[RESAMPLES])
+        cells = [
+            " → ".join(number(found.saes[j][name], 3).removeprefix("+") for j in pair)
+            for name in ("sink_share", "r2", "r2_nosink", "ce_rec")
+        ]
+        moved = {"change": change[ALL], "change_lo": lo, "change_hi": hi}
+        lines.append([str(layer), str(k), *cells, spanned(moved, "change", 3)])
+    head = ["block", "k", "sinks' share of the variance", "R²", "R² without sinks", "CE_rec", "its change"]
+    return table(head, lines)
 
 
 def exp_a() -> str:
@@ -325,6 +446,40 @@ def published_numbers() -> str:
         for (_, _, k, tokens), d in published.DELTAS.items()
     ]  # fmt: skip
     return table(["k", "tokens", "ΔR²", "ΔCE_rec", "R² up, CE_rec down"], lines)
+
+
+# ------------------------------------------------------------------------------------ docs/choosing-a-score.md
+CHEAP = "r2 r2_nosink r2_ln r2_defl1 nmse_tok cosine mse gd_abs swd_tok swd_sampled".split()
+
+
+def rightly() -> str:
+    """Of pairs of SAEs of one k that clearly differ in CE_rec, how many each score orders rightly."""
+    where = {"embedded models": ("expb", "pooled")}
+    where |= {f"SmolLM2, {arm}": (REAL, arm) for arm in claims.ARMS.values()}
+    found = {title: of_stratum(*place) for title, place in where.items()}
+    found |= {"the same layer": same_layer(), "SmolLM2, all": of_stratum(REAL, "pooled")}
+    head = ["score", *(f"{title} ({board['r2']['pairs']:.0f} pairs)" for title, board in found.items())]
+    return table(
+        head, [[f"`{name}`", *(claims_report.share(b[name]) for b in found.values())] for name in CHEAP]
+    )
+
+
+def same_layer() -> dict[str, dict[str, Any]]:
+    """Of SmolLM2, {proxy: row} of the pairs within a layer, which are an SAE of each arm of --sinks."""
+    found = load_measurements(REFERENCE / REAL, runs()[REAL].settings, expb.N_RESAMPLES)
+    ce, of = found.values["ce_rec"], runs()[REAL].settings["documents"]
+    pairs = claims.clear_pairs(ce, found.meta)
+    within = found.meta["layer"][pairs.a] == found.meta["layer"][pairs.b]
+    pairs = claims.SAEPairs(pairs.a[within], pairs.b[within])
+    assert all(dropped(found.saes[i]) != dropped(found.saes[j]) for i, j in zip(pairs.a, pairs.b))
+    scores = {name: metrics.BY_NAME[name].score(found.values[name]) for name in CHEAP}
+    return claims.document_columns(scores, ce, found.meta, min(of), pairs)
+
+
+def of_stratum(folder: str, stratum: str) -> dict[str, dict[str, Any]]:
+    """{proxy: its row for CE_rec there}."""
+    found = rows(folder, "leaderboard.csv")
+    return {r["proxy"]: r for r in found if (r["target"], r["stratum"]) == ("ce_rec", stratum)}
 
 
 # -------------------------------------------------------------------------------------------- docs/running.md
@@ -459,11 +614,14 @@ def first_sentence(path: pathlib.Path) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "modules": modules,
     "picture": picture,
+    "planted": planted_picture,
     "exp-b": exp_b,
     "glossary": twenty_words,
     "ladder": ladder,
     "exp-a-says": exp_a,
     "exp-b-says": exp_b_sizes,
+    "exp-b-real": exp_b_real,
+    "short-norms": short_norms,
     "exp-c-says": exp_c,
     "exp-d-says": exp_d,
     "exp-e-says": exp_e,
@@ -476,6 +634,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "h2": tree_of_h2,
     "words": rule_of_the_words,
     "every-r2": every_r2,
+    "rightly": rightly,
 }
 
 

@@ -95,7 +95,7 @@ def test_an_sae_of_another_model(trained, tmp_path, other):
     theirs = tmp_path / "theirs"
     shutil.copytree(folder, theirs)
     store.put(theirs / store.PROVENANCE, {}, **{other: "another"})
-    with pytest.warns(UserWarning, match=rf"differs from this one \({other}\)"):
+    with pytest.warns(UserWarning, match=rf"differs from this one \({other}"):
         audit(model, LAYER, theirs, held.input_ids)
 
 

@@ -7,6 +7,7 @@ import doctest
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -116,6 +117,12 @@ def test_an_answer_says_which_claim_a_number_is_about():
         and "[+0.85, +0.92]" in here
     )
     assert "Of 40 pairs that clearly differ in CE_rec, R² orders 75% rightly and SWD 75%" in here
+    # the best of the controls that have a number; nothing is said where there is none
+    for partial, best in ((0.95, "cosine"), (math.nan, "r2_nosink")):
+        of_cosine = [one | {"partial": partial} if one["proxy"] == "cosine" else one for one in BOARD]
+        says = f"; of 2 Euclidean controls the best on these documents, {best}, stands at"
+        assert says in claims_report.in_short(of_cosine)
+    assert "Euclidean" not in claims_report.in_short([BOARD[0], BOARD[4]])
     assert general.startswith("about other layers of a and b, not other models: On 9 hooks the rank")
     few = [one | {"n_effective": 2.5, "n_effective_r2": 2.5, "phi": 0.81} for one in BOARD]
     here_too, none = answer_b("rejected", few).found.split(" In general, ")

@@ -145,6 +145,22 @@ def test_a_sink_can_be_planted_in_every_family(family, input_ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_norms_can_be_shortened_in_every_family(family, input_ids):
+    """Those above the median; a patch is read as it is in the plain model."""
+    plain_model, twin = make(family), make(family)
+    h = Hook(plain_model, 1).head(input_ids)
+    short = plant.ShortNorms(h.norm(dim=-1).median())
+    plant.regauge(twin, short)
+    torch.testing.assert_close(Hook(twin, 1).head(input_ids), short.write(h), rtol=1e-9, atol=1e-9)
+    assert (short.write(h) - h).abs().max() > 1e-3
+    logits = [
+        Hook(model, 1).tail(input_ids, x)
+        for model, x in ((plain_model, moved(h)), (twin, short.write(moved(h))))
+    ]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families_load_from_a_folder(family, input_ids, tmp_path):
     """Tied unembeddings that the file has not, attention without a fused kernel (Gemma 2), buffers that are
     made: all are fine.

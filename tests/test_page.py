@@ -218,7 +218,8 @@ def test_scores_are_drawn_along_depth():
     ]  # fmt: skip
     figure = figures.along_depth(rows, ["s"])
     for axis, sae in zip(figure.axes, ("topk-x4", "topk-x4-nosinks"), strict=True):
-        assert axis.get_title() == f"s, base, {sae}, k 8"
+        arm = "without sinks" if "nosinks" in sae else "on every position"
+        assert axis.get_title() == f"s, base, k 8, trained {arm}"
         x, y = axis.lines[0].get_data()
         assert list(x) == [2, 5, 7] and np.allclose(y, x + 0.05 + (8 + len(sae)) * 100 + 2000)
         assert {tuple(line.get_ydata()) for line in axis.lines[1:]} == {(0.5,) * 3, (ROWS[0]["ce_rec"],) * 3}

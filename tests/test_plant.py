@@ -6,7 +6,7 @@ import json
 import shutil
 
 import zygote
-from helpers import one_line, script, tiny_model
+from helpers import one_line, script, small_grid, tiny_model
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.evaluate import evaluate
 from transport_geometry.measuring.gauges import gauge_suite, spectra, stays
@@ -16,6 +16,7 @@ from transport_geometry.models.lm import Hook
 from transport_geometry.models.loading import load_model, model_hash, readable_names
 from transport_geometry.models.plant import Gauge, Plant, TurnedSAE, plants, regauge, sensitivity_basis, split
 from transport_geometry.records.tables import read_table
+from transport_geometry.running.grid import plan
 from transport_geometry.saes.sae import tied_init
 from transport_geometry.text.heldout import heldout_rows
 
@@ -96,6 +97,13 @@ def test_short_norms_leave_every_logit_and_direction(text_rows):
     torch.testing.assert_close(short.norm(dim=-1), wanted)
     torch.testing.assert_close(short / wanted[..., None], h / norm[..., None])
     assert model_hash(twin.model) != model_hash(plain.model)
+
+
+@pytest.mark.parametrize("limit, says", [(65, ""), (300, "no norm is above 300, nothing is shortened here")])
+def test_where_nothing_is_short_it_is_said(limit, says, capsys):
+    plan(small_grid(models=((f"stdlib-s+short{limit}", 3),), eval_seqs=4, ctx=32), CPU, "test")
+    printed = capsys.readouterr().out
+    assert says in printed and bool(says) == bool(printed)
 
 
 def test_who_feels_an_error_beside_the_sink(text_rows):

@@ -73,6 +73,15 @@ def test_the_words_are_the_verdicts():
         if row["sinks"] == "keep" and row["small"] == "stdlib-s"
     ]
     assert all(row["delta_r2_lo"] > 0 > row["delta_ce_rec_hi"] for row in sinks)
+    # a real model: R² fails between layers, scores without sinks within one, SWD in neither; and the cause
+    keep, layer = generate.of_stratum(generate.REAL, "sinks keep"), generate.same_layer()
+    assert keep["r2"]["right"] < 0.5 < 0.85 < keep["swd_tok"]["right"] and keep["r2_nosink"]["right"] > 0.9
+    assert layer["r2_nosink"]["right"] < 0.5 < 0.9 < min(layer[name]["right"] for name in ("r2", "swd_tok"))
+    twins = {(r["model"], r["layer"], r["k"]): r for r in generate.rows("expb-short", "conditions.csv")}
+    for layer, k in itertools.product((10, 11, 16), (8, 32)):
+        plain, short = (twins[f"smollm2-135m{plants}", layer, k] for plants in ("", "+short300"))
+        r2, ce_rec = (short[name] - plain[name] for name in ("r2", "ce_rec"))
+        assert -0.4 < r2 < -0.22 and 0.02 < ce_rec < 0.065 if layer > 10 else max(abs(r2), abs(ce_rec)) < 0.01
     # no sink in these models, and no failure of R² on the board
     assert board["r2"]["partial"] > 0.9 and ": 54 *as it reads*." in generate.said_of_each()
     # of the deltas of expa-long: "CE_rec of neither model falls with budget at any k"

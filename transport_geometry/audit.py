@@ -154,7 +154,7 @@ def _reconstruction(
         this = {"dtype": str(hook.model.dtype).removeprefix("torch.")}
         this |= {"weights": model_hash(hook.model)} if "weights" in made else {}
         if other := differences(made, this):
-            which = ", ".join(other)
+            which = ", ".join(other).replace("weights", "weights or configuration")
             warnings.warn(f"{sae}: the model it was trained on differs from this one ({which})", stacklevel=3)
         if not basis:
             basis_gate.check_basis(read, said, files[0].label, hook.layer, near)

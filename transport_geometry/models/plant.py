@@ -8,7 +8,8 @@ Some plants change the model, but not the function that it computes:
   relative C   as visible; the rest of position 0 is also scaled up there and back down in the next block, so
                that an error there matters less the larger the sink is
   short C      the reverse, for a model that has sinks of its own: a norm n above C becomes C (n/C)^(1/8) at
-               every position, and the next block undoes that, so that one of 80 C is one of 1.7 C
+               every position, and the next block undoes that: 80 C is written as 1.7 C, and a reconstruction
+               that is a tenth too short there is read as one of less than half
 
 Others change its SAEs:
 

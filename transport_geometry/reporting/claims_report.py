@@ -4,6 +4,7 @@ general.
 
 from collections.abc import Sequence
 
+from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
 from transport_geometry.records.tables import bounds, estimate, markdown, percent, signed
 from transport_geometry.reporting.console import models_in_words, number
 from transport_geometry.reporting.templates import blocks
@@ -26,7 +27,7 @@ def layers_of(models: Sequence[str]) -> str:
 
 
 def in_short(board: list[dict]) -> str:
-    """The claim here, in two sentences."""
+    """The claim here, in a few sentences: R², SWD and the best Euclidean control, then the pairs."""
     r2, swd = row_of(board, R2), row_of(board, SWD)
     if not r2 or not np.isfinite(r2["partial"]):
         return TEXT["here: nothing to order"]
@@ -34,6 +35,14 @@ def in_short(board: list[dict]) -> str:
     if swd:
         of_swd, minus = number(as_here(swd, "partial"), "partial"), number(r2, "swd_here")
         text += TEXT["here: swd"].format(swd=of_swd, minus=minus)
+        if controls := [row for name in EUCLIDEAN_CONTROLS if (row := row_of(board, name))]:
+            best = max(controls, key=lambda row: np.nan_to_num(row["partial"], nan=-2.0))
+            text += TEXT["here: control"].format(
+                n=len(controls),
+                name=best["proxy"],
+                rho=number(as_here(best, "partial"), "partial"),
+                minus=number(best, "swd_here"),
+            )
     if r2["pairs"] > 0:
         text += TEXT["here: pairs"].format(n=f"{r2['pairs']:.0f}", r2=percent(r2["right"]))
         text += f" and SWD {percent(swd['right'])}" if swd else ""

@@ -80,14 +80,14 @@ def decade_ticks(axis: typing.Any, ends: Sequence[float], fontsize: float = 8) -
     axis.set_ticks([], minor=True)
 
 
-def points_legend(models: Sequence[str], both_arms: bool = False) -> dict[str, typing.Any]:
-    """For Figure.legend: what the points of SAEs are, colour = model, size = k, shape = arm of --sinks."""
+def points_legend(models: Sequence[str], rows: Sequence[dict]) -> dict[str, typing.Any]:
+    """For Figure.legend: what the points of these SAEs are, colour = model, size = k, shape = arm."""
     line = pyplot().Line2D
     points = [
         line([], [], linestyle="", marker="o", color=colour, label=model)
         for model, colour in model_colours(models).items()
     ]
-    words = ["larger: larger k", *["diamonds: trained without sinks"] * both_arms]
+    words = ["larger: larger k", *["diamonds: trained without sinks"] * any(map(dropped, rows))]
     points += [line([], [], linestyle="", label=text) for text in words]
     return dict(handles=points, fontsize=8, frameon=False)
 
@@ -257,9 +257,8 @@ def saes_against(
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     figure.supylabel("CE_rec", fontsize=10)
-    both_arms = len({dropped(row) for row in rows}) == 2
-    legend = points_legend(models, both_arms)
-    figure.legend(**legend, loc="outside lower center", ncols=len(models) + 1 + both_arms)
+    legend = points_legend(models, rows)
+    figure.legend(**legend, loc="outside lower center", ncols=len(legend["handles"]))
     return figure
 
 
@@ -276,9 +275,13 @@ def along_depth(rows: Sequence[dict], models: Sequence[str]) -> "Figure":
     seeds: a row of panels for each model, a column for each recipe and arm of --sinks.
     """
     ks = sorted({row["k"] for row in rows})
-    k, most = ks[len(ks) // 2], max(row["tokens"] for row in rows)
-    rows = [row for row in rows if (row["k"], row["tokens"]) == (k, most)]
+    k = ks[len(ks) // 2]
+    most = {
+        model: max([row["tokens"] for row in rows if row["model"] == model], default=0) for model in models
+    }
+    rows = [row for row in rows if (row["k"], row["tokens"]) == (k, most[row["model"]])]
     kinds = list(dict.fromkeys((row["recipe"], row["sae"]) for row in rows))
+    arms = any(map(dropped, rows))
     shape = dict(figsize=(4.5 * len(kinds), 2.8 * len(models)), squeeze=False, layout="constrained")
     figure, axes = pyplot().subplots(len(models), len(kinds), **shape)
     for axis, (model, kind) in zip(axes.flat, itertools.product(models, kinds)):
@@ -288,7 +291,8 @@ def along_depth(rows: Sequence[dict], models: Sequence[str]) -> "Figure":
             y = [np.mean([row[name] for row in here if row["layer"] == layer]) for layer in layers]
             says = [f"{model}@{layer} k {k}: {name} {value:.4g}" for layer, value in zip(layers, y)]
             joined_points(axis, layers, y, says, colour, **style)
-        axis.set_title(", ".join([model, *kind, f"k {k}"]), fontsize=9)
+        of_arm = "trained without sinks" if dropped({"sae": kind[1]}) else "trained on every position"
+        axis.set_title(", ".join([model, kind[0], f"k {k}", *[of_arm] * arms]), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     legend = [

@@ -220,7 +220,7 @@ def plan(
         if which not in rows:
             rows[which] = evaluation_rows(loaded, place, source, grid)
         hook = Hook(loaded.model, layer)
-        check_plant(place.model, hook, bool(here))
+        check_plant(place.model, hook, bool(here), rows[which].input_ids[:4])
         if here:
             candidates, not_these = from_files(here, hook, loaded, rows[which], place, device, grid)
             refused += not_these
@@ -278,13 +278,19 @@ def rows_begin(loaded: Loaded, grid: Grid, kind: str) -> bool:
     return loaded.begins(grid.bos) and (grid.bos == "yes" or kind != "ids")
 
 
-def check_plant(name: str, hook: Hook, from_files: bool) -> None:
-    """Raises UserError where what the name plants has no place at this hook."""
+def check_plant(name: str, hook: Hook, from_files: bool, input_ids: torch.Tensor) -> None:
+    """Raises UserError where what the name plants has no place at this hook; says where it changes nothing
+    in these rows [B,T].
+    """
     for planted in plant.plants(name):
         if planted.in_model and hook.is_last:
-            raise UserError(f"--models {name}@{hook.layer}: no block comes after it that could read the sink")
+            raise UserError(f"--models {name}@{hook.layer}: no block comes after it that could undo it")
         if from_files and not planted.in_model:
             raise UserError(f"--models {name}: {planted.kind} is about SAEs trained here, not about --sae")
+        if planted.kind == "short" and not (hook.head(input_ids).norm(dim=-1) > planted.first).any():
+            torchrun.say(
+                f"{name}@{hook.layer}: no norm is above {planted.first:g}, nothing is shortened here"
+            )
 
 
 def evaluation_rows(loaded: Loaded, place: Place, source: heldout.Source, grid: Grid) -> heldout.HeldOut:
