@@ -14,10 +14,10 @@ import helpers
 import zygote
 from helpers import ROOT, contents, process
 from transport_geometry import FIXED_CODE
+from transport_geometry.formats import contract
 from transport_geometry.models.loading import readable_names
 from transport_geometry.records import store
 from transport_geometry.records.tables import read_table
-from transport_geometry.running import grid
 from transport_geometry.saes import external_saes
 from transport_geometry.saes.sae import save_sae, tied_init
 from transport_geometry.text.heldout import in_heldout
@@ -147,7 +147,7 @@ def test_another_tokenizer_configuration_or_dtype_is_another_sae(tmp_path, model
     assert not run.get("refused")
     differs = [of.get("differs") for of in run["saes"].values()]
     assert sorted(map(str, differs)) == sorted(["None", "['tokenizer']", "['weights']", "['dtype']"])
-    assert doctest.testmod(grid).attempted >= 2 and not doctest.testmod(grid).failed
+    assert doctest.testmod(contract).attempted >= 2 and not doctest.testmod(contract).failed
     report = (tmp_path / "audit/report.md").read_text()
     assert report.count("trained on another language model than it is measured on") == 3
 
