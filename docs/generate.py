@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 import expb  # noqa: E402
 from common import DEFAULTS, PRESETS  # noqa: E402
 from transport_geometry.measuring import metrics, r2_by_library  # noqa: E402
-from transport_geometry.records.results import load_measurements  # noqa: E402
+from transport_geometry.records.condition import without_sinks  # noqa: E402
+from transport_geometry.records.results import Measured, load_measurements  # noqa: E402
 from transport_geometry.records.tables import estimate, percent, read_table, readable_count, signed  # noqa: E402
 from transport_geometry.reporting import (  # noqa: E402
     claims_report,
@@ -34,7 +35,6 @@ from transport_geometry.reporting import (  # noqa: E402
     sae_words,
     summary,
 )
-from transport_geometry.reporting.figures import dropped  # noqa: E402
 from transport_geometry.statistics import claims  # noqa: E402
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS  # noqa: E402
 from transport_geometry.statistics.intervals import ALPHA, interval  # noqa: E402
@@ -67,9 +67,28 @@ def rows(folder: str, name: str) -> list[dict[str, Any]]:
     return read_table(REFERENCE / folder / name)
 
 
+@functools.cache
+def measured(folder: str) -> Measured:
+    """Its SAEs under the resamples of Exp-B."""
+    return load_measurements(REFERENCE / folder, runs()[folder].settings, expb.N_RESAMPLES)
+
+
+def change(found: Measured, first: int, then: int) -> dict[str, Any]:
+    """CE_rec of the SAE number `then` less that of `first`, with its interval over documents."""
+    of_each = np.diff(found.values["ce_rec"][:, [first, then]])[:, 0]
+    lo, hi = interval(of_each[RESAMPLES])
+    return {"change": of_each[ALL], "change_lo": lo, "change_hi": hi}
+
+
 def board(folder: str) -> dict[str, dict[str, Any]]:
     """{proxy: its row for CE_rec over all conditions}."""
     return of_stratum(folder, "pooled")
+
+
+def of_stratum(folder: str, stratum: str) -> dict[str, dict[str, Any]]:
+    """{proxy: its row for CE_rec there}."""
+    found = rows(folder, "leaderboard.csv")
+    return {r["proxy"]: r for r in found if (r["target"], r["stratum"]) == ("ce_rec", stratum)}
 
 
 # --------------------------------------------------------------------------------------- as pages print them
@@ -113,7 +132,7 @@ def picture() -> str:
     of_arm = {without: {} for without in (False, True)}
     for row in rows(REAL, "conditions.csv"):
         if row["k"] == before["k"] and row["recipe"] != "null":
-            of_arm[dropped(row)][row["layer"]] = row["ce_rec"]
+            of_arm[without_sinks(row["sae"])][row["layer"]] = row["ce_rec"]
     ruined = [layer for layer, ce_rec in of_arm[True].items() if ce_rec < of_arm[False][layer] - 0.5]
     where = f"blocks {min(ruined)} to {max(ruined)}"
     of = board(REAL)
@@ -139,19 +158,16 @@ def flipped(k: int) -> list[dict[str, Any]]:
     """The rows of SmolLM2's blocks 10 and 11, trained on every position; the second with the difference of
     CE_rec, `change`, and its interval over documents.
     """
-    settings = runs()[REAL].settings
-    found = load_measurements(REFERENCE / REAL, settings, expb.N_RESAMPLES)
-    at = [
+    found = measured(REAL)
+    first, then = (
         next(
             i
             for i, row in enumerate(found.saes)
-            if (row["layer"], row["k"]) == (layer, k) and not dropped(row)
+            if (row["layer"], row["k"]) == (layer, k) and not without_sinks(row["sae"])
         )
         for layer in (10, 11)
-    ]
-    change = np.diff(found.values["ce_rec"][:, at])[:, 0]
-    lo, hi = interval(change[RESAMPLES])
-    return [found.saes[at[0]], found.saes[at[1]] | {"change": change[ALL], "change_lo": lo, "change_hi": hi}]
+    )
+    return [found.saes[first], found.saes[then] | change(found, first, then)]
 
 
 def planted_picture() -> str:
@@ -238,18 +254,11 @@ def came_of(claim: summary.Claim, *folders: str) -> str:
             return f"comes after {first}"
         at = f"at {readable_count(run.verdict['budget'])} tokens " if said else ""
         if here := run.verdict.get("here"):
-            at = f"on these SAEs {HERE[here['leaf']]}; in general "
+            at = f"{claims_report.OF_LEAF[here['leaf']]}; in general "
         said.append(f"{at}*{leaf}*" + f", not to be interpreted before {first}" * bool(first))
     return "; ".join(said)
 
 
-HERE = {
-    "beats-all": "better than R² and every Euclidean control",
-    "beats-r2-only": "better than R²",
-    "worse": "worse than R²",
-    "not-shown": "not shown to be better than R²",
-    "undecided": "undecided",
-}
 # what Exp-P plants for a claim: (planted, how its `must` begins); of the others nothing is planted
 PLANTED = {
     "H0": ("starved0.1:50000", "Exp-A"),
@@ -301,7 +310,7 @@ def exp_b_real() -> str:
 
 def short_norms() -> str:
     """A real model and its twin whose sinks are short: what R² and CE_rec of their SAEs are."""
-    found = load_measurements(REFERENCE / "expb-short", runs()["expb-short"].settings, expb.N_RESAMPLES)
+    found = measured("expb-short")
     at = {(row["model"], row["layer"], row["k"]): i for i, row in enumerate(found.saes)}
     assert len(at) == len(found.saes)
     lines = []
@@ -309,14 +318,11 @@ def short_norms() -> str:
         if "+" in model:
             continue
         pair = [i, at[f"{model}+short300", layer, k]]
-        change = np.diff(found.values["ce_rec"][:, pair])[:, 0]
-        lo, hi = interval(change[RESAMPLES])
         cells = [
             " → ".join(number(found.saes[j][name], 3).removeprefix("+") for j in pair)
             for name in ("sink_share", "r2", "r2_nosink", "ce_rec")
         ]
-        moved = {"change": change[ALL], "change_lo": lo, "change_hi": hi}
-        lines.append([str(layer), str(k), *cells, spanned(moved, "change", 3)])
+        lines.append([str(layer), str(k), *cells, spanned(change(found, *pair), "change", 3)])
     head = ["block", "k", "sinks' share of the variance", "R²", "R² without sinks", "CE_rec", "its change"]
     return table(head, lines)
 
@@ -466,20 +472,17 @@ def rightly() -> str:
 
 def same_layer() -> dict[str, dict[str, Any]]:
     """Of SmolLM2, {proxy: row} of the pairs within a layer, which are an SAE of each arm of --sinks."""
-    found = load_measurements(REFERENCE / REAL, runs()[REAL].settings, expb.N_RESAMPLES)
+    found = measured(REAL)
     ce, of = found.values["ce_rec"], runs()[REAL].settings["documents"]
     pairs = claims.clear_pairs(ce, found.meta)
     within = found.meta["layer"][pairs.a] == found.meta["layer"][pairs.b]
     pairs = claims.SAEPairs(pairs.a[within], pairs.b[within])
-    assert all(dropped(found.saes[i]) != dropped(found.saes[j]) for i, j in zip(pairs.a, pairs.b))
+    assert all(
+        without_sinks(found.saes[i]["sae"]) != without_sinks(found.saes[j]["sae"])
+        for i, j in zip(pairs.a, pairs.b)
+    )
     scores = {name: metrics.BY_NAME[name].score(found.values[name]) for name in CHEAP}
     return claims.document_columns(scores, ce, found.meta, min(of), pairs)
-
-
-def of_stratum(folder: str, stratum: str) -> dict[str, dict[str, Any]]:
-    """{proxy: its row for CE_rec there}."""
-    found = rows(folder, "leaderboard.csv")
-    return {r["proxy"]: r for r in found if (r["target"], r["stratum"]) == ("ce_rec", stratum)}
 
 
 # -------------------------------------------------------------------------------------------- docs/running.md

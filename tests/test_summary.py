@@ -72,7 +72,7 @@ def reported(tmp_path_factory):
 def test_the_reference_folders_in_the_order_in_which_they_may_be_read(reported):
     root, printed = reported
     text = (root / "report.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 100
+    assert len(text.splitlines()) < 10 * len(list(root.glob("*/run.json")))
     assert list(table(text)) == [claim.label for claim in summary.CLAIMS]
     assert "Read them in this order: H0 → H1 → N → H2 → H2′ → H3." in text
     first = ["expa", "expa-long", "expb", "expb-short", "expb-smollm2", "expc_fisher"]
@@ -197,7 +197,7 @@ def test_a_file_that_is_not_as_its_run_wrote_it_is_named(file, tmp_path):
     path.write_bytes(path.read_bytes() + b"\n")
     (line,) = lines_of(of(tmp_path / "r"), "expb")
     assert line.startswith(f"- `expb`: **no statement** ({file}: not as it was written (SHA-256 ")
-    assert table(of(tmp_path / "r"))["H2"].startswith("`expb`: no statement")
+    assert table(of(tmp_path / "r"))["H2"].split("; ")[0] == "`expb`: no statement"
 
 
 def test_what_is_gone_edited_or_of_another_form_is_no_statement(tmp_path):

@@ -7,6 +7,11 @@ from typing import Any
 NO_SINKS = "-nosinks"  # ends the name of an SAE that was trained here with --sinks drop
 
 
+def without_sinks(sae: Any) -> bool:
+    """Is this the name of an SAE that was trained here without sinks?"""
+    return str(sae).endswith(NO_SINKS)
+
+
 def hook_of(row: Mapping[str, Any]) -> str:
     """model@layer of a row, as settings and reports call its hook."""
     return f"{row['model']}@{row['layer']}"

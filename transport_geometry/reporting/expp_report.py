@@ -8,7 +8,7 @@ from typing import Any
 
 from transport_geometry.measuring.gauges import gauges_of, stays
 from transport_geometry.measuring.metrics import BY_NAME, PROXIES
-from transport_geometry.records.condition import NO_SINKS
+from transport_geometry.records.condition import without_sinks
 from transport_geometry.records.tables import estimate, markdown, percent, readable_count, signed, span
 from transport_geometry.reporting import console, published
 from transport_geometry.reporting.figures import (
@@ -74,7 +74,7 @@ class Evidence:
         here = [
             row
             for row in self.saes[part]
-            if row["model"] == self.model(twin) and not row["sae"].endswith(NO_SINKS)
+            if row["model"] == self.model(twin) and not without_sinks(row["sae"])
         ]
         return [row for row in here if row["tokens"] == max(other["tokens"] for other in here)]
 

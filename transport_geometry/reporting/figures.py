@@ -12,7 +12,7 @@ import typing
 from collections.abc import Sequence
 
 from transport_geometry.measuring.metrics import DISTORTION, SIGNED, SIMILARITY, Metric
-from transport_geometry.records.condition import NO_SINKS
+from transport_geometry.records.condition import without_sinks
 
 import numpy as np
 
@@ -87,7 +87,10 @@ def points_legend(models: Sequence[str], rows: Sequence[dict]) -> dict[str, typi
         line([], [], linestyle="", marker="o", color=colour, label=model)
         for model, colour in model_colours(models).items()
     ]
-    words = ["larger: larger k", *["diamonds: trained without sinks"] * any(map(dropped, rows))]
+    words = [
+        "larger: larger k",
+        *["diamonds: trained without sinks"] * any(without_sinks(row["sae"]) for row in rows),
+    ]
     points += [line([], [], linestyle="", label=text) for text in words]
     return dict(handles=points, fontsize=8, frameon=False)
 
@@ -153,7 +156,7 @@ def points_by_model(
     """
     x, y = np.asarray(x), np.asarray(y)
     names = np.array([f"{sae_name(row)}: {a:.4g}, {b:.4g}" for row, a, b in zip(rows, x, y)])
-    looks = [(row["model"], row["k"] or 0, dropped(row)) for row in rows]
+    looks = [(row["model"], row["k"] or 0, without_sinks(row["sae"])) for row in rows]
     colours, largest = model_colours(models), max([1, *(k for _, k, _ in looks)])
     # of one look: a page then draws one shape many times
     for look in sorted(set(looks), key=lambda look: (list(models).index(look[0]), *look[1:])):
@@ -161,11 +164,6 @@ def points_by_model(
         model, k, without = look
         style = dict(s=12 + 80 * k / largest, color=[colours[model]], marker="D" if without else "o")
         points(axis, x[here], y[here], names[here], **style)
-
-
-def dropped(row: dict) -> bool:
-    """Is this SAE one that was trained here without sinks?"""
-    return str(row["sae"]).endswith(NO_SINKS)
 
 
 def sae_name(row: dict) -> str:
@@ -281,7 +279,7 @@ def along_depth(rows: Sequence[dict], models: Sequence[str]) -> "Figure":
     }
     rows = [row for row in rows if (row["k"], row["tokens"]) == (k, most[row["model"]])]
     kinds = list(dict.fromkeys((row["recipe"], row["sae"]) for row in rows))
-    arms = any(map(dropped, rows))
+    arms = any(without_sinks(sae) for _, sae in kinds)
     shape = dict(figsize=(4.5 * len(kinds), 2.8 * len(models)), squeeze=False, layout="constrained")
     figure, axes = pyplot().subplots(len(models), len(kinds), **shape)
     for axis, (model, kind) in zip(axes.flat, itertools.product(models, kinds)):
@@ -291,7 +289,7 @@ def along_depth(rows: Sequence[dict], models: Sequence[str]) -> "Figure":
             y = [np.mean([row[name] for row in here if row["layer"] == layer]) for layer in layers]
             says = [f"{model}@{layer} k {k}: {name} {value:.4g}" for layer, value in zip(layers, y)]
             joined_points(axis, layers, y, says, colour, **style)
-        of_arm = "trained without sinks" if dropped({"sae": kind[1]}) else "trained on every position"
+        of_arm = "trained without sinks" if without_sinks(kind[1]) else "trained on every position"
         axis.set_title(", ".join([model, kind[0], f"k {k}", *[of_arm] * arms]), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)

@@ -10,7 +10,7 @@ Shapes: C SAEs, W weightings of the documents (`resampling.ALL`, ...), R draws, 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from transport_geometry.records.condition import NO_SINKS
+from transport_geometry.records.condition import without_sinks
 from transport_geometry.statistics.correlations import correlation, k_dummies, rank_residual, weighted_design
 from transport_geometry.statistics.intervals import document_interval, percentiles
 from transport_geometry.statistics.resampling import ALL, ESTIMATE, N_FIXED, RESAMPLES, SeedDraws, seed_draws
@@ -31,7 +31,7 @@ ARMS = {"keep": "sinks keep", "drop": "sinks drop"}  # of --sinks: their strata
 # ------------------------------------------------------------------------------------------------ which SAEs
 def arms(meta: dict) -> dict[str, np.ndarray]:
     """{stratum: which SAEs [C] bool}: the arms of --sinks, by the names of the SAEs, where there are both."""
-    dropped = np.array([str(sae).endswith(NO_SINKS) for sae in meta.get("sae", [])], bool)
+    dropped = np.array([without_sinks(sae) for sae in meta.get("sae", [])], bool)
     found = {ARMS["keep"]: ~dropped, ARMS["drop"]: dropped}
     return found if all(here.any() for here in found.values()) else {}
 
