@@ -30,8 +30,7 @@ from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
 from transport_geometry.records.results import about_the_run, load_measurements, of_one_processor, subset
 from transport_geometry.records.tables import as_csv, percent, readable_count
 from transport_geometry.reporting import expa_learning, expa_report, published
-from transport_geometry.reporting.console import Answer, as_sentence, number
-from transport_geometry.reporting.expa_report import PAIRED, in_words
+from transport_geometry.reporting.console import Answer, as_sentence, number, two_in_words
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import sae_name
@@ -39,7 +38,7 @@ from transport_geometry.running.pairs_flag import FLAGS, compared, with_pairs
 from transport_geometry.running.run import Experiment
 from transport_geometry.saes.recipes import RECIPES
 from transport_geometry.statistics import curves, deltas
-from transport_geometry.statistics.hook_pair import Conditions, ModelPair
+from transport_geometry.statistics.hook_pair import PAIRED, Conditions, ModelPair
 from transport_geometry.statistics.resampling import ALL, HALF_A, HALF_B
 from transport_geometry.statistics.transfer import MIN_IN_RANGE
 
@@ -124,7 +123,7 @@ class Verdict:
 
     @property
     def difference(self) -> str:
-        return in_words(self.large, "minus", self.small, self.depths)
+        return two_in_words(self.large, "minus", self.small, self.depths)
 
     def record(self) -> dict[str, Any]:
         """As verdict.json has it: flat, without what the tree did not come to."""
@@ -278,7 +277,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     alive = np.array([row["alive"] for row in found.saes])
     conditions = Conditions(found.values, found.meta, alive, settings["models"], min(settings["documents"]))
     if pairs := settings.get("pairs", []):
-        conditions = conditions.by_hook(PAIRED)
+        conditions = conditions.by_hook()
     rows, verdicts, stars, laws = [], [], [], []
     for sinks, recipe in itertools.product(settings["sinks"], settings["recipe"]):
         part = conditions.only(conditions.mask(recipe=recipe, sae=sae_name(settings["expansion"], sinks)))
@@ -334,7 +333,7 @@ def answer(verdict: Verdict, shown: list[dict], others: Sequence[Verdict] = ()) 
     if pairs:
         text += f" Other pairs: {'; '.join(f'{one.difference}, {one.leaf}' for one in pairs)}."
     scope = TEXT["scope"].format(what="hooks" if hooks else "models", n=widest["n_seeds"])
-    question = TEXT["question"].format(two=in_words(v.small, "and", v.large, v.depths))
+    question = TEXT["question"].format(two=two_in_words(v.small, "and", v.large, v.depths))
     return Answer(question, text, f"{limits} {scope}")
 
 

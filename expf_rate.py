@@ -3,6 +3,7 @@ answer depend on the geometry in which the loss is measured?
 
     python expf_rate.py                                   # embedded models, four CPU-minutes
     python expf_rate.py --models stdlib-s@1,stdlib-s@3,stdlib-m@1,stdlib-m@3,stdlib-l@1,stdlib-l@3
+    python expf_rate.py --models smollm2-135m --pairs 10:11,10:16    # layers of one model
     python expf_rate.py --from outputs/expf_rate          # tables, verdict and plots again, without a model
     python expf_rate.py --from outputs/expb               # what another script's rows say at 8 bits a value
 
@@ -13,11 +14,13 @@ scores notice a short finish through the model (`saes/kl_finetune.py`), and how 
 one bounded observer knows from h_hat than from h (`measuring/prequential_probe.py`).
 
 Question: at equal bits and equal depth, is the ratio of the losses, largest model over smallest, the same in
-1 - R^2 as in dCE / L_orig = 1 - CE_rec? The rule stands below, fixed before any result.
+1 - R^2 as in dCE / L_orig = 1 - CE_rec? With --pairs: the second hook of a pair over the first, each pair by
+itself, and about these SAEs only. Both rules stand below, fixed before any result.
 """
 
 import functools
 import pathlib
+from typing import Any
 
 from common import parse_args, run_script
 from transport_geometry.errors import UserError
@@ -27,22 +30,23 @@ from transport_geometry.records import store
 from transport_geometry.records.condition import Condition, hook_of
 from transport_geometry.records.results import (
     Measured,
-    about_the_run,
     finished_run,
-    label_last_block,
     load_measurements,
 )
 from transport_geometry.records.tables import as_csv, markdown, read_table
 from transport_geometry.reporting import expf_report
-from transport_geometry.reporting.console import Answer
+from transport_geometry.reporting.console import Answer, two_in_words
+from transport_geometry.reporting.figures import sae_name
 from transport_geometry.reporting.leaderboard_report import scope
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import Command, EvalSet
+from transport_geometry.running.pairs_flag import FLAGS, with_pairs
 from transport_geometry.running.run import Experiment, eval_batch, load
 from transport_geometry.saes import kl_finetune
 from transport_geometry.saes.sae import SAE, TopKSAE
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
+from transport_geometry.statistics.hook_pair import PAIRED
 from transport_geometry.statistics.hook_tests import p_value, sign_patterns
 from transport_geometry.statistics.intervals import ALPHA, interval
 from transport_geometry.statistics.rate_curves import (
@@ -63,7 +67,7 @@ import scipy
 import torch
 
 # 6 depths of two models, the pairs of hooks that the verdict counts; SAEs as in Exp-B
-GRID = dict(
+GRID: dict[str, Any] = dict(
     models=",".join(f"stdlib-{size}@{layer}" for size in "sm" for layer in range(6)),
     k="4,12,32",
     tokens="100k",
@@ -127,7 +131,19 @@ def leaf_f(apart: dict[str, float]) -> str:
     """
     if apart["pairs"] < MIN_EFFECTIVE_HOOKS:
         return "undecided"
-    if max(apart["factor"], 1 / apart["factor"]) >= FACTOR and apart["p"] < ALPHA:
+    return leaf_by(apart, apart["p"] < ALPHA)
+
+
+def leaf_of_pair(apart: dict[str, float]) -> str:
+    """The same about these SAEs of two hooks, with --pairs. apart: `over_documents`. The units are documents:
+    `differs` needs a 95% interval without 1.
+    """
+    return leaf_by(apart, apart["lo"] > 1 or apart["hi"] < 1)
+
+
+def leaf_by(apart: dict[str, float], shown: bool) -> str:
+    """shown: that the two ratios are apart at all."""
+    if max(apart["factor"], 1 / apart["factor"]) >= FACTOR and shown:
         return "differs"
     if apart["lo90"] > 1 / FACTOR and apart["hi90"] < FACTOR:
         return "same"
@@ -151,20 +167,26 @@ def over_pairs(logs: np.ndarray) -> dict[str, float]:
     return out | {"p": p}
 
 
+def over_documents(logs: np.ndarray) -> dict[str, float]:
+    """Of one pair of hooks, a factor given by its logs [W], with intervals over documents and seeds."""
+    (lo, hi), (lo90, hi90) = interval(logs[RESAMPLES]), interval(logs[RESAMPLES], alpha=2 * ALPHA)
+    ends = dict(factor=logs[0], lo=lo, hi=hi, lo90=lo90, hi90=hi90)
+    return {name: float(np.exp(end)) for name, end in ends.items()}
+
+
 # ------------------------------------------------------------------------------------- tables and verdict
 def ratio_rows(lines: RateCurves, codes: list[Coded]) -> list[dict]:
-    """Every ratio, largest model over smallest, at a pair of hooks: rows of ratios.csv, intervals over
-    documents (and seeds).
+    """Every ratio, largest model over smallest or second hook over first, at a pair of hooks: rows of
+    ratios.csv, intervals over documents (and seeds).
     """
     rows = []
     for code in codes:
         for at in ("bits", "kl", CE) if code.name in (CODE, "8 bits") else ("bits",):
             for of in ("bits", *NAMES):
-                for depth in lines.shared_depths() if at != of else []:
-                    draws = lines.log_ratio(code, at, of, depth)
-                    ratio, lo, hi = map(float, np.exp([draws[0], *interval(draws[RESAMPLES])]))
-                    row = {"depth": depth, "code": code.name, "at_equal": at, "of": of}
-                    rows.append(row | {"ratio": ratio, "lo": lo, "hi": hi})
+                for pair in lines.pairs if at != of else []:
+                    found = over_documents(lines.log_ratio(code, at, of, pair))
+                    row = {lines.unit: pair, "code": code.name, "at_equal": at, "of": of}
+                    rows.append(row | {"ratio": found["factor"], "lo": found["lo"], "hi": found["hi"]})
     return rows
 
 
@@ -177,6 +199,15 @@ def by_geometry(rows: list[dict], code: str) -> dict[str, dict]:
 
     return {
         name: {"ratio": over_pairs(logs(name)), "apart": over_pairs(logs(name) - logs(CE))} for name in NAMES
+    }
+
+
+def of_pair(pair: str, lines: RateCurves, code: Coded) -> dict[str, dict]:
+    """The same of one pair of hooks, over documents."""
+    logs = {name: lines.log_ratio(code, "bits", name, pair) for name in NAMES}
+    return {
+        name: {"ratio": over_documents(draws), "apart": over_documents(draws - logs[CE])}
+        for name, draws in logs.items()
     }
 
 
@@ -212,14 +243,20 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     tables["softmax.csv"] = read_table(store.checked(record, "softmax.csv")) if softmax else []
     rates = rate_rows(found, codes, tables["spectra.csv"])
     ratios = ratio_rows(lines, codes)
-    by_loss = by_geometry(ratios, CODE)
-    leaf = leaf_f(by_loss[R2]["apart"])
-    small, large = settings["models"][0], settings["models"][-1]
+    pairs, small, large = settings.get("pairs", []), settings["models"][0], settings["models"][-1]
+    if pairs:
+        small, large = pairs[0]
+        by_code = {code.name: {pair: of_pair(pair, lines, code) for pair in lines.pairs} for code in codes}
+    else:
+        by_code = {code.name: {expf_report.ALL: by_geometry(ratios, code.name)} for code in codes}
+    contrasts, rule = by_code[CODE], leaf_of_pair if pairs else leaf_f
+    first, by_loss = next(iter(contrasts.items()))
+    leaves = {pair: rule(of[R2]["apart"]) for pair, of in contrasts.items()}
     verdict = {
-        "leaf": leaf,
+        "leaf": leaves[first],
         "contrast": by_loss[R2]["apart"],
         "by_loss": by_loss,
-        "by_code": {code.name: by_geometry(ratios, code.name)[R2]["apart"] for code in codes},
+        "by_code": {name: of[first][R2]["apart"] for name, of in by_code.items()},
         "models": [small, large],
         "reached": reached(lines, codes),
         "softmax": tables["softmax.csv"],
@@ -233,22 +270,30 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         ),
         "quantised_sha256": store.sha256(store.checked(record, QUANTISED)),
     }
-    said = answer(leaf, by_loss, settings)
+    if pairs:
+        verdict["pairs"] = {pair: {"leaf": leaves[pair], "by_loss": of} for pair, of in contrasts.items()}
+    said = answer_of_pairs(leaves, contrasts, settings) if pairs else answer(leaves[first], by_loss, settings)
+    spectra = {
+        hook: [row for row in tables["spectra.csv"] if lines.place(row, settings["hooks"]) == hook]
+        for hook in lines.hooks
+    }
     return Findings(
         answer=said,
         verdict=verdict,
-        short_verdict=leaf,
-        report=report(found, rates, ratios, verdict, said, tables, settings),
+        short_verdict=verdict["leaf"],
+        report=expf_report.report(
+            found, rates, ratios, contrasts, verdict, said, tables, settings, CODE, TRAINING_ROWS
+        ),
         figures={
-            "rate.png": expf_report.rate_figure(lines, codes, tables["spectra.csv"], settings["hooks"], CODE),
-            "ratios.png": expf_report.ratio_figure(ratios, by_loss, CODE, [small, large], FACTOR),
+            "rate.png": expf_report.rate_figure(lines, codes, spectra, CODE),
+            "ratios.png": expf_report.ratio_figure(ratios, contrasts, CODE, f"{large} over {small}", FACTOR),
             "front.png": expf_report.front_figure(rates, settings["models"], settings["k"]),
             "directions.png": expf_report.direction_figure(tables["directions.csv"], settings["models"]),
         },
-        table=lambda colour: expf_report.equal_bits_in_short(by_loss, small, large, colour),
+        table=lambda colour: expf_report.equal_bits_in_short(by_loss, small, large, bool(pairs), colour),
         tables={
             "rates.csv": as_csv(rates, list(rates[0])),
-            "ratios.csv": as_csv(ratios, "depth code at_equal of ratio lo hi".split()),
+            "ratios.csv": as_csv(ratios, f"{lines.unit} code at_equal of ratio lo hi".split()),
         },
     )
 
@@ -275,44 +320,18 @@ def answer(leaf: str, by_loss: dict[str, dict], settings: dict) -> Answer:
     )
 
 
-# ------------------------------------------------------------------------------------------- report, figures
-def report(
-    found: Measured,
-    rates: list[dict],
-    ratios: list[dict],
-    verdict: dict,
-    said: Answer,
-    tables: dict[str, list[dict]],
-    settings: dict,
-) -> str:
-    softmax, (small, large) = TEXT["no softmax"], verdict["models"]
-    if closed := tables["softmax.csv"]:
-        each = "{model} {sequence:.1e} (sequence), {same:.1e} (same position)"
-        distances = "; ".join(each.format(**row) for row in closed)
-        softmax = TEXT["softmax"].format(positions=closed[0]["positions"], text=distances)
-    under_each, over_bound = expf_report.code_tables(rates, CODE)
-    return TEXT["report"].format(
-        answer=said.markdown(),
-        equal_bits=expf_report.equal_bits(ratios, verdict["by_loss"], CODE),
-        small=small,
-        large=large,
-        step=f"{STEP:g}",
-        documents=" or ".join(map(str, settings["documents"])),
-        seeds=" and seeds" if len(settings["seeds"]) > 1 else "",
-        by_code="; ".join(f"{code} {expf_report.factor(of)}" for code, of in verdict["by_code"].items()),
-        equal_output=expf_report.equal_output(ratios, CODE),
-        reached=markdown(verdict["reached"]),
-        rates=under_each,
-        training=f"{TRAINING_ROWS * settings['ctx']:,}",
-        backed_off=rate.BACKED_OFF,
-        bound=over_bound,
-        on_front=sum(row["front"] for row in rates if row["code"] == "8 bits"),
-        n_saes=len(found.saes),
-        directions=expf_report.direction_table(tables["directions.csv"]),
-        softmax=softmax,
-        finish=kl_finetune.section(tables["finish.csv"]),
-        observer=prequential_probe.section(tables["observer.csv"]),
-        about="\n".join(about_the_run(label_last_block(found.saes, settings), settings)),
+def answer_of_pairs(leaves: dict[str, str], contrasts: dict[str, dict[str, dict]], settings: dict) -> Answer:
+    """The verdict is about the first pair."""
+    said = []
+    for (a, b), leaf, of in zip(settings["pairs"], leaves.values(), contrasts.values()):
+        ratios = {name: expf_report.factor(of[loss]["ratio"]) for name, loss in (("r2", R2), ("ce", CE))}
+        numbers = TEXT["numbers of a pair"].format(**ratios, apart=expf_report.factor(of[R2]["apart"]))
+        two = two_in_words(b, "over", a, [PAIRED])
+        said.append((two, TEXT[f"{leaf} of a pair"].format(two=two, factor=FACTOR, numbers=numbers)))
+    return Answer(
+        TEXT["question of a pair"].format(two=said[0][0]),
+        " ".join(found for _, found in said),
+        TEXT["limits of a pair"].format(scope=scope(settings)),
     )
 
 
@@ -325,12 +344,12 @@ def of_saved_rows(out: pathlib.Path, settings: dict) -> str:
     found = load_measurements(out, settings, N_RESAMPLES, LOSSES)
     lines, codes = RateCurves.of(found, settings, N_RESAMPLES), [at_eight_bits(found, LOSSES)]
     ratios, rates = ratio_rows(lines, codes), rate_rows(found, codes, [])
-    beaten = [str(Condition.of(row)) for row in rates if not row["front"]]
+    beaten = [sae_name(row) for row in rates if not row["front"]]
     return TEXT["saved rows"].format(
         script=settings["script"],
         large=settings["models"][-1],
         small=settings["models"][0],
-        equal_bits=expf_report.equal_bits(ratios, by_geometry(ratios, "8 bits"), "8 bits"),
+        equal_bits=expf_report.equal_bits(ratios, {expf_report.ALL: by_geometry(ratios, "8 bits")}, "8 bits"),
         reached=markdown(reached(lines, codes)),
         on_front=len(rates) - len(beaten),
         n_saes=len(rates),
@@ -340,7 +359,7 @@ def of_saved_rows(out: pathlib.Path, settings: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------------- main
 def main() -> None:
-    command = parse_args(__doc__, GRID)
+    command = with_pairs(parse_args(__doc__, GRID, flags=FLAGS), GRID["models"])
     if command.grid.saes:
         raise UserError("--sae: Exp-F quantises the codes of SAEs that it trains itself")
     if command.finished:

@@ -9,7 +9,6 @@ from typing import Any
 
 import expa
 from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
-from transport_geometry.reporting.expa_report import PAIRED
 from transport_geometry.statistics import deltas
 from transport_geometry.statistics.hook_pair import Conditions, ModelPair, mismatch
 from transport_geometry.statistics.intervals import ratio_interval
@@ -320,7 +319,7 @@ def test_ratio_is_fiellers_and_undefined_over_zero():
 def test_hooks_are_compared_as_models_are():
     c = planted(np.random.default_rng(5), delta=0.03, gap=0.06)
     c = dataclasses.replace(c, meta=c.meta | {"layer": np.where(c.meta["model"] == "large", 7, 3)})
-    hooks = c.by_hook(PAIRED)
+    hooks = c.by_hook()
     pair = ["small@3", "large@7"]
     ours, theirs = expa.adjudicate(hooks.of(pair), *ARM).record(), verdict(c)
     assert (ours["small"], ours["large"], ours["depths"]) == (*pair, ["paired"])

@@ -52,7 +52,8 @@ def planted(of_r2: np.ndarray, of_ce: np.ndarray, seed: int = 0):
     losses = {name: level * bits**-0.5 * np.where(large, of[depth], 1.0) for name, of in factors.items()}
     at = itertools.product("sl", range(depths))
     hooks = {(m, str(i)): {n: (model == m) & (depth == i) & (k == n) for n in ks} for m, i in at}
-    lines = rate_curves.RateCurves(["s", "l"], hooks, np.ones((23, len(k))))
+    pairs = {str(i): (("s", str(i)), ("l", str(i))) for i in range(depths)}
+    lines = rate_curves.RateCurves(["s", "l"], hooks, np.ones((23, len(k))), pairs)
     tiled = {name: np.tile(v, (23, 1)) for name, v in losses.items()}
     return lines, rate_curves.Coded("0.5σ", np.tile(bits, (23, 1)), tiled)
 
@@ -86,6 +87,22 @@ def test_the_rule_rarely_invents_a_difference():
     for edge in (1.25, 1 / 1.25):  # at the margin itself `same` is wrong
         at = [expf_rate.leaf_f(expf_rate.over_pairs(rng.normal(np.log(edge), 0.1, 6))) for _ in range(400)]
         assert at.count("same") / 400 < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_every_leaf_of_a_pair():
+    """Two hooks by themselves: factors that documents agree about, or not."""
+    lines, code = planted(np.array([1.5, 1.1, 1.5]), np.ones(3))
+    of = {pair: expf_rate.of_pair(pair, lines, code) for pair in lines.pairs}
+    apart = of["0"]["1-r2"]["apart"]
+    assert (apart["factor"], apart["lo"], apart["hi"]) == pytest.approx((1.5, 1.5, 1.5))
+    leaves = [expf_rate.leaf_of_pair(of[pair]["1-r2"]["apart"]) for pair in lines.pairs]
+    assert leaves == ["differs", "same", "differs"]
+    rng = np.random.default_rng(0)
+    unsure = np.log(1.5) + np.r_[0, 0, 0, rng.normal(0, 0.5, 500)]  # the interval holds 1
+    assert expf_rate.leaf_of_pair(expf_rate.over_documents(unsure)) == "undecided"
+    # no overlap in bits: no ratio, and nothing is said
+    missing = expf_rate.over_documents(np.full(23, np.nan))
+    assert expf_rate.leaf_of_pair(missing) == "undecided"
 
 
 def test_ratios_at_equal_behaviour():
@@ -150,6 +167,40 @@ def test_what_a_run_leaves_behind(run):
             assert 0.998 * whole["1-r2"] < fine["1-r2"] < coarse["1-r2"]
     (softmax,) = read_table(out / "softmax.csv")
     assert max(softmax["sequence"], softmax["same"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_pairs_of_layers_have_the_curves_of_their_hooks(run, tmp_path):
+    """The pair 3:5 of stdlib-s, from the SAEs of the run above: bits and losses are those of its hooks."""
+    out = tmp_path / "pairs"
+    cache = run.parent / "cache"
+    models = SMALL.index("--models")
+    grid = [*SMALL[:models], "--models", "stdlib-s", "--pairs", "3:5", *SMALL[models + 2 :]]
+    done = script("expf_rate.py", *grid, "--out", out, "--cache", cache)
+    assert "block 5 over block 3 of stdlib-s" in " ".join(done.stdout.split())
+    rates = {(r["layer"], r["k"], r["code"]): r for r in read_table(out / "rates.csv")}
+    whole = [row for row in read_table(run / "rates.csv") if row["model"] == "stdlib-s"]
+    assert len(rates) == len(whole) == 6 * 4
+    for row in whole:
+        of = rates[row["layer"], row["k"], row["code"]]
+        assert (of["bits"], of["1-r2"]) == (row["bits"], row["1-r2"])
+
+    def along(name):  # bits, and ln 1 - R², at 0.5σ of the hook's three k
+        rows = [rates[layer, k, "0.5σ"] for layer in (3, 5) for k in (2, 4, 8)]
+        return np.array([row[name] for row in rows]).reshape(2, 3)
+
+    bits, loss = along("bits"), np.log(along("1-r2"))
+    at = np.linspace(bits[:, 0].max(), bits[:, 2].min(), 1000)
+    ratio = np.exp((np.interp(at, bits[1], loss[1]) - np.interp(at, bits[0], loss[0])).mean())
+    (row,) = (
+        r
+        for r in read_table(out / "ratios.csv")
+        if (r["code"], r["at_equal"], r["of"]) == ("0.5σ", "bits", "1-r2")
+    )
+    assert row["pair"] == "stdlib-s@5 over stdlib-s@3" and row["ratio"] == pytest.approx(ratio, rel=1e-3)
+    before = contents(out)
+    script("expf_rate.py", "--from", out)
+    assert contents(out) == before
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from transport_geometry.records.tables import UNDEFINED, estimate
+from transport_geometry.statistics.hook_pair import PAIRED
 
 WIDTH = 80  # columns of a terminal
 LABELS = ("Question", "Answer", "Limits")
@@ -58,6 +59,19 @@ def number(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
     '+0.12 (no interval)'
     """
     return estimate(row, name, digits).replace(f"[{UNDEFINED}]", "(no interval)")
+
+
+def two_in_words(a: str, word: str, b: str, depths: Sequence[str]) -> str:
+    """Two models, or two hooks, with a word between them.
+
+    >>> two_in_words("l", "minus", "s", ["0.50"]), two_in_words("s@11", "minus", "s@10", [PAIRED])
+    ('l minus s', 'block 11 minus block 10 of s')
+    """
+    if list(depths) != [PAIRED]:
+        return f"{a} {word} {b}"
+    (model, _, layer), (other, _, layer_b) = a.rpartition("@"), b.rpartition("@")
+    of_a = f" of {model}" if model != other else ""
+    return f"block {layer}{of_a} {word} block {layer_b} of {other}"
 
 
 def models_in_words(models: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from transport_geometry.records.tables import (
     span,
 )
 from transport_geometry.reporting.console import ORANGE as COLOUR_OF_FLIPS
-from transport_geometry.reporting.console import Answer, columns
+from transport_geometry.reporting.console import Answer, columns, two_in_words
 from transport_geometry.reporting.expa_learning import budget_axis
 from transport_geometry.reporting.figures import (
     BLUE,
@@ -36,20 +36,6 @@ if typing.TYPE_CHECKING:
 
 TEXT = blocks("expa")
 ARM = ("small", "large", "recipe", "sinks")
-PAIRED = "paired"  # the depth of hooks that --pairs compares
-
-
-def in_words(a: str, word: str, b: str, depths: Sequence[str]) -> str:
-    """Two models, or two hooks, with a word between them.
-
-    >>> in_words("l", "minus", "s", ["0.50"]), in_words("s@11", "minus", "s@10", [PAIRED])
-    ('l minus s', 'block 11 minus block 10 of s')
-    """
-    if list(depths) != [PAIRED]:
-        return f"{a} {word} {b}"
-    (model, _, layer), (other, _, layer_b) = a.rpartition("@"), b.rpartition("@")
-    of_a = f" of {model}" if model != other else ""
-    return f"block {layer}{of_a} {word} block {layer_b} of {other}"
 
 
 def depth_of(row: dict, deltas: Sequence[dict]) -> dict[str, str]:
@@ -119,7 +105,7 @@ def report(
     """
     first, tables = verdicts[0], {}
     for arm, here in grouped(deltas, ARM).items():
-        difference = in_words(arm[1], "minus", arm[0], sorted({row["depth"] for row in here}))
+        difference = two_in_words(arm[1], "minus", arm[0], sorted({row["depth"] for row in here}))
         tables[arm] = dict(zip(ARM, arm), difference=difference, table=delta_table(here))
     shown = tables.pop(tuple(first[name] for name in ARM), None)
     sections = [TEXT["left out"].format(n=left_out)] if left_out else []

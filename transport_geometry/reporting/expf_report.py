@@ -1,16 +1,18 @@
 """Exp-F as a person reads it: its tables in Markdown and on a terminal, and its figures.
 
-by_loss {loss: {"ratio", "apart"}}: of the largest model over the smallest at equal bits, over pairs of hooks;
-ratios, rates, directions: rows of the CSV files of these names; code: the one shown, by its name.
+by_loss {loss: {"ratio", "apart"}}: of the largest model over the smallest at equal bits, over pairs of hooks,
+or of the second hook of a pair over the first; contrasts {"all" or a pair: its by_loss}; ratios, rates,
+directions: rows of the CSV files of these names; code: the one shown, by its name.
 """
 
 import typing
 from collections.abc import Sequence
 
-from transport_geometry.measuring import rate
-from transport_geometry.records.condition import KEY, hook_of
+from transport_geometry.measuring import prequential_probe, rate
+from transport_geometry.records.condition import KEY
+from transport_geometry.records.results import Measured, about_the_run, label_last_block
 from transport_geometry.records.tables import grouped, markdown, short
-from transport_geometry.reporting.console import columns
+from transport_geometry.reporting.console import Answer, columns
 from transport_geometry.reporting.figures import (
     BLUE,
     ORANGE,
@@ -21,12 +23,16 @@ from transport_geometry.reporting.figures import (
     pyplot,
     sae_name,
 )
+from transport_geometry.reporting.templates import blocks
+from transport_geometry.saes import kl_finetune
 from transport_geometry.statistics.rate_curves import CE, R2, Coded, RateCurves
 
 import numpy as np
 
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TEXT = blocks("expf_rate")
 
 
 # ------------------------------------------------------------------------------------------------- tables
@@ -39,42 +45,58 @@ def factor(of: dict) -> str:
     return f"{short(value)} [{ends}]"
 
 
+ALL = "all"  # all pairs of one depth, among contrasts
+
+
+def unit(row: dict) -> str:
+    """The column that says which hooks are compared."""
+    return "pair" if "pair" in row else "depth"
+
+
 def by_depth(ratios: Sequence[dict], code: str, at_equal: Sequence[str], shown: Sequence[str]) -> list[dict]:
-    """A row for each depth, a column for each ratio."""
+    """A row for each depth, or pair, and a column for each ratio."""
     rows: dict[tuple, dict] = {}
     for row in ratios:
         if row["code"] == code and row["at_equal"] in at_equal and row["of"] in shown:
-            key = {"at equal": row["at_equal"], "depth": row["depth"]}
+            key = {"at equal": row["at_equal"], unit(row): row[unit(row)]}
             into = rows.setdefault(tuple(key.values()), key)
             into[row["of"]] = factor(row | {"factor": row["ratio"]})
     return list(rows.values())
 
 
-def equal_bits(ratios: Sequence[dict], by_loss: dict, code: str) -> str:
-    """A row for every depth, then what all pairs say."""
-    summary = [
-        {"depth": "all"} | {name: factor(of["ratio"]) for name, of in by_loss.items()},
-        {"depth": "over 1-ce_rec"} | {name: factor(of["apart"]) for name, of in by_loss.items()} | {CE: ""},
-        {"depth": "p"} | {name: short(of["apart"]["p"]) for name, of in by_loss.items()} | {CE: ""},
-    ]
-    return markdown([*by_depth(ratios, code, ["bits"], list(by_loss)), *summary], ["depth", *by_loss])
+def equal_bits(ratios: Sequence[dict], contrasts: dict[str, dict], code: str) -> str:
+    """A row for every depth, then what all say together; or two rows for every pair."""
+    losses, first = list(next(iter(contrasts.values()))), "depth" if ALL in contrasts else "pair"
+    rows = by_depth(ratios, code, ["bits"], losses)
+    for name, by_loss in contrasts.items():
+        apart = {loss: factor(of["apart"]) for loss, of in by_loss.items()} | {CE: ""}
+        if name == ALL:
+            p = {loss: short(of["apart"]["p"]) for loss, of in by_loss.items()} | {CE: ""}
+            rows.append({first: name} | {loss: factor(of["ratio"]) for loss, of in by_loss.items()})
+            rows += [{first: "over 1-ce_rec"} | apart, {first: "p"} | p]
+        else:
+            rows.append({first: f"{name}, over 1-ce_rec"} | apart)
+    return markdown(rows, [first, *losses])
 
 
-def equal_bits_in_short(by_loss: dict, small: str, large: str, colour: bool) -> str:
-    """What all pairs say, for a terminal of 80 columns."""
+def equal_bits_in_short(by_loss: dict, small: str, large: str, paired: bool, colour: bool) -> str:
+    """What all pairs of depths say, or the first of --pairs, for a terminal of 80 columns."""
     rows = []
     for name, of in by_loss.items():
         row = {"loss": name, f"{large} / {small}": factor(of["ratio"])}
-        apart = {"over 1-ce_rec": factor(of["apart"]), "p": short(of["apart"]["p"])}
+        apart = {"over 1-ce_rec": factor(of["apart"])} | ({} if paired else {"p": short(of["apart"]["p"])})
         rows.append(row | (dict.fromkeys(apart, "") if name == CE else apart))
-    return f"{columns(rows, colour=colour)}\n\nat equal bits; 95% over pairs of hooks of one depth"
+    over = "documents" if paired else "pairs of hooks of one depth"
+    return f"{columns(rows, colour=colour)}\n\nat equal bits; 95% over {over}"
 
 
 def equal_output(ratios: Sequence[dict], code: str) -> str:
     """Bits and losses where the output changes as much."""
     shown = ["bits", R2, "1-cosine", "1-r2_fisher", "half_swd"]
     rows = by_depth(ratios, code, ["kl", CE], shown)
-    return markdown(rows, ["at equal", "depth", *shown]) if rows else "No depth is shared by two models."
+    if not rows:
+        return "No depth is shared by two models."
+    return markdown(rows, ["at equal", unit(rows[0]), *shown])
 
 
 def code_tables(rates: Sequence[dict], code: str) -> tuple[str, str]:
@@ -108,14 +130,65 @@ def direction_table(directions: Sequence[dict]) -> str:
     return markdown(list(rows.values()))
 
 
+def report(
+    found: Measured,
+    rates: list[dict],
+    ratios: list[dict],
+    contrasts: dict[str, dict[str, dict]],
+    verdict: dict,
+    said: Answer,
+    tables: dict[str, list[dict]],
+    settings: dict,
+    code: str,
+    training_rows: int,
+) -> str:
+    """report.md. training_rows: sequences that say what a standard deviation of the values is."""
+    softmax, (small, large) = TEXT["no softmax"], verdict["models"]
+    if closed := tables["softmax.csv"]:
+        each = "{model} {sequence:.1e} (sequence), {same:.1e} (same position)"
+        distances = "; ".join(each.format(**row) for row in closed)
+        softmax = TEXT["softmax"].format(positions=closed[0]["positions"], text=distances)
+    under_each, over_bound = code_tables(rates, code)
+    paired = " of a pair" if "pairs" in settings else ""
+    seeds = " and seeds" if len(settings["seeds"]) > 1 else ""
+    units = dict(documents=" or ".join(map(str, settings["documents"])), seeds=seeds)
+    return TEXT["report"].format(
+        answer=said.markdown(),
+        larger=TEXT[f"larger{paired}"],
+        equal_bits=equal_bits(ratios, contrasts, code),
+        compared=TEXT[f"compared{paired}"].format(
+            large=large, small=small, step=verdict["thresholds"]["step"]
+        ),
+        rows=TEXT[f"rows{paired}"].format(**units),
+        small=small,
+        large=large,
+        step=verdict["thresholds"]["step"],
+        seeds=seeds,
+        by_code="; ".join(f"{name} {factor(of)}" for name, of in verdict["by_code"].items()),
+        equal_output=equal_output(ratios, code),
+        reached=markdown(verdict["reached"]),
+        rates=under_each,
+        training=f"{training_rows * settings['ctx']:,}",
+        backed_off=rate.BACKED_OFF,
+        bound=over_bound,
+        on_front=sum(row["front"] for row in rates if row["code"] == "8 bits"),
+        n_saes=len(found.saes),
+        directions=direction_table(tables["directions.csv"]),
+        softmax=softmax,
+        finish=kl_finetune.section(tables["finish.csv"]),
+        observer=prequential_probe.section(tables["observer.csv"]),
+        about="\n".join(about_the_run(label_last_block(found.saes, settings), settings)),
+    )
+
+
 # ------------------------------------------------------------------------------------------------ figures
 BOUNDED = {R2: ("1 − R²", "sigma"), "1-r2_fisher": ("1 − R²_Fisher", "fisher"), CE: ("ΔCE / L_orig", "")}
 
 
 def rate_figure(
-    lines: RateCurves, codes: Sequence[Coded], spectra: Sequence[dict], hooks: dict[str, str], code: str
+    lines: RateCurves, codes: Sequence[Coded], spectra: dict[tuple[str, str], list[dict]], code: str
 ) -> "Figure":
-    """Loss against bits: a column for every depth, a row for every geometry. hooks {hook: depth}."""
+    """Loss against bits: a column for every depth, a row for every geometry. spectra {hook: its rows}."""
     plt, colours = pyplot(), model_colours(lines.models)
     depths = sorted({depth for _, depth in lines.hooks})
     shape = dict(sharex=True, sharey="row", squeeze=False, layout="constrained")
@@ -138,9 +211,7 @@ def rate_figure(
                     style = (":", 1.5, 0.7) if one.name == "8 bits" else ("-", 0.6, 0.6)
                     axis.plot(x, y, color=colour, **dict(zip(("linestyle", "linewidth", "alpha"), style)))
             if column:
-                spectrum = np.array(
-                    [s[column] for s in spectra if s["model"] == model and hooks[hook_of(s)] == depth]
-                )
+                spectrum = np.array([s[column] for s in spectra[model, depth]])
                 axis.plot(bits, rate.share_left(spectrum, bits), "--", color=colour, linewidth=0.9)
         ends = (min(shown) / 1.3, max(shown) * 1.3)
         row[0].set(xscale="log", yscale="log", xlim=(bits[0], bits[-1]), ylim=ends, ylabel=label)
@@ -148,7 +219,7 @@ def rate_figure(
         for axis in row:
             decade_ticks(axis.xaxis, (bits[0], bits[-1]))
             axis.grid(alpha=0.3)
-    for axis, depth in zip(axes[0], depths):
+    for axis, depth in zip(axes[0], depths if lines.unit == "depth" else ()):
         axis.set_title(f"depth {depth}", fontsize=9)
     line = plt.Line2D
     handles = [line([], [], color=colour, label=model) for model, colour in colours.items()]
@@ -164,29 +235,38 @@ def rate_figure(
 
 
 def ratio_figure(
-    ratios: Sequence[dict], by_loss: dict, code: str, models: Sequence[str], margin: float
+    ratios: Sequence[dict], contrasts: dict[str, dict], code: str, over: str, margin: float
 ) -> "Figure":
-    """The ratio of losses at equal bits in every geometry."""
-    figure, axis = pyplot().subplots(figsize=(7.5, 3.8), layout="constrained")
-    at_equal_bits = [row for row in ratios if (row["code"], row["at_equal"]) == (code, "bits")]
-    for i, (name, of) in enumerate(by_loss.items()):
-        pairs = [row for row in at_equal_bits if row["of"] == name]
-        says = [f"{name} at depth {row['depth']}: {row['ratio']:.3g}" for row in pairs]
-        at, ratio = np.array([row["ratio"] for row in pairs]), of["ratio"]
-        points(axis, at, np.full(len(at), i), says, s=24, color="0.6")
-        axis.plot(ratio["factor"], i, "D", color=BLUE, zorder=3)
-        axis.plot([ratio["lo"], ratio["hi"]], [i, i], color=BLUE, linewidth=2, zorder=3)
-    of_ce = by_loss[CE]["ratio"]["factor"]
-    if np.isfinite(of_ce):
-        axis.axvspan(of_ce / margin, of_ce * margin, color=ORANGE, alpha=0.12, zorder=0)
-        axis.axvline(of_ce, color=ORANGE, linewidth=1, zorder=1)
-    axis.axvline(1, color="0.4", linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(by_loss)), list(by_loss))
-    axis.invert_yaxis()
-    axis.set(xlabel=f"loss of {models[-1]} over {models[0]} at equal bits", xscale="log")
-    axis.set_title(f"grey: a pair of hooks; line: {CE}, band: a factor of {margin:g} around it", fontsize=9)
-    decade_ticks(axis.xaxis, axis.get_xlim())
-    axis.grid(alpha=0.3, axis="x")
+    """The ratio of losses at equal bits in every geometry. over: which hooks' over which, where all pairs
+    stand together; a pair has its own panel.
+    """
+    n = len(contrasts)
+    figure, axes = pyplot().subplots(
+        1, n, figsize=(2.5 + 5 * n, 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (which, by_loss) in zip(axes[0], contrasts.items()):
+        for i, (name, of) in enumerate(by_loss.items()):
+            here = [
+                row for row in ratios if (row["code"], row["at_equal"], row["of"]) == (code, "bits", name)
+            ]
+            pairs = [row for row in here if which in (ALL, row[unit(row)])]
+            says = [f"{name} at {unit(row)} {row[unit(row)]}: {row['ratio']:.3g}" for row in pairs]
+            at, ratio = np.array([row["ratio"] for row in pairs]), of["ratio"]
+            points(axis, at, np.full(len(at), i), says, s=24, color="0.6")
+            axis.plot(ratio["factor"], i, "D", color=BLUE, zorder=3)
+            axis.plot([ratio["lo"], ratio["hi"]], [i, i], color=BLUE, linewidth=2, zorder=3)
+        of_ce = by_loss[CE]["ratio"]["factor"]
+        if np.isfinite(of_ce):
+            axis.axvspan(of_ce / margin, of_ce * margin, color=ORANGE, alpha=0.12, zorder=0)
+            axis.axvline(of_ce, color=ORANGE, linewidth=1, zorder=1)
+        axis.axvline(1, color="0.4", linewidth=0.8, linestyle=":")
+        axis.set_yticks(range(len(by_loss)), list(by_loss))
+        axis.set(xlabel=f"loss of {over if which == ALL else which} at equal bits", xscale="log")
+        grey = "grey: a pair of hooks; " if which == ALL else ""
+        axis.set_title(f"{grey}line: {CE}, band: a factor of {margin:g} around it", fontsize=9)
+        decade_ticks(axis.xaxis, axis.get_xlim())
+        axis.grid(alpha=0.3, axis="x")
+    axes[0][0].invert_yaxis()
     return figure
 
 

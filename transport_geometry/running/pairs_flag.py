@@ -1,4 +1,4 @@
-"""Which models or hooks Exp-A compares: --pairs, and otherwise the smallest and the largest model."""
+"""Which models or hooks are compared: --pairs, and otherwise the smallest and the largest model."""
 
 import dataclasses
 import itertools

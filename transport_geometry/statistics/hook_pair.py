@@ -17,6 +17,16 @@ from transport_geometry.statistics.resampling import ALL, ESTIMATE, SeedDraws, s
 
 import numpy as np
 
+PAIRED = "paired"  # the depth of hooks that --pairs compares
+
+
+def as_models(meta: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """meta {name: [C]} with every hook as a model of its own, all at one depth, so that hooks are compared as
+    models are.
+    """
+    hooks = np.array([f"{model}@{layer}" for model, layer in zip(meta["model"], meta["layer"])])
+    return meta | {"model": hooks, "depth": np.full(len(hooks), PAIRED)}
+
 
 def mean_over(values: np.ndarray, w: np.ndarray, here: np.ndarray) -> np.ndarray:
     """Weighted mean [R] of values [R,C], weights w [R,C], over the conditions of a mask [C]."""
@@ -49,13 +59,10 @@ class Conditions:
         part = self.only(np.isin(self.meta["model"], models))
         return dataclasses.replace(part, models=models)
 
-    def by_hook(self, depth: str) -> "Conditions":
-        """The same with every hook as a model of its own, all at one depth, so that hooks are compared as
-        models are.
-        """
-        hooks = np.array([f"{model}@{layer}" for model, layer in zip(self.meta["model"], self.meta["layer"])])
-        meta = self.meta | {"model": hooks, "depth": np.full(len(hooks), depth)}
-        return dataclasses.replace(self, meta=meta, models=list(dict.fromkeys(hooks.tolist())))
+    def by_hook(self) -> "Conditions":
+        """The same with hooks `as_models`."""
+        meta = as_models(self.meta)
+        return dataclasses.replace(self, meta=meta, models=list(dict.fromkeys(meta["model"].tolist())))
 
     def pair(self, small: str, large: str) -> "ModelPair":
         """The conditions of two models."""

@@ -1,23 +1,24 @@
 """SAEs as codes, of Exp-F: bits and losses of each after quantisation, and their curves along k, on which two
-models are compared at equal bits.
+models, or two hooks, are compared at equal bits.
 
 Shapes: C SAEs, W weightings of the documents (0 all, 1 and 2 halves, then resamples).
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transport_geometry.errors import UserError
 from transport_geometry.measuring import rate
 from transport_geometry.measuring.metrics import Metric, Sums, computed
 from transport_geometry.records import store
-from transport_geometry.records.condition import Condition
+from transport_geometry.records.condition import Condition, hook_of
 from transport_geometry.records.results import Measured, load_results
 from transport_geometry.records.tables import read_table
 from transport_geometry.running.grid import sae_name
 from transport_geometry.statistics import curves
-from transport_geometry.statistics.hook_pair import mean_over
+from transport_geometry.statistics.hook_pair import PAIRED, as_models, mean_over
 from transport_geometry.statistics.resampling import bootstrap_weights, document_weights
 
 import numpy as np
@@ -72,23 +73,38 @@ def quantised(out: pathlib.Path, found: Measured, losses: Sequence[Metric], n_re
 class RateCurves:
     """The SAEs of one arm (recipe, sinks, budget) along k at every hook, means over seeds."""
 
-    models: list[str]  # from the smallest to the largest
+    models: list[str]  # from the smallest to the largest; with --pairs each hook counts as a model
     # {(model, depth): {k: which SAEs [C] bool}}, in the order of models, depths and k
     hooks: dict[tuple[str, str], dict[int, np.ndarray]]
     weights: np.ndarray  # [W,C], of seeds
+    # {what a table calls it: the two (model, depth) that are compared, the second over the first}
+    pairs: dict[str, tuple[tuple[str, str], tuple[str, str]]]
+
+    @property
+    def unit(self) -> str:
+        """What the pairs' names are."""
+        return "pair" if all(depth == PAIRED for _, depth in self.hooks) else "depth"
+
+    def place(self, row: Mapping[str, Any], depths: Mapping[str, str]) -> tuple[str, str]:
+        """Which of `hooks` a row of a table is about. depths {hook: its depth}."""
+        hook = hook_of(row)
+        return (hook, PAIRED) if self.unit == "pair" else (row["model"], depths[hook])
 
     @classmethod
     def of(cls, found: Measured, settings: dict, n_resamples: int) -> "RateCurves":
         """Of the first recipe and sinks and the last budget. Raises UserError for SAEs from files."""
         if settings["recipe"] is None:
             raise UserError("SAEs from files have no curve over k")
-        meta, hooks = found.meta, {}
+        paired = settings.get("pairs", [])
+        meta = as_models(found.meta) if paired else found.meta
+        models = list(dict.fromkeys(meta["model"].tolist())) if paired else settings["models"]
+        hooks = {}
         arm = (
             (meta["recipe"] == settings["recipe"][0])
             & (meta["tokens"] == settings["tokens"][-1])
             & (meta["sae"] == sae_name(settings["expansion"], settings["sinks"][0]))
         )
-        for model in settings["models"]:
+        for model in models:
             for depth in np.unique(meta["depth"][arm & (meta["model"] == model)]).tolist():
                 here = arm & (meta["model"] == model) & (meta["depth"] == depth)
                 ks = np.unique(meta["k"][here]).tolist()
@@ -97,30 +113,29 @@ class RateCurves:
         if len(settings["seeds"]) > 1:
             units = ("model", "seed")
             weights = bootstrap_weights(meta, n_resamples, 0, clusters=units, least=2)
-        return cls(settings["models"], hooks, weights)
+        if paired:
+            pairs = {f"{b} over {a}": ((a, PAIRED), (b, PAIRED)) for a, b in paired}
+        else:
+            small, large = models[0], models[-1]
+            shared = [depth for model, depth in hooks if model == small != large and (large, depth) in hooks]
+            pairs = {depth: ((small, depth), (large, depth)) for depth in shared}
+        return cls(models, hooks, weights, pairs)
 
     def along_k(self, values: np.ndarray, hook: tuple[str, str]) -> np.ndarray:
         """[W,n], for the n k of the hook, of values [W,C]."""
         return np.stack([mean_over(values, self.weights, here) for here in self.hooks[hook].values()], 1)
 
-    def shared_depths(self) -> list[str]:
-        """Those of the smallest and of the largest model, a pair of hooks each."""
-        small, large = self.models[0], self.models[-1]
-        both = (depth for model, depth in self.hooks if model == small and (large, depth) in self.hooks)
-        return list(both) if small != large else []
-
-    def log_ratio(self, code: Coded, at: str, of: str, depth: str) -> np.ndarray:
-        """[W]: ln of the largest model's loss `of` over the smallest's, at equal `at`: bits or a loss."""
+    def log_ratio(self, code: Coded, at: str, of: str, pair: str) -> np.ndarray:
+        """[W]: ln of the second hook's loss `of` over the first one's, at equal `at`: bits or a loss."""
         both = []
-        for model in (self.models[0], self.models[-1]):
+        for hook in self.pairs[pair]:
             x, y = (
-                self.along_k(code.bits if name == "bits" else code.losses[name], (model, depth))
-                for name in (at, of)
+                self.along_k(code.bits if name == "bits" else code.losses[name], hook) for name in (at, of)
             )
             with np.errstate(invalid="ignore", divide="ignore"):
                 both.append((x if at == "bits" else np.log(x), y))
-        small, large = both
-        return rate.log_ratio(small, large)
+        first, second = both
+        return rate.log_ratio(first, second)
 
 
 def reached(lines: RateCurves, codes: list[Coded]) -> list[dict]:
@@ -134,7 +149,7 @@ def reached(lines: RateCurves, codes: list[Coded]) -> list[dict]:
         ks = np.array(list(lines.hooks[model, depth]))
         for target in TARGETS:
             at_eight, *at_steps = [curves.k_star(b, c, target) for b, c in zip(bits, ce)]
-            row = {"model": model, "depth": depth, "CE_rec": target}
+            row = {"model": model} | ({"depth": depth} if depth != PAIRED else {}) | {"CE_rec": target}
             row["k*"] = in_words(curves.k_star(ks, ce[0], target), ks[0], ks[-1])
             if at_steps:
                 first, last = min(b[0, 0] for b in bits[1:]), max(b[0, -1] for b in bits[1:])
