@@ -35,8 +35,10 @@ from transport_geometry.reporting import (  # noqa: E402
     sae_words,
     summary,
 )
+from transport_geometry.reporting.console import two_in_words  # noqa: E402
 from transport_geometry.statistics import claims  # noqa: E402
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS  # noqa: E402
+from transport_geometry.statistics.hook_pair import PAIRED  # noqa: E402
 from transport_geometry.statistics.intervals import ALPHA, interval  # noqa: E402
 from transport_geometry.statistics.resampling import ALL, RESAMPLES  # noqa: E402
 from transport_geometry.statistics.transfer import MIN_IN_RANGE  # noqa: E402
@@ -229,17 +231,20 @@ def exp_b() -> str:
 
 def ladder() -> str:
     """The claims in the order in which they may be interpreted, and what came of each: on the embedded
-    models, on a real one, and where it was planted.
+    models, on two real ones, and where it was planted.
     """
-    head = ["", "claim", "decided by", "embedded models", "SmolLM2-135M", "where it was planted"]
+    real = {"SmolLM2-135M": "smollm2", "Gemma 3 270M": "gemma3"}
+    head = ["", "claim", "decided by", "embedded models", *real, "where it was planted"]
     lines = []
     for claim in summary.CLAIMS:
         if claim.script == "expp_planted":
             continue
         folders = ("expa", "expa-long") if claim.script == "expa" else (claim.script,)
-        embedded = came_of(claim, *folders)
-        real = came_of(claim, f"{claim.script}-smollm2")
-        lines.append([claim.label, claim.words, f"`{claim.script}.py`", embedded, real, planted(claim.label)])
+        came = [
+            came_of(claim, *folders),
+            *(came_of(claim, f"{claim.script}-{name}") for name in real.values()),
+        ]
+        lines.append([claim.label, claim.words, f"`{claim.script}.py`", *came, planted(claim.label)])
     return table(head, lines)
 
 
@@ -253,6 +258,8 @@ def came_of(claim: summary.Claim, *folders: str) -> str:
         if claim.label == "N" and first:
             return f"comes after {first}"
         at = f"at {readable_count(run.verdict['budget'])} tokens " if said else ""
+        if pairs := run.settings.get("pairs"):  # the verdict is about the first
+            at = f"{two_in_words(pairs[0][1], 'against', pairs[0][0], [PAIRED])}: "
         if here := run.verdict.get("here"):
             at = f"{claims_report.OF_LEAF[here['leaf']]}; in general "
         said.append(f"{at}*{leaf}*" + f", not to be interpreted before {first}" * bool(first))
@@ -512,9 +519,10 @@ def presets() -> str:
         hooks = ", ".join(
             f"`{model}@{','.join(found)}`".replace("@`", "`") for model, found in models.items()
         )
-        said = [(DEFAULTS | grid)[key] for key in ("k", "tokens", "seeds", "sinks", "expansion", "eval_seqs")]
+        keys = ("k", "tokens", "seeds", "sinks", "expansion", "eval_seqs", "ctx")
+        said = [(DEFAULTS | grid)[key] for key in keys]
         lines.append([f"`{name}`", hooks, *(f"`{one}`" for one in said)])
-    return table(["", "models", "k", "tokens", "seeds", "sinks", "expansion", "eval-seqs"], lines)
+    return table(["", "models", "k", "tokens", "seeds", "sinks", "expansion", "eval-seqs", "ctx"], lines)
 
 
 # ----------------------------------------------------------------------------------------- docs/statistics.md
