@@ -35,10 +35,8 @@ from transport_geometry.reporting import (  # noqa: E402
     sae_words,
     summary,
 )
-from transport_geometry.reporting.console import two_in_words  # noqa: E402
 from transport_geometry.statistics import claims  # noqa: E402
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS  # noqa: E402
-from transport_geometry.statistics.hook_pair import PAIRED  # noqa: E402
 from transport_geometry.statistics.intervals import ALPHA, interval  # noqa: E402
 from transport_geometry.statistics.resampling import ALL, RESAMPLES  # noqa: E402
 from transport_geometry.statistics.transfer import MIN_IN_RANGE  # noqa: E402
@@ -258,8 +256,6 @@ def came_of(claim: summary.Claim, *folders: str) -> str:
         if claim.label == "N" and first:
             return f"comes after {first}"
         at = f"at {readable_count(run.verdict['budget'])} tokens " if said else ""
-        if pairs := run.settings.get("pairs"):  # the verdict is about the first
-            at = f"{two_in_words(pairs[0][1], 'against', pairs[0][0], [PAIRED])}: "
         if here := run.verdict.get("here"):
             at = f"{claims_report.OF_LEAF[here['leaf']]}; in general "
         said.append(f"{at}*{leaf}*" + f", not to be interpreted before {first}" * bool(first))

@@ -201,6 +201,8 @@ def test_pairs_of_layers_have_the_curves_of_their_hooks(run, tmp_path):
     before = contents(out)
     script("expf_rate.py", "--from", out)
     assert contents(out) == before
+    summary = script("common.py", "report", tmp_path).stdout
+    assert "(stdlib-s@5 over stdlib-s@3)" in " ".join(summary.split())
 
 
 @pytest.mark.slow

@@ -166,7 +166,10 @@ def leaf_of(claim: Claim, run: Run) -> str:
     """The run's own verdict on the claim, in words. Exp-A's one leaf is about three claims: once it has
     judged, its verdict holds what each came to. Of several pairs of hooks it is the first one's.
     """
-    of_pair = " ({large} minus {small})".format(**run.verdict) if run.settings.get("pairs") else ""
+    of_pair = ""
+    if pairs := run.settings.get("pairs"):
+        small, large = pairs[0]
+        of_pair = f" ({large} {'minus' if claim.script == 'expa' else 'over'} {small})"
     if claim.script != "expa" or run.leaf not in ADJUDICATED:
         return run.leaf.replace("-", " ").replace("r2", "R²") + of_pair
     came_to = {"H0": run.verdict.get("h0"), "H1": run.verdict.get("h1"), "N": run.leaf == "N"}[claim.label]
