@@ -30,7 +30,8 @@ from transport_geometry.measuring.metrics import EUCLIDEAN_CONTROLS
 from transport_geometry.records.results import about_the_run, load_measurements, of_one_processor, subset
 from transport_geometry.records.tables import as_csv, percent, readable_count
 from transport_geometry.reporting import expa_learning, expa_report, published
-from transport_geometry.reporting.console import Answer, as_sentence, number, two_in_words
+from transport_geometry.reporting.console import Answer, as_sentence, number
+from transport_geometry.reporting.expa_report import in_words
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.running.experiment import Findings, run_and_report
 from transport_geometry.running.grid import sae_name
@@ -123,7 +124,7 @@ class Verdict:
 
     @property
     def difference(self) -> str:
-        return two_in_words(self.large, "minus", self.small, self.depths)
+        return in_words(self.large, "minus", self.small, self.depths)
 
     def record(self) -> dict[str, Any]:
         """As verdict.json has it: flat, without what the tree did not come to."""
@@ -333,7 +334,7 @@ def answer(verdict: Verdict, shown: list[dict], others: Sequence[Verdict] = ()) 
     if pairs:
         text += f" Other pairs: {'; '.join(f'{one.difference}, {one.leaf}' for one in pairs)}."
     scope = TEXT["scope"].format(what="hooks" if hooks else "models", n=widest["n_seeds"])
-    question = TEXT["question"].format(two=two_in_words(v.small, "and", v.large, v.depths))
+    question = TEXT["question"].format(two=in_words(v.small, "and", v.large, v.depths))
     return Answer(question, text, f"{limits} {scope}")
 
 

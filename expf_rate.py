@@ -15,11 +15,14 @@ one bounded observer knows from h_hat than from h (`measuring/prequential_probe.
 
 Question: at equal bits and equal depth, is the ratio of the losses, largest model over smallest, the same in
 1 - R^2 as in dCE / L_orig = 1 - CE_rec? With --pairs: the second hook of a pair over the first, each pair by
-itself, and about these SAEs only. Both rules stand below, fixed before any result.
+itself, and about these SAEs only. Both rules stand below; the first was fixed before any result, the second
+after Exp-B had looked at SmolLM2.
 """
 
 import functools
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from common import parse_args, run_script
@@ -35,7 +38,7 @@ from transport_geometry.records.results import (
 )
 from transport_geometry.records.tables import as_csv, markdown, read_table
 from transport_geometry.reporting import expf_report
-from transport_geometry.reporting.console import Answer, two_in_words
+from transport_geometry.reporting.console import Answer, hooks_in_words
 from transport_geometry.reporting.figures import sae_name
 from transport_geometry.reporting.leaderboard_report import scope
 from transport_geometry.reporting.templates import blocks
@@ -46,7 +49,6 @@ from transport_geometry.running.run import Experiment, eval_batch, load
 from transport_geometry.saes import kl_finetune
 from transport_geometry.saes.sae import SAE, TopKSAE
 from transport_geometry.statistics.hook_dependence import MIN_EFFECTIVE_HOOKS
-from transport_geometry.statistics.hook_pair import PAIRED
 from transport_geometry.statistics.hook_tests import p_value, sign_patterns
 from transport_geometry.statistics.intervals import ALPHA, interval
 from transport_geometry.statistics.rate_curves import (
@@ -135,8 +137,8 @@ def leaf_f(apart: dict[str, float]) -> str:
 
 
 def leaf_of_pair(apart: dict[str, float]) -> str:
-    """The same about these SAEs of two hooks, with --pairs. apart: `over_documents`. The units are documents:
-    `differs` needs a 95% interval without 1.
+    """The same about these SAEs of two hooks, with --pairs. apart: `over_documents`. `differs` needs a 95%
+    Student interval over documents without 1. Undefined wherever a resample is: `undecided`.
     """
     return leaf_by(apart, apart["lo"] > 1 or apart["hi"] < 1)
 
@@ -157,34 +159,50 @@ def over_pairs(logs: np.ndarray) -> dict[str, float]:
     logs = logs[np.isfinite(logs)]
     G = len(logs)
     out = {"pairs": G, "factor": float(np.exp(logs.mean())) if G else np.nan}
-    half = logs.std(ddof=1) / G**0.5 if G > 1 else np.nan
-    for level, ends in ((0.95, ("lo", "hi")), (0.90, ("lo90", "hi90"))):
-        reach = scipy.stats.t.ppf((1 + level) / 2, G - 1) * half if G > 1 else np.nan
-        out |= dict(zip(ends, map(float, np.exp(np.array([-reach, reach])) * out["factor"])))
+    out |= student(out["factor"], logs.std(ddof=1) / G**0.5 if G > 1 else np.nan, G - 1)
     p = np.nan
     if G >= MIN_EFFECTIVE_HOOKS:
         p = p_value(sign_patterns(G) @ logs / max(np.abs(logs).sum(), 1e-300))
     return out | {"p": p}
 
 
-def over_documents(logs: np.ndarray) -> dict[str, float]:
-    """Of one pair of hooks, a factor given by its logs [W], with intervals over documents and seeds."""
-    (lo, hi), (lo90, hi90) = interval(logs[RESAMPLES]), interval(logs[RESAMPLES], alpha=2 * ALPHA)
-    ends = dict(factor=logs[0], lo=lo, hi=hi, lo90=lo90, hi90=hi90)
-    return {name: float(np.exp(end)) for name, end in ends.items()}
+def student(factor: float, se: float, df: int) -> dict[str, float]:
+    """Ends of the 95% and the 90% interval of a factor whose log has this standard error."""
+    out: dict[str, float] = {}
+    for level, ends in ((0.95, ("lo", "hi")), (0.90, ("lo90", "hi90"))):
+        reach = scipy.stats.t.ppf((1 + level) / 2, df) * se if df > 0 else np.nan
+        out |= dict(zip(ends, map(float, np.exp(np.array([-reach, reach])) * factor)))
+    return out
+
+
+def over_documents(logs: np.ndarray, units: int) -> dict[str, float]:
+    """Of one pair of hooks, a factor given by its logs [W], with Student intervals over documents and seeds.
+    None where one resample has no ratio: those that are left would not reach as far. units: documents, or
+    seeds where there are several and fewer.
+    """
+    draws, factor = logs[RESAMPLES], float(np.exp(logs[0]))
+    return {"factor": factor} | student(factor, draws.std(ddof=1), units - 1)
+
+
+def over_resamples(logs: np.ndarray) -> dict[str, float]:
+    """A factor given by its logs [W], with a percentile interval."""
+    factor, lo, hi = map(float, np.exp([logs[0], *interval(logs[RESAMPLES])]))
+    return {"factor": factor, "lo": lo, "hi": hi}
 
 
 # ------------------------------------------------------------------------------------- tables and verdict
-def ratio_rows(lines: RateCurves, codes: list[Coded]) -> list[dict]:
+def ratio_rows(
+    lines: RateCurves, codes: list[Coded], spread: Callable[[np.ndarray], dict[str, float]] = over_resamples
+) -> list[dict]:
     """Every ratio, largest model over smallest or second hook over first, at a pair of hooks: rows of
-    ratios.csv, intervals over documents (and seeds).
+    ratios.csv, with the interval over documents (and seeds) that `spread` gives.
     """
     rows = []
     for code in codes:
         for at in ("bits", "kl", CE) if code.name in (CODE, "8 bits") else ("bits",):
             for of in ("bits", *NAMES):
                 for pair in lines.pairs if at != of else []:
-                    found = over_documents(lines.log_ratio(code, at, of, pair))
+                    found = spread(lines.log_ratio(code, at, of, pair))
                     row = {lines.unit: pair, "code": code.name, "at_equal": at, "of": of}
                     rows.append(row | {"ratio": found["factor"], "lo": found["lo"], "hi": found["hi"]})
     return rows
@@ -202,11 +220,11 @@ def by_geometry(rows: list[dict], code: str) -> dict[str, dict]:
     }
 
 
-def of_pair(pair: str, lines: RateCurves, code: Coded) -> dict[str, dict]:
+def of_pair(pair: str, lines: RateCurves, code: Coded, units: int) -> dict[str, dict]:
     """The same of one pair of hooks, over documents."""
     logs = {name: lines.log_ratio(code, "bits", name, pair) for name in NAMES}
     return {
-        name: {"ratio": over_documents(draws), "apart": over_documents(draws - logs[CE])}
+        name: {"ratio": over_documents(draws, units), "apart": over_documents(draws - logs[CE], units)}
         for name, draws in logs.items()
     }
 
@@ -242,12 +260,17 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     softmax = "softmax.csv" in store.written(record)
     tables["softmax.csv"] = read_table(store.checked(record, "softmax.csv")) if softmax else []
     rates = rate_rows(found, codes, tables["spectra.csv"])
-    ratios = ratio_rows(lines, codes)
     pairs, small, large = settings.get("pairs", []), settings["models"][0], settings["models"][-1]
     if pairs:
         small, large = pairs[0]
-        by_code = {code.name: {pair: of_pair(pair, lines, code) for pair in lines.pairs} for code in codes}
+        several = [len(settings["seeds"])] if len(settings["seeds"]) > 1 else []
+        units = min(*settings["documents"], *several, math.inf)
+        ratios = ratio_rows(lines, codes, functools.partial(over_documents, units=units))
+        by_code = {
+            code.name: {pair: of_pair(pair, lines, code, units) for pair in lines.pairs} for code in codes
+        }
     else:
+        ratios = ratio_rows(lines, codes)
         by_code = {code.name: {expf_report.ALL: by_geometry(ratios, code.name)} for code in codes}
     contrasts, rule = by_code[CODE], leaf_of_pair if pairs else leaf_f
     first, by_loss = next(iter(contrasts.items()))
@@ -264,14 +287,14 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         "thresholds": dict(
             factor=FACTOR,
             alpha=ALPHA,
-            min_pairs=MIN_EFFECTIVE_HOOKS,
+            **({} if pairs else {"min_pairs": MIN_EFFECTIVE_HOOKS}),
             step=STEP,
             code="ideal length",
         ),
         "quantised_sha256": store.sha256(store.checked(record, QUANTISED)),
     }
     if pairs:
-        verdict["pairs"] = {pair: {"leaf": leaves[pair], "by_loss": of} for pair, of in contrasts.items()}
+        verdict["by_pair"] = {pair: {"leaf": leaves[pair], "by_loss": of} for pair, of in contrasts.items()}
     said = answer_of_pairs(leaves, contrasts, settings) if pairs else answer(leaves[first], by_loss, settings)
     spectra = {
         hook: [row for row in tables["spectra.csv"] if lines.place(row, settings["hooks"]) == hook]
@@ -287,8 +310,8 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
         figures={
             "rate.png": expf_report.rate_figure(lines, codes, spectra, CODE),
             "ratios.png": expf_report.ratio_figure(ratios, contrasts, CODE, f"{large} over {small}", FACTOR),
-            "front.png": expf_report.front_figure(rates, settings["models"], settings["k"]),
-            "directions.png": expf_report.direction_figure(tables["directions.csv"], settings["models"]),
+            "front.png": expf_report.front_figure(rates, lines.models, settings["k"]),
+            "directions.png": expf_report.direction_figure(tables["directions.csv"], lines.models),
         },
         table=lambda colour: expf_report.equal_bits_in_short(by_loss, small, large, bool(pairs), colour),
         tables={
@@ -324,14 +347,16 @@ def answer_of_pairs(leaves: dict[str, str], contrasts: dict[str, dict[str, dict]
     """The verdict is about the first pair."""
     said = []
     for (a, b), leaf, of in zip(settings["pairs"], leaves.values(), contrasts.values()):
-        ratios = {name: expf_report.factor(of[loss]["ratio"]) for name, loss in (("r2", R2), ("ce", CE))}
-        numbers = TEXT["numbers of a pair"].format(**ratios, apart=expf_report.factor(of[R2]["apart"]))
-        two = two_in_words(b, "over", a, [PAIRED])
-        said.append((two, TEXT[f"{leaf} of a pair"].format(two=two, factor=FACTOR, numbers=numbers)))
+        numbers = of[R2]["ratio"], of[CE]["ratio"], of[R2]["apart"]
+        r2, ce, apart = (expf_report.factor(one) for one in numbers)
+        two = hooks_in_words(b, f"loses {r2} times what", a)
+        text = TEXT[f"{leaf} of a pair"].format(two=two, ce=ce, apart=apart, factor=FACTOR)
+        said.append(text.replace("[undefined]", "(no interval)"))
+    (small, large), seeds = settings["pairs"][0], " and seeds" if len(settings["seeds"]) > 1 else ""
     return Answer(
-        TEXT["question of a pair"].format(two=said[0][0]),
-        " ".join(found for _, found in said),
-        TEXT["limits of a pair"].format(scope=scope(settings)),
+        TEXT["question of a pair"].format(two=hooks_in_words(large, "than", small)),
+        " ".join(said),
+        TEXT["limits of a pair"].format(scope=scope(settings), seeds=seeds),
     )
 
 
@@ -344,7 +369,7 @@ def of_saved_rows(out: pathlib.Path, settings: dict) -> str:
     found = load_measurements(out, settings, N_RESAMPLES, LOSSES)
     lines, codes = RateCurves.of(found, settings, N_RESAMPLES), [at_eight_bits(found, LOSSES)]
     ratios, rates = ratio_rows(lines, codes), rate_rows(found, codes, [])
-    beaten = [sae_name(row) for row in rates if not row["front"]]
+    beaten = [f"{sae_name(row)}, {row['recipe']}" for row in rates if not row["front"]]
     return TEXT["saved rows"].format(
         script=settings["script"],
         large=settings["models"][-1],

@@ -11,6 +11,7 @@ from transport_geometry.measuring.metrics import Sums, computed
 from transport_geometry.models.lm import Hook
 from transport_geometry.records.tables import read_table
 from transport_geometry.statistics import rate_curves
+from transport_geometry.statistics.resampling import document_weights
 
 import numpy as np
 import pytest
@@ -92,17 +93,41 @@ def test_the_rule_rarely_invents_a_difference():
 def test_every_leaf_of_a_pair():
     """Two hooks by themselves: factors that documents agree about, or not."""
     lines, code = planted(np.array([1.5, 1.1, 1.5]), np.ones(3))
-    of = {pair: expf_rate.of_pair(pair, lines, code) for pair in lines.pairs}
+    of = {pair: expf_rate.of_pair(pair, lines, code, units=12) for pair in lines.pairs}
     apart = of["0"]["1-r2"]["apart"]
     assert (apart["factor"], apart["lo"], apart["hi"]) == pytest.approx((1.5, 1.5, 1.5))
     leaves = [expf_rate.leaf_of_pair(of[pair]["1-r2"]["apart"]) for pair in lines.pairs]
     assert leaves == ["differs", "same", "differs"]
-    rng = np.random.default_rng(0)
-    unsure = np.log(1.5) + np.r_[0, 0, 0, rng.normal(0, 0.5, 500)]  # the interval holds 1
-    assert expf_rate.leaf_of_pair(expf_rate.over_documents(unsure)) == "undecided"
-    # no overlap in bits: no ratio, and nothing is said
-    missing = expf_rate.over_documents(np.full(23, np.nan))
-    assert expf_rate.leaf_of_pair(missing) == "undecided"
+
+
+def test_a_pair_is_not_judged_on_what_is_left_of_its_documents():
+    """Documents that disagree; two documents; and resamples of which some have no ratio."""
+
+    def leaf(centre, sd, units, undefined=0):
+        logs = np.log(centre) + np.r_[0, 0, 0, np.random.default_rng(0).normal(0, sd, 500)]
+        logs[3 : 3 + undefined] = np.nan
+        return expf_rate.leaf_of_pair(expf_rate.over_documents(logs, units))
+
+    assert (leaf(1.5, 0.1, 24), leaf(1.0, 0.1, 24)) == ("differs", "same")
+    assert leaf(1.5, 0.5, 24) == leaf(1.0, 0.5, 24) == "undecided"
+    assert leaf(1.5, 0.1, 2) == leaf(1.0, 0.1, 2) == "undecided"
+    assert leaf(1.5, 0.1, 24, undefined=1) == leaf(1.0, 0.1, 24, undefined=500) == "undecided"
+    assert expf_rate.leaf_of_pair(expf_rate.over_documents(np.full(23, np.nan), 24)) == "undecided"
+
+
+def test_of_documents_drawn_alike_a_pair_differs_once_in_twenty():
+    """The interval of the ratio of two means over 12 documents, truly 1, holds 1 in 95%, within 3 standard
+    errors of 600 draws.
+    """
+    rng = np.random.default_rng(3)
+    weights = document_weights(12, 300, seed=0)
+    covered = []
+    for _ in range(600):
+        of = np.exp(rng.normal(0, 0.4, (2, 12)))
+        first, second = (weights @ of.T / weights.sum(1, keepdims=True)).T
+        found = expf_rate.over_documents(np.log(second / first), 12)
+        covered.append(found["lo"] < 1 < found["hi"])
+    assert abs(np.mean(covered) - 0.95) < 3 * (0.05 * 0.95 / 600) ** 0.5
 
 
 def test_ratios_at_equal_behaviour():

@@ -60,7 +60,7 @@ class Run:
     record: dict  # run.json; {} without one
     settings: dict
     rows: list[dict]  # of conditions.csv
-    leaf: str | None  # of the verdict
+    leaf: str  # of the verdict, with those of Exp-A's other arms and Exp-F's other pairs
     files: dict[str, str]  # {name: SHA-256} of what the run wrote and is there
 
 
@@ -150,9 +150,16 @@ def read(folder: pathlib.Path) -> Run:
         record=record,
         settings=record.get("settings") or verdict.get("settings", {}),
         rows=rows,
-        leaf=verdict.get("leaf"),
+        leaf=leaves_of(verdict),
         files={name: store.sha256(folder / name) for name in names if (folder / name).is_file()},
     )
+
+
+def leaves_of(verdict: dict) -> str:
+    """Of Exp-A, too, those of the other arms and pairs; of Exp-F those of all pairs."""
+    others = [arm["leaf"] for arm in verdict.get("other_arms", [])]
+    by_pair = [pair["leaf"] for pair in verdict.get("by_pair", {}).values()]
+    return "; ".join(leaf for leaf in (verdict.get("leaf"), *others, *by_pair[1:]) if leaf)
 
 
 def seed_spreads(path: pathlib.Path = SEED_SD) -> SeedSpreads:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from transport_geometry.records.tables import UNDEFINED, estimate
-from transport_geometry.statistics.hook_pair import PAIRED
 
 WIDTH = 80  # columns of a terminal
 LABELS = ("Question", "Answer", "Limits")
@@ -61,14 +60,12 @@ def number(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
     return estimate(row, name, digits).replace(f"[{UNDEFINED}]", "(no interval)")
 
 
-def two_in_words(a: str, word: str, b: str, depths: Sequence[str]) -> str:
-    """Two models, or two hooks, with a word between them.
+def hooks_in_words(a: str, word: str, b: str) -> str:
+    """Two hooks with a word between them.
 
-    >>> two_in_words("l", "minus", "s", ["0.50"]), two_in_words("s@11", "minus", "s@10", [PAIRED])
-    ('l minus s', 'block 11 minus block 10 of s')
+    >>> hooks_in_words("s@11", "minus", "s@10"), hooks_in_words("s@3", "minus", "l@5")
+    ('block 11 minus block 10 of s', 'block 3 of s minus block 5 of l')
     """
-    if list(depths) != [PAIRED]:
-        return f"{a} {word} {b}"
     (model, _, layer), (other, _, layer_b) = a.rpartition("@"), b.rpartition("@")
     of_a = f" of {model}" if model != other else ""
     return f"block {layer}{of_a} {word} block {layer_b} of {other}"

@@ -15,7 +15,7 @@ from transport_geometry.records.tables import (
     span,
 )
 from transport_geometry.reporting.console import ORANGE as COLOUR_OF_FLIPS
-from transport_geometry.reporting.console import Answer, columns, two_in_words
+from transport_geometry.reporting.console import Answer, columns, hooks_in_words
 from transport_geometry.reporting.expa_learning import budget_axis
 from transport_geometry.reporting.figures import (
     BLUE,
@@ -28,6 +28,7 @@ from transport_geometry.reporting.figures import (
     pyplot,
 )
 from transport_geometry.reporting.templates import blocks
+from transport_geometry.statistics.hook_pair import PAIRED
 
 import numpy as np
 
@@ -36,6 +37,11 @@ if typing.TYPE_CHECKING:
 
 TEXT = blocks("expa")
 ARM = ("small", "large", "recipe", "sinks")
+
+
+def in_words(a: str, word: str, b: str, depths: Sequence[str]) -> str:
+    """Two models, or two hooks, with a word between them."""
+    return hooks_in_words(a, word, b) if list(depths) == [PAIRED] else f"{a} {word} {b}"
 
 
 def depth_of(row: dict, deltas: Sequence[dict]) -> dict[str, str]:
@@ -105,7 +111,7 @@ def report(
     """
     first, tables = verdicts[0], {}
     for arm, here in grouped(deltas, ARM).items():
-        difference = two_in_words(arm[1], "minus", arm[0], sorted({row["depth"] for row in here}))
+        difference = in_words(arm[1], "minus", arm[0], sorted({row["depth"] for row in here}))
         tables[arm] = dict(zip(ARM, arm), difference=difference, table=delta_table(here))
     shown = tables.pop(tuple(first[name] for name in ARM), None)
     sections = [TEXT["left out"].format(n=left_out)] if left_out else []

@@ -25,6 +25,7 @@ from transport_geometry.reporting.figures import (
 )
 from transport_geometry.reporting.templates import blocks
 from transport_geometry.saes import kl_finetune
+from transport_geometry.statistics.hook_pair import PAIRED
 from transport_geometry.statistics.rate_curves import CE, R2, Coded, RateCurves
 
 import numpy as np
@@ -86,7 +87,7 @@ def equal_bits_in_short(by_loss: dict, small: str, large: str, paired: bool, col
         row = {"loss": name, f"{large} / {small}": factor(of["ratio"])}
         apart = {"over 1-ce_rec": factor(of["apart"])} | ({} if paired else {"p": short(of["apart"]["p"])})
         rows.append(row | (dict.fromkeys(apart, "") if name == CE else apart))
-    over = "documents" if paired else "pairs of hooks of one depth"
+    over = "documents; the first pair" if paired else "pairs of hooks of one depth"
     return f"{columns(rows, colour=colour)}\n\nat equal bits; 95% over {over}"
 
 
@@ -155,6 +156,8 @@ def report(
     return TEXT["report"].format(
         answer=said.markdown(),
         larger=TEXT[f"larger{paired}"],
+        clean=TEXT[f"clean{paired}"].format(large=large, small=small),
+        first=TEXT[f"first{paired}"].format(large=large, small=small),
         equal_bits=equal_bits(ratios, contrasts, code),
         compared=TEXT[f"compared{paired}"].format(
             large=large, small=small, step=verdict["thresholds"]["step"]
@@ -203,9 +206,8 @@ def rate_figure(
                 x, y = (lines.along_k(v, (model, depth))[0] for v in (one.bits, one.losses[name]))
                 shown += [value for value in y if value > 0]
                 if one.name == code:
-                    says = [
-                        f"{model}, depth {depth}, k {k}: {a:.4g} bits, {b:.4g}" for k, a, b in zip(ks, x, y)
-                    ]
+                    of = model if depth == PAIRED else f"{model}, depth {depth}"
+                    says = [f"{of}, k {k}: {a:.4g} bits, {b:.4g}" for k, a, b in zip(ks, x, y)]
                     joined_points(axis, x, y, says, colour)
                 else:
                     style = (":", 1.5, 0.7) if one.name == "8 bits" else ("-", 0.6, 0.6)
@@ -241,10 +243,8 @@ def ratio_figure(
     stand together; a pair has its own panel.
     """
     n = len(contrasts)
-    figure, axes = pyplot().subplots(
-        1, n, figsize=(2.5 + 5 * n, 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (which, by_loss) in zip(axes[0], contrasts.items()):
+    figure, axes = pyplot().subplots(n, 1, figsize=(7.5, 3.8 * n), squeeze=False, layout="constrained")
+    for axis, (which, by_loss) in zip(axes[:, 0], contrasts.items()):
         for i, (name, of) in enumerate(by_loss.items()):
             here = [
                 row for row in ratios if (row["code"], row["at_equal"], row["of"]) == (code, "bits", name)
@@ -266,8 +266,13 @@ def ratio_figure(
         axis.set_title(f"{grey}line: {CE}, band: a factor of {margin:g} around it", fontsize=9)
         decade_ticks(axis.xaxis, axis.get_xlim())
         axis.grid(alpha=0.3, axis="x")
-    axes[0][0].invert_yaxis()
+        axis.invert_yaxis()
     return figure
+
+
+def colour_at(colours: dict[str, np.ndarray], model: str, layer: int) -> np.ndarray:
+    """Of a model, or with --pairs of a hook."""
+    return colours[model if model in colours else f"{model}@{layer}"]
 
 
 def front_figure(rates: Sequence[dict], models: Sequence[str], ks: Sequence[int]) -> "Figure":
@@ -275,12 +280,12 @@ def front_figure(rates: Sequence[dict], models: Sequence[str], ks: Sequence[int]
     figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")
     colours = model_colours(models)
     rows = sorted((row for row in rates if row["code"] == "8 bits"), key=lambda row: row["l0"])
-    for (model, _), of_hook in grouped(rows, ["model", "layer"]).items():
+    for hook, of_hook in grouped(rows, ["model", "layer"]).items():
         l0, ce, on_front = (np.array([row[name] for row in of_hook]) for name in ("l0", CE, "front"))
         says = np.array([f"{sae_name(row)}: {1 - row[CE]:.4g}" for row in of_hook])
-        kept, beaten = on_front == 1, on_front == 0
-        joined_points(axis, l0[kept], 1 - ce[kept], says[kept], colours[model])
-        points(axis, l0[beaten], 1 - ce[beaten], says[beaten], color=[colours[model]], s=28, marker="X")
+        kept, beaten, colour = on_front == 1, on_front == 0, colour_at(colours, *hook)
+        joined_points(axis, l0[kept], 1 - ce[kept], says[kept], colour)
+        points(axis, l0[beaten], 1 - ce[beaten], says[beaten], color=[colour], s=28, marker="X")
     handles = [pyplot().Line2D([], [], color=colour, marker="o", label=m) for m, colour in colours.items()]
     axis.legend(handles=handles, fontsize=8, title="one line a hook")
     axis.set(xscale="log", xlabel="L0, active latents a token", ylabel="CE_rec")
@@ -295,7 +300,7 @@ def direction_figure(directions: Sequence[dict], models: Sequence[str]) -> "Figu
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     colours, share = model_colours(models), np.linspace(0, 1, rate.GROUPS + 1)
     for (name, model, layer), rows in grouped(directions, ["directions", "model", "layer"]).items():
-        axis, colour = axes["ΣG".index(name)], colours[model]
+        axis, colour = axes["ΣG".index(name)], colour_at(colours, model, layer)
         error, own = (
             np.r_[0, np.cumsum([row[column] for row in rows])] for column in ("error", OWN_SHARE[name])
         )

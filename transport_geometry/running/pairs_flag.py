@@ -12,7 +12,7 @@ from transport_geometry.running.grid import Command
 FLAGS: dict[str, dict[str, Any]] = {
     "--pairs": dict(
         metavar="A:B,...",
-        help="hooks to compare, the second minus the first: layers of the one model of --models (10:11), or "
+        help="hooks to compare, the second with the first: layers of the one model of --models (10:11), or "
         "MODEL@LAYER:MODEL@LAYER (default: equal depths of the smallest and the largest model)",
     )
 }
@@ -22,8 +22,10 @@ def with_pairs(command: Command, default: str) -> Command:
     """The command with the hooks of --pairs as its grid, and the pairs, as results call them, among its
     settings. default: the --models of a command that names none. Raises UserError.
     """
-    if (typed := command.own["pairs"]) is None or command.finished:
+    if (typed := command.own["pairs"]) is None:
         return dataclasses.replace(command, own={})
+    if command.finished:
+        raise UserError("--pairs: with --from they are those of the run")
     typed_none = command.grid.models == tuple((name, None) for name in default.split(","))
     models = [] if typed_none else [name for name, _ in command.grid.models]
     pairs = [pair_of(printable(text, "--pairs"), models) for text in typed.split(",")]

@@ -10,19 +10,19 @@ import scipy
 ALPHA = 0.05
 
 
-def percentiles(draws: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
-    """[2, ...]: ends of the 1 - alpha percentile interval of draws [R, ...]; nan wherever one of them is."""
-    return np.quantile(draws, [alpha / 2, 1 - alpha / 2], axis=0)
+def percentiles(draws: np.ndarray) -> np.ndarray:
+    """[2, ...]: ends of the 95% percentile interval of draws [R, ...]; nan wherever one of them is."""
+    return np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
 
 
-def interval(draws: np.ndarray, fisher: bool = False, alpha: float = ALPHA) -> tuple[float, float]:
-    """1 - alpha percentile interval of draws [R], on the Fisher-z scale for correlations. Undefined draws are
-    left out; there is no interval when they are half or more.
+def interval(draws: np.ndarray, fisher: bool = False) -> tuple[float, float]:
+    """95% percentile interval of draws [R], on the Fisher-z scale for correlations. Undefined draws are left
+    out; there is no interval when they are half or more.
     """
     kept = draws[~np.isnan(draws)]
     if 2 * len(kept) <= len(draws):
         return np.nan, np.nan
-    lo, hi = percentiles(fisher_z(kept) if fisher else kept, alpha)
+    lo, hi = percentiles(fisher_z(kept) if fisher else kept)
     return (float(np.tanh(lo)), float(np.tanh(hi))) if fisher else (float(lo), float(hi))
 
 

@@ -111,8 +111,8 @@ class RateCurves:
                 hooks[model, depth] = {k: here & (meta["k"] == k) for k in ks}
         weights = np.ones_like(found.values["dce"])
         if len(settings["seeds"]) > 1:
-            units = ("model", "seed")
-            weights = bootstrap_weights(meta, n_resamples, 0, clusters=units, least=2)
+            units = ("model", "seed")  # all hooks of a model move together: a seed is theirs
+            weights = bootstrap_weights(found.meta, n_resamples, 0, clusters=units, least=2)
         if paired:
             pairs = {f"{b} over {a}": ((a, PAIRED), (b, PAIRED)) for a, b in paired}
         else:
