@@ -129,29 +129,34 @@ REAL = "expb-smollm2"
 def picture() -> str:
     """Exp-B's pictures of a real model, and what they show."""
     before, after = flipped(32)
-    of_arm = {without: {} for without in (False, True)}
+    of_arm: dict[bool, dict[int, dict]] = {without: {} for without in (False, True)}
     for row in rows(REAL, "conditions.csv"):
         if row["k"] == before["k"] and row["recipe"] != "null":
-            of_arm[without_sinks(row["sae"])][row["layer"]] = row["ce_rec"]
-    ruined = [layer for layer, ce_rec in of_arm[True].items() if ce_rec < of_arm[False][layer] - 0.5]
-    where = f"blocks {min(ruined)} to {max(ruined)}"
-    of = board(REAL)
-    pairs = f"{of['r2']['pairs']:.0f}"
-    right = {name: percent(row["right"]) for name, row in of.items()}
-    said = verdict(REAL)["saes"]["words"]
+            of_arm[without_sinks(row["sae"])][row["layer"]] = row
+    kept, dropped = of_arm[False], of_arm[True]
+    ruined = {
+        layer: row["ce_rec"] for layer, row in dropped.items() if row["ce_rec"] < kept[layer]["ce_rec"] - 0.5
+    }
+    clean = [dropped[layer]["ce_rec_sinkclean"] for layer in ruined]
+    together, trained_on_all = board(REAL), of_stratum(REAL, claims.ARMS["keep"])
+    right, on_all = (
+        {name: percent(row["right"]) for name, row in of.items()} for of in (together, trained_on_all)
+    )
+    saes = sum(verdict(REAL)["saes"]["words"].values())
     return f"""\
 ![R², R² without sinks and CE_rec by layer](outputs/reference/{REAL}/layers.png)
 
 *SmolLM2-135M, SAEs of {before["k"]} active latents, {readable_count(before["tokens"])} training tokens each. Left: trained on every position. Block 11 gives one position of each text \
-more than 100 times the median norm (an attention sink). From block 10 to block 11 R² rises from {before["r2"]:.3f} to {after["r2"]:.3f}, and CE_rec, 2 − patched CE / clean CE, falls from \
+more than 100 times the median norm (an attention sink). From block 10 to block 11 R² rises from {before["r2"]:.3f} to {after["r2"]:.3f}, and CE_rec, 2 − (patched CE / clean CE), falls from \
 {before["ce_rec"]:.3f} to {after["ce_rec"]:.3f} (by {-after["change"]:.3f} [{-after["change_hi"]:.3f}, {-after["change_lo"]:.3f}]). Right, on another scale: trained without sinks. In \
-{where} these SAEs ruin the sink and with it the model's prediction; R² without sinks does not show it.*
+blocks {min(ruined)} to {max(ruined)} these SAEs ruin the sink and with it the model's prediction (CE_rec {number(min(ruined.values()))} to {number(max(ruined.values()))}; with the model's own \
+activation left at sinks {number(min(clean))} to {number(max(clean))}). R² without sinks does not show it.*
 
 ![R² and SWD against CE_rec](outputs/reference/{REAL}/swd_r2.png)
 
-*Each mark is one of {sum(said.values())} SAEs; diamonds were trained without sinks. Of {pairs} pairs of one k that clearly differ in CE_rec, R² orders {right["r2"]} as CE_rec does. \
-Two other scores order {right["swd_tok"]} and {right["r2_defl1"]}: SWD, the mean of (gradient · error)², and R² without the first principal direction, which needs no gradient. \
-The audit accepts R² for {said.get(sae_words.AS_IT_READS, 0)} of these SAEs.*"""
+*Each mark is one of {saes} SAEs; diamonds were trained without sinks. Of {trained_on_all["r2"]["pairs"]:.0f} pairs trained on every position, of one k, that differ by {claims.MARGIN:.2f} or more in CE_rec, R² orders {on_all["r2"]} as CE_rec does: fewer than a coin. \
+Of all {together["r2"]["pairs"]:.0f} such pairs R² orders {right["r2"]} rightly, R² without sinks {right["r2_nosink"]}, and two scores order {right["swd_tok"]} and {right["r2_defl1"]}: SWD, the mean of (gradient of CE · error)², and R² without the first principal direction, \
+which needs no gradient.*"""
 
 
 def flipped(k: int) -> list[dict[str, Any]]:
@@ -232,7 +237,7 @@ def ladder() -> str:
     models, on two real ones, and where it was planted.
     """
     real = {"SmolLM2-135M": "smollm2", "Gemma 3 270M": "gemma3"}
-    head = ["", "claim", "decided by", "embedded models", *real, "where it was planted"]
+    head = ["", "claim", "decided by", "embedded models", *real, "planted control"]
     lines = []
     for claim in summary.CLAIMS:
         if claim.script == "expp_planted":
