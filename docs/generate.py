@@ -123,7 +123,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ README.md
-REAL = "expb-smollm2"
+REAL, GEMMA = "expb-smollm2", "expb-gemma3"
 
 
 def picture() -> str:
@@ -308,12 +308,12 @@ documents:
 {scores(PROXIES)}"""
 
 
-def exp_b_real() -> str:
+def exp_b_real(folder: str) -> str:
     """On the SAEs of a real model, the better scores first; and what is said of each SAE."""
-    ranked = board(REAL)
-    said = "; ".join(f"{n} *{word}*" for word, n in verdict(REAL)["saes"]["words"].items())
+    ranked = board(folder)
+    said = "; ".join(f"{n} *{word}*" for word, n in verdict(folder)["saes"]["words"].items())
     names = sorted(PROXIES, key=lambda name: -ranked[name]["partial"])
-    return f"{answers(REAL)}\n\n{scores(names, REAL)}\n\nOf its SAEs: {said}."
+    return f"{answers(folder)}\n\n{scores(names, folder)}\n\nOf its SAEs: {said}."
 
 
 def short_norms() -> str:
@@ -466,22 +466,23 @@ def published_numbers() -> str:
 CHEAP = "r2 r2_nosink r2_ln r2_defl1 nmse_tok cosine mse gd_abs swd_tok swd_sampled".split()
 
 
-def rightly() -> str:
-    """Of pairs of SAEs of one k that clearly differ in CE_rec, how many each score orders rightly."""
-    where = {"embedded models": ("expb", "pooled")}
-    where |= {f"SmolLM2, {arm}": (REAL, arm) for arm in claims.ARMS.values()}
-    found = {title: of_stratum(*place) for title, place in where.items()}
-    found |= {"the same layer": same_layer(), "SmolLM2, all": of_stratum(REAL, "pooled")}
+def rightly(folder: str, others: dict[str, str]) -> str:
+    """Of pairs of SAEs of one k that clearly differ in CE_rec, how many each score orders rightly: of the
+    SAEs of a real model's folder, and of all of other folders {title: folder}.
+    """
+    found = {title: of_stratum(other, "pooled") for title, other in others.items()}
+    found |= {arm: of_stratum(folder, arm) for arm in claims.ARMS.values()}
+    found |= {"the same layer": same_layer(folder), "all": of_stratum(folder, "pooled")}
     head = ["score", *(f"{title} ({board['r2']['pairs']:.0f} pairs)" for title, board in found.items())]
     return table(
         head, [[f"`{name}`", *(claims_report.share(b[name]) for b in found.values())] for name in CHEAP]
     )
 
 
-def same_layer() -> dict[str, dict[str, Any]]:
-    """Of SmolLM2, {proxy: row} of the pairs within a layer, which are an SAE of each arm of --sinks."""
-    found = measured(REAL)
-    ce, of = found.values["ce_rec"], runs()[REAL].settings["documents"]
+def same_layer(folder: str) -> dict[str, dict[str, Any]]:
+    """{proxy: row} of the pairs within a layer, which are an SAE of each arm of --sinks."""
+    found = measured(folder)
+    ce, of = found.values["ce_rec"], runs()[folder].settings["documents"]
     pairs = claims.clear_pairs(ce, found.meta)
     within = found.meta["layer"][pairs.a] == found.meta["layer"][pairs.b]
     pairs = claims.SAEPairs(pairs.a[within], pairs.b[within])
@@ -632,7 +633,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "ladder": ladder,
     "exp-a-says": exp_a,
     "exp-b-says": exp_b_sizes,
-    "exp-b-real": exp_b_real,
+    "exp-b-real": lambda: exp_b_real(REAL),
+    "exp-b-gemma": lambda: exp_b_real(GEMMA),
     "short-norms": short_norms,
     "exp-c-says": exp_c,
     "exp-d-says": exp_d,
@@ -646,7 +648,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "h2": tree_of_h2,
     "words": rule_of_the_words,
     "every-r2": every_r2,
-    "rightly": rightly,
+    "rightly": lambda: rightly(REAL, {"embedded models": "expb"}),
+    "rightly-gemma": lambda: rightly(GEMMA, {}),
 }
 
 

@@ -129,7 +129,7 @@ def test_an_answer_says_which_claim_a_number_is_about():
     assert here_too == here and none.startswith(
         "about other layers of a and b, not other models, SWD and R² cannot be compared: "
     )
-    assert none.endswith("(correlation 0.81), so that 9 hooks count as 2.5, and 6 are needed.")
+    assert none.endswith("(correlation 0.81), so that 9 hooks are worth 2.5 independent ones; 6 are needed.")
     leaves = ["supported", "beats-r2-only", "rejected", "not-transferable", expb.CANNOT, "undecided"]
     assert len({answer_b(leaf, BOARD).found for leaf in leaves}) == len(leaves)
 

@@ -87,8 +87,9 @@ def points_legend(models: Sequence[str], rows: Sequence[dict]) -> dict[str, typi
         line([], [], linestyle="", marker="o", color=colour, label=model)
         for model, colour in model_colours(models).items()
     ]
+    ks = sorted({row["k"] for row in rows})
     words = [
-        "larger: larger k",
+        "larger mark: larger k" + f" ({', '.join(map(str, ks))})" * (len(ks) <= 4),
         *["diamonds: trained without sinks"] * any(without_sinks(row["sae"]) for row in rows),
     ]
     points += [line([], [], linestyle="", label=text) for text in words]
@@ -256,6 +257,7 @@ def saes_against(
         axis.set_visible(False)
     figure.supylabel("CE_rec", fontsize=10)
     legend = points_legend(models, rows)
+    legend["handles"].append(pyplot().Line2D([], [], linestyle="", label="all scores: better to the right"))
     figure.legend(**legend, loc="outside lower center", ncols=len(legend["handles"]))
     return figure
 
