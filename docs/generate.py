@@ -142,7 +142,7 @@ def picture() -> str:
     right, on_all = (
         {name: percent(row["right"]) for name, row in of.items()} for of in (together, trained_on_all)
     )
-    saes = sum(verdict(REAL)["saes"]["words"].values())
+    saes, gemma = sum(verdict(REAL)["saes"]["words"].values()), board(GEMMA)
     return f"""\
 ![R², R² without sinks and CE_rec by layer](outputs/reference/{REAL}/layers.png)
 
@@ -156,7 +156,10 @@ activation left at sinks {number(min(clean))} to {number(max(clean))}). R² with
 
 *Each mark is one of {saes} SAEs; diamonds were trained without sinks. Of {trained_on_all["r2"]["pairs"]:.0f} pairs trained on every position, of one k, that differ by {claims.MARGIN:.2f} or more in CE_rec, R² orders {on_all["r2"]} as CE_rec does: fewer than a coin. \
 Of all {together["r2"]["pairs"]:.0f} such pairs R² orders {right["r2"]} rightly, R² without sinks {right["r2_nosink"]}, and two scores order {right["swd_tok"]} and {right["r2_defl1"]}: SWD, the mean of (gradient of CE · error)², and R² without the first principal direction, \
-which needs no gradient.*"""
+which needs no gradient.*
+
+*The same of Gemma 3 270M ({sum(verdict(GEMMA)["saes"]["words"].values())} SAEs, nine layers, all of which have sinks; [report](outputs/reference/{GEMMA}/report.md)): of {gemma["r2"]["pairs"]:.0f} pairs R² orders \
+{percent(gemma["r2"]["right"])} rightly, R² without sinks {percent(gemma["r2_nosink"]["right"])}, R² without the first principal direction {percent(gemma["r2_defl1"]["right"])}, SWD {percent(gemma["swd_tok"]["right"])}.*"""
 
 
 def flipped(k: int) -> list[dict[str, Any]]:
