@@ -123,12 +123,12 @@ def isotropic(sigma, of_g):
 
 
 # name -> (what is said, the error's matrix from h - mean, given Sigma and the eigenvectors of G)
-READS, UNDERRATES, UNJUDGED = "as it reads", "underrates", "cannot be judged"
+READS, MILDER, UNJUDGED = "as it reads", "milder than random", "cannot be judged"
 KNOWN = {
     "top8": (READS, lambda sigma, of_g: -0.5 * of_g[:, -8:] @ of_g[:, -8:].T),
-    "low32": (UNDERRATES, lambda sigma, of_g: -0.3 * of_g[:, :32] @ of_g[:, :32].T),
+    "low32": (MILDER, lambda sigma, of_g: -0.3 * of_g[:, :32] @ of_g[:, :32].T),
     # a lower R² than top8's, and a higher CE_rec
-    "low32-larger": (UNDERRATES, lambda sigma, of_g: -0.42 * of_g[:, :32] @ of_g[:, :32].T),
+    "low32-larger": (MILDER, lambda sigma, of_g: -0.42 * of_g[:, :32] @ of_g[:, :32].T),
     "isotropic": (READS, isotropic),
     "rotated": (READS, lambda sigma, of_g: 0.3 * rotation(64, 2)),
     "exact": (UNJUDGED, lambda sigma, of_g: torch.zeros(64, 64, dtype=torch.float64)),  # up to rounding
