@@ -202,7 +202,7 @@ def test_pairs_of_layers_have_the_curves_of_their_hooks(run, tmp_path):
     models = SMALL.index("--models")
     grid = [*SMALL[:models], "--models", "stdlib-s", "--pairs", "3:5", *SMALL[models + 2 :]]
     done = script("expf_rate.py", *grid, "--out", out, "--cache", cache)
-    assert "block 5 over block 3 of stdlib-s" in " ".join(done.stdout.split())
+    assert "is lost at block 5 than block 3 of stdlib-s?" in " ".join(done.stdout.split())
     rates = {(r["layer"], r["k"], r["code"]): r for r in read_table(out / "rates.csv")}
     whole = [row for row in read_table(run / "rates.csv") if row["model"] == "stdlib-s"]
     assert len(rates) == len(whole) == 6 * 4
