@@ -327,7 +327,7 @@ def test_one_hook_is_enough_here_and_none_too_few():
     swd, r2 = (claims.row_of(board, name) for name in ("swd_tok", "r2"))
     assert swd["right"] == 1 and r2["right"] == 0 and r2["swd_here"] == pytest.approx(2)
     assert np.isnan(swd["p_r2"]) and np.isnan(swd["partial_lo"]) and np.isfinite(swd["partial_here_lo"])
-    assert "there is 1 hook, and 6 are needed" in claims_report.none_in_general(board, ["a"])
+    assert "there is 1 hook; 6 are needed" in claims_report.none_in_general(board, ["a"])
 
 
 def test_nothing_in_general_where_an_error_goes_from_layer_to_layer():

@@ -17,7 +17,7 @@ import zygote
 from helpers import ROOT, contents, one_line, script
 from transport_geometry.errors import UserError
 from transport_geometry.measuring.metrics import BY_NAME
-from transport_geometry.reporting import claims_report, expa_report, figures
+from transport_geometry.reporting import claims_report, figures
 from transport_geometry.reporting import console as answers
 from transport_geometry.reporting.console import WIDTH, Answer
 from transport_geometry.reporting.leaderboard_report import board_in_short
@@ -52,7 +52,7 @@ THREE = Answer("Is it so?", "It is.", "Not more than that.")
 
 
 def test_the_examples_hold():
-    tried = [doctest.testmod(module) for module in (answers, claims_report, expa_report)]
+    tried = [doctest.testmod(module) for module in (answers, claims_report)]
     assert all(one.failed == 0 and one.attempted for one in tried)
 
 

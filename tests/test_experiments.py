@@ -15,6 +15,7 @@ import time
 
 import common
 from helpers import ROOT, SMALL, contents, one_line, process, script
+from transport_geometry.errors import UserError
 from transport_geometry.records import store
 from transport_geometry.records.tables import read_table
 
@@ -274,7 +275,9 @@ def test_the_grid_follows_from_the_pairs():
     pairs = f"{common.SMALL}@2:{common.LARGE}@9,{common.LARGE}@9:{common.LARGE}@3"
     hooks, own = grid("--preset", "phase2", "--pairs", pairs)
     assert hooks == ((common.SMALL, 2), (common.LARGE, 9), (common.LARGE, 3)) and len(own["pairs"]) == 2
-    assert grid("--models", "a") == ((("a", None),), {}) and grid("--from", "x", "--pairs", "1:2")[1] == {}
+    assert grid("--models", "a") == ((("a", None),), {}) and grid("--from", "x")[1] == {}
+    with pytest.raises(UserError, match="with --from they are those of the run"):
+        grid("--from", "x", "--pairs", "1:2")
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,20 @@ def test_the_words_are_the_verdicts():
     ]
     assert all(row["delta_r2_lo"] > 0 > row["delta_ce_rec_hi"] for row in sinks)
     # a real model: R² fails between layers, scores without sinks within one, SWD in neither; and the cause
-    keep, layer = generate.of_stratum(generate.REAL, "sinks keep"), generate.same_layer()
+    keep, gemma = (generate.of_stratum(folder, "sinks keep") for folder in (generate.REAL, generate.GEMMA))
     assert keep["r2"]["right"] < 0.5 < 0.85 < keep["swd_tok"]["right"] and keep["r2_nosink"]["right"] > 0.9
-    assert layer["r2_nosink"]["right"] < 0.5 < 0.9 < min(layer[name]["right"] for name in ("r2", "swd_tok"))
+    euclidean = [gemma[name]["right"] for name in generate.CHEAP if not name.startswith(("gd", "swd"))]
+    assert max(euclidean) < 0.6 and gemma["swd_tok"]["right"] > 0.75
+    for folder in (generate.REAL, generate.GEMMA):
+        layer = generate.same_layer(folder)
+        assert (
+            layer["r2_nosink"]["right"] < 0.5 < 0.9 < min(layer[name]["right"] for name in ("r2", "swd_tok"))
+        )
+    words = verdict(generate.GEMMA)["saes"]
+    assert (
+        words["words"]["milder than random"] == 16
+        and 0.05 < min(words["kl_ratio"]) < max(words["kl_ratio"]) < 0.84
+    )
     twins = {(r["model"], r["layer"], r["k"]): r for r in generate.rows("expb-short", "conditions.csv")}
     for layer, k in itertools.product((10, 11, 16), (8, 32)):
         plain, short = (twins[f"smollm2-135m{plants}", layer, k] for plants in ("", "+short300"))
