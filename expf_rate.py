@@ -20,7 +20,6 @@ after Exp-B had looked at SmolLM2.
 """
 
 import functools
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -264,7 +263,7 @@ def analyse(out: pathlib.Path, settings: dict) -> Findings:
     if pairs:
         small, large = pairs[0]
         several = [len(settings["seeds"])] if len(settings["seeds"]) > 1 else []
-        units = min(*settings["documents"], *several, math.inf)
+        units = min([*settings["documents"], *several])
         ratios = ratio_rows(lines, codes, functools.partial(over_documents, units=units))
         by_code = {
             code.name: {pair: of_pair(pair, lines, code, units) for pair in lines.pairs} for code in codes
